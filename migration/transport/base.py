@@ -1,0 +1,62 @@
+"""How KV blocks get from one instance's memory into another's."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class KvRegion:
+    """A run of equally sized KV blocks in memory: one attention layer's cache, or its K or V half.
+
+    Attributes:
+        address: Address of block 0, in bytes.
+        num_blocks: Blocks in the region. Block i starts at `address + i * block_bytes`.
+        block_bytes: Size of one block; blocks touch each other.
+        device_id: CUDA ordinal, or -1 for host memory.
+    """
+
+    address: int
+    num_blocks: int
+    block_bytes: int
+    device_id: int = -1
+
+
+class KvTransport(Protocol):
+    """Reads KV blocks of a peer into local blocks (one-sided: the peer's engine takes no part).
+
+    One object per instance. `register` is called once, before anything else. All regions of all
+    instances of a model have the same order, count and block size; the protocol checks that before
+    the first read.
+    """
+
+    def register(self, regions: Sequence[KvRegion]) -> None:
+        """Makes the regions readable by peers and writable by `read`. The caller keeps the memory alive."""
+
+    def endpoint(self) -> bytes:
+        """What a peer has to know to read from here. Opaque, sent over the authenticated control channel."""
+
+    async def read(
+        self, peer: str, endpoint: bytes, remote_blocks: Sequence[int], local_blocks: Sequence[int]
+    ) -> int:
+        """Copies the peer's `remote_blocks[i]` over the local `local_blocks[i]`, in every region.
+
+        May be called several times at once. When it returns or raises, nothing is writing to the local
+        blocks any more; a cancelled call first waits for that (so blocks may be freed after it).
+
+        Args:
+            peer: The peer's instance id; connections are kept per peer.
+            endpoint: The peer's `endpoint()`.
+
+        Returns:
+            Bytes copied.
+
+        Raises:
+            PeerLostError: The peer died, or the transfer failed or took longer than the transport's bound.
+        """
+
+    def forget(self, peer: str) -> None:
+        """Drops the connection to a peer that is gone. Unknown peers are ignored."""
+
+    def close(self) -> None:
+        """Frees everything, shared memory included. Idempotent."""
