@@ -1,14 +1,14 @@
 """Errors of pd-serve that migration can raise, as one tree.
 
-    PdServeError
-    ├── InvalidRequestError        the caller asked for something that cannot be
-    ├── OverloadedError            too many requests are waiting already
-    ├── EngineDeadError            no live instance, or this one's engine has stopped
-    └── MigrationError             a migration ended without moving the request; never reaches a client
-        ├── DestinationRefusedError   the destination cannot take the request; nothing was reserved
-        ├── PeerLostError             the other side, or the path to it, is gone
-        ├── SourceGoneError           the request finished, was aborted or was preempted at the source
-        └── ProtocolError             an event that the state table does not allow
+PdServeError
+├── InvalidRequestError        the caller asked for something that cannot be
+├── OverloadedError            too many requests are waiting already
+├── EngineDeadError            no live instance, or this one's engine has stopped
+└── MigrationError             a migration ended without moving the request; never reaches a client
+    ├── DestinationRefusedError   the destination cannot take the request; nothing was reserved
+    ├── PeerLostError             the other side, or the path to it, is gone
+    ├── SourceGoneError           the request finished, was aborted or was preempted at the source
+    └── ProtocolError             an event that the state table does not allow
 """
 
 

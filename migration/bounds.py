@@ -1,0 +1,33 @@
+"""Every wait of the protocol has a bound; they are all here, in seconds unless named otherwise."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationBounds:
+    """Limits of one instance's migrations. No request waits longer than these add up to.
+
+    Attributes:
+        reply_s: Source: for the destination's first answer.
+        copy_s: Source: for one stage to be copied.
+        keep_alive_s: Source: how often a long prefill renews the destination's lease.
+        acknowledge_s: Source: for the commit, before asking; then between questions.
+        questions: Source: how often to ask before taking the request back.
+        lease_s: Destination: for the next word from the source, before the reservation is dropped.
+        tail_s: Destination: for the last copy.
+        log_s: Destination: how long a commit is remembered to answer questions.
+        max_outgoing, max_incoming: Migrations at a time per instance.
+        max_stages: Stages after which a request is suspended however much is left.
+    """
+
+    reply_s: float = 10.0
+    copy_s: float = 30.0
+    keep_alive_s: float = 2.0
+    acknowledge_s: float = 2.0
+    questions: int = 10
+    lease_s: float = 10.0
+    tail_s: float = 10.0
+    log_s: float = 120.0
+    max_outgoing: int = 64
+    max_incoming: int = 64
+    max_stages: int = 16

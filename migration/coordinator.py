@@ -1,0 +1,217 @@
+"""The migrations of one instance: starts them, routes messages to them, bounds and counts them."""
+
+import itertools
+import logging
+import uuid
+from collections import deque
+from collections.abc import Callable
+
+from migration.bounds import MigrationBounds
+from migration.destination_table import DestinationEvent, DestinationState
+from migration.engine import Engine
+from migration.errors import DestinationRefusedError, ProtocolError
+from migration.incoming import IncomingMigration
+from migration.messages import (
+    AnyMigrationMessage,
+    Committed,
+    Dropped,
+    InstanceId,
+    MigrationId,
+    MigrationMessage,
+    Offer,
+    Pull,
+    Refused,
+    RequestId,
+    ToDestination,
+    ToSource,
+    Withdraw,
+)
+from migration.outgoing import MigrationOutcome, OutgoingMigration
+from migration.source_table import SourceEvent, SourceState
+from migration.tasks import OwnedTasks
+from migration.transport.base import KvTransport
+
+logger = logging.getLogger(__name__)
+
+
+class MigrationCoordinator:
+    """Both sides of all migrations of one instance. Lives on one event loop.
+
+    Args:
+        name: This instance.
+        send: Sends a message to a peer; must not block and may lose it.
+        on_outcome: Called once per outgoing migration when it has ended.
+        on_failure: Called with what should never happen (a failed engine call); the instance is not
+            to be trusted after it.
+    """
+
+    def __init__(
+        self,
+        name: InstanceId,
+        engine: Engine,
+        transport: KvTransport,
+        send: Callable[[InstanceId, MigrationMessage], None],
+        *,
+        bounds: MigrationBounds | None = None,
+        on_outcome: Callable[[MigrationOutcome], None] = lambda outcome: None,
+        on_failure: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        self.name = name
+        self.bounds = bounds or MigrationBounds()
+        self._engine = engine
+        self._transport = transport
+        self._send = send
+        self._on_outcome = on_outcome
+        self._tasks = OwnedTasks(on_failure)
+        self._serial = itertools.count()
+        self._life = uuid.uuid4().hex[:8]  # ids of an earlier life of this instance must not match
+        self._outgoing: dict[MigrationId, OutgoingMigration] = {}
+        self._by_request: dict[RequestId, OutgoingMigration] = {}
+        self._starting: set[RequestId] = set()
+        self._committed: deque[MigrationId] = deque(maxlen=1024)
+        self._incoming: dict[MigrationId, IncomingMigration] = {}
+
+    @property
+    def num_outgoing(self) -> int:
+        return len(self._outgoing)
+
+    @property
+    def num_incoming(self) -> int:
+        return sum(migration.holds_resources for migration in self._incoming.values())
+
+    async def migrate(self, request_id: RequestId, destination: InstanceId, reason: str) -> MigrationOutcome:
+        """Moves a running request to `destination` and returns when that has ended, either way.
+
+        Raises:
+            SourceGoneError: The request is not running here.
+            DestinationRefusedError: It is on its way already, cannot move, or too many are.
+        """
+        if destination == self.name:
+            raise DestinationRefusedError(f"the request is on {destination} already")
+        if request_id in self._by_request or request_id in self._starting:
+            raise DestinationRefusedError("the request is being migrated already")
+        if len(self._outgoing) + len(self._starting) >= self.bounds.max_outgoing:
+            raise DestinationRefusedError(f"{self.bounds.max_outgoing} migrations are leaving already")
+        self._starting.add(request_id)
+        try:
+            description = await self._engine.describe(request_id)
+        finally:
+            self._starting.discard(request_id)
+        migration = OutgoingMigration(
+            MigrationId(f"{self.name}.{self._life}.{next(self._serial)}"),
+            description,
+            destination,
+            reason,
+            engine=self._engine,
+            kv_endpoint=self._transport.endpoint(),
+            send=self._send,
+            bounds=self.bounds,
+            tasks=self._tasks,
+            on_close=self._outgoing_closed,
+        )
+        self._outgoing[migration.migration_id] = migration
+        self._by_request[request_id] = migration
+        return await migration.outcome
+
+    def on_message(self, peer: InstanceId, message: AnyMigrationMessage) -> None:
+        """Takes a message from a peer. One that makes no sense is logged and changes nothing."""
+        try:
+            if isinstance(message, ToSource):
+                self._on_message_to_source(peer, message)
+            else:
+                self._on_message_to_destination(peer, message)
+        except ProtocolError as error:
+            logger.warning(
+                "migration %s: %s from %s: %s", message.migration_id, type(message).__name__, peer, error
+            )
+
+    def requests_ended(self, request_ids: list[RequestId]) -> None:
+        """The engine has finished or aborted these requests."""
+        for request_id in request_ids:
+            migration = self._by_request.get(request_id)
+            # While ADVANCING or RETREATING the pending engine call answers; the table has GONE elsewhere.
+            if migration is not None and migration.machine.state not in (
+                SourceState.ADVANCING,
+                SourceState.RETREATING,
+            ):
+                migration.feed(SourceEvent.GONE, "the request ended at its source")
+
+    def cancel(self, request_id: RequestId, why: str) -> None:
+        """Stops moving a request, if it is being moved and still can be stopped."""
+        if (migration := self._by_request.get(request_id)) is not None:
+            migration.feed(SourceEvent.CANCELLED, why)
+
+    def peer_lost(self, peer: InstanceId) -> None:
+        """A peer is known to be dead (not merely silent)."""
+        self._transport.forget(peer)
+        for outgoing in list(self._outgoing.values()):
+            if outgoing.destination == peer:
+                outgoing.feed(SourceEvent.PEER_LOST, f"{peer} died")
+        for incoming in list(self._incoming.values()):
+            if incoming.source == peer:
+                incoming.feed(DestinationEvent.PEER_LOST, f"{peer} died")
+
+    async def close(self) -> None:
+        await self._tasks.cancel()
+        for outgoing in list(self._outgoing.values()):
+            outgoing.outcome.cancel()
+        self._outgoing.clear()
+        self._by_request.clear()
+        self._incoming.clear()
+
+    def check_integrity(self) -> list[str]:
+        """Migrations that still hold something; empty when the instance is at rest."""
+        held = [
+            f"{m.migration_id} of {m.request_id} is still leaving: {m.machine.tell()}"
+            for m in self._outgoing.values()
+        ]
+        held += [
+            f"{m.migration_id} of {m.request_id} is still arriving: {m.machine.tell()}"
+            for m in self._incoming.values()
+            if m.holds_resources
+        ]
+        if self._starting:
+            held.append(f"still starting to move {sorted(self._starting)}")
+        return held
+
+    def _on_message_to_source(self, peer: InstanceId, message: ToSource) -> None:
+        migration = self._outgoing.get(message.migration_id)
+        if migration is not None:
+            migration.on_message(message)
+        elif isinstance(message, Pull | Committed) and message.migration_id not in self._committed:
+            # Given up here, or by an earlier life of this instance: the destination must not go on.
+            self._send(peer, Withdraw(message.migration_id, "the source has given this migration up"))
+
+    def _on_message_to_destination(self, peer: InstanceId, message: ToDestination) -> None:
+        migration = self._incoming.get(message.migration_id)
+        if migration is not None:
+            migration.on_message(message)
+        elif isinstance(message, Offer):
+            if self.num_incoming >= self.bounds.max_incoming:
+                why = f"{self.bounds.max_incoming} migrations are arriving already"
+                self._send(peer, Refused(message.migration_id, why))
+                return
+            self._incoming[message.migration_id] = IncomingMigration(
+                message,
+                peer,
+                engine=self._engine,
+                transport=self._transport,
+                send=self._send,
+                bounds=self.bounds,
+                tasks=self._tasks,
+                on_close=self._incoming_closed,
+            )
+        elif not isinstance(message, Withdraw):
+            self._send(peer, Dropped(message.migration_id, "unknown here"))
+
+    def _outgoing_closed(self, migration: OutgoingMigration) -> None:
+        if self._by_request.get(migration.request_id) is migration:
+            del self._by_request[migration.request_id]
+        self._outgoing.pop(migration.migration_id, None)
+        if migration.machine.state is SourceState.COMMITTED:
+            self._committed.append(migration.migration_id)
+        self._on_outcome(migration.outcome.result())
+
+    def _incoming_closed(self, migration: IncomingMigration) -> None:
+        if migration.machine.state is DestinationState.ENDED:
+            self._incoming.pop(migration.migration_id, None)

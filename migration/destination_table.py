@@ -1,0 +1,156 @@
+"""The destination's side of a live migration: it drives the copy, and owns the request from its commit on.
+
+    RESERVING ─▶ WAITING ⇄ COPYING          blocks are reserved, the request is invisible to the scheduler
+                    │
+                    ▼
+                  TAIL ─▶ COMMITTING ─▶ COMMITTED     in the batch; kept in a log to answer questions
+
+Every other way goes through DROPPING to ENDED with nothing held. STOPPING waits for a copy in flight,
+because blocks must not be freed while something still writes to them.
+"""
+
+from enum import StrEnum, auto
+
+from migration.machine import Table
+
+
+class DestinationState(StrEnum):
+    RESERVING = auto()
+    WAITING = auto()  # for the next stage, or the final state
+    COPYING = auto()  # full blocks, while the source decodes
+    TAIL = auto()  # the last blocks, while the request is suspended
+    COMMITTING = auto()  # the engine takes the request into its batch
+    COMMITTED = auto()
+    STOPPING = auto()  # a copy has to end before the blocks can go
+    DROPPING = auto()
+    ENDED = auto()
+
+
+class DestinationEvent(StrEnum):
+    RESERVED = auto()  # engine
+    REFUSED = auto()  # engine
+    STAGE = auto()  # source: these full blocks may be read
+    FINAL = auto()  # source: suspended, these are the last blocks and the state
+    KEEP_ALIVE = auto()  # source: still prefilling
+    WITHDRAWN = auto()  # source: not any more
+    QUERIED = auto()  # source: has it been committed?
+    COPIED = auto()  # transport
+    COPY_FAILED = auto()  # transport, or no more blocks to copy into
+    ENTERED = auto()  # engine: committed
+    COMMIT_FAILED = auto()  # engine
+    ENGINE_DONE = auto()  # engine: dropped
+    TIMED_OUT = auto()  # the lease of the present state
+    PEER_LOST = auto()  # the source is known to be dead
+
+
+class DestinationAction(StrEnum):
+    SEND_PULL = auto()
+    SEND_REFUSED = auto()
+    SEND_COMMITTED = auto()
+    SEND_DROPPED = auto()
+    COPY = auto()
+    STOP_COPY = auto()
+    COMMIT = auto()
+    DROP = auto()  # undo whatever this migration brought here: a reservation, or a committed request
+    CLOSE = auto()
+
+
+S, E, A = DestinationState, DestinationEvent, DestinationAction
+
+_DROP = (S.DROPPING, (A.DROP,))
+_STOP = (S.STOPPING, (A.STOP_COPY,))
+
+DESTINATION_TABLE: Table[DestinationState, DestinationEvent, DestinationAction] = {
+    S.RESERVING: {
+        E.RESERVED: (S.WAITING, (A.SEND_PULL,)),
+        E.REFUSED: (S.ENDED, (A.SEND_REFUSED, A.CLOSE)),
+        E.WITHDRAWN: _DROP,  # engine calls keep their order: the drop comes after the reservation
+        E.PEER_LOST: _DROP,
+        E.QUERIED: (S.RESERVING, ()),
+        E.KEEP_ALIVE: (S.RESERVING, ()),
+    },
+    S.WAITING: {
+        E.STAGE: (S.COPYING, (A.COPY,)),
+        E.FINAL: (S.TAIL, (A.COPY,)),
+        E.KEEP_ALIVE: (S.WAITING, ()),
+        E.WITHDRAWN: _DROP,
+        E.TIMED_OUT: _DROP,
+        E.PEER_LOST: _DROP,
+        E.QUERIED: (S.WAITING, (A.SEND_PULL,)),  # the final state got lost: say so by asking on
+    },
+    S.COPYING: {
+        E.COPIED: (S.WAITING, (A.SEND_PULL,)),
+        E.COPY_FAILED: _DROP,
+        E.WITHDRAWN: _STOP,
+        E.PEER_LOST: _STOP,
+        E.TIMED_OUT: _STOP,
+        E.STAGE: (S.COPYING, ()),  # repeated
+        E.KEEP_ALIVE: (S.COPYING, ()),
+        E.QUERIED: (S.COPYING, ()),
+    },
+    S.TAIL: {
+        E.COPIED: (S.COMMITTING, (A.COMMIT,)),
+        E.COPY_FAILED: _DROP,
+        E.WITHDRAWN: _STOP,
+        E.PEER_LOST: _STOP,
+        E.TIMED_OUT: _STOP,
+        E.FINAL: (S.TAIL, ()),  # repeated
+        E.STAGE: (S.TAIL, ()),
+        E.KEEP_ALIVE: (S.TAIL, ()),
+        E.QUERIED: (S.TAIL, ()),  # the answer follows in a moment
+    },
+    S.COMMITTING: {
+        E.ENTERED: (S.COMMITTED, (A.SEND_COMMITTED,)),
+        E.COMMIT_FAILED: _DROP,
+        E.WITHDRAWN: _DROP,  # engine calls keep their order: the drop undoes the commit
+        E.PEER_LOST: (S.COMMITTING, ()),  # it is nearly ours
+        E.FINAL: (S.COMMITTING, ()),
+        E.STAGE: (S.COMMITTING, ()),
+        E.KEEP_ALIVE: (S.COMMITTING, ()),
+        E.QUERIED: (S.COMMITTING, ()),
+    },
+    S.COMMITTED: {
+        E.FINAL: (S.COMMITTED, (A.SEND_COMMITTED,)),  # idempotent
+        E.QUERIED: (S.COMMITTED, (A.SEND_COMMITTED,)),
+        E.WITHDRAWN: _DROP,
+        E.STAGE: (S.COMMITTED, ()),
+        E.KEEP_ALIVE: (S.COMMITTED, ()),
+        E.PEER_LOST: (S.COMMITTED, ()),
+        E.TIMED_OUT: (S.ENDED, (A.CLOSE,)),  # nobody will ask any more
+    },
+    S.STOPPING: {
+        E.COPIED: _DROP,
+        E.COPY_FAILED: _DROP,
+        E.WITHDRAWN: (S.STOPPING, ()),
+        E.PEER_LOST: (S.STOPPING, ()),
+        E.TIMED_OUT: (S.STOPPING, ()),
+        E.STAGE: (S.STOPPING, ()),
+        E.FINAL: (S.STOPPING, ()),
+        E.KEEP_ALIVE: (S.STOPPING, ()),
+        E.QUERIED: (S.STOPPING, ()),
+    },
+    S.DROPPING: {
+        E.ENGINE_DONE: (S.ENDED, (A.SEND_DROPPED, A.CLOSE)),
+        E.RESERVED: (S.DROPPING, ()),
+        E.REFUSED: (S.DROPPING, ()),
+        E.ENTERED: (S.DROPPING, ()),
+        E.COMMIT_FAILED: (S.DROPPING, ()),
+        E.WITHDRAWN: (S.DROPPING, ()),
+        E.PEER_LOST: (S.DROPPING, ()),
+        E.TIMED_OUT: (S.DROPPING, ()),
+        E.STAGE: (S.DROPPING, ()),
+        E.FINAL: (S.DROPPING, ()),
+        E.KEEP_ALIVE: (S.DROPPING, ()),
+        E.QUERIED: (S.DROPPING, ()),
+    },
+    S.ENDED: {
+        E.FINAL: (S.ENDED, (A.SEND_DROPPED,)),
+        E.STAGE: (S.ENDED, (A.SEND_DROPPED,)),
+        E.QUERIED: (S.ENDED, (A.SEND_DROPPED,)),
+        E.KEEP_ALIVE: (S.ENDED, (A.SEND_DROPPED,)),
+        E.WITHDRAWN: (S.ENDED, ()),
+        E.PEER_LOST: (S.ENDED, ()),
+        E.COPIED: (S.ENDED, ()),
+        E.COPY_FAILED: (S.ENDED, ()),
+    },
+}

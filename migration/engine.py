@@ -1,0 +1,121 @@
+"""The seam between a llumlet and an inference engine.
+
+Implemented by `migration.vllm_engine.VllmEngine`. All calls come from one event loop and are carried
+out in order, between two engine steps; each is one visit to the engine.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from migration.messages import BlockRun, FinalState, MigrationId, RequestDescription, RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """Blocks held at a destination for a request that is on its way.
+
+    Attributes:
+        local_blocks: Local block ids, by block index of the request.
+        blocks_present: How many of the first blocks already hold the right KV (prefix cache hits).
+    """
+
+    local_blocks: list[int]
+    blocks_present: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """One engine's load, read between two steps.
+
+    Attributes:
+        total_blocks: KV blocks that requests can use.
+        free_blocks: Blocks free or evictable now.
+        reserved_blocks: Blocks held for arriving migrations (not free).
+        running: Requests in the batch; `suspended` ones counted apart.
+        waiting: Requests not yet in the batch.
+        waiting_tokens: Prompt tokens still to be computed by waiting and prefilling requests.
+        head_of_line_blocks: Blocks that the first waiting request needs; 0 without one.
+        block_tokens: Tokens per block.
+    """
+
+    total_blocks: int
+    free_blocks: int
+    reserved_blocks: int
+    running: int
+    suspended: int
+    waiting: int
+    waiting_tokens: int
+    head_of_line_blocks: int
+    block_tokens: int
+
+
+@dataclass
+class EngineEvents:
+    """What an engine reports on its own account, on the llumlet's event loop."""
+
+    on_prefill_started: Callable[[list[RequestId]], None]  # requests that ask for a hand-off
+    on_requests_ended: Callable[[list[RequestId]], None]  # finished or aborted, wherever they were
+    on_load: Callable[[EngineLoad], None]  # after a step
+    on_death: Callable[[BaseException], None]  # the step loop has failed; nothing more will come
+
+
+class Engine(Protocol):
+    """See DESIGN section 4; `next_stage` answers "poll or suspend?" in one visit."""
+
+    # requests
+    async def add(
+        self,
+        payload: list[bytes],
+        client: str,
+        *,
+        epoch: int = 0,
+        output_token_ids: list[int] | None = None,
+        handoff: bool = False,
+    ) -> None:
+        """Queues a request. With output tokens, continues it by recomputing (its former owner died)."""
+
+    async def abort(self, request_ids: list[RequestId]) -> list[RequestId]:
+        """Ends requests without output. Returns those that were not known here."""
+
+    # as a source
+    async def describe(self, request_id: RequestId) -> RequestDescription:
+        """Raises: SourceGoneError: not running here. DestinationRefusedError: of a kind that cannot move."""
+
+    async def next_stage(
+        self, request_id: RequestId, incarnation: int, blocks_done: int, *, suspend: bool
+    ) -> BlockRun | FinalState:
+        """Waits until there is something to copy beyond `blocks_done`, deciding at step boundaries.
+
+        Returns the full blocks that are safe to read; or, once the prompt is prefilled and no more than
+        the engine's tail limit is left (or `suspend` is set), suspends the request, waits until steps in
+        flight have drained, and returns its final state. Only one call per request at a time.
+
+        Raises:
+            SourceGoneError: finished, aborted or preempted (`incarnation` differs).
+        """
+
+    async def resume(self, request_id: RequestId, epoch: int) -> None:
+        """Ends a pending `next_stage` and puts a suspended request back, owned under `epoch`. Idempotent."""
+
+    async def release(self, request_id: RequestId) -> None:
+        """Frees a suspended request without output: it lives elsewhere now. Idempotent."""
+
+    # as a destination
+    async def reserve(self, migration_id: MigrationId, request: RequestDescription) -> Reservation:
+        """Raises: DestinationRefusedError: with the reason; nothing is held."""
+
+    async def grow(self, migration_id: MigrationId, num_blocks: int) -> list[int]:
+        """Makes the reservation at least `num_blocks` long; returns all its blocks.
+
+        Raises: DestinationRefusedError: no free blocks; what was held stays held.
+        """
+
+    async def commit(self, migration_id: MigrationId, state: FinalState) -> None:
+        """The request enters the batch at the next step. Raises: DestinationRefusedError."""
+
+    async def drop(self, migration_id: MigrationId) -> None:
+        """Undoes what this migration brought: frees a reservation, ends a committed request silently."""
+
+    def check_integrity(self) -> list[str]:
+        """What does not add up in the engine's books, in plain words; empty if all is well."""

@@ -1,0 +1,205 @@
+"""Driver of the destination's side: reserves, pulls blocks stage by stage, commits."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from migration.bounds import MigrationBounds
+from migration.destination_table import (
+    DESTINATION_TABLE,
+    DestinationAction,
+    DestinationEvent,
+    DestinationState,
+)
+from migration.engine import Engine
+from migration.errors import DestinationRefusedError, PeerLostError
+from migration.machine import Machine
+from migration.messages import (
+    BlockRun,
+    Committed,
+    Dropped,
+    Final,
+    FinalState,
+    InstanceId,
+    KeepAlive,
+    MigrationMessage,
+    Offer,
+    Pull,
+    Query,
+    Refused,
+    RequestId,
+    Stage,
+    ToDestination,
+    Withdraw,
+)
+from migration.tasks import OwnedTasks
+from migration.transport.base import KvTransport
+
+logger = logging.getLogger(__name__)
+
+_COPY_STATES = (DestinationState.COPYING, DestinationState.TAIL)
+
+
+class IncomingMigration:
+    """One request on its way here."""
+
+    def __init__(
+        self,
+        offer: Offer,
+        source: InstanceId,
+        *,
+        engine: Engine,
+        transport: KvTransport,
+        send: Callable[[InstanceId, MigrationMessage], None],
+        bounds: MigrationBounds,
+        tasks: OwnedTasks,
+        on_close: Callable[["IncomingMigration"], None],
+    ) -> None:
+        self.migration_id = offer.migration_id
+        self.source = source
+        self.machine = Machine(DESTINATION_TABLE, DestinationState.RESERVING)
+        self.bytes_copied = 0
+        self._offer = offer
+        self._engine = engine
+        self._transport = transport
+        self._send = send
+        self._bounds = bounds
+        self._tasks = tasks
+        self._on_close = on_close
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._local_blocks: list[int] = []
+        self._blocks_done = 0
+        self._run: BlockRun | None = None
+        self._final: FinalState | None = None
+        self._copy: asyncio.Task[None] | None = None
+        self._why = ""
+        tasks.start(self._reserve())
+
+    @property
+    def request_id(self) -> RequestId:
+        return self._offer.request.request_id
+
+    @property
+    def holds_resources(self) -> bool:
+        return self.machine.state not in (DestinationState.COMMITTED, DestinationState.ENDED)
+
+    def on_message(self, message: ToDestination) -> None:
+        match message:
+            case Stage(run=run):
+                if self.machine.state is DestinationState.WAITING:
+                    self._run = run
+                self.feed(DestinationEvent.STAGE)
+            case Final(state=state):
+                if self.machine.state is DestinationState.WAITING:
+                    self._run, self._final = state.tail, state
+                self.feed(DestinationEvent.FINAL)
+            case KeepAlive():
+                self.feed(DestinationEvent.KEEP_ALIVE)
+            case Withdraw(reason=reason):
+                self.feed(DestinationEvent.WITHDRAWN, f"withdrawn: {reason}")
+            case Query():
+                self.feed(DestinationEvent.QUERIED)
+            case Offer():
+                logger.warning("migration %s: offered twice, ignored", self.migration_id)
+
+    def feed(self, event: DestinationEvent, why: str = "") -> None:
+        if why and not self._why:
+            self._why = why
+        actions = self.machine.handle(event)
+        self._arm_timer()
+        for action in actions:
+            self._perform(action)
+
+    def _perform(self, action: DestinationAction) -> None:
+        match action:
+            case DestinationAction.SEND_PULL:
+                self._send(self.source, Pull(self.migration_id, self._blocks_done))
+            case DestinationAction.SEND_REFUSED:
+                self._send(self.source, Refused(self.migration_id, self._why))
+            case DestinationAction.SEND_COMMITTED:
+                self._send(self.source, Committed(self.migration_id))
+            case DestinationAction.SEND_DROPPED:
+                self._send(self.source, Dropped(self.migration_id, self._why))
+            case DestinationAction.COPY:
+                assert self._run is not None
+                self._copy = self._tasks.start(self._copy_blocks(self._run))
+            case DestinationAction.STOP_COPY:
+                assert self._copy is not None
+                self._copy.cancel()
+            case DestinationAction.COMMIT:
+                self._tasks.start(self._commit())
+            case DestinationAction.DROP:
+                self._tasks.start(self._drop())
+            case DestinationAction.CLOSE:
+                self._close()
+
+    async def _reserve(self) -> None:
+        try:
+            reservation = await self._engine.reserve(self.migration_id, self._offer.request)
+        except DestinationRefusedError as error:
+            self.feed(DestinationEvent.REFUSED, str(error))
+            return
+        self._local_blocks = reservation.local_blocks
+        self._blocks_done = reservation.blocks_present
+        self.feed(DestinationEvent.RESERVED)
+
+    async def _copy_blocks(self, run: BlockRun) -> None:
+        """Copies what `run` offers beyond what is here already. Cancellation waits for the transport."""
+        try:
+            if run.end > len(self._local_blocks):
+                self._local_blocks = await self._engine.grow(self.migration_id, run.end)
+            begin = max(self._blocks_done, run.first)
+            if begin < run.end:
+                self.bytes_copied += await self._transport.read(
+                    self.source,
+                    self._offer.kv_endpoint,
+                    run.block_ids[begin - run.first :],
+                    self._local_blocks[begin : run.end],
+                )
+        except (PeerLostError, DestinationRefusedError) as error:
+            self.feed(DestinationEvent.COPY_FAILED, str(error))
+        except asyncio.CancelledError:
+            self.feed(DestinationEvent.COPY_FAILED, "stopped")
+        else:
+            # A partly filled tail block is only ever the end of a final state.
+            self._blocks_done = max(self._blocks_done, run.end)
+            self.feed(DestinationEvent.COPIED)
+
+    async def _commit(self) -> None:
+        assert self._final is not None
+        try:
+            await self._engine.commit(self.migration_id, self._final)
+        except DestinationRefusedError as error:
+            self.feed(DestinationEvent.COMMIT_FAILED, str(error))
+        else:
+            self.feed(DestinationEvent.ENTERED)
+
+    async def _drop(self) -> None:
+        await self._engine.drop(self.migration_id)
+        self.feed(DestinationEvent.ENGINE_DONE)
+
+    def _arm_timer(self) -> None:
+        """Every word from the source renews the lease."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        bounds = self._bounds
+        bound_s = {
+            DestinationState.WAITING: bounds.lease_s,
+            DestinationState.COPYING: bounds.copy_s,
+            DestinationState.TAIL: bounds.tail_s,
+            DestinationState.COMMITTED: bounds.log_s,
+        }.get(self.machine.state)
+        if bound_s is not None:
+            self._timer = self._loop.call_later(bound_s, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        self.feed(DestinationEvent.TIMED_OUT, f"lease ended while {self.machine.state}")
+
+    def _close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._on_close(self)

@@ -1,0 +1,136 @@
+"""What two llumlets say to each other about a migration. One-way; msgpack on the wire, never pickle."""
+
+from typing import NewType
+
+import msgspec
+
+RequestId = NewType("RequestId", str)
+MigrationId = NewType("MigrationId", str)
+InstanceId = NewType("InstanceId", str)
+
+
+class RequestDescription(msgspec.Struct, frozen=True):
+    """Everything a destination needs before it can reserve for a request.
+
+    Attributes:
+        request_id: The engine's (internal) request id.
+        payload: The request as its engine encodes it: prompt, sampling parameters, priority, arrival
+            time, cache salt. Opaque here; frames of vLLM's own msgpack encoding.
+        client: Endpoint of the API server that takes the tokens.
+        epoch: Ownership epoch at the source.
+        incarnation: Number of preemptions; a change means that the blocks are not the same any more.
+        output_token_ids: Tokens generated so far (empty while the prompt is being prefilled).
+        num_prompt_tokens: Length of the prompt.
+        max_total_tokens: Prompt plus the most that may be generated.
+        compatibility: What has to be equal at the destination, by name.
+    """
+
+    request_id: RequestId
+    payload: list[bytes]
+    client: str
+    epoch: int
+    incarnation: int
+    output_token_ids: list[int]
+    num_prompt_tokens: int
+    max_total_tokens: int
+    compatibility: dict[str, str]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prompt_tokens + len(self.output_token_ids)
+
+
+class BlockRun(msgspec.Struct, frozen=True):
+    """Blocks of the source that hold a request's tokens from block index `first` on."""
+
+    first: int
+    block_ids: list[int]
+
+    @property
+    def end(self) -> int:
+        return self.first + len(self.block_ids)
+
+
+class FinalState(msgspec.Struct, frozen=True):
+    """A suspended, drained request: what is left to copy and what the destination continues from.
+
+    Attributes:
+        tail: The blocks that have not been copied yet, the last one perhaps partly filled.
+        epoch: Ownership epoch at the source; the destination continues with `epoch + 1`.
+        output_token_ids: All tokens generated so far.
+        num_computed_tokens: Tokens whose KV is in the blocks: all but the last sampled one.
+        rng_state: State of the request's own random generator, if it has one.
+        reasoning_ended: Progress of a reasoning parser, for structured output.
+    """
+
+    tail: BlockRun
+    epoch: int
+    output_token_ids: list[int]
+    num_computed_tokens: int
+    rng_state: bytes | None = None
+    reasoning_ended: bool | None = None
+
+
+class MigrationMessage(msgspec.Struct, frozen=True, tag=True):
+    migration_id: MigrationId
+
+
+class Offer(MigrationMessage, frozen=True, tag=True):
+    """Source → destination: reserve for this request, then pull."""
+
+    reason: str
+    request: RequestDescription
+    kv_endpoint: bytes
+
+
+class Refused(MigrationMessage, frozen=True, tag=True):
+    """Destination → source: cannot take it, nothing is held."""
+
+    reason: str
+
+
+class Pull(MigrationMessage, frozen=True, tag=True):
+    """Destination → source: blocks [0, blocks_done) are here, what next?"""
+
+    blocks_done: int
+
+
+class Stage(MigrationMessage, frozen=True, tag=True):
+    """Source → destination: these full blocks are safe to read while the request decodes on."""
+
+    run: BlockRun
+
+
+class Final(MigrationMessage, frozen=True, tag=True):
+    """Source → destination: the request is suspended; copy the tail and commit."""
+
+    state: FinalState
+
+
+class KeepAlive(MigrationMessage, frozen=True, tag=True):
+    """Source → destination: still prefilling, keep the reservation."""
+
+
+class Withdraw(MigrationMessage, frozen=True, tag=True):
+    """Source → destination: forget it; end the request there if it has been committed."""
+
+    reason: str
+
+
+class Query(MigrationMessage, frozen=True, tag=True):
+    """Source → destination: has it been committed?"""
+
+
+class Committed(MigrationMessage, frozen=True, tag=True):
+    """Destination → source: the request has entered the batch here. Repeated on demand."""
+
+
+class Dropped(MigrationMessage, frozen=True, tag=True):
+    """Destination → source: nothing of this migration is held here."""
+
+    reason: str
+
+
+ToDestination = Offer | Stage | Final | KeepAlive | Withdraw | Query
+ToSource = Refused | Pull | Committed | Dropped
+AnyMigrationMessage = ToDestination | ToSource

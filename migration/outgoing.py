@@ -1,0 +1,228 @@
+"""Driver of the source's side: turns messages and engine answers into events, and performs the actions."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from migration.bounds import MigrationBounds
+from migration.engine import Engine
+from migration.errors import SourceGoneError
+from migration.machine import Machine
+from migration.messages import (
+    BlockRun,
+    Committed,
+    Dropped,
+    Final,
+    FinalState,
+    InstanceId,
+    KeepAlive,
+    MigrationId,
+    MigrationMessage,
+    Offer,
+    Pull,
+    Query,
+    Refused,
+    RequestDescription,
+    RequestId,
+    Stage,
+    ToSource,
+    Withdraw,
+)
+from migration.source_table import SOURCE_TABLE, SourceAction, SourceEvent, SourceState
+from migration.tasks import OwnedTasks
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationOutcome:
+    """How one migration ended, as its source saw it.
+
+    Attributes:
+        committed: The request lives at the destination now.
+        why: Empty if committed, else the reason in words.
+        stages: Copies made, the tail included.
+        blocks: Blocks that the request had at the end, prefix hits at the destination included.
+        tokens: Tokens whose KV was in them.
+        suspended_ms: From the final state leaving here to the acknowledgement (not the downtime,
+            which the client's side measures, but what of it this side can see).
+    """
+
+    request_id: RequestId
+    destination: InstanceId
+    reason: str
+    committed: bool
+    why: str
+    stages: int
+    blocks: int
+    tokens: int
+    suspended_ms: float
+
+
+class OutgoingMigration:
+    """One request on its way from here to `destination`."""
+
+    def __init__(
+        self,
+        migration_id: MigrationId,
+        description: RequestDescription,
+        destination: InstanceId,
+        reason: str,
+        *,
+        engine: Engine,
+        kv_endpoint: bytes,
+        send: Callable[[InstanceId, MigrationMessage], None],
+        bounds: MigrationBounds,
+        tasks: OwnedTasks,
+        on_close: Callable[["OutgoingMigration"], None],
+    ) -> None:
+        self.migration_id = migration_id
+        self.description = description
+        self.destination = destination
+        self.reason = reason
+        self.outcome: asyncio.Future[MigrationOutcome] = asyncio.get_running_loop().create_future()
+        self.machine = Machine(SOURCE_TABLE, SourceState.OFFERED)
+        self._engine = engine
+        self._send = send
+        self._bounds = bounds
+        self._tasks = tasks
+        self._on_close = on_close
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._run: BlockRun | None = None
+        self._final: FinalState | None = None
+        self._blocks_done = 0
+        self._stages = 0
+        self._questions = 0
+        self._final_at = 0.0
+        self._suspended_ms = 0.0
+        self._why = ""
+        send(destination, Offer(migration_id, reason, description, kv_endpoint))
+        self._arm_timer()
+
+    @property
+    def request_id(self) -> RequestId:
+        return self.description.request_id
+
+    def on_message(self, message: ToSource) -> None:
+        match message:
+            case Pull(blocks_done=blocks_done):
+                self._blocks_done = blocks_done
+                self.feed(SourceEvent.PULLED)
+            case Refused(reason=reason):
+                self.feed(SourceEvent.REFUSED, f"refused: {reason}")
+            case Committed():
+                self.feed(SourceEvent.ACKNOWLEDGED)
+            case Dropped(reason=reason):
+                self.feed(SourceEvent.DROPPED, f"dropped by the destination: {reason}")
+
+    def feed(self, event: SourceEvent, why: str = "") -> None:
+        """Handles one event; `why` is kept as the reason if the migration ends without commit."""
+        if why and not self._why:
+            self._why = why
+        before = self.machine.state
+        actions = self.machine.handle(event)
+        if self.machine.state is not before or event is SourceEvent.TIMED_OUT:
+            self._arm_timer()
+        for action in actions:
+            self._perform(action)
+
+    def _perform(self, action: SourceAction) -> None:
+        match action:
+            case SourceAction.ADVANCE:
+                self._tasks.start(self._advance())
+            case SourceAction.SEND_STAGE:
+                assert self._run is not None
+                self._stages += 1
+                self._send(self.destination, Stage(self.migration_id, self._run))
+            case SourceAction.SEND_FINAL:
+                assert self._final is not None
+                self._send(self.destination, Final(self.migration_id, self._final))
+            case SourceAction.SEND_KEEP_ALIVE:
+                self._send(self.destination, KeepAlive(self.migration_id))
+            case SourceAction.SEND_QUERY:
+                self._questions += 1
+                self._send(self.destination, Query(self.migration_id))
+            case SourceAction.SEND_WITHDRAW:
+                self._send(self.destination, Withdraw(self.migration_id, self._why))
+            case SourceAction.RESUME:
+                # Once the final state is out the destination may run as epoch + 1: outrank it.
+                epoch = self.description.epoch if self._final is None else self._final.epoch + 2
+                self._tasks.start(self._finish_in_engine(self._engine.resume(self.request_id, epoch)))
+            case SourceAction.RELEASE:
+                self._suspended_ms = (self._loop.time() - self._final_at) * 1e3
+                self._tasks.start(self._finish_in_engine(self._engine.release(self.request_id)))
+            case SourceAction.CLOSE:
+                self._close()
+
+    async def _advance(self) -> None:
+        try:
+            answer = await self._engine.next_stage(
+                self.request_id,
+                self.description.incarnation,
+                self._blocks_done,
+                suspend=self._stages >= self._bounds.max_stages,
+            )
+        except SourceGoneError as error:
+            if self.machine.state is not SourceState.RETREATING:
+                self.feed(SourceEvent.GONE, str(error))
+            return
+        if isinstance(answer, FinalState):
+            self._final = answer
+            self._stages += 1
+            self._final_at = self._loop.time()
+            self.feed(SourceEvent.SUSPENDED)
+        else:
+            self._run = answer
+            self.feed(SourceEvent.STAGE_READY)
+
+    async def _finish_in_engine(self, call: Coroutine[Any, Any, None]) -> None:
+        await call
+        self.feed(SourceEvent.ENGINE_DONE)
+
+    def _arm_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        bounds = self._bounds
+        bound_s = {
+            SourceState.OFFERED: bounds.reply_s,
+            SourceState.ADVANCING: bounds.keep_alive_s,
+            SourceState.STAGING: bounds.copy_s,
+            SourceState.SUSPENDED: bounds.acknowledge_s,
+            SourceState.ASKING: bounds.acknowledge_s,
+        }.get(self.machine.state)
+        if bound_s is not None:
+            self._timer = self._loop.call_later(bound_s, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        state = self.machine.state
+        if state is SourceState.ASKING and self._questions >= self._bounds.questions:
+            self.feed(SourceEvent.GAVE_UP, f"no answer to {self._questions} questions about the commit")
+        else:
+            patient = state in (SourceState.ADVANCING, SourceState.SUSPENDED, SourceState.ASKING)
+            self.feed(SourceEvent.TIMED_OUT, "" if patient else f"no answer in time while {state}")
+
+    def _close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        committed = self.machine.state is SourceState.COMMITTED
+        final = self._final
+        outcome = MigrationOutcome(
+            request_id=self.request_id,
+            destination=self.destination,
+            reason=self.reason,
+            committed=committed,
+            why="" if committed else self._why or "withdrawn",
+            stages=self._stages,
+            blocks=final.tail.end if final else self._blocks_done,
+            tokens=final.num_computed_tokens if final else 0,
+            suspended_ms=self._suspended_ms,
+        )
+        if not self.outcome.done():
+            self.outcome.set_result(outcome)
+        self._on_close(self)

@@ -1,0 +1,324 @@
+"""Taking a running request out of vLLM's scheduler, and putting one in that was decoded elsewhere.
+
+One mixin serves `Scheduler` and `AsyncScheduler`. It relies on these facts of vLLM 0.32
+(`vllm/v1/core/sched/scheduler.py`):
+
+- `update_from_output` finds requests in `self.requests`, not in `self.running`: a request taken off
+  `running` is not scheduled any more, while steps in flight still drain into it. Putting it back undoes it.
+- `schedule` drains `kv_holding_waiting` first: a waiting request with computed tokens and blocks of its
+  own enters the batch there, without prefill.
+- Between two steps all tokens but the last sampled one have their KV in blocks; full blocks are never
+  written again.
+
+All methods run on the engine's step thread, between steps.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request, RequestStatus
+
+from migration.errors import DestinationRefusedError, SourceGoneError
+from migration.messages import BlockRun
+
+_SchedulerBase = Scheduler if TYPE_CHECKING else object
+
+#: Blocks reserved beyond what a request has, so that it can decode on while it is being copied.
+SLACK_BLOCKS = 2
+
+#: A request is suspended when no more than this many blocks are left to copy.
+TAIL_BLOCKS = 2
+
+
+@dataclass
+class Suspended:
+    """A request that is off the running list and has no step in flight."""
+
+    request: Request
+    tail: BlockRun
+
+
+@dataclass
+class StageWaiter:
+    """Somebody waits for the next stage of a request's migration; see `Engine.next_stage`."""
+
+    request_id: str
+    incarnation: int
+    blocks_done: int
+    suspend: bool
+    answer: Callable[[BlockRun | Suspended | SourceGoneError], None]
+
+
+@dataclass
+class MigrationState:
+    """What the mixin adds to a scheduler's state."""
+
+    arriving: dict[str, Request] = field(default_factory=dict)  # by migration id
+    arrived: dict[str, str] = field(default_factory=dict)  # migration id by request id, once committed
+    suspended: dict[str, Request] = field(default_factory=dict)  # by request id
+    waiters: dict[str, StageWaiter] = field(default_factory=dict)  # by request id
+
+
+class MigrationMixin(_SchedulerBase):
+    """Adds migration to a vLLM scheduler class that follows it in the bases."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.migration = MigrationState()
+        self.handoff_ids: set[str] = set()
+        self.on_prefill_started: Callable[[list[str]], None] = lambda request_ids: None
+        self._max_active = self.max_num_active_reqs
+        if self.vllm_config.max_concurrent_batches > 1:
+            # A step in flight may still write the blocks of a request that has just been freed, and
+            # a migration would write into them unordered with that step.
+            self.defer_block_free = True
+
+    # ---- hooks into vLLM's scheduler
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        if self.handoff_ids:
+            started = [r.req_id for r in output.scheduled_new_reqs if r.req_id in self.handoff_ids]
+            if started:
+                self.handoff_ids.difference_update(started)
+                self.on_prefill_started(started)
+        return output
+
+    def finish_requests(self, request_ids: Any, finished_status: RequestStatus) -> list[Request]:
+        finished: list[Request] = super().finish_requests(request_ids, finished_status)  # type: ignore[misc]
+        for request in finished:
+            self.handoff_ids.discard(request.request_id)
+            self.migration.suspended.pop(request.request_id, None)
+        self._hold_slots()
+        return finished
+
+    def _hold_slots(self) -> None:
+        """Keeps a model-runner slot free for every request that may enter or come back."""
+        held = len(self.migration.suspended) + len(self.migration.arriving)
+        self.max_num_active_reqs = self._max_active - held
+
+    # ---- source
+
+    def running_request(self, request_id: str) -> Request:
+        """Raises: SourceGoneError: not in the batch here."""
+        request: Request | None = self.requests.get(request_id)
+        if request is None or request.is_finished():
+            raise SourceGoneError("the request is not here, or has finished")
+        if request.status is not RequestStatus.RUNNING or request_id in self.migration.suspended:
+            raise SourceGoneError("the request is not running (waiting, preempted or suspended)")
+        return request
+
+    def wait_for_stage(self, waiter: StageWaiter) -> None:
+        self.migration.waiters[waiter.request_id] = waiter
+
+    def settle_stages(self) -> None:
+        """Answers every waiter whose question has an answer at this step boundary."""
+        for waiter in list(self.migration.waiters.values()):
+            answer = self._next_stage(waiter)
+            if answer is not None:
+                del self.migration.waiters[waiter.request_id]
+                waiter.answer(answer)
+
+    def _next_stage(self, waiter: StageWaiter) -> BlockRun | Suspended | SourceGoneError | None:
+        request_id = waiter.request_id
+        request: Request | None = self.requests.get(request_id)
+        if request is None or request.is_finished():
+            return SourceGoneError("the request has finished")
+        if request.num_preemptions != waiter.incarnation:
+            return SourceGoneError("the request was preempted")
+        block_tokens = self.block_size
+        # num_computed_tokens counts steps in flight already; only what is behind them is in the blocks.
+        safe_tokens = request.num_computed_tokens - request.num_in_flight_tokens
+        block_ids = self.kv_cache_manager.get_block_ids(request_id)[0]
+        if request_id not in self.migration.suspended:
+            num_blocks = -(-safe_tokens // block_tokens)
+            decoding = request.num_output_tokens > 0 and not request.is_prefill_chunk
+            if not (decoding and (waiter.suspend or num_blocks - waiter.blocks_done <= TAIL_BLOCKS)):
+                full = safe_tokens // block_tokens
+                if full > waiter.blocks_done:
+                    return BlockRun(waiter.blocks_done, block_ids[waiter.blocks_done : full])
+                return None
+            if request not in self.running:
+                return SourceGoneError("the request is not running")
+            self.running.remove(request)
+            self.migration.suspended[request_id] = request
+            self._hold_slots()
+        if request.num_in_flight_tokens:
+            return None  # drains with the steps in flight
+        assert request.num_computed_tokens == request.num_tokens - 1, "a drained request has one token to go"
+        end = -(-request.num_computed_tokens // block_tokens)
+        return Suspended(request, BlockRun(waiter.blocks_done, block_ids[waiter.blocks_done : end]))
+
+    def resume(self, request_id: str) -> None:
+        """Ends a pending wait and puts a suspended request back. Idempotent."""
+        if (waiter := self.migration.waiters.pop(request_id, None)) is not None:
+            waiter.answer(SourceGoneError("the migration was given up"))
+        request = self.migration.suspended.pop(request_id, None)
+        self._hold_slots()
+        if request is not None:
+            self.running.append(request)
+
+    def release(self, request_id: str) -> None:
+        """Frees a suspended request without output: it lives elsewhere now. Idempotent."""
+        request = self.migration.suspended.pop(request_id, None)
+        if request is not None:
+            request.status = RequestStatus.FINISHED_ABORTED
+            self._free_request(request)
+        self.migration.arrived.pop(request_id, None)
+        self._hold_slots()
+
+    # ---- destination
+
+    def reserve(self, migration_id: str, request: Request) -> tuple[list[int], int]:
+        """Holds blocks and a slot for a request; the scheduler does not see it.
+
+        Returns:
+            Its block ids, and how many of the first ones hold its KV already (prefix cache).
+
+        Raises:
+            DestinationRefusedError: nothing is held.
+        """
+        request_id = request.request_id
+        if request_id in self.requests or any(
+            r.request_id == request_id for r in self.migration.arriving.values()
+        ):
+            raise DestinationRefusedError("the request is here already")
+        held = len(self.running) + len(self.migration.suspended) + len(self.migration.arriving)
+        if held >= min(self._max_active, self.max_num_running_reqs):
+            raise DestinationRefusedError(f"all {held} slots of the batch are taken")
+        request.prefill_stats = None  # the source has reported them
+        request.status = self._entry_status()
+        manager = self.kv_cache_manager
+        computed, num_local, _ = manager.get_computed_blocks(request)
+        if num_local % self.block_size:
+            computed, num_local = manager.empty_kv_cache_blocks, 0
+        wanted = min(request.num_tokens + SLACK_BLOCKS * self.block_size, self.max_model_len)
+        allocated = manager.allocate_slots(
+            request,
+            0,
+            num_new_computed_tokens=num_local,
+            new_computed_blocks=computed,
+            num_external_computed_tokens=wanted - num_local,
+            delay_cache_blocks=True,
+            reserved_blocks=self._inflight_prefill_reserved_blocks(),
+            skip_zeroing_group_ids=(0,),
+        )
+        if allocated is None:
+            raise DestinationRefusedError(f"no {-(-wanted // self.block_size)} free KV blocks")
+        self.migration.arriving[migration_id] = request
+        self._hold_slots()
+        return list(manager.get_block_ids(request_id)[0]), num_local // self.block_size
+
+    def grow(self, migration_id: str, num_blocks: int) -> list[int]:
+        """Raises: DestinationRefusedError: no free blocks; the reservation stays as it was."""
+        request = self._arriving_request(migration_id)
+        manager = self.kv_cache_manager
+        missing = num_blocks - len(manager.get_block_ids(request.request_id)[0])
+        if missing > 0:
+            free = manager.block_pool.get_num_free_blocks() - self._inflight_prefill_reserved_blocks()
+            if missing > free:
+                raise DestinationRefusedError(f"{missing} more KV blocks are needed, {free} are free")
+            tokens = num_blocks * self.block_size
+            group = manager.coordinator.single_type_managers[0]
+            to_zero = list(group.new_block_ids)
+            manager.coordinator.allocate_new_blocks(request.request_id, tokens, tokens)
+            group.new_block_ids[:] = to_zero  # the copy fills them; zeroing would come after it
+        return list(manager.get_block_ids(request.request_id)[0])
+
+    def commit(self, migration_id: str, num_computed_tokens: int) -> Request:
+        """Lets a reserved request, whose tokens are complete by now, enter the next batch."""
+        request = self._arriving_request(migration_id)
+        if request.request_id in self.finished_req_ids:
+            # It left this instance within this very step; the worker would drop its new state.
+            raise DestinationRefusedError("the request has only just left this instance")
+        if (
+            request.num_tokens
+            > len(self.kv_cache_manager.get_block_ids(request.request_id)[0]) * self.block_size
+        ):
+            self.grow(migration_id, -(-request.num_tokens // self.block_size))
+        del self.migration.arriving[migration_id]
+        request.num_computed_tokens = num_computed_tokens
+        request.status = self._entry_status()
+        self.kv_cache_manager.cache_blocks(request, num_computed_tokens)
+        self.requests[request.request_id] = request
+        self.migration.arrived[request.request_id] = migration_id
+        self._enqueue_waiting_request(request)
+        self._hold_slots()
+        return request
+
+    def drop(self, migration_id: str) -> str | None:
+        """Undoes what a migration brought. Returns the request's id if it was committed here. Idempotent."""
+        request = self.migration.arriving.pop(migration_id, None)
+        if request is not None:
+            self.kv_cache_manager.free(request)
+            self._hold_slots()
+            return None
+        for request_id, brought_by in self.migration.arrived.items():
+            if brought_by == migration_id:
+                self.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
+                return request_id
+        return None
+
+    def continue_by_recompute(self, request: Request) -> None:
+        """Queues a request that has output tokens but no blocks: its former owner died."""
+        request.prefill_stats = None
+        request.status = self._entry_status()
+        self.requests[request.request_id] = request
+        self._enqueue_waiting_request(request)
+
+    def forget_arrivals(self, ended: Iterable[str]) -> None:
+        for request_id in ended:
+            self.migration.arrived.pop(request_id, None)
+            self.handoff_ids.discard(request_id)
+
+    def _arriving_request(self, migration_id: str) -> Request:
+        try:
+            return self.migration.arriving[migration_id]
+        except KeyError:
+            raise DestinationRefusedError("nothing is reserved for this migration") from None
+
+    def _entry_status(self) -> RequestStatus:
+        # V2 runners take prompt and outputs from NewRequestData, so the request is new to them. V1
+        # runners find the state that worker.install_request has put there, as after a preemption.
+        return RequestStatus.WAITING if self.use_v2_model_runner else RequestStatus.PREEMPTED
+
+    # ---- books
+
+    def check_integrity(self) -> list[str]:
+        """What does not add up: leaked blocks, tables that should be empty, slots not given back."""
+        problems = []
+        state = self.migration
+        holders = set(self.requests) | {r.request_id for r in state.arriving.values()}
+        for manager in self.kv_cache_manager.coordinator.single_type_managers:
+            leaked = {rid for rid, blocks in manager.req_to_blocks.items() if blocks} - holders
+            if leaked:
+                problems.append(f"blocks are held for unknown requests {sorted(leaked)}")
+        pool = self.kv_cache_manager.block_pool
+        if not holders and not self.deferred_frees:
+            free, usable = pool.get_num_free_blocks(), pool.num_gpu_blocks - 1  # block 0 is the null block
+            if free != usable:
+                problems.append(f"at rest {usable - free} of {usable} blocks are not free")
+        if not set(state.suspended) <= set(self.requests):
+            problems.append("a suspended request is unknown to the scheduler")
+        if any(r in self.running for r in state.suspended.values()):
+            problems.append("a request is both suspended and running")
+        if self.max_num_active_reqs != self._max_active - len(state.suspended) - len(state.arriving):
+            problems.append("batch slots are not accounted for")
+        if not set(state.arrived) <= set(self.requests):
+            problems.append(f"ended requests are remembered as arrivals: {sorted(state.arrived)}")
+        if not self.requests:
+            for name, table in (("suspended", state.suspended), ("waiters", state.waiters)):
+                if table:
+                    problems.append(f"{name} is not empty at rest: {sorted(table)}")
+        return problems
+
+
+class MigratingScheduler(MigrationMixin, Scheduler):
+    """vLLM's scheduler for engines that run one step at a time (CPU, or async scheduling off)."""
+
+
+class MigratingAsyncScheduler(MigrationMixin, AsyncScheduler):
+    """vLLM's scheduler for engines that schedule a step ahead (the default on GPUs)."""

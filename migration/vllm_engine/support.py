@@ -1,0 +1,173 @@
+"""Which engines and which requests can migrate, and whether this vLLM is one that we know.
+
+What cannot move is refused with its reason and stays where it is; it is never broken.
+"""
+
+import hashlib
+import inspect
+from typing import Any
+
+#: Private or undocumented names of vLLM 0.32 that migration relies on: "module:object.attribute", and
+#: for functions the parameters that are passed by name.
+RELIED_ON: dict[str, tuple[str, ...]] = {
+    "vllm.v1.core.sched.scheduler:Scheduler._enqueue_waiting_request": (),
+    "vllm.v1.core.sched.scheduler:Scheduler._free_request": (),
+    "vllm.v1.core.sched.scheduler:Scheduler._inflight_prefill_reserved_blocks": (),
+    "vllm.v1.core.sched.scheduler:Scheduler.finish_requests": ("request_ids", "finished_status"),
+    "vllm.v1.core.sched.scheduler:Scheduler.schedule": (),
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots": (
+        "num_new_computed_tokens",
+        "new_computed_blocks",
+        "num_external_computed_tokens",
+        "delay_cache_blocks",
+        "reserved_blocks",
+        "skip_zeroing_group_ids",
+    ),
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.get_computed_blocks": (),
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.cache_blocks": ("num_computed_tokens",),
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.get_block_ids": (),
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.free": (),
+    "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.allocate_new_blocks": (),
+    "vllm.v1.worker.gpu_input_batch:CachedRequestState": (
+        "req_id",
+        "prompt_token_ids",
+        "mm_features",
+        "sampling_params",
+        "generator",
+        "block_ids",
+        "num_computed_tokens",
+        "output_token_ids",
+    ),
+    "vllm.v1.engine.core:EngineCore.preprocess_add_request": (),
+    "vllm.v1.engine.core:EngineCore.step": (),
+    "vllm.v1.engine.core:EngineCore.step_with_batch_queue": (),
+    "vllm.v1.engine.core:EngineCore.post_step": (),
+}
+
+#: The same for attributes that only instances have.
+RELIED_ON_SCHEDULER = (
+    "requests",
+    "running",
+    "waiting",
+    "kv_holding_waiting",
+    "finished_req_ids",
+    "deferred_frees",
+    "defer_block_free",
+    "max_num_running_reqs",
+    "max_num_active_reqs",
+    "kv_cache_manager",
+    "block_size",
+    "use_v2_model_runner",
+)
+RELIED_ON_REQUEST = (
+    "num_computed_tokens",
+    "num_in_flight_tokens",
+    "num_preemptions",
+    "is_prefill_chunk",
+    "num_output_tokens",
+    "prefill_stats",
+    "status",
+)
+
+
+def missing_names() -> list[str]:
+    """The names of `RELIED_ON` that this vLLM does not have."""
+    import importlib
+
+    missing = []
+    for path, parameters in RELIED_ON.items():
+        module_name, _, qualified = path.partition(":")
+        try:
+            found: Any = importlib.import_module(module_name)
+            for name in qualified.split("."):
+                found = getattr(found, name)
+        except (ImportError, AttributeError):
+            missing.append(path)
+            continue
+        known = inspect.signature(found).parameters
+        missing += [f"{path}({p}=)" for p in parameters if p not in known]
+    return missing
+
+
+def missing_attributes(core: Any) -> list[str]:
+    """The same for a running engine core."""
+    from vllm.v1.request import Request
+
+    scheduler = core.scheduler
+    source = inspect.getsource(Request.__init__)
+    missing = [f"Scheduler.{name}" for name in RELIED_ON_SCHEDULER if not hasattr(scheduler, name)]
+    missing += [
+        f"Request.{name}"
+        for name in RELIED_ON_REQUEST
+        if f"self.{name}" not in source and not hasattr(Request, name)
+    ]
+    worker = getattr(core.model_executor, "driver_worker", None)
+    runner = getattr(getattr(worker, "worker", None), "model_runner", None)
+    if not hasattr(runner, "kv_caches"):
+        missing.append("model_runner.kv_caches")
+    if not (hasattr(runner, "requests") or hasattr(runner, "req_states")):
+        missing.append("model_runner.requests / req_states")
+    return missing
+
+
+def unsupported_engine(vllm_config: Any, kv_cache_config: Any) -> str | None:
+    """Why requests of such an engine cannot migrate, or None."""
+    parallel = vllm_config.parallel_config
+    if parallel.tensor_parallel_size * parallel.pipeline_parallel_size > 1:
+        return "tensor or pipeline parallelism inside an instance"
+    if vllm_config.speculative_config is not None:
+        return "speculative decoding"
+    if vllm_config.kv_transfer_config is not None:
+        return "a KV connector of its own (--kv-transfer-config)"
+    if len(kv_cache_config.kv_cache_groups) != 1:
+        return "several KV cache groups (hybrid attention, Mamba)"
+    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
+    if type(spec).__name__ not in ("FullAttentionSpec", "MLAAttentionSpec"):
+        return f"a KV cache of kind {type(spec).__name__}"
+    return None
+
+
+def unmovable(request: Any) -> str | None:
+    """Why this request (vLLM's `Request`) cannot migrate, or None."""
+    params = request.sampling_params
+    if request.pooling_params is not None or params is None:
+        return "a pooling request does not decode"
+    if request.mm_features:
+        return "multimodal input"
+    if request.prompt_embeds is not None or request.prompt_token_ids is None:
+        return "a prompt given as embeddings"
+    if request.lora_request is not None:
+        return "a LoRA adapter"
+    if request.resumable:
+        return "a streaming-input session"
+    if request.kv_transfer_params or request.ec_transfer_params:
+        return "a KV transfer of its own"
+    if getattr(params, "thinking_token_budget", None) is not None:
+        return "a thinking token budget"
+    return None
+
+
+def compatibility(vllm_config: Any, kv_regions: list[tuple[int, int]]) -> dict[str, str]:
+    """What has to be equal on both sides of a migration, by name; see DESIGN section 5."""
+    import vllm
+
+    model = vllm_config.model_config
+    layout = hashlib.sha256(repr([size for _, size in kv_regions]).encode()).hexdigest()[:12]
+    return {
+        "vllm version": str(vllm.__version__),
+        "model": f"{model.model}@{model.revision}",
+        "model configuration": hashlib.sha256(model.hf_config.to_json_string().encode()).hexdigest()[:12],
+        "dtype": str(model.dtype),
+        "quantization": str(model.quantization),
+        "KV cache dtype": str(vllm_config.cache_config.cache_dtype),
+        "block size": str(vllm_config.cache_config.block_size),
+        "KV layout": f"{len(kv_regions)} regions, {layout}",
+    }
+
+
+def mismatch(theirs: dict[str, str], ours: dict[str, str]) -> str | None:
+    """The first difference in words, or None."""
+    for name in ours:
+        if theirs.get(name) != ours[name]:
+            return f"{name} differs: {theirs.get(name)} there, {ours[name]} here"
+    return None
