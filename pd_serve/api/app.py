@@ -1,0 +1,55 @@
+"""The FastAPI application: vLLM's, and ours around it."""
+
+from argparse import Namespace
+from http import HTTPStatus
+
+from fastapi import FastAPI, Request
+from starlette.middleware import Middleware
+from starlette.responses import JSONResponse
+from vllm import envs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+
+from pd_serve.api import cluster_routes
+from pd_serve.api.cluster_view import ClusterView
+from pd_serve.api.engine_client import ClusterAsyncLLM, ClusterRefusal
+from pd_serve.api.errors import error_response
+from pd_serve.api.overload import OverloadMiddleware
+
+
+async def create_app(
+    args: Namespace, engine_client: ClusterAsyncLLM, cluster: ClusterView, *, max_waiting: int | None = None
+) -> FastAPI:
+    """Build the application, ready to be served.
+
+    Args:
+        args: vLLM's API server namespace, from `pd_serve.engine_flags.parse`.
+        engine_client: Its `cluster` attribute is set here.
+        cluster: Stands behind `/cluster`, `/health` and the refusals.
+        max_waiting: Requests that may wait for a first token before others get 429; None for no limit.
+
+    Returns:
+        The application. `app.state.server` is set by `pd_serve.api.server.serve`.
+    """
+    engine_client.cluster = cluster
+    tasks = await engine_client.get_supported_tasks()
+    app: FastAPI = build_app(args, tasks, engine_client.model_config)
+    await init_app_state(engine_client, app.state, args, tasks)
+
+    app.state.cluster = cluster
+    app.include_router(cluster_routes.router)
+    app.add_exception_handler(ClusterRefusal, _refused)
+    # Appended, that is innermost: a refusal needs a valid key, carries X-Request-Id and CORS headers and
+    # is counted by vLLM's HTTP metrics. `add_middleware` would put it outside of all that.
+    keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
+    if keys:
+        app.user_middleware.append(Middleware(cluster_routes.ClusterKeyMiddleware, tokens=keys))
+    app.user_middleware.append(Middleware(OverloadMiddleware, cluster=cluster, max_waiting=max_waiting))
+    return app
+
+
+async def _refused(request: Request, error: Exception) -> JSONResponse:
+    """A refusal by the cluster itself, after the request had passed the door."""
+    assert isinstance(error, ClusterRefusal)
+    retry = error.http_status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
+    return error_response(error.http_status, str(error), headers={"Retry-After": "1"} if retry else None)

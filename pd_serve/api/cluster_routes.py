@@ -1,0 +1,84 @@
+"""`/cluster`: look at the instances, move a request by hand, check the invariants.
+
+vLLM's API key guards only some path prefixes (/v1, /v2, /inference, /cohere), so these routes check it
+themselves, with vLLM's own constant-time comparison.
+"""
+
+import math
+from typing import Any
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, Field
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+from pd_serve.api.cluster_view import MigrationRefusedError, UnknownTargetError
+from pd_serve.api.errors import error_response
+
+PREFIX = "/cluster"
+router = APIRouter(prefix=PREFIX, tags=["cluster"])
+
+
+class MigrateRequest(BaseModel):
+    """Body of `POST /cluster/migrate`."""
+
+    request_id: str = Field(min_length=1)
+    destination: str = Field(min_length=1)
+
+
+class ClusterKeyMiddleware(AuthenticationMiddleware):  # type: ignore[misc]
+    """Requires one of the API keys on `/cluster` and everything below it."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one ASGI connection, or answer 401."""
+        app: ASGIApp = self.app
+        if scope["type"] == "http" and scope["method"] != "OPTIONS":
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
+            guarded = path == PREFIX or path.startswith(PREFIX + "/")
+            if guarded and not self.verify_token(Request(scope).headers):
+                headers = {"WWW-Authenticate": "Bearer"}
+                app = error_response(401, "Unauthorized", headers=headers)
+        await app(scope, receive, send)
+
+
+@router.get("")
+async def cluster(request: Request) -> JSONResponse:
+    """All instances, and how many migrations were committed and aborted, by reason."""
+    return JSONResponse(_finite(request.app.state.cluster.snapshot()))
+
+
+@router.post("/migrate")
+async def migrate(body: MigrateRequest, request: Request) -> Response:
+    """Move one running request to another instance and report what that cost."""
+    state = request.app.state
+    ids = state.engine_client.internal_ids(body.request_id)
+    if len(ids) > 1:
+        message = f"{body.request_id} names {len(ids)} running requests, choose one: {', '.join(sorted(ids))}"
+        return error_response(409, message, param="request_id")
+    # An id that is not of this front end may still be one the engines know.
+    request_id = ids[0] if ids else body.request_id
+    try:
+        report = await state.cluster.migrate(request_id, body.destination)
+    except UnknownTargetError as error:
+        return error_response(404, str(error))
+    except MigrationRefusedError as error:
+        return error_response(409, str(error))
+    names = ("downtime_ms", "stages", "blocks", "tokens")
+    return JSONResponse({name: getattr(report, name) for name in names})
+
+
+@router.get("/integrity")
+async def integrity(request: Request) -> JSONResponse:
+    """Whether every invariant holds, and which do not."""
+    violations = await request.app.state.cluster.check_integrity()
+    return JSONResponse({"ok": not violations, "violations": violations})
+
+
+def _finite(value: Any) -> Any:
+    """The same value with infinities as null: JSON has none, and an idle instance has freeness +inf."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

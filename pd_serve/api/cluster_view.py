@@ -1,0 +1,71 @@
+"""What the HTTP layer asks of the cluster, and the two ways in which it says no."""
+
+from typing import Any, Protocol
+
+from migration.errors import InvalidRequestError, PdServeError
+
+
+class UnknownTargetError(InvalidRequestError):
+    """The named request or instance is not there (any more). HTTP 404."""
+
+
+class MigrationRefusedError(PdServeError):
+    """The migration did not happen; the message says why, and the request goes on. HTTP 409."""
+
+
+class MigrationReport(Protocol):
+    """What one finished migration cost.
+
+    Attributes:
+        downtime_ms: Gap between the last token from the source and the first from the destination.
+        stages: Copy rounds, the final one included.
+        blocks: KV blocks copied in all rounds.
+        tokens: Length of the sequence when it changed owner.
+    """
+
+    @property
+    def downtime_ms(self) -> float: ...
+    @property
+    def stages(self) -> int: ...
+    @property
+    def blocks(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+
+
+class ClusterView(Protocol):
+    """The cluster as the front end sees it.
+
+    The properties are read once per request: they must cost no more than reading a counter.
+    """
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that were accepted and have no first token yet."""
+        ...
+
+    @property
+    def num_live(self) -> int:
+        """Live instances that can take new requests."""
+        ...
+
+    def snapshot(self) -> dict[str, Any]:
+        """The body of `GET /cluster`: `{"instances": [...], "migrations": {reason: {...}}}`."""
+        ...
+
+    async def migrate(self, request_id: str, destination: str) -> MigrationReport:
+        """Move one running request to the instance `destination`.
+
+        Args:
+            request_id: vLLM's internal request id, the one the engines know.
+            destination: Instance id.
+
+        Raises:
+            UnknownTargetError: No such request, or no such instance.
+            MigrationRefusedError: It stays where it is, and why.
+        """
+        ...
+
+    async def check_integrity(self) -> list[str]:
+        """Violations of the invariants that must always hold, in words; empty when all hold."""
+        ...

@@ -1,0 +1,120 @@
+"""Bounded overload: refuse work at the door, before it costs a tokenization.
+
+A request is *arriving* from the moment its body is complete until the engine client has handed it to the
+cluster, which counts it as waiting from then on. Both count towards the limit: in a burst, every request is
+still arriving when the last one is looked at.
+"""
+
+from contextvars import ContextVar
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pd_serve.api.cluster_view import ClusterView
+from pd_serve.api.errors import error_response
+
+GENERATING_PATHS = frozenset(
+    {
+        "/cohere/v2/chat",
+        "/generative_scoring",
+        "/inference/v1/generate",
+        "/invocations",
+        "/v1/chat/completions",
+        "/v1/chat/completions/batch",
+        "/v1/completions",
+        "/v1/messages",
+        "/v1/responses",
+        "/v1/systemone",
+    }
+)
+
+
+class _Arrival:
+    """One request between its complete body and its hand-over; begins and ends at most once."""
+
+    def __init__(self, gate: "OverloadMiddleware") -> None:
+        self._gate = gate
+        self._begun = self._ended = False
+
+    def begin(self) -> None:
+        if not self._begun:
+            self._begun = True
+            self._gate.num_arriving += 1
+
+    def end(self) -> None:
+        if self._begun and not self._ended:
+            self._gate.num_arriving -= 1
+        self._begun = self._ended = True
+
+
+# Inherited by the tasks that vLLM's handlers run in; they share the one mutable object.
+_arrival: ContextVar[_Arrival | None] = ContextVar("pd_serve_arrival", default=None)
+
+
+def mark_submitted() -> None:
+    """The request served by this task is in the cluster's hands (or refused): it no longer arrives."""
+    arrival = _arrival.get()
+    if arrival is not None:
+        arrival.end()
+
+
+class OverloadMiddleware:
+    """Answers 503 while no instance is live and 429 while too many requests wait.
+
+    Pure ASGI: it looks at method and path, and passes `send` on untouched, so streams and the detection
+    of disconnected clients work as without it.
+
+    Attributes:
+        num_arriving: Requests whose body is complete and which the cluster does not count yet.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, cluster: ClusterView, max_waiting: int | None = None, retry_after_s: int = 1
+    ) -> None:
+        """Wrap `app`.
+
+        Args:
+            cluster: Asked for `num_live` and `num_waiting` on every generating request.
+            max_waiting: Requests that may wait for their first token; None for no limit.
+            retry_after_s: Value of `Retry-After` in both refusals.
+        """
+        self.app = app
+        self.num_arriving = 0
+        self._cluster = cluster
+        self._max_waiting = max_waiting
+        self._headers = {"Retry-After": str(retry_after_s)}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve or refuse one ASGI connection."""
+        if scope["type"] != "http" or scope["method"] != "POST":
+            return await self.app(scope, receive, send)
+        if scope["path"].removeprefix(scope.get("root_path", "")) not in GENERATING_PATHS:
+            return await self.app(scope, receive, send)
+        refusal = self._refusal()
+        if refusal is not None:
+            return await refusal(scope, receive, send)
+
+        arrival = _Arrival(self)
+
+        async def receive_and_count() -> Message:
+            message = await receive()
+            # Not earlier: a slow upload must not take a place from requests that are complete.
+            if message["type"] == "http.request" and not message.get("more_body", False):
+                arrival.begin()
+            return message
+
+        token = _arrival.set(arrival)
+        try:
+            await self.app(scope, receive_and_count, send)
+        finally:
+            arrival.end()
+            _arrival.reset(token)
+
+    def _refusal(self) -> JSONResponse | None:
+        if self._cluster.num_live == 0:
+            return error_response(503, "No instance is available.", headers=self._headers)
+        waiting = self._cluster.num_waiting + self.num_arriving
+        if self._max_waiting is not None and waiting >= self._max_waiting:
+            message = f"{waiting} requests are waiting for their first token already; try again later."
+            return error_response(429, message, headers=self._headers)
+        return None

@@ -1,0 +1,154 @@
+"""Serving the application over HTTP: bind early, listen when ready, stop within a bound.
+
+Plain uvicorn instead of vLLM's `serve_http`: that one takes SIGINT and SIGTERM for itself, logs every
+route, and at the end stops the engines and cancels the server without letting streams end. Its watchdog and
+its settings are used. vLLM is imported when serving, so that `bind` can be the first thing a command does.
+"""
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+from argparse import Namespace
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from migration.errors import EngineDeadError, InvalidRequestError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from pd_serve.api.engine_client import ClusterAsyncLLM
+
+FINISH_S = 1.5
+"""How long requests may go on by themselves after a stop was asked for."""
+
+STOP_S = 3.0
+"""How long a stop takes at most; what still runs then is cut off."""
+
+
+def bind(host: str | None, port: int) -> socket.socket:
+    """Take the address without listening yet, so that clients are refused until the service is ready.
+
+    Args:
+        host: Name or address; None or "" for all interfaces.
+        port: 0 for any free one.
+
+    Raises:
+        InvalidRequestError: The address cannot be had; says why in one line.
+    """
+    where = f"port {port} of {host or 'all interfaces'}"
+    try:
+        found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+    except (OSError, OverflowError) as error:
+        raise InvalidRequestError(f"{where} is no address to serve at: {error}") from error
+    sock = socket.socket(family, kind, protocol)
+    try:
+        # A port is free although connections of the last server on it are still in TIME_WAIT.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EADDRINUSE:
+            raise InvalidRequestError(f"{where} is in use; choose another with --port") from error
+        why = os.strerror(error.errno) if error.errno else str(error)
+        raise InvalidRequestError(f"cannot serve on {where}: {why}") from error
+    return sock
+
+
+async def serve(
+    app: "FastAPI", sock: socket.socket, args: Namespace, *, on_ready: Callable[[], None]
+) -> None:
+    """Serve until cancelled. Takes over `sock` and closes it.
+
+    When cancelled: no new connections, requests have `FINISH_S` to finish, then they are aborted, so that
+    each open stream gets its last chunk; after `STOP_S` what is left is cut off. Signals are the caller's.
+
+    Args:
+        app: From `create_app`.
+        sock: From `bind`.
+        args: vLLM's API server namespace: TLS, header limits, log level, access log.
+        on_ready: Called once, when connections are accepted.
+
+    Raises:
+        EngineDeadError: The engine client stopped working; the server has ended.
+        InvalidRequestError: Another process began to listen on the same address after `bind`.
+    """
+    from vllm.entrypoints.launchers.launcher import watchdog_loop
+
+    client: ClusterAsyncLLM = app.state.engine_client
+    server = _Server(_config(app, args), on_ready)
+    app.state.server = server  # vLLM's error handlers stop it when the engine client is dead
+    serving = asyncio.create_task(server.serve(sockets=[sock]), name="http server")
+    watchdog = asyncio.create_task(watchdog_loop(server, client), name="engine client watchdog")
+    try:
+        await asyncio.shield(serving)
+    except asyncio.CancelledError:
+        await _stop(server, serving, client)
+        raise
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise InvalidRequestError("the port was taken by another process; choose one with --port") from error
+    finally:
+        watchdog.cancel()
+        serving.cancel()
+        sock.close()
+    if client.errored:
+        raise EngineDeadError("the engine client of the API server has stopped; see the log above")
+
+
+async def _stop(server: uvicorn.Server, serving: "asyncio.Task[None]", client: "ClusterAsyncLLM") -> None:
+    server.should_exit = True
+    done, _ = await asyncio.wait({serving}, timeout=FINISH_S)
+    if not done:
+        await client.abort_all()
+        await asyncio.wait({serving}, timeout=STOP_S)  # uvicorn itself cuts off at STOP_S
+
+
+def _config(app: "FastAPI", args: Namespace) -> uvicorn.Config:
+    """Uvicorn's settings as vLLM makes them from its own flags.
+
+    Source: vllm/entrypoints/launchers/api_server/entry.py, build_and_serve; launcher.py, serve_http.
+    """
+    from vllm import envs
+    from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+
+    log_config = get_uvicorn_log_config(args)
+    config = uvicorn.Config(
+        app,
+        log_level=args.uvicorn_log_level,
+        access_log=not args.disable_uvicorn_access_log,
+        timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+        timeout_graceful_shutdown=STOP_S,  # type: ignore[arg-type]  # goes to asyncio.wait_for as it is
+        ssl_keyfile=args.ssl_keyfile,
+        ssl_certfile=args.ssl_certfile,
+        ssl_ca_certs=args.ssl_ca_certs,
+        ssl_cert_reqs=args.ssl_cert_reqs,
+        h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
+        **({"ssl_ciphers": args.ssl_ciphers} if args.ssl_ciphers else {}),
+        **({"log_config": log_config} if log_config else {}),
+    )
+    config.h11_max_header_count = args.h11_max_header_count  # type: ignore[attr-defined]  # read by vLLM only
+    return config
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn's server without signal handlers, and with a call when it listens."""
+
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_ready = on_ready
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_ready()
