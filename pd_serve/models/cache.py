@@ -1,0 +1,47 @@
+"""Directories that are made once and then only read, shared by all processes of a user."""
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def cache_root() -> Path:
+    """`$PD_SERVE_CACHE`, else `~/.cache/pd-serve`. It need not exist."""
+    configured = os.environ.get("PD_SERVE_CACHE")
+    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "pd-serve"
+
+
+def cached_directory(key: str, build: Callable[[Path], None]) -> Path:
+    """The directory `key` below the cache root, made by `build` when it is not there yet.
+
+    `build` fills an empty directory, which takes the final name only when `build` has returned: a directory
+    that exists is complete. Of several processes one builds and the others wait. If `build` raises, nothing
+    is left behind and the error goes on to the caller.
+    """
+    target = cache_root() / "models" / key
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(target.with_name(f".{key}.lock")):
+        if target.is_dir():
+            return target
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=target.parent))
+        try:
+            build(unfinished)
+            unfinished.chmod(0o755)
+            os.replace(unfinished, target)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return target
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the exclusive lock file at `path`. The kernel drops it if the process dies."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,75 @@
+"""Names of models: the demo models this package makes itself, and everything vLLM accepts."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from migration.errors import InvalidRequestError
+from pd_serve.models import smollm2, tiny
+from pd_serve.models.cache import cached_directory
+
+DEFAULT_MODEL = "smollm2"
+
+
+@dataclass(frozen=True, slots=True)
+class DemoModel:
+    """A model that needs no download from a hub. `recipe` is part of its directory's name."""
+
+    served_name: str
+    recipe: str
+    build: Callable[[Path], None]
+
+
+_DEMO_MODELS = {
+    "tiny": DemoModel("tiny", tiny.TINY.recipe, lambda directory: tiny.build(tiny.TINY, directory)),
+    "bench": DemoModel("bench", tiny.BENCH.recipe, lambda directory: tiny.build(tiny.BENCH, directory)),
+    "smollm2": DemoModel("SmolLM2-135M-Instruct", smollm2.RECIPE, smollm2.build),
+}
+_ALIASES = {"smollm2-135m-instruct": "smollm2"}
+
+
+def resolve(name: str) -> str:
+    """What to give vLLM as its model for `name`; a demo model is made first if need be.
+
+    A demo name becomes its local directory. Anything else is returned as it is (a path that exists with `~`
+    expanded): vLLM takes local directories and hub names.
+
+    Raises:
+        InvalidRequestError: `name` is a path and nothing is there, or a demo model cannot be made here.
+    """
+    key = _demo_key(name)
+    if key is not None:
+        demo = _DEMO_MODELS[key]
+        return str(cached_directory(f"{key}-r{demo.recipe}", demo.build))
+    path = Path(name).expanduser()
+    if name and path.exists():
+        return str(path) if name.startswith("~") else name
+    if not name or _is_path(name):
+        raise InvalidRequestError(
+            f"model {name!r} does not exist: give a directory with a config.json, a hub name such as "
+            f"org/model, or one of {', '.join(demo_names())}"
+        )
+    return name
+
+
+def served_name(name: str) -> str:
+    """What the API calls the model `name`, unless told otherwise: vLLM's rule, and short for demo models."""
+    key = _demo_key(name)
+    return name if key is None else _DEMO_MODELS[key].served_name
+
+
+def demo_names() -> list[str]:
+    """The short names that `resolve` knows itself."""
+    return sorted(_DEMO_MODELS)
+
+
+def _demo_key(name: str) -> str | None:
+    key = name.lower()
+    key = _ALIASES.get(key, key)
+    return key if key in _DEMO_MODELS else None
+
+
+def _is_path(name: str) -> bool:
+    """Whether `name` can only be a path. One separator inside (`org/model`) may be a hub name as well."""
+    return name.startswith((".", "~", os.sep)) or name.endswith(os.sep) or name.count(os.sep) > 1
