@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from migration.errors import InvalidRequestError
@@ -19,11 +20,12 @@ class DemoModel:
     served_name: str
     recipe: str
     build: Callable[[Path], None]
+    dtype: str | None = None
 
 
 _DEMO_MODELS = {
-    "tiny": DemoModel("tiny", tiny.TINY.recipe, lambda directory: tiny.build(tiny.TINY, directory)),
-    "bench": DemoModel("bench", tiny.BENCH.recipe, lambda directory: tiny.build(tiny.BENCH, directory)),
+    "tiny": DemoModel("tiny", tiny.TINY.recipe, partial(tiny.build, tiny.TINY), "float32"),
+    "bench": DemoModel("bench", tiny.BENCH.recipe, partial(tiny.build, tiny.BENCH), "float32"),
     "smollm2": DemoModel("SmolLM2-135M-Instruct", smollm2.RECIPE, smollm2.build),
 }
 _ALIASES = {"smollm2-135m-instruct": "smollm2"}
@@ -57,6 +59,16 @@ def served_name(name: str) -> str:
     """What the API calls the model `name`, unless told otherwise: vLLM's rule, and short for demo models."""
     key = _demo_key(name)
     return name if key is None else _DEMO_MODELS[key].served_name
+
+
+def default_dtype(name: str) -> str | None:
+    """The value of `--dtype` that suits the model `name` when the caller gives none; None leaves it to vLLM.
+
+    vLLM's own default runs float32 models in bfloat16 (Source: `vllm/config/model.py`, `_resolve_auto_dtype`)
+    and its rounding would let the greedy text of the random models depend on the batch.
+    """
+    key = _demo_key(name)
+    return None if key is None else _DEMO_MODELS[key].dtype
 
 
 def demo_names() -> list[str]:

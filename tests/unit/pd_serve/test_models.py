@@ -13,7 +13,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from migration.errors import InvalidRequestError
-from pd_serve.models import DEFAULT_MODEL, resolve, served_name
+from pd_serve.models import DEFAULT_MODEL, default_dtype, resolve, served_name
 from pd_serve.models.cache import cached_directory
 from pd_serve.models.catalog import demo_names
 
@@ -121,6 +121,10 @@ class TestResolve:
         names = [served_name(name) for name in ("smollm2", "smollm2-135m-instruct", "tiny", "bench")]
         assert names == ["SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct", "tiny", "bench"]
         assert DEFAULT_MODEL in demo_names()
+
+    def test_random_models_run_in_float32_unless_told_otherwise(self) -> None:
+        assert [default_dtype(name) for name in ("tiny", "bench")] == ["float32", "float32"]
+        assert [default_dtype(name) for name in ("smollm2", "org/model")] == [None, None]
 
     def test_importing_is_quick(self) -> None:
         code = (
