@@ -1,0 +1,84 @@
+"""From an engine's KV cache tensors to the regions a transport moves."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from migration.transport.base import KvRegion
+
+if TYPE_CHECKING:
+    import torch
+
+
+def kv_regions(
+    tensors: Iterable[torch.Tensor], num_blocks: int, block_axis: int | None = None
+) -> list[KvRegion]:
+    """Describes KV cache tensors as regions of equally sized blocks.
+
+    What counts is where the bytes lie, not the order of the axes: axes with a smaller stride than
+    `block_axis` are inside a block, the others enumerate regions. So `(2, blocks, ...)` with K and V
+    apart gives two regions a tensor, `(blocks, 2, ...)` one, and a view of the latter's memory in the
+    former's shape still one.
+
+    Args:
+        tensors: One per attention layer, in layer order, on the CPU or on CUDA. Layers that share
+            memory (same address) give one region.
+        num_blocks: Blocks in each tensor: its size along `block_axis`.
+        block_axis: The axis that counts blocks; the same for all tensors. By default a tensor's first
+            axis of size `num_blocks`.
+
+    Returns:
+        The regions in order of tensors, then of outer index. They point into the tensors, which the
+        caller keeps alive.
+
+    Raises:
+        ValueError: A tensor has another number of blocks, or its blocks are not contiguous.
+    """
+    regions: dict[tuple[int, int], KvRegion] = {}
+    for index, tensor in enumerate(tensors):
+        for region in _tensor_regions(tensor, index, num_blocks, block_axis):
+            known = regions.setdefault((region.device_id, region.address), region)
+            if known != region:
+                raise ValueError(
+                    f"KV cache tensor {index} starts where another one does, but with blocks of "
+                    f"{region.block_bytes} bytes instead of {known.block_bytes}"
+                )
+    return list(regions.values())
+
+
+def _tensor_regions(tensor: torch.Tensor, index: int, num_blocks: int, block_axis: int) -> Iterable[KvRegion]:
+    shape, stride = tuple(tensor.shape), tuple(tensor.stride())
+    where = f"KV cache tensor {index} (shape {shape}, strides {stride})"
+    axes = range(len(shape)) if block_axis is None else [block_axis % len(shape)]
+    axis = next((i for i in axes if shape[i] == num_blocks), None)
+    if axis is None:
+        along = "any axis" if block_axis is None else f"axis {block_axis}"
+        raise ValueError(f"{where} has not {num_blocks} blocks along {along}")
+    # An axis of size 1 has no extent, whatever its stride says.
+    others = [i for i in range(len(shape)) if i != axis and shape[i] > 1]
+    if num_blocks == 1:
+        inner, outer = others, []
+    else:
+        inner = [i for i in others if stride[i] < stride[axis]]
+        outer = [i for i in others if stride[i] >= stride[axis]]
+    dense = 1
+    for i in sorted(inner, key=lambda i: stride[i]):
+        if stride[i] != dense:
+            raise ValueError(f"{where} leaves gaps inside a block: blocks must be contiguous to be moved")
+        dense *= shape[i]
+    if num_blocks > 1 and stride[axis] != dense:
+        raise ValueError(
+            f"{where} has blocks of {dense} elements that are {stride[axis]} elements apart: "
+            "blocks must be contiguous and touch each other to be moved"
+        )
+    size = tensor.element_size()
+    for combination in itertools.product(*(range(shape[i]) for i in outer)):
+        offset = sum(step * stride[i] for step, i in zip(combination, outer, strict=True))
+        yield KvRegion(
+            address=tensor.data_ptr() + offset * size,
+            num_blocks=num_blocks,
+            block_bytes=dense * size,
+            device_id=tensor.get_device(),
+        )
