@@ -6,7 +6,7 @@ out in order, between two engine steps; each is one visit to the engine.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from migration.messages import BlockRun, FinalState, MigrationId, RequestDescription, RequestId
 
@@ -117,5 +117,15 @@ class Engine(Protocol):
     async def drop(self, migration_id: MigrationId) -> None:
         """Undoes what this migration brought: frees a reservation, ends a committed request silently."""
 
-    def check_integrity(self) -> list[str]:
+    # the rest
+    async def abort_client(self, client: str) -> None:
+        """Ends all requests whose tokens go to an API server that is gone."""
+
+    async def live_requests(self) -> list[RequestId]:
+        """Every request that holds something here, arriving ones included."""
+
+    async def utility(self, method: str, *arguments: Any) -> Any:
+        """One of the engine's own control methods, by the name that its front end knows."""
+
+    async def check_integrity(self) -> list[str]:
         """What does not add up in the engine's books, in plain words; empty if all is well."""

@@ -23,7 +23,7 @@ from vllm.v1.request import Request
 from vllm.v1.serial_utils import MsgpackDecoder
 
 from migration.engine import EngineEvents, EngineLoad, Reservation
-from migration.errors import DestinationRefusedError, EngineDeadError, SourceGoneError
+from migration.errors import DestinationRefusedError, EngineDeadError, InvalidRequestError, SourceGoneError
 from migration.messages import BlockRun, FinalState, MigrationId, RequestDescription, RequestId
 from migration.transport.base import KvRegion
 from migration.transport.regions import kv_regions
@@ -59,6 +59,20 @@ class LiveRequest:
     epoch: int
     emitted: int
 
+
+#: Methods of `EngineCore` that vLLM's front end may call by name.
+UTILITIES = frozenset(
+    {
+        "get_supported_tasks",
+        "reset_mm_cache",
+        "reset_prefix_cache",
+        "reset_encoder_cache",
+        "is_sleeping",
+        "is_scheduler_paused",
+        "list_loras",
+        "get_weight_version",
+    }
+)
 
 #: (request's ownership epoch, index of the first new token), one per output, in the outputs' order.
 TokenSpan = tuple[int, int]
@@ -140,6 +154,14 @@ class VllmEngine:
             return unknown
 
         return await self._call(abort)
+
+    async def abort_client(self, client: str) -> None:
+        def abort() -> None:
+            ids = [request_id for request_id, live in self._live.items() if live.client == client]
+            self.core.abort_requests(ids)
+            self._forget(ids)
+
+        await self._call(abort)
 
     # ---- source
 
@@ -257,12 +279,13 @@ class VllmEngine:
 
         return await self._call(check)
 
-    async def supported_tasks(self) -> list[str]:
-        return await self._call(lambda: list(self.core.get_supported_tasks()))
+    async def live_requests(self) -> list[RequestId]:
+        return await self._call(lambda: [RequestId(request_id) for request_id in self._live])
 
-    async def utility(self, method: str, *args: Any) -> Any:
-        """One of `EngineCore`'s own methods, for vLLM's front end (reset_prefix_cache, ...)."""
-        return await self._call(lambda: getattr(self.core, method)(*args))
+    async def utility(self, method: str, *arguments: Any) -> Any:
+        if method not in UTILITIES:
+            raise InvalidRequestError(f"{method} is not a utility of the engine")
+        return await self._call(lambda: getattr(self.core, method)(*arguments))
 
     # ---- step thread
 
@@ -404,7 +427,7 @@ class VllmEngine:
             block_tokens=block_tokens,
         )
 
-    def _prefill_started(self, request_ids: list[str]) -> None:
+    def _prefill_started(self, request_ids: list[RequestId]) -> None:
         self._loop.call_soon_threadsafe(self._events.on_prefill_started, request_ids)
 
     def _final_state(self, suspended: Suspended) -> FinalState:
@@ -461,7 +484,7 @@ class VllmEngine:
         if structured is None:
             return
         async with asyncio.timeout(30.0):
-            while not structured.is_grammar_ready:
+            while not structured.is_grammar_ready:  # noqa: ASYNC110 - vLLM offers nothing to wait on
                 await asyncio.sleep(0.002)
         if isinstance(structured.grammar, Exception):
             raise DestinationRefusedError(f"the grammar does not compile: {structured.grammar}")

@@ -24,7 +24,10 @@ from vllm.v1.request import Request, RequestStatus
 from migration.errors import DestinationRefusedError, SourceGoneError
 from migration.messages import BlockRun
 
-_SchedulerBase = Scheduler if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    _SchedulerBase = Scheduler
+else:
+    _SchedulerBase = object
 
 #: Blocks reserved beyond what a request has, so that it can decode on while it is being copied.
 SLACK_BLOCKS = 2
@@ -69,8 +72,8 @@ class MigrationMixin(_SchedulerBase):
         super().__init__(*args, **kwargs)
         self.migration = MigrationState()
         self.handoff_ids: set[str] = set()
-        self.on_prefill_started: Callable[[list[str]], None] = lambda request_ids: None
-        self._max_active = self.max_num_active_reqs
+        self.on_prefill_started: Callable[[list[Any]], None] = lambda request_ids: None
+        self._max_active: int = self.max_num_active_reqs
         if self.vllm_config.max_concurrent_batches > 1:
             # A step in flight may still write the blocks of a request that has just been freed, and
             # a migration would write into them unordered with that step.
@@ -79,7 +82,7 @@ class MigrationMixin(_SchedulerBase):
     # ---- hooks into vLLM's scheduler
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        output = super().schedule(*args, **kwargs)
         if self.handoff_ids:
             started = [r.req_id for r in output.scheduled_new_reqs if r.req_id in self.handoff_ids]
             if started:
@@ -88,7 +91,7 @@ class MigrationMixin(_SchedulerBase):
         return output
 
     def finish_requests(self, request_ids: Any, finished_status: RequestStatus) -> list[Request]:
-        finished: list[Request] = super().finish_requests(request_ids, finished_status)  # type: ignore[misc]
+        finished: list[Request] = super().finish_requests(request_ids, finished_status)
         for request in finished:
             self.handoff_ids.discard(request.request_id)
             self.migration.suspended.pop(request.request_id, None)
@@ -98,7 +101,7 @@ class MigrationMixin(_SchedulerBase):
     def _hold_slots(self) -> None:
         """Keeps a model-runner slot free for every request that may enter or come back."""
         held = len(self.migration.suspended) + len(self.migration.arriving)
-        self.max_num_active_reqs = self._max_active - held
+        self.max_num_active_reqs: int = self._max_active - held
 
     # ---- source
 

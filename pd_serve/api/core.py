@@ -1,0 +1,58 @@
+"""The cluster in the shape of vLLM's engine-core client: what `AsyncLLM` talks to."""
+
+from types import SimpleNamespace
+from typing import Any
+
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
+from vllm.v1.engine.core_client import EngineCoreClient
+
+from pd_serve.request_router import RequestRouter
+
+
+class ClusterCore(EngineCoreClient):
+    """Hands requests to the router and outputs back. What a cluster cannot do answers 501, as in vLLM."""
+
+    def __init__(self, router: RequestRouter, supported_tasks: tuple[str, ...]) -> None:
+        self.resources = SimpleNamespace(engine_dead=False)
+        self.engine_ranks_managed = router.slots
+        self._router = router
+        self._supported_tasks = supported_tasks
+
+    async def get_supported_tasks_async(self) -> tuple[str, ...]:
+        return self._supported_tasks
+
+    async def add_request_async(self, request: EngineCoreRequest) -> None:
+        self._router.submit(request)
+
+    async def get_output_async(self) -> EngineCoreOutputs:
+        return await self._router.outputs.get()
+
+    async def abort_requests_async(self, request_ids: list[str]) -> None:
+        self._router.abort(request_ids)
+
+    async def reset_mm_cache_async(self) -> None:
+        await self._router.call_all("reset_mm_cache")
+
+    async def reset_prefix_cache_async(
+        self, reset_running_requests: bool = False, reset_connector: bool = False
+    ) -> bool:
+        done = await self._router.call_all("reset_prefix_cache", reset_running_requests, reset_connector)
+        return all(done.values())
+
+    async def reset_encoder_cache_async(self) -> None:
+        await self._router.call_all("reset_encoder_cache")
+
+    async def is_scheduler_paused_async(self) -> bool:
+        return any((await self._router.call_all("is_scheduler_paused")).values())
+
+    async def is_sleeping_async(self) -> bool:
+        return any((await self._router.call_all("is_sleeping")).values())
+
+    async def get_weight_version_async(self) -> Any:
+        return next(iter((await self._router.call_all("get_weight_version")).values()), "default")
+
+    def dp_engines_running(self) -> bool:
+        return True
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """The cluster ends its instances itself."""

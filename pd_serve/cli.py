@@ -1,0 +1,106 @@
+"""The command line: `pd-serve serve`, `status`, `bench`."""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from migration.errors import InvalidRequestError, PdServeError
+from pd_serve import models
+from pd_serve.console import Console
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+_SERVE_HELP = """Serve a model behind one OpenAI-compatible endpoint.
+
+MODEL comes first: a directory, a hub name, or a demo model ('smollm2', the default, or 'tiny', which is ready
+fastest and talks nonsense). Every engine flag of vLLM is taken under vLLM's name, for all instances or, with a
+prefix, for one role: --max-model-len 4096 --prefill-max-num-batched-tokens 1024.
+"""
+
+
+@app.callback()
+def _root() -> None:
+    """Prefill-decode disaggregated LLM serving by live migration, on stock vLLM."""
+
+
+@app.command(help=_SERVE_HELP, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    prefill: Annotated[int | None, typer.Option(help="Prefill instances. [default: 1]")] = None,
+    decode: Annotated[int | None, typer.Option(help="Decode instances. [default: 2]")] = None,
+    neutral: Annotated[int, typer.Option(help="Instances that do both, without disaggregation.")] = 0,
+    host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to serve on; 0 for any free one.")] = 8000,
+    served_model_name: Annotated[str | None, typer.Option(help="What the API calls the model.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="Key that clients must send.", envvar="VLLM_API_KEY")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Join this Ray cluster instead of a local one.")
+    ] = None,
+    max_waiting_requests: Annotated[
+        int, typer.Option(help="Requests that may wait for a first token before others get 429.")
+    ] = 512,
+) -> None:
+    from pd_serve.config import ServeConfig
+
+    extra = list(context.args)
+    model = extra.pop(0) if extra and not extra[0].startswith("-") else models.DEFAULT_MODEL
+    pair = (1, 2) if neutral == 0 else (0, 0)
+    config = ServeConfig(
+        model=model,
+        instances={
+            "prefill": pair[0] if prefill is None else prefill,
+            "decode": pair[1] if decode is None else decode,
+            "neutral": neutral,
+        },
+        host=host,
+        port=port,
+        served_model_name=served_model_name,
+        api_key=api_key,
+        ray_address=ray_address,
+        max_waiting=max_waiting_requests,
+        engine_flags=extra,
+    )
+    import uvloop
+
+    from pd_serve import service
+
+    uvloop.run(service.run(config, Console()))
+
+
+@app.command()
+def status(
+    url: Annotated[str, typer.Option(help="Where the service is.")] = "http://127.0.0.1:8000",
+    api_key: Annotated[str | None, typer.Option(help="Its key.", envvar="VLLM_API_KEY")] = None,
+) -> None:
+    """Show the instances and migrations of a running service."""
+    from pd_serve.status import show
+
+    show(url, api_key)
+
+
+def main() -> None:
+    """Entry point. Every expected error is one line, and exit code 1 or 2."""
+    console = Console()
+    code = 0
+    try:
+        app(standalone_mode=False)
+    except PdServeError as error:
+        console.error(str(error))
+        code = 2 if isinstance(error, InvalidRequestError) else 1
+    except typer.Exit as exit_:
+        code = exit_.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        code = 130
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # click's usage errors have it
+            raise
+        console.error(error.format_message())
+        code = 2
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Interpreter shutdown with torch loaded takes two seconds and frees nothing that matters.
+    os._exit(code)

@@ -1,0 +1,104 @@
+"""What one service is started with, and the defaults that depend on the machine."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from migration.errors import InvalidRequestError
+
+#: What an instance's process takes beside its weights and KV cache, in bytes (measured: 0.5-0.6 GB).
+PROCESS_BYTES = 600 * 2**20
+
+ROLES = ("prefill", "decode", "neutral")
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig:
+    """The service's own flags; vLLM's are in `engine_flags`.
+
+    Attributes:
+        instances: Number of instances by role.
+        max_waiting: Requests without a first token beyond which others get 429.
+        ray_address: An existing Ray cluster, or None for a local one.
+        engine_flags: The rest of the command line, for vLLM's parser.
+    """
+
+    model: str
+    instances: dict[str, int]
+    host: str = "127.0.0.1"
+    port: int = 8000
+    served_model_name: str | None = None
+    api_key: str | None = None
+    ray_address: str | None = None
+    max_waiting: int = 512
+    engine_flags: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        prefill, decode, neutral = (self.instances[role] for role in ROLES)
+        if min(prefill, decode, neutral) < 0:
+            raise InvalidRequestError("the number of instances cannot be negative")
+        if not prefill and not neutral:
+            raise InvalidRequestError("no instance would take requests: give --prefill or --neutral")
+        if prefill and not decode:
+            raise InvalidRequestError(
+                "prefill instances need decode instances: give --decode, or --neutral only"
+            )
+        if decode and not prefill:
+            raise InvalidRequestError("decode instances need prefill instances: give --prefill")
+
+    @property
+    def num_instances(self) -> int:
+        return sum(self.instances.values())
+
+    def names(self) -> list[tuple[str, str]]:
+        """(instance id, role) of every instance."""
+        return [(f"{role}-{i}", role) for role in ROLES for i in range(self.instances[role])]
+
+
+def process_environment(config: ServeConfig, model: str) -> dict[str, str]:
+    """Environment of every process of the service, to be set before vLLM is imported."""
+    threads = max(1, (os.cpu_count() or 1) // max(1, config.num_instances))
+    environment = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core is stepped in the instance's own process
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_PLUGINS": "",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several engines share the cores
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAY_DEDUP_LOGS": "0",
+    }
+    if Path(model).is_dir():
+        environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    return {name: os.environ.get(name, value) for name, value in environment.items()}
+
+
+def cpu_engine_defaults(model: str, num_instances: int) -> dict[str, Any]:
+    """Engine settings for instances that share one machine's cores and memory."""
+    return {
+        "enforce_eager": True,  # compiling would take longer than a first try lasts
+        "block_size": 32,  # the smallest there is: the less is left for the tail of a migration
+        "kv_cache_memory_bytes": 512 * 2**20,
+        "max_num_seqs": 64,
+        "distributed_executor_backend": "uni",
+    }
+
+
+#: On a CPU a prompt is prefilled in chunks, so that finished blocks move while the rest is computed.
+CPU_PREFILL_CHUNK_TOKENS = 512
+
+
+def check_memory(num_instances: int, engine_args: dict[str, Any], model: str) -> None:
+    """Raises: InvalidRequestError: the instances would not fit into this machine's free memory."""
+    weights = sum(f.stat().st_size for f in Path(model).glob("*.safetensors")) if Path(model).is_dir() else 0
+    kv = int(engine_args.get("kv_cache_memory_bytes") or 0)
+    needed = num_instances * (PROCESS_BYTES + weights + kv) + PROCESS_BYTES
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise InvalidRequestError(
+            f"{num_instances} instances need about {needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are"
+            " free: start fewer, or give each less with --kv-cache-memory-bytes"
+        )

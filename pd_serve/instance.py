@@ -1,0 +1,132 @@
+"""One serving instance: a process with vLLM's engine, its llumlet and their sockets."""
+
+import asyncio
+import logging
+import os
+import socket
+from dataclasses import dataclass, field
+from typing import Any
+
+from migration.messages import InstanceId
+from pd_serve.messages import TokenHeader
+from pd_serve.wire import CurveKeys, Wire
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceConfig:
+    """What an instance is started with. Plain values: it travels through Ray.
+
+    Attributes:
+        engine_args: Arguments of vLLM's `AsyncEngineArgs`.
+        host: Address that this instance's sockets bind to.
+        keys: The cluster's key pair; needed as soon as `host` leaves the machine.
+    """
+
+    instance_id: str
+    role: str
+    engine_args: dict[str, Any]
+    host: str = "127.0.0.1"
+    keys: CurveKeys | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceInfo:
+    """A started instance."""
+
+    instance_id: str
+    role: str
+    address: str
+    node: str
+    pid: int
+    no_migration: str | None
+    supported_tasks: list[str]
+
+
+class Instance:
+    """Started once; when its engine dies the whole process ends, so that nothing half-alive is left."""
+
+    def __init__(self, config: InstanceConfig) -> None:
+        self.config = config
+        self._stopped = asyncio.Event()
+
+    async def start(self) -> InstanceInfo:
+        """Loads the model and opens the sockets. Raises: whatever vLLM raises."""
+        config = self.config
+        os.environ.update(config.environment)
+        # vLLM and the transport are imported here and not above: this costs seconds, once per process.
+        from migration.transport.nixl import NixlTransport
+        from migration.vllm_engine.engine import VllmEngine
+        from pd_serve.llumlet import Llumlet
+
+        name = InstanceId(config.instance_id)
+        self._wire = Wire(name, config.host, config.keys)
+        self._transport = NixlTransport(name)
+        self.llumlet = Llumlet(name, config.role, self._wire, self._transport, on_fatal=self._die)
+        self._tokens = TokenPublisher(name, self._wire)
+        self._engine = VllmEngine(self._engine_config, self._tokens.publish, self.llumlet.events)
+        await self._engine.start()
+        if self._engine.no_migration is None:
+            self._transport.register(self._engine.regions)
+        tasks = await self._engine.utility("get_supported_tasks")
+        self.llumlet.start(self._engine)
+        logger.info("%s (%s) is ready, pid %d", name, config.role, os.getpid())
+        return InstanceInfo(
+            instance_id=name,
+            role=config.role,
+            address=self.llumlet.address,
+            node=socket.gethostname(),
+            pid=os.getpid(),
+            no_migration=self._engine.no_migration,
+            supported_tasks=list(tasks),
+        )
+
+    async def wait(self) -> None:
+        """Returns when the instance has been stopped."""
+        await self._stopped.wait()
+
+    async def stop(self) -> None:
+        """Ends everything it holds: sockets, engine thread, shared memory."""
+        await self.llumlet.close()
+        await self._engine.stop()
+        self._transport.close()
+        await self._wire.close()
+        self._stopped.set()
+
+    def _engine_config(self) -> Any:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.usage.usage_lib import UsageContext
+
+        return AsyncEngineArgs(**self.config.engine_args).create_engine_config(UsageContext.ENGINE_CONTEXT)
+
+    def _die(self, error: BaseException) -> None:
+        logger.critical("%s ends: %s", self.config.instance_id, error, exc_info=error)
+        self._transport.close()
+        os._exit(1)
+
+
+class TokenPublisher:
+    """Sends every step's outputs to the API servers, one message each. Belongs to the step thread."""
+
+    def __init__(self, name: str, wire: Wire) -> None:
+        from vllm.v1.serial_utils import MsgpackEncoder
+
+        self._name = name
+        self._wire = wire
+        self._encoder = MsgpackEncoder()
+        self._sockets: dict[str, Any] = {}
+
+    def publish(self, client: str, outputs: Any, spans: list[tuple[int, int]]) -> None:
+        import msgspec
+        import zmq
+
+        socket = self._sockets.get(client)
+        if socket is None:
+            socket = self._sockets[client] = self._wire.publisher(client)
+        frames = [msgspec.msgpack.encode(TokenHeader(self._name, spans)), *self._encoder.encode(outputs)]
+        try:
+            socket.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.Again:
+            logger.warning("API server %s does not read its tokens", client)

@@ -1,0 +1,371 @@
+"""The llumlet: one instance's local scheduler and migration coordinator, on the event loop.
+
+It takes messages from API servers and other llumlets, hands requests to the engine, starts hand-offs on
+the event of the first prefill step, and reports load.
+"""
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from migration.bounds import MigrationBounds
+from migration.coordinator import MigrationCoordinator
+from migration.engine import Engine, EngineEvents, EngineLoad
+from migration.errors import DestinationRefusedError, EngineDeadError, MigrationError, SourceGoneError
+from migration.messages import InstanceId, MigrationMessage, RequestId
+from migration.outgoing import MigrationOutcome
+from migration.tasks import OwnedTasks
+from migration.transport.base import KvTransport
+from pd_serve.messages import (
+    AbortRequests,
+    AddRequest,
+    Call,
+    Hello,
+    LoadReport,
+    MigrateRequest,
+    MigrationEnded,
+    PeerLost,
+    Reply,
+    ToInstance,
+)
+from pd_serve.wire import Wire
+from router.load import InstanceLoad
+
+logger = logging.getLogger(__name__)
+
+#: Least and greatest time between two load reports.
+REPORT_INTERVAL_S = 0.02
+HEARTBEAT_S = 0.5
+
+#: An API server that has said nothing for so long is gone, and its requests with it.
+CLIENT_LEASE_S = 30.0
+
+#: How many requests' next owners are remembered, to pass aborts on.
+MAX_FORWARDS = 10_000
+
+
+class ApiServer:
+    """An API server as an instance sees it."""
+
+    def __init__(self, token_endpoint: str, now: float) -> None:
+        self.token_endpoint = token_endpoint
+        self.heard_at = now
+
+
+class Llumlet:
+    """Args: `engine` is started and stopped by the caller; `on_fatal` is told what must not happen."""
+
+    def __init__(
+        self,
+        name: InstanceId,
+        role: str,
+        wire: Wire,
+        transport: KvTransport,
+        *,
+        bounds: MigrationBounds | None = None,
+        on_fatal: Any = None,
+    ) -> None:
+        self.name = name
+        self.role = role
+        self.address = wire.listen(self._on_frames)
+        self.events = EngineEvents(
+            on_prefill_started=self._on_prefill_started,
+            on_requests_ended=self._on_requests_ended,
+            on_load=self._on_load,
+            on_death=on_fatal or (lambda error: None),
+        )
+        self._wire = wire
+        self._transport = transport
+        self._bounds = bounds
+        self._loop = asyncio.get_running_loop()
+        self._tasks = OwnedTasks(on_fatal)
+        self._on_fatal = on_fatal
+        self._decoder = msgspec.msgpack.Decoder(ToInstance)
+        self._servers: dict[str, ApiServer] = {}
+        self._peers: dict[str, str] = {}
+        self._handoffs: dict[RequestId, list[str]] = {}
+        self._stranded: set[RequestId] = set()
+        self._forwards: OrderedDict[RequestId, InstanceId] = OrderedDict()
+        self._load: EngineLoad | None = None
+        self._requests_added = 0
+        self._reported_at = 0.0
+        self._report_due: asyncio.TimerHandle | None = None
+        self.engine: Engine = None  # type: ignore[assignment]
+        self.coordinator: MigrationCoordinator = None  # type: ignore[assignment]
+
+    def start(self, engine: Engine) -> None:
+        """Begins to serve with an engine that is ready."""
+        self.engine = engine
+        self.coordinator = MigrationCoordinator(
+            self.name,
+            engine,
+            self._transport,
+            self._send_to_peer,
+            bounds=self._bounds,
+            on_outcome=self._on_outcome,
+            on_failure=self._on_fatal,
+        )
+        self._tasks.start(self._heartbeat())
+
+    async def close(self) -> None:
+        await self._tasks.cancel()
+        if self.coordinator is not None:
+            await self.coordinator.close()
+
+    # ---- messages
+
+    def _on_frames(self, frames: Sequence[bytes]) -> None:
+        sender, message = frames[0].decode(), self._decoder.decode(frames[1])
+        match message:
+            case AddRequest():
+                self._tasks.start(self._add(sender, message, [bytes(frame) for frame in frames[2:]]))
+            case AbortRequests(request_ids=request_ids):
+                self._tasks.start(self._abort(request_ids))
+            case MigrateRequest():
+                self._tasks.start(self._migrate(sender, message))
+            case Hello():
+                self._on_hello(sender, message)
+            case PeerLost(instance_id=instance_id):
+                self._on_peer_lost(instance_id)
+            case Call():
+                self._tasks.start(self._answer(sender, message))
+            case _:
+                self.coordinator.on_message(InstanceId(sender), message)
+
+    def _on_hello(self, sender: str, message: Hello) -> None:
+        server = self._servers.get(sender)
+        if server is None:
+            server = self._servers[sender] = ApiServer(message.token_endpoint, self._loop.time())
+        server.heard_at = self._loop.time()
+        self._wire.connect(sender, message.address)
+        for peer, address in message.peers.items():
+            if peer != self.name:
+                self._peers[peer] = address
+                self._wire.connect(peer, address)
+        for gone in set(self._peers) - set(message.peers):
+            self._on_peer_lost(gone)
+        self._report()
+
+    def _on_peer_lost(self, instance_id: str) -> None:
+        if self._peers.pop(instance_id, None) is not None:
+            logger.warning("%s: %s is gone", self.name, instance_id)
+            self._wire.disconnect(instance_id)
+            self.coordinator.peer_lost(InstanceId(instance_id))
+
+    def _send_to_peer(self, peer: InstanceId, message: MigrationMessage) -> None:
+        self._wire.send(peer, message)
+
+    # ---- requests
+
+    async def _add(self, sender: str, message: AddRequest, payload: list[bytes]) -> None:
+        request_id = message.request_id
+        self._requests_added += 1
+        if message.handoff:
+            self._handoffs[request_id] = message.handoff
+        self._forwards.pop(request_id, None)
+        try:
+            await self.engine.add(
+                payload,
+                message.client,
+                epoch=message.epoch,
+                output_token_ids=message.output_token_ids,
+                handoff=bool(message.handoff),
+            )
+        except EngineDeadError:
+            raise
+        except Exception as error:
+            # One bad request must not take the instance down; the client gets vLLM's internal error.
+            logger.exception("request %s: the engine cannot take it", request_id)
+            self._handoffs.pop(request_id, None)
+            self._send_to_server(
+                sender, Reply(call_id=f"add:{request_id}", error=f"{type(error).__name__}: {error}")
+            )
+
+    async def _abort(self, request_ids: list[RequestId]) -> None:
+        unknown = await self.engine.abort(request_ids)
+        by_owner: dict[InstanceId, list[RequestId]] = {}
+        for request_id in unknown:
+            if (owner := self._forwards.pop(request_id, None)) is not None:
+                by_owner.setdefault(owner, []).append(request_id)
+        for owner, moved in by_owner.items():
+            self._wire.send(owner, AbortRequests(moved))
+
+    def _on_requests_ended(self, request_ids: list[RequestId]) -> None:
+        self.coordinator.requests_ended(request_ids)
+        for request_id in request_ids:
+            self._forget(request_id)
+
+    def _forget(self, request_id: RequestId) -> None:
+        self._handoffs.pop(request_id, None)
+        self._stranded.discard(request_id)
+
+    # ---- migration
+
+    def _on_prefill_started(self, request_ids: list[RequestId]) -> None:
+        for request_id in request_ids:
+            if (candidates := self._handoffs.pop(request_id, None)) is not None:
+                self._tasks.start(self._hand_off(request_id, candidates))
+
+    async def _hand_off(self, request_id: RequestId, candidates: list[str]) -> None:
+        """Moves a request to the first candidate that takes it; else it decodes here until told where to."""
+        for candidate in candidates:
+            try:
+                outcome = await self.coordinator.migrate(request_id, InstanceId(candidate), "handoff")
+            except SourceGoneError:
+                return
+            except DestinationRefusedError as error:
+                logger.info("request %s: stays on %s: %s", request_id, self.name, error)
+                return
+            if outcome.committed:
+                return
+        try:
+            await self.engine.describe(request_id)  # still running here?
+        except MigrationError:
+            return
+        logger.info("request %s: no decode instance takes it, %s decodes it", request_id, self.name)
+        self._stranded.add(request_id)
+        self._report()
+
+    async def _migrate(self, sender: str, message: MigrateRequest) -> None:
+        request_id, destination = message.request_id, InstanceId(message.destination)
+        not_here, why = False, ""
+        try:
+            outcome = await self.coordinator.migrate(request_id, destination, message.reason)
+        except SourceGoneError as error:
+            not_here, why = True, str(error)
+        except DestinationRefusedError as error:
+            why = str(error)
+        else:
+            self._send_to_server(sender, self._ended(outcome, message.call_id))
+            return
+        self._send_to_server(
+            sender,
+            MigrationEnded(
+                message.call_id,
+                request_id,
+                self.name,
+                destination,
+                message.reason,
+                False,
+                why,
+                not_here=not_here,
+            ),
+        )
+
+    def _on_outcome(self, outcome: MigrationOutcome) -> None:
+        if outcome.committed:
+            self._forwards[outcome.request_id] = outcome.destination
+            while len(self._forwards) > MAX_FORWARDS:
+                self._forwards.popitem(last=False)
+            self._forget(outcome.request_id)
+        logger.info(
+            "request %s: %s %s -> %s %s",
+            outcome.request_id,
+            outcome.reason,
+            self.name,
+            outcome.destination,
+            f"committed, {outcome.blocks} blocks in {outcome.stages} stages"
+            if outcome.committed
+            else f"did not happen: {outcome.why}",
+        )
+        ended = self._ended(outcome, "")
+        for server in self._servers:
+            self._send_to_server(server, ended)
+        self._report()
+
+    def _ended(self, outcome: MigrationOutcome, call_id: str) -> MigrationEnded:
+        return MigrationEnded(
+            call_id=call_id,
+            request_id=outcome.request_id,
+            source=self.name,
+            destination=outcome.destination,
+            reason=outcome.reason,
+            committed=outcome.committed,
+            why=outcome.why,
+            stages=outcome.stages,
+            blocks=outcome.blocks,
+            tokens=outcome.tokens,
+            suspended_ms=outcome.suspended_ms,
+        )
+
+    # ---- calls
+
+    async def _answer(self, sender: str, message: Call) -> None:
+        value: Any = None
+        error = None
+        try:
+            if message.method == "check_integrity":
+                value = await self.check_integrity()
+            elif message.method == "live_requests":
+                value = await self.engine.live_requests()
+            else:
+                value = await self.engine.utility(message.method, *message.arguments)
+            if isinstance(value, set):
+                value = sorted(value)
+        except Exception as failure:
+            error = f"{type(failure).__name__}: {failure}"
+        self._send_to_server(sender, Reply(message.call_id, value, error))
+
+    async def check_integrity(self) -> list[str]:
+        """Everything on this instance that does not add up; see DESIGN section 7."""
+        problems = await self.engine.check_integrity() + self.coordinator.check_integrity()
+        if self._stranded or self._handoffs:
+            waiting = sorted(self._stranded | set(self._handoffs))
+            problems.append(f"requests wait for a hand-off: {waiting}")
+        return [f"{self.name}: {problem}" for problem in problems]
+
+    # ---- load
+
+    def _on_load(self, load: EngineLoad) -> None:
+        self._load = load
+        self._report()
+
+    def load(self) -> InstanceLoad:
+        engine = self._load or EngineLoad(0, 0, 0, 0, 0, 0, 0, 0, 1)
+        return InstanceLoad(
+            instance_id=self.name,
+            role=self.role,
+            total_blocks=engine.total_blocks,
+            free_blocks=engine.free_blocks,
+            running=engine.running + engine.suspended,
+            waiting=engine.waiting,
+            waiting_tokens=engine.waiting_tokens,
+            head_of_line_blocks=engine.head_of_line_blocks,
+            migrating_in=self.coordinator.num_incoming,
+            migrating_out=self.coordinator.num_outgoing,
+            requests_added=self._requests_added,
+        )
+
+    def _report(self) -> None:
+        """Reports soon: at once, or when the last report is old enough."""
+        if self._report_due is None:
+            delay = max(0.0, self._reported_at + REPORT_INTERVAL_S - self._loop.time())
+            self._report_due = self._loop.call_later(delay, self._report_now)
+
+    def _report_now(self) -> None:
+        self._report_due = None
+        self._reported_at = self._loop.time()
+        if self.coordinator is None:
+            return
+        report = LoadReport(self.load(), sorted(self._stranded))
+        for server in self._servers:
+            self._send_to_server(server, report)
+
+    def _send_to_server(self, server: str, message: LoadReport | MigrationEnded | Reply) -> None:
+        self._wire.send(server, message)
+
+    async def _heartbeat(self) -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            self._report()
+            now = self._loop.time()
+            for name, server in list(self._servers.items()):
+                if now - server.heard_at > CLIENT_LEASE_S:
+                    logger.warning("%s: API server %s is gone, ending its requests", self.name, name)
+                    del self._servers[name]
+                    self._wire.disconnect(name)
+                    await self.engine.abort_client(server.token_endpoint)

@@ -1,0 +1,133 @@
+"""What API servers and instances say to each other. One-way; msgpack on the wire, never pickle.
+
+Migration messages between instances travel on the same sockets: see `migration.messages`.
+"""
+
+from typing import Any
+
+import msgspec
+
+from migration.messages import (
+    Committed,
+    Dropped,
+    Final,
+    KeepAlive,
+    Offer,
+    Pull,
+    Query,
+    Refused,
+    RequestId,
+    Stage,
+    Withdraw,
+)
+from router.load import InstanceLoad
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    """API server → instance: I am here. Sent on joining and as a heartbeat.
+
+    Attributes:
+        address: Where the sender takes messages.
+        token_endpoint: Where it takes tokens.
+        peers: Every live instance's address, by id: the cluster's membership.
+    """
+
+    address: str
+    token_endpoint: str
+    peers: dict[str, str]
+
+
+class AddRequest(msgspec.Struct, frozen=True, tag=True):
+    """API server → instance. The engine's encoding of the request follows in further frames.
+
+    Attributes:
+        handoff: Decode instances to move to after the first step, best first. Empty: stay.
+        output_token_ids: What was generated before its former owner died.
+    """
+
+    request_id: RequestId
+    client: str
+    epoch: int
+    handoff: list[str]
+    output_token_ids: list[int]
+
+
+class AbortRequests(msgspec.Struct, frozen=True, tag=True):
+    """API server → instance, or passed on by an instance that the request has left."""
+
+    request_ids: list[RequestId]
+
+
+class MigrateRequest(msgspec.Struct, frozen=True, tag=True):
+    """API server → instance: move a request. Answered by `MigrationEnded` with the same call id."""
+
+    call_id: str
+    request_id: RequestId
+    destination: str
+    reason: str
+
+
+class Call(msgspec.Struct, frozen=True, tag=True):
+    """API server → instance: `check_integrity`, or one of vLLM's engine utilities."""
+
+    call_id: str
+    method: str
+    arguments: list[Any] = []
+
+
+class PeerLost(msgspec.Struct, frozen=True, tag=True):
+    """API server → instance: this instance is dead."""
+
+    instance_id: str
+
+
+class LoadReport(msgspec.Struct, frozen=True, tag=True):
+    """Instance → API servers.
+
+    Attributes:
+        stranded: Requests that wait here for a decode instance to take them.
+    """
+
+    load: InstanceLoad
+    stranded: list[RequestId]
+
+
+class MigrationEnded(msgspec.Struct, frozen=True, tag=True):
+    """Instance → API servers: one outgoing migration has ended; see `MigrationOutcome`."""
+
+    call_id: str
+    request_id: RequestId
+    source: str
+    destination: str
+    reason: str
+    committed: bool
+    why: str
+    stages: int = 0
+    blocks: int = 0
+    tokens: int = 0
+    suspended_ms: float = 0.0
+    not_here: bool = False
+
+
+class Reply(msgspec.Struct, frozen=True, tag=True):
+    """Instance → API server: answer to a `Call`."""
+
+    call_id: str
+    value: Any = None
+    error: str | None = None
+
+
+MigrationWire = Offer | Refused | Pull | Stage | Final | KeepAlive | Withdraw | Query | Committed | Dropped
+ToInstance = Hello | AddRequest | AbortRequests | MigrateRequest | Call | PeerLost | MigrationWire
+ToApiServer = LoadReport | MigrationEnded | Reply
+
+
+class TokenHeader(msgspec.Struct, frozen=True, array_like=True):
+    """First frame of a step's tokens; vLLM's encoding of its `EngineCoreOutputs` follows.
+
+    Attributes:
+        spans: (ownership epoch, index of the first new token) per output, in order.
+    """
+
+    instance_id: str
+    spans: list[tuple[int, int]]

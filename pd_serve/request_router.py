@@ -1,0 +1,422 @@
+"""The API server's side of the cluster: where every request is, its tokens in order, its migrations.
+
+It dispatches new requests by the latest loads, follows each request's owner by the tokens' epochs, and
+recomputes requests elsewhere when their owner dies. All of it on one event loop.
+"""
+
+import asyncio
+import itertools
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+from migration.errors import EngineDeadError
+from migration.messages import RequestId
+from migration.tasks import OwnedTasks
+from pd_serve.api.cluster_view import MigrationRefusedError, UnknownTargetError
+from pd_serve.instance import InstanceInfo
+from pd_serve.messages import (
+    AbortRequests,
+    AddRequest,
+    Call,
+    Hello,
+    LoadReport,
+    MigrateRequest,
+    MigrationEnded,
+    PeerLost,
+    Reply,
+    ToApiServer,
+    TokenHeader,
+)
+from pd_serve.token_ledger import TokenLedger
+from pd_serve.wire import Wire
+from router.book import LoadBook
+from router.dispatch import can_start
+from router.load import freeness
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_S = 1.0
+CALL_TIMEOUT_S = 60.0
+
+#: How often a request is recomputed because its owner died, before the client gets an error.
+MAX_RECOMPUTES = 3
+
+#: How long to leave a request where it is after asking for its hand-off once more.
+PLACE_AGAIN_S = 0.25
+
+
+@dataclass
+class Route:
+    """One request in progress.
+
+    Attributes:
+        payload: The encoded request, kept in case its owner dies.
+        ledger: Its tokens and its owner.
+        moved: Waiters for the first token from the next owner.
+    """
+
+    request_id: RequestId
+    payload: list[bytes]
+    prompt_tokens: int
+    ledger: TokenLedger
+    destination: str = ""
+    recomputes: int = 0
+    placed_at: float = 0.0
+    moved: list[asyncio.Future[None]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Migrated:
+    """See `pd_serve.api.cluster_view.MigrationReport`."""
+
+    downtime_ms: float
+    stages: int
+    blocks: int
+    tokens: int
+
+
+class RequestRouter:
+    """Implements `ClusterView`. Instances come and go through `join` and `leave`.
+
+    Args:
+        block_tokens: Tokens per KV block.
+        num_slots: Instances that may live at a time; vLLM's metrics tell them apart by slot.
+    """
+
+    def __init__(self, name: str, wire: Wire, block_tokens: int, num_slots: int) -> None:
+        self.outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
+        self.slots = list(range(num_slots))
+        self._name = name
+        self._wire = wire
+        self._block_tokens = block_tokens
+        self._loop = asyncio.get_running_loop()
+        self._tasks = OwnedTasks()
+        self._address = wire.listen(self._on_message)
+        self._token_endpoint = wire.listen(self._on_tokens)
+        self._instances: dict[str, InstanceInfo] = {}
+        self._slot_of: dict[str, int] = {}
+        self._book = LoadBook()
+        self._routes: dict[RequestId, Route] = {}
+        self._num_waiting = 0
+        self._migrations: dict[str, Counter[str]] = {"handoff": Counter(), "manual": Counter()}
+        self._calls: dict[str, asyncio.Future[Any]] = {}
+        self._call_ids = itertools.count()
+        self._encoder = MsgpackEncoder()
+        self._outputs_decoder = MsgpackDecoder(EngineCoreOutputs)
+        self._header_decoder = msgspec.msgpack.Decoder(TokenHeader)
+        self._message_decoder = msgspec.msgpack.Decoder(ToApiServer)
+        self._tasks.start(self._heartbeat())
+
+    async def close(self) -> None:
+        await self._tasks.cancel()
+
+    # ---- membership
+
+    def join(self, info: InstanceInfo) -> None:
+        self._instances[info.instance_id] = info
+        self._slot_of[info.instance_id] = min(set(self.slots) - set(self._slot_of.values()), default=0)
+        self._wire.connect(info.instance_id, info.address)
+        self._greet()
+
+    def leave(self, instance_id: str) -> None:
+        """An instance is dead or stopped: its requests are recomputed elsewhere."""
+        if self._instances.pop(instance_id, None) is None:
+            return
+        self._slot_of.pop(instance_id, None)
+        self._book.remove(instance_id)
+        self._wire.disconnect(instance_id)
+        for peer in self._instances:
+            self._wire.send(peer, PeerLost(instance_id))
+        self._greet()
+        lost = [route for route in self._routes.values() if route.ledger.owner == instance_id]
+        for route in lost:
+            self._recompute(route)
+
+    async def wait_for_reports(self) -> None:
+        """Returns when every instance that has joined has reported its load."""
+        while not all(name in self._book for name in self._instances):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+    # ---- requests
+
+    def submit(self, request: EngineCoreRequest) -> None:
+        """Starts a request on a prefill instance.
+
+        Raises:
+            EngineDeadError: no live instance takes new requests.
+        """
+        request_id = RequestId(request.request_id)
+        prompt_tokens = len(request.prompt_token_ids or ())
+        payload = [bytes(frame) for frame in self._encoder.encode(request)]
+        route = Route(request_id, payload, prompt_tokens, TokenLedger(""))
+        self._place(route, epoch=0)
+        self._routes[request_id] = route
+        self._num_waiting += 1
+
+    def abort(self, request_ids: list[str]) -> None:
+        """Ends requests wherever they are. Unknown ids are ignored."""
+        by_owner: dict[str, list[RequestId]] = {}
+        for request_id in request_ids:
+            route = self._routes.get(RequestId(request_id))
+            if route is not None:
+                by_owner.setdefault(route.ledger.owner, []).append(route.request_id)
+                self._end(route)
+        for owner, owned in by_owner.items():
+            self._wire.send(owner, AbortRequests(owned))
+
+    def _place(self, route: Route, epoch: int) -> None:
+        instance_id = self._book.dispatch(route.prompt_tokens + len(route.ledger.token_ids))
+        if instance_id is None:
+            raise EngineDeadError("no live instance takes new requests; see GET /cluster")
+        route.ledger.owner = instance_id
+        handoff: list[str] = []
+        if self._instances[instance_id].role == "prefill":
+            num_blocks = self._blocks_of(route)
+            handoff = self._book.destinations(num_blocks)
+            if handoff:
+                route.destination = handoff[0]
+                self._book.expect(handoff[0], route.request_id, num_blocks)
+        message = AddRequest(
+            route.request_id, self._token_endpoint, epoch, handoff, list(route.ledger.token_ids)
+        )
+        self._wire.send(instance_id, message, route.payload)
+
+    def _blocks_of(self, route: Route) -> int:
+        return -(-(route.prompt_tokens + len(route.ledger.token_ids) + 1) // self._block_tokens)
+
+    def _recompute(self, route: Route) -> None:
+        """Continues a request whose owner died, from the tokens that the client has."""
+        route.recomputes += 1
+        lost = route.ledger.owner
+        epoch = route.ledger.take_over("")
+        try:
+            if route.recomputes > MAX_RECOMPUTES:
+                raise EngineDeadError(f"its instances died {route.recomputes} times")
+            self._place(route, epoch)
+        except EngineDeadError as error:
+            logger.error("request %s: lost with %s: %s", route.request_id, lost, error)
+            self._fail(route)
+        else:
+            logger.warning(
+                "request %s: %s died, %s recomputes it from token %d",
+                route.request_id,
+                lost,
+                route.ledger.owner,
+                len(route.ledger.token_ids),
+            )
+
+    def _fail(self, route: Route) -> None:
+        output = EngineCoreOutput(route.request_id, [], finish_reason=FinishReason.ERROR)
+        self._end(route)
+        self.outputs.put_nowait(EngineCoreOutputs(outputs=[output]))
+
+    def _end(self, route: Route) -> None:
+        del self._routes[route.request_id]
+        if not route.ledger.token_ids:
+            self._num_waiting -= 1
+        self._book.settled(route.destination, route.request_id)
+        for waiter in route.moved:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    # ---- tokens
+
+    def _on_tokens(self, frames: list[bytes]) -> None:
+        header = self._header_decoder.decode(frames[0])
+        outputs: EngineCoreOutputs = self._outputs_decoder.decode(frames[1:])
+        now = time.monotonic()
+        deliver: list[EngineCoreOutput] = []
+        stale: list[RequestId] = []
+        for output, (epoch, index) in zip(outputs.outputs, header.spans, strict=True):
+            route = self._routes.get(RequestId(output.request_id))
+            if route is None:
+                if output.finish_reason is None:
+                    stale.append(RequestId(output.request_id))
+                continue
+            ledger = route.ledger
+            waiting, moves = not ledger.token_ids, ledger.num_moves
+            ready, is_stale = ledger.accept(header.instance_id, epoch, index, output, now)
+            deliver += ready
+            if is_stale:
+                stale.append(route.request_id)
+            if waiting and ledger.token_ids:
+                self._num_waiting -= 1
+            if ledger.num_moves != moves:
+                self._book.settled(route.destination, route.request_id)
+            if route.moved and ledger.num_moves and len(ledger.token_ids) > ledger.begin_of_epoch:
+                for waiter in route.moved:
+                    if not waiter.done():
+                        waiter.set_result(None)
+                route.moved.clear()
+            if ledger.finished:
+                self._end(route)
+        if stale:
+            self._wire.send(header.instance_id, AbortRequests(stale))
+        if deliver or outputs.scheduler_stats is not None:
+            outputs.outputs = deliver
+            outputs.engine_index = self._slot_of.get(header.instance_id, 0)
+            self.outputs.put_nowait(outputs)
+
+    # ---- messages from instances
+
+    def _on_message(self, frames: list[bytes]) -> None:
+        sender, message = frames[0].decode(), self._message_decoder.decode(frames[1])
+        match message:
+            case LoadReport():
+                if sender in self._instances:
+                    self._book.report(message.load)
+                    for request_id in message.stranded:
+                        self._place_stranded(sender, request_id)
+            case MigrationEnded(call_id=""):
+                self._migrations.setdefault(message.reason, Counter())[
+                    "committed" if message.committed else "aborted"
+                ] += 1
+                if not message.committed:
+                    self._book.settled(message.destination, message.request_id)
+            case MigrationEnded(call_id=call_id) | Reply(call_id=call_id):
+                if isinstance(message, Reply) and call_id.startswith("add:"):
+                    route = self._routes.get(RequestId(call_id.removeprefix("add:")))
+                    if route is not None:
+                        logger.error("request %s: %s", route.request_id, message.error)
+                        self._fail(route)
+                elif (future := self._calls.pop(call_id, None)) is not None and not future.done():
+                    future.set_result(message)
+
+    def _place_stranded(self, source: str, request_id: RequestId) -> None:
+        """A request waits on a prefill instance for a decode instance that has room."""
+        route = self._routes.get(request_id)
+        if (
+            route is None
+            or route.ledger.owner != source
+            or self._loop.time() < route.placed_at + PLACE_AGAIN_S
+        ):
+            return
+        num_blocks = self._blocks_of(route)
+        for destination in self._book.destinations(num_blocks)[:1]:
+            if self._book[destination].free_blocks > num_blocks:
+                route.placed_at = self._loop.time()
+                self._wire.send(source, MigrateRequest("", request_id, destination, "handoff"))
+
+    async def _call(self, instance_id: str, make: Callable[[str], object]) -> Any:
+        """Raises: UnknownTargetError: no such instance. TimeoutError: no answer in time."""
+        call_id = f"{self._name}.{next(self._call_ids)}"
+        future = self._calls[call_id] = self._loop.create_future()
+        try:
+            if not self._wire.send(instance_id, make(call_id)):
+                raise UnknownTargetError(f"no instance {instance_id!r}; see GET /cluster")
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                return await future
+        finally:
+            self._calls.pop(call_id, None)
+
+    async def call_all(self, method: str, *arguments: Any) -> dict[str, Any]:
+        """Calls one of vLLM's engine utilities on every instance. Raises: EngineDeadError: one failed."""
+
+        async def call(instance_id: str) -> Any:
+            reply = await self._call(instance_id, lambda call_id: Call(call_id, method, list(arguments)))
+            if reply.error is not None:
+                raise EngineDeadError(f"{instance_id}: {reply.error}")
+            return reply.value
+
+        names = list(self._instances)
+        values = await asyncio.gather(*map(call, names))
+        return dict(zip(names, values, strict=True))
+
+    # ---- ClusterView
+
+    @property
+    def num_waiting(self) -> int:
+        return self._num_waiting
+
+    @property
+    def num_live(self) -> int:
+        return sum(can_start(load) for load in self._book)
+
+    def snapshot(self) -> dict[str, Any]:
+        instances = []
+        for info in self._instances.values():
+            load = self._book.get(info.instance_id)
+            instances.append(
+                {
+                    "id": info.instance_id,
+                    "role": info.role,
+                    "state": "starting" if load is None else "draining" if load.draining else "ready",
+                    "node": info.node,
+                    "pid": info.pid,
+                    "total_blocks": load.total_blocks if load else 0,
+                    "free_blocks": load.free_blocks if load else 0,
+                    "running": load.running if load else 0,
+                    "waiting": load.waiting if load else 0,
+                    "freeness": freeness(load) if load else 0.0,
+                    "migrating_in": load.migrating_in if load else 0,
+                    "migrating_out": load.migrating_out if load else 0,
+                }
+            )
+        migrations = {
+            reason: {"committed": counts["committed"], "aborted": counts["aborted"]}
+            for reason, counts in self._migrations.items()
+        }
+        return {"instances": instances, "migrations": migrations}
+
+    async def migrate(self, request_id: str, destination: str) -> Migrated:
+        route = self._routes.get(RequestId(request_id))
+        if route is None:
+            raise UnknownTargetError(f"no running request {request_id!r}")
+        if destination not in self._instances:
+            raise UnknownTargetError(f"no instance {destination!r}; see GET /cluster")
+        moved: asyncio.Future[None] = self._loop.create_future()
+        while True:
+            owner, moves = route.ledger.owner, route.ledger.num_moves
+            ended = await self._call(
+                owner, lambda call_id: MigrateRequest(call_id, route.request_id, destination, "manual")
+            )
+            if ended.committed:
+                break
+            if not ended.not_here or route.ledger.owner == owner:
+                raise MigrationRefusedError(ended.why)
+        if route.ledger.num_moves == moves and route.request_id in self._routes:
+            route.moved.append(moved)
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                await moved
+        return Migrated(route.ledger.last_gap_s * 1e3, ended.stages, ended.blocks, ended.tokens)
+
+    async def check_integrity(self) -> list[str]:
+        """Asks every instance, until nothing is wrong or what is wrong stays so for a while."""
+        deadline = self._loop.time() + 3.0
+        while True:
+            problems = await self._problems()
+            if not problems or self._loop.time() > deadline:
+                return problems
+            await asyncio.sleep(0.1)
+
+    async def _problems(self) -> list[str]:
+        problems: list[str] = []
+        for found in (await self.call_all("check_integrity")).values():
+            problems += found
+        for instance_id, live in (await self.call_all("live_requests")).items():
+            if orphans := sorted(set(live) - set(self._routes)):
+                problems.append(f"{instance_id}: holds requests that nobody waits for: {orphans}")
+        if self._num_waiting != sum(not route.ledger.token_ids for route in self._routes.values()):
+            problems.append("the count of waiting requests is off")
+        return problems
+
+    # ---- heartbeat
+
+    def _greet(self) -> None:
+        peers = {info.instance_id: info.address for info in self._instances.values()}
+        hello = Hello(self._address, self._token_endpoint, peers)
+        for instance_id in self._instances:
+            self._wire.send(instance_id, hello)
+
+    async def _heartbeat(self) -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            self._greet()

@@ -1,0 +1,180 @@
+"""The service's life: prepare, start everything, serve, stop everything."""
+
+import asyncio
+import logging
+import os
+import signal
+from dataclasses import replace
+from typing import Any
+
+from migration.tasks import OwnedTasks
+from pd_serve import models
+from pd_serve.api.server import bind, serve
+from pd_serve.config import (
+    CPU_PREFILL_CHUNK_TOKENS,
+    ServeConfig,
+    check_memory,
+    cpu_engine_defaults,
+    process_environment,
+)
+from pd_serve.console import Console
+from pd_serve.instance import InstanceConfig, InstanceInfo
+from pd_serve.wire import CurveKeys, Wire
+
+logger = logging.getLogger(__name__)
+
+
+async def run(config: ServeConfig, console: Console) -> None:
+    """Serves until SIGINT or SIGTERM. Raises: PdServeError: with one line that says what to change."""
+    stopping = asyncio.current_task()
+    assert stopping is not None
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopping.cancel)
+    sock = bind(config.host, config.port)
+    config = replace(config, port=sock.getsockname()[1])
+    service = Service(config, console)
+    try:
+        await service.start()
+        await service.serve(sock)
+    except asyncio.CancelledError:
+        console.step("stopping")
+    finally:
+        sock.close()
+        await asyncio.shield(service.stop())
+
+
+class Service:
+    """Everything that one `pd-serve serve` starts, and ends again."""
+
+    def __init__(self, config: ServeConfig, console: Console) -> None:
+        self._config = config
+        self._console = console
+        self._tasks = OwnedTasks()
+        self._cluster: Any = None
+        self._router: Any = None
+        self._wire: Wire | None = None
+        self._infos: list[InstanceInfo] = []
+
+    async def start(self) -> None:
+        config, console = self._config, self._console
+        console.step(f"preparing the model {config.model}")
+        self._model = await asyncio.to_thread(models.resolve, config.model)
+        environment = process_environment(config, self._model)
+        os.environ.update(environment)
+
+        from pd_serve.cluster import RayCluster
+
+        self._cluster = RayCluster(config.ray_address, self._on_lost)
+        console.step("starting Ray and loading vLLM")
+        _, self._flags = await asyncio.gather(
+            asyncio.to_thread(self._cluster.connect), asyncio.to_thread(self._parse_flags)
+        )
+        check_memory(config.num_instances, self._flags.engine("decode"), self._model)
+        local = config.ray_address is None
+        host = "127.0.0.1" if local else self._cluster.node_address()
+        keys = None if local else CurveKeys.generate()
+        console.step(f"starting {config.num_instances} instances")
+        starts = [
+            self._tasks.start(self._start_instance(name, role, host, keys, environment))
+            for name, role in config.names()
+        ]
+        self._wire = Wire(f"api-{os.getpid()}", host, keys)
+        await asyncio.to_thread(self._import_front_end)
+        self._infos = list(await asyncio.gather(*starts))
+        console.step("opening the API")
+        await self._build_app()
+
+    async def serve(self, sock: Any) -> None:
+        await serve(self._app, sock, self._flags.server, on_ready=self._ready)
+
+    async def stop(self) -> None:
+        """Ends everything that was started, in about a second; whatever resists is killed."""
+        await self._tasks.cancel()
+        if self._router is not None:
+            await self._router.close()
+        if self._cluster is not None:
+            await self._cluster.stop()
+        if self._wire is not None:
+            await self._wire.close()
+
+    # ---- starting
+
+    def _parse_flags(self) -> Any:
+        from pd_serve.engine_flags import parse
+
+        config = self._config
+        defaults: dict[str, Any] = {
+            "model": self._model,
+            "served_model_name": [config.served_model_name or models.served_name(config.model)],
+            "host": config.host,
+            "port": config.port,
+        }
+        if config.api_key:
+            defaults["api_key"] = [config.api_key]
+        if (dtype := models.default_dtype(config.model)) is not None:
+            defaults["dtype"] = dtype
+        flags = list(config.engine_flags)
+        from vllm.platforms import current_platform
+
+        if current_platform.is_cpu():
+            defaults |= cpu_engine_defaults(self._model, config.num_instances)
+            flags = [f"--prefill-max-num-batched-tokens={CPU_PREFILL_CHUNK_TOKENS}", *flags]
+        self._num_gpus = 0.0 if current_platform.is_cpu() else 1.0
+        return parse(flags, defaults)
+
+    async def _start_instance(
+        self, name: str, role: str, host: str, keys: CurveKeys | None, environment: dict[str, str]
+    ) -> InstanceInfo:
+        engine_args = self._flags.engine(role)
+        gpus = self._num_gpus * engine_args.get("tensor_parallel_size", 1)
+        instance = InstanceConfig(name, role, engine_args, host, keys, environment)
+        info: InstanceInfo = await self._cluster.start(instance, gpus)
+        self._console.step(f"{name} is ready (pid {info.pid})")
+        if info.no_migration is not None:
+            self._console.warn(f"{name} SERVES WITHOUT MIGRATION: {info.no_migration}")
+        return info
+
+    def _import_front_end(self) -> None:
+        import pd_serve.api.app
+        import pd_serve.api.core
+        import pd_serve.request_router  # noqa: F401
+
+        self._engine_config = self._flags.engine_args("decode").create_engine_config()
+
+    async def _build_app(self) -> None:
+        from pd_serve.api.app import create_app
+        from pd_serve.api.core import ClusterCore
+        from pd_serve.api.engine_client import ClusterAsyncLLM
+        from pd_serve.request_router import RequestRouter
+
+        assert self._wire is not None
+        server = self._flags.server
+        self._router = RequestRouter(
+            self._wire.name,
+            self._wire,
+            block_tokens=self._engine_config.cache_config.block_size,
+            num_slots=self._config.num_instances,
+        )
+        for info in self._infos:
+            self._router.join(info)
+        async with asyncio.timeout(30):
+            await self._router.wait_for_reports()
+        core = ClusterCore(self._router, tuple(self._infos[0].supported_tasks))
+        client = ClusterAsyncLLM(
+            self._engine_config,
+            core,
+            log_requests=server.enable_log_requests,
+            log_stats=not server.disable_log_stats,
+        )
+        self._app = await create_app(server, client, self._router, max_waiting=self._config.max_waiting)
+
+    def _on_lost(self, instance_id: str) -> None:
+        self._console.warn(f"{instance_id} has died; its requests are recomputed elsewhere")
+        if self._router is not None:
+            self._router.leave(instance_id)
+
+    def _ready(self) -> None:
+        config = self._config
+        name = self._flags.server.served_model_name[0]
+        self._console.banner(config, name, self._infos)

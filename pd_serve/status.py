@@ -1,0 +1,54 @@
+"""`pd-serve status`: the cluster as a table."""
+
+import httpx
+import rich.console
+from rich.table import Table
+
+from migration.errors import PdServeError
+
+
+def show(url: str, api_key: str | None) -> None:
+    """Prints what `GET /cluster` says. Raises: PdServeError: no service there, or a wrong key."""
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        response = httpx.get(f"{url.rstrip('/')}/cluster", headers=headers, timeout=5.0)
+    except httpx.HTTPError as error:
+        raise PdServeError(f"no service at {url}: {error}") from error
+    if response.status_code != 200:
+        hint = "; give --api-key" if response.status_code == 401 else ""
+        raise PdServeError(f"{url} answers {response.status_code}{hint}")
+    cluster = response.json()
+    console = rich.console.Console()
+    instances = Table(title="instances")
+    columns = (
+        "id",
+        "role",
+        "state",
+        "node",
+        "pid",
+        "blocks free/total",
+        "running",
+        "waiting",
+        "freeness",
+        "in/out",
+    )
+    for column in columns:
+        instances.add_column(column)
+    for i in cluster["instances"]:
+        instances.add_row(
+            i["id"],
+            i["role"],
+            i["state"],
+            i["node"],
+            str(i["pid"]),
+            f"{i['free_blocks']}/{i['total_blocks']}",
+            str(i["running"]),
+            str(i["waiting"]),
+            f"{i['freeness']:.1f}",
+            f"{i['migrating_in']}/{i['migrating_out']}",
+        )
+    console.print(instances)
+    migrations = Table("reason", "committed", "aborted", title="migrations")
+    for reason, counts in cluster["migrations"].items():
+        migrations.add_row(reason, str(counts["committed"]), str(counts["aborted"]))
+    console.print(migrations)

@@ -1,0 +1,90 @@
+"""Every token index exactly once, in order, whoever sends it.
+
+Tokens of one request may come from several owners over several sockets, late or twice. Each output
+carries its owner's epoch and the index of its first token.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class TokenLedger:
+    """One request's tokens, as its API server has taken them.
+
+    Attributes:
+        token_ids: Delivered output tokens; their number is the next index.
+        epoch: Highest ownership epoch seen.
+        owner: The instance that spoke with it.
+        finished: The last output has been delivered.
+        last_token_at: Time of the last delivery, in seconds.
+        last_gap_s: Between the last token of the former owner and the first of the present one.
+        num_moves: Changes of owner.
+    """
+
+    owner: str
+    epoch: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    finished: bool = False
+    last_token_at: float = 0.0
+    last_gap_s: float = 0.0
+    num_moves: int = 0
+    _epoch_begin: int = 0
+    _early: dict[int, tuple[int, Any]] = field(default_factory=dict)
+
+    def accept(self, source: str, epoch: int, index: int, output: Any, now: float) -> tuple[list[Any], bool]:
+        """Takes one output of vLLM's (`EngineCoreOutput`), whose first new token has this index.
+
+        Returns:
+            The outputs that can be delivered now, in order (often this one, none if it is early or known);
+            and whether its sender is not the owner any more, and should be told to end the request.
+        """
+        if epoch > self.epoch:
+            if source != self.owner:
+                self.num_moves += 1
+            self.owner, self.epoch, self._epoch_begin = source, epoch, index
+            self._early = {i: e for i, e in self._early.items() if i < index or e[0] >= epoch}
+        elif epoch < self.epoch and index >= self._epoch_begin:
+            return [], True
+        self._early[index] = (epoch, output)
+        deliver = []
+        while self._early and not self.finished:
+            first = min(self._early)
+            if first > len(self.token_ids):
+                break
+            _, ready = self._early.pop(first)
+            if self._take(first, ready, now):
+                deliver.append(ready)
+        return deliver, False
+
+    @property
+    def begin_of_epoch(self) -> int:
+        """Index of the present owner's first token."""
+        return self._epoch_begin
+
+    def take_over(self, owner: str) -> int:
+        """The former owner died: `owner` continues from what has been delivered. Returns its epoch."""
+        # Far above anything that migrations of the lost owner may have handed out.
+        self.epoch += 1000
+        self._epoch_begin = len(self.token_ids)
+        self._early.clear()
+        self.owner = owner
+        return self.epoch
+
+    def _take(self, index: int, output: Any, now: float) -> bool:
+        """Adds an output's new tokens, cutting those that are known. False if nothing is left of it."""
+        known = len(self.token_ids) - index
+        if known > 0 and known >= len(output.new_token_ids) and output.finish_reason is None:
+            return False
+        if known > 0:
+            output.new_token_ids = output.new_token_ids[known:]
+            if output.new_logprobs is not None:
+                output.new_logprobs = type(output.new_logprobs)(
+                    *(part[known:] if hasattr(part, "__getitem__") else part for part in output.new_logprobs)
+                )
+        if self.num_moves and index == self._epoch_begin and self.last_token_at:
+            self.last_gap_s = now - self.last_token_at
+        self.token_ids.extend(output.new_token_ids)
+        self.last_token_at = now
+        self.finished = output.finish_reason is not None
+        return True

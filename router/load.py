@@ -1,0 +1,54 @@
+"""What the scheduler knows of an instance: one flat value of plain numbers."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceLoad:
+    """Load of one instance at a step boundary, as its llumlet reports it.
+
+    Attributes:
+        instance_id: Who.
+        role: "prefill", "decode" or "neutral".
+        total_blocks, free_blocks: KV blocks that requests can use, and those free or evictable now.
+            Blocks reserved for arriving migrations are not free.
+        running: Batch size; requests suspended by a migration included.
+        waiting: Requests queued for the batch.
+        waiting_tokens: Prompt tokens still to be computed (prefill backlog).
+        head_of_line_blocks: Blocks that the first queued request needs.
+        migrating_in, migrating_out: Migrations in flight.
+        draining: Takes nothing new.
+        requests_added: New requests received since the start; tells which dispatches a report has seen.
+    """
+
+    instance_id: str
+    role: str
+    total_blocks: int = 0
+    free_blocks: int = 0
+    running: int = 0
+    waiting: int = 0
+    waiting_tokens: int = 0
+    head_of_line_blocks: int = 0
+    migrating_in: int = 0
+    migrating_out: int = 0
+    draining: bool = False
+    requests_added: int = 0
+
+    @property
+    def virtual_usage(self) -> int:
+        """Blocks in use, plus the demand of the head of the line (queued behind it counts 0)."""
+        return self.total_blocks - self.free_blocks + self.head_of_line_blocks
+
+
+def freeness(load: InstanceLoad, extra_blocks: int = 0) -> float:
+    """F = (M - sum of virtual usage) / B: roughly, decode steps left in blocks; higher is freer.
+
+    An idle instance has no batch to divide by; it counts as a batch of one, which makes its freeness
+    its whole capacity: the highest of its kind, and finite.
+
+    Args:
+        extra_blocks: Demand that is on its way and not in the report yet.
+
+    Source: Llumnix (OSDI 2024), section 4.4.3; FACTS of this project, policies as evaluated.
+    """
+    return (load.total_blocks - load.virtual_usage - extra_blocks) / max(load.running, 1)
