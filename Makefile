@@ -1,0 +1,35 @@
+# Every verb sets up .venv first if need be; see deploy/setup_env.sh.
+MODEL ?=
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test lint bench lock clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## Make .venv from requirements.lock (done by the others when needed)
+	@deploy/setup_env.sh
+
+serve: setup ## Serve a model: MODEL=name or path, ARGS="further flags"
+	.venv/bin/pd-serve serve $(MODEL) $(ARGS)
+
+test: setup ## Run all tests: ARGS="-m 'not e2e'" for a part of them
+	.venv/bin/python -m pytest -q tests $(ARGS)
+
+lint: setup ## Check style and types
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+bench: setup ## Measure migration and overhead; writes results/bench-*.json
+	@mkdir -p results
+	.venv/bin/pd-serve bench migration --json results/bench-migration.json $(ARGS)
+	.venv/bin/pd-serve bench overhead --json results/bench-overhead.json $(ARGS)
+
+lock: ## Write requirements.lock anew from pyproject.toml: ARGS=--upgrade for newer versions
+	@deploy/make_lock.sh $(ARGS)
+
+clean: ## Remove what tools leave behind; keeps .venv and the model cache
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist results/tmp
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
