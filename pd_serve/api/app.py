@@ -1,19 +1,15 @@
 """The FastAPI application: vLLM's, and ours around it."""
 
 from argparse import Namespace
-from http import HTTPStatus
 
-from fastapi import FastAPI, Request
-from starlette.middleware import Middleware
-from starlette.responses import JSONResponse
+from fastapi import FastAPI
 from vllm import envs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 
 from pd_serve.api import cluster_routes
 from pd_serve.api.cluster_view import ClusterView
-from pd_serve.api.engine_client import ClusterAsyncLLM, ClusterRefusal
-from pd_serve.api.errors import error_response
+from pd_serve.api.engine_client import ClusterAsyncLLM
 from pd_serve.api.overload import OverloadMiddleware
 
 
@@ -38,18 +34,12 @@ async def create_app(
 
     app.state.cluster = cluster
     app.include_router(cluster_routes.router)
-    app.add_exception_handler(ClusterRefusal, _refused)
-    # Appended, that is innermost: a refusal needs a valid key, carries X-Request-Id and CORS headers and
-    # is counted by vLLM's HTTP metrics. `add_middleware` would put it outside of all that.
+    # Innermost, around the router: a refusal needs a valid key, carries X-Request-Id and CORS headers and is
+    # counted by vLLM's HTTP metrics. `app.add_middleware` would be outside of all that, and too late:
+    # `build_app` ends with the stack built, and building it once more loses the HTTP metrics.
+    inner = OverloadMiddleware(app.router.middleware_stack, cluster=cluster, max_waiting=max_waiting)
+    app.router.middleware_stack = inner
     keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
     if keys:
-        app.user_middleware.append(Middleware(cluster_routes.ClusterKeyMiddleware, tokens=keys))
-    app.user_middleware.append(Middleware(OverloadMiddleware, cluster=cluster, max_waiting=max_waiting))
+        app.router.middleware_stack = cluster_routes.ClusterKeyMiddleware(inner, tokens=keys)
     return app
-
-
-async def _refused(request: Request, error: Exception) -> JSONResponse:
-    """A refusal by the cluster itself, after the request had passed the door."""
-    assert isinstance(error, ClusterRefusal)
-    retry = error.http_status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
-    return error_response(error.http_status, str(error), headers={"Retry-After": "1"} if retry else None)

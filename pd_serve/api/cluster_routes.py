@@ -27,7 +27,7 @@ class MigrateRequest(BaseModel):
     destination: str = Field(min_length=1)
 
 
-class ClusterKeyMiddleware(AuthenticationMiddleware):  # type: ignore[misc]
+class ClusterKeyMiddleware(AuthenticationMiddleware):
     """Requires one of the API keys on `/cluster` and everything below it."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -74,11 +74,11 @@ class EngineCore(Protocol):
     def shutdown(self, timeout: float | None = None) -> None: ...
 
 
-class ClusterRefusal(GracefulHTTPError):  # type: ignore[misc]
+class ClusterRefusal(GracefulHTTPError):
     """The cluster did not take a request; carries the HTTP status that says why."""
 
 
-class ClusterAsyncLLM(AsyncLLM):  # type: ignore[misc]
+class ClusterAsyncLLM(AsyncLLM):
     """`AsyncLLM` whose engines are a cluster.
 
     Attributes:

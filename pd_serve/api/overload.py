@@ -7,6 +7,7 @@ still arriving when the last one is looked at.
 
 from contextvars import ContextVar
 
+from starlette.datastructures import MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -61,8 +62,9 @@ def mark_submitted() -> None:
 class OverloadMiddleware:
     """Answers 503 while no instance is live and 429 while too many requests wait.
 
-    Pure ASGI: it looks at method and path, and passes `send` on untouched, so streams and the detection
-    of disconnected clients work as without it.
+    Pure ASGI: it looks at method and path and passes messages on one by one, so streams and the detection
+    of disconnected clients work as without it. Refusals from further inside (the cluster's own, vLLM's
+    `--max-num-queued-reqs`) get their `Retry-After` here too.
 
     Attributes:
         num_arriving: Requests whose body is complete and which the cluster does not count yet.
@@ -103,9 +105,14 @@ class OverloadMiddleware:
                 arrival.begin()
             return message
 
+        async def send_with_hint(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] in (429, 503):
+                MutableHeaders(scope=message).setdefault("Retry-After", self._headers["Retry-After"])
+            await send(message)
+
         token = _arrival.set(arrival)
         try:
-            await self.app(scope, receive_and_count, send)
+            await self.app(scope, receive_and_count, send_with_hint)
         finally:
             arrival.end()
             _arrival.reset(token)

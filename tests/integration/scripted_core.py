@@ -1,0 +1,114 @@
+"""An engine core that plays a script instead of running a model, and a cluster that says what it is told."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.engine.core_client import EngineCoreClient
+from vllm.v1.metrics.stats import SchedulerStats
+
+from pd_serve.api.cluster_view import MigrationRefusedError, UnknownTargetError
+
+
+class ScriptedCore(EngineCoreClient):
+    """Answers with the alphabet, a letter per step, so that a lost or doubled token shows.
+
+    The second choice of a request with n > 1 gets capitals.
+
+    Attributes:
+        refusal: Raised by the next requests instead of taking them.
+        entrance: Cleared, requests wait in `add_request_async`.
+        running: Cleared, requests get no further tokens.
+        fails_after: Requests end with an error after that many tokens.
+    """
+
+    def __init__(self) -> None:
+        self.resources = SimpleNamespace(engine_dead=False)
+        self.engine_ranks_managed = [0, 1]
+        self.added: list[EngineCoreRequest] = []
+        self.aborted: list[str] = []
+        self.refusal: Exception | None = None
+        self.entrance, self.running = asyncio.Event(), asyncio.Event()
+        self.entrance.set()
+        self.running.set()
+        self.fails_after: int | None = None
+        self.steps: dict[str, asyncio.Task[None]] = {}
+        self._outputs: asyncio.Queue[EngineCoreOutputs | Exception] = asyncio.Queue()
+
+    def die(self) -> None:
+        """The connection to all engines is lost for good."""
+        self._outputs.put_nowait(ConnectionError("no engine"))
+
+    async def get_supported_tasks_async(self) -> tuple[str, ...]:
+        return ("generate",)
+
+    async def add_request_async(self, request: EngineCoreRequest) -> None:
+        await self.entrance.wait()
+        if self.refusal is not None:
+            raise self.refusal
+        self.added.append(request)
+        self.steps[request.request_id] = asyncio.create_task(self._decode(request))
+
+    async def _decode(self, request: EngineCoreRequest) -> None:
+        first = ord("A" if request.request_id.startswith("1_") else "a")
+        length = request.sampling_params.max_tokens
+        for index in range(length):
+            await self.running.wait()
+            await asyncio.sleep(0.001)
+            reason = FinishReason.LENGTH if index + 1 == length else None
+            if index == self.fails_after:
+                reason = FinishReason.ERROR
+            output = EngineCoreOutput(request.request_id, [first + index % 26], finish_reason=reason)
+            stats = SchedulerStats(num_running_reqs=len(self.steps))
+            self._outputs.put_nowait(
+                EngineCoreOutputs(engine_index=1, outputs=[output], scheduler_stats=stats)
+            )
+            if reason is not None:
+                break
+        del self.steps[request.request_id]
+
+    async def get_output_async(self) -> EngineCoreOutputs:
+        output = await self._outputs.get()
+        if isinstance(output, Exception):
+            raise output
+        return output
+
+    async def abort_requests_async(self, request_ids: list[str]) -> None:
+        self.aborted += request_ids
+        for request_id in request_ids:
+            if step := self.steps.pop(request_id, None):
+                step.cancel()
+
+    async def reset_mm_cache_async(self) -> None: ...
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        for step in self.steps.values():
+            step.cancel()
+
+
+class ScriptedCluster:
+    """A `ClusterView` with the instances `p0` and `d0`, of which `p0` refuses every migration."""
+
+    def __init__(self) -> None:
+        self.num_live = 2
+        self.num_waiting = 0
+        self.violations: list[str] = []
+        self.moved: list[tuple[str, str]] = []
+
+    def snapshot(self) -> dict[str, Any]:
+        instance = {"id": "d0", "role": "decode", "state": "live", "freeness": float("inf")}
+        return {"instances": [instance], "migrations": {"handoff": {"committed": 3, "aborted": 1}}}
+
+    async def migrate(self, request_id: str, destination: str) -> SimpleNamespace:
+        if destination == "p0":
+            raise MigrationRefusedError("p0 has 3 free blocks and the request needs 9")
+        if destination != "d0":
+            raise UnknownTargetError(f"no instance {destination}")
+        if request_id.startswith("gone"):
+            raise UnknownTargetError(f"no running request {request_id}")
+        self.moved.append((request_id, destination))
+        return SimpleNamespace(downtime_ms=8.5, stages=2, blocks=4, tokens=120)
+
+    async def check_integrity(self) -> list[str]:
+        return self.violations

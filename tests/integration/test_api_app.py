@@ -1,0 +1,425 @@
+"""The real application on a real socket, over an engine core that plays a script."""
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import httpx
+import pytest
+import pytest_asyncio
+
+# Before vLLM is imported: nothing to look up on a network, no plugins, no start-up messages.
+os.environ.setdefault("VLLM_PLUGINS", "")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from migration.errors import EngineDeadError, InvalidRequestError, OverloadedError
+from pd_serve import engine_flags
+from pd_serve.api.app import create_app
+from pd_serve.api.engine_client import ClusterAsyncLLM, check_surface
+from pd_serve.api.server import bind, serve
+from pd_serve.models import resolve
+from tests.integration.scripted_core import ScriptedCluster, ScriptedCore
+
+pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module")]
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+
+
+@dataclass
+class Service:
+    """A running server and the fakes behind it."""
+
+    http: httpx.AsyncClient
+    core: ScriptedCore
+    cluster: ScriptedCluster
+    engine_client: ClusterAsyncLLM
+    serving: "asyncio.Task[None]"
+
+    async def complete(self, **body: object) -> httpx.Response:
+        return await self.http.post("/v1/completions", json={"model": "tiny", "prompt": "x", **body})
+
+    def start(self, **body: object) -> "asyncio.Task[httpx.Response]":
+        return asyncio.create_task(self.complete(**body))
+
+    async def taken(self, count: int = 1) -> None:
+        await eventually(lambda: len(self.core.added) >= count)
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110 - what is waited for is vLLM's state
+            await asyncio.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def vllm_config():
+    flags = {"model": resolve("tiny"), "enforce_eager": True, "kv_cache_memory_bytes": 64 << 20}
+    return engine_flags.parse([], flags).engine_args("neutral").create_engine_config()
+
+
+@asynccontextmanager
+async def running(vllm_config, *flags: str, max_waiting: int | None = 4) -> AsyncIterator[Service]:
+    args = engine_flags.parse(list(flags), {"model": resolve("tiny"), "served_model_name": ["tiny"]}).server
+    core, cluster = ScriptedCore(), ScriptedCluster()
+    client = ClusterAsyncLLM(vllm_config, core, log_requests=False, log_stats=True)
+    app = await create_app(args, client, cluster, max_waiting=max_waiting)
+    sock = bind("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+    ready = asyncio.Event()
+    serving = asyncio.create_task(serve(app, sock, args, on_ready=ready.set))
+    await asyncio.wait_for(ready.wait(), 5)
+    try:
+        async with httpx.AsyncClient(base_url=url, timeout=10) as http:
+            yield Service(http, core, cluster, client, serving)
+    finally:
+        serving.cancel()
+        await asyncio.wait({serving})
+        client.shutdown()
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def shared(vllm_config) -> AsyncIterator[Service]:
+    async with running(vllm_config) as service:
+        yield service
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def service(shared: Service) -> AsyncIterator[Service]:
+    """The shared server, which must be left without requests."""
+    shared.core.added.clear()
+    shared.core.aborted.clear()
+    yield shared
+    shared.core.refusal = shared.core.fails_after = None
+    shared.core.entrance.set()
+    shared.core.running.set()
+    shared.cluster.num_live, shared.cluster.num_waiting = 2, 0
+    processor = shared.engine_client.output_processor
+    await eventually(lambda: not shared.core.steps)
+    assert not processor.request_states
+    assert not processor.external_req_ids
+    assert not processor.parent_requests
+    assert (await shared.http.get("/load")).json() == {"server_load": 0}
+
+
+def error_of(response: httpx.Response) -> dict[str, object]:
+    error: dict[str, object] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["code"] == response.status_code
+    return error
+
+
+def events(text: str) -> list[dict]:
+    lines = [line.removeprefix("data: ") for line in text.splitlines() if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+class TestGeneration:
+    async def test_completion(self, service: Service) -> None:
+        answer = (await service.complete(max_tokens=30)).json()
+        assert answer["choices"][0]["text"] == (ALPHABET * 2)[:30]
+        assert answer["choices"][0]["finish_reason"] == "length"
+        assert answer["usage"]["completion_tokens"] == 30
+
+    async def test_completion_stream(self, service: Service) -> None:
+        options = {"include_usage": True}
+        answer = await service.complete(max_tokens=30, stream=True, stream_options=options)
+        chunks = events(answer.text)
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        assert "".join(c["choices"][0]["text"] for c in chunks if c["choices"]) == (ALPHABET * 2)[:30]
+        assert chunks[-1]["usage"]["completion_tokens"] == 30
+
+    @pytest.mark.parametrize("stream", [False, True])
+    async def test_chat(self, service: Service, stream: bool) -> None:
+        messages = [{"role": "user", "content": "hello"}]
+        body = {"model": "tiny", "messages": messages, "max_tokens": 5, "stream": stream}
+        answer = await service.http.post("/v1/chat/completions", json=body)
+        if stream:
+            said = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in events(answer.text))
+        else:
+            said = answer.json()["choices"][0]["message"]["content"]
+        assert said == "abcde"
+
+    async def test_two_choices_are_two_requests_of_the_core(self, service: Service) -> None:
+        answer = (await service.complete(max_tokens=4, n=2)).json()
+        assert sorted(choice["text"] for choice in answer["choices"]) == ["ABCD", "abcd"]
+        assert len(service.core.added) == 2
+
+    async def test_stop_string_ends_the_request_at_the_core(self, service: Service) -> None:
+        answer = (await service.complete(max_tokens=1000, stop=["de"])).json()
+        assert answer["choices"][0]["text"] == "abc"
+        assert service.core.aborted == [service.core.added[0].request_id]
+
+    async def test_failure_of_a_request_is_an_error_to_its_client_only(self, service: Service) -> None:
+        service.core.fails_after = 3
+        assert error_of(await service.complete(max_tokens=9))["code"] == 500
+        service.core.fails_after = None
+        assert (await service.complete(max_tokens=2)).json()["choices"][0]["text"] == "ab"
+
+    @pytest.mark.parametrize(("header", "body", "priority"), [({}, 7, 7), ({"X-Vllm-Priority": "-2"}, 7, -2)])
+    async def test_priority_reaches_the_core(
+        self, service: Service, header: dict[str, str], body: int, priority: int
+    ) -> None:
+        request = {"model": "tiny", "prompt": "x", "max_tokens": 1, "priority": body}
+        assert (await service.http.post("/v1/completions", json=request, headers=header)).status_code == 200
+        assert service.core.added[0].priority == priority
+
+    async def test_request_id_goes_in_and_out(self, service: Service) -> None:
+        headers = {"X-Request-Id": "my-id"}
+        request = {"model": "tiny", "prompt": "x", "max_tokens": 1}
+        answer = await service.http.post("/v1/completions", json=request, headers=headers)
+        assert answer.headers["X-Request-Id"] == "my-id"
+        assert answer.json()["id"] == "cmpl-my-id"
+        assert (await service.complete(max_tokens=1)).headers["X-Request-Id"]
+
+    @pytest.mark.parametrize(
+        "body",
+        [{"max_tokens": -1}, {"temperature": "hot"}, {"prompt": None}, {"max_tokens": 10**6}, {"n": 0}],
+    )
+    async def test_bad_input(self, service: Service, body: dict[str, object]) -> None:
+        answer = await service.complete(**body)
+        assert answer.status_code == 400
+        error_of(answer)
+        assert not service.core.added
+
+    async def test_unknown_model(self, service: Service) -> None:
+        assert error_of(await service.complete(model="other"))["code"] == 404
+
+
+class TestOtherRoutes:
+    async def test_models_version_ping_load(self, service: Service) -> None:
+        assert [m["id"] for m in (await service.http.get("/v1/models")).json()["data"]] == ["tiny"]
+        assert (await service.http.get("/version")).json()["version"]
+        assert (await service.http.get("/ping")).status_code == 200
+
+    async def test_tokenize_and_back(self, service: Service) -> None:
+        answer = await service.http.post("/tokenize", json={"model": "tiny", "prompt": "hello"})
+        tokens = answer.json()["tokens"]
+        answer = await service.http.post("/detokenize", json={"model": "tiny", "tokens": tokens})
+        assert answer.json()["prompt"].endswith("hello")
+
+    async def test_load_counts_requests_in_progress(self, service: Service) -> None:
+        service.core.running.clear()
+        request = service.start(max_tokens=1)
+        await service.taken()
+        assert (await service.http.get("/load")).json() == {"server_load": 1}
+        service.core.running.set()
+        await request
+
+    async def test_metrics_are_vllms(self, service: Service) -> None:
+        await service.complete(max_tokens=3)
+        text = (await service.http.get("/metrics")).text
+        assert 'vllm:generation_tokens_total{engine="1",model_name="' in text
+        assert 'http_requests_total{handler="/v1/completions"' in text
+
+    async def test_health_follows_the_instances(self, service: Service) -> None:
+        assert (await service.http.get("/health")).status_code == 200
+        service.cluster.num_live = 0
+        assert (await service.http.get("/health")).status_code == 503
+        assert (await service.http.get("/ping")).status_code == 503
+        service.cluster.num_live = 1
+        assert (await service.http.get("/health")).status_code == 200
+
+
+class TestOverload:
+    async def test_too_many_waiting(self, service: Service) -> None:
+        service.cluster.num_waiting = 4
+        answer = await service.complete(max_tokens=1)
+        assert error_of(answer)["code"] == 429
+        assert int(answer.headers["Retry-After"]) >= 1
+        assert answer.headers["X-Request-Id"]
+        service.cluster.num_waiting = 3
+        assert (await service.complete(max_tokens=1)).status_code == 200
+
+    async def test_a_burst_counts_although_the_cluster_has_seen_none_of_it(self, service: Service) -> None:
+        service.core.entrance.clear()
+        burst = [service.start(max_tokens=1) for _ in range(20)]
+        await eventually(lambda: sum(request.done() for request in burst) == 16)
+        service.core.entrance.set()
+        codes = [(await request).status_code for request in burst]
+        assert (codes.count(200), codes.count(429)) == (4, 16)
+
+    async def test_no_live_instance(self, service: Service) -> None:
+        service.cluster.num_live = 0
+        answer = await service.complete(max_tokens=1)
+        assert error_of(answer)["code"] == 503
+        assert answer.headers["Retry-After"]
+        assert (await service.http.get("/v1/models")).status_code == 200
+
+    @pytest.mark.parametrize("n", [1, 2])
+    @pytest.mark.parametrize(
+        ("refusal", "code"), [(EngineDeadError("no instance"), 503), (OverloadedError("full"), 429)]
+    )
+    async def test_refusal_by_the_core_leaves_nothing(
+        self, service: Service, refusal: Exception, code: int, n: int
+    ) -> None:
+        service.core.refusal = refusal
+        answer = await service.complete(max_tokens=1, n=n)
+        assert error_of(answer)["code"] == code
+        assert answer.headers["Retry-After"]
+
+
+class TestDisconnect:
+    @pytest.mark.parametrize("n", [1, 2])
+    @pytest.mark.parametrize("stream", [False, True])
+    async def test_ends_a_running_request(self, service: Service, stream: bool, n: int) -> None:
+        service.core.running.clear()
+        request = service.start(max_tokens=50, stream=stream, n=n)
+        await service.taken(n)
+        request.cancel()
+        await eventually(lambda: {r.request_id for r in service.core.added} <= set(service.core.aborted))
+
+    @pytest.mark.parametrize("n", [1, 2])
+    @pytest.mark.parametrize("stream", [False, True])
+    async def test_while_the_core_has_not_taken_it(self, service: Service, stream: bool, n: int) -> None:
+        service.core.entrance.clear()
+        request = service.start(max_tokens=50, stream=stream, n=n)
+        await eventually(lambda: len(service.engine_client.output_processor.request_states) == n)
+        request.cancel()
+        await eventually(lambda: len(service.core.aborted) >= n)
+
+    async def test_in_the_middle_of_a_stream(self, service: Service) -> None:
+        body = {"model": "tiny", "prompt": "x", "max_tokens": 4000, "stream": True}
+        async with service.http.stream("POST", "/v1/completions", json=body) as answer:
+            async for _ in answer.aiter_lines():
+                break
+        await eventually(lambda: bool(service.core.aborted))
+
+
+class TestClusterRoutes:
+    async def test_snapshot_has_no_infinity(self, service: Service) -> None:
+        answer = (await service.http.get("/cluster")).json()
+        assert answer["instances"][0]["freeness"] is None
+        assert answer["migrations"] == {"handoff": {"committed": 3, "aborted": 1}}
+
+    @pytest.mark.parametrize("named", ["my-id", "cmpl-my-id", "cmpl-my-id-0"])
+    async def test_migrate_takes_any_name_of_a_request(self, service: Service, named: str) -> None:
+        service.core.running.clear()
+        body = {"model": "tiny", "prompt": "x", "max_tokens": 2}
+        headers = {"X-Request-Id": "my-id"}
+        request = asyncio.create_task(service.http.post("/v1/completions", json=body, headers=headers))
+        await service.taken()
+        answer = await migrate(service, named, "d0")
+        assert answer.json() == {"downtime_ms": 8.5, "stages": 2, "blocks": 4, "tokens": 120}
+        assert service.cluster.moved[-1] == (service.core.added[0].request_id, "d0")
+        service.core.running.set()
+        assert (await request).json()["choices"][0]["text"] == "ab"
+
+    async def test_migrate_of_two_choices_must_say_which(self, service: Service) -> None:
+        service.core.running.clear()
+        request = service.start(max_tokens=1, n=2, request_id="pair")
+        await service.taken(2)
+        error = error_of(await migrate(service, "pair", "d0"))
+        assert error["code"] == 409
+        child = service.core.added[1].request_id
+        assert child in str(error["message"])
+        assert (await migrate(service, child, "d0")).status_code == 200
+        service.core.running.set()
+        await request
+
+    async def test_migrate_unknown_or_refused(self, service: Service) -> None:
+        assert error_of(await migrate(service, "gone", "d0"))["code"] == 404
+        assert error_of(await migrate(service, "x", "d7"))["code"] == 404
+        refused = error_of(await migrate(service, "x", "p0"))
+        assert (refused["code"], refused["message"]) == (409, "p0 has 3 free blocks and the request needs 9")
+
+    @pytest.mark.parametrize(
+        "content", ["{", "[]", '{"request_id": "x"}', '{"request_id": 3, "destination": 4}']
+    )
+    async def test_migrate_bad_input(self, service: Service, content: str) -> None:
+        headers = {"Content-Type": "application/json"}
+        answer = await service.http.post("/cluster/migrate", content=content, headers=headers)
+        assert error_of(answer)["code"] == 400
+
+    async def test_integrity(self, service: Service) -> None:
+        assert (await service.http.get("/cluster/integrity")).json() == {"ok": True, "violations": []}
+        service.cluster.violations = ["d0: 3 blocks belong to nobody"]
+        answer = (await service.http.get("/cluster/integrity")).json()
+        assert answer == {"ok": False, "violations": ["d0: 3 blocks belong to nobody"]}
+        service.cluster.violations = []
+
+
+async def migrate(service: Service, request_id: str, destination: str) -> httpx.Response:
+    body = {"request_id": request_id, "destination": destination}
+    return await service.http.post("/cluster/migrate", json=body)
+
+
+class TestServer:
+    async def test_api_key_guards_cluster_routes_too(self, vllm_config) -> None:
+        async with running(vllm_config, "--api-key", "one", "two") as service:
+            for path in ("/cluster", "/cluster/integrity", "/v1/models"):
+                assert (await service.http.get(path)).status_code == 401
+                wrong = await service.http.get(path, headers={"Authorization": "Bearer three"})
+                assert wrong.status_code == 401
+                right = await service.http.get(path, headers={"Authorization": "Bearer two"})
+                assert right.status_code == 200
+            assert error_of(await service.http.get("/cluster"))["message"] == "Unauthorized"
+            assert (await migrate(service, "x", "d0")).status_code == 401
+            service.cluster.num_live = 0
+            assert (await service.complete()).status_code == 401
+            assert (await service.http.get("/health")).status_code == 503
+
+    async def test_stop_ends_open_streams_in_time(self, vllm_config) -> None:
+        async with running(vllm_config) as service:
+            stream = service.start(max_tokens=4000, stream=True)
+            await service.taken()
+            began = asyncio.get_running_loop().time()
+            service.serving.cancel()
+            await asyncio.wait({service.serving})
+            assert asyncio.get_running_loop().time() - began < 3.5
+            assert events((await stream).text)[-1]["choices"][0]["finish_reason"] == "abort"
+            assert service.serving.cancelled()
+
+    async def test_stop_lets_short_requests_finish(self, vllm_config) -> None:
+        async with running(vllm_config) as service:
+            request = service.start(max_tokens=100)
+            await service.taken()
+            service.serving.cancel()
+            await asyncio.wait({service.serving})
+            assert (await request).json()["usage"]["completion_tokens"] == 100
+
+    async def test_dead_engine_client_ends_the_server(self, vllm_config) -> None:
+        async with running(vllm_config) as service:
+            service.core.running.clear()
+            request = service.start(max_tokens=1)
+            await service.taken()
+            service.core.die()
+            assert error_of(await request)["code"] == 500
+            with pytest.raises(EngineDeadError):
+                await asyncio.wait_for(service.serving, 8)
+
+
+async def test_vllm_has_what_the_engine_client_relies_on() -> None:
+    assert check_surface() == []
+
+
+class TestBind:
+    async def test_busy_port_is_one_line(self) -> None:
+        with bind("127.0.0.1", 0) as first:
+            first.listen()
+            port = first.getsockname()[1]
+            with pytest.raises(InvalidRequestError) as caught:
+                bind("127.0.0.1", port)
+        assert str(caught.value) == f"port {port} of 127.0.0.1 is in use; choose another with --port"
+
+    @pytest.mark.parametrize(
+        ("host", "port"), [("no-such-host.invalid", 8000), ("192.0.2.1", 8000), ("127.0.0.1", 70_000)]
+    )
+    async def test_impossible_address_is_one_line(self, host: str, port: int) -> None:
+        with pytest.raises(InvalidRequestError, match=f"port {port} of {host}"):
+            bind(host, port)
+
+    async def test_clients_are_refused_until_the_service_is_ready(self) -> None:
+        with bind(None, 0) as sock, pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection("127.0.0.1", sock.getsockname()[1])
+
+    async def test_a_port_can_be_used_again_at_once(self, vllm_config: object) -> None:
+        async with running(vllm_config) as service:
+            assert (await service.http.get("/health")).status_code == 200
+            port = service.http.base_url.port
+        bind("127.0.0.1", port).close()

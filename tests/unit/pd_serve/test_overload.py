@@ -1,0 +1,228 @@
+"""The gate in front of generating routes, over an application that does what the test tells it."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import httpx
+import pytest
+from starlette.types import Message, Receive, Scope, Send
+
+from pd_serve.api.overload import GENERATING_PATHS, OverloadMiddleware, mark_submitted
+
+Handler = Callable[[Receive, Send], Awaitable[None]]
+
+
+@dataclass
+class Cluster:
+    num_live: int = 1
+    num_waiting: int = 0
+
+
+class App:
+    """An ASGI application that reads the body, waits, hands the request over, waits and answers.
+
+    Attributes:
+        read: Bodies read so far; `tokenized` and `answered` let all requests pass that point.
+    """
+
+    def __init__(self, status: int = 200) -> None:
+        self.status = status
+        self.read = self.submitted = 0
+        self.tokenized, self.answered = asyncio.Event(), asyncio.Event()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        while (await receive()).get("more_body", False):
+            pass
+        self.read += 1
+        await self.tokenized.wait()
+        mark_submitted()
+        self.submitted += 1
+        await self.answered.wait()
+        await send({"type": "http.response.start", "status": self.status, "headers": []})
+        await send({"type": "http.response.body", "body": b"done"})
+
+    def open(self) -> "App":
+        self.tokenized.set()
+        self.answered.set()
+        return self
+
+
+def client(gate: OverloadMiddleware) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(gate), base_url="http://test")
+
+
+async def settle() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("path", sorted(GENERATING_PATHS))
+async def test_every_generating_route_is_guarded(path: str) -> None:
+    gate = OverloadMiddleware(App().open(), cluster=Cluster(num_waiting=2), max_waiting=2, retry_after_s=7)
+    async with client(gate) as http:
+        answer = await http.post(path)
+    assert (answer.status_code, answer.headers["Retry-After"]) == (429, "7")
+    error = answer.json()["error"]
+    assert (error["type"], error["param"], error["code"]) == ("Too Many Requests", None, 429)
+
+
+async def test_below_the_limit_and_without_one() -> None:
+    async with client(
+        OverloadMiddleware(App().open(), cluster=Cluster(num_waiting=1), max_waiting=2)
+    ) as http:
+        assert (await http.post("/v1/completions")).text == "done"
+    async with client(OverloadMiddleware(App().open(), cluster=Cluster(num_waiting=10**6))) as http:
+        assert (await http.post("/v1/completions")).text == "done"
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", "/health"), ("GET", "/v1/completions"), ("POST", "/tokenize"), ("POST", "/cluster/migrate")],
+)
+async def test_other_requests_pass_untouched(method: str, path: str) -> None:
+    seen: list[tuple[Receive, Send]] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append((receive, send))
+
+    async def receive() -> Message:
+        return {"type": "http.request"}
+
+    async def send(message: Message) -> None: ...
+
+    gate = OverloadMiddleware(app, cluster=Cluster(num_live=0, num_waiting=99), max_waiting=1)
+    await gate({"type": "http", "method": method, "path": path}, receive, send)
+    assert seen == [(receive, send)]
+
+
+async def test_no_live_instance_goes_before_overload() -> None:
+    gate = OverloadMiddleware(App().open(), cluster=Cluster(num_live=0, num_waiting=9), max_waiting=1)
+    async with client(gate) as http:
+        answer = await http.post("/v1/chat/completions")
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+
+
+async def test_path_below_a_root_path() -> None:
+    gate = OverloadMiddleware(App().open(), cluster=Cluster(num_live=0))
+    transport = httpx.ASGITransport(gate, root_path="/llm")
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        assert (await http.post("/llm/v1/completions")).status_code == 503
+
+
+@pytest.mark.parametrize(("status", "hint"), [(429, "1"), (503, "1"), (500, None), (200, None)])
+async def test_refusals_from_further_inside_get_the_hint(status: int, hint: str | None) -> None:
+    async with client(OverloadMiddleware(App(status).open(), cluster=Cluster())) as http:
+        answer = await http.post("/v1/completions")
+    assert (answer.status_code, answer.headers.get("Retry-After")) == (status, hint)
+
+
+class TestArriving:
+    async def test_counts_from_the_complete_body_to_the_hand_over(self) -> None:
+        app = App()
+        gate = OverloadMiddleware(app, cluster=Cluster(num_waiting=1), max_waiting=3)
+        async with client(gate) as http:
+            requests = [asyncio.create_task(http.post("/v1/completions")) for _ in range(5)]
+            await settle()
+            assert (app.read, gate.num_arriving) == (2, 2)
+            app.tokenized.set()
+            await settle()
+            assert (app.submitted, gate.num_arriving) == (2, 0)
+            app.answered.set()
+            codes = [(await request).status_code for request in requests]
+        assert codes == [200, 200, 429, 429, 429]
+        assert gate.num_arriving == 0
+
+    async def test_slow_uploads_take_no_place(self) -> None:
+        rest = asyncio.Event()
+
+        app = App()
+        gate = OverloadMiddleware(app, cluster=Cluster(), max_waiting=1)
+        receiving = asyncio.Event()
+
+        async def receive() -> Message:
+            if not receiving.is_set():
+                receiving.set()
+                return {"type": "http.request", "body": b"{", "more_body": True}
+            await rest.wait()
+            return {"type": "http.request", "body": b"}"}
+
+        async def send(message: Message) -> None: ...
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions"}
+        upload = asyncio.create_task(gate(scope, receive, send))
+        await receiving.wait()
+        assert gate.num_arriving == 0
+        rest.set()
+        await settle()
+        assert gate.num_arriving == 1
+        app.open()
+        await upload
+
+    @pytest.mark.parametrize("handed_over", [False, True])
+    async def test_is_over_when_the_request_is_cancelled(self, handed_over: bool) -> None:
+        app = App()
+        gate = OverloadMiddleware(app, cluster=Cluster(), max_waiting=3)
+        if handed_over:
+            app.tokenized.set()
+        async with client(gate) as http:
+            request = asyncio.create_task(http.post("/v1/completions"))
+            await settle()
+            assert gate.num_arriving == (0 if handed_over else 1)
+            request.cancel()
+            await asyncio.wait({request})
+        assert gate.num_arriving == 0
+
+    async def test_is_over_when_the_application_fails(self) -> None:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await receive()
+            raise RuntimeError
+
+        gate = OverloadMiddleware(app, cluster=Cluster(), max_waiting=1)
+        async with client(gate) as http:
+            for _ in range(3):
+                with pytest.raises(RuntimeError):
+                    await http.post("/v1/completions")
+        assert gate.num_arriving == 0
+
+    async def test_is_seen_from_tasks_that_the_application_starts(self) -> None:
+        gate: OverloadMiddleware
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            async def handler() -> None:
+                while (await receive()).get("more_body", False):
+                    pass
+                assert gate.num_arriving == 1
+                mark_submitted()
+                assert gate.num_arriving == 0
+
+            await asyncio.create_task(handler())
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body"})
+
+        gate = OverloadMiddleware(app, cluster=Cluster(), max_waiting=1)
+        async with client(gate) as http:
+            assert (await http.post("/v1/completions")).status_code == 200
+
+    async def test_outside_of_a_request_there_is_nothing_to_mark(self) -> None:
+        mark_submitted()
+
+
+async def test_a_stream_goes_out_chunk_by_chunk() -> None:
+    sent: list[Message] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for index in range(3):
+            await send({"type": "http.response.body", "body": b"x", "more_body": index < 2})
+            assert len(sent) == index + 2
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    gate = OverloadMiddleware(app, cluster=Cluster())
+    await gate({"type": "http", "method": "POST", "path": "/v1/completions"}, receive, send)
+    assert len(sent) == 4
