@@ -48,11 +48,14 @@ def kv_regions(
     return list(regions.values())
 
 
-def _tensor_regions(tensor: torch.Tensor, index: int, num_blocks: int, block_axis: int) -> Iterable[KvRegion]:
+def _tensor_regions(
+    tensor: torch.Tensor, index: int, num_blocks: int, block_axis: int | None
+) -> Iterable[KvRegion]:
     shape, stride = tuple(tensor.shape), tuple(tensor.stride())
     where = f"KV cache tensor {index} (shape {shape}, strides {stride})"
-    axes = range(len(shape)) if block_axis is None else [block_axis % len(shape)]
-    axis = next((i for i in axes if shape[i] == num_blocks), None)
+    axes = list(range(len(shape)))
+    candidates = axes if block_axis is None else axes[block_axis:][:1]
+    axis = next((i for i in candidates if shape[i] == num_blocks), None)
     if axis is None:
         along = "any axis" if block_axis is None else f"axis {block_axis}"
         raise ValueError(f"{where} has not {num_blocks} blocks along {along}")
