@@ -41,10 +41,12 @@ def bind(host: str | None, port: int) -> socket.socket:
         InvalidRequestError: The address cannot be had; says why in one line.
     """
     where = f"port {port} of {host or 'all interfaces'}"
+    if not 0 <= port < 1 << 16:
+        raise InvalidRequestError(f"{where} is no address to serve at: ports go up to 65535")
     try:
         found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise InvalidRequestError(f"{where} is no address to serve at: {error}") from error
     sock = socket.socket(family, kind, protocol)
     try:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import httpx
 import pytest
 import pytest_asyncio
+from fastapi import FastAPI
 
 # Before vLLM is imported: nothing to look up on a network, no plugins, no start-up messages.
 os.environ.setdefault("VLLM_PLUGINS", "")
@@ -38,6 +39,7 @@ class Service:
     core: ScriptedCore
     cluster: ScriptedCluster
     engine_client: ClusterAsyncLLM
+    app: FastAPI
     serving: "asyncio.Task[None]"
 
     async def complete(self, **body: object) -> httpx.Response:
@@ -75,7 +77,7 @@ async def running(vllm_config, *flags: str, max_waiting: int | None = 4) -> Asyn
     await asyncio.wait_for(ready.wait(), 5)
     try:
         async with httpx.AsyncClient(base_url=url, timeout=10) as http:
-            yield Service(http, core, cluster, client, serving)
+            yield Service(http, core, cluster, client, app, serving)
     finally:
         serving.cancel()
         await asyncio.wait({serving})
@@ -103,7 +105,9 @@ async def service(shared: Service) -> AsyncIterator[Service]:
     assert not processor.request_states
     assert not processor.external_req_ids
     assert not processor.parent_requests
-    assert (await shared.http.get("/load")).json() == {"server_load": 0}
+    await eventually(
+        lambda: shared.app.state.server_load_metrics == 0
+    )  # /load, counted down after the response
 
 
 def error_of(response: httpx.Response) -> dict[str, object]:

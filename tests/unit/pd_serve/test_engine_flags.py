@@ -14,9 +14,12 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 from migration.errors import InvalidRequestError
 from pd_serve.engine_flags import CHANGED_DEFAULTS, ROLES, ParsedFlags, parse
 
+MODEL = str(Path(__file__).parent)
+"""Any directory: vLLM looks a name up on the hub, or in its cache, when it makes `EngineArgs`."""
+
 
 def read(*args: str, **defaults: object) -> ParsedFlags:
-    return parse(list(args), {"model": "some/model", **defaults})
+    return parse(list(args), {"model": MODEL, **defaults})
 
 
 def by_role(flags: ParsedFlags, name: str) -> list[object]:
@@ -45,7 +48,7 @@ class TestDefaults:
         assert flags.given == frozenset()
         assert {name: getattr(flags.server, name) for name in CHANGED_DEFAULTS} == CHANGED_DEFAULTS
         for role in ROLES:
-            assert flags.engine(role) == {"model": "some/model", "scheduling_policy": "priority"}
+            assert flags.engine(role) == {"model": MODEL, "scheduling_policy": "priority"}
 
     def test_command_line_before_caller_before_ours(self) -> None:
         assert by_role(read(max_num_seqs=4), "max_num_seqs") == [4, 4, 4]
@@ -60,7 +63,7 @@ class TestDefaults:
 
     def test_engine_args_are_vllms(self) -> None:
         args = read("--prefill-max-num-seqs=8").engine_args("prefill")
-        assert (args.model, args.max_num_seqs, args.scheduling_policy) == ("some/model", 8, "priority")
+        assert (args.model, args.max_num_seqs, args.scheduling_policy) == (MODEL, 8, "priority")
 
     def test_settings_can_travel_to_another_process(self) -> None:
         settings = read("--compilation-config.mode", "0", "--seed", "3").engine("decode")
