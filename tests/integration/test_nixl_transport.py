@@ -1,0 +1,302 @@
+"""`NixlTransport` between real processes: contents, failures, and what is left behind.
+
+Run as a program, this file is the other side: `python test_nixl_transport.py source NAME`.
+"""
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from migration.errors import PeerLostError
+from migration.transport.base import KvRegion
+from migration.transport.nixl import NixlTransport
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(60)]
+
+REGIONS, BLOCKS, BLOCK_BYTES = 4, 512, 32 << 10  # 64 MiB an instance: 16 chunks
+ALL = range(BLOCKS)
+
+Memory = npt.NDArray[np.uint8]
+
+
+def _memory(seed: int | None) -> tuple[Memory, list[KvRegion]]:
+    """Memory whose content tells region, block and owner (seed); all 255 without a seed."""
+    memory = np.full((REGIONS, BLOCKS, BLOCK_BYTES), 255, dtype=np.uint8)
+    if seed is not None:
+        memory[:] = _content(seed)[:, :, None]
+    return memory, [KvRegion(part.ctypes.data, BLOCKS, BLOCK_BYTES) for part in memory]
+
+
+def _content(seed: int) -> Memory:
+    """The byte that fills each (region, block) of an owner."""
+    region, block = np.ogrid[:REGIONS, :BLOCKS]
+    return ((seed * 31 + region * 17 + block * 7) % 251).astype(np.uint8)
+
+
+class Source:
+    """A child process with a registered transport."""
+
+    def __init__(self, name: str, seed: int, environment: dict[str, str] | None = None) -> None:
+        self.name, self.seed = name, seed
+        self.process = _run_this("source", name, str(seed), environment=environment)
+        assert self.process.stdout is not None
+        self.endpoint = bytes.fromhex(self.process.stdout.readline().strip())
+
+    def signal(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
+        self.process.communicate(timeout=20)
+
+    def stop(self) -> int:
+        """Lets it close its transport and end; returns its exit code."""
+        self.process.communicate(timeout=20)
+        return self.process.returncode
+
+
+def _run_this(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    root = str(Path(__file__).resolve().parents[2])
+    return subprocess.Popen(
+        [sys.executable, __file__, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": root, **(environment or {})},
+    )
+
+
+def _shared_memory() -> set[str]:
+    """Names of all shared memory there is, of any kind, but Python's own semaphores."""
+    segments = Path("/proc/sysvipc/shm").read_text().splitlines()[1:]
+    files = [path.name for path in Path("/dev/shm").iterdir() if not path.name.startswith("sem.mp-")]
+    return {f"sysv {line.split()[1]} of {line.split()[4]}" for line in segments} | set(files)
+
+
+def _of(pid: int) -> set[str]:
+    return {name for name in _shared_memory() if name.endswith(f" of {pid}") or str(pid) in name}
+
+
+MakeSource = Callable[..., Awaitable[Source]]
+
+
+@pytest.fixture
+def make_source() -> Iterator[MakeSource]:
+    sources: list[Source] = []
+
+    async def make(name: str, seed: int, environment: dict[str, str] | None = None) -> Source:
+        source = await asyncio.to_thread(Source, name, seed, environment)
+        sources.append(source)
+        return source
+
+    yield make
+    for source in sources:
+        source.kill()
+        assert not _of(source.process.pid)
+
+
+@pytest.fixture
+def target() -> Iterator[tuple[NixlTransport, Memory]]:
+    memory, regions = _memory(None)
+    transport = NixlTransport("target", timeout_s=10)
+    transport.register(regions)
+    yield transport, memory
+    transport.close()
+    transport.close()
+    assert not _of(os.getpid())
+
+
+def _assert_read(memory: Memory, source: Source, remote: Sequence[int], local: Sequence[int]) -> None:
+    expected = _content(source.seed)[:, remote]
+    assert (memory[:, local] == expected[:, :, None]).all()
+
+
+async def test_contents_concurrency_and_several_peers(
+    make_source: MakeSource, target: tuple[NixlTransport, Memory]
+) -> None:
+    transport, memory = target
+    one, two = await asyncio.gather(make_source("one", 1), make_source("two", 2))
+    rng = random.Random(3)
+
+    # Exactly the named blocks, in any order, with runs and without.
+    remote, local = rng.sample(ALL, 40), rng.sample(ALL, 40)
+    remote[10:20], local[10:20] = range(100, 110), range(200, 210)
+    remote, local = remote[:20], list(dict.fromkeys(local))[:20]
+    expected = memory.copy()
+    expected[:, local] = _content(one.seed)[:, remote][:, :, None]
+    assert await transport.read("one", one.endpoint, remote, local) == 20 * REGIONS * BLOCK_BYTES
+    assert (memory == expected).all()
+    assert await transport.read("one", one.endpoint, [], []) == 0
+
+    # Many at once, from two peers, short and long ones, into blocks of their own.
+    free = list(ALL)
+    rng.shuffle(free)
+    parts = [free[:100], *([block] for block in free[100:120]), free[120:400]]
+    async with asyncio.TaskGroup() as group:
+        for index, part in enumerate(parts):
+            peer = (one, two)[index % 2]
+            group.create_task(transport.read(peer.name, peer.endpoint, sorted(part), part))
+    for index, part in enumerate(parts):
+        _assert_read(memory, (one, two)[index % 2], sorted(part), part)
+
+    # Idle, neither agent takes time.
+    used = time.process_time()
+    await asyncio.sleep(0.5)
+    assert time.process_time() - used < 0.05
+
+    # Wrong use copies nothing.
+    before = memory.copy()
+    for bad in ([BLOCKS], [0]), ([0], [BLOCKS]), ([-1], [0]):
+        with pytest.raises(ValueError, match="out of range"):
+            await transport.read("one", one.endpoint, *bad)
+    with pytest.raises(ValueError, match="endpoint"):
+        await transport.read("one", b"\xc1", [0], [0])
+    assert (memory == before).all()
+    assert (one.stop(), two.stop()) == (0, 0)
+
+
+async def test_cancelled_read_writes_nothing_more(
+    make_source: MakeSource, target: tuple[NixlTransport, Memory]
+) -> None:
+    transport, memory = target
+    source = await make_source("one", 1)
+    await transport.read("one", source.endpoint, [0], [0])
+    memory[:] = 255
+    for delay_s in (0, 0.001, 0.003):
+        task = asyncio.create_task(transport.read("one", source.endpoint, ALL, ALL))
+        await asyncio.sleep(delay_s)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        left = memory.copy()
+        await asyncio.sleep(0.05)
+        assert (memory == left).all()
+    assert (memory == 255).any()  # the last block was not reached
+    await transport.read("one", source.endpoint, ALL, ALL)
+    _assert_read(memory, source, ALL, ALL)
+
+
+async def test_killed_peer_is_lost_and_others_are_not(
+    make_source: MakeSource, target: tuple[NixlTransport, Memory]
+) -> None:
+    transport, memory = target
+    victim, other = await asyncio.gather(make_source("victim", 1), make_source("other", 2))
+    await transport.read("victim", victim.endpoint, ALL, ALL)
+
+    async def read_on(peer: Source, half: range) -> None:
+        while True:
+            await transport.read(peer.name, peer.endpoint, half, half)
+
+    lost = asyncio.create_task(read_on(victim, range(BLOCKS // 2)))
+    kept = asyncio.create_task(read_on(other, range(BLOCKS // 2, BLOCKS)))
+    await asyncio.sleep(0.1)
+    victim.signal(signal.SIGKILL)
+    killed = time.monotonic()
+    with pytest.raises(PeerLostError, match="victim"):
+        await lost
+    assert time.monotonic() - killed < 5
+    left = memory[:, : BLOCKS // 2].copy()
+    await asyncio.sleep(0.1)
+    assert (memory[:, : BLOCKS // 2] == left).all()
+    assert not kept.done()
+    kept.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await kept
+
+    # Dead it stays; others, and a successor of the same name, can be read.
+    with pytest.raises(PeerLostError):
+        await transport.read("victim", victim.endpoint, [0], [0])
+    transport.forget("victim")
+    transport.forget("nobody")
+    successor = await make_source("victim", 3)
+    for peer in (other, successor):
+        await transport.read(peer.name, peer.endpoint, ALL, ALL)
+        _assert_read(memory, peer, ALL, ALL)
+
+
+async def test_silent_peer_is_lost_within_the_bound(make_source: MakeSource) -> None:
+    memory, regions = _memory(None)
+    transport = NixlTransport("target", timeout_s=1.0)
+    transport.register(regions)
+    silent, other = await asyncio.gather(make_source("silent", 1), make_source("other", 2))
+    silent.signal(signal.SIGSTOP)
+    await transport.read("other", other.endpoint, ALL, ALL)
+    began = time.monotonic()
+    lost = asyncio.create_task(transport.read("silent", silent.endpoint, [5], [5]))
+    while not lost.done():  # meanwhile the other can be read, also across the reset
+        await transport.read("other", other.endpoint, range(10, 20), range(10, 20))
+    with pytest.raises(PeerLostError, match="too long"):
+        await lost
+    assert 0.9 < time.monotonic() - began < 3
+    memory[:] = 255
+    silent.signal(signal.SIGCONT)
+    await asyncio.sleep(0.2)
+    assert (memory == 255).all()
+    await transport.read("silent", silent.endpoint, ALL, ALL)  # it is well again
+    _assert_read(memory, silent, ALL, ALL)
+
+    # Given up from outside, or closed, a read ends at once.
+    for end in (lambda: transport.forget("third"), transport.close):
+        third = await make_source("third", 3)
+        third.signal(signal.SIGSTOP)
+        task = asyncio.create_task(transport.read("third", third.endpoint, [0], [0]))
+        await asyncio.sleep(0.1)
+        end()
+        with pytest.raises(PeerLostError):
+            await asyncio.wait_for(task, 0.5)
+    with pytest.raises(PeerLostError, match="closed"):
+        await transport.read("other", other.endpoint, [0], [0])
+
+
+@pytest.mark.parametrize("transports", ["^cma", "tcp"])
+async def test_works_without_direct_access_to_the_peers_memory(
+    make_source: MakeSource, transports: str
+) -> None:
+    """As where process_vm_readv is forbidden, and as between machines; the source's Python is busy."""
+    environment = {"UCX_TLS": transports, "BUSY": "1"}
+    source = await make_source("one", 1, environment)
+    reader = await asyncio.to_thread(_run_this, "reader", source.endpoint.hex(), environment=environment)
+    output, _ = await asyncio.to_thread(reader.communicate, timeout=30)
+    assert (output.strip(), reader.returncode) == ("exact", 0)
+
+
+def _source(name: str, seed: str) -> None:
+    _, regions = _memory(int(seed))
+    transport = NixlTransport(name)
+    transport.register(regions)
+    print(transport.endpoint().hex(), flush=True)
+    if os.environ.get("BUSY"):
+        while True:
+            sum(range(1000))
+    sys.stdin.read()
+    transport.close()
+
+
+def _reader(endpoint: str) -> None:
+    async def read() -> None:
+        memory, regions = _memory(None)
+        transport = NixlTransport("reader")
+        transport.register(regions)
+        mixed = random.Random(1).sample(ALL, BLOCKS)
+        await transport.read("one", bytes.fromhex(endpoint), mixed, ALL)
+        exact = bool((memory == _content(1)[:, mixed][:, :, None]).all())
+        transport.close()
+        print("exact" if exact else "wrong")
+
+    asyncio.run(read())
+
+
+if __name__ == "__main__":
+    {"source": _source, "reader": _reader}[sys.argv[1]](*sys.argv[2:])
