@@ -15,8 +15,8 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 _SERVE_HELP = """Serve a model behind one OpenAI-compatible endpoint.
 
 MODEL comes first: a directory, a hub name, or a demo model ('smollm2', the default, or 'tiny', which is ready
-fastest and talks nonsense). Every engine flag of vLLM is taken under vLLM's name, for all instances or, with a
-prefix, for one role: --max-model-len 4096 --prefill-max-num-batched-tokens 1024.
+fastest and talks nonsense). Every engine flag of vLLM is taken under vLLM's name, for all instances or, with
+a prefix, for one role: --max-model-len 4096 --prefill-max-num-batched-tokens 1024.
 """
 
 
@@ -67,7 +67,9 @@ def serve(
     import uvloop
 
     from pd_serve import service
+    from pd_serve.logs import configure_logging
 
+    configure_logging()
     uvloop.run(service.run(config, Console()))
 
 

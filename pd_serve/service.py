@@ -1,9 +1,11 @@
 """The service's life: prepare, start everything, serve, stop everything."""
 
 import asyncio
+import gc
 import logging
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +17,7 @@ from pd_serve.config import (
     ServeConfig,
     check_memory,
     cpu_engine_defaults,
+    is_cpu_build,
     process_environment,
 )
 from pd_serve.console import Console
@@ -26,14 +29,17 @@ logger = logging.getLogger(__name__)
 
 async def run(config: ServeConfig, console: Console) -> None:
     """Serves until SIGINT or SIGTERM. Raises: PdServeError: with one line that says what to change."""
-    stopping = asyncio.current_task()
-    assert stopping is not None
+    main = asyncio.current_task()
+    assert main is not None
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stopping.cancel)
+
+    def catch_signals() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, main.cancel)
+
+    catch_signals()
     sock = bind(config.host, config.port)
-    config = replace(config, port=sock.getsockname()[1])
-    service = Service(config, console)
+    service = Service(replace(config, port=sock.getsockname()[1]), console, catch_signals)
     try:
         await service.start()
         await service.serve(sock)
@@ -41,23 +47,27 @@ async def run(config: ServeConfig, console: Console) -> None:
         console.step("stopping")
     finally:
         sock.close()
-        await asyncio.shield(service.stop())
+        await service.stop()
+        console.step("stopped")
 
 
 class Service:
     """Everything that one `pd-serve serve` starts, and ends again."""
 
-    def __init__(self, config: ServeConfig, console: Console) -> None:
+    def __init__(self, config: ServeConfig, console: Console, catch_signals: Callable[[], None]) -> None:
         self._config = config
+        self._catch_signals = catch_signals
         self._console = console
         self._tasks = OwnedTasks()
         self._cluster: Any = None
         self._router: Any = None
         self._wire: Wire | None = None
         self._infos: list[InstanceInfo] = []
+        self._flags: Any = None
 
     async def start(self) -> None:
         config, console = self._config, self._console
+        gc.disable()  # as in the instances: collecting while importing costs a tenth of the time
         console.step(f"preparing the model {config.model}")
         self._model = await asyncio.to_thread(models.resolve, config.model)
         environment = process_environment(config, self._model)
@@ -65,11 +75,16 @@ class Service:
 
         from pd_serve.cluster import RayCluster
 
-        self._cluster = RayCluster(config.ray_address, self._on_lost)
+        self._cluster = RayCluster(config.ray_address, environment, self._on_lost)
         console.step("starting Ray and loading vLLM")
-        _, self._flags = await asyncio.gather(
-            asyncio.to_thread(self._cluster.connect), asyncio.to_thread(self._parse_flags)
-        )
+        parsing = self._tasks.start(asyncio.to_thread(self._parse_flags))
+        await asyncio.to_thread(self._cluster.connect)
+        self._catch_signals()  # Ray has put its own handlers in their place
+        if is_cpu_build():
+            self._launch(0.0)  # importing takes longest: it goes on while the flags are read
+        self._flags = await parsing
+        if not is_cpu_build():
+            self._launch(float(self._flags.server.tensor_parallel_size))
         check_memory(config.num_instances, self._flags.engine("decode"), self._model)
         local = config.ray_address is None
         host = "127.0.0.1" if local else self._cluster.node_address()
@@ -115,21 +130,20 @@ class Service:
         if (dtype := models.default_dtype(config.model)) is not None:
             defaults["dtype"] = dtype
         flags = list(config.engine_flags)
-        from vllm.platforms import current_platform
-
-        if current_platform.is_cpu():
+        if is_cpu_build():
             defaults |= cpu_engine_defaults(self._model, config.num_instances)
             flags = [f"--prefill-max-num-batched-tokens={CPU_PREFILL_CHUNK_TOKENS}", *flags]
-        self._num_gpus = 0.0 if current_platform.is_cpu() else 1.0
         return parse(flags, defaults)
+
+    def _launch(self, num_gpus: float) -> None:
+        for name, _ in self._config.names():
+            self._cluster.launch(name, num_gpus)
 
     async def _start_instance(
         self, name: str, role: str, host: str, keys: CurveKeys | None, environment: dict[str, str]
     ) -> InstanceInfo:
-        engine_args = self._flags.engine(role)
-        gpus = self._num_gpus * engine_args.get("tensor_parallel_size", 1)
-        instance = InstanceConfig(name, role, engine_args, host, keys, environment)
-        info: InstanceInfo = await self._cluster.start(instance, gpus)
+        instance = InstanceConfig(name, role, self._flags.engine(role), host, keys, environment)
+        info: InstanceInfo = await self._cluster.start(instance)
         self._console.step(f"{name} is ready (pid {info.pid})")
         if info.no_migration is not None:
             self._console.warn(f"{name} SERVES WITHOUT MIGRATION: {info.no_migration}")
@@ -175,6 +189,8 @@ class Service:
             self._router.leave(instance_id)
 
     def _ready(self) -> None:
+        gc.freeze()
+        gc.enable()
         config = self._config
         name = self._flags.server.served_model_name[0]
         self._console.banner(config, name, self._infos)
