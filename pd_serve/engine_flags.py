@@ -5,19 +5,19 @@ that vLLM itself knows in full (`--prefill-schedule-interval`) stays vLLM's. vLL
 checks all values; it is imported on the first `parse`, which takes seconds, not with this module.
 """
 
-import contextlib
 import difflib
 import re
 from argparse import Action, Namespace
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
-from functools import cache
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from migration.errors import InvalidRequestError
+from pd_serve.vllm_parser import as_invalid_request, defaults_of_vllm, engine_settings, options, parser
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
 
 ROLES = ("prefill", "decode", "neutral")
@@ -62,6 +62,13 @@ NOT_OURS = re.compile(
 )
 """Settings for things that pd-serve does in its own way: processes, nodes, scheduling, sockets."""
 
+ON_THE_COMMAND_LINE = {
+    "model": "name the model as the first argument",
+    "host": "goes to pd-serve itself, not into a --config file",
+    "port": "goes to pd-serve itself, not into a --config file",
+}
+"""What the caller needs before vLLM's flags are read, so it does not come here any more."""
+
 
 @dataclass(frozen=True, slots=True)
 class ParsedFlags:
@@ -80,14 +87,28 @@ class ParsedFlags:
     def engine(self, role: str) -> dict[str, Any]:
         """Arguments of `AsyncEngineArgs` for a role: those that differ from vLLM's defaults."""
         settings, defaults = vars(self._by_role[role]), vars(self._vllm_defaults)
-        names = _engine_settings() & settings.keys()
+        names = engine_settings() & settings.keys()
         return {name: settings[name] for name in sorted(names) if settings[name] != defaults.get(name)}
 
     def engine_args(self, role: str) -> "AsyncEngineArgs":
         """The same as vLLM's own object."""
         from vllm.engine.arg_utils import AsyncEngineArgs
 
-        return AsyncEngineArgs(**self.engine(role))
+        with as_invalid_request():
+            return AsyncEngineArgs(**self.engine(role))
+
+    def engine_config(self, role: str) -> "VllmConfig":
+        """vLLM's resolved configuration; reads the model's own, and refuses what does not go together.
+
+        The first time a user's machine sees a model architecture, vLLM starts a process of its own to look
+        at it (10 s) and remembers what it saw. Calling this before instances are started spares each of
+        them the same.
+
+        Raises:
+            InvalidRequestError: With one line that says what to change.
+        """
+        with as_invalid_request():
+            return self.engine_args(role).create_engine_config()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +127,11 @@ class _Flag:
         return name if "." in name else self.action.dest
 
 
-def parse(extra_args: list[str], defaults: Mapping[str, Any]) -> ParsedFlags:
+def parse(
+    extra_args: list[str],
+    defaults: Mapping[str, Any],
+    role_defaults: Mapping[str, Mapping[str, Any]] | None = None,
+) -> ParsedFlags:
     """Read a command line that has no positional arguments.
 
     Args:
@@ -114,12 +139,17 @@ def parse(extra_args: list[str], defaults: Mapping[str, Any]) -> ParsedFlags:
             `--json-flag.key value`, `-tp 2`, underscores, `--config FILE`.
         defaults: Values to use where the command line says nothing, as vLLM's namespace holds them,
             e.g. `{"model": path, "max_num_seqs": 16}`. They come before `CHANGED_DEFAULTS`.
+        role_defaults: The same for one role each, where the command line has it for neither this role nor
+            all: `{"prefill": {"max_num_batched_tokens": 512}}`.
 
     Raises:
         InvalidRequestError: With one line that says what to change.
     """
     base = {**CHANGED_DEFAULTS, **defaults}
-    unknown = base.keys() - vars(_defaults_of_vllm()).keys()
+    by_role_base = {role: {**base, **(role_defaults or {}).get(role, {})} for role in ROLES}
+    unknown = {*base, *(name for own in by_role_base.values() for name in own)} - vars(
+        defaults_of_vllm()
+    ).keys()
     if unknown:
         raise ValueError(f"vLLM has no setting {', '.join(sorted(unknown))}")
     flags = list(_flags(_with_config_file(extra_args)))
@@ -131,12 +161,11 @@ def parse(extra_args: list[str], defaults: Mapping[str, Any]) -> ParsedFlags:
         own = [flag for flag in flags if flag.role == role]
         replaced = {flag.setting for flag in own}
         kept = [flag for flag in shared if flag.setting not in replaced]
-        by_role[role] = _read(kept + own, base, role) if own else server
+        by_role[role] = _read(kept + own, by_role_base[role], role)
     given = frozenset(flag.action.dest for flag in shared)
-    parsed = ParsedFlags(server, given, by_role, _defaults_of_vllm())
-    with _as_invalid_request():
-        for role in ROLES:
-            parsed.engine_args(role)  # has checks of its own
+    parsed = ParsedFlags(server, given, by_role, defaults_of_vllm())
+    for role in ROLES:
+        parsed.engine_args(role)  # has checks of its own
     return parsed
 
 
@@ -159,17 +188,19 @@ def _flag(first: str, values: list[str]) -> _Flag:
     name = path.replace("_", "-") if path.startswith("--") else path
     if level := re.fullmatch(r"-O(\d?)", name):
         name, equals, value = "--optimization-level", "=" if value or level[1] else "", value or level[1]
-    options = _options()
+    known = options()
     role = None
-    if name not in options:
+    if name not in known:
         role = next((role for role in ROLES if name.startswith(f"--{role}-")), None)
         name = "--" + name.removeprefix(f"--{role}-") if role else name
-    action = options.get(name)
+    action = known.get(name)
     if action is None:
         raise InvalidRequestError(_unknown(written.replace("_", "-")))
+    if role is None and action.dest in ON_THE_COMMAND_LINE:
+        raise InvalidRequestError(f"{written}: {ON_THE_COMMAND_LINE[action.dest]}")
     if NOT_OURS.fullmatch(action.dest):
         raise InvalidRequestError(f"{written} is not a flag of pd-serve, which does this in its own way")
-    if role and action.dest not in _engine_settings():
+    if role and action.dest not in engine_settings():
         raise InvalidRequestError(f"{written}: {name} is a flag of the API server, not of the instances")
     if role and SAME_EVERYWHERE.fullmatch(action.dest):
         raise InvalidRequestError(f"{written}: must be the same on all instances; use {name}")
@@ -189,7 +220,7 @@ def _unknown(name: str) -> str:
     role = next((role for role in ROLES if name.startswith(f"--{role}-")), None)
     known = [
         option
-        for option, action in _options().items()
+        for option, action in options().items()
         if option.startswith("--") and not NOT_OURS.fullmatch(action.dest)
     ]
     if role:
@@ -208,8 +239,8 @@ def _read(flags: Iterable[_Flag], base: Mapping[str, Any], role: str | None = No
         last[key] = flag
     tokens = [token for flag in last.values() for token in flag.tokens]
     try:
-        with _as_invalid_request():
-            namespace: Namespace = _parser().parse_args(tokens, Namespace(**base))
+        with as_invalid_request():
+            namespace: Namespace = parser().parse_args(tokens, Namespace(**base))
     except InvalidRequestError as error:
         # The flags for all roles have been read before, so it is one of the role's own.
         raise InvalidRequestError(re.sub("^--", f"--{role}-", str(error)) if role else str(error)) from error
@@ -225,7 +256,7 @@ def _check_server(server: Namespace) -> None:
     from vllm.reasoning import ReasoningParserManager
     from vllm.tool_parsers import ToolParserManager
 
-    with _as_invalid_request():
+    with as_invalid_request():
         if server.tool_parser_plugin:
             ToolParserManager.import_tool_parser(server.tool_parser_plugin)
         if server.reasoning_parser_plugin:
@@ -246,56 +277,6 @@ def _with_config_file(args: list[str]) -> list[str]:
             path = rest.pop(at) if at < len(rest) else ""
         if not Path(path).is_file():
             raise InvalidRequestError(f"--config: no such file: {path or 'none given'}")
-        with _as_invalid_request():
-            from_file += _parser().load_config_file(path)
+        with as_invalid_request():
+            from_file += parser().load_config_file(path)
     return from_file + rest
-
-
-@contextlib.contextmanager
-def _as_invalid_request() -> Iterator[None]:
-    """Turn what vLLM raises on a bad value into one line. Its own errors come in many types."""
-    from vllm.exceptions import VLLMError
-
-    try:
-        yield
-    except (VLLMError, ValueError, TypeError, KeyError, OSError, AssertionError, ImportError) as error:
-        said = error.args[0] if isinstance(error, KeyError) and error.args else error
-        raise InvalidRequestError(_one_line(str(said))) from error
-
-
-def _one_line(text: str) -> str:
-    return " ".join(re.sub(r"For further information visit \S+", "", text).removeprefix("Error: ").split())
-
-
-@cache
-def _parser() -> Any:
-    """vLLM's parser of server and engine flags; it raises instead of printing and exiting."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
-        def error(self, message: str) -> NoReturn:
-            raise InvalidRequestError(_one_line(message.removeprefix("argument ")))
-
-    return make_arg_parser(Parser(add_help=False, allow_abbrev=False))
-
-
-@cache
-def _options() -> dict[str, Action]:
-    """Every spelling of every flag that vLLM knows."""
-    return {spelling: action for action in _parser()._actions for spelling in action.option_strings}
-
-
-@cache
-def _engine_settings() -> frozenset[str]:
-    """Settings of an engine that have a flag; the others are the API server's."""
-    from vllm.engine.arg_utils import AsyncEngineArgs
-
-    have_flag = {action.dest for action in _parser()._actions}
-    return frozenset(item.name for item in fields(AsyncEngineArgs)) & have_flag
-
-
-@cache
-def _defaults_of_vllm() -> Namespace:
-    namespace: Namespace = _parser().parse_args([])
-    return namespace

@@ -13,6 +13,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from migration.errors import InvalidRequestError
 from pd_serve.engine_flags import CHANGED_DEFAULTS, ROLES, ParsedFlags, parse
+from pd_serve.models import resolve
 
 MODEL = str(Path(__file__).parent)
 """Any directory: vLLM looks a name up on the hub, or in its cache, when it makes `EngineArgs`."""
@@ -56,6 +57,16 @@ class TestDefaults:
         # fcfs is vLLM's default, so it is not among what differs from it.
         assert by_role(read(scheduling_policy="fcfs"), "scheduling_policy") == [None] * 3
         assert by_role(read("--scheduling-policy=fcfs"), "scheduling_policy") == [None] * 3
+
+    def test_of_one_role_come_after_everything_on_the_command_line(self) -> None:
+        own = {"prefill": {"max_num_seqs": 2}}
+        for args, expected in [
+            ([], [2, 4, 4]),
+            (["--max-num-seqs=8"], [8, 8, 8]),
+            (["--prefill-max-num-seqs=8"], [8, 4, 4]),
+            (["--decode-max-num-seqs=8"], [2, 8, 4]),
+        ]:
+            assert by_role(parse(args, {"model": MODEL, "max_num_seqs": 4}, own), "max_num_seqs") == expected
 
     def test_caller_must_name_settings_that_exist(self) -> None:
         with pytest.raises(ValueError, match=r"max_num_seq$"):
@@ -175,6 +186,8 @@ class TestComplaints:
                 ["--prefill-dtype=float16"],
                 "--prefill-dtype: must be the same on all instances; use --dtype",
             ),
+            (["--model", "x"], "--model: name the model as the first argument"),
+            (["--port=1"], "--port: goes to pd-serve itself, not into a --config file"),
             (["--headless"], "--headless is not a flag of pd-serve, which does this in its own way"),
         ],
     )
@@ -206,6 +219,16 @@ class TestComplaints:
     )
     def test_what_pd_serve_does_itself(self, name: str) -> None:
         assert complaint(f"--{name}", "1").startswith(f"--{name} is not a flag of pd-serve")
+
+    def test_a_model_that_is_none(self) -> None:
+        with pytest.raises(InvalidRequestError) as caught:
+            read().engine_config("decode")
+        assert "\n" not in str(caught.value)
+
+    def test_what_does_not_go_together(self) -> None:
+        flags = parse(["--gpu-memory-utilization", "3"], {"model": resolve("tiny")})
+        with pytest.raises(InvalidRequestError, match="gpu_memory_utilization"):
+            flags.engine_config("decode")
 
     def test_nothing_is_printed(self, capfd: pytest.CaptureFixture[str]) -> None:
         read()
