@@ -7,10 +7,12 @@ import contextlib
 import gc
 import re
 from argparse import Action, Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from functools import cache
 from typing import Any, NoReturn
+
+from pydantic import ValidationError
 
 from migration.errors import InvalidRequestError
 
@@ -34,9 +36,18 @@ def as_invalid_request() -> Iterator[None]:
 
     try:
         yield
+    except ValidationError as error:
+        raise InvalidRequestError("; ".join(map(_complaint, error.errors()))) from error
     except (VLLMError, ValueError, TypeError, KeyError, OSError, AssertionError, ImportError) as error:
         said = error.args[0] if isinstance(error, KeyError) and error.args else error
         raise InvalidRequestError(_one_line(str(said))) from error
+
+
+def _complaint(error: Mapping[str, Any]) -> str:
+    """One of pydantic's complaints, about the flag that it is about where there is one."""
+    said = _one_line(error["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, "))
+    flag = "--" + ".".join(str(part) for part in error["loc"]).replace("_", "-")
+    return f"{flag}: {said}" if flag in options() else said
 
 
 def _one_line(text: str) -> str:
