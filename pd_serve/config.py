@@ -110,6 +110,6 @@ def check_memory(num_instances: int, engine_args: dict[str, Any], model: str) ->
     available = psutil.virtual_memory().available
     if needed > available:
         raise InvalidRequestError(
-            f"{num_instances} instances need about {needed / 2**30:.1f} GiB and"
-            f" {available / 2**30:.1f} GiB are free: start fewer, or give each less with --kv-cache-memory-bytes"
+            f"{num_instances} instances need about {needed / 2**30:.1f} GiB,"
+            f" {available / 2**30:.1f} GiB are free: start fewer, or set a smaller --kv-cache-memory-bytes"
         )

@@ -24,11 +24,6 @@ from vllm.v1.request import Request, RequestStatus
 from migration.errors import DestinationRefusedError, SourceGoneError
 from migration.messages import BlockRun
 
-if TYPE_CHECKING:
-    _SchedulerBase = Scheduler
-else:
-    _SchedulerBase = object
-
 #: Blocks reserved beyond what a request has, so that it can decode on while it is being copied.
 SLACK_BLOCKS = 2
 
@@ -65,8 +60,12 @@ class MigrationState:
     waiters: dict[str, StageWaiter] = field(default_factory=dict)  # by request id
 
 
-class MigrationMixin(_SchedulerBase):
+class MigrationMixin:
     """Adds migration to a vLLM scheduler class that follows it in the bases."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...  # the scheduler class's own
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -82,7 +81,7 @@ class MigrationMixin(_SchedulerBase):
     # ---- hooks into vLLM's scheduler
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().schedule(*args, **kwargs)
+        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         if self.handoff_ids:
             started = [r.req_id for r in output.scheduled_new_reqs if r.req_id in self.handoff_ids]
             if started:
@@ -91,7 +90,7 @@ class MigrationMixin(_SchedulerBase):
         return output
 
     def finish_requests(self, request_ids: Any, finished_status: RequestStatus) -> list[Request]:
-        finished: list[Request] = super().finish_requests(request_ids, finished_status)
+        finished: list[Request] = super().finish_requests(request_ids, finished_status)  # type: ignore[misc]
         for request in finished:
             self.handoff_ids.discard(request.request_id)
             self.migration.suspended.pop(request.request_id, None)
