@@ -79,8 +79,13 @@ class MigrationCoordinator:
     def num_incoming(self) -> int:
         return sum(migration.holds_resources for migration in self._incoming.values())
 
-    async def migrate(self, request_id: RequestId, destination: InstanceId, reason: str) -> MigrationOutcome:
+    async def migrate(
+        self, request_id: RequestId, destination: InstanceId, reason: str, *, blocking: bool = False
+    ) -> MigrationOutcome:
         """Moves a running request to `destination` and returns when that has ended, either way.
+
+        Args:
+            blocking: Stop-and-copy instead of live, for comparison.
 
         Raises:
             SourceGoneError: The request is not running here.
@@ -108,6 +113,7 @@ class MigrationCoordinator:
             bounds=self.bounds,
             tasks=self._tasks,
             on_close=self._outgoing_closed,
+            blocking=blocking,
         )
         self._outgoing[migration.migration_id] = migration
         self._by_request[request_id] = migration

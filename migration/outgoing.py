@@ -62,7 +62,11 @@ class MigrationOutcome:
 
 
 class OutgoingMigration:
-    """One request on its way from here to `destination`."""
+    """One request on its way from here to `destination`.
+
+    Args:
+        blocking: Suspend at once and copy everything then: the baseline that live migration beats.
+    """
 
     def __init__(
         self,
@@ -77,6 +81,7 @@ class OutgoingMigration:
         bounds: MigrationBounds,
         tasks: OwnedTasks,
         on_close: Callable[["OutgoingMigration"], None],
+        blocking: bool = False,
     ) -> None:
         self.migration_id = migration_id
         self.description = description
@@ -89,6 +94,7 @@ class OutgoingMigration:
         self._bounds = bounds
         self._tasks = tasks
         self._on_close = on_close
+        self._max_stages = 0 if blocking else bounds.max_stages
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._run: BlockRun | None = None
@@ -163,7 +169,7 @@ class OutgoingMigration:
                 self.request_id,
                 self.description.incarnation,
                 self._blocks_done,
-                suspend=self._stages >= self._bounds.max_stages,
+                suspend=self._stages >= self._max_stages,
             )
         except SourceGoneError as error:
             if self.machine.state is not SourceState.RETREATING:

@@ -2,7 +2,9 @@
 
 import os
 import sys
-from typing import Annotated
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -64,13 +66,9 @@ def serve(
         max_waiting=max_waiting_requests,
         engine_flags=extra,
     )
-    import uvloop
-
     from pd_serve import service
-    from pd_serve.logs import configure_logging
 
-    configure_logging()
-    uvloop.run(service.run(config, Console()))
+    _run(service.run(config, Console()))
 
 
 @app.command()
@@ -82,6 +80,39 @@ def status(
     from pd_serve.status import show
 
     show(url, api_key)
+
+
+bench = typer.Typer(no_args_is_help=True, help="Measure on this machine, as ratios side by side in one run.")
+app.add_typer(bench, name="bench")
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the numbers here.")]
+
+
+@bench.command("migration")
+def bench_migration(
+    json_file: JsonFile = None,
+    rounds: Annotated[int, typer.Option(help="Requests per length.")] = 4,
+) -> None:
+    """Gap of live migration against ITL, blocking copy and recompute; the hand-off gap."""
+    from pd_serve.bench import migration
+
+    _run(migration.run(json_file, rounds))
+
+
+@bench.command("overhead")
+def bench_overhead(json_file: JsonFile = None) -> None:
+    """One neutral instance behind our front end against vLLM's own API server."""
+    from pd_serve.bench import overhead
+
+    _run(overhead.run(json_file))
+
+
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    import uvloop
+
+    from pd_serve.logs import configure_logging
+
+    configure_logging()
+    uvloop.run(work)
 
 
 def main() -> None:

@@ -86,7 +86,7 @@ def process_environment(config: ServeConfig, model: str) -> dict[str, str]:
     return {name: os.environ.get(name, value) for name, value in environment.items()}
 
 
-def cpu_engine_defaults(model: str, num_instances: int) -> dict[str, Any]:
+def cpu_engine_defaults() -> dict[str, Any]:
     """Engine settings for instances that share one machine's cores and memory."""
     return {
         "enforce_eager": True,  # compiling would take longer than a first try lasts

@@ -44,6 +44,9 @@ class InstanceInfo:
     pid: int
     no_migration: str | None
     supported_tasks: list[str]
+    max_model_len: int
+    num_blocks: int
+    block_tokens: int
 
 
 class Instance:
@@ -90,6 +93,9 @@ class Instance:
             pid=os.getpid(),
             no_migration=self._engine.no_migration,
             supported_tasks=list(tasks),
+            max_model_len=self._engine.core.vllm_config.model_config.max_model_len,
+            num_blocks=self._engine.core.vllm_config.cache_config.num_gpu_blocks,
+            block_tokens=self._engine.scheduler.block_size,
         )
 
     async def wait(self) -> None:

@@ -234,7 +234,9 @@ class Llumlet:
         request_id, destination = message.request_id, InstanceId(message.destination)
         not_here, why = False, ""
         try:
-            outcome = await self.coordinator.migrate(request_id, destination, message.reason)
+            outcome = await self.coordinator.migrate(
+                request_id, destination, message.reason, blocking=message.blocking
+            )
         except SourceGoneError as error:
             not_here, why = True, str(error)
         except DestinationRefusedError as error:

@@ -65,6 +65,7 @@ class MigrateRequest(msgspec.Struct, frozen=True, tag=True):
     request_id: RequestId
     destination: str
     reason: str
+    blocking: bool = False
 
 
 class Call(msgspec.Struct, frozen=True, tag=True):

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
@@ -94,6 +94,8 @@ class RequestRouter:
     def __init__(self, name: str, wire: Wire, block_tokens: int, num_slots: int) -> None:
         self.outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self.slots = list(range(num_slots))
+        #: Told (request, instance, tokens so far, time in s) at every delivery; for measurements.
+        self.observer: Callable[[RequestId, str, int, float], None] | None = None
         self._name = name
         self._wire = wire
         self._block_tokens = block_tokens
@@ -122,6 +124,7 @@ class RequestRouter:
 
     def join(self, info: InstanceInfo) -> None:
         self._instances[info.instance_id] = info
+        # vLLM's metrics know these slots and no others.
         self._slot_of[info.instance_id] = min(set(self.slots) - set(self._slot_of.values()), default=0)
         self._wire.connect(info.instance_id, info.address)
         self._greet()
@@ -251,7 +254,9 @@ class RequestRouter:
                 self._num_waiting -= 1
             if ledger.num_moves != moves:
                 self._book.settled(route.destination, route.request_id)
-            if route.moved and ledger.num_moves and len(ledger.token_ids) > ledger.begin_of_epoch:
+            if ready and self.observer is not None:
+                self.observer(route.request_id, header.instance_id, len(ledger.token_ids), now)
+            if route.moved and ledger.owner_has_spoken:
                 for waiter in route.moved:
                     if not waiter.done():
                         waiter.set_result(None)
@@ -366,27 +371,53 @@ class RequestRouter:
         }
         return {"instances": instances, "migrations": migrations}
 
-    async def migrate(self, request_id: str, destination: str) -> Migrated:
+    async def migrate(
+        self, request_id: str, destination: str, mode: Literal["live", "blocking", "recompute"] = "live"
+    ) -> Migrated:
+        """See `ClusterView`. The other modes are baselines for the benchmark: stop-and-copy, and abort
+        here with a recompute there."""
         route = self._routes.get(RequestId(request_id))
         if route is None:
             raise UnknownTargetError(f"no running request {request_id!r}")
         if destination not in self._instances:
             raise UnknownTargetError(f"no instance {destination!r}; see GET /cluster")
-        moved: asyncio.Future[None] = self._loop.create_future()
+        if mode == "recompute":
+            return await self._restart(route, destination)
         while True:
             owner, moves = route.ledger.owner, route.ledger.num_moves
             ended = await self._call(
-                owner, lambda call_id: MigrateRequest(call_id, route.request_id, destination, "manual")
+                owner,
+                lambda call_id: MigrateRequest(
+                    call_id, route.request_id, destination, "manual", blocking=mode == "blocking"
+                ),
             )
             if ended.committed:
                 break
             if not ended.not_here or route.ledger.owner == owner:
                 raise MigrationRefusedError(ended.why)
-        if route.ledger.num_moves == moves and route.request_id in self._routes:
-            route.moved.append(moved)
-            async with asyncio.timeout(CALL_TIMEOUT_S):
-                await moved
+        await self._next_owner_speaks(route, moves)
         return Migrated(route.ledger.last_gap_s * 1e3, ended.stages, ended.blocks, ended.tokens)
+
+    async def _restart(self, route: Route, destination: str) -> Migrated:
+        self._wire.send(route.ledger.owner, AbortRequests([route.request_id]))
+        moves = route.ledger.num_moves
+        epoch = route.ledger.take_over(destination)
+        tokens = list(route.ledger.token_ids)
+        message = AddRequest(route.request_id, self._token_endpoint, epoch, [], tokens)
+        self._wire.send(destination, message, route.payload)
+        await self._next_owner_speaks(route, moves)
+        return Migrated(route.ledger.last_gap_s * 1e3, 0, 0, route.prompt_tokens + len(tokens))
+
+    async def _next_owner_speaks(self, route: Route, moves: int) -> None:
+        """Returns at the first token of an owner after the first `moves`, or when the request has ended."""
+        ledger = route.ledger
+        async with asyncio.timeout(CALL_TIMEOUT_S):
+            while route.request_id in self._routes and not (
+                ledger.num_moves > moves and ledger.owner_has_spoken
+            ):
+                waiter = self._loop.create_future()
+                route.moved.append(waiter)
+                await waiter
 
     async def check_integrity(self) -> list[str]:
         """Asks every instance, until nothing is wrong or what is wrong stays so for a while."""

@@ -60,7 +60,8 @@ class Service:
         self._console = console
         self._tasks = OwnedTasks()
         self._cluster: Any = None
-        self._router: Any = None
+        self.router: Any = None
+        self.client: Any = None
         self._wire: Wire | None = None
         self._infos: list[InstanceInfo] = []
         self._flags: Any = None
@@ -106,8 +107,8 @@ class Service:
     async def stop(self) -> None:
         """Ends everything that was started, in about a second; whatever resists is killed."""
         await self._tasks.cancel()
-        if self._router is not None:
-            await self._router.close()
+        if self.router is not None:
+            await self.router.close()
         if self._cluster is not None:
             await self._cluster.stop()
         if self._wire is not None:
@@ -129,11 +130,15 @@ class Service:
             defaults["api_key"] = [config.api_key]
         if (dtype := models.default_dtype(config.model)) is not None:
             defaults["dtype"] = dtype
-        flags = list(config.engine_flags)
+        role_defaults: dict[str, dict[str, Any]] = {}
         if is_cpu_build():
-            defaults |= cpu_engine_defaults(self._model, config.num_instances)
-            flags = [f"--prefill-max-num-batched-tokens={CPU_PREFILL_CHUNK_TOKENS}", *flags]
-        return parse(flags, defaults)
+            defaults |= cpu_engine_defaults()
+            role_defaults["prefill"] = {"max_num_batched_tokens": CPU_PREFILL_CHUNK_TOKENS}
+        flags = parse(config.engine_flags, defaults, role_defaults)
+        # Refuses what does not fit together before anything is started, and fills vLLM's cache of model
+        # inspections, which every instance would otherwise do for itself.
+        self._engine_config = flags.engine_config("decode" if config.instances["decode"] else "neutral")
+        return flags
 
     def _launch(self, num_gpus: float) -> None:
         for name, _ in self._config.names():
@@ -154,8 +159,6 @@ class Service:
         import pd_serve.api.core
         import pd_serve.request_router  # noqa: F401
 
-        self._engine_config = self._flags.engine_args("decode").create_engine_config()
-
     async def _build_app(self) -> None:
         from pd_serve.api.app import create_app
         from pd_serve.api.core import ClusterCore
@@ -164,29 +167,33 @@ class Service:
 
         assert self._wire is not None
         server = self._flags.server
-        self._router = RequestRouter(
+        # What an instance found out when it made its KV cache, as vLLM's own front end takes it over.
+        self._engine_config.cache_config.num_gpu_blocks = self._infos[0].num_blocks
+        self._engine_config.cache_config.block_size = self._infos[0].block_tokens
+        self._engine_config.model_config.max_model_len = min(info.max_model_len for info in self._infos)
+        self.router = RequestRouter(
             self._wire.name,
             self._wire,
-            block_tokens=self._engine_config.cache_config.block_size,
+            block_tokens=self._infos[0].block_tokens,
             num_slots=self._config.num_instances,
         )
         for info in self._infos:
-            self._router.join(info)
+            self.router.join(info)
         async with asyncio.timeout(30):
-            await self._router.wait_for_reports()
-        core = ClusterCore(self._router, tuple(self._infos[0].supported_tasks))
-        client = ClusterAsyncLLM(
+            await self.router.wait_for_reports()
+        core = ClusterCore(self.router, tuple(self._infos[0].supported_tasks))
+        self.client = ClusterAsyncLLM(
             self._engine_config,
             core,
             log_requests=server.enable_log_requests,
             log_stats=not server.disable_log_stats,
         )
-        self._app = await create_app(server, client, self._router, max_waiting=self._config.max_waiting)
+        self._app = await create_app(server, self.client, self.router, max_waiting=self._config.max_waiting)
 
     def _on_lost(self, instance_id: str) -> None:
         self._console.warn(f"{instance_id} has died; its requests are recomputed elsewhere")
-        if self._router is not None:
-            self._router.leave(instance_id)
+        if self.router is not None:
+            self.router.leave(instance_id)
 
     def _ready(self) -> None:
         gc.freeze()

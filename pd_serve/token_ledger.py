@@ -58,9 +58,9 @@ class TokenLedger:
         return deliver, False
 
     @property
-    def begin_of_epoch(self) -> int:
-        """Index of the present owner's first token."""
-        return self._epoch_begin
+    def owner_has_spoken(self) -> bool:
+        """Whether a token of the present owner has been delivered."""
+        return len(self.token_ids) > self._epoch_begin
 
     def take_over(self, owner: str) -> int:
         """The former owner died: `owner` continues from what has been delivered. Returns its epoch."""
@@ -69,6 +69,7 @@ class TokenLedger:
         self._epoch_begin = len(self.token_ids)
         self._early.clear()
         self.owner = owner
+        self.num_moves += 1
         return self.epoch
 
     def _take(self, index: int, output: Any, now: float) -> bool:

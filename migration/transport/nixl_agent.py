@@ -128,10 +128,13 @@ class NixlAgent:
         except self._errors as error:
             raise NixlFailure(f"release of a block list: {error!r}") from error
 
-    def read(self, local: int, local_indices: Indices, remote: int, remote_indices: Indices) -> int:
-        """Starts a read; NIXL merges runs that touch on both sides. Returns a handle for `is_done`.
+    def read(self, local: int, local_indices: Indices, remote: int, remote_indices: Indices) -> int | None:
+        """Starts a read; NIXL merges runs that touch on both sides.
 
-        On shared memory it may do the whole copy before it returns (without the GIL).
+        Through shared memory the whole copy happens in here (without the GIL).
+
+        Returns:
+            A handle for `is_done`; None if the read has ended already.
 
         Raises:
             NixlFailure: The read failed. Some of it may still be under way until `close`.
@@ -143,7 +146,9 @@ class NixlAgent:
                     self._nixl.NIXL_READ, local, local_indices, remote, remote_indices, "", [], False
                 )
             )
-            self._agent.postXferReq(handle)
+            if self._agent.postXferReq(handle) == self._nixl.NIXL_SUCCESS:
+                self._agent.releaseXferReq(handle)
+                return None
         except self._errors as error:
             if handle:
                 self._agent.releaseXferReq(handle)

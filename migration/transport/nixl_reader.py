@@ -100,6 +100,10 @@ class _Peer:
     blocks: dict[str, _BlockList]
 
 
+class _ConnectError(Exception):
+    """A peer could not be connected; nothing was started."""
+
+
 class NixlReader:
     """Reads blocks of peers into the local regions.
 
@@ -196,24 +200,24 @@ class NixlReader:
         self._disconnect(command)
 
     def _advance(self, job: ReadJob) -> bool:
-        """Moves a job on by what is possible now. Returns whether anything happened."""
+        """Gives a job its turn: takes off what has ended, starts what may start. Returns if anything did."""
         if job not in self._active:  # another job's turn ended it
             return False
         try:
-            under_way = len(job.under_way)
-            job.under_way = [chunk for chunk in job.under_way if not self._is_done(chunk)]
-            moved = len(job.under_way) < under_way
+            moved = self._collect(job)
             now = time.monotonic()
             if job.cancelled.is_set():
                 job.waiting.clear()
                 job.deadline = min(job.deadline, now + CANCEL_GRACE_S)
             elif now < job.deadline:
-                while job.waiting and len(job.under_way) < CHUNKS_UNDER_WAY:
+                for _ in range(min(CHUNKS_UNDER_WAY - len(job.under_way), len(job.waiting))):
                     self._post(job)
                     moved = True
+        except _ConnectError as error:
+            self._lose(job, str(error))
+            return True
         except NixlFailure as failure:
-            # Part of it may still be under way.
-            self._reset()
+            self._reset()  # part of it may still be under way, though its handle is gone
             self._lose(job, str(failure))
             return True
         if not job.waiting and not job.under_way:
@@ -225,6 +229,7 @@ class NixlReader:
         return moved
 
     def _post(self, job: ReadJob) -> None:
+        """Starts a job's next chunk. Small reads through shared memory have ended after this."""
         peer = self._connect(job)
         assert self._agent is not None
         chunk = job.waiting.popleft()
@@ -237,9 +242,19 @@ class NixlReader:
                 remote.handle,
                 remote.indices(job.remote_blocks[chunk.pairs]),
             )
-            chunk.handles.append(handle)
+            if handle is not None:
+                chunk.handles.append(handle)
+        if not chunk.handles:
+            job.under_way.remove(chunk)
 
-    def _is_done(self, chunk: _Chunk) -> bool:
+    def _collect(self, job: ReadJob) -> bool:
+        """Takes the ended chunks of a job off its list. Returns whether there were any."""
+        ended = [chunk for chunk in job.under_way if self._has_ended(chunk)]
+        for chunk in ended:
+            job.under_way.remove(chunk)
+        return bool(ended)
+
+    def _has_ended(self, chunk: _Chunk) -> bool:
         assert self._agent is not None
         while chunk.handles:
             if not self._agent.is_done(chunk.handles[-1]):
@@ -266,6 +281,11 @@ class NixlReader:
             job.loop.call_soon_threadsafe(report)
 
     def _connect(self, job: ReadJob) -> _Peer:
+        """The connection for a job, made if need be.
+
+        Raises:
+            _ConnectError: It cannot be made.
+        """
         known = self._peers.get(job.peer)
         if known is not None and known.metadata == job.metadata:
             return known
@@ -273,13 +293,16 @@ class NixlReader:
             for other in [j for j in self._active if j.peer == job.peer and j.metadata != job.metadata]:
                 self._lose(other, "was started anew")
             self._disconnect(job.peer)
-        agent = self._agent or self._open_agent()
-        agent_name = agent.connect(job.metadata)
         try:
-            peer = _Peer(job.metadata, agent_name, _prepare(agent, agent_name, job.remote_regions))
-        except NixlFailure:
-            agent.disconnect(agent_name)
-            raise
+            agent = self._agent or self._open_agent()
+            agent_name = agent.connect(job.metadata)
+            try:
+                peer = _Peer(job.metadata, agent_name, _prepare(agent, agent_name, job.remote_regions))
+            except NixlFailure:
+                agent.disconnect(agent_name)
+                raise
+        except NixlFailure as failure:
+            raise _ConnectError(f"cannot connect: {failure}") from failure
         self._peers[job.peer] = peer
         return peer
 
@@ -297,7 +320,11 @@ class NixlReader:
     def _open_agent(self) -> NixlAgent:
         name = f"{self._name}/read-{next(self._generations)}"
         agent = NixlAgent(name, self._regions, progress_thread=False)
-        self._local = _prepare(agent, None, self._regions)
+        try:
+            self._local = _prepare(agent, None, self._regions)
+        except NixlFailure:
+            agent.close()
+            raise
         self._agent = agent
         return agent
 
