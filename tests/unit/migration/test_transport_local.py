@@ -3,6 +3,7 @@
 import asyncio
 import random
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,16 @@ BLOCKS, BLOCK_BYTES = 16, 64
 Memory = npt.NDArray[np.uint8]
 
 
+_alive: list[Memory] = []
+
+
+@pytest.fixture(autouse=True)
+def _memory_outlives_the_test() -> Iterator[None]:
+    """As the contract asks: the caller of `register` keeps the memory alive."""
+    yield
+    _alive.clear()
+
+
 def _instance(fabric: LocalFabric, name: str, fill: int | None = None) -> tuple[LocalTransport, Memory]:
     """A registered transport over two regions; random content unless `fill` is given."""
     shape = (2, BLOCKS, BLOCK_BYTES)
@@ -25,6 +36,7 @@ def _instance(fabric: LocalFabric, name: str, fill: int | None = None) -> tuple[
     memory = (
         rng.integers(0, 255, shape, dtype=np.uint8) if fill is None else np.full(shape, fill, dtype=np.uint8)
     )
+    _alive.append(memory)
     transport = fabric.transport(name)
     transport.register([KvRegion(half.ctypes.data, BLOCKS, BLOCK_BYTES) for half in memory])
     return transport, memory
