@@ -5,8 +5,9 @@
                     ▼
                   TAIL ─▶ COMMITTING ─▶ COMMITTED     in the batch; kept in a log to answer questions
 
-Every other way goes through DROPPING to ENDED with nothing held. STOPPING waits for a copy in flight,
-because blocks must not be freed while something still writes to them.
+Every other way goes through DROPPING to ENDED with nothing held. STOPPING waits for what is in flight
+first: blocks must not be freed while a copy still writes to them, and an engine that is still reserving
+or committing (compiling a grammar, for one) would do so after the drop.
 """
 
 from enum import StrEnum, auto
@@ -21,7 +22,7 @@ class DestinationState(StrEnum):
     TAIL = auto()  # the last blocks, while the request is suspended
     COMMITTING = auto()  # the engine takes the request into its batch
     COMMITTED = auto()
-    STOPPING = auto()  # a copy has to end before the blocks can go
+    STOPPING = auto()  # a copy or an engine call has to end before the blocks can go
     DROPPING = auto()
     ENDED = auto()
 
@@ -59,13 +60,14 @@ S, E, A = DestinationState, DestinationEvent, DestinationAction
 
 _DROP = (S.DROPPING, (A.DROP,))
 _STOP = (S.STOPPING, (A.STOP_COPY,))
+_AWAIT_ENGINE = (S.STOPPING, ())
 
 DESTINATION_TABLE: Table[DestinationState, DestinationEvent, DestinationAction] = {
     S.RESERVING: {
         E.RESERVED: (S.WAITING, (A.SEND_PULL,)),
         E.REFUSED: (S.ENDED, (A.SEND_REFUSED, A.CLOSE)),
-        E.WITHDRAWN: _DROP,  # engine calls keep their order: the drop comes after the reservation
-        E.PEER_LOST: _DROP,
+        E.WITHDRAWN: _AWAIT_ENGINE,
+        E.PEER_LOST: _AWAIT_ENGINE,
         E.QUERIED: (S.RESERVING, ()),
         E.KEEP_ALIVE: (S.RESERVING, ()),
     },
@@ -102,7 +104,7 @@ DESTINATION_TABLE: Table[DestinationState, DestinationEvent, DestinationAction] 
     S.COMMITTING: {
         E.ENTERED: (S.COMMITTED, (A.SEND_COMMITTED,)),
         E.COMMIT_FAILED: _DROP,
-        E.WITHDRAWN: _DROP,  # engine calls keep their order: the drop undoes the commit
+        E.WITHDRAWN: _AWAIT_ENGINE,  # the drop undoes the commit
         E.PEER_LOST: (S.COMMITTING, ()),  # it is nearly ours
         E.FINAL: (S.COMMITTING, ()),
         E.STAGE: (S.COMMITTING, ()),
@@ -121,6 +123,10 @@ DESTINATION_TABLE: Table[DestinationState, DestinationEvent, DestinationAction] 
     S.STOPPING: {
         E.COPIED: _DROP,
         E.COPY_FAILED: _DROP,
+        E.RESERVED: _DROP,
+        E.REFUSED: _DROP,
+        E.ENTERED: _DROP,
+        E.COMMIT_FAILED: _DROP,
         E.WITHDRAWN: (S.STOPPING, ()),
         E.PEER_LOST: (S.STOPPING, ()),
         E.TIMED_OUT: (S.STOPPING, ()),
@@ -131,10 +137,6 @@ DESTINATION_TABLE: Table[DestinationState, DestinationEvent, DestinationAction] 
     },
     S.DROPPING: {
         E.ENGINE_DONE: (S.ENDED, (A.SEND_DROPPED, A.CLOSE)),
-        E.RESERVED: (S.DROPPING, ()),
-        E.REFUSED: (S.DROPPING, ()),
-        E.ENTERED: (S.DROPPING, ()),
-        E.COMMIT_FAILED: (S.DROPPING, ()),
         E.WITHDRAWN: (S.DROPPING, ()),
         E.PEER_LOST: (S.DROPPING, ()),
         E.TIMED_OUT: (S.DROPPING, ()),
@@ -150,7 +152,5 @@ DESTINATION_TABLE: Table[DestinationState, DestinationEvent, DestinationAction] 
         E.KEEP_ALIVE: (S.ENDED, (A.SEND_DROPPED,)),
         E.WITHDRAWN: (S.ENDED, ()),
         E.PEER_LOST: (S.ENDED, ()),
-        E.COPIED: (S.ENDED, ()),
-        E.COPY_FAILED: (S.ENDED, ()),
     },
 }
