@@ -106,8 +106,10 @@ class IncomingMigration:
     def feed(self, event: DestinationEvent, why: str = "") -> None:
         if why and not self._why:
             self._why = why
+        before = self.machine.state
         actions = self.machine.handle(event)
-        self._arm_timer()
+        if self.machine.state is not before or before not in _COPY_STATES:
+            self._arm_timer()
         for action in actions:
             self._perform(action)
 
@@ -180,7 +182,7 @@ class IncomingMigration:
         self.feed(DestinationEvent.ENGINE_DONE)
 
     def _arm_timer(self) -> None:
-        """Every word from the source renews the lease."""
+        """Every word from the source renews the lease; the bound of a copy stands."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

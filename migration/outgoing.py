@@ -206,10 +206,11 @@ class OutgoingMigration:
     def _on_timer(self) -> None:
         self._timer = None
         state = self.machine.state
-        if state is SourceState.ASKING and self._questions >= self._bounds.questions:
-            self.feed(SourceEvent.GAVE_UP, f"no answer to {self._questions} questions about the commit")
+        deciding = state in (SourceState.SUSPENDED, SourceState.ASKING)
+        if deciding and self._questions >= self._bounds.questions:
+            self.feed(SourceEvent.GAVE_UP, f"no commit after {self._questions} questions about it")
         else:
-            patient = state in (SourceState.ADVANCING, SourceState.SUSPENDED, SourceState.ASKING)
+            patient = deciding or state is SourceState.ADVANCING
             self.feed(SourceEvent.TIMED_OUT, "" if patient else f"no answer in time while {state}")
 
     def _close(self) -> None:

@@ -99,6 +99,7 @@ SOURCE_TABLE: Table[SourceState, SourceEvent, SourceAction] = {
         E.DROPPED: _RETREAT,
         E.PEER_LOST: _WITHDRAW_AND_RETREAT,
         E.TIMED_OUT: (S.ASKING, (A.SEND_QUERY,)),
+        E.GAVE_UP: _WITHDRAW_AND_RETREAT,  # every answer was "no final state", and every one got lost
         E.GONE: _GIVE_UP,  # the client left: whatever the destination has made of it ends there too
         E.CANCELLED: (S.SUSPENDED, ()),  # too late; the destination decides
         E.PULLED: (S.SUSPENDED, (A.SEND_FINAL,)),  # it has not seen the final state
