@@ -163,6 +163,8 @@ class NixlReader:
     def _run(self) -> None:
         last_move = 0.0
         try:
+            if self._agent is not None:
+                self._agent.enter_thread()
             while True:
                 with self._wake:
                     while not (self._inbox or self._active or self._closing):

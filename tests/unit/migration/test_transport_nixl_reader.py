@@ -76,6 +76,9 @@ class FakeAgent:
         self.count += 1
         return self.count
 
+    def enter_thread(self) -> None:
+        assert threading.current_thread().name.startswith("nixl-reader")
+
     def connect(self, metadata: bytes) -> str:
         assert not self.closed
         if metadata.decode() in self.nixl.unreachable:
