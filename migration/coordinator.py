@@ -1,5 +1,6 @@
 """The migrations of one instance: starts them, routes messages to them, bounds and counts them."""
 
+import asyncio
 import itertools
 import logging
 import uuid
@@ -68,8 +69,9 @@ class MigrationCoordinator:
         self._outgoing: dict[MigrationId, OutgoingMigration] = {}
         self._by_request: dict[RequestId, OutgoingMigration] = {}
         self._starting: set[RequestId] = set()
-        self._committed: deque[MigrationId] = deque(maxlen=1024)
+        self._given_up: deque[MigrationId] = deque(maxlen=1024)
         self._incoming: dict[MigrationId, IncomingMigration] = {}
+        self._closed = False
 
     @property
     def num_outgoing(self) -> int:
@@ -102,6 +104,8 @@ class MigrationCoordinator:
             description = await self._engine.describe(request_id)
         finally:
             self._starting.discard(request_id)
+        if self._closed:
+            raise DestinationRefusedError("the instance is stopping")
         migration = OutgoingMigration(
             MigrationId(f"{self.name}.{self._life}.{next(self._serial)}"),
             description,
@@ -117,10 +121,12 @@ class MigrationCoordinator:
         )
         self._outgoing[migration.migration_id] = migration
         self._by_request[request_id] = migration
-        return await migration.outcome
+        return await asyncio.shield(migration.outcome)  # it goes on even if nobody waits any more
 
     def on_message(self, peer: InstanceId, message: AnyMigrationMessage) -> None:
         """Takes a message from a peer. One that makes no sense is logged and changes nothing."""
+        if self._closed:
+            return
         try:
             if isinstance(message, ToSource):
                 self._on_message_to_source(peer, message)
@@ -158,12 +164,16 @@ class MigrationCoordinator:
                 incoming.feed(DestinationEvent.PEER_LOST, f"{peer} died")
 
     async def close(self) -> None:
-        await self._tasks.cancel()
-        for outgoing in list(self._outgoing.values()):
-            outgoing.outcome.cancel()
+        """Stops in the middle of whatever is under way; the peers find out by themselves."""
+        self._closed = True
+        for outgoing in self._outgoing.values():
+            outgoing.abandon()
+        for incoming in self._incoming.values():
+            incoming.abandon()
         self._outgoing.clear()
         self._by_request.clear()
         self._incoming.clear()
+        await self._tasks.cancel()
 
     def check_integrity(self) -> list[str]:
         """Migrations that still hold something; empty when the instance is at rest."""
@@ -184,8 +194,9 @@ class MigrationCoordinator:
         migration = self._outgoing.get(message.migration_id)
         if migration is not None:
             migration.on_message(message)
-        elif isinstance(message, Pull | Committed) and message.migration_id not in self._committed:
-            # Given up here, or by an earlier life of this instance: the destination must not go on.
+        elif isinstance(message, Pull | Committed) and message.migration_id in self._given_up:
+            # An unknown one gets no answer: it may be a late word about a request that lives there. A
+            # reservation ends with its lease, and whom the front end does not follow it tells to end.
             self._send(peer, Withdraw(message.migration_id, "the source has given this migration up"))
 
     def _on_message_to_destination(self, peer: InstanceId, message: ToDestination) -> None:
@@ -214,8 +225,8 @@ class MigrationCoordinator:
         if self._by_request.get(migration.request_id) is migration:
             del self._by_request[migration.request_id]
         self._outgoing.pop(migration.migration_id, None)
-        if migration.machine.state is SourceState.COMMITTED:
-            self._committed.append(migration.migration_id)
+        if migration.machine.state is SourceState.ABORTED:
+            self._given_up.append(migration.migration_id)
         self._on_outcome(migration.outcome.result())
 
     def _incoming_closed(self, migration: IncomingMigration) -> None:

@@ -74,6 +74,7 @@ class IncomingMigration:
         self._final: FinalState | None = None
         self._copy: asyncio.Task[None] | None = None
         self._why = ""
+        self._closed = False
         tasks.start(self._reserve())
 
     @property
@@ -103,6 +104,11 @@ class IncomingMigration:
             case Offer():
                 logger.warning("migration %s: offered twice, ignored", self.migration_id)
 
+    def abandon(self) -> None:
+        """The instance stops: no timer may fire any more. The owner of the tasks cancels them."""
+        self._closed = True
+        self._disarm_timer()
+
     def feed(self, event: DestinationEvent, why: str = "") -> None:
         if why and not self._why:
             self._why = why
@@ -126,6 +132,7 @@ class IncomingMigration:
             case DestinationAction.COPY:
                 assert self._run is not None
                 self._copy = self._tasks.start(self._copy_blocks(self._run))
+                self._copy.add_done_callback(self._copy_ended)
             case DestinationAction.STOP_COPY:
                 assert self._copy is not None
                 self._copy.cancel()
@@ -161,12 +168,19 @@ class IncomingMigration:
                 )
         except (PeerLostError, DestinationRefusedError) as error:
             self.feed(DestinationEvent.COPY_FAILED, str(error))
-        except asyncio.CancelledError:
-            self.feed(DestinationEvent.COPY_FAILED, "stopped")
         else:
             # A partly filled tail block is only ever the end of a final state.
             self._blocks_done = max(self._blocks_done, run.end)
             self.feed(DestinationEvent.COPIED)
+
+    def _copy_ended(self, copy: "asyncio.Task[None]") -> None:
+        """Speaks for a copy that could not: stopped, perhaps before its first step, or broken."""
+        if self._closed:
+            return
+        if copy.cancelled():
+            self.feed(DestinationEvent.COPY_FAILED, "stopped")
+        elif copy.exception() is not None:
+            self.feed(DestinationEvent.COPY_FAILED, repr(copy.exception()))
 
     async def _commit(self) -> None:
         assert self._final is not None
@@ -183,9 +197,7 @@ class IncomingMigration:
 
     def _arm_timer(self) -> None:
         """Every word from the source renews the lease; the bound of a copy stands."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._disarm_timer()
         bounds = self._bounds
         bound_s = {
             DestinationState.WAITING: bounds.lease_s,
@@ -196,12 +208,15 @@ class IncomingMigration:
         if bound_s is not None:
             self._timer = self._loop.call_later(bound_s, self._on_timer)
 
+    def _disarm_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
     def _on_timer(self) -> None:
         self._timer = None
         self.feed(DestinationEvent.TIMED_OUT, f"lease ended while {self.machine.state}")
 
     def _close(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._disarm_timer()
         self._on_close(self)

@@ -124,6 +124,11 @@ class OutgoingMigration:
             case Dropped(reason=reason):
                 self.feed(SourceEvent.DROPPED, f"dropped by the destination: {reason}")
 
+    def abandon(self) -> None:
+        """The instance stops: no timer may fire any more. The owner of the tasks cancels them."""
+        self._disarm_timer()
+        self.outcome.cancel()
+
     def feed(self, event: SourceEvent, why: str = "") -> None:
         """Handles one event; `why` is kept as the reason if the migration ends without commit."""
         if why and not self._why:
@@ -189,9 +194,7 @@ class OutgoingMigration:
         self.feed(SourceEvent.ENGINE_DONE)
 
     def _arm_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._disarm_timer()
         bounds = self._bounds
         bound_s = {
             SourceState.OFFERED: bounds.reply_s,
@@ -202,6 +205,11 @@ class OutgoingMigration:
         }.get(self.machine.state)
         if bound_s is not None:
             self._timer = self._loop.call_later(bound_s, self._on_timer)
+
+    def _disarm_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _on_timer(self) -> None:
         self._timer = None
@@ -214,9 +222,7 @@ class OutgoingMigration:
             self.feed(SourceEvent.TIMED_OUT, "" if patient else f"no answer in time while {state}")
 
     def _close(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._disarm_timer()
         committed = self.machine.state is SourceState.COMMITTED
         final = self._final
         outcome = MigrationOutcome(
@@ -230,6 +236,5 @@ class OutgoingMigration:
             tokens=final.num_computed_tokens if final else 0,
             suspended_ms=self._suspended_ms,
         )
-        if not self.outcome.done():
-            self.outcome.set_result(outcome)
+        self.outcome.set_result(outcome)
         self._on_close(self)
