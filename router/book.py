@@ -15,8 +15,8 @@ class LoadBook:
 
     def __init__(self) -> None:
         self._loads: dict[str, InstanceLoad] = {}
-        self._sent: dict[str, int] = {}  # new requests dispatched per instance, ever
-        self._unseen: dict[str, deque[tuple[int, int]]] = {}  # (serial, prompt tokens) not yet reported
+        # Dispatches not yet reported: (`requests_added` once the instance has them, prompt tokens).
+        self._unseen: dict[str, deque[tuple[int, int]]] = {}
         self._expected: dict[str, dict[str, int]] = {}  # blocks by request on their way to an instance
 
     def __iter__(self) -> Iterator[InstanceLoad]:
@@ -39,7 +39,7 @@ class LoadBook:
             unseen.popleft()
 
     def remove(self, instance_id: str) -> None:
-        for table in (self._loads, self._sent, self._unseen, self._expected):
+        for table in (self._loads, self._unseen, self._expected):
             table.pop(instance_id, None)
 
     def dispatch(self, prompt_tokens: int) -> str | None:
@@ -47,14 +47,20 @@ class LoadBook:
         pending = {name: sum(tokens for _, tokens in unseen) for name, unseen in self._unseen.items()}
         chosen = choose_prefill(self._loads.values(), pending)
         if chosen is not None:
-            self._sent[chosen] = self._sent.get(chosen, 0) + 1
-            self._unseen.setdefault(chosen, deque()).append((self._sent[chosen], prompt_tokens))
+            unseen = self._unseen.setdefault(chosen, deque())
+            # The instance counts what anybody sends it, so the count starts from its own report.
+            before = unseen[-1][0] if unseen else self._loads[chosen].requests_added
+            unseen.append((before + 1, prompt_tokens))
         return chosen
 
     def destinations(self, num_blocks: int) -> list[str]:
         """Hand-off candidates for a request of this size, best first."""
         pending = {name: sum(blocks.values()) for name, blocks in self._expected.items()}
         return rank_destinations(self._loads.values(), pending, num_blocks)
+
+    def free_blocks(self, instance_id: str) -> int:
+        """Free blocks of an instance, less what is on its way there."""
+        return self._loads[instance_id].free_blocks - sum(self._expected.get(instance_id, {}).values())
 
     def expect(self, instance_id: str, request_id: str, num_blocks: int) -> None:
         """A request is on its way to an instance; it counts there until `settled`."""
