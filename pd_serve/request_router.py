@@ -60,6 +60,8 @@ class Route:
     Attributes:
         payload: The encoded request, kept in case its owner dies.
         ledger: Its tokens and its owner.
+        destination: Where it is expected next, and counts in the load book.
+        committed_to: Where it lives by its last owner's word; empty once the ledger has heard from there.
         moved: Waiters for the first token from the next owner.
     """
 
@@ -68,6 +70,7 @@ class Route:
     prompt_tokens: int
     ledger: TokenLedger
     destination: str = ""
+    committed_to: str = ""
     recomputes: int = 0
     placed_at: float = 0.0
     moved: list[asyncio.Future[None]] = field(default_factory=list)
@@ -139,9 +142,10 @@ class RequestRouter:
         for peer in self._instances:
             self._wire.send(peer, PeerLost(instance_id))
         self._greet()
-        lost = [route for route in self._routes.values() if route.ledger.owner == instance_id]
-        for route in lost:
-            self._recompute(route)
+        for route in list(self._routes.values()):
+            # With a gap, tokens of a former owner may have been lost with it.
+            if instance_id in (route.ledger.owner, route.committed_to) or route.ledger.has_gap:
+                self._recompute(route, instance_id)
 
     async def wait_for_reports(self) -> None:
         """Returns when every instance that has joined has reported its load."""
@@ -195,10 +199,11 @@ class RequestRouter:
     def _blocks_of(self, route: Route) -> int:
         return -(-(route.prompt_tokens + len(route.ledger.token_ids) + 1) // self._block_tokens)
 
-    def _recompute(self, route: Route) -> None:
-        """Continues a request whose owner died, from the tokens that the client has."""
+    def _recompute(self, route: Route, lost: str) -> None:
+        """Continues a request that was lost with an instance, from the tokens that the client has."""
         route.recomputes += 1
-        lost = route.ledger.owner
+        route.committed_to = ""
+        self._book.settled(route.destination, route.request_id)
         epoch = route.ledger.take_over("")
         try:
             if route.recomputes > MAX_RECOMPUTES:
@@ -254,6 +259,8 @@ class RequestRouter:
                 self._num_waiting -= 1
             if ledger.num_moves != moves:
                 self._book.settled(route.destination, route.request_id)
+                if ledger.owner == route.committed_to:
+                    route.committed_to = ""
             if ready and self.observer is not None:
                 self.observer(route.request_id, header.instance_id, len(ledger.token_ids), now)
             if route.moved and ledger.owner_has_spoken:
@@ -284,7 +291,9 @@ class RequestRouter:
                 self._migrations.setdefault(message.reason, Counter())[
                     "committed" if message.committed else "aborted"
                 ] += 1
-                if not message.committed:
+                if message.committed:
+                    self._on_committed(message)
+                else:
                     self._book.settled(message.destination, message.request_id)
             case MigrationEnded(call_id=call_id) | Reply(call_id=call_id):
                 if isinstance(message, Reply) and call_id.startswith("add:"):
@@ -294,6 +303,16 @@ class RequestRouter:
                         self._fail(route)
                 elif (future := self._calls.pop(call_id, None)) is not None and not future.done():
                     future.set_result(message)
+
+    def _on_committed(self, message: MigrationEnded) -> None:
+        """The request has left an instance. Until it speaks from the next one, that may die unnoticed."""
+        route = self._routes.get(message.request_id)
+        if route is None or message.source not in (route.ledger.owner, route.committed_to):
+            return
+        if message.destination in self._instances:
+            route.committed_to = message.destination
+        else:
+            self._recompute(route, message.destination)
 
     def _place_stranded(self, source: str, request_id: RequestId) -> None:
         """A request waits on a prefill instance for a decode instance that has room."""
@@ -306,8 +325,11 @@ class RequestRouter:
             return
         num_blocks = self._blocks_of(route)
         for destination in self._book.destinations(num_blocks)[:1]:
-            if self._book[destination].free_blocks > num_blocks:
+            if self._book.free_blocks(destination) > num_blocks:
                 route.placed_at = self._loop.time()
+                self._book.settled(route.destination, request_id)
+                route.destination = destination
+                self._book.expect(destination, request_id, num_blocks)
                 self._wire.send(source, MigrateRequest("", request_id, destination, "handoff"))
 
     async def _call(self, instance_id: str, make: Callable[[str], object]) -> Any:

@@ -44,8 +44,12 @@ class TokenLedger:
                 self.num_moves += 1
             self.owner, self.epoch, self._epoch_begin = source, epoch, index
             self._early = {i: e for i, e in self._early.items() if i < index or e[0] >= epoch}
-        elif epoch < self.epoch and index >= self._epoch_begin:
+        elif source != self.owner and epoch == self.epoch:
+            # A request taken back outranks its destination, but not where that one has moved it on to.
+            # Of two owners with one epoch the first to be heard is the owner.
             return [], True
+        elif epoch < self.epoch and index >= self._epoch_begin:
+            return [], source != self.owner
         self._early[index] = (epoch, output)
         deliver = []
         while self._early and not self.finished:
@@ -61,6 +65,11 @@ class TokenLedger:
     def owner_has_spoken(self) -> bool:
         """Whether a token of the present owner has been delivered."""
         return len(self.token_ids) > self._epoch_begin
+
+    @property
+    def has_gap(self) -> bool:
+        """Whether the present owner has been heard, but not all that its predecessors said before."""
+        return len(self.token_ids) < self._epoch_begin
 
     def take_over(self, owner: str) -> int:
         """The former owner died: `owner` continues from what has been delivered. Returns its epoch."""
