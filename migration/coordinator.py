@@ -153,6 +153,17 @@ class MigrationCoordinator:
         if (migration := self._by_request.get(request_id)) is not None:
             migration.feed(SourceEvent.CANCELLED, why)
 
+    async def expel(self, request_id: RequestId) -> None:
+        """Ends what is arriving of a request that this instance is about to get in another way.
+
+        Returns when nothing of it is held by a migration any more.
+        """
+        arriving = [m for m in self._incoming.values() if m.request_id == request_id and m.holds_resources]
+        for migration in arriving:
+            migration.feed(DestinationEvent.WITHDRAWN, "the request comes here in another way")
+        for migration in arriving:
+            await migration.ended.wait()
+
     def peer_lost(self, peer: InstanceId) -> None:
         """A peer is known to be dead (not merely silent)."""
         self._transport.forget(peer)

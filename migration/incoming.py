@@ -59,6 +59,7 @@ class IncomingMigration:
         self.source = source
         self.machine = Machine(DESTINATION_TABLE, DestinationState.RESERVING)
         self.bytes_copied = 0
+        self.ended = asyncio.Event()
         self._offer = offer
         self._engine = engine
         self._transport = transport
@@ -219,4 +220,5 @@ class IncomingMigration:
 
     def _close(self) -> None:
         self._disarm_timer()
+        self.ended.set()
         self._on_close(self)

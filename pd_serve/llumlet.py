@@ -164,9 +164,13 @@ class Llumlet:
     async def _add(self, sender: str, message: AddRequest, payload: list[bytes]) -> None:
         request_id = message.request_id
         self._requests_added += 1
+        self._forwards.pop(request_id, None)
+        if message.epoch:
+            # Recomputed: an older copy, which nobody follows any more, may live here or be on its way here.
+            await self.coordinator.expel(request_id)
+            await self.engine.abort([request_id])
         if message.handoff:
             self._handoffs[request_id] = message.handoff
-        self._forwards.pop(request_id, None)
         try:
             await self.engine.add(
                 payload,
@@ -219,15 +223,16 @@ class Llumlet:
                 return
             except DestinationRefusedError as error:
                 logger.info("request %s: stays on %s: %s", request_id, self.name, error)
-                return
+                break
             if outcome.committed:
                 return
+        self._stranded.add(request_id)  # first, so that its end while we ask takes it out again
         try:
             await self.engine.describe(request_id)  # still running here?
         except MigrationError:
+            self._stranded.discard(request_id)
             return
         logger.info("request %s: no decode instance takes it, %s decodes it", request_id, self.name)
-        self._stranded.add(request_id)
         self._report()
 
     async def _migrate(self, sender: str, message: MigrateRequest) -> None:
@@ -242,7 +247,8 @@ class Llumlet:
         except DestinationRefusedError as error:
             why = str(error)
         else:
-            self._send_to_server(sender, self._ended(outcome, message.call_id))
+            if message.call_id:  # without one, what all API servers are told is the answer
+                self._send_to_server(sender, self._ended(outcome, message.call_id))
             return
         self._send_to_server(
             sender,
