@@ -1,0 +1,47 @@
+"""Hypothesis profiles; and a unit test fails if a task outlives it."""
+
+import asyncio
+import os
+from asyncio import runners
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+UNIT_TESTS = Path(__file__).parent / "unit"
+
+settings.register_profile(
+    "default", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.register_profile("ci", settings.get_profile("default"), derandomize=True, database=None)
+#: For a long search: HYPOTHESIS_PROFILE=thorough
+settings.register_profile("thorough", settings.get_profile("default"), max_examples=5000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default"))
+
+_left_behind: list[str] = []
+_cancel_all_tasks = runners._cancel_all_tasks
+
+
+def _note_and_cancel_all_tasks(loop: asyncio.AbstractEventLoop) -> None:
+    for task in asyncio.all_tasks(loop):
+        # The loop itself makes a task of this kind for every generator that is collected unfinished.
+        if type(task.get_coro()).__name__ != "async_generator_athrow":
+            _left_behind.append(repr(task))
+    _cancel_all_tasks(loop)
+
+
+# What a closing loop has to cancel is what nobody has ended, whichever fixture or runner made the loop.
+runners._cancel_all_tasks = _note_and_cancel_all_tasks
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[Any]:
+    try:
+        result = yield
+        if UNIT_TESTS in item.path.parents:
+            assert not _left_behind, "tasks outlive the test:\n" + "\n".join(_left_behind)
+    finally:
+        _left_behind.clear()
+    return result
