@@ -25,6 +25,9 @@ from pd_serve.service import Service
 
 LENGTHS = (256, 512, 1024, 2048, 4096)
 
+#: More than a request generates before it has been moved often enough; then it is aborted.
+MORE_TOKENS = 2048
+
 #: Tokens between two moves: enough of them undisturbed to tell the normal step time.
 TOKENS_BETWEEN = 10
 
@@ -87,7 +90,7 @@ class MigrationBench:
 
     async def moves(self, length: int, modes: Sequence[str], samples: Samples) -> None:
         """One long request, moved once in each mode in turn."""
-        name, generating = self._generate(length, max_tokens=TOKENS_BETWEEN * (len(modes) + 2) + 40)
+        name, generating = self._generate(length, max_tokens=MORE_TOKENS)
         request_id = await self._internal_id(name)
         log = await self._tokens(request_id, 4)
         for mode in modes:
@@ -134,12 +137,13 @@ class MigrationBench:
         return str(ids[0])
 
     async def _tokens(self, request_id: str, count: int) -> TokenLog:
-        """Waits until a request has so many tokens."""
-        while True:
-            log = self._logs.get(request_id)
-            if log is not None and len(log.times) >= count:
-                return log
-            await asyncio.sleep(0.002)
+        """Waits until a request has so many tokens. Raises: TimeoutError: it has stopped."""
+        async with asyncio.timeout(120):
+            while True:
+                log = self._logs.get(request_id)
+                if log is not None and len(log.times) >= count:
+                    return log
+                await asyncio.sleep(0.002)
 
 
 def _row(length: int, samples: Samples) -> dict[str, Any]:
@@ -216,7 +220,7 @@ def _show(result: dict[str, Any], console: rich.console.Console) -> None:
 async def run(json_path: Path | None, rounds: int) -> None:
     """Starts a cluster, measures, shows a table, writes JSON. About a minute a round."""
     console = rich.console.Console()
-    flags = ["--no-enable-prefix-caching", "--max-num-seqs=8", f"--max-model-len={max(LENGTHS) + 1024}"]
+    flags = ["--no-enable-prefix-caching", "--max-num-seqs=8", f"--max-model-len={max(LENGTHS) + MORE_TOKENS}"]
     config = ServeConfig("bench", {"prefill": 1, "decode": 2, "neutral": 0}, engine_flags=flags)
     service = Service(config, Console(), lambda: None)
     before = report.provenance()
