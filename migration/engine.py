@@ -75,8 +75,11 @@ class Engine(Protocol):
     ) -> None:
         """Queues a request. With output tokens, continues it by recomputing (its former owner died)."""
 
-    async def abort(self, request_ids: list[RequestId]) -> list[RequestId]:
-        """Ends requests without output. Returns those that were not known here."""
+    async def abort(self, request_ids: list[RequestId], below_epoch: int | None = None) -> list[RequestId]:
+        """Ends requests without output, if owned under an epoch below the given one.
+
+        Returns: those that were not known here.
+        """
 
     # as a source
     async def describe(self, request_id: RequestId) -> RequestDescription:

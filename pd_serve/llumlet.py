@@ -123,8 +123,8 @@ class Llumlet:
         match message:
             case AddRequest():
                 self._tasks.start(self._add(sender, message, [bytes(frame) for frame in frames[2:]]))
-            case AbortRequests(request_ids=request_ids):
-                self._tasks.start(self._abort(request_ids))
+            case AbortRequests():
+                self._tasks.start(self._abort(message))
             case MigrateRequest():
                 self._tasks.start(self._migrate(sender, message))
             case Hello():
@@ -168,7 +168,7 @@ class Llumlet:
         if message.epoch:
             # Recomputed: an older copy, which nobody follows any more, may live here or be on its way here.
             await self.coordinator.expel(request_id)
-            await self.engine.abort([request_id])
+            await self.engine.abort([request_id], message.epoch)
         if message.handoff:
             self._handoffs[request_id] = message.handoff
         try:
@@ -189,14 +189,14 @@ class Llumlet:
                 sender, Reply(call_id=f"add:{request_id}", error=f"{type(error).__name__}: {error}")
             )
 
-    async def _abort(self, request_ids: list[RequestId]) -> None:
-        unknown = await self.engine.abort(request_ids)
+    async def _abort(self, message: AbortRequests) -> None:
+        unknown = await self.engine.abort(message.request_ids, message.below_epoch)
         by_owner: dict[InstanceId, list[RequestId]] = {}
         for request_id in unknown:
             if (owner := self._forwards.pop(request_id, None)) is not None:
                 by_owner.setdefault(owner, []).append(request_id)
         for owner, moved in by_owner.items():
-            self._wire.send(owner, AbortRequests(moved))
+            self._wire.send(owner, AbortRequests(moved, message.below_epoch))
 
     def _on_requests_ended(self, request_ids: list[RequestId]) -> None:
         self.coordinator.requests_ended(request_ids)

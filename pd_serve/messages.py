@@ -53,9 +53,15 @@ class AddRequest(msgspec.Struct, frozen=True, tag=True):
 
 
 class AbortRequests(msgspec.Struct, frozen=True, tag=True):
-    """API server → instance, or passed on by an instance that the request has left."""
+    """API server → instance, or passed on by an instance that the request has left.
+
+    Attributes:
+        below_epoch: Ends only what is owned under a lower epoch: a copy that nobody follows any more, and
+            not the one that replaced it, which this message may meet on its way. None: whatever is there.
+    """
 
     request_ids: list[RequestId]
+    below_epoch: int | None = None
 
 
 class MigrateRequest(msgspec.Struct, frozen=True, tag=True):

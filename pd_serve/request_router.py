@@ -242,19 +242,19 @@ class RequestRouter:
         outputs: EngineCoreOutputs = self._outputs_decoder.decode(frames[1:])
         now = time.monotonic()
         deliver: list[EngineCoreOutput] = []
-        stale: list[RequestId] = []
+        stale: list[tuple[RequestId, int | None]] = []
         for output, (epoch, index) in zip(outputs.outputs, header.spans, strict=True):
             route = self._routes.get(RequestId(output.request_id))
             if route is None:
                 if output.finish_reason is None:
-                    stale.append(RequestId(output.request_id))
+                    stale.append((RequestId(output.request_id), None))
                 continue
             ledger = route.ledger
             waiting, moves = not ledger.token_ids, ledger.num_moves
             ready, is_stale = ledger.accept(header.instance_id, epoch, index, output, now)
             deliver += ready
             if is_stale:
-                stale.append(route.request_id)
+                stale.append((route.request_id, ledger.epoch))
             if waiting and ledger.token_ids:
                 self._num_waiting -= 1
             if ledger.num_moves != moves:
@@ -270,8 +270,8 @@ class RequestRouter:
                 route.moved.clear()
             if ledger.finished:
                 self._end(route)
-        if stale:
-            self._wire.send(header.instance_id, AbortRequests(stale))
+        for request_id, below_epoch in stale:
+            self._wire.send(header.instance_id, AbortRequests([request_id], below_epoch))
         if deliver or outputs.scheduler_stats is not None:
             outputs.outputs = deliver
             outputs.engine_index = self._slot_of.get(header.instance_id, 0)
@@ -421,9 +421,9 @@ class RequestRouter:
         return Migrated(route.ledger.last_gap_s * 1e3, ended.stages, ended.blocks, ended.tokens)
 
     async def _restart(self, route: Route, destination: str) -> Migrated:
-        self._wire.send(route.ledger.owner, AbortRequests([route.request_id]))
-        moves = route.ledger.num_moves
+        owner, moves = route.ledger.owner, route.ledger.num_moves
         epoch = route.ledger.take_over(destination)
+        self._wire.send(owner, AbortRequests([route.request_id], epoch))
         tokens = list(route.ledger.token_ids)
         message = AddRequest(route.request_id, self._token_endpoint, epoch, [], tokens)
         self._wire.send(destination, message, route.payload)

@@ -146,12 +146,17 @@ class VllmEngine:
             await self._grammar(request)
         await self._call(add)
 
-    async def abort(self, request_ids: list[RequestId]) -> list[RequestId]:
+    async def abort(self, request_ids: list[RequestId], below_epoch: int | None = None) -> list[RequestId]:
         def abort() -> list[RequestId]:
-            unknown = [rid for rid in request_ids if rid not in self.scheduler.requests]
-            self.core.abort_requests(list(request_ids))
-            self._forget([rid for rid in request_ids if rid not in unknown])
-            return unknown
+            known = [request_id for request_id in request_ids if request_id in self.core.scheduler.requests]
+            ended = [
+                request_id
+                for request_id in known
+                if below_epoch is None or self._live[request_id].epoch < below_epoch
+            ]
+            self.core.abort_requests(ended)
+            self._forget(ended)
+            return [request_id for request_id in request_ids if request_id not in known]
 
         return await self._call(abort)
 
