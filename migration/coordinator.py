@@ -140,12 +140,7 @@ class MigrationCoordinator:
     def requests_ended(self, request_ids: list[RequestId]) -> None:
         """The engine has finished or aborted these requests."""
         for request_id in request_ids:
-            migration = self._by_request.get(request_id)
-            # While ADVANCING or RETREATING the pending engine call answers; the table has GONE elsewhere.
-            if migration is not None and migration.machine.state not in (
-                SourceState.ADVANCING,
-                SourceState.RETREATING,
-            ):
+            if (migration := self._by_request.get(request_id)) is not None:
                 migration.feed(SourceEvent.GONE, "the request ended at its source")
 
     def cancel(self, request_id: RequestId, why: str) -> None:
