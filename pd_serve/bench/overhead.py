@@ -7,19 +7,14 @@ over the paired rounds. The load is vLLM's own request function in a closed loop
 """
 
 import asyncio
-import os
 import random
 import signal
-import socket
 import statistics
-import sys
-import tempfile
 import time
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import aiohttp
 import rich.console
@@ -27,21 +22,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from migration.errors import PdServeError
-from pd_serve import models
 from pd_serve.bench import report
-from pd_serve.config import ServeConfig, cpu_engine_defaults, is_cpu_build, process_environment
-from pd_serve.engine_flags import CHANGED_DEFAULTS
-
-MODEL = "tiny"
-OURS, STOCK = "pd-serve", "vllm"
+from pd_serve.bench.servers import MODEL, OURS, STOCK, Server, Settings, running
 
 #: To reach, the second at one client.
 MIN_THROUGHPUT_RATIO = 0.95
 MAX_TTFT_ADDED_MS = 5.0
 
-PAIRED_ROUNDS = 12
-START_S = 120.0
-STOP_S = 10.0
+PAIRED_ROUNDS = 20
 
 #: Between two loads, so that the end of one is not part of the next.
 SETTLE_S = 0.2
@@ -62,11 +50,18 @@ LOADS = (Load(1, 8), Load(8, 32), Load(32, 96))
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One server under one round's load; the times are medians over its requests and tokens."""
+    """One server under one round's load.
+
+    Attributes:
+        ttft_ms, itl_ms: Medians over the requests, and over the gaps between tokens.
+        cpu_ms_per_token: Of all processes of the server, per output token: steadier than times on a busy
+            machine, and what throughput comes down to where cores are short.
+    """
 
     output_tokens_per_s: float
     ttft_ms: float
     itl_ms: float
+    cpu_ms_per_token: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,98 +73,14 @@ class PairedRound:
     stock: Measured
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What both servers are started with."""
-
-    model: str
-    flags: list[str]
-    environment: dict[str, str]
-
-    @classmethod
-    def of_this_machine(cls) -> Self:
-        """The defaults of `pd-serve serve tiny --neutral 1`, written out for both command lines."""
-        model = models.resolve(MODEL)
-        config = ServeConfig(MODEL, {"prefill": 0, "decode": 0, "neutral": 1})
-        values: dict[str, Any] = {"dtype": models.default_dtype(MODEL), "max_num_batched_tokens": 2048}
-        values |= cpu_engine_defaults() if is_cpu_build() else {"gpu_memory_utilization": 0.4}
-        return cls(model, as_flags(values | dict(CHANGED_DEFAULTS)), process_environment(config, model))
-
-    def command(self, name: str, port: int) -> list[str]:
-        """The command line of one of the two servers."""
-        flags = [f"--served-model-name={MODEL}", "--host=127.0.0.1", f"--port={port}", *self.flags]
-        if name == OURS:
-            script = Path(sys.executable).with_name("pd-serve")
-            return [str(script), "serve", self.model, "--neutral=1", *flags]
-        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={self.model}", *flags]
-
-
-def as_flags(values: dict[str, Any]) -> list[str]:
-    """As flags: `{"block_size": 32, "enforce_eager": True}` → `--block-size=32 --enforce-eager`."""
-
-    def flag(name: str, value: Any) -> str:
-        name = name.replace("_", "-")
-        if isinstance(value, bool):
-            return f"--{name}" if value else f"--no-{name}"
-        return f"--{name}={value}"
-
-    return [flag(name, value) for name, value in values.items()]
-
-
-@asynccontextmanager
-async def running(name: str, settings: Settings) -> AsyncIterator[str]:
-    """One of the servers as a process of its own, ended on leaving. Gives its URL when it is ready.
-
-    Raises:
-        PdServeError: It did not come up.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    with tempfile.TemporaryFile() as log:
-        process = await asyncio.create_subprocess_exec(
-            *settings.command(name, port),
-            stdout=log,
-            stderr=log,
-            env=os.environ | settings.environment,
-            start_new_session=True,
-        )
-        try:
-            if not await _is_up(url, process):
-                log.seek(0)
-                said = log.read().decode(errors="replace").strip().splitlines() or ["nothing"]
-                raise PdServeError(f"{name} did not come up within {START_S:.0f} s; it said: {said[-1]}")
-            yield url
-        finally:
-            if process.returncode is None:
-                process.terminate()
-            try:
-                async with asyncio.timeout(STOP_S):
-                    await process.wait()
-            except TimeoutError:
-                os.killpg(process.pid, signal.SIGKILL)
-                await process.wait()
-
-
-async def _is_up(url: str, process: asyncio.subprocess.Process) -> bool:
-    deadline = time.monotonic() + START_S
-    async with aiohttp.ClientSession() as session:
-        while process.returncode is None and time.monotonic() < deadline:
-            with suppress(aiohttp.ClientError):
-                async with session.get(f"{url}/health") as response:
-                    if response.status == 200:
-                        return True
-            await asyncio.sleep(0.2)
-    return False
-
-
 async def run(json_path: Path | None = None) -> None:
     """Measures, shows a table and writes the numbers. About five minutes on two cores.
 
     Raises:
         PdServeError: A server did not come up, or a request failed.
     """
+    # As Ctrl-C: the servers end with this process.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, signal.raise_signal, signal.SIGINT)
     provenance = report.provenance()
     console = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
     settings = Settings.of_this_machine()
@@ -177,11 +88,11 @@ async def run(json_path: Path | None = None) -> None:
     console.print("  " + " ".join(settings.flags))
     console.print("  " + " ".join(f"{name}={value}" for name, value in settings.environment.items()))
     async with AsyncExitStack() as stack:
-        urls = {}
+        servers = {}
         for name in (OURS, STOCK):
             with console.status(f"starting {name}"):
-                urls[name] = await stack.enter_async_context(running(name, settings))
-        rounds = await measure(urls, console)
+                servers[name] = await stack.enter_async_context(running(name, settings))
+        rounds = await measure(servers, console)
     result = summary(rounds)
     console.print(_table(rounds, result))
     if json_path is not None:
@@ -195,14 +106,14 @@ async def run(json_path: Path | None = None) -> None:
         report.write(json_path, result | provenance | about)
 
 
-async def measure(urls: dict[str, str], console: rich.console.Console) -> dict[Load, list[PairedRound]]:
+async def measure(servers: dict[str, Server], console: rich.console.Console) -> dict[Load, list[PairedRound]]:
     """All rounds against two servers, the sizes of load taking turns."""
     rounds: dict[Load, list[PairedRound]] = {load: [] for load in LOADS}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         for load in LOADS:
-            for url in urls.values():
-                await put_load(session, url, load, seed=-load.num_clients)
+            for server in servers.values():  # to warm up
+                await put_load(session, server, load, seed=-1)
         # Drawn between rounds only: it must not compete with what is measured.
         with Progress(*columns, console=console, auto_refresh=False) as progress:
             task = progress.add_task("measuring", total=PAIRED_ROUNDS * len(LOADS))
@@ -213,13 +124,13 @@ async def measure(urls: dict[str, str], console: rich.console.Console) -> dict[L
                     seen = {}
                     for name in order:
                         await asyncio.sleep(SETTLE_S)
-                        seen[name] = await put_load(session, urls[name], load, seed=number)
+                        seen[name] = await put_load(session, servers[name], load, seed=number)
                     rounds[load].append(PairedRound(order[0], seen[OURS], seen[STOCK]))
                     progress.advance(task)
     return rounds
 
 
-async def put_load(session: aiohttp.ClientSession, url: str, load: Load, seed: int) -> Measured:
+async def put_load(session: aiohttp.ClientSession, server: Server, load: Load, seed: int) -> Measured:
     """One round's load on one server. The same seed sends the same prompts.
 
     Raises:
@@ -231,7 +142,7 @@ async def put_load(session: aiohttp.ClientSession, url: str, load: Load, seed: i
     requests = iter(
         RequestFuncInput(
             prompt=[dice.randrange(97, 123) for _ in range(load.prompt_tokens)],
-            api_url=f"{url}/v1/completions",
+            api_url=f"{server.url}/v1/completions",
             prompt_len=load.prompt_tokens,
             output_len=load.output_tokens,
             model=MODEL,
@@ -246,19 +157,21 @@ async def put_load(session: aiohttp.ClientSession, url: str, load: Load, seed: i
         for request in requests:
             done.append(await async_request_openai_completions(request, session))
 
-    begin = time.perf_counter()
+    cpu_s, begin = server.cpu_s(), time.perf_counter()
     async with asyncio.TaskGroup() as clients:
         for _ in range(load.num_clients):
             clients.create_task(client())
-    seconds = time.perf_counter() - begin
+    seconds, cpu_s = time.perf_counter() - begin, server.cpu_s() - cpu_s
+    num_tokens = load.num_requests * load.output_tokens
     for output in done:
         if not output.success or output.output_tokens != load.output_tokens:
             why = output.error.strip().splitlines()[-1:] or [f"{output.output_tokens} tokens came"]
-            raise PdServeError(f"a request to {url} failed: {why[0]}")
+            raise PdServeError(f"a request to {server.url} failed: {why[0]}")
     return Measured(
-        output_tokens_per_s=round(load.num_requests * load.output_tokens / seconds, 2),
+        output_tokens_per_s=round(num_tokens / seconds, 2),
         ttft_ms=round(statistics.median(output.ttft for output in done) * 1e3, 3),
         itl_ms=round(statistics.median(gap for output in done for gap in output.itl) * 1e3, 3),
+        cpu_ms_per_token=round(cpu_s / num_tokens * 1e3, 4),
     )
 
 
@@ -275,7 +188,7 @@ def summary(rounds: dict[Load, list[PairedRound]]) -> dict[str, dict[str, float]
 
 def _table(rounds: dict[Load, list[PairedRound]], result: dict[str, dict[str, float]]) -> Table:
     table = Table(title=f"{OURS} / {STOCK}, medians of {PAIRED_ROUNDS} paired rounds")
-    for column in ("clients", "tokens/s", "ratio", "TTFT ms", "added ms", "ITL ms"):
+    for column in ("clients", "tokens/s", "ratio", "TTFT ms", "added ms", "ITL ms", "CPU ms/token"):
         table.add_column(column, justify="right")
 
     def both(pairs: list[PairedRound], figure: str, digits: int) -> str:
@@ -295,6 +208,7 @@ def _table(rounds: dict[Load, list[PairedRound]], result: dict[str, dict[str, fl
             both(pairs, "ttft_ms", 1),
             _judged(f"{added:+.2f}", added <= MAX_TTFT_ADDED_MS) if clients == "1" else f"{added:+.2f}",
             both(pairs, "itl_ms", 2),
+            both(pairs, "cpu_ms_per_token", 2),
         )
     table.caption = (
         f"to reach: ratio ≥ {MIN_THROUGHPUT_RATIO}, at one client at most {MAX_TTFT_ADDED_MS:.0f} ms added"

@@ -1,0 +1,131 @@
+"""The two servers that `pd-serve bench overhead` compares, as processes with the same settings."""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import aiohttp
+import psutil
+
+from migration.errors import PdServeError
+from pd_serve import models
+from pd_serve.config import ServeConfig, cpu_engine_defaults, is_cpu_build, process_environment
+from pd_serve.engine_flags import CHANGED_DEFAULTS
+
+MODEL = "tiny"
+OURS, STOCK = "pd-serve", "vllm"
+
+START_S = 180.0
+STOP_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What both servers are started with."""
+
+    model: str
+    flags: list[str]
+    environment: dict[str, str]
+
+    @classmethod
+    def of_this_machine(cls) -> Self:
+        """The defaults of `pd-serve serve tiny --neutral 1`, written out for both command lines."""
+        model = models.resolve(MODEL)
+        config = ServeConfig(MODEL, {"prefill": 0, "decode": 0, "neutral": 1})
+        values: dict[str, Any] = {"dtype": models.default_dtype(MODEL), "max_num_batched_tokens": 2048}
+        values |= cpu_engine_defaults() if is_cpu_build() else {"gpu_memory_utilization": 0.4}
+        return cls(model, as_flags(values | dict(CHANGED_DEFAULTS)), process_environment(config, model))
+
+    def command(self, name: str, port: int) -> list[str]:
+        """The command line of one of the two servers."""
+        flags = [f"--served-model-name={MODEL}", "--host=127.0.0.1", f"--port={port}", *self.flags]
+        if name == OURS:
+            script = Path(sys.executable).with_name("pd-serve")
+            return [str(script), "serve", self.model, "--neutral=1", *flags]
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={self.model}", *flags]
+
+
+def as_flags(values: dict[str, Any]) -> list[str]:
+    """As flags: `{"block_size": 32, "enforce_eager": True}` → `--block-size=32 --enforce-eager`."""
+
+    def flag(name: str, value: Any) -> str:
+        name = name.replace("_", "-")
+        if isinstance(value, bool):
+            return f"--{name}" if value else f"--no-{name}"
+        return f"--{name}={value}"
+
+    return [flag(name, value) for name, value in values.items()]
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server that is ready."""
+
+    url: str
+    process: Any  # psutil's
+
+    def cpu_s(self) -> float:
+        """CPU time that all its processes have used so far."""
+        total = 0.0
+        for process in (self.process, *self.process.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                spent = process.cpu_times()
+                total += spent.user + spent.system
+        return total
+
+
+@asynccontextmanager
+async def running(name: str, settings: Settings) -> AsyncIterator[Server]:
+    """One of the servers as a process of its own, ended on leaving. Entered when it is ready.
+
+    Raises:
+        PdServeError: It did not come up.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryFile() as log:
+        process = await asyncio.create_subprocess_exec(
+            *settings.command(name, port),
+            stdout=log,
+            stderr=log,
+            env=os.environ | settings.environment,
+            start_new_session=True,
+        )
+        try:
+            if not await _is_up(url, process):
+                log.seek(0)
+                said = log.read().decode(errors="replace").strip().splitlines() or ["nothing"]
+                raise PdServeError(f"{name} did not come up within {START_S:.0f} s; it said: {said[-1]}")
+            yield Server(url, psutil.Process(process.pid))
+        finally:
+            if process.returncode is None:
+                process.terminate()
+            try:
+                async with asyncio.timeout(STOP_S):
+                    await process.wait()
+            except TimeoutError:
+                os.killpg(process.pid, signal.SIGKILL)
+                await process.wait()
+
+
+async def _is_up(url: str, process: asyncio.subprocess.Process) -> bool:
+    deadline = time.monotonic() + START_S
+    async with aiohttp.ClientSession() as session:
+        while process.returncode is None and time.monotonic() < deadline:
+            with suppress(aiohttp.ClientError):
+                async with session.get(f"{url}/health") as response:
+                    if response.status == 200:
+                        return True
+            await asyncio.sleep(0.2)
+    return False
