@@ -20,6 +20,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from migration.errors import EngineDeadError
 from migration.messages import RequestId
 from migration.tasks import OwnedTasks
+from pd_serve import metrics
 from pd_serve.api.cluster_view import MigrationRefusedError, UnknownTargetError
 from pd_serve.instance import InstanceInfo
 from pd_serve.messages import (
@@ -118,9 +119,11 @@ class RequestRouter:
         self._outputs_decoder = MsgpackDecoder(EngineCoreOutputs)
         self._header_decoder = msgspec.msgpack.Decoder(TokenHeader)
         self._message_decoder = msgspec.msgpack.Decoder(ToApiServer)
+        self._gauges = metrics.watch_loads(lambda: list(self._book))
         self._tasks.start(self._heartbeat())
 
     async def close(self) -> None:
+        metrics.forget_loads(self._gauges)
         await self._tasks.cancel()
 
     # ---- membership
@@ -202,6 +205,7 @@ class RequestRouter:
     def _recompute(self, route: Route, lost: str) -> None:
         """Continues a request that was lost with an instance, from the tokens that the client has."""
         route.recomputes += 1
+        metrics.RECOMPUTED.inc()
         route.committed_to = ""
         self._book.settled(route.destination, route.request_id)
         epoch = route.ledger.take_over("")
@@ -250,7 +254,7 @@ class RequestRouter:
                     stale.append((RequestId(output.request_id), None))
                 continue
             ledger = route.ledger
-            waiting, moves = not ledger.token_ids, ledger.num_moves
+            waiting, moves, gap_s = not ledger.token_ids, ledger.num_moves, ledger.last_gap_s
             ready, is_stale = ledger.accept(header.instance_id, epoch, index, output, now)
             deliver += ready
             if is_stale:
@@ -261,6 +265,8 @@ class RequestRouter:
                 self._book.settled(route.destination, route.request_id)
                 if ledger.owner == route.committed_to:
                     route.committed_to = ""
+            if ledger.last_gap_s != gap_s:
+                metrics.DOWNTIME.observe(ledger.last_gap_s)
             if ready and self.observer is not None:
                 self.observer(route.request_id, header.instance_id, len(ledger.token_ids), now)
             if route.moved and ledger.owner_has_spoken:
@@ -288,9 +294,10 @@ class RequestRouter:
                     for request_id in message.stranded:
                         self._place_stranded(sender, request_id)
             case MigrationEnded(call_id=""):
-                self._migrations.setdefault(message.reason, Counter())[
-                    "committed" if message.committed else "aborted"
-                ] += 1
+                outcome = "committed" if message.committed else "aborted"
+                self._migrations.setdefault(message.reason, Counter())[outcome] += 1
+                metrics.MIGRATIONS.labels(message.reason, outcome).inc()
+                metrics.MIGRATED_BLOCKS.labels(message.reason).inc(message.blocks if message.committed else 0)
                 if message.committed:
                     self._on_committed(message)
                 else:
