@@ -1,5 +1,6 @@
 """The command line: `pd-serve serve`, `status`, `bench`."""
 
+import asyncio
 import os
 import sys
 from collections.abc import Coroutine
@@ -112,7 +113,8 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
     from pd_serve.logs import configure_logging
 
     configure_logging()
-    uvloop.run(work)
+    # Not closed: that would wait for threads which still start Ray or import vLLM. The process ends next.
+    asyncio.Runner(loop_factory=uvloop.new_event_loop).run(work)
 
 
 def main() -> None:

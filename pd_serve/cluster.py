@@ -1,6 +1,7 @@
 """Starting, watching and stopping instances on Ray. The only place of the service that knows Ray."""
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import Callable
@@ -126,8 +127,12 @@ class RayCluster:
     async def stop(self) -> None:
         """Stops all instances, by force after a while, and a local Ray with them."""
         await self._watchers.cancel()
-        if not ray.is_initialized():
-            return
+        if ray.is_initialized():
+            await self._stop_instances()
+            await asyncio.to_thread(ray.shutdown)
+        await asyncio.to_thread(_end_children)
+
+    async def _stop_instances(self) -> None:
         stops = [asyncio.ensure_future(_settled(actor.stop.remote())) for actor in self._actors.values()]
         if stops:
             await asyncio.wait(stops, timeout=STOP_S)
@@ -136,10 +141,11 @@ class RayCluster:
         self._actors.clear()
         if self._address is None:
             # The raylet reaps its workers; ended before that, it would leave them as zombies.
-            async with asyncio.timeout(STOP_S):
-                while any(psutil.pid_exists(pid) for pid in self._pids):  # noqa: ASYNC110
-                    await asyncio.sleep(0.02)
-        await asyncio.to_thread(ray.shutdown)
+            deadline = asyncio.get_running_loop().time() + STOP_S
+            while any(map(psutil.pid_exists, self._pids)):
+                await asyncio.sleep(0.02)
+                if asyncio.get_running_loop().time() > deadline:
+                    break
 
     async def _watch(self, instance_id: str, actor: Any) -> None:
         try:
@@ -147,6 +153,15 @@ class RayCluster:
         except ray.exceptions.RayError:
             self._actors.pop(instance_id, None)
             self._on_lost(instance_id)
+
+
+def _end_children() -> None:
+    """Ends what Ray left behind, as when it was interrupted while starting. All of it is our own."""
+    children = psutil.Process().children(recursive=True)
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    psutil.wait_procs(children, timeout=STOP_S)
 
 
 async def _settled(reference: Any) -> None:

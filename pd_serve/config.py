@@ -83,6 +83,9 @@ def process_environment(config: ServeConfig, model: str) -> dict[str, str]:
     }
     if Path(model).is_dir():
         environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    if config.ray_address is not None and (Path.home() / ".ray" / "auth_token").is_file():
+        # Ray asks for its token by default since 2.60, but looks for it too late when it joins a cluster.
+        environment["RAY_AUTH_MODE"] = "token"
     return {name: os.environ.get(name, value) for name, value in environment.items()}
 
 
