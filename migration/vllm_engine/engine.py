@@ -136,6 +136,7 @@ class VllmEngine:
             if handoff and self.no_migration is None and support.unmovable(request) is None:
                 self.scheduler.handoff_ids.add(request.request_id)
             if done:
+                self._check_migration()
                 self._replay(request, done)
                 self.scheduler.continue_by_recompute(request)
                 self._install(request, 0, None)
@@ -270,10 +271,11 @@ class VllmEngine:
 
     async def check_integrity(self) -> list[str]:
         def check() -> list[str]:
-            problems = self.scheduler.check_integrity()
-            known = set(self.scheduler.requests) | {
-                r.request_id for r in self.scheduler.migration.arriving.values()
-            }
+            known = set(self.core.scheduler.requests)
+            problems = []
+            if self.no_migration is None:
+                problems += self.scheduler.check_integrity()
+                known |= {r.request_id for r in self.scheduler.migration.arriving.values()}
             if lost := set(self._live) - known:
                 problems.append(f"bookkeeping for requests that are gone: {sorted(lost)}")
             if not known and not self.core.scheduler.has_requests():
