@@ -94,6 +94,7 @@ class MigrationMixin:
         for request in finished:
             self.handoff_ids.discard(request.request_id)
             self.migration.suspended.pop(request.request_id, None)
+            self.migration.arrived.pop(request.request_id, None)
         self._hold_slots()
         return finished
 
@@ -258,11 +259,11 @@ class MigrationMixin:
             self.kv_cache_manager.free(request)
             self._hold_slots()
             return None
-        for request_id, brought_by in self.migration.arrived.items():
-            if brought_by == migration_id:
-                self.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
-                return request_id
-        return None
+        arrived = self.migration.arrived.items()
+        request_id = next((rid for rid, brought_by in arrived if brought_by == migration_id), None)
+        if request_id is not None:
+            self.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
+        return request_id
 
     def continue_by_recompute(self, request: Request) -> None:
         """Queues a request that has output tokens but no blocks: its former owner died."""
