@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 from vllm.config import VllmConfig
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
-from vllm.v1.executor import Executor
 from vllm.v1.request import Request
 from vllm.v1.serial_utils import MsgpackDecoder
 
@@ -28,6 +27,7 @@ from migration.messages import BlockRun, FinalState, MigrationId, RequestDescrip
 from migration.transport.base import KvRegion
 from migration.transport.regions import kv_regions
 from migration.vllm_engine import support, worker
+from migration.vllm_engine.executor import executor_class
 from migration.vllm_engine.scheduler import (
     MigratingAsyncScheduler,
     MigratingScheduler,
@@ -323,7 +323,7 @@ class VllmEngine:
             scheduling.scheduler_cls = (
                 MigratingAsyncScheduler if scheduling.async_scheduling else MigratingScheduler
             )
-        self.core = EngineCore(config, Executor.get_class(config), log_stats=True)
+        self.core = EngineCore(config, executor_class(config), log_stats=True)
         self.scheduler = self.core.scheduler
         if not missing:
             missing = support.missing_attributes(self.core)

@@ -36,8 +36,8 @@ def install_request(
 ) -> None:
     """Gives a V1 runner the state of a request that it meets in the middle of its decoding.
 
-    Without a saved generator state a seeded request's generator is wound forward by one draw per
-    output token, which is what `random_sample` in vLLM's sampler makes.
+    Without a saved generator state a seeded request's generator is wound forward by sampling once per
+    output token, with the runner's own sampler: what that draws differs between platforms.
     """
     runner = _runner(worker)
     generator = None
@@ -48,9 +48,9 @@ def install_request(
         else:
             assert sampling_params.seed is not None
             generator.manual_seed(sampling_params.seed)
-            row = torch.empty(runner.input_batch.vocab_size, dtype=torch.float32, device=runner.device)
+            logits = torch.zeros((1, runner.input_batch.vocab_size), device=runner.device)
             for _ in output_token_ids:
-                row.exponential_(generator=generator)
+                runner.sampler.topk_topp_sampler(logits, {0: generator}, None, None)
     runner.requests[request_id] = CachedRequestState(
         req_id=request_id,
         prompt_token_ids=prompt_token_ids,
