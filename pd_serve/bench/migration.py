@@ -220,7 +220,11 @@ def _show(result: dict[str, Any], console: rich.console.Console) -> None:
 async def run(json_path: Path | None, rounds: int) -> None:
     """Starts a cluster, measures, shows a table, writes JSON. About a minute a round."""
     console = rich.console.Console()
-    flags = ["--no-enable-prefix-caching", "--max-num-seqs=8", f"--max-model-len={max(LENGTHS) + MORE_TOKENS}"]
+    flags = [
+        "--no-enable-prefix-caching",
+        "--max-num-seqs=8",
+        f"--max-model-len={max(LENGTHS) + MORE_TOKENS}",
+    ]
     config = ServeConfig("bench", {"prefill": 1, "decode": 2, "neutral": 0}, engine_flags=flags)
     service = Service(config, Console(), lambda: None)
     before = report.provenance()
