@@ -58,7 +58,8 @@ class Service:
         self._config = config
         self._catch_signals = catch_signals
         self._console = console
-        self._tasks = OwnedTasks()
+        # All of them are awaited by `start`, which raises their errors; nothing is to be logged besides.
+        self._tasks = OwnedTasks(on_failure=lambda error: None)
         self._cluster: Any = None
         self.router: Any = None
         self.client: Any = None
