@@ -1,46 +1,48 @@
-"""vLLM's `EngineCore`, stepped in a thread of ours, as a migrating `Engine`.
+"""Stock vLLM as a migrating `Engine`.
 
-Calls from the event loop become closures in the step thread's queue and run between two steps; their
-results go back to the loop. Outputs are handed over on the step thread, so that a token's way out does
-not wait for the loop.
+Every operation is one closure that runs on the step thread between two steps. Outputs are handed over on
+that thread too, so that a token's way out does not wait for the event loop.
 """
 
 import asyncio
 import logging
-import queue
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
+import msgspec
 from vllm.config import VllmConfig
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request
 from vllm.v1.serial_utils import MsgpackDecoder
 
-from migration.engine import EngineEvents, EngineLoad, Reservation
-from migration.errors import DestinationRefusedError, EngineDeadError, InvalidRequestError, SourceGoneError
+from migration.engine import EngineEvents, Reservation
+from migration.errors import DestinationRefusedError, InvalidRequestError, SourceGoneError
 from migration.messages import BlockRun, FinalState, MigrationId, RequestDescription, RequestId
 from migration.transport.base import KvRegion
 from migration.transport.regions import kv_regions
 from migration.vllm_engine import support, worker
 from migration.vllm_engine.executor import executor_class
+from migration.vllm_engine.load import read_load
 from migration.vllm_engine.scheduler import (
     MigratingAsyncScheduler,
     MigratingScheduler,
     StageWaiter,
     Suspended,
 )
+from migration.vllm_engine.step_loop import StepLoop
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 #: Least time between two load reports of a busy engine.
 LOAD_INTERVAL_S = 0.02
+
+
+#: How long a grammar may take to compile before a migration goes on without this destination.
+GRAMMAR_S = 30.0
 
 
 @dataclass(slots=True)
@@ -91,31 +93,29 @@ class VllmEngine:
         self._make_config = make_config
         self._sink = sink
         self._events = events
-        self._loop = asyncio.get_running_loop()
-        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._steps = StepLoop(
+            self._build,
+            on_outputs=self._emit,
+            on_boundary=self._at_boundary,
+            on_idle=self._report_load,
+            on_death=events.on_death,
+        )
         self._live: dict[str, LiveRequest] = {}
         self._request_decoder = MsgpackDecoder(EngineCoreRequest)
-        self._stopping = False
         self._last_load_at = 0.0
-        self._ready: asyncio.Future[None] = self._loop.create_future()
-        self._dead: BaseException | None = None
         self.core: EngineCore = None
         self.scheduler: MigratingScheduler = None  # type: ignore[assignment]
         self.regions: list[KvRegion] = []
         self.compatibility: dict[str, str] = {}
         self.no_migration: str | None = None
-        self._thread = threading.Thread(target=self._run, name="engine-step", daemon=True)
 
     async def start(self) -> None:
         """Loads the model. Raises: whatever vLLM raises."""
-        self._thread.start()
-        await self._ready
+        await self._steps.start()
 
     async def stop(self) -> None:
         """Ends the step thread after the step it is in."""
-        self._stopping = True
-        self._calls.put(lambda: None)
-        await asyncio.to_thread(self._thread.join, 5.0)
+        await self._steps.stop()
 
     # ---- requests
 
@@ -145,7 +145,7 @@ class VllmEngine:
 
         if done:
             await self._grammar(request)
-        await self._call(add)
+        await self._steps.call(add)
 
     async def abort(self, request_ids: list[RequestId], below_epoch: int | None = None) -> list[RequestId]:
         def abort() -> list[RequestId]:
@@ -159,7 +159,7 @@ class VllmEngine:
             self._forget(ended)
             return [request_id for request_id in request_ids if request_id not in known]
 
-        return await self._call(abort)
+        return await self._steps.call(abort)
 
     async def abort_client(self, client: str) -> None:
         def abort() -> None:
@@ -167,7 +167,7 @@ class VllmEngine:
             self.core.abort_requests(ids)
             self._forget(ids)
 
-        await self._call(abort)
+        await self._steps.call(abort)
 
     # ---- source
 
@@ -190,20 +190,20 @@ class VllmEngine:
                 compatibility=self.compatibility,
             )
 
-        return await self._call(describe)
+        return await self._steps.call(describe)
 
     async def next_stage(
         self, request_id: RequestId, incarnation: int, blocks_done: int, *, suspend: bool
     ) -> BlockRun | FinalState:
-        future: asyncio.Future[BlockRun | FinalState] = self._loop.create_future()
+        future: asyncio.Future[BlockRun | FinalState] = asyncio.get_running_loop().create_future()
 
         def answer(result: BlockRun | Suspended | SourceGoneError) -> None:
             if isinstance(result, Suspended):
                 result = self._final_state(result)  # type: ignore[assignment]
-            self._loop.call_soon_threadsafe(_settle, future, result)
+            self._steps.settle(future, result)
 
         waiter = StageWaiter(request_id, incarnation, blocks_done, suspend, answer)
-        self._submit(lambda: self.scheduler.wait_for_stage(waiter))
+        self._steps.submit(lambda: self.scheduler.wait_for_stage(waiter))
         return await future
 
     async def resume(self, request_id: RequestId, epoch: int) -> None:
@@ -212,14 +212,14 @@ class VllmEngine:
             if (live := self._live.get(request_id)) is not None:
                 live.epoch = max(live.epoch, epoch)
 
-        await self._call(resume)
+        await self._steps.call(resume)
 
     async def release(self, request_id: RequestId) -> None:
         def release() -> None:
             self.scheduler.release(request_id)
             self._live.pop(request_id, None)
 
-        await self._call(release)
+        await self._steps.call(release)
 
     # ---- destination
 
@@ -231,7 +231,10 @@ class VllmEngine:
             raise DestinationRefusedError(
                 f"{request.max_total_tokens} tokens do not fit this instance's {self.scheduler.max_model_len}"
             )
-        arriving = self._decode(request.payload)
+        try:
+            arriving = self._decode(request.payload)
+        except (msgspec.MsgspecError, ValueError, TypeError) as error:
+            raise DestinationRefusedError(f"the request cannot be read: {error}") from error
         await self._grammar(arriving)
 
         def reserve() -> Reservation:
@@ -240,10 +243,10 @@ class VllmEngine:
             self._live[arriving.request_id] = LiveRequest(request.payload, request.client, request.epoch, 0)
             return Reservation(blocks, present)
 
-        return await self._call(reserve)
+        return await self._steps.call(reserve)
 
     async def grow(self, migration_id: MigrationId, num_blocks: int) -> list[int]:
-        return await self._call(lambda: self.scheduler.grow(migration_id, num_blocks))
+        return await self._steps.call(lambda: self.scheduler.grow(migration_id, num_blocks))
 
     async def commit(self, migration_id: MigrationId, state: FinalState) -> None:
         def commit() -> None:
@@ -256,7 +259,7 @@ class VllmEngine:
             live.epoch, live.emitted = state.epoch + 1, len(state.output_token_ids)
             self._install(request, state.num_computed_tokens, state.rng_state)
 
-        await self._call(commit)
+        await self._steps.call(commit)
 
     async def drop(self, migration_id: MigrationId) -> None:
         def drop() -> None:
@@ -265,7 +268,7 @@ class VllmEngine:
             committed_id = self.scheduler.drop(migration_id)
             self._live.pop(request_id or committed_id or "", None)
 
-        await self._call(drop)
+        await self._steps.call(drop)
 
     # ---- state
 
@@ -284,36 +287,19 @@ class VllmEngine:
                     problems.append(f"the model runner keeps state of {kept} requests at rest")
             return problems
 
-        return await self._call(check)
+        return await self._steps.call(check)
 
     async def live_requests(self) -> list[RequestId]:
-        return await self._call(lambda: [RequestId(request_id) for request_id in self._live])
+        return await self._steps.call(lambda: [RequestId(request_id) for request_id in self._live])
 
     async def utility(self, method: str, *arguments: Any) -> Any:
         if method not in UTILITIES:
             raise InvalidRequestError(f"{method} is not a utility of the engine")
-        return await self._call(lambda: getattr(self.core, method)(*arguments))
+        return await self._steps.call(lambda: getattr(self.core, method)(*arguments))
 
-    # ---- step thread
+    # ---- on the step thread
 
-    def _run(self) -> None:
-        try:
-            self._build()
-            self._loop.call_soon_threadsafe(_settle, self._ready, None)
-        except BaseException as error:
-            self._dead = error
-            self._loop.call_soon_threadsafe(_settle, self._ready, error)
-            return
-        try:
-            while not self._stopping:
-                self._run_calls()
-                self._step()
-        except BaseException as error:
-            self._dead = error
-            logger.exception("the engine's step loop has failed")
-            self._loop.call_soon_threadsafe(self._events.on_death, error)
-
-    def _build(self) -> None:
+    def _build(self) -> EngineCore:
         config = self._make_config()
         scheduling = config.scheduler_config
         missing = support.missing_names()
@@ -337,6 +323,7 @@ class VllmEngine:
             logger.error("SERVING WITHOUT MIGRATION: %s", self.no_migration)
         else:
             self.scheduler.on_prefill_started = self._prefill_started
+        return self.core
 
     def _map_kv_memory(self, config: VllmConfig) -> None:
         tensors = self.core.collective_rpc(worker.kv_caches)[0]
@@ -349,33 +336,9 @@ class VllmEngine:
         sizes = [(region.num_blocks, region.block_bytes) for region in self.regions]
         self.compatibility = support.compatibility(config, sizes)
 
-    def _run_calls(self) -> None:
-        """Runs what has been asked for; sleeps until something is, if there is nothing to step."""
-        core = self.core
-        if not (core.scheduler.has_requests() or core.batch_queue or self._stopping):
-            self._report_load()
-            self._calls.get()()
-        while True:
-            try:
-                call = self._calls.get_nowait()
-            except queue.Empty:
-                break
-            call()
+    def _at_boundary(self) -> None:
         if self.no_migration is None:
             self.scheduler.settle_stages()
-
-    def _step(self) -> None:
-        core = self.core
-        if not (core.scheduler.has_requests() or core.batch_queue):
-            return
-        outputs, executed = core.step_fn()
-        core.post_step(executed)
-        if outputs:
-            self._emit(outputs)
-        if self.no_migration is None:
-            self.scheduler.settle_stages()
-        if not executed and not outputs:
-            time.sleep(0.001)  # everything waits (for blocks, a grammar): as vLLM's own loop does
         if time.monotonic() - self._last_load_at >= LOAD_INTERVAL_S:
             self._report_load()
 
@@ -406,36 +369,14 @@ class VllmEngine:
             self._live.pop(request_id, None)
         if self.no_migration is None:
             self.scheduler.forget_arrivals(ended)
-        self._loop.call_soon_threadsafe(self._events.on_requests_ended, ended)
+        self._steps.notify(self._events.on_requests_ended, ended)
 
     def _report_load(self) -> None:
         self._last_load_at = time.monotonic()
-        self._loop.call_soon_threadsafe(self._events.on_load, self._load())
-
-    def _load(self) -> EngineLoad:
-        scheduler = self.core.scheduler
-        pool = scheduler.kv_cache_manager.block_pool
-        queued = [*scheduler.kv_holding_waiting, *scheduler.waiting]
-        backlog = sum(r.num_tokens - r.num_computed_tokens for r in queued)
-        backlog += sum(r.num_tokens - r.num_computed_tokens for r in scheduler.running if r.is_prefill_chunk)
-        migration = None if self.no_migration else self.scheduler.migration
-        arriving = migration.arriving.values() if migration else ()
-        block_tokens = scheduler.block_size
-        get_ids = scheduler.kv_cache_manager.get_block_ids
-        return EngineLoad(
-            total_blocks=pool.num_gpu_blocks - 1,
-            free_blocks=pool.get_num_free_blocks(),
-            reserved_blocks=sum(len(get_ids(r.request_id)[0]) for r in arriving),
-            running=len(scheduler.running),
-            suspended=len(migration.suspended) if migration else 0,
-            waiting=len(queued),
-            waiting_tokens=backlog,
-            head_of_line_blocks=-(-queued[0].num_tokens // block_tokens) if queued else 0,
-            block_tokens=block_tokens,
-        )
+        self._steps.notify(self._events.on_load, read_load(self.core.scheduler))
 
     def _prefill_started(self, request_ids: list[RequestId]) -> None:
-        self._loop.call_soon_threadsafe(self._events.on_prefill_started, request_ids)
+        self._steps.notify(self._events.on_prefill_started, request_ids)
 
     def _final_state(self, suspended: Suspended) -> FinalState:
         request = suspended.request
@@ -490,40 +431,15 @@ class VllmEngine:
         structured = request.structured_output_request
         if structured is None:
             return
-        async with asyncio.timeout(30.0):
-            while not structured.is_grammar_ready:  # noqa: ASYNC110 - vLLM offers nothing to wait on
-                await asyncio.sleep(0.002)
+        try:
+            async with asyncio.timeout(GRAMMAR_S):
+                while not structured.is_grammar_ready:  # noqa: ASYNC110 - vLLM offers nothing to wait on
+                    await asyncio.sleep(0.002)
+        except TimeoutError:
+            raise DestinationRefusedError(f"the grammar does not compile within {GRAMMAR_S} s") from None
         if isinstance(structured.grammar, Exception):
             raise DestinationRefusedError(f"the grammar does not compile: {structured.grammar}")
 
     def _check_migration(self) -> None:
         if self.no_migration is not None:
             raise DestinationRefusedError(f"migration is off here: {self.no_migration}")
-
-    def _submit(self, call: Callable[[], None]) -> None:
-        if self._dead is not None:
-            raise EngineDeadError(f"the engine has stopped: {self._dead}")
-        self._calls.put(call)
-
-    async def _call(self, function: Callable[[], T]) -> T:
-        """Runs `function` on the step thread between two steps."""
-        future: asyncio.Future[T] = self._loop.create_future()
-
-        def call() -> None:
-            try:
-                result: Any = function()
-            except Exception as error:
-                result = error
-            self._loop.call_soon_threadsafe(_settle, future, result)
-
-        self._submit(call)
-        return await future
-
-
-def _settle(future: "asyncio.Future[Any]", result: Any) -> None:
-    if future.done():
-        return
-    if isinstance(result, BaseException):
-        future.set_exception(result)
-    else:
-        future.set_result(result)
