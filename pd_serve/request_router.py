@@ -5,7 +5,6 @@ recomputes requests elsewhere when their owner dies. All of it on one event loop
 """
 
 import asyncio
-import itertools
 import logging
 import time
 from collections import Counter
@@ -19,19 +18,16 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from migration.errors import EngineDeadError
 from migration.messages import RequestId
-from migration.tasks import OwnedTasks
 from pd_serve import metrics
 from pd_serve.api.cluster_view import MigrationRefusedError, UnknownTargetError
 from pd_serve.instance import InstanceInfo
+from pd_serve.instance_directory import CALL_TIMEOUT_S, InstanceDirectory
 from pd_serve.messages import (
     AbortRequests,
     AddRequest,
-    Call,
-    Hello,
     LoadReport,
     MigrateRequest,
     MigrationEnded,
-    PeerLost,
     Reply,
     ToApiServer,
     TokenHeader,
@@ -43,9 +39,6 @@ from router.dispatch import can_start
 from router.load import freeness
 
 logger = logging.getLogger(__name__)
-
-HEARTBEAT_S = 1.0
-CALL_TIMEOUT_S = 60.0
 
 #: How often a request is recomputed because its owner died, before the client gets an error.
 MAX_RECOMPUTES = 3
@@ -97,54 +90,36 @@ class RequestRouter:
 
     def __init__(self, name: str, wire: Wire, block_tokens: int, num_slots: int) -> None:
         self.outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
-        self.slots = list(range(num_slots))
         #: Told (request, instance, tokens so far, time in s) at every delivery; for measurements.
         self.observer: Callable[[RequestId, str, int, float], None] | None = None
-        self._name = name
-        self._wire = wire
         self._block_tokens = block_tokens
         self._loop = asyncio.get_running_loop()
-        self._tasks = OwnedTasks()
-        self._address = wire.listen(self._on_message)
-        self._token_endpoint = wire.listen(self._on_tokens)
-        self._instances: dict[str, InstanceInfo] = {}
-        self._slot_of: dict[str, int] = {}
+        address, token_endpoint = wire.listen(self._on_message), wire.listen(self._on_tokens)
+        self.instances = InstanceDirectory(name, wire, address, token_endpoint, num_slots)
         self._book = LoadBook()
         self._routes: dict[RequestId, Route] = {}
         self._num_waiting = 0
         self._migrations: dict[str, Counter[str]] = {"handoff": Counter(), "manual": Counter()}
-        self._calls: dict[str, asyncio.Future[Any]] = {}
-        self._call_ids = itertools.count()
         self._encoder = MsgpackEncoder()
         self._outputs_decoder = MsgpackDecoder(EngineCoreOutputs)
         self._header_decoder = msgspec.msgpack.Decoder(TokenHeader)
         self._message_decoder = msgspec.msgpack.Decoder(ToApiServer)
         self._gauges = metrics.watch_loads(lambda: list(self._book))
-        self._tasks.start(self._heartbeat())
 
     async def close(self) -> None:
         metrics.forget_loads(self._gauges)
-        await self._tasks.cancel()
+        await self.instances.close()
 
     # ---- membership
 
     def join(self, info: InstanceInfo) -> None:
-        self._instances[info.instance_id] = info
-        # vLLM's metrics know these slots and no others.
-        self._slot_of[info.instance_id] = min(set(self.slots) - set(self._slot_of.values()), default=0)
-        self._wire.connect(info.instance_id, info.address)
-        self._greet()
+        self.instances.join(info)
 
     def leave(self, instance_id: str) -> None:
         """An instance is dead or stopped: its requests are recomputed elsewhere."""
-        if self._instances.pop(instance_id, None) is None:
+        if not self.instances.leave(instance_id):
             return
-        self._slot_of.pop(instance_id, None)
         self._book.remove(instance_id)
-        self._wire.disconnect(instance_id)
-        for peer in self._instances:
-            self._wire.send(peer, PeerLost(instance_id))
-        self._greet()
         for route in list(self._routes.values()):
             # With a gap, tokens of a former owner may have been lost with it.
             if instance_id in (route.ledger.owner, route.committed_to) or route.ledger.has_gap:
@@ -152,7 +127,7 @@ class RequestRouter:
 
     async def wait_for_reports(self) -> None:
         """Returns when every instance that has joined has reported its load."""
-        while not all(name in self._book for name in self._instances):  # noqa: ASYNC110
+        while not all(info.instance_id in self._book for info in self.instances):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
     # ---- requests
@@ -180,7 +155,7 @@ class RequestRouter:
                 by_owner.setdefault(route.ledger.owner, []).append(route.request_id)
                 self._end(route)
         for owner, owned in by_owner.items():
-            self._wire.send(owner, AbortRequests(owned))
+            self.instances.send(owner, AbortRequests(owned))
 
     def _place(self, route: Route, epoch: int) -> None:
         instance_id = self._book.dispatch(route.prompt_tokens + len(route.ledger.token_ids))
@@ -188,16 +163,16 @@ class RequestRouter:
             raise EngineDeadError("no live instance takes new requests; see GET /cluster")
         route.ledger.owner = instance_id
         handoff: list[str] = []
-        if self._instances[instance_id].role == "prefill":
+        if self.instances[instance_id].role == "prefill":
             num_blocks = self._blocks_of(route)
             handoff = self._book.destinations(num_blocks)
             if handoff:
                 route.destination = handoff[0]
                 self._book.expect(handoff[0], route.request_id, num_blocks)
         message = AddRequest(
-            route.request_id, self._token_endpoint, epoch, handoff, list(route.ledger.token_ids)
+            route.request_id, self.instances.token_endpoint, epoch, handoff, list(route.ledger.token_ids)
         )
-        self._wire.send(instance_id, message, route.payload)
+        self.instances.send(instance_id, message, route.payload)
 
     def _blocks_of(self, route: Route) -> int:
         return -(-(route.prompt_tokens + len(route.ledger.token_ids) + 1) // self._block_tokens)
@@ -277,10 +252,10 @@ class RequestRouter:
             if ledger.finished:
                 self._end(route)
         for request_id, below_epoch in stale:
-            self._wire.send(header.instance_id, AbortRequests([request_id], below_epoch))
+            self.instances.send(header.instance_id, AbortRequests([request_id], below_epoch))
         if deliver or outputs.scheduler_stats is not None:
             outputs.outputs = deliver
-            outputs.engine_index = self._slot_of.get(header.instance_id, 0)
+            outputs.engine_index = self.instances.slot_of(header.instance_id)
             self.outputs.put_nowait(outputs)
 
     # ---- messages from instances
@@ -289,7 +264,7 @@ class RequestRouter:
         sender, message = frames[0].decode(), self._message_decoder.decode(frames[1])
         match message:
             case LoadReport():
-                if sender in self._instances:
+                if sender in self.instances:
                     self._book.report(message.load)
                     for request_id in message.stranded:
                         self._place_stranded(sender, request_id)
@@ -308,15 +283,15 @@ class RequestRouter:
                     if route is not None:
                         logger.error("request %s: %s", route.request_id, message.error)
                         self._fail(route)
-                elif (future := self._calls.pop(call_id, None)) is not None and not future.done():
-                    future.set_result(message)
+                else:
+                    self.instances.answered(message)
 
     def _on_committed(self, message: MigrationEnded) -> None:
         """The request has left an instance. Until it speaks from the next one, that may die unnoticed."""
         route = self._routes.get(message.request_id)
         if route is None or message.source not in (route.ledger.owner, route.committed_to):
             return
-        if message.destination in self._instances:
+        if message.destination in self.instances:
             route.committed_to = message.destination
         else:
             self._recompute(route, message.destination)
@@ -337,32 +312,7 @@ class RequestRouter:
                 self._book.settled(route.destination, request_id)
                 route.destination = destination
                 self._book.expect(destination, request_id, num_blocks)
-                self._wire.send(source, MigrateRequest("", request_id, destination, "handoff"))
-
-    async def _call(self, instance_id: str, make: Callable[[str], object]) -> Any:
-        """Raises: UnknownTargetError: no such instance. TimeoutError: no answer in time."""
-        call_id = f"{self._name}.{next(self._call_ids)}"
-        future = self._calls[call_id] = self._loop.create_future()
-        try:
-            if not self._wire.send(instance_id, make(call_id)):
-                raise UnknownTargetError(f"no instance {instance_id!r}; see GET /cluster")
-            async with asyncio.timeout(CALL_TIMEOUT_S):
-                return await future
-        finally:
-            self._calls.pop(call_id, None)
-
-    async def call_all(self, method: str, *arguments: Any) -> dict[str, Any]:
-        """Calls one of vLLM's engine utilities on every instance. Raises: EngineDeadError: one failed."""
-
-        async def call(instance_id: str) -> Any:
-            reply = await self._call(instance_id, lambda call_id: Call(call_id, method, list(arguments)))
-            if reply.error is not None:
-                raise EngineDeadError(f"{instance_id}: {reply.error}")
-            return reply.value
-
-        names = list(self._instances)
-        values = await asyncio.gather(*map(call, names))
-        return dict(zip(names, values, strict=True))
+                self.instances.send(source, MigrateRequest("", request_id, destination, "handoff"))
 
     # ---- ClusterView
 
@@ -376,7 +326,7 @@ class RequestRouter:
 
     def snapshot(self) -> dict[str, Any]:
         instances = []
-        for info in self._instances.values():
+        for info in self.instances:
             load = self._book.get(info.instance_id)
             instances.append(
                 {
@@ -408,13 +358,13 @@ class RequestRouter:
         route = self._routes.get(RequestId(request_id))
         if route is None:
             raise UnknownTargetError(f"no running request {request_id!r}")
-        if destination not in self._instances:
+        if destination not in self.instances:
             raise UnknownTargetError(f"no instance {destination!r}; see GET /cluster")
         if mode == "recompute":
             return await self._restart(route, destination)
         while True:
             owner, moves = route.ledger.owner, route.ledger.num_moves
-            ended = await self._call(
+            ended = await self.instances.call(
                 owner,
                 lambda call_id: MigrateRequest(
                     call_id, route.request_id, destination, "manual", blocking=mode == "blocking"
@@ -430,10 +380,10 @@ class RequestRouter:
     async def _restart(self, route: Route, destination: str) -> Migrated:
         owner, moves = route.ledger.owner, route.ledger.num_moves
         epoch = route.ledger.take_over(destination)
-        self._wire.send(owner, AbortRequests([route.request_id], epoch))
+        self.instances.send(owner, AbortRequests([route.request_id], epoch))
         tokens = list(route.ledger.token_ids)
-        message = AddRequest(route.request_id, self._token_endpoint, epoch, [], tokens)
-        self._wire.send(destination, message, route.payload)
+        message = AddRequest(route.request_id, self.instances.token_endpoint, epoch, [], tokens)
+        self.instances.send(destination, message, route.payload)
         await self._next_owner_speaks(route, moves)
         return Migrated(route.ledger.last_gap_s * 1e3, 0, 0, route.prompt_tokens + len(tokens))
 
@@ -459,24 +409,11 @@ class RequestRouter:
 
     async def _problems(self) -> list[str]:
         problems: list[str] = []
-        for found in (await self.call_all("check_integrity")).values():
+        for found in (await self.instances.call_all("check_integrity")).values():
             problems += found
-        for instance_id, live in (await self.call_all("live_requests")).items():
+        for instance_id, live in (await self.instances.call_all("live_requests")).items():
             if orphans := sorted(set(live) - set(self._routes)):
                 problems.append(f"{instance_id}: holds requests that nobody waits for: {orphans}")
         if self._num_waiting != sum(not route.ledger.token_ids for route in self._routes.values()):
             problems.append("the count of waiting requests is off")
         return problems
-
-    # ---- heartbeat
-
-    def _greet(self) -> None:
-        peers = {info.instance_id: info.address for info in self._instances.values()}
-        hello = Hello(self._address, self._token_endpoint, peers)
-        for instance_id in self._instances:
-            self._wire.send(instance_id, hello)
-
-    async def _heartbeat(self) -> None:
-        while True:
-            await asyncio.sleep(HEARTBEAT_S)
-            self._greet()

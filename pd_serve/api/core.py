@@ -14,7 +14,7 @@ class ClusterCore(EngineCoreClient):
 
     def __init__(self, router: RequestRouter, supported_tasks: tuple[str, ...]) -> None:
         self.resources = SimpleNamespace(engine_dead=False)
-        self.engine_ranks_managed = router.slots
+        self.engine_ranks_managed = router.instances.slots
         self._router = router
         self._supported_tasks = supported_tasks
 
@@ -31,25 +31,27 @@ class ClusterCore(EngineCoreClient):
         self._router.abort(request_ids)
 
     async def reset_mm_cache_async(self) -> None:
-        await self._router.call_all("reset_mm_cache")
+        await self._router.instances.call_all("reset_mm_cache")
 
     async def reset_prefix_cache_async(
         self, reset_running_requests: bool = False, reset_connector: bool = False
     ) -> bool:
-        done = await self._router.call_all("reset_prefix_cache", reset_running_requests, reset_connector)
+        done = await self._router.instances.call_all(
+            "reset_prefix_cache", reset_running_requests, reset_connector
+        )
         return all(done.values())
 
     async def reset_encoder_cache_async(self) -> None:
-        await self._router.call_all("reset_encoder_cache")
+        await self._router.instances.call_all("reset_encoder_cache")
 
     async def is_scheduler_paused_async(self) -> bool:
-        return any((await self._router.call_all("is_scheduler_paused")).values())
+        return any((await self._router.instances.call_all("is_scheduler_paused")).values())
 
     async def is_sleeping_async(self) -> bool:
-        return any((await self._router.call_all("is_sleeping")).values())
+        return any((await self._router.instances.call_all("is_sleeping")).values())
 
     async def get_weight_version_async(self) -> Any:
-        return next(iter((await self._router.call_all("get_weight_version")).values()), "default")
+        return next(iter((await self._router.instances.call_all("get_weight_version")).values()), "default")
 
     def dp_engines_running(self) -> bool:
         return True

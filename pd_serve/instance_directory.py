@@ -1,0 +1,127 @@
+"""The instances that an API server knows: joining, leaving, calls and their answers."""
+
+import asyncio
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from migration.errors import EngineDeadError
+from migration.tasks import OwnedTasks
+from pd_serve.api.cluster_view import UnknownTargetError
+from pd_serve.instance import InstanceInfo
+from pd_serve.messages import Call, Hello, MigrationEnded, PeerLost, Reply
+from pd_serve.wire import Wire
+
+HEARTBEAT_S = 1.0
+CALL_TIMEOUT_S = 60.0
+
+
+class InstanceDirectory:
+    """Every live instance, by id. Keeps all of them told who the others are.
+
+    Args:
+        address, token_endpoint: Where instances reach this API server.
+        num_slots: Instances that may live at a time; vLLM's metrics tell them apart by slot.
+    """
+
+    def __init__(self, name: str, wire: Wire, address: str, token_endpoint: str, num_slots: int) -> None:
+        self.slots = list(range(num_slots))
+        self.token_endpoint = token_endpoint
+        self._name = name
+        self._wire = wire
+        self._address = address
+        self._infos: dict[str, InstanceInfo] = {}
+        self._slot_of: dict[str, int] = {}
+        self._calls: dict[str, tuple[str, asyncio.Future[Any]]] = {}
+        self._call_ids = itertools.count()
+        self._tasks = OwnedTasks()
+        self._tasks.start(self._heartbeat())
+
+    async def close(self) -> None:
+        await self._tasks.cancel()
+
+    def __iter__(self) -> Iterator[InstanceInfo]:
+        return iter(self._infos.values())
+
+    def __contains__(self, instance_id: object) -> bool:
+        return instance_id in self._infos
+
+    def __getitem__(self, instance_id: str) -> InstanceInfo:
+        return self._infos[instance_id]
+
+    def slot_of(self, instance_id: str) -> int:
+        """An index that vLLM's metrics know. A dead instance's last words count for the first."""
+        return self._slot_of.get(instance_id, 0)
+
+    def join(self, info: InstanceInfo) -> None:
+        self._infos[info.instance_id] = info
+        free = set(self.slots) - set(self._slot_of.values())
+        self._slot_of[info.instance_id] = min(free, default=0)
+        self._wire.connect(info.instance_id, info.address)
+        self._greet()
+
+    def leave(self, instance_id: str) -> bool:
+        """Forgets a dead instance, fails the calls to it and tells the others. False: it was not known."""
+        if self._infos.pop(instance_id, None) is None:
+            return False
+        self._slot_of.pop(instance_id, None)
+        self._wire.disconnect(instance_id)
+        for called, future in self._calls.values():
+            if called == instance_id and not future.done():
+                future.set_exception(EngineDeadError(f"{instance_id} has died"))
+        for peer in self._infos:
+            self._wire.send(peer, PeerLost(instance_id))
+        self._greet()
+        return True
+
+    def send(self, instance_id: str, message: object, payload: Sequence[bytes] = ()) -> bool:
+        return self._wire.send(instance_id, message, payload)
+
+    async def call(self, instance_id: str, make: Callable[[str], object]) -> Any:
+        """Sends the message that `make` builds around a call id, and waits for the answer to it.
+
+        Raises:
+            UnknownTargetError: No such instance.
+            EngineDeadError: It died meanwhile.
+            TimeoutError: No answer in time.
+        """
+        call_id = f"{self._name}.{next(self._call_ids)}"
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._calls[call_id] = (instance_id, future)
+        try:
+            if not self.send(instance_id, make(call_id)):
+                raise UnknownTargetError(f"no instance {instance_id!r}; see GET /cluster")
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                return await future
+        finally:
+            del self._calls[call_id]
+
+    async def call_all(self, method: str, *arguments: Any) -> dict[str, Any]:
+        """Calls one of vLLM's engine utilities on every instance. Raises: EngineDeadError: one failed."""
+
+        async def call(instance_id: str) -> Any:
+            reply = await self.call(instance_id, lambda call_id: Call(call_id, method, list(arguments)))
+            if reply.error is not None:
+                raise EngineDeadError(f"{instance_id}: {reply.error}")
+            return reply.value
+
+        names = list(self._infos)
+        values = await asyncio.gather(*map(call, names))
+        return dict(zip(names, values, strict=True))
+
+    def answered(self, message: MigrationEnded | Reply) -> None:
+        """Takes the answer to a call. One that nobody waits for any more is ignored."""
+        _, future = self._calls.get(message.call_id, ("", None))
+        if future is not None and not future.done():
+            future.set_result(message)
+
+    def _greet(self) -> None:
+        peers = {info.instance_id: info.address for info in self._infos.values()}
+        hello = Hello(self._address, self.token_endpoint, peers)
+        for instance_id in self._infos:
+            self._wire.send(instance_id, hello)
+
+    async def _heartbeat(self) -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            self._greet()
