@@ -44,7 +44,7 @@ class MigrationOutcome:
         committed: The request lives at the destination now.
         why: Empty if committed, else the reason in words.
         stages: Copies made, the tail included.
-        blocks: Blocks that the request had at the end, prefix hits at the destination included.
+        blocks: Blocks copied; those that the destination's prefix cache had already are not.
         tokens: Tokens whose KV was in them.
         suspended_ms: From the final state leaving here to the acknowledgement (not the downtime,
             which the client's side measures, but what of it this side can see).
@@ -100,6 +100,7 @@ class OutgoingMigration:
         self._run: BlockRun | None = None
         self._final: FinalState | None = None
         self._blocks_done = 0
+        self._blocks_present: int | None = None
         self._stages = 0
         self._questions = 0
         self._final_at = 0.0
@@ -115,6 +116,8 @@ class OutgoingMigration:
     def on_message(self, message: ToSource) -> None:
         match message:
             case Pull(blocks_done=blocks_done):
+                if self._blocks_present is None:  # the first time it asks, it has what its cache had
+                    self._blocks_present = blocks_done
                 self._blocks_done = blocks_done
                 self.feed(SourceEvent.PULLED)
             case Refused(reason=reason):
@@ -232,7 +235,7 @@ class OutgoingMigration:
             committed=committed,
             why="" if committed else self._why or "withdrawn",
             stages=self._stages,
-            blocks=final.tail.end if final else self._blocks_done,
+            blocks=(final.tail.end if final else self._blocks_done) - (self._blocks_present or 0),
             tokens=final.num_computed_tokens if final else 0,
             suspended_ms=self._suspended_ms,
         )
