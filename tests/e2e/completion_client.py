@@ -1,0 +1,221 @@
+"""Completions over HTTP as plain values that can be compared, and migrations while they stream."""
+
+import asyncio
+import json
+import random
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+Body = dict[str, Any]
+
+
+@dataclass
+class Choice:
+    """One choice of an answer, whether it was streamed or not."""
+
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[dict[str, float]] = field(default_factory=list)
+    prompt_logprobs: list[Any] | None = None
+
+    def add(self, part: dict[str, Any]) -> None:
+        self.token_ids += part.get("token_ids") or []
+        self.text += part["text"]
+        self.finish_reason = part["finish_reason"] or self.finish_reason
+        self.stop_reason = part.get("stop_reason") or self.stop_reason
+        self.prompt_logprobs = part.get("prompt_logprobs") or self.prompt_logprobs
+        if part.get("logprobs"):
+            self.logprobs += part["logprobs"]["token_logprobs"]
+            self.top_logprobs += part["logprobs"]["top_logprobs"] or []
+
+
+@dataclass
+class Move:
+    """What `POST /cluster/migrate` said."""
+
+    status: int
+    body: dict[str, Any]
+
+    @property
+    def done(self) -> bool:
+        return self.status == 200
+
+
+@dataclass
+class Answer:
+    choices: dict[int, Choice]
+    usage: dict[str, Any]
+    moves: list[Move] = field(default_factory=list)
+
+    @property
+    def only(self) -> Choice:
+        (choice,) = self.choices.values()
+        return choice
+
+
+class CompletionClient:
+    """Talks to one server. `instances` are the places that `wander` and `ping_pong` move requests to."""
+
+    def __init__(self, http: httpx.AsyncClient) -> None:
+        self.http = http
+        self.instances: list[str] = []
+
+    async def answer(self, body: Body, meanwhile: "Meanwhile | None" = None) -> Answer:
+        """Not streamed; with something else done to the request meanwhile."""
+        progress = Progress(uuid.uuid4().hex)
+        progress.advance(1)  # nothing can be seen of it, so nobody waits to see something
+        async with _beside(meanwhile, progress) as moves:
+            headers = {"X-Request-Id": progress.request_id}
+            response = await self.http.post("/v1/completions", json=_request(body), headers=headers)
+            assert response.status_code == 200, response.text
+        answer = Answer({}, response.json()["usage"], moves)
+        for part in response.json()["choices"]:
+            answer.choices.setdefault(part["index"], Choice()).add(part)
+        return answer
+
+    @asynccontextmanager
+    async def open(self, body: Body, request_id: str = "") -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
+        """A streamed answer's chunks; leaving the block before their end disconnects."""
+        request_id = request_id or uuid.uuid4().hex
+        options = {"include_usage": True}
+        request = _request(body) | {"stream": True, "stream_options": options}
+        headers = {"X-Request-Id": request_id}
+        async with self.http.stream("POST", "/v1/completions", json=request, headers=headers) as response:
+            if response.status_code != 200:
+                await response.aread()
+                raise httpx.HTTPStatusError(response.text, request=response.request, response=response)
+            yield _events(response)
+
+    async def stream(self, body: Body, meanwhile: "Meanwhile | None" = None) -> Answer:
+        """Streamed; with something else done to the request meanwhile."""
+        progress = Progress(uuid.uuid4().hex)
+        answer = Answer({}, {})
+        async with (
+            _beside(meanwhile, progress) as answer.moves,
+            self.open(body, progress.request_id) as events,
+        ):
+            async for event in events:
+                assert "error" not in event, event
+                answer.usage = event.get("usage") or answer.usage
+                for part in event["choices"]:
+                    answer.choices.setdefault(part["index"], Choice()).add(part)
+                    progress.advance(len(part.get("token_ids") or []))
+        return answer
+
+    async def migrate(self, request_id: str, destination: str) -> Move:
+        body = {"request_id": request_id, "destination": destination}
+        response = await self.http.post("/cluster/migrate", json=body)
+        assert response.status_code in (200, 404, 409), response.text
+        return Move(response.status_code, response.json())
+
+    async def cluster(self) -> dict[str, Any]:
+        response = await self.http.get("/cluster")
+        assert response.status_code == 200, response.text
+        return dict(response.json())
+
+    async def integrity(self) -> dict[str, Any]:
+        response = await self.http.get("/cluster/integrity")
+        assert response.status_code == 200, response.text
+        return dict(response.json())
+
+    def at(self, points: list[int], rng: random.Random) -> "Meanwhile":
+        """Moves a request to a random place each time that its client has seen so many tokens."""
+
+        async def move(progress: Progress) -> list[Move]:
+            moves = []
+            for point in points:
+                if not await progress.reached(point):
+                    break
+                moves.append(await self.migrate(progress.request_id, rng.choice(self.instances)))
+            return moves
+
+        return move
+
+    def tour(self, places: list[str], every: int = 30) -> "Meanwhile":
+        """Moves a request to these places in order, whenever its client has seen so many more tokens."""
+
+        async def move(progress: Progress) -> list[Move]:
+            moves: list[Move] = []
+            for stop, place in enumerate(places, 1):
+                assert await progress.reached(every * stop), "the request ended too early"
+                for _ in range(200):  # while it is on the move for other reasons
+                    move = await self.migrate(progress.request_id, place)
+                    if "migrated already" not in str(move.body):
+                        break
+                    await asyncio.sleep(0.005)
+                moves.append(move)
+            return moves
+
+        return move
+
+    def wander(self, rng: random.Random, pause_s: float = 0.0) -> "Meanwhile":
+        """Moves a request to random places, one migration after the other, until it ends."""
+
+        async def move(progress: Progress) -> list[Move]:
+            moves: list[Move] = []
+            await progress.reached(1)
+            while not progress.ended:
+                moves.append(await self.migrate(progress.request_id, rng.choice(self.instances)))
+                await asyncio.sleep(rng.uniform(0.0, pause_s) if moves[-1].done else 0.005)
+            return moves
+
+        return move
+
+
+class Progress:
+    """How many tokens of a streamed request its client has seen."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self.tokens = 0
+        self.ended = False
+        self._changed = asyncio.Event()
+
+    def advance(self, tokens: int) -> None:
+        self.tokens += tokens
+        self._changed.set()
+
+    def end(self) -> None:
+        self.ended = True
+        self._changed.set()
+
+    async def reached(self, tokens: int) -> bool:
+        """Waits until so many were seen. False if the request ended before."""
+        while self.tokens < tokens and not self.ended:
+            self._changed.clear()
+            await self._changed.wait()
+        return self.tokens >= tokens and not self.ended
+
+
+Meanwhile = Callable[[Progress], Awaitable[list[Move]]]
+
+
+@asynccontextmanager
+async def _beside(meanwhile: Meanwhile | None, progress: Progress) -> AsyncIterator[list[Move]]:
+    """Runs `meanwhile` beside the block; the list is filled when both have ended."""
+    moves: list[Move] = []
+    task = asyncio.ensure_future(meanwhile(progress)) if meanwhile is not None else None
+    try:
+        yield moves
+    finally:
+        progress.end()
+        if task is not None:
+            moves += await task
+
+
+async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    async for line in response.aiter_lines():
+        if line.startswith("data: ") and line != "data: [DONE]":
+            yield json.loads(line.removeprefix("data: "))
+
+
+def _request(body: Body) -> Body:
+    return {"model": "tiny", "temperature": 0, "return_token_ids": True, **body}

@@ -1,0 +1,157 @@
+"""Servers for the end-to-end tests: plain vLLM as the reference, and clusters of pd-serve.
+
+One cluster runs at a time. Tests of the shared one (`cluster`) come last, so that the special ones, which
+belong to a module each, are gone by then.
+"""
+
+import asyncio
+import json
+import socket
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from completion_client import Answer, Body, CompletionClient
+from server_process import ServerProcess, pd_serve
+
+HERE = Path(__file__).parent
+TIMEOUT = httpx.Timeout(120.0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.e2e)
+    items.sort(key=lambda item: (HERE in item.path.parents, "cluster" in getattr(item, "fixturenames", ())))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    report = yield
+    if report.failed:
+        for name, value in getattr(item, "funcargs", {}).items():
+            if isinstance(value, ServerProcess):
+                report.sections.append((f"log of {name}", value.tail()))
+    return report
+
+
+@pytest.fixture(scope="session")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("logs")
+
+
+class Reference:
+    """Plain vLLM's answers, each asked for once and alone."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._known: dict[str, Answer] = {}
+
+    @property
+    def http(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(base_url=self._url, timeout=TIMEOUT)
+
+    async def __call__(self, body: Body) -> Answer:
+        key = json.dumps(body, sort_keys=True)
+        if key not in self._known:
+            async with self.http as http:
+                self._known[key] = await CompletionClient(http).answer(body)
+        return self._known[key]
+
+
+@pytest.fixture(scope="session")
+def reference(logs: Path) -> Iterator[Reference]:
+    """Plain vLLM with the engine settings of an instance, and prefix caching off."""
+    from pd_serve import models
+    from pd_serve.config import (
+        CPU_PREFILL_CHUNK_TOKENS,
+        ServeConfig,
+        cpu_engine_defaults,
+        process_environment,
+    )
+
+    model, port = models.resolve("tiny"), _free_port()
+    environment = process_environment(ServeConfig("tiny", {"prefill": 1, "decode": 2, "neutral": 0}), model)
+    environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    engine = {
+        name: cpu_engine_defaults()[name] for name in ("block_size", "kv_cache_memory_bytes", "max_num_seqs")
+    }
+    engine |= {"dtype": "float32", "max_num_batched_tokens": CPU_PREFILL_CHUNK_TOKENS}  # equal chunks
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
+    command += [
+        "--model",
+        model,
+        "--served-model-name",
+        "tiny",
+        "--port",
+        str(port),
+        "--no-enable-prefix-caching",
+    ]
+    command += [f"--{name.replace('_', '-')}={value}" for name, value in engine.items()]
+    server = ServerProcess(command, logs / "reference.log", port, environment)
+    try:
+        server.wait_ready()
+        yield Reference(server.url)
+        server.signal_and_wait()
+    finally:
+        server.kill()
+
+
+@contextmanager
+def run_cluster(log: Path, *flags: str) -> Iterator[ServerProcess]:
+    """A cluster of pd-serve. When it is stopped nothing may be left of it."""
+    server = ServerProcess(pd_serve("serve", "tiny", "--port", "0", *flags), log)
+    try:
+        server.wait_ready()
+        yield server
+        left = server.signal_and_wait()
+        assert not left, f"left after SIGTERM: {left}\n{server.tail()}"
+        assert server.process.returncode == 0
+    finally:
+        server.kill()
+
+
+@pytest.fixture(scope="session")
+def cluster(logs: Path) -> Iterator[ServerProcess]:
+    """One prefill and two decode instances without prefix caching, shared by many tests."""
+    flags = ("--prefill", "1", "--decode", "2", "--no-enable-prefix-caching")
+    with run_cluster(logs / "cluster.log", *flags) as server:
+        yield server
+
+
+@pytest.fixture
+async def client(server: ServerProcess) -> AsyncIterator[CompletionClient]:
+    """Talks to the module's `server`; that has to be at rest and whole when the test has ended."""
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=server.url, timeout=TIMEOUT, limits=limits) as http:
+        client = CompletionClient(http)
+        client.instances = [instance["id"] for instance in (await client.cluster())["instances"]]
+        yield client
+        await assert_at_rest(client)
+
+
+async def assert_at_rest(client: CompletionClient) -> None:
+    """Nothing runs, every block is free, and the cluster finds nothing wrong with itself."""
+    assert await client.integrity() == {"ok": True, "violations": []}
+    for _ in range(100):  # the loads in /cluster are reports, and may be a moment old
+        instances = (await client.cluster())["instances"]
+        busy = [
+            instance
+            for instance in instances
+            if instance["free_blocks"] != instance["total_blocks"]
+            or any(instance[count] for count in ("running", "waiting", "migrating_in", "migrating_out"))
+        ]
+        if not busy:
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"not at rest: {busy}")
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])

@@ -1,0 +1,78 @@
+"""`pd-serve serve` when it cannot serve: one clear line, an exit code, and nothing left running."""
+
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from server_process import ServerProcess, pd_serve
+
+END_S = 60.0
+PROGRESS = re.compile(r"\s*\d+\.\d s  ")
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
+    started: list[ServerProcess] = []
+
+    def start(*arguments: str) -> ServerProcess:
+        started.append(ServerProcess(pd_serve("serve", *arguments), tmp_path / f"{len(started)}.log"))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.kill()
+
+
+def complaint(server: ServerProcess) -> str:
+    """Waits for the end. Returns the one line beside progress."""
+    left = server.wait_gone(END_S)
+    assert not left, f"{left}\n{server.tail()}"
+    assert server.process.returncode not in (0, None)
+    lines = [line for line in server.tail().splitlines() if line.strip() and not PROGRESS.match(line)]
+    assert len(lines) == 1, "\n".join(lines)
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (
+            ["tiny", "--max-model-length", "9"],
+            "unknown flag --max-model-length; did you mean --max-model-len?",
+        ),
+        (["tiny", "--kv-cache-memory-bytes", "9000000000000"], "smaller --kv-cache-memory-bytes"),
+        (["tiny", "--prefill", "two"], "'--prefill'"),
+        (["tiny", "--prefill", "1", "--decode", "0"], "--decode"),
+        (["tiny", "--neutral", "0", "--prefill", "0", "--decode", "0"], "--neutral"),
+        (["./there/is/no/such/model"], "./there/is/no/such/model"),
+    ],
+)
+def test_one_clear_line(start: Callable[..., ServerProcess], arguments: list[str], says: str) -> None:
+    line = complaint(start(*arguments, "--port", "0"))
+    assert line.startswith("error ")
+    assert says in line
+
+
+def test_busy_port(start: Callable[..., ServerProcess]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"port {port}" in complaint(start("tiny", "--port", str(port)))
+
+
+@pytest.mark.parametrize("moment", ["loading vLLM", "instances$"])
+def test_interrupt_during_start(start: Callable[..., ServerProcess], moment: str) -> None:
+    server = start("tiny", "--port", "0")
+    deadline = time.monotonic() + END_S
+    while not re.search(moment, server.tail(), re.MULTILINE):
+        assert time.monotonic() < deadline, server.tail()
+        time.sleep(0.05)
+    time.sleep(1.5)
+    left = server.signal_and_wait(signal.SIGINT)
+    assert not left, f"{left}\n{server.tail()}"
+    assert "Traceback" not in server.tail()

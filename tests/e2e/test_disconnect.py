@@ -1,0 +1,120 @@
+"""A client that goes away takes its request with it, wherever that is at the moment."""
+
+import asyncio
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from completion_client import Body, CompletionClient
+from conftest import Reference, assert_at_rest
+from prompts import token_ids
+from server_process import ServerProcess
+from test_same_output import assert_same
+
+LONG: Body = {"prompt": token_ids(7000), "max_tokens": 100}
+
+
+@pytest.fixture
+def server(cluster: ServerProcess) -> ServerProcess:
+    return cluster
+
+
+@pytest.fixture(autouse=True)
+async def others_go_on(client: CompletionClient, reference: Reference) -> Any:
+    """Before the cluster is looked at: another request still gets what it should."""
+    yield
+    await assert_at_rest(client)
+    body = {"prompt": token_ids(40), "max_tokens": 40}
+    assert_same(await client.stream(body), await reference(body))
+
+
+async def begin(client: CompletionClient, body: Body) -> "asyncio.Task[None]":
+    """A streaming client; cancelling the task closes its connection."""
+
+    async def read() -> None:
+        async with client.open(body) as events:
+            async for _ in events:
+                pass
+
+    return asyncio.create_task(read())
+
+
+async def leave(task: "asyncio.Task[None]") -> None:
+    assert not task.done()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def until(client: CompletionClient, what: Callable[[dict[str, Any]], bool]) -> None:
+    """Waits until that is true of the prefill instance."""
+    async with asyncio.timeout(30):
+        while True:
+            instances = (await client.cluster())["instances"]
+            if what(next(instance for instance in instances if instance["role"] == "prefill")):
+                return
+            await asyncio.sleep(0.002)
+
+
+async def test_while_waiting(client: CompletionClient) -> None:
+    ahead = await begin(client, LONG)
+    await until(client, lambda prefill: prefill["running"] > 0)
+    behind = await begin(client, LONG)
+    await until(client, lambda prefill: prefill["waiting"] > 0)
+    await leave(behind)
+    await until(client, lambda prefill: prefill["waiting"] == 0)
+    await leave(ahead)
+
+
+async def test_during_prefill(client: CompletionClient) -> None:
+    task = await begin(client, LONG)
+    await until(client, lambda prefill: prefill["running"] > 0)
+    await leave(task)
+
+
+@pytest.mark.parametrize("length", [20, 1200])
+async def test_at_the_hand_off(client: CompletionClient, length: int) -> None:
+    rng = random.Random(length)
+    body = {"prompt": token_ids(length), "max_tokens": 500}
+    for _ in range(10):
+        async with client.open(body) as events:
+            async for _ in events:  # the first token leaves when the hand-off completes
+                await asyncio.sleep(rng.uniform(0.0, 0.02))
+                break
+
+
+async def test_while_decoding(client: CompletionClient) -> None:
+    body = {"prompt": token_ids(50), "max_tokens": 2000}
+
+    async def read() -> None:
+        seen = 0
+        async with client.open(body) as events:
+            async for _ in events:
+                seen += 1
+                if seen == 60:
+                    return
+
+    await asyncio.gather(*(read() for _ in range(8)))
+
+
+async def test_in_the_middle_of_a_migration(client: CompletionClient) -> None:
+    """Abort and migration race each other, at every offset."""
+    rng = random.Random(9)
+
+    async def race(number: int) -> int:
+        request_id = f"race-{number}-{rng.random()}"
+        seen = 0
+        moves = []
+        body = {"prompt": token_ids(rng.choice([10, 300, 900]), number), "max_tokens": 2000}
+        async with client.open(body, request_id) as events:
+            async for _ in events:
+                seen += 1
+                if seen == 30:
+                    for place in client.instances:
+                        moves.append(asyncio.create_task(client.migrate(request_id, place)))
+                    await asyncio.sleep(rng.uniform(0.0, 0.03))
+                    break
+        return sum(move.done for move in await asyncio.gather(*moves))
+
+    for number in range(0, 40, 4):
+        await asyncio.gather(*(race(number + i) for i in range(4)))
