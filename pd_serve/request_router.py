@@ -364,12 +364,15 @@ class RequestRouter:
             return await self._restart(route, destination)
         while True:
             owner, moves = route.ledger.owner, route.ledger.num_moves
-            ended = await self.instances.call(
-                owner,
-                lambda call_id: MigrateRequest(
-                    call_id, route.request_id, destination, "manual", blocking=mode == "blocking"
-                ),
-            )
+            try:
+                ended = await self.instances.call(
+                    owner,
+                    lambda call_id: MigrateRequest(
+                        call_id, route.request_id, destination, "manual", blocking=mode == "blocking"
+                    ),
+                )
+            except EngineDeadError as error:
+                raise MigrationRefusedError(f"{error}; the request is recomputed elsewhere") from error
             if ended.committed:
                 break
             if not ended.not_here or route.ledger.owner == owner:
