@@ -216,8 +216,8 @@ class VllmEngine:
 
     async def release(self, request_id: RequestId) -> None:
         def release() -> None:
-            self.scheduler.release(request_id)
-            self._live.pop(request_id, None)
+            if self.scheduler.release(request_id):
+                self._live.pop(request_id, None)
 
         await self._steps.call(release)
 
@@ -367,8 +367,6 @@ class VllmEngine:
     def _forget(self, ended: list[Any]) -> None:
         for request_id in ended:
             self._live.pop(request_id, None)
-        if self.no_migration is None:
-            self.scheduler.forget_arrivals(ended)
         self._steps.notify(self._events.on_requests_ended, ended)
 
     def _report_load(self) -> None:

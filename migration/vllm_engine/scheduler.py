@@ -13,7 +13,7 @@ One mixin serves `Scheduler` and `AsyncScheduler`. It relies on these facts of v
 All methods run on the engine's step thread, between steps.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -89,14 +89,15 @@ class MigrationMixin:
                 self.on_prefill_started(started)
         return output
 
-    def finish_requests(self, request_ids: Any, finished_status: RequestStatus) -> list[Request]:
-        finished: list[Request] = super().finish_requests(request_ids, finished_status)  # type: ignore[misc]
-        for request in finished:
-            self.handoff_ids.discard(request.request_id)
-            self.migration.suspended.pop(request.request_id, None)
-            self.migration.arrived.pop(request.request_id, None)
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        """Every request ends here, whatever ends it: a stop while it drains just as much as an abort."""
+        result = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+        request_id = request.request_id
+        self.handoff_ids.discard(request_id)
+        self.migration.suspended.pop(request_id, None)
+        self.migration.arrived.pop(request_id, None)
         self._hold_slots()
-        return finished
+        return result
 
     def _hold_slots(self) -> None:
         """Keeps a model-runner slot free for every request that may enter or come back."""
@@ -164,14 +165,17 @@ class MigrationMixin:
         if request is not None:
             self.running.append(request)
 
-    def release(self, request_id: str) -> None:
-        """Frees a suspended request without output: it lives elsewhere now. Idempotent."""
-        request = self.migration.suspended.pop(request_id, None)
-        if request is not None:
-            request.status = RequestStatus.FINISHED_ABORTED
-            self._free_request(request)
-        self.migration.arrived.pop(request_id, None)
-        self._hold_slots()
+    def release(self, request_id: str) -> bool:
+        """Frees a suspended request without output: it lives elsewhere now. Idempotent.
+
+        Returns: whether it was suspended here.
+        """
+        request = self.migration.suspended.get(request_id)
+        if request is None:
+            return False
+        request.status = RequestStatus.FINISHED_ABORTED
+        self._free_request(request)
+        return True
 
     # ---- destination
 
@@ -271,11 +275,6 @@ class MigrationMixin:
         request.status = self._entry_status()
         self.requests[request.request_id] = request
         self._enqueue_waiting_request(request)
-
-    def forget_arrivals(self, ended: Iterable[str]) -> None:
-        for request_id in ended:
-            self.migration.arrived.pop(request_id, None)
-            self.handoff_ids.discard(request_id)
 
     def _arriving_request(self, migration_id: str) -> Request:
         try:
