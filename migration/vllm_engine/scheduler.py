@@ -194,6 +194,7 @@ class MigrationMixin:
         ):
             raise DestinationRefusedError("the request is here already")
         held = len(self.running) + len(self.migration.suspended) + len(self.migration.arriving)
+        held += len(self.kv_holding_waiting)  # committed, and in the batch from the next step on
         if held >= min(self._max_active, self.max_num_running_reqs):
             raise DestinationRefusedError(f"all {held} slots of the batch are taken")
         request.prefill_stats = None  # the source has reported them
