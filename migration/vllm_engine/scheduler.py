@@ -83,7 +83,8 @@ class MigrationMixin:
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         if self.handoff_ids:
-            started = [r.req_id for r in output.scheduled_new_reqs if r.req_id in self.handoff_ids]
+            entered = {r.req_id for r in output.scheduled_new_reqs}
+            started = list(self.handoff_ids & (entered | output.scheduled_cached_reqs.resumed_req_ids))
             if started:
                 self.handoff_ids.difference_update(started)
                 self.on_prefill_started(started)
