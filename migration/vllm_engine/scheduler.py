@@ -58,6 +58,7 @@ class MigrationState:
     arrived: dict[str, str] = field(default_factory=dict)  # migration id by request id, once committed
     suspended: dict[str, Request] = field(default_factory=dict)  # by request id
     waiters: dict[str, StageWaiter] = field(default_factory=dict)  # by request id
+    entered_at: dict[str, int] = field(default_factory=dict)  # step by request id, if steps overlap
 
 
 class MigrationMixin:
@@ -82,9 +83,12 @@ class MigrationMixin:
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        entered = [r.req_id for r in output.scheduled_new_reqs]
+        entered += output.scheduled_cached_reqs.resumed_req_ids
+        if self.defer_block_free:
+            self.migration.entered_at.update(dict.fromkeys(entered, self.sched_step_seq))
         if self.handoff_ids:
-            entered = {r.req_id for r in output.scheduled_new_reqs}
-            started = list(self.handoff_ids & (entered | output.scheduled_cached_reqs.resumed_req_ids))
+            started = [request_id for request_id in entered if request_id in self.handoff_ids]
             if started:
                 self.handoff_ids.difference_update(started)
                 self.on_prefill_started(started)
@@ -97,6 +101,7 @@ class MigrationMixin:
         self.handoff_ids.discard(request_id)
         self.migration.suspended.pop(request_id, None)
         self.migration.arrived.pop(request_id, None)
+        self.migration.entered_at.pop(request_id, None)
         self._hold_slots()
         return result
 
@@ -134,6 +139,9 @@ class MigrationMixin:
             return SourceGoneError("the request has finished")
         if request.num_preemptions != waiter.incarnation:
             return SourceGoneError("the request was preempted")
+        if self.migration.entered_at.get(request_id, 0) > self.processed_step_seq:
+            # Blocks that it found in the prefix cache may be computed in the very step it entered with.
+            return None
         block_tokens = self.block_size
         # num_computed_tokens counts steps in flight already; only what is behind them is in the blocks.
         safe_tokens = request.num_computed_tokens - request.num_in_flight_tokens

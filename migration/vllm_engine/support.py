@@ -53,6 +53,8 @@ RELIED_ON_SCHEDULER = (
     "finished_req_ids",
     "deferred_frees",
     "defer_block_free",
+    "sched_step_seq",
+    "processed_step_seq",
     "max_num_running_reqs",
     "max_num_active_reqs",
     "kv_cache_manager",
