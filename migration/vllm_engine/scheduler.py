@@ -82,7 +82,16 @@ class MigrationMixin:
     # ---- hooks into vLLM's scheduler
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        config = self.scheduler_config
+        limit, entering = config.long_prefill_token_threshold, len(self.kv_holding_waiting)
+        if entering:
+            config.long_prefill_token_threshold = self._prefill_limit(entering, limit)
+        try:
+            output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            config.long_prefill_token_threshold = limit
+        if entering:
+            self.running.sort(key=_is_prefilling)  # the running list gets its tokens in its order
         entered = [r.req_id for r in output.scheduled_new_reqs]
         entered += output.scheduled_cached_reqs.resumed_req_ids
         if self.defer_block_free:
@@ -93,6 +102,18 @@ class MigrationMixin:
                 self.handoff_ids.difference_update(started)
                 self.on_prefill_started(started)
         return output
+
+    def _prefill_limit(self, entering: int, limit: int) -> int:
+        """Tokens that a prompt may take of the next step (0: all), so that others can enter with one each.
+
+        A prompt in progress would take all tokens of all steps until it is done.
+        """
+        prompts = sum(map(_is_prefilling, self.running))
+        if not prompts:
+            return limit
+        left: int = self.max_num_scheduled_tokens - entering - (len(self.running) - prompts)
+        share = max(1, left // prompts)
+        return min(limit, share) if limit else share
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """Every request ends here, whatever ends it: a stop while it drains just as much as an abort."""
@@ -172,7 +193,7 @@ class MigrationMixin:
         request = self.migration.suspended.pop(request_id, None)
         self._hold_slots()
         if request is not None:
-            self.running.append(request)
+            self.running.insert(0, request)  # before prompts in progress, and not the first to be preempted
 
     def release(self, request_id: str) -> bool:
         """Frees a suspended request without output: it lives elsewhere now. Idempotent.
@@ -326,6 +347,10 @@ class MigrationMixin:
                 if table:
                     problems.append(f"{name} is not empty at rest: {sorted(table)}")
         return problems
+
+
+def _is_prefilling(request: Request) -> bool:
+    return bool(request.is_prefill_chunk)
 
 
 class MigratingScheduler(MigrationMixin, Scheduler):

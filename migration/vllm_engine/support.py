@@ -57,6 +57,7 @@ RELIED_ON_SCHEDULER = (
     "processed_step_seq",
     "max_num_running_reqs",
     "max_num_active_reqs",
+    "max_num_scheduled_tokens",
     "kv_cache_manager",
     "block_size",
     "use_v2_model_runner",
