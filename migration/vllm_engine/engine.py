@@ -25,7 +25,7 @@ from migration.messages import BlockRun, FinalState, MigrationId, RequestDescrip
 from migration.transport.base import KvRegion
 from migration.transport.regions import kv_regions
 from migration.vllm_engine import support, worker
-from migration.vllm_engine.executor import executor_class
+from migration.vllm_engine.executor import compile_nothing_if_eager, executor_class
 from migration.vllm_engine.load import read_load
 from migration.vllm_engine.scheduler import (
     MigratingAsyncScheduler,
@@ -309,6 +309,7 @@ class VllmEngine:
             scheduling.scheduler_cls = (
                 MigratingAsyncScheduler if scheduling.async_scheduling else MigratingScheduler
             )
+        compile_nothing_if_eager(config)
         self.core = EngineCore(config, executor_class(config), log_stats=True)
         self.scheduler = self.core.scheduler
         if not missing:

@@ -1,8 +1,9 @@
-"""What has to be done around vLLM's executor, by a subclass of it."""
+"""How vLLM's executor is chosen and set up, and what has to be done around it on a CPU."""
 
 from typing import Any
 
 import numpy as np
+import torch
 from vllm.v1.executor import Executor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
@@ -26,6 +27,18 @@ class SteadySeedsExecutor(UniProcExecutor):
             return super().sample_tokens(grammar_output, non_block)
         finally:
             batch.generators.update(kept_out)
+
+
+def compile_nothing_if_eager(config: Any) -> None:
+    """Lets `--enforce-eager` on a CPU mean what it says for the few helpers that vLLM compiles all the same.
+
+    The first request with logprobs would wait seconds for the C++ compiler, and with it every other
+    request of its instance. Source: vllm/v1/sample/ops/logprobs.py, batched_count_greater_than.
+    """
+    from vllm.platforms import current_platform
+
+    if config.model_config.enforce_eager and current_platform.is_cpu():
+        torch.compiler.set_stance("force_eager")
 
 
 def executor_class(config: Any) -> type[Executor]:
