@@ -77,22 +77,26 @@ async def run(json_path: Path | None = None) -> None:
     """Measures, shows a table and writes the numbers. About five minutes on two cores.
 
     Raises:
-        PdServeError: A server did not come up, or a request failed.
+        PdServeError: A server did not come up, a request failed, or the benchmark was stopped.
     """
-    # As Ctrl-C: the servers end with this process.
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, signal.raise_signal, signal.SIGINT)
+    this = asyncio.current_task()
+    assert this is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)  # the servers end with it
     provenance = report.provenance()
     console = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
     settings = Settings.of_this_machine()
     console.print("Both servers have these flags and this environment:")
     console.print("  " + " ".join(settings.flags))
     console.print("  " + " ".join(f"{name}={value}" for name, value in settings.environment.items()))
-    async with AsyncExitStack() as stack:
-        servers = {}
-        for name in (OURS, STOCK):
-            with console.status(f"starting {name}"):
-                servers[name] = await stack.enter_async_context(running(name, settings))
-        rounds = await measure(servers, console)
+    try:
+        async with AsyncExitStack() as stack:
+            servers = {}
+            for name in (OURS, STOCK):
+                with console.status(f"starting {name}"):
+                    servers[name] = await stack.enter_async_context(running(name, settings))
+            rounds = await measure(servers, console)
+    except asyncio.CancelledError:
+        raise PdServeError("stopped before the end: nothing was written") from None
     result = summary(rounds)
     console.print(_table(rounds, result))
     if json_path is not None:
@@ -104,6 +108,7 @@ async def run(json_path: Path | None = None) -> None:
             "rounds": raw,
         }
         report.write(json_path, result | provenance | about)
+        console.print(f"written to {json_path}")
 
 
 async def measure(servers: dict[str, Server], console: rich.console.Console) -> dict[Load, list[PairedRound]]:
