@@ -115,27 +115,26 @@ async def measure(servers: dict[str, Server], console: rich.console.Console) -> 
     """All rounds against two servers, the sizes of load taking turns."""
     rounds: dict[Load, list[PairedRound]] = {load: [] for load in LOADS}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        for load in LOADS:
-            for server in servers.values():  # to warm up
-                await put_load(session, server, load, seed=-1)
-        # Drawn between rounds only: it must not compete with what is measured.
-        with Progress(*columns, console=console, auto_refresh=False) as progress:
-            task = progress.add_task("measuring", total=PAIRED_ROUNDS * len(LOADS))
-            for number in range(PAIRED_ROUNDS):
-                for load in LOADS:
-                    progress.update(task, description=f"{load.num_clients} clients", refresh=True)
-                    order = (OURS, STOCK) if number % 2 == 0 else (STOCK, OURS)
-                    seen = {}
-                    for name in order:
-                        await asyncio.sleep(SETTLE_S)
-                        seen[name] = await put_load(session, servers[name], load, seed=number)
-                    rounds[load].append(PairedRound(order[0], seen[OURS], seen[STOCK]))
-                    progress.advance(task)
+    for load in LOADS:
+        for server in servers.values():  # to warm up
+            await put_load(server, load, seed=-1)
+    # Drawn between rounds only: it must not compete with what is measured.
+    with Progress(*columns, console=console, auto_refresh=False) as progress:
+        task = progress.add_task("measuring", total=PAIRED_ROUNDS * len(LOADS))
+        for number in range(PAIRED_ROUNDS):
+            for load in LOADS:
+                progress.update(task, description=f"{load.num_clients} clients", refresh=True)
+                order = (OURS, STOCK) if number % 2 == 0 else (STOCK, OURS)
+                seen = {}
+                for name in order:
+                    await asyncio.sleep(SETTLE_S)
+                    seen[name] = await put_load(servers[name], load, seed=number)
+                rounds[load].append(PairedRound(order[0], seen[OURS], seen[STOCK]))
+                progress.advance(task)
     return rounds
 
 
-async def put_load(session: aiohttp.ClientSession, server: Server, load: Load, seed: int) -> Measured:
+async def put_load(server: Server, load: Load, seed: int) -> Measured:
     """One round's load on one server. The same seed sends the same prompts.
 
     Raises:
@@ -158,14 +157,18 @@ async def put_load(session: aiohttp.ClientSession, server: Server, load: Load, s
     )
     done: list[Any] = []
 
-    async def client() -> None:
+    async def client(session: aiohttp.ClientSession) -> None:
         for request in requests:
             done.append(await async_request_openai_completions(request, session))
 
     cpu_s, begin = server.cpu_s(), time.perf_counter()
-    async with asyncio.TaskGroup() as clients:
+    # New connections for every load: servers close those that were idle during the other one's turn.
+    async with (
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session,
+        asyncio.TaskGroup() as clients,
+    ):
         for _ in range(load.num_clients):
-            clients.create_task(client())
+            clients.create_task(client(session))
     seconds, cpu_s = time.perf_counter() - begin, server.cpu_s() - cpu_s
     num_tokens = load.num_requests * load.output_tokens
     for output in done:

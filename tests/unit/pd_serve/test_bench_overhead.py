@@ -6,7 +6,6 @@ import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-import aiohttp
 import psutil
 import pytest
 from aiohttp import web
@@ -108,19 +107,13 @@ async def server(fake: FakeServer) -> AsyncIterator[Server]:
     await runner.cleanup()
 
 
-@pytest.fixture
-async def session() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession() as session:
-        yield session
-
-
 LOAD = Load(num_clients=3, num_requests=7, prompt_tokens=4, output_tokens=5)
 
 
 async def test_every_client_sends_its_next_request_when_the_last_has_ended(
-    fake: FakeServer, server: Server, session: aiohttp.ClientSession
+    fake: FakeServer, server: Server
 ) -> None:
-    measured = await put_load(session, server, LOAD, seed=1)
+    measured = await put_load(server, LOAD, seed=1)
 
     assert len(fake.prompts) == 7
     assert fake.most_at_a_time == 3
@@ -130,31 +123,29 @@ async def test_every_client_sends_its_next_request_when_the_last_has_ended(
 
 
 async def test_the_same_seed_sends_the_same_prompts_and_another_one_does_not(
-    fake: FakeServer, server: Server, session: aiohttp.ClientSession
+    fake: FakeServer, server: Server
 ) -> None:
     for seed in (1, 1, 2):
-        await put_load(session, server, LOAD, seed)
+        await put_load(server, LOAD, seed)
 
     assert sorted(fake.prompts[:7]) == sorted(fake.prompts[7:14])
     assert sorted(fake.prompts[:7]) != sorted(fake.prompts[14:])
 
 
-async def test_a_refused_request_ends_the_benchmark(
-    fake: FakeServer, server: Server, session: aiohttp.ClientSession
-) -> None:
+async def test_a_refused_request_ends_the_benchmark(fake: FakeServer, server: Server) -> None:
     fake.status = 503
 
     with pytest.raises(PdServeError, match="not now"):
-        await put_load(session, server, LOAD, seed=1)
+        await put_load(server, LOAD, seed=1)
 
 
 async def test_a_request_that_brings_too_few_tokens_ends_the_benchmark(
-    fake: FakeServer, server: Server, session: aiohttp.ClientSession
+    fake: FakeServer, server: Server
 ) -> None:
     fake.tokens_short = 1
 
     with pytest.raises(PdServeError, match="4 tokens came"):
-        await put_load(session, server, LOAD, seed=1)
+        await put_load(server, LOAD, seed=1)
 
 
 @dataclass(frozen=True, slots=True)
