@@ -1,0 +1,531 @@
+"""Real schedulers with a model runner that is played: its memory is a table from block to tokens.
+
+The token that `PlayedRunner` samples depends on everything that the request's blocks hold, so a block
+that is lost, stale, overwritten, read too early or put in the wrong place changes the output.
+"""
+
+import array
+import copy
+import itertools
+import zlib
+from collections import deque
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from migration.errors import DestinationRefusedError, SourceGoneError
+from migration.messages import BlockRun
+from migration.vllm_engine.scheduler import (
+    MigratingAsyncScheduler,
+    MigratingScheduler,
+    StageWaiter,
+    Suspended,
+)
+from pd_serve import engine_flags
+from pd_serve.models import resolve
+
+VOCABULARY = 1000
+_SEEN_NOTHING = -1
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One of the four ways in which an engine may schedule and run."""
+
+    overlapped: bool
+    v2: bool
+
+    def __str__(self) -> str:
+        return f"{'async' if self.overlapped else 'sync'}-{'v2' if self.v2 else 'v1'}"
+
+
+KINDS = [Kind(overlapped, v2) for overlapped in (False, True) for v2 in (False, True)]
+
+
+def sample(contents: list[int]) -> int:
+    """The next token after blocks with these contents."""
+    return zlib.crc32(array.array("q", contents).tobytes()) % VOCABULARY
+
+
+def entry(position: int, token: int) -> int:
+    """What stands for the KV of a token at a position."""
+    return position * VOCABULARY + token
+
+
+def undisturbed(prompt: list[int], num_tokens: int) -> list[int]:
+    """The output of a request that nothing happens to."""
+    contents = [entry(position, token) for position, token in enumerate(prompt)]
+    output: list[int] = []
+    for _ in range(num_tokens):
+        output.append(sample(contents))
+        contents.append(entry(len(contents), output[-1]))
+    return output
+
+
+# ---- the played runner
+
+
+@dataclass(eq=False)
+class WorkerRequest:
+    """What a model runner keeps of a request.
+
+    Attributes:
+        tokens: Prompt and outputs as far as they are known.
+        pending: Tokens that steps in flight are going to sample.
+    """
+
+    num_prompt_tokens: int
+    tokens: list[int]
+    block_ids: list[int]
+    pending: int = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request's part of a step."""
+
+    request_id: str
+    state: WorkerRequest
+    start: int
+    end: int
+    block_ids: list[int]
+    samples: bool
+
+
+@dataclass
+class PlayedRunner:
+    """vLLM's model runner, as far as the scheduler can tell.
+
+    Like the real ones it takes the scheduler's word when a step is dispatched, and reads and writes blocks
+    some time later: in `complete`. It checks what a real one relies on.
+
+    Source: `_update_states` in v1/worker/gpu_model_runner.py; v1/worker/gpu/model_runner.py and states.py.
+    """
+
+    kind: Kind
+    block_tokens: int
+    num_slots: int
+    memory: dict[int, list[int]] = field(default_factory=dict)
+    requests: dict[str, WorkerRequest] = field(default_factory=dict)
+    last_batch: set[str] = field(default_factory=set)
+
+    def install(self, request: Request) -> None:
+        """What `worker.install_request` does to a V1 runner."""
+        if not self.kind.v2:
+            tokens = list(request.all_token_ids)
+            self.requests[request.request_id] = WorkerRequest(request.num_prompt_tokens, tokens, [])
+
+    def dispatch(self, output: SchedulerOutput) -> list[Job]:
+        for request_id in output.finished_req_ids | (output.preempted_req_ids if self.kind.v2 else set()):
+            self.requests.pop(request_id, None)
+        for new in output.scheduled_new_reqs:
+            if self.kind.v2:
+                tokens = list(new.prefill_token_ids)
+                self.requests.pop(new.req_id, None)
+            else:
+                tokens = list(new.prompt_token_ids)
+                assert new.req_id not in self.requests, "a V1 runner takes it for a streaming update"
+            num_prompt_tokens = len(new.prompt_token_ids)
+            self.requests[new.req_id] = WorkerRequest(num_prompt_tokens, tokens, list(new.block_ids[0]))
+        starts = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+        cached = output.scheduled_cached_reqs
+        for index, request_id in enumerate(cached.req_ids):
+            starts[request_id] = cached.num_computed_tokens[index]
+            self._update(cached, index)
+        assert set(starts) == set(output.num_scheduled_tokens)
+        self.last_batch = set(starts)
+        in_slots = self.requests if self.kind.v2 else self.last_batch
+        assert len(in_slots) <= self.num_slots, "the runner has no slot left"
+        return [self._job(rid, starts[rid], count) for rid, count in output.num_scheduled_tokens.items()]
+
+    def _update(self, cached: Any, index: int) -> None:
+        request_id = cached.req_ids[index]
+        state = self.requests[request_id]
+        new_block_ids = cached.new_block_ids[index]
+        if request_id in cached.resumed_req_ids:
+            assert not self.kind.v2
+            assert request_id not in self.last_batch
+            state.block_ids = list(new_block_ids[0])
+        elif new_block_ids is not None:
+            state.block_ids = state.block_ids + new_block_ids[0]
+        if self.kind.v2 or request_id in self.last_batch:
+            return
+        # The token of a step in flight is taken from the last batch only.
+        assert not state.pending, "a V1 runner reads the token in flight from the wrong place"
+        known = cached.all_token_ids[request_id]
+        assert len(known) == state.num_prompt_tokens + cached.num_output_tokens[index]
+        if self.kind.overlapped:
+            state.tokens = list(known)
+        else:
+            assert state.tokens == known
+
+    def _job(self, request_id: str, start: int, count: int) -> Job:
+        state = self.requests[request_id]
+        end, num_known = start + count, len(state.tokens) + state.pending
+        assert end <= num_known, "tokens are scheduled that do not exist"
+        assert len(state.block_ids) * self.block_tokens >= end, "tokens are scheduled that have no slots"
+        samples = end == num_known
+        state.pending += samples
+        return Job(request_id, state, start, end, list(state.block_ids), samples)
+
+    def complete(self, jobs: list[Job]) -> ModelRunnerOutput:
+        for job in jobs:
+            for position in range(job.start, job.end):
+                block = job.block_ids[position // self.block_tokens]
+                slots = self.memory.setdefault(block, [_SEEN_NOTHING] * self.block_tokens)
+                slots[position % self.block_tokens] = entry(position, job.state.tokens[position])
+        sampled: list[list[int]] = []
+        for job in jobs:
+            if not job.samples:
+                sampled.append([])
+                continue
+            blocks = (self.memory[block] for block in job.block_ids[: -(-job.end // self.block_tokens)])
+            contents = list(itertools.chain.from_iterable(blocks))[: job.end]
+            sampled.append([sample(contents)])
+            job.state.tokens.extend(sampled[-1])
+            job.state.pending -= 1
+        ids = [job.request_id for job in jobs]
+        index = {request_id: i for i, request_id in enumerate(ids)}
+        return ModelRunnerOutput(req_ids=ids, req_id_to_index=index, sampled_token_ids=sampled)
+
+    def copy_blocks_from(self, peer: "PlayedRunner", remote: list[int], local: list[int]) -> None:
+        """The transport: what the blocks hold now, whoever is still writing to them."""
+        assert len(remote) == len(local)
+        assert 0 not in remote + local, "the null block"
+        for theirs, ours in zip(remote, local, strict=True):
+            self.memory[ours] = list(peer.memory.get(theirs, [_SEEN_NOTHING] * self.block_tokens))
+
+
+# ---- an engine without a model
+
+
+@cache
+def _vllm_config() -> tuple[Any, StructuredOutputManager]:
+    flags = {
+        "model": resolve("tiny"),
+        "dtype": "float32",
+        "block_size": 32,
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": 64 << 20,
+        "skip_tokenizer_init": True,
+    }
+    init_none_hash(sha256)
+    config = engine_flags.parse([], flags).engine_config("neutral")
+    return config, StructuredOutputManager(config)
+
+
+class Node:
+    """One scheduler with its played runner, stepped as vLLM's `EngineCore` steps them.
+
+    Overlapped, a step is scheduled before the output of the one before it is looked at, and between two
+    steps one is in flight. Source: v1/engine/core.py, `step` and `step_with_batch_queue`.
+
+    Attributes:
+        streams: Output tokens by request, whoever emitted them; may be shared between nodes.
+        ended: Why requests have ended.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        *,
+        num_blocks: int = 100,
+        block_tokens: int = 32,
+        max_num_seqs: int = 8,
+        max_batched_tokens: int = 2048,
+        policy: str = "fcfs",
+        prefix_caching: bool = True,
+        streams: dict[str, list[int]] | None = None,
+        ended: dict[str, str] | None = None,
+    ) -> None:
+        shared, structured_output_manager = _vllm_config()
+        config = copy.copy(shared)
+        config.scheduler_config = copy.copy(shared.scheduler_config)
+        config.cache_config = copy.copy(shared.cache_config)
+        config.scheduler_config.async_scheduling = kind.overlapped
+        config.scheduler_config.max_num_seqs = max_num_seqs
+        config.scheduler_config.max_num_batched_tokens = max_batched_tokens
+        config.scheduler_config.policy = policy
+        config.cache_config.enable_prefix_caching = prefix_caching
+        config.cache_config.num_gpu_blocks = num_blocks
+        spec = FullAttentionSpec(block_size=block_tokens, num_kv_heads=1, head_size=16, dtype=torch.float32)
+        cls = MigratingAsyncScheduler if kind.overlapped else MigratingScheduler
+        self.scheduler = cls(
+            vllm_config=config,
+            kv_cache_config=KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
+            structured_output_manager=structured_output_manager,
+            block_size=block_tokens,
+            hash_block_size=block_tokens,
+            log_stats=True,
+        )
+        self.scheduler.use_v2_model_runner = kind.v2
+        self.runner = PlayedRunner(kind, block_tokens, max_num_seqs)
+        self.kind = kind
+        self.block_tokens = block_tokens
+        self.streams = {} if streams is None else streams
+        self.ended = {} if ended is None else ended
+        self.scheduled: SchedulerOutput | None = None  # by the last step
+        self._hasher = get_request_block_hasher(block_tokens, sha256) if prefix_caching else None
+        self._in_flight: deque[tuple[SchedulerOutput, list[Job]]] = deque()
+
+    # -- requests
+
+    def request(
+        self, request_id: str, prompt: list[int], max_tokens: int, priority: int = 0, arrived_at: float = 0.0
+    ) -> Request:
+        return Request(
+            request_id,
+            list(prompt),
+            SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0.0),
+            None,
+            arrival_time=arrived_at,
+            priority=priority,
+            block_hasher=self._hasher,
+        )
+
+    def copy_of(self, request: Request) -> Request:
+        """A request as it arrives here: from its payload, with its tokens so far."""
+        assert request.prompt_token_ids is not None
+        arriving = self.request(
+            request.request_id,
+            request.prompt_token_ids,
+            request.max_tokens,
+            request.priority,
+            request.arrival_time,
+        )
+        arriving.append_output_token_ids(list(request.output_token_ids))
+        return arriving
+
+    def add(self, request_id: str, prompt: list[int], max_tokens: int = 1000, priority: int = 0) -> Request:
+        request = self.request(request_id, prompt, max_tokens, priority, arrived_at=len(self.streams))
+        self.streams[request_id] = []
+        self.scheduler.add_request(request)
+        return request
+
+    # -- stepping
+
+    def step(self) -> None:
+        """One call of the engine's step function, and the boundary after it."""
+        scheduler = self.scheduler
+        self.scheduled = None
+        if scheduler.has_requests():
+            output = self.scheduled = scheduler.schedule()
+            self._in_flight.append((output, self.runner.dispatch(output)))
+            self._check_slots()
+            executed = output.total_num_scheduled_tokens > 0
+            full = len(self._in_flight) == (2 if self.kind.overlapped else 1)
+            if not full and (executed or scheduler.has_requests()):
+                self.settle()
+                return
+        if self._in_flight:
+            self._process()
+        self.settle()
+
+    def settle(self) -> None:
+        self.scheduler.settle_stages()
+
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.step()
+
+    def run_until(self, condition: Any, limit: int = 500) -> None:
+        for _ in range(limit):
+            if condition():
+                return
+            self.step()
+        raise AssertionError(f"did not happen in {limit} steps")
+
+    def run_to_the_end(self, limit: int = 5000) -> None:
+        """Until nothing is left to do, in flight included."""
+        self.run_until(lambda: not (self.scheduler.has_requests() or self._in_flight), limit)
+
+    def _process(self) -> None:
+        output, jobs = self._in_flight.popleft()
+        results = self.scheduler.update_from_output(output, self.runner.complete(jobs))
+        for result in (o for batch in results.values() for o in batch.outputs):
+            self.streams[result.request_id].extend(result.new_token_ids)
+            if result.finish_reason is not None:
+                assert result.request_id not in self.ended, "ended twice"
+                self.ended[result.request_id] = str(result.finish_reason)
+
+    def _check_slots(self) -> None:
+        state = self.scheduler.migration
+        held = len(self.scheduler.running) + len(state.suspended) + len(state.arriving)
+        assert held <= self.scheduler.max_num_running_reqs
+
+    # -- migration, as `VllmEngine` does it
+
+    def wait_for_stage(
+        self, request: Request, blocks_done: int = 0, *, suspend: bool = False, incarnation: int | None = None
+    ) -> "Answer":
+        answer = Answer()
+        incarnation = request.num_preemptions if incarnation is None else incarnation
+        self.scheduler.wait_for_stage(
+            StageWaiter(request.request_id, incarnation, blocks_done, suspend, answer.append)
+        )
+        self.settle()  # as after every call
+        return answer
+
+    def commit(self, migration_id: str, final: Suspended) -> Request:
+        arriving = self.scheduler.migration.arriving[migration_id]
+        arriving.append_output_token_ids(list(final.request.output_token_ids)[arriving.num_output_tokens :])
+        request = self.scheduler.commit(migration_id, final.request.num_computed_tokens)
+        self.runner.install(request)
+        self.settle()
+        return request
+
+    def call(self, function: Any, *arguments: Any) -> Any:
+        """A call from the event loop, between two steps."""
+        try:
+            return function(*arguments)
+        finally:
+            self.settle()
+
+    def block_ids(self, request_id: str) -> list[int]:
+        return list(self.scheduler.kv_cache_manager.get_block_ids(request_id)[0])
+
+    @property
+    def free_blocks(self) -> int:
+        return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+    def problems(self) -> list[str]:
+        """What a node at rest should not show."""
+        problems = list(self.scheduler.check_integrity())
+        usable = self.scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1
+        if self.free_blocks != usable:
+            problems.append(f"{usable - self.free_blocks} blocks are not free")
+        for name in ("requests", "running"):
+            if getattr(self.scheduler, name):
+                problems.append(f"{name} is not empty")
+        state = self.scheduler.migration
+        problems += [f"{name} is not empty: {table}" for name, table in vars(state).items() if table]
+        if self.runner.requests:
+            problems.append(f"the runner keeps {sorted(self.runner.requests)}")
+        return problems
+
+
+class Answer(list[BlockRun | Suspended | SourceGoneError]):
+    """What a `StageWaiter` was told: empty, or one item."""
+
+    @property
+    def run(self) -> BlockRun:
+        (answer,) = self
+        assert isinstance(answer, BlockRun)
+        return answer
+
+    @property
+    def final(self) -> Suspended:
+        (answer,) = self
+        assert isinstance(answer, Suspended)
+        return answer
+
+    @property
+    def gone(self) -> bool:
+        (answer,) = self or [None]
+        return isinstance(answer, SourceGoneError)
+
+
+class Move:
+    """A migration, one message at a time: `advance` makes the next move that is possible now.
+
+    It refuses, retreats and withdraws as the protocol does, so after `over` both sides are as they should be.
+    """
+
+    _serial = itertools.count()
+
+    def __init__(self, source: Node, destination: Node, request_id: str) -> None:
+        self.source, self.destination = source, destination
+        self.migration_id = f"m{next(self._serial)}"
+        self.request = source.scheduler.running_request(request_id)
+        self.incarnation = self.request.num_preemptions
+        self.local_blocks: list[int] = []
+        self.blocks_done = 0
+        self.stages = 0
+        self.answer: Answer | None = None
+        self.final: Suspended | None = None
+        self.over = False
+        self.committed = False
+        self.why = ""
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    def advance(self, *, suspend: bool = False) -> None:
+        if self.over:
+            return
+        try:
+            if not self.local_blocks:
+                self._reserve()
+            elif self.answer is None:
+                self.answer = self.source.wait_for_stage(
+                    self.request, self.blocks_done, suspend=suspend, incarnation=self.incarnation
+                )
+            elif self.answer:
+                self._take(self.answer[0])
+        except DestinationRefusedError as error:
+            self.cancel(str(error))
+
+    def _reserve(self) -> None:
+        arriving = self.destination.copy_of(self.request)
+        scheduler = self.destination.scheduler
+        self.local_blocks, self.blocks_done = self.destination.call(
+            scheduler.reserve, self.migration_id, arriving
+        )
+
+    def _take(self, answer: BlockRun | Suspended | SourceGoneError) -> None:
+        if isinstance(answer, SourceGoneError):
+            self.cancel(str(answer), resume=False)
+            return
+        run = answer if isinstance(answer, BlockRun) else answer.tail
+        if run.end > len(self.local_blocks):
+            scheduler = self.destination.scheduler
+            self.local_blocks = self.destination.call(scheduler.grow, self.migration_id, run.end)
+        self.destination.runner.copy_blocks_from(
+            self.source.runner, run.block_ids, self.local_blocks[run.first : run.end]
+        )
+        self.blocks_done, self.stages, self.answer = run.end, self.stages + 1, None
+        if isinstance(answer, Suspended):
+            self.destination.commit(self.migration_id, answer)
+            self.source.call(self.source.scheduler.release, self.request_id)
+            self.over = self.committed = True
+
+    def cancel(self, why: str = "cancelled", *, resume: bool = True) -> None:
+        """The request stays where it is; the destination forgets it."""
+        if self.over:
+            return
+        self.over, self.why = True, why
+        self.destination.call(self.destination.scheduler.drop, self.migration_id)
+        if resume:
+            self.source.call(self.source.scheduler.resume, self.request_id)
+
+    def finish(self, *, suspend: bool = False, limit: int = 200, step_destination: bool = False) -> None:
+        """Moves on, the source decoding meanwhile, until it is over."""
+        for _ in range(limit):
+            self.advance(suspend=suspend)
+            if self.over:
+                return
+            if self.answer is not None and not self.answer:
+                self.source.step()
+                if step_destination:
+                    self.destination.step()
+        raise AssertionError(f"not over after {limit} moves")
+
+
+def migrate(source: Node, destination: Node, request_id: str, *, suspend: bool = False) -> Move:
+    """Moves a request, and insists that it works. The source's runner has heard of it in the end."""
+    move = Move(source, destination, request_id)
+    move.finish(suspend=suspend)
+    assert move.committed, move.why
+    source.step()
+    return move

@@ -1,0 +1,806 @@
+"""The scheduler mixin over vLLM's own schedulers; no model is executed.
+
+Every test ends with both nodes at rest: no request, no block, no slot held, integrity clean.
+"""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from vllm.v1.request import RequestStatus
+
+from migration.errors import DestinationRefusedError, SourceGoneError
+from migration.messages import BlockRun
+from migration.vllm_engine.scheduler import SLACK_BLOCKS, TAIL_BLOCKS
+from tests.integration.scheduler_lab import KINDS, Kind, Move, Node, migrate, undisturbed
+
+pytestmark = pytest.mark.integration
+
+BLOCK = 32
+PROMPT = list(range(200, 300))  # three full blocks and a bit
+
+
+@pytest.fixture(params=KINDS, ids=str)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return request.param
+
+
+@pytest.fixture(params=[kind for kind in KINDS if kind.overlapped], ids=str)
+def overlapped(request: pytest.FixtureRequest) -> Kind:
+    return request.param
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., Node]]:
+    """Makes nodes that share their clients, and wants them at rest in the end."""
+    nodes: list[Node] = []
+    streams: dict[str, list[int]] = {}
+    ended: dict[str, str] = {}
+
+    def make(kind: Kind, **settings: object) -> Node:
+        nodes.append(Node(kind, streams=streams, ended=ended, **settings))
+        return nodes[-1]
+
+    yield make
+    for node in nodes:
+        node.run_to_the_end()
+        assert node.problems() == []
+
+
+def decoding(node: Node, request_id: str, num_tokens: int = 1) -> None:
+    """Steps until a request has so many output tokens."""
+    node.run_until(lambda: len(node.streams[request_id]) >= num_tokens)
+
+
+def abort(node: Node, request_id: str) -> None:
+    node.call(node.scheduler.finish_requests, request_id, RequestStatus.FINISHED_ABORTED)
+
+
+class TestStages:
+    def test_a_stage_is_the_full_blocks_behind_the_steps_in_flight(
+        self, kind: Kind, make: Callable[..., Node]
+    ) -> None:
+        node = make(kind, max_batched_tokens=64)
+        request = node.add("r", list(range(400)), max_tokens=3)
+        node.steps(3)  # 192 tokens scheduled; overlapped, the last 64 of them are in flight
+        assert request.num_computed_tokens == 192
+        assert request.num_in_flight_tokens == (64 if kind.overlapped else 0)
+        run = node.wait_for_stage(request).run
+        assert run == BlockRun(0, node.block_ids("r")[: 4 if kind.overlapped else 6])
+        answer = node.wait_for_stage(request, run.end)
+        assert not answer
+        node.step()
+        assert answer.run == BlockRun(run.end, node.block_ids("r")[run.end : run.end + 2])
+
+    def test_a_prompt_is_never_suspended_before_its_first_token(
+        self, kind: Kind, make: Callable[..., Node]
+    ) -> None:
+        node = make(kind, max_batched_tokens=64)
+        request = node.add("r", list(range(150)), max_tokens=10)
+        node.step()
+        blocks_done = 0
+        while True:
+            answer = node.wait_for_stage(request, blocks_done, suspend=True)
+            node.run_until(lambda answer=answer: bool(answer))
+            if not isinstance(answer[0], BlockRun):
+                break
+            blocks_done = answer.run.end
+        assert blocks_done == 4
+        assert answer.final.request.num_output_tokens >= 1
+        assert answer.final.tail == BlockRun(4, node.block_ids("r")[4:5])
+        node.call(node.scheduler.resume, "r")
+        node.run_to_the_end()
+        assert node.streams["r"] == undisturbed(list(range(150)), 10)
+
+    def test_few_blocks_left_suspend_a_decoding_request_by_themselves(
+        self, kind: Kind, make: Callable[..., Node]
+    ) -> None:
+        node = make(kind)
+        request = node.add("r", list(range(5 * BLOCK)))
+        decoding(node, "r", 3)
+        run = node.wait_for_stage(request).run
+        assert len(run.block_ids) == 5 > TAIL_BLOCKS
+        answer = node.wait_for_stage(request, run.end)
+        node.run_until(lambda: bool(answer))
+        assert answer.final.tail == BlockRun(5, node.block_ids("r")[5:6])
+        node.call(node.scheduler.release, "r")
+
+    def test_blocks_that_another_request_in_flight_still_computes_are_no_stage(
+        self, kind: Kind, make: Callable[..., Node]
+    ) -> None:
+        """The prefix cache offers them to the next in line of the very step that is to compute them."""
+        source, destination = make(kind), make(kind)
+        prompt = list(range(10 * BLOCK))
+        source.add("first", [*prompt, 1], max_tokens=3)
+        second = source.add("second", [*prompt, 2], max_tokens=20)
+        source.step()
+        assert source.block_ids("second")[:10] == source.block_ids("first")[:10]
+        if kind.overlapped:
+            assert second.num_computed_tokens - second.num_in_flight_tokens == 10 * BLOCK
+        move = Move(source, destination, "second")
+        for _ in range(4):
+            move.advance()  # as far as it gets before that step's output
+        assert bool(move.blocks_done) == (not kind.overlapped)
+        move.finish()
+        assert move.committed
+        source.run_to_the_end()
+        destination.run_to_the_end()
+        assert source.streams["second"] == undisturbed([*prompt, 2], 20)
+
+    def test_an_aborted_request_is_gone(self, kind: Kind, make: Callable[..., Node]) -> None:
+        node = make(kind, max_batched_tokens=64)
+        request = node.add("r", PROMPT)
+        node.step()
+        answer = node.wait_for_stage(request, 99)
+        assert not answer
+        abort(node, "r")
+        assert answer.gone
+
+    def test_a_finished_request_is_gone(self, kind: Kind, make: Callable[..., Node]) -> None:
+        node = make(kind, max_batched_tokens=64)
+        request = node.add("r", PROMPT, max_tokens=1)
+        node.step()
+        answer = node.wait_for_stage(request, 99)
+        node.run_to_the_end()
+        assert answer.gone
+
+    def test_a_preempted_request_is_gone_even_when_it_runs_again(
+        self, kind: Kind, make: Callable[..., Node]
+    ) -> None:
+        """Its blocks are other ones: what has been copied is not a part of it any more."""
+        node = make(kind, num_blocks=15)
+        node.add("first", list(range(6 * BLOCK)), max_tokens=3 * BLOCK)
+        request = node.add("r", list(range(500, 500 + 5 * BLOCK)), max_tokens=3 * BLOCK)
+        decoding(node, "r")
+        assert node.wait_for_stage(request, 0).run.end == 5
+        node.run_until(lambda: request.num_preemptions == 1)
+        assert node.wait_for_stage(request, 5, incarnation=0).gone
+        node.run_until(lambda: request.status is RequestStatus.RUNNING)
+        assert node.wait_for_stage(request, 5, incarnation=0).gone
+        decoding(node, "r", request.num_output_tokens + 2)
+        assert node.wait_for_stage(request, 0).run.first == 0
+        node.run_to_the_end()
+        assert node.streams["r"] == undisturbed(list(range(500, 500 + 5 * BLOCK)), 3 * BLOCK)
+
+    def test_giving_up_answers_the_waiter(self, kind: Kind, make: Callable[..., Node]) -> None:
+        node = make(kind, max_batched_tokens=64)
+        request = node.add("r", PROMPT, max_tokens=20)
+        node.step()
+        answer = node.wait_for_stage(request, 99)
+        node.call(node.scheduler.resume, "r")
+        assert answer.gone
+        node.run_to_the_end()
+        assert node.streams["r"] == undisturbed(PROMPT, 20)
+
+    @pytest.mark.parametrize("where", ["unknown", "waiting", "suspended"])
+    def test_only_a_request_in_the_batch_can_start_to_move(
+        self, kind: Kind, make: Callable[..., Node], where: str
+    ) -> None:
+        node = make(kind)
+        if where != "unknown":
+            request = node.add("r", PROMPT, max_tokens=10)
+        if where == "suspended":
+            decoding(node, "r")
+            node.wait_for_stage(request, suspend=True)
+        with pytest.raises(SourceGoneError):
+            node.scheduler.running_request("r")
+        node.call(node.scheduler.resume, "r")
+
+
+class TestSuspension:
+    def test_it_drains_and_is_not_scheduled_any_more(self, kind: Kind, make: Callable[..., Node]) -> None:
+        node = make(kind)
+        request = node.add("r", PROMPT)
+        node.add("other", PROMPT[:50])
+        decoding(node, "r", 5)
+        in_flight = 1 if kind.overlapped else 0
+        assert request.num_in_flight_tokens == in_flight
+        answer = node.wait_for_stage(request, suspend=True)
+        assert request not in node.scheduler.running
+        assert bool(answer) == (not in_flight)
+        num_tokens = request.num_tokens
+        for _ in range(3):
+            node.step()
+            assert "r" not in node.scheduled.num_scheduled_tokens
+            assert "other" in node.scheduled.num_scheduled_tokens
+        assert request.num_tokens == num_tokens + in_flight
+        assert answer.final.request is request
+        assert request.num_computed_tokens == request.num_tokens - 1
+        assert answer.final.tail == BlockRun(
+            0, node.block_ids("r")[: -(-request.num_computed_tokens // BLOCK)]
+        )
+        # Asked again, as when the final state was lost on its way: the same answer.
+        assert node.wait_for_stage(request, 2).final.tail == BlockRun(2, answer.final.tail.block_ids[2:])
+        node.call(node.scheduler.release, "r")
+        abort(node, "other")
+        assert node.streams["r"] == undisturbed(PROMPT, len(node.streams["r"]))
+
+    def test_alone_in_flight_it_drains_too(self, overlapped: Kind, make: Callable[..., Node]) -> None:
+        node = make(overlapped)
+        request = node.add("r", PROMPT)
+        decoding(node, "r")
+        answer = node.wait_for_stage(request, suspend=True)
+        assert not answer
+        assert not node.scheduler.has_requests()
+        node.step()
+        assert answer.final.request is request
+        node.call(node.scheduler.release, "r")
+
+    def test_finishing_while_it_drains_means_gone(self, overlapped: Kind, make: Callable[..., Node]) -> None:
+        node = make(overlapped)
+        request = node.add("r", PROMPT, max_tokens=5)
+        decoding(node, "r", 4)
+        answer = node.wait_for_stage(request, suspend=True)
+        assert not answer
+        node.step()
+        assert answer.gone
+        assert node.ended["r"] == "length"
+        assert node.scheduler.migration.suspended == {}
+        # The word that it is to go on may have been under way.
+        node.call(node.scheduler.resume, "r")
+        node.call(node.scheduler.release, "r")
+        assert node.scheduler.running == []
+        assert node.streams["r"] == undisturbed(PROMPT, 5)
+
+    def test_resumed_it_does_not_wait_for_a_long_prompt(self, kind: Kind, make: Callable[..., Node]) -> None:
+        node = make(kind, max_batched_tokens=64)
+        request = node.add("r", PROMPT, max_tokens=40)
+        decoding(node, "r", 2)
+        answer = node.wait_for_stage(request, suspend=True)
+        node.add("long", list(range(1000)), max_tokens=2)
+        node.steps(3)
+        assert answer.final
+        node.call(node.scheduler.resume, "r")
+        node.step()
+        assert node.scheduled.num_scheduled_tokens == {"r": 1, "long": 63}
+        node.run_to_the_end()
+        assert node.streams["r"] == undisturbed(PROMPT, 40)
+
+    @pytest.mark.parametrize("drained", [False, True])
+    def test_resumed_it_goes_on(self, kind: Kind, make: Callable[..., Node], drained: bool) -> None:
+        node = make(kind)
+        request = node.add("r", PROMPT, max_tokens=40)
+        node.add("other", PROMPT[:40], max_tokens=40)
+        decoding(node, "r", 5)
+        node.wait_for_stage(request, suspend=True)
+        if drained:
+            node.steps(7)
+        node.call(node.scheduler.resume, "r")
+        node.call(node.scheduler.resume, "r")
+        assert node.scheduler.running.count(request) == 1
+        node.run_to_the_end()
+        assert node.streams["r"] == undisturbed(PROMPT, 40)
+        assert node.streams["other"] == undisturbed(PROMPT[:40], 40)
+
+    def test_released_it_leaves_without_a_word(self, kind: Kind, make: Callable[..., Node]) -> None:
+        node = make(kind)
+        free = node.free_blocks
+        request = node.add("r", PROMPT)
+        decoding(node, "r", 5)
+        answer = node.wait_for_stage(request, suspend=True)
+        node.run_until(lambda: bool(answer))
+        num_tokens = len(node.streams["r"])
+        node.call(node.scheduler.release, "r")
+        node.call(node.scheduler.release, "r")
+        assert node.free_blocks == free
+        assert "r" not in node.scheduler.requests
+        node.step()
+        assert "r" in node.scheduled.finished_req_ids
+        node.run_to_the_end()
+        assert len(node.streams["r"]) == num_tokens
+        assert "r" not in node.ended
+
+    @pytest.mark.parametrize("drained", [False, True])
+    def test_aborted_it_leaves_nothing(self, kind: Kind, make: Callable[..., Node], drained: bool) -> None:
+        node = make(kind, max_num_seqs=2)
+        request = node.add("r", PROMPT)
+        decoding(node, "r", 5)
+        answer = node.wait_for_stage(request, 99, suspend=True)
+        if drained:
+            node.run_until(lambda: bool(answer))
+        abort(node, "r")
+        assert node.scheduler.migration.suspended == {}
+        if not drained and kind.overlapped:
+            assert answer.gone
+        assert node.wait_for_stage(request).gone
+        node.call(node.scheduler.resume, "r")
+        node.call(node.scheduler.release, "r")
+        node.add("a", PROMPT[:40], max_tokens=3)
+        node.add("b", PROMPT[:40], max_tokens=3)
+        node.step()
+        assert len(node.scheduled.num_scheduled_tokens) == 2  # both slots are there
+
+    def test_a_suspended_request_is_never_the_one_to_be_preempted(
+        self, kind: Kind, make: Callable[..., Node]
+    ) -> None:
+        node = make(kind, num_blocks=12)
+        other = node.add("other", list(range(4 * BLOCK)), max_tokens=5 * BLOCK)
+        request = node.add("r", list(range(500, 500 + 4 * BLOCK)), max_tokens=2 * BLOCK)
+        decoding(node, "r")
+        node.wait_for_stage(request, suspend=True)
+        blocks = node.block_ids("r")
+        node.run_until(lambda: other.num_preemptions > 0)
+        assert request.num_preemptions == 0
+        assert node.block_ids("r") == blocks
+        node.call(node.scheduler.resume, "r")
+        node.run_to_the_end()
+        assert node.streams["r"] == undisturbed(list(range(500, 500 + 4 * BLOCK)), 2 * BLOCK)
+        assert node.streams["other"] == undisturbed(list(range(4 * BLOCK)), 5 * BLOCK)
+
+
+class TestReservation:
+    def reserve(
+        self, node: Node, request_id: str = "r", prompt: list[int] = PROMPT, migration_id: str = "m"
+    ) -> tuple[list[int], int]:
+        request = node.request(request_id, prompt, 1000)
+        return node.call(node.scheduler.reserve, migration_id, request)
+
+    def test_it_holds_blocks_with_slack_out_of_sight(self, kind: Kind, make: Callable[..., Node]) -> None:
+        node = make(kind)
+        free = node.free_blocks
+        blocks, present = self.reserve(node)
+        assert present == 0
+        assert len(blocks) == len(set(blocks)) == 4 + SLACK_BLOCKS
+        assert 0 not in blocks
+        assert node.free_blocks == free - len(blocks)
+        assert not node.scheduler.has_requests()
+        assert node.scheduler.check_integrity() == []
+        node.call(node.scheduler.drop, "m")
+        assert node.free_blocks == free
+        node.call(node.scheduler.drop, "m")
+
+    def test_refused_without_blocks(self, kind: Kind, make: Callable[..., Node]) -> None:
+        node = make(kind, num_blocks=6)
+        with pytest.raises(DestinationRefusedError, match="no 6 free KV blocks"):
+            self.reserve(node)
+        assert node.problems() == []
+
+    def test_refused_for_blocks_that_a_prompt_in_progress_needs(
+        self, kind: Kind, make: Callable[..., Node]
+    ) -> None:
+        node = make(kind, num_blocks=21, max_batched_tokens=BLOCK)
+        node.add("long", list(range(15 * BLOCK)), max_tokens=2)
+        node.step()
+        assert node.free_blocks >= 15
+        with pytest.raises(DestinationRefusedError, match="no 6 free KV blocks"):
+            self.reserve(node)
+        self.reserve(node, prompt=PROMPT[:10])
+        node.run_to_the_end()
+        node.call(node.scheduler.drop, "m")
+
+    def test_refused_without_a_slot(self, kind: Kind, make: Callable[..., Node]) -> None:
+        node = make(kind, max_num_seqs=2)
+        request = node.add("running", PROMPT, max_tokens=10)
+        decoding(node, "running")
+        self.reserve(node, "a", migration_id="a")
+        with pytest.raises(DestinationRefusedError, match="all 2 slots"):
+            self.reserve(node, "b", migration_id="b")
+        node.wait_for_stage(request, suspend=True)
+        with pytest.raises(DestinationRefusedError, match="all 2 slots"):
+            self.reserve(node, "b", migration_id="b")
+        node.call(node.scheduler.resume, "running")
+        node.run_to_the_end()
+        self.reserve(node, "b", migration_id="b")
+        for migration_id in "ab":
+            node.call(node.scheduler.drop, migration_id)
+
+    def test_refused_if_it_is_here(self, kind: Kind, make: Callable[..., Node]) -> None:
+        node = make(kind)
+        node.add("r", PROMPT, max_tokens=3)
+        with pytest.raises(DestinationRefusedError, match="here already"):
+            self.reserve(node)
+        node.run_to_the_end()
+        self.reserve(node)
+        with pytest.raises(DestinationRefusedError, match="here already"):
+            self.reserve(node, migration_id="again")
+        node.call(node.scheduler.drop, "m")
+
+    def test_a_prefix_that_is_here_is_shared(self, kind: Kind, make: Callable[..., Node]) -> None:
+        source, destination = make(kind), make(kind)
+        destination.add("earlier", [*PROMPT[:70], 7, 8, 9], max_tokens=10)
+        decoding(destination, "earlier")
+        source.add("r", PROMPT, max_tokens=60)
+        decoding(source, "r", 3)
+        move = Move(source, destination, "r")
+        move.advance()
+        assert move.blocks_done == 2
+        assert move.local_blocks[:2] == destination.block_ids("earlier")[:2]
+        abort(destination, "earlier")  # they stay, for the one that is arriving
+        move.finish()
+        assert move.committed
+        destination.run_to_the_end()
+        assert source.streams["r"] == undisturbed(PROMPT, 60)
+
+    def test_all_of_it_may_be_here_from_an_earlier_stay(self, kind: Kind, make: Callable[..., Node]) -> None:
+        here, there = make(kind), make(kind)
+        here.add("r", PROMPT, max_tokens=100)
+        decoding(here, "r", 30)
+        migrate(here, there, "r")
+        decoding(there, "r", 35)
+        move = Move(there, here, "r")
+        move.advance()
+        assert move.blocks_done == 4
+        move.finish()
+        assert move.committed
+        assert move.stages == 1
+        here.run_to_the_end()
+        assert here.streams["r"] == undisturbed(PROMPT, 100)
+
+    def test_it_grows(self, kind: Kind, make: Callable[..., Node]) -> None:
+        node = make(kind, num_blocks=11)
+        blocks, _ = self.reserve(node)
+        grow = node.scheduler.grow
+        assert node.call(grow, "m", 3) == blocks
+        grown = node.call(grow, "m", 8)
+        assert grown[:6] == blocks
+        assert len(set(grown)) == 8
+        with pytest.raises(DestinationRefusedError, match="3 more KV blocks are needed, 2 are free"):
+            node.call(grow, "m", 11)
+        assert node.call(grow, "m", 8) == grown
+        with pytest.raises(DestinationRefusedError, match="nothing is reserved"):
+            node.call(grow, "other", 1)
+        node.call(node.scheduler.drop, "m")
+
+    def test_blocks_that_a_step_in_flight_may_write_are_not_given_away(
+        self, overlapped: Kind, make: Callable[..., Node]
+    ) -> None:
+        node = make(overlapped, num_blocks=8)
+        node.add("leaving", PROMPT)
+        decoding(node, "leaving")
+        blocks = node.block_ids("leaving")
+        abort(node, "leaving")
+        assert node.free_blocks == 3  # the step in flight writes into the last of the other four
+        prompt = [token + 500 for token in PROMPT]
+        with pytest.raises(DestinationRefusedError, match="free KV blocks"):
+            self.reserve(node, prompt=prompt)
+        node.step()
+        assert node.free_blocks == 7
+        assert set(self.reserve(node, prompt=prompt)[0]) & set(blocks)
+        node.call(node.scheduler.drop, "m")
+
+    def test_not_even_those_of_a_request_that_ended_by_itself(
+        self, overlapped: Kind, make: Callable[..., Node]
+    ) -> None:
+        """It was scheduled once more before the output that ended it was looked at."""
+        node = make(overlapped, prefix_caching=False)
+        request = node.add("r", PROMPT)
+        decoding(node, "r", 2)
+        request.sampling_params.stop_token_ids = [undisturbed(PROMPT, 3)[-1]]
+        free = node.free_blocks
+        node.run_until(lambda: "r" in node.ended)
+        assert node.free_blocks == free
+        node.step()
+        assert node.free_blocks == 99
+
+
+class TestCommit:
+    def suspended(self, source: Node, destination: Node, request_id: str = "r") -> Move:
+        """A migration whose tail is copied, but which is not committed."""
+        move = Move(source, destination, request_id)
+        move.advance()
+        move.advance(suspend=True)
+        source.run_until(lambda: bool(move.answer))
+        tail = move.answer.final.tail
+        destination.runner.copy_blocks_from(
+            source.runner, tail.block_ids, move.local_blocks[tail.first : tail.end]
+        )
+        return move
+
+    def test_it_enters_the_next_batch_before_those_who_wait(
+        self, kind: Kind, make: Callable[..., Node]
+    ) -> None:
+        source, destination = make(kind), make(kind)
+        source.add("r", PROMPT, max_tokens=50)
+        decoding(source, "r", 10)
+        move = self.suspended(source, destination)
+        destination.add("waiting", list(range(30)), max_tokens=3)
+        request = destination.commit(move.migration_id, move.answer.final)
+        source.call(source.scheduler.release, "r")
+        num_tokens = len(PROMPT) + len(source.streams["r"])
+        destination.step()
+        scheduled = destination.scheduled
+        assert list(scheduled.num_scheduled_tokens) == ["r", "waiting"]
+        assert scheduled.num_scheduled_tokens["r"] == 1
+        cached, new = scheduled.scheduled_cached_reqs, scheduled.scheduled_new_reqs
+        if kind.v2:
+            assert [n.req_id for n in new] == ["r", "waiting"]
+            assert cached.req_ids == []
+            assert new[0].prefill_token_ids[:num_tokens] == PROMPT + source.streams["r"][: num_tokens - 100]
+            assert new[0].prompt_token_ids == PROMPT
+            assert new[0].num_computed_tokens == num_tokens - 1
+            assert new[0].block_ids[0] == move.local_blocks
+        else:
+            assert [n.req_id for n in new] == ["waiting"]
+            assert cached.req_ids == ["r"]
+            assert cached.resumed_req_ids == {"r"}
+            assert cached.num_computed_tokens == [num_tokens - 1]
+            assert cached.num_output_tokens == [num_tokens - 100]
+            assert cached.all_token_ids["r"][:num_tokens] == PROMPT + source.streams["r"][: num_tokens - 100]
+            assert cached.new_block_ids[0][0] == move.local_blocks
+        assert request.status is RequestStatus.RUNNING
+        destination.run_to_the_end()
+        assert source.streams["r"] == undisturbed(PROMPT, 50)
+
+    def test_its_blocks_can_be_found_in_the_prefix_cache(self, kind: Kind, make: Callable[..., Node]) -> None:
+        source, destination = make(kind), make(kind)
+        source.add("r", PROMPT, max_tokens=50)
+        decoding(source, "r", 40)
+        migrate(source, destination, "r")
+        destination.add("same", PROMPT, max_tokens=50)
+        destination.step()
+        assert destination.block_ids("same")[:3] == destination.block_ids("r")[:3]
+        destination.run_to_the_end()
+        assert source.streams["r"] == source.streams["same"] == undisturbed(PROMPT, 50)
+
+    def test_more_tokens_than_reserved_for_are_made_room_for(
+        self, kind: Kind, make: Callable[..., Node]
+    ) -> None:
+        source, destination = make(kind), make(kind)
+        source.add("r", PROMPT, max_tokens=300)
+        decoding(source, "r", 3)
+        move = Move(source, destination, "r")
+        move.advance()
+        assert len(move.local_blocks) == 6
+        decoding(source, "r", 150)
+        move.finish()
+        assert move.committed
+        assert len(destination.block_ids("r")) == 8
+        destination.run_to_the_end()
+        assert source.streams["r"] == undisturbed(PROMPT, 300)
+
+    def test_refused_without_room_for_the_next_token(self, kind: Kind, make: Callable[..., Node]) -> None:
+        """128 tokens are computed, all of them fit; the 129th would not."""
+        source, destination = make(kind), make(kind, num_blocks=8)
+        source.add("r", PROMPT[:60], max_tokens=200)
+        decoding(source, "r", 2)
+        move = Move(source, destination, "r")
+        move.advance()
+        blocker = destination.request("blocker", [1], 10)
+        destination.call(destination.scheduler.reserve, "b", blocker)
+        decoding(source, "r", 69 - (1 if kind.overlapped else 0))
+        move.advance(suspend=True)
+        source.run_until(lambda: bool(move.answer))
+        assert move.answer.final.request.num_computed_tokens == 128
+        move.advance()
+        assert move.over
+        assert "more KV blocks are needed" in move.why
+        destination.call(destination.scheduler.drop, "b")
+        source.run_to_the_end()
+        assert source.streams["r"] == undisturbed(PROMPT[:60], 200)
+
+    def test_refused_in_the_very_step_in_which_it_left(self, kind: Kind, make: Callable[..., Node]) -> None:
+        """A V1 runner would forget its new state together with the old one."""
+        here, there = make(kind), make(kind)
+        here.add("r", PROMPT, max_tokens=30)
+        decoding(here, "r")
+        Move(here, there, "r").finish()
+        decoding(there, "r", 5)
+        move = Move(there, here, "r")
+        move.finish()
+        assert "only just left" in move.why
+        here.step()
+        migrate(there, here, "r")
+        here.run_to_the_end()
+        assert here.streams["r"] == undisturbed(PROMPT, 30)
+
+    def test_nothing_reserved_nothing_committed(self, kind: Kind, make: Callable[..., Node]) -> None:
+        node = make(kind)
+        with pytest.raises(DestinationRefusedError, match="nothing is reserved"):
+            node.scheduler.commit("m", 5)
+
+    @pytest.mark.parametrize("steps", [0, 1, 2, 5])
+    def test_dropped_after_the_commit_it_ends_without_a_word(
+        self, kind: Kind, make: Callable[..., Node], steps: int
+    ) -> None:
+        source, destination = make(kind), make(kind)
+        source.add("r", PROMPT, max_tokens=40)
+        decoding(source, "r", 5)
+        move = self.suspended(source, destination)
+        num_tokens = len(source.streams["r"])
+        destination.commit(move.migration_id, move.answer.final)
+        destination.steps(steps)
+        assert destination.call(destination.scheduler.drop, move.migration_id) == "r"
+        assert destination.call(destination.scheduler.drop, move.migration_id) is None
+        destination.run_to_the_end()
+        assert destination.problems() == []
+        assert "r" not in source.ended
+        del source.streams["r"][num_tokens:]  # the client follows the source
+        source.call(source.scheduler.resume, "r")
+        source.run_to_the_end()
+        assert source.streams["r"] == undisturbed(PROMPT, 40)
+
+    def test_a_drop_that_comes_late_does_not_end_its_next_stay(
+        self, kind: Kind, make: Callable[..., Node]
+    ) -> None:
+        here, there = make(kind), make(kind)
+        there.add("r", PROMPT, max_tokens=60)
+        decoding(there, "r")
+        first = migrate(there, here, "r")
+        decoding(here, "r", 5)
+        migrate(here, there, "r")
+        decoding(there, "r", 10)
+        migrate(there, here, "r")
+        assert here.call(here.scheduler.drop, first.migration_id) is None
+        here.run_to_the_end()
+        assert here.streams["r"] == undisturbed(PROMPT, 60)
+
+    def test_a_prompt_in_progress_does_not_keep_it_waiting(
+        self, kind: Kind, make: Callable[..., Node]
+    ) -> None:
+        source, destination = make(kind), make(kind, max_batched_tokens=64)
+        source.add("r", PROMPT, max_tokens=30)
+        decoding(source, "r", 5)
+        move = self.suspended(source, destination)
+        destination.add("long", list(range(1000)), max_tokens=2)
+        destination.steps(2)
+        destination.commit(move.migration_id, move.answer.final)
+        source.call(source.scheduler.release, "r")
+        for _ in range(3):
+            destination.step()
+            assert destination.scheduled.num_scheduled_tokens == {"long": 63, "r": 1}
+        destination.run_to_the_end()
+        assert source.streams["r"] == undisturbed(PROMPT, 30)
+        assert source.streams["long"] == undisturbed(list(range(1000)), 2)
+
+
+class TestRecompute:
+    def test_it_goes_on_from_its_output_tokens(self, kind: Kind, make: Callable[..., Node]) -> None:
+        dead, heir = make(kind), make(kind, max_batched_tokens=64)
+        lost = dead.add("r", PROMPT, max_tokens=40)
+        decoding(dead, "r", 17)
+        del dead.streams["r"][lost.num_output_tokens :]
+        request = heir.copy_of(lost)
+        abort(dead, "r")
+        heir.scheduler.handoff_ids.add("r")
+        started: list[list[str]] = []
+        heir.scheduler.on_prefill_started = started.append
+        heir.call(heir.scheduler.continue_by_recompute, request)
+        heir.runner.install(request)
+        heir.run_to_the_end()
+        assert dead.streams["r"] == undisturbed(PROMPT, 40)
+        assert started == [["r"]]  # a hand-off starts here too
+
+
+class TestSlots:
+    def test_suspended_and_arriving_requests_keep_theirs(self, kind: Kind, make: Callable[..., Node]) -> None:
+        node, other = make(kind, max_num_seqs=3), make(kind)
+        for name in "abcde":
+            node.add(name, PROMPT[:40], max_tokens=20)
+        decoding(node, "a", 2)
+        assert len(node.scheduler.running) == 3
+        away = node.wait_for_stage(node.scheduler.requests["a"], suspend=True)
+        node.steps(4)
+        assert away.final
+        assert len(node.scheduler.running) == 2  # nobody takes the place of a suspended request
+        node.call(node.scheduler.release, "a")
+        node.step()
+        assert len(node.scheduler.running) == 3
+        node.run_until(lambda: len(node.scheduler.running) < 3)
+        other.add("r", PROMPT, max_tokens=30)
+        decoding(other, "r", 2)
+        move = Move(other, node, "r")
+        move.advance()
+        for name in "fgh":
+            node.add(name, PROMPT[:40], max_tokens=20)
+        for _ in range(15):
+            node.step()
+            assert len(node.scheduler.running) <= 2
+        move.finish()
+        node.step()
+        assert "r" in [request.request_id for request in node.scheduler.running]
+        node.run_to_the_end()
+        assert node.streams["r"] == undisturbed(PROMPT, 30)
+
+    def test_a_committed_request_is_counted_before_it_is_in_the_batch(
+        self, kind: Kind, make: Callable[..., Node]
+    ) -> None:
+        """Otherwise a second arrival would take its slot, and it would wait for the second's end."""
+        source, destination = make(kind), make(kind, max_num_seqs=1)
+        for name in "ab":
+            source.add(name, PROMPT, max_tokens=30)
+        decoding(source, "b", 2)
+        Move(source, destination, "a").finish()
+        second = Move(source, destination, "b")
+        second.finish()
+        assert "all 1 slots" in second.why
+        destination.step()
+        assert "a" in destination.scheduled.num_scheduled_tokens
+        source.run_to_the_end()
+        destination.run_to_the_end()
+        assert source.streams["a"] == source.streams["b"] == undisturbed(PROMPT, 30)
+
+
+class TestPriorities:
+    def test_an_arrival_comes_before_more_urgent_requests_that_wait(
+        self, kind: Kind, make: Callable[..., Node]
+    ) -> None:
+        source, destination = make(kind), make(kind, policy="priority", max_num_seqs=2)
+        source.add("r", PROMPT, max_tokens=30, priority=9)
+        decoding(source, "r", 2)
+        move = Move(source, destination, "r")
+        move.advance()
+        for name in "abc":
+            destination.add(name, PROMPT[:40], max_tokens=20, priority=-1)
+        destination.steps(3)
+        assert len(destination.scheduler.running) == 1
+        move.finish()
+        destination.step()
+        assert "r" in destination.scheduled.num_scheduled_tokens
+        for node in (source, destination):
+            node.run_to_the_end()
+        for name in "abc":
+            assert source.streams[name] == undisturbed(PROMPT[:40], 20)
+        assert source.streams["r"] == undisturbed(PROMPT, 30)
+
+    def test_the_least_urgent_is_preempted_wherever_it_came_from(
+        self, kind: Kind, make: Callable[..., Node]
+    ) -> None:
+        source, destination = make(kind), make(kind, policy="priority", num_blocks=15)
+        source.add("r", list(range(4 * BLOCK)), max_tokens=100, priority=9)
+        decoding(source, "r", 2)
+        arrived = source.scheduler.requests["r"]
+        destination.add("urgent", list(range(500, 500 + 5 * BLOCK)), max_tokens=200)
+        destination.step()
+        migrate(source, destination, "r")
+        arrived = destination.scheduler.requests["r"]
+        destination.run_to_the_end()
+        assert arrived.num_preemptions > 0
+        assert source.streams["r"] == undisturbed(list(range(4 * BLOCK)), 100)
+        assert source.streams["urgent"] == undisturbed(list(range(500, 500 + 5 * BLOCK)), 200)
+
+
+class TestHandOff:
+    def test_the_first_step_of_a_prompt_starts_it_once(self, kind: Kind, make: Callable[..., Node]) -> None:
+        source, destination = make(kind, max_batched_tokens=64), make(kind)
+        moves: list[Move] = []
+        source.scheduler.on_prefill_started = lambda ids: moves.extend(
+            Move(source, destination, request_id) for request_id in ids
+        )
+        prompt = list(range(500))
+        source.add("r", prompt, max_tokens=30)
+        source.add("stays", PROMPT, max_tokens=5)
+        source.scheduler.handoff_ids.add("r")
+        source.step()
+        (move,) = moves
+        move.finish()
+        assert move.committed
+        assert move.stages > 4  # block by block behind the prefill
+        assert len(source.streams["r"]) <= 2
+        source.run_to_the_end()
+        destination.run_to_the_end()
+        assert len(moves) == 1
+        assert source.scheduler.handoff_ids == set()
+        assert source.streams["r"] == undisturbed(prompt, 30)
+
+    def test_an_aborted_request_asks_no_more(self, kind: Kind, make: Callable[..., Node]) -> None:
+        node = make(kind)
+        node.add("r", PROMPT)
+        node.scheduler.handoff_ids.add("r")
+        abort(node, "r")
+        assert node.scheduler.handoff_ids == set()
+
+
+@pytest.mark.parametrize("suspend", [False, True])
+def test_to_and_fro(kind: Kind, make: Callable[..., Node], suspend: bool) -> None:
+    nodes = [make(kind, max_batched_tokens=64), make(kind, num_blocks=40)]
+    for name in "abc":
+        nodes[0].add(name, PROMPT[: ord(name) - 60], max_tokens=250)
+    for node in nodes:
+        node.add(f"neighbour of {id(node)}", list(range(50)), max_tokens=250)
+    decoding(nodes[0], "c")
+    hops = 0
+    while not {"a", "b", "c"} <= nodes[0].ended.keys():
+        for name in "abc":
+            if name in nodes[0].ended:
+                continue
+            here = next(node for node in nodes if name in node.scheduler.requests)
+            there = nodes[1 - nodes.index(here)]
+            move = Move(here, there, name)
+            move.finish(suspend=suspend, step_destination=True)
+            hops += move.committed
+            for node in nodes:
+                node.steps(2)
+    assert hops > 60
+    for node in nodes:
+        node.run_to_the_end()
+    for name in "abc":
+        assert nodes[0].streams[name] == undisturbed(PROMPT[: ord(name) - 60], 250)

@@ -1,0 +1,134 @@
+"""Random lives of requests on two schedulers: whatever happens, the tokens are those of an undisturbed run."""
+
+from random import Random
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from vllm.v1.request import RequestStatus
+
+from migration.errors import SourceGoneError
+from tests.integration.scheduler_lab import KINDS, Kind, Move, Node, undisturbed
+
+pytestmark = pytest.mark.integration
+
+BLOCK = 4
+#: Blocks, slots and tokens per step are short now and then.
+SIZES = [
+    {"num_blocks": 44, "max_num_seqs": 5, "max_batched_tokens": 14},
+    {"num_blocks": 32, "max_num_seqs": 4, "max_batched_tokens": 64},
+]
+#: Requests share beginnings, so that the prefix caches hit.
+PROMPTS = [[*range(beginning, beginning + 18), *range(30)] for beginning in (100, 200)]
+#: What happens, as often as it is named here.
+EVENTS = ["step"] * 40 + ["advance"] * 30 + ["offer"] * 15 + ["add"] * 5 + ["cancel"] * 2 + ["abort", "lose"]
+
+
+class TwoNodes:
+    """Does what it is told, as far as that is possible."""
+
+    def __init__(self, kind: Kind, policy: str, prefix_caching: bool) -> None:
+        self.streams: dict[str, list[int]] = {}
+        self.ended: dict[str, str] = {}
+        settings = {"policy": policy, "prefix_caching": prefix_caching, "block_tokens": BLOCK}
+        self.nodes = [
+            Node(kind, streams=self.streams, ended=self.ended, **settings, **size) for size in SIZES
+        ]
+        self.expected: dict[str, list[int]] = {}
+        self.aborted: set[str] = set()
+        self.moves: list[Move] = []
+
+    def add(self, rng: Random) -> None:
+        node, beginning = rng.choice(self.nodes), rng.choice(PROMPTS)
+        for _ in range(rng.choice([1, 1, 2, 3])):
+            request_id = f"r{len(self.expected)}"
+            prompt, max_tokens = beginning[: rng.randint(1, 40)], rng.randint(1, 40)
+            self.expected[request_id] = undisturbed(prompt, max_tokens)
+            node.add(request_id, prompt, max_tokens, priority=rng.randint(0, 2))
+
+    def step(self, rng: Random) -> None:
+        rng.choice(self.nodes).steps(rng.randint(1, 3))
+
+    def offer(self, rng: Random) -> None:
+        moving = {move.request_id for move in self.open_moves()}
+        here = rng.randint(0, 1)
+        candidates = [r for r in self.nodes[here].scheduler.running if r.request_id not in moving]
+        if not candidates:
+            return
+        try:
+            move = Move(self.nodes[here], self.nodes[1 - here], rng.choice(candidates).request_id)
+        except SourceGoneError:
+            return
+        self.moves.append(move)
+        for _ in range(rng.randint(1, 4)):
+            move.advance()
+
+    def advance(self, rng: Random) -> None:
+        for move in self.open_moves():
+            for _ in range(rng.randint(0, 3)):
+                move.advance(suspend=rng.random() < 0.3)
+
+    def cancel(self, rng: Random) -> None:
+        if moves := self.open_moves():
+            rng.choice(moves).cancel()
+
+    def abort(self, rng: Random) -> None:
+        if owned := self.owned():
+            _, request_id = rng.choice(owned)
+            self.aborted.add(request_id)
+            for node in self.nodes:
+                node.call(node.scheduler.finish_requests, request_id, RequestStatus.FINISHED_ABORTED)
+
+    def lose(self, rng: Random) -> None:
+        """As if its owner had died: the other node recomputes a request from the tokens that its client has."""
+        if not (owned := self.owned()):
+            return
+        here, request_id = rng.choice(owned)
+        node, heir = self.nodes[here], self.nodes[1 - here]
+        for move in self.open_moves():
+            if move.request_id == request_id:
+                move.cancel()
+        request = heir.copy_of(node.scheduler.requests[request_id])
+        node.call(node.scheduler.finish_requests, request_id, RequestStatus.FINISHED_ABORTED)
+        if request_id in heir.scheduler.finished_req_ids:
+            heir.step()
+        heir.call(heir.scheduler.continue_by_recompute, request)
+        heir.runner.install(request)
+
+    def owned(self) -> list[tuple[int, str]]:
+        return [(index, rid) for index, node in enumerate(self.nodes) for rid in node.scheduler.requests]
+
+    def open_moves(self) -> list[Move]:
+        self.moves = [move for move in self.moves if not move.over]
+        return self.moves
+
+    def end(self) -> None:
+        """Everything that is still there comes to its end, and is checked."""
+        for move in self.open_moves():
+            move.cancel()
+        for node in self.nodes:
+            node.run_to_the_end()
+            assert node.problems() == []
+        for request_id, expected in self.expected.items():
+            emitted = self.streams[request_id]
+            if request_id in self.aborted:
+                expected = expected[: len(emitted)]
+            assert emitted == expected, request_id
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@settings(
+    max_examples=max(25, settings().max_examples // 4),
+    phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
+    suppress_health_check=[*settings().suppress_health_check, HealthCheck.large_base_example],
+)
+@given(
+    policy=st.sampled_from(["fcfs", "priority"]),
+    prefix_caching=st.booleans(),
+    events=st.lists(st.tuples(st.sampled_from(EVENTS), st.integers(0, 2**32)), min_size=100, max_size=300),
+)
+def test_random_lives(kind: Kind, policy: str, prefix_caching: bool, events: list[tuple[str, int]]) -> None:
+    two = TwoNodes(kind, policy, prefix_caching)
+    for event, seed in events:
+        getattr(two, event)(Random(seed))
+    two.end()
