@@ -109,6 +109,7 @@ class Instance:
             await self.llumlet.close()
             await self._engine.stop()
             self._transport.close()
+            self._tokens.close()
             await self._wire.close()
         self._stopped.set()
 
@@ -162,3 +163,8 @@ class TokenPublisher:
             socket.send_multipart(frames, zmq.NOBLOCK)
         except zmq.Again:
             logger.warning("API server %s does not read its tokens", client)
+
+    def close(self) -> None:
+        """Once the step thread has ended; an open socket would hold up the wire's end."""
+        for socket in self._sockets.values():
+            socket.close(linger=0)
