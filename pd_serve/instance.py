@@ -166,5 +166,5 @@ class TokenPublisher:
 
     def close(self) -> None:
         """Once the step thread has ended; an open socket would hold up the wire's end."""
-        for socket in self._sockets.values():
-            socket.close(linger=0)
+        for publisher in self._sockets.values():
+            publisher.close(linger=0)
