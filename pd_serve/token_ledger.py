@@ -56,7 +56,12 @@ class TokenLedger:
             first = min(self._early)
             if first > len(self.token_ids):
                 break
-            _, ready = self._early.pop(first)
+            said_under, ready = self._early.pop(first)
+            if said_under < self.epoch:
+                # The present owner has continued: neither what follows its first token nor the end of
+                # the request is for a former owner to say.
+                _keep(ready, 0, max(self._epoch_begin - first, 0))
+                ready.finish_reason = None
             if self._take(first, ready, now):
                 deliver.append(ready)
         return deliver, False
@@ -87,14 +92,21 @@ class TokenLedger:
         if known > 0 and known >= len(output.new_token_ids) and output.finish_reason is None:
             return False
         if known > 0:
-            output.new_token_ids = output.new_token_ids[known:]
-            if output.new_logprobs is not None:
-                output.new_logprobs = type(output.new_logprobs)(
-                    *(part[known:] if hasattr(part, "__getitem__") else part for part in output.new_logprobs)
-                )
+            _keep(output, known, len(output.new_token_ids))
         if self.num_moves and index == self._epoch_begin and self.last_token_at:
             self.last_gap_s = now - self.last_token_at
         self.token_ids.extend(output.new_token_ids)
         self.last_token_at = now
         self.finished = output.finish_reason is not None
         return True
+
+
+def _keep(output: Any, begin: int, end: int) -> None:
+    """Leaves of an output only its new tokens [begin, end), and what belongs to them."""
+    if begin == 0 and end >= len(output.new_token_ids):
+        return
+    output.new_token_ids = output.new_token_ids[begin:end]
+    if output.new_logprobs is not None:
+        output.new_logprobs = type(output.new_logprobs)(
+            *(part[begin:end] if hasattr(part, "__getitem__") else part for part in output.new_logprobs)
+        )
