@@ -233,7 +233,7 @@ class RequestRouter:
             ready, is_stale = ledger.accept(header.instance_id, epoch, index, output, now)
             deliver += ready
             if is_stale:
-                stale.append((route.request_id, ledger.epoch))
+                stale.append((route.request_id, epoch + 1))  # the copy that has said this, no later one
             if waiting and ledger.token_ids:
                 self._num_waiting -= 1
             if ledger.num_moves != moves:
