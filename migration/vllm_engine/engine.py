@@ -132,9 +132,6 @@ class VllmEngine:
         done = output_token_ids or []
 
         def add() -> None:
-            self._live[request.request_id] = LiveRequest(payload, client, epoch, len(done))
-            if handoff and self.no_migration is None and support.unmovable(request) is None:
-                self.scheduler.handoff_ids.add(request.request_id)
             if done:
                 self._check_migration()
                 self._replay(request, done)
@@ -142,6 +139,9 @@ class VllmEngine:
                 self._install(request, 0, None)
             else:
                 self.core.add_request(request)
+            self._live[request.request_id] = LiveRequest(payload, client, epoch, len(done))
+            if handoff and self.no_migration is None and support.unmovable(request) is None:
+                self.scheduler.handoff_ids.add(request.request_id)
 
         if done:
             await self._grammar(request)
