@@ -253,9 +253,11 @@ class VllmEngine:
             arriving = self.scheduler.migration.arriving.get(migration_id)
             if arriving is None:
                 raise DestinationRefusedError("nothing is reserved for this migration")
+            live = self._live.get(arriving.request_id)
+            if live is None:
+                raise DestinationRefusedError("the request's client has gone")
             self._replay(arriving, state.output_token_ids[arriving.num_output_tokens :])
             request = self.scheduler.commit(migration_id, state.num_computed_tokens)
-            live = self._live[request.request_id]
             live.epoch, live.emitted = state.epoch + 1, len(state.output_token_ids)
             self._install(request, state.num_computed_tokens, state.rng_state)
 
