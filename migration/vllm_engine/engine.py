@@ -195,6 +195,7 @@ class VllmEngine:
     async def next_stage(
         self, request_id: RequestId, incarnation: int, blocks_done: int, *, suspend: bool
     ) -> BlockRun | FinalState:
+        self._check_migration()
         future: asyncio.Future[BlockRun | FinalState] = asyncio.get_running_loop().create_future()
 
         def answer(result: BlockRun | Suspended | SourceGoneError) -> None:
