@@ -75,6 +75,10 @@ class TestScenarios:
                 world.decode(name)
                 world.tokens_arrive(name)
             assert world.ledger.owner == first
+            assert (list(world.places[first].aborts), list(world.places[second].aborts)) == (
+                [],
+                [source.epoch + 1],
+            )
             world.finish()
 
     def test_questions_are_answered_and_the_final_state_is_always_lost(self) -> None:
