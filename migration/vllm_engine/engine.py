@@ -234,7 +234,7 @@ class VllmEngine:
             )
         try:
             arriving = self._decode(request.payload)
-        except (msgspec.MsgspecError, ValueError, TypeError) as error:
+        except (msgspec.MsgspecError, ValueError, TypeError, LookupError) as error:
             raise DestinationRefusedError(f"the request cannot be read: {error}") from error
         await self._grammar(arriving)
 
