@@ -61,8 +61,10 @@ def bounds() -> str:
     defaults = MigrationBounds()
     lines = ["| bound | default | for |", "|---|---|---|"]
     for item in fields(MigrationBounds):
-        unit = " s" if item.name.endswith("_s") else ""
-        lines.append(f"| `{item.name}` | {getattr(defaults, item.name):g}{unit} | {meaning[item.name]} |")
+        unit = " B/s" if item.name.endswith("_bytes_per_s") else " s" if item.name.endswith("_s") else ""
+        value = getattr(defaults, item.name)
+        shown = "none" if value is None else f"{value:g}{unit}"
+        lines.append(f"| `{item.name}` | {shown} | {meaning[item.name]} |")
     return "\n".join(lines)
 
 

@@ -17,6 +17,7 @@ class MigrationBounds:
         tail_s: Destination: for the last copy.
         log_s: Destination: how long a commit is remembered to answer questions.
         max_outgoing, max_incoming: Migrations at a time per instance.
+        stage_bytes_per_s: Rate of copies into one instance while their requests go on; None for no bound.
         max_stages: Stages after which a request is suspended however much is left.
     """
 
@@ -31,3 +32,4 @@ class MigrationBounds:
     max_outgoing: int = 64
     max_incoming: int = 64
     max_stages: int = 16
+    stage_bytes_per_s: float | None = None

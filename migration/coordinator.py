@@ -28,6 +28,7 @@ from migration.messages import (
     Withdraw,
 )
 from migration.outgoing import MigrationOutcome, OutgoingMigration
+from migration.pacing import Pacer
 from migration.source_table import SourceEvent, SourceState
 from migration.tasks import OwnedTasks
 from migration.transport.base import KvTransport
@@ -62,6 +63,7 @@ class MigrationCoordinator:
         self._engine = engine
         self._transport = transport
         self._send = send
+        self._pacer = Pacer(self.bounds.stage_bytes_per_s)
         self._on_outcome = on_outcome
         self._tasks = OwnedTasks(on_failure)
         self._serial = itertools.count()
@@ -221,6 +223,7 @@ class MigrationCoordinator:
                 transport=self._transport,
                 send=self._send,
                 bounds=self.bounds,
+                pacer=self._pacer,
                 tasks=self._tasks,
                 on_close=self._incoming_closed,
             )

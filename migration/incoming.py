@@ -32,10 +32,14 @@ from migration.messages import (
     ToDestination,
     Withdraw,
 )
+from migration.pacing import Pacer
 from migration.tasks import OwnedTasks
 from migration.transport.base import KvTransport
 
 logger = logging.getLogger(__name__)
+
+#: What a paced copy moves at a time.
+SLICE_BYTES = 2 * 2**20
 
 _COPY_STATES = (DestinationState.COPYING, DestinationState.TAIL)
 
@@ -52,6 +56,7 @@ class IncomingMigration:
         transport: KvTransport,
         send: Callable[[InstanceId, MigrationMessage], None],
         bounds: MigrationBounds,
+        pacer: Pacer,
         tasks: OwnedTasks,
         on_close: Callable[["IncomingMigration"], None],
     ) -> None:
@@ -65,12 +70,14 @@ class IncomingMigration:
         self._transport = transport
         self._send = send
         self._bounds = bounds
+        self._pacer = pacer
         self._tasks = tasks
         self._on_close = on_close
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._local_blocks: list[int] = []
         self._blocks_done = 0
+        self._block_bytes = 0
         self._run: BlockRun | None = None
         self._final: FinalState | None = None
         self._copy: asyncio.Task[None] | None = None
@@ -160,19 +167,31 @@ class IncomingMigration:
             if run.end > len(self._local_blocks):
                 self._local_blocks = await self._engine.grow(self.migration_id, run.end)
             begin = max(self._blocks_done, run.first)
-            if begin < run.end:
-                self.bytes_copied += await self._transport.read(
+            while begin < run.end:
+                end = min(run.end, begin + self._slice_blocks())
+                copied = await self._transport.read(
                     self.source,
                     self._offer.kv_endpoint,
-                    run.block_ids[begin - run.first :],
-                    self._local_blocks[begin : run.end],
+                    run.block_ids[begin - run.first : end - run.first],
+                    self._local_blocks[begin:end],
                 )
+                self._block_bytes = max(1, copied // (end - begin))
+                self.bytes_copied += copied
+                begin = end
+                if self.machine.state is DestinationState.COPYING:
+                    await self._pacer.copied(copied)
         except (PeerLostError, DestinationRefusedError) as error:
             self.feed(DestinationEvent.COPY_FAILED, str(error))
         else:
             # A partly filled tail block is only ever the end of a final state.
             self._blocks_done = max(self._blocks_done, run.end)
             self.feed(DestinationEvent.COPIED)
+
+    def _slice_blocks(self) -> int:
+        """How many blocks to copy at once. The tail is never cut: its request waits for it."""
+        if self.machine.state is not DestinationState.COPYING or not self._pacer.paces:
+            return len(self._local_blocks)
+        return max(1, SLICE_BYTES // self._block_bytes) if self._block_bytes else 1
 
     def _copy_ended(self, copy: "asyncio.Task[None]") -> None:
         """Speaks for a copy that could not: stopped, perhaps before its first step, or broken."""

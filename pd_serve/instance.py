@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+from migration.bounds import MigrationBounds
 from migration.messages import InstanceId
 from pd_serve.messages import TokenHeader
 from pd_serve.wire import CurveKeys, Wire
@@ -24,6 +25,7 @@ class InstanceConfig:
         engine_args: Arguments of vLLM's `AsyncEngineArgs`.
         host: Address that this instance's sockets bind to.
         keys: The cluster's key pair; needed as soon as `host` leaves the machine.
+        stage_bytes_per_s: See `MigrationBounds`.
     """
 
     instance_id: str
@@ -32,6 +34,7 @@ class InstanceConfig:
     host: str = "127.0.0.1"
     keys: CurveKeys | None = None
     environment: dict[str, str] = field(default_factory=dict)
+    stage_bytes_per_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +79,10 @@ class Instance:
         self._config = config
         self._wire = Wire(name, config.host, config.keys)
         self._transport = NixlTransport(name)
-        self.llumlet = Llumlet(name, config.role, self._wire, self._transport, on_fatal=self._die)
+        bounds = MigrationBounds(stage_bytes_per_s=config.stage_bytes_per_s)
+        self.llumlet = Llumlet(
+            name, config.role, self._wire, self._transport, bounds=bounds, on_fatal=self._die
+        )
         self._tokens = TokenPublisher(name, self._wire)
         self._engine = VllmEngine(self._engine_config, self._tokens.publish, self.llumlet.events)
         await self._engine.start()

@@ -14,6 +14,7 @@ from pd_serve import models
 from pd_serve.api.server import bind, serve
 from pd_serve.config import (
     CPU_PREFILL_CHUNK_TOKENS,
+    CPU_STAGE_BYTES_PER_S,
     ServeConfig,
     check_memory,
     cpu_engine_defaults,
@@ -148,7 +149,8 @@ class Service:
     async def _start_instance(
         self, name: str, role: str, host: str, keys: CurveKeys | None, environment: dict[str, str]
     ) -> InstanceInfo:
-        instance = InstanceConfig(name, role, self._flags.engine(role), host, keys, environment)
+        rate = CPU_STAGE_BYTES_PER_S if is_cpu_build() else None
+        instance = InstanceConfig(name, role, self._flags.engine(role), host, keys, environment, rate)
         info: InstanceInfo = await self._cluster.start(instance)
         self._console.step(f"{name} is ready (pid {info.pid})")
         if info.no_migration is not None:

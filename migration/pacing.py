@@ -1,0 +1,30 @@
+"""Copying no faster than the running requests can bear."""
+
+import asyncio
+
+
+class Pacer:
+    """Bounds the rate at which one instance copies while the requests it copies go on.
+
+    On a CPU, copies and engine steps share the memory's bandwidth: unpaced, a copy slowed the source's
+    steps by 12 % (measured at 4,096 tokens, two cores). Copies over a network or between GPUs need none.
+
+    Args:
+        bytes_per_s: Rate over all copies together; None for no bound.
+    """
+
+    def __init__(self, bytes_per_s: float | None) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._free_at = 0.0
+
+    @property
+    def paces(self) -> bool:
+        return self._bytes_per_s is not None
+
+    async def copied(self, num_bytes: int) -> None:
+        """Waits as long as the bytes just copied should have taken."""
+        if self._bytes_per_s is None:
+            return
+        now = asyncio.get_running_loop().time()
+        self._free_at = max(self._free_at, now) + num_bytes / self._bytes_per_s
+        await asyncio.sleep(self._free_at - now)
