@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 import msgspec
 import pytest
 import zmq
+import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
 from migration.messages import RequestId
@@ -54,16 +55,17 @@ async def make_wire() -> AsyncIterator[MakeWire]:
         await wire.close()
 
 
-async def handshake_fails(socket: "zmq.Socket[bytes]") -> None:
-    """Returns when a socket's connection has been turned down."""
+def watch_handshakes(listener: zmq.asyncio.Socket) -> zmq.asyncio.Socket:
+    """Begins to note the connections that a listening socket turns down."""
     failures = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-    failures |= zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_DISCONNECTED
-    monitor = socket.get_monitor_socket(failures)
+    return listener.get_monitor_socket(
+        failures | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_DISCONNECTED
+    )
+
+
+async def one_fails(monitor: zmq.asyncio.Socket) -> None:
     async with asyncio.timeout(30):
-        while not await asyncio.to_thread(monitor.poll, 100):
-            pass
-    recv_monitor_message(monitor)
-    socket.disable_monitor()
+        await recv_monitor_message(monitor)
 
 
 # ---- delivery
@@ -224,12 +226,11 @@ async def test_a_peer_that_does_not_read_is_not_waited_for(
 )
 async def test_garbage_is_ignored_and_what_follows_is_heard(make_wire: MakeWire, frames: list[bytes]) -> None:
     a, b, inbox = make_wire("a"), make_wire("b"), Inbox()
-    stranger = a.publisher(b.listen(inbox.on_message))
 
-    stranger.send_multipart(frames)
-    stranger.send_multipart([b"a", msgspec.msgpack.encode(PeerLost("1"))])
-    await inbox.wait_for(1)
-    stranger.close(linger=0)
+    with a.publisher(b.listen(inbox.on_message)) as stranger:
+        stranger.send_multipart(frames)
+        stranger.send_multipart([b"a", msgspec.msgpack.encode(PeerLost("1"))])
+        await inbox.wait_for(1)
 
     assert inbox.said == [("a", "1")]
 
@@ -296,39 +297,48 @@ async def test_a_stranger_is_not_heard(make_wire: MakeWire, stranger_has: str) -
     keys, others, inbox = CurveKeys.generate(), CurveKeys.generate(), Inbox()
     b, peer = make_wire("b", keys=keys), make_wire("peer", keys=keys)
     address = b.listen(inbox.on_message)
-    if stranger_has == "the cluster's public key":
-        context = zmq.Context()
-        socket = context.socket(zmq.PUSH)
-        socket.curve_serverkey = keys.public
-        socket.curve_publickey, socket.curve_secretkey = others.public, others.secret
-        socket.connect(address)
-    else:
-        context = None
-        stranger = make_wire("stranger", keys=others if stranger_has == "keys of its own" else None)
-        socket = stranger.publisher(address)
-    frames = [b"stranger", msgspec.msgpack.encode(PeerLost("1"))]
+    handshakes = watch_handshakes(b._bound[0])
 
-    socket.send_multipart(frames, zmq.NOBLOCK)  # waits for a handshake
-    await handshake_fails(socket)
-    peer.connect("b", address)
-    peer.send("b", PeerLost("2"))
-    await inbox.wait_for(1)
-    socket.close(linger=0)
-    if context is not None:
-        context.term()
+    with zmq.Context() as context, context.socket(zmq.PUSH) as stranger:
+        stranger.linger = 0
+        if stranger_has != "no keys":
+            guessed = keys if stranger_has == "the cluster's public key" else others
+            stranger.curve_serverkey = guessed.public
+            stranger.curve_publickey, stranger.curve_secretkey = others.public, others.secret
+        stranger.connect(address)
+        stranger.send_multipart([b"stranger", msgspec.msgpack.encode(PeerLost("1"))], zmq.NOBLOCK)
+        await one_fails(handshakes)
+        peer.connect("b", address)
+        peer.send("b", PeerLost("2"))
+        await inbox.wait_for(1)
 
     assert inbox.said == [("peer", "2")]
+
+
+async def test_a_wire_with_other_keys_is_not_heard(make_wire: MakeWire) -> None:
+    """Two clusters, and an address that was one's and is the other's now."""
+    inbox = Inbox()
+    a, b = make_wire("a", keys=CurveKeys.generate()), make_wire("b", keys=CurveKeys.generate())
+    address = b.listen(inbox.on_message)
+    handshakes = watch_handshakes(b._bound[0])
+
+    a.connect("b", address)
+    a.send("b", PeerLost("1"))
+    await one_fails(handshakes)
+
+    assert inbox.said == []
 
 
 async def test_a_listener_without_keys_does_not_read_the_cluster_s_messages(make_wire: MakeWire) -> None:
     """Somebody listens at an address that an instance had: the sender wants the cluster's key there too."""
     inbox = Inbox()
     a, impostor = make_wire("a", keys=CurveKeys.generate()), make_wire("impostor")
-    socket = a.publisher(impostor.listen(inbox.on_message))
+    address = impostor.listen(inbox.on_message)
+    handshakes = watch_handshakes(impostor._bound[0])
 
-    socket.send_multipart([b"a", msgspec.msgpack.encode(PeerLost("1"))], zmq.NOBLOCK)
-    await handshake_fails(socket)
-    socket.close(linger=0)
+    a.connect("impostor", address)
+    a.send("impostor", PeerLost("1"))
+    await one_fails(handshakes)
 
     assert inbox.said == []
 
