@@ -1,4 +1,4 @@
-"""Random lives of requests on two schedulers: whatever happens, the tokens are those of an undisturbed run."""
+"""Random lives of requests on two schedulers: whatever happens, their tokens are as if nothing had."""
 
 from random import Random
 
@@ -80,7 +80,7 @@ class TwoNodes:
                 node.call(node.scheduler.finish_requests, request_id, RequestStatus.FINISHED_ABORTED)
 
     def lose(self, rng: Random) -> None:
-        """As if its owner had died: the other node recomputes a request from the tokens that its client has."""
+        """As if its owner had died: the other node recomputes a request from its client's tokens."""
         if not (owned := self.owned()):
             return
         here, request_id = rng.choice(owned)
