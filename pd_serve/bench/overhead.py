@@ -29,7 +29,7 @@ from pd_serve.bench.servers import MODEL, OURS, STOCK, Server, Settings, running
 MIN_THROUGHPUT_RATIO = 0.95
 MAX_TTFT_ADDED_MS = 5.0
 
-PAIRED_ROUNDS = 20
+PAIRED_ROUNDS = 8
 
 #: Between two loads, so that the end of one is not part of the next.
 SETTLE_S = 0.2
