@@ -122,6 +122,7 @@ class Node:
     engine: FakeEngine
     coordinator: MigrationCoordinator
     outcomes: list[MigrationOutcome] = field(default_factory=list)
+    forwards: dict[str, str] = field(default_factory=dict)  # to pass aborts on
     failures: list[BaseException] = field(default_factory=list)
     alive: bool = True
 
@@ -274,6 +275,7 @@ class Cluster:
     def _report(self, node: Node, outcome: MigrationOutcome) -> None:
         node.outcomes.append(outcome)
         if outcome.committed:
+            node.forwards[outcome.request_id] = outcome.destination
             asyncio.get_running_loop().call_later(
                 LATENCY_S, self._hear_of_commit, node.name, outcome.destination, outcome.request_id
             )
@@ -291,9 +293,9 @@ class Cluster:
         node = self[name]
         if node.alive:
             unknown = await node.engine.abort([RequestId(request_id)], below_epoch)
-            committed = [o for o in node.outcomes if o.committed and o.request_id == request_id]
-            if unknown and committed:
-                await self._abort(committed[-1].destination, request_id, below_epoch)
+            next_owner = node.forwards.pop(request_id, None) if unknown else None
+            if next_owner is not None:
+                await self._abort(next_owner, request_id, below_epoch)
 
     def _recompute(self, route: Route) -> None:
         route.committed_to = ""

@@ -122,6 +122,7 @@ class FakeEngine:
         reserve_s, commit_s, release_s: How long these calls wait before they visit the engine.
         cached_blocks: First blocks of an arriving request that a prefix cache is said to hold.
         fail_commits: Commits to refuse from now on.
+        step_s: How long a step takes.
         steps_in_flight: 1 schedules a step ahead, as vLLM does on GPUs.
     """
 
@@ -138,6 +139,7 @@ class FakeEngine:
         self.reserve_s = self.commit_s = self.release_s = 0.0
         self.cached_blocks = 0
         self.fail_commits = 0
+        self.step_s = STEP_S
         self.steps_in_flight = steps_in_flight
         self.num_blocks = num_blocks
         self.free = list(range(num_blocks))
@@ -394,7 +396,7 @@ class FakeEngine:
                 await self._wake.wait()
                 continue
             self._steps.append(self._schedule())
-            await asyncio.sleep(STEP_S)
+            await asyncio.sleep(self.step_s)
             while len(self._steps) > self.steps_in_flight:
                 for step in self._steps.popleft():
                     self._apply(step)
