@@ -19,6 +19,8 @@ def show(url: str, api_key: str | None) -> None:
         raise PdServeError(f"{url} answers {response.status_code}{hint}")
     cluster = response.json()
     console = rich.console.Console()
+    if not console.is_terminal:
+        console.width = 200  # nothing to fit into: a script gets whole lines
     instances = Table(title="instances")
     columns = (
         "id",
@@ -33,7 +35,8 @@ def show(url: str, api_key: str | None) -> None:
         "in/out",
     )
     for column in columns:
-        instances.add_column(column)
+        # Where the table is too narrow, names that one may have to copy are the last to be cut.
+        instances.add_column(column, no_wrap=column in ("id", "state", "pid"))
     for i in cluster["instances"]:
         instances.add_row(
             i["id"],
