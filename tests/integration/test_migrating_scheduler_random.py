@@ -118,7 +118,7 @@ class TwoNodes:
 
 @pytest.mark.xfail(
     strict=False,
-    reason="An open finding: in some processes (it depends on the hash seed) a long random life with `lose` or"
+    reason="An open finding: in some processes (hash seed, load) a long random life with `lose` or"
     " `abort` beside an offer ends with other tokens. Whether this test's model of a loss or the scheduler is"
     " wrong is not known yet; the end-to-end tests, with real engines, have not shown it.",
 )

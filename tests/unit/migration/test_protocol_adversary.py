@@ -133,6 +133,18 @@ class TestScenarios:
         world.finish()
         assert world.ledger.owner == FRESH
 
+    def test_tokens_of_a_destination_that_is_known_to_be_dead(self) -> None:
+        """They made it the owner, after its death had been dealt with and before the source's report came."""
+        world = world_at(SS.COMMITTED, DS.COMMITTED, tokens=3)
+        while world.places[SOURCE].said:
+            world.tokens_arrive(SOURCE)
+        world.decode(DESTINATION)
+        world.die(DESTINATION)
+        world.see_dead("front end", DESTINATION)
+        world.tokens_arrive(DESTINATION)
+        world.finish()
+        assert world.ledger.owner == FRESH
+
     def test_last_tokens_of_the_source_are_lost_with_it(self) -> None:
         """The destination has been heard; the gap before its first token would never close."""
         world = world_at(SS.COMMITTED, DS.COMMITTED, tokens=3)

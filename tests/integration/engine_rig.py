@@ -1,0 +1,185 @@
+"""A real engine with the tiny model, and what is around it in a service: client, llumlet, transport."""
+
+import asyncio
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import torch
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.pooling_params import PoolingParams
+from vllm.sampling_params import SamplingParams
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
+from vllm.v1.serial_utils import MsgpackEncoder
+
+from migration.engine import EngineEvents
+from migration.messages import FinalState, MigrationId, RequestDescription, RequestId
+from migration.vllm_engine.engine import TokenSpan, VllmEngine
+from pd_serve.config import cpu_engine_defaults
+from pd_serve.models import resolve
+
+CLIENT = "client"
+
+
+def tiny_config() -> VllmConfig:
+    torch.set_num_threads(1)  # of this thread, which steps the engine; two would wait for each other
+    arguments = cpu_engine_defaults() | {
+        "model": resolve("tiny"),
+        "dtype": "float32",
+        "kv_cache_memory_bytes": 32 << 20,
+        "max_model_len": 2048,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 256,
+        "enable_prefix_caching": False,  # so that all blocks are copied, and nothing else is computed
+    }
+    return AsyncEngineArgs(**arguments).create_engine_config(UsageContext.ENGINE_CONTEXT)
+
+
+def payload(
+    request_id: str,
+    prompt: list[int],
+    params: SamplingParams | None = None,
+    *,
+    pooling_params: PoolingParams | None = None,
+) -> list[bytes]:
+    """A request as an API server sends it."""
+    request = EngineCoreRequest(
+        request_id=request_id,
+        prompt_token_ids=prompt,
+        mm_features=None,
+        sampling_params=params,
+        pooling_params=pooling_params,
+        arrival_time=0.0,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )
+    return [bytes(frame) for frame in MsgpackEncoder().encode(request)]
+
+
+def greedy(max_tokens: int, **more: Any) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0.0, **more)
+
+
+def seeded(max_tokens: int, **more: Any) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=1.0, seed=1234, **more)
+
+
+@dataclass
+class Stream:
+    """What a client has got of a request."""
+
+    tokens: list[int] = field(default_factory=list)
+    epochs: list[int] = field(default_factory=list)  # of every token
+    ended: bool = False
+
+
+class EngineRig:
+    """An engine and all that it says. Made and used on one event loop."""
+
+    def __init__(self) -> None:
+        self.streams: dict[str, Stream] = {}
+        self.deaths: list[BaseException] = []
+        self.ended: list[RequestId] = []
+        self._loop = asyncio.get_running_loop()
+        events = EngineEvents(
+            on_prefill_started=lambda ids: None,
+            on_requests_ended=self.ended.extend,
+            on_load=lambda load: None,
+            on_death=self.deaths.append,
+        )
+        self.engine = VllmEngine(tiny_config, self._sink, events)
+
+    def _sink(self, client: str, outputs: EngineCoreOutputs, spans: list[TokenSpan]) -> None:
+        self._loop.call_soon_threadsafe(self._receive, outputs, spans)
+
+    def _receive(self, outputs: EngineCoreOutputs, spans: list[TokenSpan]) -> None:
+        for output, (epoch, index) in zip(outputs.outputs, spans, strict=True):
+            stream = self.streams.setdefault(output.request_id, Stream())
+            assert index == len(stream.tokens), "a token is lost or doubled"
+            stream.tokens += output.new_token_ids
+            stream.epochs += [epoch] * len(output.new_token_ids)
+            stream.ended |= output.finish_reason is not None
+
+    async def add(self, request_id: str, prompt: list[int], params: SamplingParams, **more: Any) -> Stream:
+        stream = self.streams[request_id] = Stream()
+        await self.engine.add(payload(request_id, prompt, params), CLIENT, **more)
+        return stream
+
+    async def finish(self, stream: Stream) -> list[int]:
+        await eventually(lambda: stream.ended)
+        return stream.tokens
+
+    async def generate(self, request_id: str, prompt: list[int], params: SamplingParams) -> list[int]:
+        """The output of a request that nothing happens to."""
+        return await self.finish(await self.add(request_id, prompt, params))
+
+    async def leave(self, request_id: str) -> "Baggage":
+        """Moves a running request out of the engine, and its blocks into a bag."""
+        engine = self.engine
+        description = await engine.describe(RequestId(request_id))
+        bag: dict[int, list[bytes]] = {}
+        while True:
+            answer = await engine.next_stage(
+                description.request_id, description.incarnation, len(bag), suspend=len(bag) > 2
+            )
+            run = answer.tail if isinstance(answer, FinalState) else answer
+            for index, block in enumerate(run.block_ids, run.first):
+                bag[index] = self.read_block(block)
+            if isinstance(answer, FinalState):
+                await engine.release(description.request_id)
+                # It may not come back before the runner has heard of it.
+                await eventually(lambda: not engine.core.scheduler.finished_req_ids)
+                return Baggage(description, answer, [bag[index] for index in range(len(bag))])
+
+    async def come_back(self, baggage: "Baggage", migration_id: str = "m") -> None:
+        """Moves it in again; what is in its new blocks before is rubbish."""
+        engine, migration = self.engine, MigrationId(migration_id)
+        reservation = await engine.reserve(migration, baggage.description)
+        blocks = reservation.local_blocks
+        if len(blocks) < len(baggage.blocks):
+            blocks = await engine.grow(migration, len(baggage.blocks))
+        for block in blocks:
+            self.write_block(block, None)
+        for block, contents in zip(blocks, baggage.blocks, strict=False):
+            self.write_block(block, contents)
+        await engine.commit(migration, baggage.final)
+
+    def read_block(self, block: int) -> list[bytes]:
+        return [
+            ctypes.string_at(region.address + block * region.block_bytes, region.block_bytes)
+            for region in self.engine.regions
+        ]
+
+    def write_block(self, block: int, contents: Sequence[bytes] | None) -> None:
+        for index, region in enumerate(self.engine.regions):
+            source = contents[index] if contents is not None else b"\x7f" * region.block_bytes
+            ctypes.memmove(region.address + block * region.block_bytes, source, region.block_bytes)
+
+    async def close(self) -> None:
+        """Ends the engine, so that another one can be built in this process."""
+        await self.engine.stop()
+        if self.engine.core is not None:
+            await asyncio.to_thread(self.engine.core.shutdown)
+
+
+@dataclass(frozen=True)
+class Baggage:
+    """A request on its way from nowhere to nowhere."""
+
+    description: RequestDescription
+    final: FinalState
+    blocks: list[list[bytes]]
+
+    def with_description(self, **changes: Any) -> RequestDescription:
+        return msgspec.structs.replace(self.description, **changes)
+
+
+async def eventually(condition: Any, bound_s: float = 30.0) -> None:
+    async with asyncio.timeout(bound_s):
+        while not condition():  # noqa: ASYNC110 - what is waited for is on another thread
+            await asyncio.sleep(0.002)

@@ -1,0 +1,346 @@
+"""`VllmEngine` over vLLM's own `EngineCore` with the tiny model: one engine for all tests but the last."""
+
+import asyncio
+import gc
+import logging
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import msgspec
+import pytest
+import pytest_asyncio
+
+from migration.errors import DestinationRefusedError, EngineDeadError, SourceGoneError
+from migration.messages import MigrationId, RequestId
+from pd_serve.config import ServeConfig, process_environment
+from pd_serve.models import resolve
+
+pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module")]
+
+PROMPT = [(7 * i) % 200 + 20 for i in range(300)]  # computed in two chunks
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment() -> Iterator[None]:
+    """What every instance's process is started with; set before the engine module imports vLLM."""
+    with pytest.MonkeyPatch.context() as patch:
+        config = ServeConfig("tiny", {"prefill": 0, "decode": 0, "neutral": 1})
+        for name, value in process_environment(config, resolve("tiny")).items():
+            patch.setenv(name, value)
+        patch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+        yield
+    import vllm.envs
+
+    vllm.envs.disable_envs_cache()  # an engine freezes what it has read
+    gc.collect()
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def shared(environment: None) -> AsyncIterator[Any]:
+    from tests.integration.engine_rig import EngineRig
+
+    rig = EngineRig()
+    await rig.engine.start()
+    yield rig
+    await rig.close()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def rig(shared: Any) -> AsyncIterator[Any]:
+    """The shared engine, which has to be at rest afterwards."""
+    yield shared
+    assert await shared.engine.live_requests() == []
+    await at_rest(shared)
+    shared.streams.clear()
+
+
+async def at_rest(rig: Any) -> None:
+    """The runner forgets requests one step after the scheduler."""
+    async with asyncio.timeout(10):
+        while problems := await rig.engine.check_integrity():
+            if problems[0].startswith("the model runner keeps state"):
+                await asyncio.sleep(0.01)
+            else:
+                raise AssertionError(problems)
+    pool = rig.engine.core.scheduler.kv_cache_manager.block_pool
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+
+
+def sampling(name: str, max_tokens: int) -> Any:
+    from tests.integration.engine_rig import greedy, seeded
+
+    return {
+        "greedy": lambda: greedy(max_tokens),
+        "penalties": lambda: greedy(max_tokens, presence_penalty=0.7, frequency_penalty=0.4),
+        "seeded": lambda: seeded(max_tokens),
+        "seeded, top-k, min-p": lambda: seeded(max_tokens, top_k=20, min_p=0.01, repetition_penalty=1.1),
+    }[name]()
+
+
+SAMPLINGS = ["greedy", "penalties", "seeded", "seeded, top-k, min-p"]
+
+
+async def test_nothing_is_missing(rig: Any) -> None:
+    from migration.vllm_engine import support
+
+    assert support.missing_names() == []
+    assert support.missing_attributes(rig.engine.core) == []
+    assert rig.engine.no_migration is None
+    assert rig.engine.regions
+
+
+class TestSameTokens:
+    @pytest.mark.parametrize("name", SAMPLINGS)
+    async def test_out_and_in_again(self, rig: Any, name: str) -> None:
+        """What leaves is all that counts: blocks, tokens, and the state of a seeded request's generator."""
+        from tests.integration.engine_rig import eventually
+
+        expected = await rig.generate("alone", PROMPT, sampling(name, 60))
+        assert len(set(expected)) > 5, "nothing would show"
+        stream = await rig.add("r", PROMPT, sampling(name, 60))
+        for number, num_tokens in enumerate((1, 20, 33)):
+            await eventually(lambda n=num_tokens: len(stream.tokens) >= n)
+            baggage = await rig.leave("r")
+            assert (baggage.final.rng_state is not None) == name.startswith("seeded")
+            assert len(baggage.blocks) == -(-baggage.final.num_computed_tokens // 32)
+            await rig.come_back(baggage, f"m{number}")
+        assert await rig.finish(stream) == expected
+        assert sorted(set(stream.epochs)) == [0, 1, 2, 3]
+
+    @pytest.mark.parametrize("name", SAMPLINGS)
+    async def test_recomputed_from_its_output_tokens(self, rig: Any, name: str) -> None:
+        """Without blocks and generator state: its owner has died."""
+        from tests.integration.engine_rig import CLIENT, Stream, payload
+
+        expected = await rig.generate("alone", PROMPT, sampling(name, 40))
+        stream = rig.streams["r"] = Stream(expected[:25], [0] * 25)
+        await rig.engine.add(
+            payload("r", PROMPT, sampling(name, 40)), CLIENT, epoch=1, output_token_ids=expected[:25]
+        )
+        assert await rig.finish(stream) == expected
+        assert stream.epochs[24:26] == [0, 1]
+
+    async def test_taken_back(self, rig: Any) -> None:
+        """Suspended, its final state sent, and nobody wants it: it goes on under the epoch it is given."""
+        from tests.integration.engine_rig import eventually
+
+        expected = await rig.generate("alone", PROMPT, sampling("seeded", 40))
+        stream = await rig.add("r", PROMPT, sampling("seeded", 40))
+        await eventually(lambda: len(stream.tokens) >= 5)
+        final = await rig.engine.next_stage(RequestId("r"), 0, 99, suspend=True)
+        await rig.engine.resume(RequestId("r"), final.epoch + 2)
+        assert await rig.finish(stream) == expected
+        assert set(stream.epochs) == {0, 2}
+
+
+class TestRefusals:
+    @pytest_asyncio.fixture(loop_scope="module")
+    async def baggage(self, rig: Any) -> Any:
+        from tests.integration.engine_rig import eventually, greedy
+
+        stream = await rig.add("r", PROMPT[:40], greedy(100))
+        await eventually(lambda: len(stream.tokens) >= 2)
+        return await rig.leave("r")
+
+    async def test_describe_what_is_not_here(self, rig: Any) -> None:
+        with pytest.raises(SourceGoneError):
+            await rig.engine.describe(RequestId("nobody"))
+        with pytest.raises(SourceGoneError):
+            await rig.engine.next_stage(RequestId("nobody"), 0, 0, suspend=False)
+        await rig.engine.resume(RequestId("nobody"), 5)
+        await rig.engine.release(RequestId("nobody"))
+        await rig.engine.drop(MigrationId("none"))
+
+    async def test_what_cannot_move_runs_on(self, rig: Any) -> None:
+        from tests.integration.engine_rig import eventually, greedy
+
+        expected = await rig.generate("alone", PROMPT[:40], greedy(30))
+        own_transfer = {"kv_transfer_params": {"do_remote_decode": False}}
+        stream = await rig.add("r", PROMPT[:40], greedy(30, extra_args=own_transfer), handoff=True)
+        await eventually(lambda: stream.tokens)
+        with pytest.raises(DestinationRefusedError, match="a KV transfer of its own"):
+            await rig.engine.describe(RequestId("r"))
+        assert await rig.finish(stream) == expected
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "vllm version",
+            "model",
+            "model configuration",
+            "dtype",
+            "quantization",
+            "KV cache dtype",
+            "block size",
+            "KV layout",
+        ],
+    )
+    async def test_another_kind_of_engine(self, rig: Any, baggage: Any, name: str) -> None:
+        ours = rig.engine.compatibility
+        assert baggage.description.compatibility == ours
+        theirs = baggage.with_description(compatibility=ours | {name: "something else"})
+        with pytest.raises(DestinationRefusedError, match=f"^{name} differs: something else there, .* here$"):
+            await rig.engine.reserve(MigrationId("m"), theirs)
+
+    async def test_an_engine_that_does_not_know_a_name(self, rig: Any, baggage: Any) -> None:
+        with pytest.raises(DestinationRefusedError, match="differs: None there"):
+            await rig.engine.reserve(MigrationId("m"), baggage.with_description(compatibility={}))
+
+    async def test_too_long_for_this_engine(self, rig: Any, baggage: Any) -> None:
+        long = baggage.with_description(max_total_tokens=2049)
+        with pytest.raises(DestinationRefusedError, match="2049 tokens do not fit this instance's 2048"):
+            await rig.engine.reserve(MigrationId("m"), long)
+
+    @pytest.mark.parametrize("frames", [[b""], [b"\xc1"], [b"\x93\x01\x02\x03"], []])
+    async def test_unreadable_requests(self, rig: Any, baggage: Any, frames: list[bytes]) -> None:
+        with pytest.raises(DestinationRefusedError, match="cannot be read"):
+            await rig.engine.reserve(MigrationId("m"), baggage.with_description(payload=frames))
+        with pytest.raises((msgspec.MsgspecError, ValueError, TypeError, LookupError)):
+            await rig.engine.add(frames, "client")
+        assert not rig.deaths
+
+    async def test_a_request_that_vllm_does_not_take(self, rig: Any) -> None:
+        from vllm.pooling_params import PoolingParams
+
+        from tests.integration.engine_rig import CLIENT, payload
+
+        with pytest.raises(ValueError, match="Unsupported task"):
+            await rig.engine.add(payload("r", PROMPT, pooling_params=PoolingParams(task="embed")), CLIENT)
+
+    async def test_a_client_that_leaves_while_its_request_arrives(self, rig: Any, baggage: Any) -> None:
+        from tests.integration.engine_rig import CLIENT, greedy
+
+        migration_id = MigrationId("m")
+        await rig.engine.reserve(migration_id, baggage.description)
+        await rig.engine.abort_client(CLIENT)
+        with pytest.raises(DestinationRefusedError, match="client has gone"):
+            await rig.engine.commit(migration_id, baggage.final)
+        await rig.engine.drop(migration_id)
+        assert len(await rig.generate("next", PROMPT[:40], greedy(3))) == 3
+
+    async def test_a_commit_that_is_withdrawn(self, rig: Any, baggage: Any) -> None:
+        num_tokens = len(rig.streams["r"].tokens)
+        await rig.come_back(baggage)
+        await rig.engine.drop(MigrationId("m"))
+        await at_rest(rig)
+        assert not rig.streams["r"].ended
+        assert set(rig.streams["r"].epochs[num_tokens:]) <= {1}
+
+    async def test_aborts_know_epochs(self, rig: Any, baggage: Any) -> None:
+        await rig.come_back(baggage)  # under epoch 1
+        ids = [RequestId("r"), RequestId("nobody")]
+        assert await rig.engine.abort(ids, below_epoch=1) == ["nobody"]
+        assert await rig.engine.live_requests() == ["r"]
+        assert await rig.engine.abort(ids, below_epoch=2) == ["nobody"]
+        assert await rig.engine.live_requests() == []
+
+
+class TestUnmovable:
+    """Every kind that is refused, on vLLM's own request objects."""
+
+    def request(self, params: Any = None, **attributes: Any) -> Any:
+        from vllm.sampling_params import SamplingParams
+        from vllm.v1.request import Request
+
+        params = params or SamplingParams(max_tokens=5)
+        pooling_params = attributes.pop("pooling_params", None)
+        prompt = attributes.pop("prompt_token_ids", [1, 2, 3])
+        return Request("r", prompt, None if pooling_params else params, pooling_params, **attributes)
+
+    async def test_an_ordinary_request_moves(self) -> None:
+        from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+
+        from migration.vllm_engine.support import unmovable
+
+        assert unmovable(self.request()) is None
+        assert unmovable(self.request(SamplingParams(max_tokens=5, seed=1, logprobs=3))) is None
+        json_only = StructuredOutputsParams(json_object=True)
+        assert unmovable(self.request(SamplingParams(max_tokens=5, structured_outputs=json_only))) is None
+
+    async def test_the_others_do_not(self) -> None:
+        import torch
+        from vllm.lora.request import LoRARequest
+        from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+        from vllm.pooling_params import PoolingParams
+        from vllm.sampling_params import SamplingParams
+
+        from migration.vllm_engine.support import unmovable
+
+        image = MultiModalFeatureSpec(
+            data=None, modality="image", identifier="i", mm_position=PlaceholderRange(offset=0, length=2)
+        )
+
+        def asks_for(**extra: Any) -> Any:
+            return self.request(SamplingParams(max_tokens=5, extra_args=extra))
+
+        kinds = {
+            "a pooling request": self.request(pooling_params=PoolingParams(task="embed")),
+            "multimodal input": self.request(mm_features=[image]),
+            "embeddings": self.request(prompt_token_ids=None, prompt_embeds=torch.zeros(3, 4)),
+            "a LoRA adapter": self.request(lora_request=LoRARequest("adapter", 1, "somewhere")),
+            "streaming-input": self.request(resumable=True),
+            "a KV transfer": asks_for(kv_transfer_params={"do_remote_prefill": True}),
+            "transfer of its own": asks_for(ec_transfer_params={"any": 1}),
+            "thinking token budget": self.request(SamplingParams(max_tokens=5, thinking_token_budget=4)),
+        }
+        for why, request in kinds.items():
+            assert why in str(unmovable(request))
+
+
+async def test_a_step_that_fails_is_the_engines_death(
+    shared: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The last test of this engine."""
+    from tests.integration.engine_rig import eventually, greedy
+
+    rig = shared
+
+    def fail() -> None:
+        raise RuntimeError("out of luck")
+
+    stream = await rig.add("r", PROMPT, greedy(1000))
+    await eventually(lambda: stream.tokens)
+    monkeypatch.setattr(rig.engine.core, "step_fn", fail)
+    await eventually(lambda: rig.deaths)
+    assert str(rig.deaths[0]) == "out of luck"
+    assert "step loop has failed" in caplog.text
+    with pytest.raises(EngineDeadError, match="out of luck"):
+        await rig.engine.describe(RequestId("r"))
+
+
+async def test_a_vllm_that_we_do_not_know(
+    environment: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It serves, with vLLM's own scheduler, and says loudly that nothing will move."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from migration.vllm_engine import support
+    from tests.integration.engine_rig import CLIENT, EngineRig, eventually, greedy, payload
+
+    name = "vllm.v1.core.sched.scheduler:Scheduler.gone_in_the_next_release"
+    monkeypatch.setattr(support, "RELIED_ON", support.RELIED_ON | {name: ()})
+    assert support.missing_names() == [name]
+    rig = EngineRig()
+    await rig.engine.start()
+    try:
+        assert type(rig.engine.core.scheduler) is Scheduler
+        (record,) = [r for r in caplog.records if "SERVING WITHOUT MIGRATION" in r.message]
+        assert record.levelno >= logging.ERROR
+        assert name in record.message
+        stream = await rig.add("r", PROMPT, greedy(200), handoff=True)
+        await eventually(lambda: stream.tokens)
+        request_id, migration_id = RequestId("r"), MigrationId("m")
+        for call in (
+            rig.engine.describe(request_id),
+            rig.engine.next_stage(request_id, 0, 0, suspend=False),
+            rig.engine.reserve(migration_id, None),
+            rig.engine.add(payload("s", PROMPT, greedy(9)), CLIENT, output_token_ids=[1, 2]),
+        ):
+            with pytest.raises(DestinationRefusedError, match="migration is off here"):
+                await call
+        assert len(await rig.finish(stream)) == 200
+        assert await rig.engine.live_requests() == []
+        await at_rest(rig)
+        assert not rig.deaths
+    finally:
+        await rig.close()
