@@ -50,8 +50,8 @@ class InstanceDirectory:
         return self._infos[instance_id]
 
     def slot_of(self, instance_id: str) -> int:
-        """An index that vLLM's metrics know. A dead instance's last words count for the first."""
-        return self._slot_of.get(instance_id, 0)
+        """An index that vLLM's metrics know."""
+        return self._slot_of[instance_id]
 
     def join(self, info: InstanceInfo) -> None:
         self._infos[info.instance_id] = info

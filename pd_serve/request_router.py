@@ -218,6 +218,10 @@ class RequestRouter:
 
     def _on_tokens(self, frames: list[bytes]) -> None:
         header = self._header_decoder.decode(frames[0])
+        if header.instance_id not in self.instances:
+            # Its requests are recomputed, or will be when the instance that has sent them there says so;
+            # a late token would make it the owner once more.
+            return
         outputs: EngineCoreOutputs = self._outputs_decoder.decode(frames[1:])
         now = time.monotonic()
         deliver: list[EngineCoreOutput] = []

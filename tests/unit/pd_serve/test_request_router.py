@@ -401,6 +401,19 @@ async def test_a_commit_to_an_instance_that_is_lost_already_is_a_loss(world: Wor
     assert len(world.sent(AddRequest)) == 2
 
 
+async def test_late_tokens_do_not_make_a_lost_instance_the_owner(world: World) -> None:
+    """d0 dies after its first token, which is read after the death and before p0's word of the commit."""
+    world.submit()
+    world.tokens("p0", 0, 0, 10)
+    world.router.leave("d0")
+    world.tokens("d0", 1, 1, 11)
+
+    world.hear("p0", ended("", "p0", "d0", committed=True))
+
+    assert world.sent(AddRequest)[-1][1].output_token_ids == [10]
+    assert len(world.sent(AddRequest)) == 2
+
+
 async def test_with_a_gap_the_tokens_in_it_may_be_lost_with_any_instance(world: World) -> None:
     """d0 has spoken, p0's token before that has not come, and p0 dies."""
     world.submit()
