@@ -60,7 +60,6 @@ class FinalState(msgspec.Struct, frozen=True):
         output_token_ids: All tokens generated so far.
         num_computed_tokens: Tokens whose KV is in the blocks: all but the last sampled one.
         rng_state: State of the request's own random generator, if it has one.
-        reasoning_ended: Progress of a reasoning parser, for structured output.
     """
 
     tail: BlockRun
@@ -68,7 +67,6 @@ class FinalState(msgspec.Struct, frozen=True):
     output_token_ids: list[int]
     num_computed_tokens: int
     rng_state: bytes | None = None
-    reasoning_ended: bool | None = None
 
 
 class MigrationMessage(msgspec.Struct, frozen=True, tag=True):

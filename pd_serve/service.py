@@ -75,6 +75,7 @@ class Service:
         self._model = await asyncio.to_thread(models.resolve, config.model)
         environment = process_environment(config, self._model)
         os.environ.update(environment)
+        check_memory(config.num_instances, {}, self._model)  # the least it takes, before anything starts
 
         from pd_serve.cluster import RayCluster
 
