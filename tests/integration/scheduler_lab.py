@@ -497,8 +497,10 @@ class Move:
         self.blocks_done, self.stages, self.answer = run.end, self.stages + 1, None
         if isinstance(answer, Suspended):
             self.destination.commit(self.migration_id, answer)
-            self.source.call(self.source.scheduler.release, self.request_id)
-            self.over = self.committed = True
+            if self.source.call(self.source.scheduler.release, self.request_id):
+                self.over = self.committed = True
+            else:
+                self.cancel("it ended at its source before the commit", resume=False)
 
     def cancel(self, why: str = "cancelled", *, resume: bool = True) -> None:
         """The request stays where it is; the destination forgets it."""
