@@ -1,6 +1,7 @@
 """Hypothesis profiles; and a unit test fails if a task outlives it."""
 
 import asyncio
+import logging
 import os
 from asyncio import runners
 from collections.abc import Iterator
@@ -45,3 +46,14 @@ def pytest_runtest_teardown(item: pytest.Item) -> Iterator[Any]:
     finally:
         _left_behind.clear()
     return result
+
+
+@pytest.fixture(autouse=True)
+def _our_loggers_speak() -> None:
+    """Whatever a library's log configuration did in an earlier test of the same process."""
+    logging.disable(logging.NOTSET)
+    logging.root.setLevel(logging.WARNING)
+    for name, logger in logging.root.manager.loggerDict.items():
+        if isinstance(logger, logging.Logger) and name.split(".")[0] in ("pd_serve", "migration", "router"):
+            logger.disabled, logger.propagate = False, True
+            logger.setLevel(logging.NOTSET)
