@@ -297,6 +297,8 @@ class MigrationMixin:
         arrived = self.migration.arrived.items()
         request_id = next((rid for rid, brought_by in arrived if brought_by == migration_id), None)
         if request_id is not None:
+            # If it has ended at its source before all of it was copied, its blocks hold who knows what.
+            self.kv_cache_manager.evict_blocks(set(self.kv_cache_manager.get_block_ids(request_id)[0]))
             self.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
         return request_id
 

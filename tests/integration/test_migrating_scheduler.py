@@ -608,6 +608,27 @@ class TestCommit:
         source.run_to_the_end()
         assert source.streams["r"] == undisturbed(PROMPT, 40)
 
+    def test_what_it_brought_is_not_believed_after_a_drop(
+        self, kind: Kind, make: Callable[..., Node]
+    ) -> None:
+        """Its source may have ended it, and used its blocks again, while the last ones were being copied."""
+        source, destination = make(kind, num_blocks=7), make(kind)
+        source.add("r", PROMPT, max_tokens=50)
+        decoding(source, "r", 2)
+        move = Move(source, destination, "r")
+        move.advance()
+        move.advance(suspend=True)
+        source.run_until(lambda: bool(move.answer))
+        abort(source, "r")
+        source.add("other", list(range(700, 700 + 5 * BLOCK)), max_tokens=5)
+        source.run_to_the_end()
+        while not move.over:
+            move.advance()
+        assert not move.committed
+        destination.add("same", PROMPT, max_tokens=10)
+        destination.run_to_the_end()
+        assert source.streams["same"] == undisturbed(PROMPT, 10)
+
     def test_a_drop_that_comes_late_does_not_end_its_next_stay(
         self, kind: Kind, make: Callable[..., Node]
     ) -> None:
