@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import msgspec
+
 from migration.messages import BlockRun, FinalState, MigrationId, RequestDescription, RequestId
 
 
@@ -24,8 +26,7 @@ class Reservation:
     blocks_present: int
 
 
-@dataclass(frozen=True, slots=True)
-class EngineLoad:
+class EngineLoad(msgspec.Struct, frozen=True):
     """One engine's load, read between two steps.
 
     Attributes:
@@ -37,6 +38,10 @@ class EngineLoad:
         waiting_tokens: Prompt tokens still to be computed by waiting and prefilling requests.
         head_of_line_blocks: Blocks that the first waiting request needs; 0 without one.
         block_tokens: Tokens per block.
+        waiting_blocks: Blocks that all waiting requests need.
+        watermark_blocks: Blocks kept free when a request is admitted.
+        preempted: Waiting requests that have lost their blocks.
+        high_priority: Running requests of high priority (a negative one, as lower is earlier).
     """
 
     total_blocks: int
@@ -48,6 +53,26 @@ class EngineLoad:
     waiting_tokens: int
     head_of_line_blocks: int
     block_tokens: int
+    waiting_blocks: int = 0
+    watermark_blocks: int = 0
+    preempted: int = 0
+    high_priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RunningRequest:
+    """A request in the batch that could be moved.
+
+    Attributes:
+        priority: As in vLLM: lower is earlier, 0 is normal.
+        num_tokens: Prompt and output so far.
+        arrived_at: When it entered this batch, as a rank: later is greater.
+    """
+
+    request_id: RequestId
+    priority: int
+    num_tokens: int
+    arrived_at: float
 
 
 @dataclass
@@ -82,6 +107,9 @@ class Engine(Protocol):
         """
 
     # as a source
+    async def running_requests(self) -> list[RunningRequest]:
+        """The requests that a migration could take away now: decoding, and of a kind that can move."""
+
     async def describe(self, request_id: RequestId) -> RequestDescription:
         """Raises: SourceGoneError: not running here. DestinationRefusedError: of a kind that cannot move."""
 

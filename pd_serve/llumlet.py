@@ -10,8 +10,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
-
 from migration.bounds import MigrationBounds
 from migration.coordinator import MigrationCoordinator
 from migration.engine import Engine, EngineEvents, EngineLoad
@@ -28,17 +26,23 @@ from pd_serve.messages import (
     LoadReport,
     MigrateRequest,
     MigrationEnded,
+    MoveOut,
     PeerLost,
     Reply,
+    SetDraining,
+    SetRole,
+    Subscribe,
     ToInstance,
 )
 from pd_serve.wire import Wire
 from router.load import InstanceLoad
+from router.victim import choose_victim
 
 logger = logging.getLogger(__name__)
 
-#: Least and greatest time between two load reports.
+#: Least time between two load reports; between two that differ in blocks only; greatest time.
 REPORT_INTERVAL_S = 0.02
+PROGRESS_INTERVAL_S = 0.1
 HEARTBEAT_S = 0.5
 
 #: An API server that has said nothing for so long is gone, and its requests with it.
@@ -71,6 +75,7 @@ class Llumlet:
     ) -> None:
         self.name = name
         self.role = role
+        self.draining = False
         self.address = wire.listen(self._on_frames)
         self.events = EngineEvents(
             on_prefill_started=self._on_prefill_started,
@@ -84,11 +89,13 @@ class Llumlet:
         self._loop = asyncio.get_running_loop()
         self._tasks = OwnedTasks(on_fatal)
         self._on_fatal = on_fatal
-        self._decoder = msgspec.msgpack.Decoder(ToInstance)
+        self._decode = wire.decoder(ToInstance)
         self._servers: dict[str, ApiServer] = {}
+        self._schedulers: dict[str, float] = {}  # when each was last heard
         self._peers: dict[str, str] = {}
         self._handoffs: dict[RequestId, list[str]] = {}
         self._stranded: set[RequestId] = set()
+        self._moving_out: set[RequestId] = set()
         self._forwards: OrderedDict[RequestId, InstanceId] = OrderedDict()
         self._load: EngineLoad | None = None
         self._requests_added = 0
@@ -119,7 +126,7 @@ class Llumlet:
     # ---- messages
 
     def _on_frames(self, frames: Sequence[bytes]) -> None:
-        sender, message = frames[0].decode(), self._decoder.decode(frames[1])
+        sender, message = frames[0].decode(), self._decode(frames[1])
         match message:
             case AddRequest():
                 self._tasks.start(self._add(sender, message, [bytes(frame) for frame in frames[2:]]))
@@ -127,6 +134,18 @@ class Llumlet:
                 self._tasks.start(self._abort(message))
             case MigrateRequest():
                 self._tasks.start(self._migrate(sender, message))
+            case MoveOut():
+                self._tasks.start(self._move_out(message))
+            case SetRole(role=role):
+                self.role = role
+                self._report()
+            case SetDraining(draining=draining):
+                self.draining = draining
+                self._report()
+            case Subscribe(address=address):
+                self._wire.connect(sender, address)
+                self._schedulers[sender] = self._loop.time()
+                self._report()
             case Hello():
                 self._on_hello(sender, message)
             case PeerLost(instance_id=instance_id):
@@ -264,6 +283,23 @@ class Llumlet:
             ),
         )
 
+    async def _move_out(self, message: MoveOut) -> None:
+        """Moves a request of its own choice, because the scheduler has found this instance too full."""
+        destination = message.destination
+        requests = [r for r in await self.engine.running_requests() if r.request_id not in self._moving_out]
+        chosen = choose_victim(message.victim, requests, self.load(), destination)
+        if chosen is None:
+            return
+        self._moving_out.add(chosen.request_id)
+        try:
+            await self.coordinator.migrate(
+                chosen.request_id, InstanceId(destination.instance_id), message.reason
+            )
+        except MigrationError as error:
+            logger.info("request %s: %s did not happen: %s", chosen.request_id, message.reason, error)
+        finally:
+            self._moving_out.discard(chosen.request_id)
+
     def _on_outcome(self, outcome: MigrationOutcome) -> None:
         if outcome.committed:
             self._forwards[outcome.request_id] = outcome.destination
@@ -332,8 +368,16 @@ class Llumlet:
     # ---- load
 
     def _on_load(self, load: EngineLoad) -> None:
-        self._load = load
-        self._report()
+        before, self._load = self._load, load
+        if (
+            before is None
+            or load.running != before.running
+            or load.waiting != before.waiting
+            or load.waiting_tokens != before.waiting_tokens
+            or load.reserved_blocks != before.reserved_blocks
+            or self._loop.time() - self._reported_at >= PROGRESS_INTERVAL_S
+        ):
+            self._report()
 
     def load(self) -> InstanceLoad:
         engine = self._load or EngineLoad(0, 0, 0, 0, 0, 0, 0, 0, 1)
@@ -348,11 +392,17 @@ class Llumlet:
             head_of_line_blocks=engine.head_of_line_blocks,
             migrating_in=self.coordinator.num_incoming,
             migrating_out=self.coordinator.num_outgoing,
+            draining=self.draining,
             requests_added=self._requests_added,
+            waiting_blocks=engine.waiting_blocks,
+            watermark_blocks=engine.watermark_blocks,
+            preempted=engine.preempted,
+            high_priority=engine.high_priority,
+            block_tokens=engine.block_tokens,
         )
 
     def _report(self) -> None:
-        """Reports soon: at once, or when the last report is old enough."""
+        """Reports as soon as the last report is old enough."""
         if self._report_due is None:
             delay = max(0.0, self._reported_at + REPORT_INTERVAL_S - self._loop.time())
             self._report_due = self._loop.call_later(delay, self._report_now)
@@ -363,8 +413,8 @@ class Llumlet:
         if self.coordinator is None:
             return
         report = LoadReport(self.load(), sorted(self._stranded))
-        for server in self._servers:
-            self._send_to_server(server, report)
+        for listener in (*self._servers, *self._schedulers):
+            self._wire.send(listener, report)
 
     def _send_to_server(self, server: str, message: LoadReport | MigrationEnded | Reply) -> None:
         self._wire.send(server, message)
@@ -380,3 +430,7 @@ class Llumlet:
                     del self._servers[name]
                     self._wire.disconnect(name)
                     await self.engine.abort_client(server.token_endpoint)
+            for name in [name for name, heard in self._schedulers.items() if now - heard > CLIENT_LEASE_S]:
+                logger.warning("%s: scheduler %s is gone", self.name, name)
+                del self._schedulers[name]
+                self._wire.disconnect(name)

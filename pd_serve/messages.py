@@ -24,7 +24,7 @@ from router.load import InstanceLoad
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
-    """API server → instance: I am here. Sent on joining and as a heartbeat.
+    """API server → instance or scheduler: I am here. Sent on joining and as a heartbeat.
 
     Attributes:
         address: Where the sender takes messages.
@@ -74,6 +74,51 @@ class MigrateRequest(msgspec.Struct, frozen=True, tag=True):
     blocking: bool = False
 
 
+class MoveOut(msgspec.Struct, frozen=True, tag=True):
+    """Scheduler → instance: move one request of your choice.
+
+    Attributes:
+        destination: Its load as the scheduler sees it.
+        victim: Name of the rule to choose by; see `router.victim`.
+    """
+
+    destination: InstanceLoad
+    reason: str
+    victim: str
+
+
+class SetRole(msgspec.Struct, frozen=True, tag=True):
+    """Scheduler → instance: what it is used for from now on."""
+
+    role: str
+
+
+class SetDraining(msgspec.Struct, frozen=True, tag=True):
+    """Scheduler → instance: take nothing new, or take it again."""
+
+    draining: bool
+
+
+class Subscribe(msgspec.Struct, frozen=True, tag=True):
+    """Scheduler → instance: send load reports here. Repeated as a heartbeat."""
+
+    address: str
+
+
+class StartInstance(msgspec.Struct, frozen=True, tag=True):
+    """Scheduler → service: one more instance of this role."""
+
+    role: str
+    reason: str
+
+
+class StopInstance(msgspec.Struct, frozen=True, tag=True):
+    """Scheduler → service: this instance is drained and empty."""
+
+    instance_id: str
+    reason: str
+
+
 class Call(msgspec.Struct, frozen=True, tag=True):
     """API server → instance: `check_integrity`, or one of vLLM's engine utilities."""
 
@@ -89,7 +134,7 @@ class PeerLost(msgspec.Struct, frozen=True, tag=True):
 
 
 class LoadReport(msgspec.Struct, frozen=True, tag=True):
-    """Instance → API servers.
+    """Instance → API servers and scheduler.
 
     Attributes:
         stranded: Requests that wait here for a decode instance to take them.
@@ -125,8 +170,21 @@ class Reply(msgspec.Struct, frozen=True, tag=True):
 
 
 MigrationWire = Offer | Refused | Pull | Stage | Final | KeepAlive | Withdraw | Query | Committed | Dropped
-ToInstance = Hello | AddRequest | AbortRequests | MigrateRequest | Call | PeerLost | MigrationWire
-ToApiServer = LoadReport | MigrationEnded | Reply
+ToInstance = (
+    Hello
+    | AddRequest
+    | AbortRequests
+    | MigrateRequest
+    | MoveOut
+    | SetRole
+    | SetDraining
+    | Subscribe
+    | Call
+    | PeerLost
+    | MigrationWire
+)
+ToApiServer = LoadReport | MigrationEnded | Reply | StartInstance | StopInstance
+ToScheduler = Hello | PeerLost | LoadReport
 
 
 class TokenHeader(msgspec.Struct, frozen=True, array_like=True):

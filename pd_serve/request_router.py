@@ -12,10 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import msgspec
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
-from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
-
 from migration.errors import EngineDeadError
 from migration.messages import RequestId
 from pd_serve import metrics
@@ -29,14 +25,17 @@ from pd_serve.messages import (
     MigrateRequest,
     MigrationEnded,
     Reply,
+    StartInstance,
+    StopInstance,
     ToApiServer,
-    TokenHeader,
 )
+from pd_serve.outputs import OutputCodec
 from pd_serve.token_ledger import TokenLedger
 from pd_serve.wire import Wire
 from router.book import LoadBook
 from router.dispatch import can_start
 from router.load import freeness
+from router.request import NewRequest
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +52,7 @@ class Route:
 
     Attributes:
         payload: The encoded request, kept in case its owner dies.
+        request: What dispatch needs to know of it.
         ledger: Its tokens and its owner.
         destination: Where it is expected next, and counts in the load book.
         committed_to: Where it lives by its last owner's word; empty once the ledger has heard from there.
@@ -61,7 +61,7 @@ class Route:
 
     request_id: RequestId
     payload: list[bytes]
-    prompt_tokens: int
+    request: NewRequest
     ledger: TokenLedger
     destination: str = ""
     committed_to: str = ""
@@ -84,12 +84,30 @@ class RequestRouter:
     """Implements `ClusterView`. Instances come and go through `join` and `leave`.
 
     Args:
+        codec: Knows the encoding of the engines' outputs.
+        deliver: Takes batches of outputs, every token exactly once and in order.
         block_tokens: Tokens per KV block.
         num_slots: Instances that may live at a time; vLLM's metrics tell them apart by slot.
+        clock: The time that deliveries are measured by, in seconds.
+        on_scaling: Takes what the scheduler wants started or stopped.
     """
 
-    def __init__(self, name: str, wire: Wire, block_tokens: int, num_slots: int) -> None:
-        self.outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
+    def __init__(
+        self,
+        name: str,
+        wire: Wire,
+        codec: OutputCodec,
+        deliver: Callable[[Any], None],
+        *,
+        block_tokens: int,
+        num_slots: int,
+        clock: Callable[[], float] = time.monotonic,
+        on_scaling: Callable[[StartInstance | StopInstance], None] = lambda wanted: None,
+    ) -> None:
+        self._codec = codec
+        self._deliver = deliver
+        self._clock = clock
+        self._on_scaling = on_scaling
         #: Told (request, instance, tokens so far, time in s) at every delivery; for measurements.
         self.observer: Callable[[RequestId, str, int, float], None] | None = None
         self._block_tokens = block_tokens
@@ -100,10 +118,7 @@ class RequestRouter:
         self._routes: dict[RequestId, Route] = {}
         self._num_waiting = 0
         self._migrations: dict[str, Counter[str]] = {"handoff": Counter(), "manual": Counter()}
-        self._encoder = MsgpackEncoder()
-        self._outputs_decoder = MsgpackDecoder(EngineCoreOutputs)
-        self._header_decoder = msgspec.msgpack.Decoder(TokenHeader)
-        self._message_decoder = msgspec.msgpack.Decoder(ToApiServer)
+        self._decode_message = wire.decoder(ToApiServer)
         self._gauges = metrics.watch_loads(lambda: list(self._book))
 
     async def close(self) -> None:
@@ -132,18 +147,18 @@ class RequestRouter:
 
     # ---- requests
 
-    def submit(self, request: EngineCoreRequest) -> None:
+    def submit(self, request_id: str, payload: list[bytes], request: NewRequest) -> None:
         """Starts a request on a prefill instance.
+
+        Args:
+            payload: The request as its engine decodes it.
 
         Raises:
             EngineDeadError: no live instance takes new requests.
         """
-        request_id = RequestId(request.request_id)
-        prompt_tokens = len(request.prompt_token_ids or ())
-        payload = [bytes(frame) for frame in self._encoder.encode(request)]
-        route = Route(request_id, payload, prompt_tokens, TokenLedger(""))
+        route = Route(RequestId(request_id), payload, request, TokenLedger(""))
         self._place(route, epoch=0)
-        self._routes[request_id] = route
+        self._routes[route.request_id] = route
         self._num_waiting += 1
 
     def abort(self, request_ids: list[str]) -> None:
@@ -158,12 +173,16 @@ class RequestRouter:
             self.instances.send(owner, AbortRequests(owned))
 
     def _place(self, route: Route, epoch: int) -> None:
-        instance_id = self._book.dispatch(route.prompt_tokens + len(route.ledger.token_ids))
+        request = route.request
+        if route.ledger.token_ids:  # computed again, with what has been generated
+            num_tokens = request.prompt_tokens + len(route.ledger.token_ids)
+            request = NewRequest(num_tokens, request.priority, request.prefix_keys)
+        instance_id = self._book.dispatch(request)
         if instance_id is None:
             raise EngineDeadError("no live instance takes new requests; see GET /cluster")
         route.ledger.owner = instance_id
         handoff: list[str] = []
-        if self.instances[instance_id].role == "prefill":
+        if self._book[instance_id].role == "prefill":
             num_blocks = self._blocks_of(route)
             handoff = self._book.destinations(num_blocks)
             if handoff:
@@ -175,7 +194,7 @@ class RequestRouter:
         self.instances.send(instance_id, message, route.payload)
 
     def _blocks_of(self, route: Route) -> int:
-        return -(-(route.prompt_tokens + len(route.ledger.token_ids) + 1) // self._block_tokens)
+        return -(-(route.request.prompt_tokens + len(route.ledger.token_ids) + 1) // self._block_tokens)
 
     def _recompute(self, route: Route, lost: str) -> None:
         """Continues a request that was lost with an instance, from the tokens that the client has."""
@@ -201,9 +220,8 @@ class RequestRouter:
             )
 
     def _fail(self, route: Route) -> None:
-        output = EngineCoreOutput(route.request_id, [], finish_reason=FinishReason.ERROR)
         self._end(route)
-        self.outputs.put_nowait(EngineCoreOutputs(outputs=[output]))
+        self._deliver(self._codec.failed(route.request_id))
 
     def _end(self, route: Route) -> None:
         del self._routes[route.request_id]
@@ -217,14 +235,13 @@ class RequestRouter:
     # ---- tokens
 
     def _on_tokens(self, frames: list[bytes]) -> None:
-        header = self._header_decoder.decode(frames[0])
+        header, outputs = self._codec.decode(frames)
         if header.instance_id not in self.instances:
             # Its requests are recomputed, or will be when the instance that has sent them there says so;
             # a late token would make it the owner once more.
             return
-        outputs: EngineCoreOutputs = self._outputs_decoder.decode(frames[1:])
-        now = time.monotonic()
-        deliver: list[EngineCoreOutput] = []
+        now = self._clock()
+        deliver: list[Any] = []
         stale: list[tuple[RequestId, int | None]] = []
         for output, (epoch, index) in zip(outputs.outputs, header.spans, strict=True):
             route = self._routes.get(RequestId(output.request_id))
@@ -260,13 +277,15 @@ class RequestRouter:
         if deliver or outputs.scheduler_stats is not None:
             outputs.outputs = deliver
             outputs.engine_index = self.instances.slot_of(header.instance_id)
-            self.outputs.put_nowait(outputs)
+            self._deliver(outputs)
 
     # ---- messages from instances
 
     def _on_message(self, frames: list[bytes]) -> None:
-        sender, message = frames[0].decode(), self._message_decoder.decode(frames[1])
+        sender, message = frames[0].decode(), self._decode_message(frames[1])
         match message:
+            case StartInstance() | StopInstance():
+                self._on_scaling(message)
             case LoadReport():
                 if sender in self.instances:
                     self._book.report(message.load)
@@ -335,7 +354,7 @@ class RequestRouter:
             instances.append(
                 {
                     "id": info.instance_id,
-                    "role": info.role,
+                    "role": load.role if load else info.role,
                     "state": "starting" if load is None else "draining" if load.draining else "ready",
                     "node": info.node,
                     "pid": info.pid,
@@ -392,7 +411,7 @@ class RequestRouter:
         message = AddRequest(route.request_id, self.instances.token_endpoint, epoch, [], tokens)
         self.instances.send(destination, message, route.payload)
         await self._next_owner_speaks(route, moves)
-        return Migrated(route.ledger.last_gap_s * 1e3, 0, 0, route.prompt_tokens + len(tokens))
+        return Migrated(route.ledger.last_gap_s * 1e3, 0, 0, route.request.prompt_tokens + len(tokens))
 
     async def _next_owner_speaks(self, route: Route, moves: int) -> None:
         """Returns at the first token of an owner after the first `moves`, or when the request has ended."""

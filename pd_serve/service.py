@@ -160,11 +160,13 @@ class Service:
 
     def _import_front_end(self) -> None:
         import pd_serve.api.app
+        import pd_serve.api.codec
         import pd_serve.api.core
         import pd_serve.request_router  # noqa: F401
 
     async def _build_app(self) -> None:
         from pd_serve.api.app import create_app
+        from pd_serve.api.codec import VllmCodec
         from pd_serve.api.core import ClusterCore
         from pd_serve.api.engine_client import ClusterAsyncLLM
         from pd_serve.request_router import RequestRouter
@@ -175,9 +177,13 @@ class Service:
         self._engine_config.cache_config.num_gpu_blocks = self._infos[0].num_blocks
         self._engine_config.cache_config.block_size = self._infos[0].block_tokens
         self._engine_config.model_config.max_model_len = min(info.max_model_len for info in self._infos)
+        codec = VllmCodec()
+        outputs: asyncio.Queue[Any] = asyncio.Queue()
         self.router = RequestRouter(
             self._wire.name,
             self._wire,
+            codec,
+            outputs.put_nowait,
             block_tokens=self._infos[0].block_tokens,
             num_slots=self._config.num_instances,
         )
@@ -185,7 +191,7 @@ class Service:
             self.router.join(info)
         async with asyncio.timeout(30):
             await self.router.wait_for_reports()
-        core = ClusterCore(self.router, tuple(self._infos[0].supported_tasks))
+        core = ClusterCore(self.router, outputs, codec, tuple(self._infos[0].supported_tasks))
         self.client = ClusterAsyncLLM(
             self._engine_config,
             core,

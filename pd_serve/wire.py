@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import zmq
@@ -61,6 +62,11 @@ class Wire:
     def callback(self, domain: str, key: bytes) -> bool:
         """For pyzmq's authenticator: only the cluster's own key may connect."""
         return self._keys is not None and key == self._keys.public
+
+    @staticmethod
+    def decoder(kind: Any) -> Callable[[bytes], Any]:
+        """What turns a received message's frame into one of `kind`. Raises: msgspec.MsgspecError."""
+        return msgspec.msgpack.Decoder(kind).decode
 
     def listen(self, on_message: Callable[[list[bytes]], None]) -> str:
         """Binds an inbound socket; every message's frames go to `on_message`. Returns its address."""

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from router.dispatch import choose_prefill, rank_destinations
 from router.load import InstanceLoad
+from router.request import NewRequest
 
 
 class LoadBook:
@@ -42,7 +43,7 @@ class LoadBook:
         for table in (self._loads, self._unseen, self._expected):
             table.pop(instance_id, None)
 
-    def dispatch(self, prompt_tokens: int) -> str | None:
+    def dispatch(self, request: NewRequest) -> str | None:
         """Chooses where a new request starts, and counts it there. None: nowhere."""
         pending = {name: sum(tokens for _, tokens in unseen) for name, unseen in self._unseen.items()}
         chosen = choose_prefill(self._loads.values(), pending)
@@ -50,7 +51,7 @@ class LoadBook:
             unseen = self._unseen.setdefault(chosen, deque())
             # The instance counts what anybody sends it, so the count starts from its own report.
             before = unseen[-1][0] if unseen else self._loads[chosen].requests_added
-            unseen.append((before + 1, prompt_tokens))
+            unseen.append((before + 1, request.prompt_tokens))
         return chosen
 
     def destinations(self, num_blocks: int) -> list[str]:

@@ -1,15 +1,14 @@
 """What the scheduler knows of an instance: one flat value of plain numbers."""
 
-from dataclasses import dataclass
+import msgspec
 
 
-@dataclass(frozen=True, slots=True)
-class InstanceLoad:
+class InstanceLoad(msgspec.Struct, frozen=True):
     """Load of one instance at a step boundary, as its llumlet reports it.
 
     Attributes:
         instance_id: Who.
-        role: "prefill", "decode" or "neutral".
+        role: "prefill", "decode" or "neutral". A scheduling fact: it may change while the instance runs.
         total_blocks, free_blocks: KV blocks that requests can use, and those free or evictable now.
             Blocks reserved for arriving migrations are not free.
         running: Batch size; requests suspended by a migration included.
@@ -17,8 +16,14 @@ class InstanceLoad:
         waiting_tokens: Prompt tokens still to be computed (prefill backlog).
         head_of_line_blocks: Blocks that the first queued request needs.
         migrating_in, migrating_out: Migrations in flight.
-        draining: Takes nothing new.
+        draining: Takes nothing new; what it has is moved away.
         requests_added: New requests received since the start; tells which dispatches a report has seen.
+        waiting_blocks: Blocks that all queued requests need, the first one's included.
+        watermark_blocks: Blocks that the engine keeps free when it admits a request.
+        preempted: Queued requests that had been running here and lost their blocks.
+        high_priority: Requests of high priority in the batch.
+        expected_blocks: Demand decided on and not in the report yet; added by whoever decided.
+        block_tokens: Tokens per block.
     """
 
     instance_id: str
@@ -33,6 +38,12 @@ class InstanceLoad:
     migrating_out: int = 0
     draining: bool = False
     requests_added: int = 0
+    waiting_blocks: int = 0
+    watermark_blocks: int = 0
+    preempted: int = 0
+    high_priority: int = 0
+    expected_blocks: int = 0
+    block_tokens: int = 16
 
     @property
     def virtual_usage(self) -> int:

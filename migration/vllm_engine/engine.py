@@ -19,7 +19,7 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request
 from vllm.v1.serial_utils import MsgpackDecoder
 
-from migration.engine import EngineEvents, Reservation
+from migration.engine import EngineEvents, Reservation, RunningRequest
 from migration.errors import DestinationRefusedError, InvalidRequestError, SourceGoneError
 from migration.messages import BlockRun, FinalState, MigrationId, RequestDescription, RequestId
 from migration.transport.base import KvRegion
@@ -170,6 +170,18 @@ class VllmEngine:
         await self._steps.call(abort)
 
     # ---- source
+
+    async def running_requests(self) -> list[RunningRequest]:
+        def running() -> list[RunningRequest]:
+            if self.no_migration is not None:
+                return []
+            return [
+                RunningRequest(RequestId(r.request_id), r.priority, r.num_tokens, float(rank))
+                for rank, r in enumerate(self.scheduler.running)
+                if r.num_output_tokens and not r.is_prefill_chunk and support.unmovable(r) is None
+            ]
+
+        return await self._steps.call(running)
 
     async def describe(self, request_id: RequestId) -> RequestDescription:
         def describe() -> RequestDescription:

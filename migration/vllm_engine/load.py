@@ -13,6 +13,7 @@ def read_load(scheduler: Any) -> EngineLoad:
     backlog += sum(r.num_tokens - r.num_computed_tokens for r in scheduler.running if r.is_prefill_chunk)
     migration = getattr(scheduler, "migration", None)
     arriving = migration.arriving.values() if migration else ()
+    block_tokens = scheduler.block_size
     get_ids = scheduler.kv_cache_manager.get_block_ids
     return EngineLoad(
         total_blocks=pool.num_gpu_blocks - 1,  # block 0 is the null block
@@ -22,6 +23,9 @@ def read_load(scheduler: Any) -> EngineLoad:
         suspended=len(migration.suspended) if migration else 0,
         waiting=len(queued),
         waiting_tokens=backlog,
-        head_of_line_blocks=-(-queued[0].num_tokens // scheduler.block_size) if queued else 0,
-        block_tokens=scheduler.block_size,
+        head_of_line_blocks=-(-queued[0].num_tokens // block_tokens) if queued else 0,
+        block_tokens=block_tokens,
+        waiting_blocks=sum(-(-r.num_tokens // block_tokens) for r in queued),
+        preempted=sum(r.num_preemptions > 0 for r in queued),
+        high_priority=sum(r.priority < 0 for r in scheduler.running),
     )

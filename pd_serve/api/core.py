@@ -1,31 +1,44 @@
 """The cluster in the shape of vLLM's engine-core client: what `AsyncLLM` talks to."""
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any
 
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.core_client import EngineCoreClient
 
+from pd_serve.api.codec import VllmCodec
 from pd_serve.request_router import RequestRouter
+from router.request import NewRequest, prefix_keys
 
 
 class ClusterCore(EngineCoreClient):
     """Hands requests to the router and outputs back. What a cluster cannot do answers 501, as in vLLM."""
 
-    def __init__(self, router: RequestRouter, supported_tasks: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        router: RequestRouter,
+        outputs: "asyncio.Queue[EngineCoreOutputs]",
+        codec: VllmCodec,
+        supported_tasks: tuple[str, ...],
+    ) -> None:
         self.resources = SimpleNamespace(engine_dead=False)
         self.engine_ranks_managed = router.instances.slots
         self._router = router
+        self._outputs = outputs
+        self._codec = codec
         self._supported_tasks = supported_tasks
 
     async def get_supported_tasks_async(self) -> tuple[str, ...]:
         return self._supported_tasks
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
-        self._router.submit(request)
+        token_ids = request.prompt_token_ids or ()
+        new = NewRequest(len(token_ids), request.priority, prefix_keys(token_ids))
+        self._router.submit(request.request_id, self._codec.encode_request(request), new)
 
     async def get_output_async(self) -> EngineCoreOutputs:
-        return await self._router.outputs.get()
+        return await self._outputs.get()
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         self._router.abort(request_ids)

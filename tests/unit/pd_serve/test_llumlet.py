@@ -40,6 +40,7 @@ from pd_serve.messages import (
     PeerLost,
     Reply,
 )
+from pd_serve.wire import Wire
 
 M = TypeVar("M")
 R = RequestId("r")
@@ -52,6 +53,8 @@ class FakeWire:
         self.on_message: Callable[[list[bytes]], None] = lambda frames: None
         self.peers: dict[str, str] = {}
         self.sent: list[tuple[str, Any]] = []
+
+    decoder = staticmethod(Wire.decoder)
 
     def listen(self, on_message: Callable[[list[bytes]], None]) -> str:
         self.on_message = on_message

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import msgspec
@@ -16,6 +15,7 @@ from migration.errors import EngineDeadError
 from migration.messages import RequestId
 from pd_serve import request_router
 from pd_serve.api.cluster_view import MigrationRefusedError, UnknownTargetError
+from pd_serve.api.codec import VllmCodec
 from pd_serve.instance import InstanceInfo
 from pd_serve.messages import (
     AbortRequests,
@@ -29,7 +29,9 @@ from pd_serve.messages import (
     TokenHeader,
 )
 from pd_serve.request_router import MAX_RECOMPUTES, Migrated, RequestRouter
+from pd_serve.wire import Wire
 from router.load import InstanceLoad
+from router.request import NewRequest
 
 M = TypeVar("M")
 R = RequestId("r")
@@ -43,6 +45,8 @@ class FakeWire:
         self.listeners: list[Callable[[list[bytes]], None]] = []
         self.peers: dict[str, str] = {}
         self.sent: list[tuple[str, Any, list[bytes]]] = []
+
+    decoder = staticmethod(Wire.decoder)
 
     def listen(self, on_message: Callable[[list[bytes]], None]) -> str:
         self.listeners.append(on_message)
@@ -66,16 +70,23 @@ class Clock:
 
     now: float = 100.0
 
-    def monotonic(self) -> float:
-        return self.now
-
 
 class World:
     """A router and what the instances around it say."""
 
     def __init__(self) -> None:
         self.wire = FakeWire()
-        self.router = RequestRouter("api", self.wire, BLOCK_TOKENS, num_slots=8)  # type: ignore[arg-type]
+        self.outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
+        self.clock = Clock()
+        self.router = RequestRouter(
+            "api",
+            self.wire,  # type: ignore[arg-type]
+            VllmCodec(),
+            self.outputs.put_nowait,
+            block_tokens=BLOCK_TOKENS,
+            num_slots=8,
+            clock=lambda: self.clock.now,
+        )
         self._encoder = MsgpackEncoder()
 
     def join(self, *names: str) -> None:
@@ -110,7 +121,8 @@ class World:
 
     def submit(self, request_id: str = "r", prompt_tokens: int = 20) -> AddRequest:
         """Returns what the instance was sent."""
-        self.router.submit(request(request_id, prompt_tokens))
+        payload = VllmCodec().encode_request(request(request_id, prompt_tokens))
+        self.router.submit(request_id, payload, NewRequest(prompt_tokens))
         return self.sent(AddRequest)[-1][1]
 
     def sent(self, kind: type[M]) -> list[tuple[str, M]]:
@@ -119,8 +131,8 @@ class World:
     def delivered(self) -> list[EngineCoreOutput]:
         """Everything that the API has been given since the last look."""
         found = []
-        while not self.router.outputs.empty():
-            found += self.router.outputs.get_nowait().outputs
+        while not self.outputs.empty():
+            found += self.outputs.get_nowait().outputs
         return found
 
     def delivered_tokens(self) -> list[int]:
@@ -155,13 +167,6 @@ def request(request_id: str, prompt_tokens: int) -> EngineCoreRequest:
 
 def ended(call_id: str, source: str, destination: str, committed: bool, why: str = "", **more: Any) -> object:
     return MigrationEnded(call_id, R, source, destination, "manual", committed, why, **more)
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(request_router, "time", SimpleNamespace(monotonic=clock.monotonic))
-    return clock
 
 
 @pytest.fixture
@@ -262,7 +267,7 @@ async def test_a_step_s_outputs_are_those_of_its_instance(world: World) -> None:
     world.tokens("p0", 0, 0, 10)
     world.tokens("d0", 1, 1, 11)
 
-    slots = [world.router.outputs.get_nowait().engine_index for _ in range(2)]
+    slots = [world.outputs.get_nowait().engine_index for _ in range(2)]
 
     assert slots == [0, 2]
 
@@ -510,7 +515,7 @@ async def test_a_stranded_request_that_has_another_owner_or_has_ended_is_left_al
 # ---- migration on demand
 
 
-async def test_migrate_returns_what_it_cost(world: World, clock: Clock) -> None:
+async def test_migrate_returns_what_it_cost(world: World) -> None:
     """It is over with the first token from the destination, which may come long after the commit."""
     world.submit()
     world.tokens("p0", 0, 0, 10)
@@ -520,7 +525,7 @@ async def test_migrate_returns_what_it_cost(world: World, clock: Clock) -> None:
     world.hear("p0", ended(call_id, "p0", "d1", True, stages=2, blocks=3, tokens=21))
     await turns()
     assert not task.done()
-    clock.now += 0.25
+    world.clock.now += 0.25
     world.tokens("d1", 1, 1, 11)
 
     assert await task == Migrated(downtime_ms=250.0, stages=2, blocks=3, tokens=21)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from router.book import LoadBook
 from router.load import InstanceLoad
+from router.request import NewRequest
 
 
 def prefill(name: str, waiting_tokens: int = 0, added: int = 0) -> InstanceLoad:
@@ -31,13 +32,19 @@ def test_a_burst_between_two_reports_does_not_herd() -> None:
     """All of it is decided on one report, in which both instances look idle."""
     book = book_of(prefill("p0"), prefill("p1"))
 
-    assert Counter(book.dispatch(100) for _ in range(10)) == {"p0": 5, "p1": 5}
+    assert Counter(book.dispatch(NewRequest(100)) for _ in range(10)) == {"p0": 5, "p1": 5}
 
 
 def test_a_long_prompt_weighs_as_much_as_many_short_ones() -> None:
     book = book_of(prefill("p0"), prefill("p1"))
 
-    assert [book.dispatch(1000)] + [book.dispatch(250) for _ in range(4)] == ["p0", "p1", "p1", "p1", "p1"]
+    assert [book.dispatch(NewRequest(1000))] + [book.dispatch(NewRequest(250)) for _ in range(4)] == [
+        "p0",
+        "p1",
+        "p1",
+        "p1",
+        "p1",
+    ]
 
 
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=40))
@@ -45,7 +52,7 @@ def test_a_burst_is_spread_to_within_its_longest_prompt(prompts: list[int]) -> N
     book = book_of(prefill("p0"), prefill("p1"), prefill("p2"))
     backlog = Counter({"p0": 0, "p1": 0, "p2": 0})
     for tokens in prompts:
-        backlog[book.dispatch(tokens)] += tokens
+        backlog[book.dispatch(NewRequest(tokens))] += tokens
 
     assert max(backlog.values()) - min(backlog.values()) <= max(prompts)
 
@@ -53,49 +60,49 @@ def test_a_burst_is_spread_to_within_its_longest_prompt(prompts: list[int]) -> N
 def test_a_dispatch_that_a_report_has_seen_is_not_counted_twice() -> None:
     """p0 has got its request and still has all of it to compute: its report says so."""
     book = book_of(prefill("p0"), prefill("p1", waiting_tokens=150))
-    assert book.dispatch(100) == "p0"
+    assert book.dispatch(NewRequest(100)) == "p0"
 
     book.report(prefill("p0", waiting_tokens=100, added=1))
 
-    assert book.dispatch(100) == "p0"
+    assert book.dispatch(NewRequest(100)) == "p0"
 
 
 def test_a_dispatch_that_a_report_has_not_seen_still_counts() -> None:
     """The report was on its way when the request was sent."""
     book = book_of(prefill("p0"), prefill("p1", waiting_tokens=50))
-    assert book.dispatch(100) == "p0"
+    assert book.dispatch(NewRequest(100)) == "p0"
 
     book.report(prefill("p0", added=0))
 
-    assert book.dispatch(100) == "p1"
+    assert book.dispatch(NewRequest(100)) == "p1"
 
 
 def test_a_report_may_have_seen_a_part_of_the_dispatches() -> None:
     book = book_of(prefill("p0"), prefill("p1", waiting_tokens=1000))
-    assert [book.dispatch(400), book.dispatch(400)] == ["p0", "p0"]
+    assert [book.dispatch(NewRequest(400)), book.dispatch(NewRequest(400))] == ["p0", "p0"]
 
     book.report(prefill("p0", waiting_tokens=0, added=1))  # the first is computed, the second not there yet
-    assert book.dispatch(500) == "p0"  # 400 are pending
+    assert book.dispatch(NewRequest(500)) == "p0"  # 400 are pending
 
-    assert book.dispatch(1) == "p0"  # 900
-    assert book.dispatch(200) == "p0"  # 901
-    assert book.dispatch(1) == "p1"  # 1101
+    assert book.dispatch(NewRequest(1)) == "p0"  # 900
+    assert book.dispatch(NewRequest(200)) == "p0"  # 901
+    assert book.dispatch(NewRequest(1)) == "p1"  # 1101
 
 
 def test_counting_starts_from_what_the_instance_has_had() -> None:
     """This API server is new, or not the only one."""
     book = book_of(prefill("p0", added=7), prefill("p1", waiting_tokens=50))
-    assert book.dispatch(100) == "p0"
-    assert book.dispatch(100) == "p1"
+    assert book.dispatch(NewRequest(100)) == "p0"
+    assert book.dispatch(NewRequest(100)) == "p1"
 
     book.report(prefill("p0", added=8))
 
-    assert book.dispatch(10) == "p0"
+    assert book.dispatch(NewRequest(10)) == "p0"
 
 
 def test_nowhere_to_start_is_none() -> None:
-    assert LoadBook().dispatch(1) is None
-    assert book_of(decode("d0")).dispatch(1) is None
+    assert LoadBook().dispatch(NewRequest(1)) is None
+    assert book_of(decode("d0")).dispatch(NewRequest(1)) is None
 
 
 # ---- hand-off
@@ -156,7 +163,7 @@ def test_the_latest_report_counts() -> None:
 def test_an_instance_that_is_removed_leaves_nothing_behind() -> None:
     """One of the same name that joins later starts from its own report."""
     book = book_of(prefill("p0"), decode("d0"))
-    book.dispatch(1000)
+    book.dispatch(NewRequest(1000))
     book.expect("d0", "r", 50)
 
     book.remove("p0")
@@ -164,10 +171,10 @@ def test_an_instance_that_is_removed_leaves_nothing_behind() -> None:
 
     assert list(book) == []
     assert (book.get("p0"), "d0" in book) == (None, False)
-    assert (book.dispatch(1), book.destinations(1)) == (None, [])
+    assert (book.dispatch(NewRequest(1)), book.destinations(1)) == (None, [])
     for load in (prefill("p0"), prefill("p1", waiting_tokens=1), decode("d0")):
         book.report(load)
-    assert book.dispatch(1) == "p0"
+    assert book.dispatch(NewRequest(1)) == "p0"
     assert book.free_blocks("d0") == 100
 
 

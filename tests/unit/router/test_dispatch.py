@@ -1,10 +1,9 @@
 """Where a request starts, and where it is handed off to."""
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from router.dispatch import can_start, choose_prefill, rank_destinations
 from router.load import InstanceLoad

@@ -1,10 +1,9 @@
 """Virtual usage and freeness."""
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from router.load import InstanceLoad, freeness
 

@@ -1,0 +1,28 @@
+"""vLLM's outputs and requests as they travel: its own msgpack encoding."""
+
+from collections.abc import Sequence
+
+import msgspec
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+from pd_serve.messages import TokenHeader
+
+
+class VllmCodec:
+    """See `pd_serve.outputs.OutputCodec`."""
+
+    def __init__(self) -> None:
+        self._header = msgspec.msgpack.Decoder(TokenHeader)
+        self._outputs = MsgpackDecoder(EngineCoreOutputs)
+        self._encoder = MsgpackEncoder()
+
+    def encode_request(self, request: EngineCoreRequest) -> list[bytes]:
+        return [bytes(frame) for frame in self._encoder.encode(request)]
+
+    def decode(self, frames: Sequence[bytes]) -> tuple[TokenHeader, EngineCoreOutputs]:
+        return self._header.decode(frames[0]), self._outputs.decode(frames[1:])
+
+    def failed(self, request_id: str) -> EngineCoreOutputs:
+        output = EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR)
+        return EngineCoreOutputs(outputs=[output])

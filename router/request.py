@@ -1,0 +1,31 @@
+"""A request as dispatch sees it, before it is anywhere."""
+
+from collections.abc import Sequence
+
+import msgspec
+
+#: Prompts that begin with the same tokens are recognized in steps of so many.
+PREFIX_TOKENS = 128
+
+
+class NewRequest(msgspec.Struct, frozen=True):
+    """Attributes:
+    prompt_tokens: Tokens to prefill.
+    priority: As in vLLM: lower is earlier, 0 is normal, below it is high.
+    prefix_keys: One number per whole `PREFIX_TOKENS` of the prompt, made of all tokens up to there: two
+        prompts with the same i-th key begin with the same (i + 1) * PREFIX_TOKENS tokens.
+    """
+
+    prompt_tokens: int
+    priority: int = 0
+    prefix_keys: tuple[int, ...] = ()
+
+
+def prefix_keys(token_ids: Sequence[int]) -> tuple[int, ...]:
+    """See `NewRequest.prefix_keys`. The same in every process (Python hashes integers as they are)."""
+    keys = []
+    key = 0
+    for end in range(PREFIX_TOKENS, len(token_ids) + 1, PREFIX_TOKENS):
+        key = hash((key, *token_ids[end - PREFIX_TOKENS : end]))
+        keys.append(key)
+    return tuple(keys)
