@@ -1,0 +1,70 @@
+"""When requests arrive. Everything is a function of its arguments and the random generator given."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from migration.errors import InvalidRequestError
+
+Seconds = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """Attributes:
+    kind: "poisson", "gamma", or "recorded": the trace file's own times.
+    cv: Coefficient of variation of the gaps, for "gamma".
+    """
+
+    kind: str
+    cv: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> "Arrivals":
+        """From `poisson`, `gamma:CV` or `recorded`.
+
+        Raises:
+            InvalidRequestError: It is none of them.
+        """
+        kind, _, parameter = text.partition(":")
+        if kind in ("poisson", "recorded") and not parameter:
+            return cls(kind)
+        try:
+            cv = float(parameter)
+        except ValueError:
+            cv = 0.0
+        if kind != "gamma" or not 0 < cv < float("inf"):
+            raise InvalidRequestError(
+                f"arrivals {text!r}: must be poisson, gamma:CV with a CV above 0, or recorded"
+            )
+        return cls(kind, cv)
+
+
+def drawn(arrivals: Arrivals, rate: float, count: int, dice: np.random.RandomState) -> Seconds:
+    """Arrival times of a Poisson process, or of one with Gamma gaps of shape 1/CV² and mean 1/rate.
+
+    The first request arrives at 0.
+    """
+    shape = 1.0 if arrivals.kind == "poisson" else arrivals.cv**-2
+    times = np.cumsum(dice.gamma(shape, 1 / (rate * shape), count))
+    return np.asarray(times - times[0])
+
+
+def recorded(times: Seconds, rate: float | None) -> Seconds:
+    """A file's own times, from 0 on; stretched or squeezed to a mean rate, or as they are.
+
+    Raises:
+        InvalidRequestError: There is no time between the first and the last request to stretch.
+    """
+    times = times - times[0]
+    if rate is None:
+        return times
+    if times[-1] <= 0:
+        raise InvalidRequestError("these requests all arrive at once: their recorded times have no rate")
+    return np.asarray(times * (recorded_rate(times) / rate))
+
+
+def recorded_rate(times: Seconds) -> float:
+    """Mean rate of recorded arrivals, in requests/s."""
+    return (len(times) - 1) / float(times[-1] - times[0])

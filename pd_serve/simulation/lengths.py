@@ -1,0 +1,104 @@
+"""Prompt and output lengths made up from what the Llumnix paper says of its workloads. No file is needed.
+
+The distributions that the paper calls Short, Medium and Long are made exactly as its artifact makes them.
+Of ShareGPT and BurstGPT as the paper sampled them only four quantiles and the mean are known: those are
+drawn from a curve through them, prompt and output independently of each other.
+
+Source: Llumnix (OSDI 2024), table 1; its artifact's trace generator.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Lengths = NDArray[np.int64]
+
+#: Of the paper's artifact: gives the very lengths of the paper.
+PAPER_SEED = 0xCADE
+
+#: Longest prompt, and longest output, of the paper.
+LONGEST_TOKENS = 6144
+
+
+@dataclass(frozen=True, slots=True)
+class PowerLaw:
+    """Rank r in 1..2 mean - 1 with a probability that falls as r^-alpha, stretched to the mean."""
+
+    mean: int
+    alpha: float
+
+    def draw(self, count: int, dice: np.random.RandomState) -> Lengths:
+        ranks = np.arange(1, 2 * self.mean)
+        weights = ranks.astype(float) ** -self.alpha
+        drawn = dice.choice(ranks, size=count, p=weights / weights.sum())
+        stretched = np.ceil(drawn * (self.mean / drawn.mean())).astype(np.int64)
+        return np.minimum(stretched, LONGEST_TOKENS)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantiles:
+    """A curve from 1 through P50, P80, P95 and P99 to `longest`.
+
+    Between two of them lengths grow geometrically; below the median the curve is bent by an exponent, the
+    one with which the mean comes out.
+    """
+
+    mean: float
+    p50: int
+    p80: int
+    p95: int
+    p99: int
+    longest: int
+
+    def draw(self, count: int, dice: np.random.RandomState) -> Lengths:
+        bend = self._bend()
+        return np.maximum(np.rint(self._curve(dice.random_sample(count), bend)), 1).astype(np.int64)
+
+    def _curve(self, u: NDArray[np.float64], bend: float) -> NDArray[np.float64]:
+        at = np.array([0.0, 0.5, 0.8, 0.95, 0.99, 1.0])
+        logs = np.log([1, self.p50, self.p80, self.p95, self.p99, self.longest])
+        piece = np.clip(np.searchsorted(at, u, side="right") - 1, 0, len(at) - 2)
+        along = (u - at[piece]) / np.diff(at)[piece]
+        along = np.where(piece == 0, along**bend, along)
+        return np.exp(logs[piece] + along * np.diff(logs)[piece])
+
+    def _bend(self) -> float:
+        u = (np.arange(20_000) + 0.5) / 20_000
+        low, high = 0.02, 50.0  # more bend: more short ones
+        for _ in range(30):
+            middle = (low * high) ** 0.5
+            low, high = (middle, high) if self._curve(u, middle).mean() > self.mean else (low, middle)
+        return low
+
+
+Distribution = PowerLaw | Quantiles
+
+SHORT, MEDIUM, LONG = PowerLaw(128, 2.0), PowerLaw(256, 1.5), PowerLaw(512, 1.15)
+
+#: By name of the trace: (prompts, outputs).
+GENERATED: dict[str, tuple[Distribution, Distribution]] = {
+    "s-s": (SHORT, SHORT),
+    "m-m": (MEDIUM, MEDIUM),
+    "l-l": (LONG, LONG),
+    "s-l": (SHORT, LONG),
+    "l-s": (LONG, SHORT),
+    "sharegpt-paper": (
+        Quantiles(306, 74, 348, 1484, 3388, 4096),
+        Quantiles(500, 487, 781, 988, 1234, 2048),
+    ),
+    "burstgpt": (
+        Quantiles(830, 582, 1427, 2345, 3549, LONGEST_TOKENS),
+        Quantiles(271, 243, 434, 669, 964, 2048),
+    ),
+}
+
+
+def generate(name: str, count: int, seed: int = 0) -> tuple[Lengths, Lengths]:
+    """Prompt and output lengths of a generated trace; seed 0 gives the paper's own.
+
+    All prompts are drawn before all outputs, as in the paper's artifact.
+    """
+    dice = np.random.RandomState(PAPER_SEED + seed)
+    prompts, outputs = GENERATED[name]
+    return prompts.draw(count, dice), outputs.draw(count, dice)
