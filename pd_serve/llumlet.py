@@ -76,6 +76,7 @@ class Llumlet:
         self.name = name
         self.role = role
         self.draining = False
+        self._drained_by_hand = False
         self.address = wire.listen(self._on_frames)
         self.events = EngineEvents(
             on_prefill_started=self._on_prefill_started,
@@ -139,8 +140,10 @@ class Llumlet:
             case SetRole(role=role):
                 self.role = role
                 self._report()
-            case SetDraining(draining=draining):
-                self.draining = draining
+            case SetDraining(draining=draining, by_hand=by_hand):
+                if by_hand:
+                    self._drained_by_hand = draining
+                self.draining = draining or self._drained_by_hand
                 self._report()
             case Subscribe(address=address):
                 self._wire.connect(sender, address)

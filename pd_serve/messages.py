@@ -30,11 +30,13 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
         address: Where the sender takes messages.
         token_endpoint: Where it takes tokens.
         peers: Every live instance's address, by id: the cluster's membership.
+        starting: Instances that are coming, by role.
     """
 
     address: str
     token_endpoint: str
     peers: dict[str, str]
+    starting: dict[str, int] = {}
 
 
 class AddRequest(msgspec.Struct, frozen=True, tag=True):
@@ -94,9 +96,14 @@ class SetRole(msgspec.Struct, frozen=True, tag=True):
 
 
 class SetDraining(msgspec.Struct, frozen=True, tag=True):
-    """Scheduler → instance: take nothing new, or take it again."""
+    """Scheduler, or somebody by way of an API server → instance: take nothing new, or take it again.
+
+    Attributes:
+        by_hand: What is drained by hand is not to be used again because the scheduler says so.
+    """
 
     draining: bool
+    by_hand: bool = False
 
 
 class Subscribe(msgspec.Struct, frozen=True, tag=True):
@@ -117,6 +124,16 @@ class StopInstance(msgspec.Struct, frozen=True, tag=True):
 
     instance_id: str
     reason: str
+
+
+class SchedulerReport(msgspec.Struct, frozen=True, tag=True):
+    """Scheduler → API server, on decisions and as a heartbeat.
+
+    Attributes:
+        decided: What it has told instances since the last report, one line each.
+    """
+
+    decided: list[str]
 
 
 class Call(msgspec.Struct, frozen=True, tag=True):
@@ -183,7 +200,7 @@ ToInstance = (
     | PeerLost
     | MigrationWire
 )
-ToApiServer = LoadReport | MigrationEnded | Reply | StartInstance | StopInstance
+ToApiServer = LoadReport | MigrationEnded | Reply | StartInstance | StopInstance | SchedulerReport
 ToScheduler = Hello | PeerLost | LoadReport
 
 

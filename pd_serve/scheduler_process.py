@@ -1,0 +1,183 @@
+"""The global scheduler as a process: `router.scheduler` between reports of instances and commands to them.
+
+It sees instances, never requests, and keeps nothing that the next one would miss: membership comes with
+every Hello of an API server, loads with the instances' reports. It may die at any time; until the next one
+has heard them, requests stay where they are.
+"""
+
+import asyncio
+import logging
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from router.scheduler import Scheduler  # type: ignore[import-untyped]
+
+from migration.tasks import OwnedTasks
+from pd_serve.messages import (
+    Hello,
+    LoadReport,
+    MoveOut,
+    PeerLost,
+    SchedulerReport,
+    SetDraining,
+    SetRole,
+    StartInstance,
+    StopInstance,
+    Subscribe,
+    ToScheduler,
+)
+from router.load import InstanceLoad
+
+logger = logging.getLogger(__name__)
+
+#: By this name it is known on the wire. The next one has the same, and so takes the last one's place.
+SCHEDULER = "scheduler"
+
+HEARTBEAT_S = 1.0
+
+#: An API server that has said nothing for so long is gone; what only it knew is no member any more.
+SERVER_LEASE_S = 10.0
+
+
+class MessageWire(Protocol):
+    """What is used of `pd_serve.wire.Wire`; a simulated network has the same."""
+
+    def listen(self, on_message: Callable[[list[bytes]], None]) -> str: ...
+    def connect(self, peer: str, address: str) -> None: ...
+    def disconnect(self, peer: str) -> None: ...
+    def send(self, peer: str, message: object, payload: Sequence[bytes] = ()) -> bool: ...
+    def decoder(self, kind: Any) -> Callable[[bytes], Any]: ...
+
+
+@dataclass(slots=True)
+class Server:
+    """An API server, as its last Hello shows it.
+
+    Attributes:
+        members: Live instances' addresses, by id.
+        starting: Instances that it is starting, by role.
+        asked: Instances asked for and not in `starting` yet, by role.
+    """
+
+    heard_at: float
+    members: dict[str, str]
+    starting: Mapping[str, int]
+    asked: Counter[str] = field(default_factory=Counter)
+
+
+class SchedulerProcess:
+    """Implements `router.scheduler.SchedulerActions` by messages. Lives on one event loop, until `close`.
+
+    Args:
+        policies: From `router.policies.policy_set`.
+        autoscale: Bounds for the pools, as `router.scheduler.Scheduler` takes them; None: no scaling.
+        on_failure: Told when the loop has failed. Nothing is decided any more: best to end, and be
+            started again.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        wire: MessageWire,
+        policies: Any,
+        *,
+        autoscale: Any = None,
+        seed: int = 0,
+        on_failure: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        self.name = name
+        self.address = wire.listen(self._on_frames)
+        self.scheduler = Scheduler(policies, self, autoscale=autoscale, rng=random.Random(seed))
+        self._wire = wire
+        self._loop = asyncio.get_running_loop()
+        self._tasks = OwnedTasks(on_failure)
+        self._decode = wire.decoder(ToScheduler)
+        self._servers: dict[str, Server] = {}
+        self._members: dict[str, str] = {}
+        self._tasks.start(self.scheduler.run())
+        self._tasks.start(self._heartbeat())
+
+    async def close(self) -> None:
+        await self._tasks.cancel()
+
+    @property
+    def members(self) -> Mapping[str, str]:
+        """Addresses of all instances, by id."""
+        return self._members
+
+    @property
+    def starting(self) -> Counter[str]:
+        """Instances that are on their way, by role."""
+        return sum((server.asked + Counter(server.starting) for server in self._servers.values()), Counter())
+
+    # ---- messages
+
+    def _on_frames(self, frames: Sequence[bytes]) -> None:
+        sender, message = frames[0].decode(), self._decode(frames[1])
+        match message:
+            case LoadReport(load=load):
+                if sender in self._members:
+                    self.scheduler.report(load)
+            case Hello():
+                self._wire.connect(sender, message.address)
+                self._servers[sender] = Server(self._loop.time(), dict(message.peers), message.starting)
+                self._update_members()
+            case PeerLost(instance_id=instance_id):
+                for server in self._servers.values():
+                    server.members.pop(instance_id, None)
+                self._update_members()
+
+    def _update_members(self) -> None:
+        """An instance is a member as long as any API server knows it."""
+        members = {name: address for s in self._servers.values() for name, address in s.members.items()}
+        for gone in set(self._members) - set(members):
+            self._wire.disconnect(gone)
+            self.scheduler.remove(gone)
+        news = {name: address for name, address in members.items() if self._members.get(name) != address}
+        self._members = members
+        for name, address in news.items():
+            self._wire.connect(name, address)
+            self._wire.send(name, Subscribe(self.address))
+
+    async def _heartbeat(self) -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            for name in self._members:
+                self._wire.send(name, Subscribe(self.address))
+            self._tell([])
+            oldest = self._loop.time() - SERVER_LEASE_S
+            for name in [name for name, server in self._servers.items() if server.heard_at < oldest]:
+                logger.warning("API server %s is gone", name)
+                del self._servers[name]
+                self._wire.disconnect(name)
+                self._update_members()
+
+    # ---- SchedulerActions
+
+    def move(self, source: str, destination: InstanceLoad, reason: str, victim: str) -> None:
+        self._wire.send(source, MoveOut(destination, reason, victim))
+
+    def set_role(self, instance_id: str, role: str) -> None:
+        self._wire.send(instance_id, SetRole(role))
+        self._tell([f"{instance_id} becomes {role}"])
+
+    def set_draining(self, instance_id: str, draining: bool) -> None:
+        self._wire.send(instance_id, SetDraining(draining))
+        self._tell([f"{instance_id} is drained" if draining else f"{instance_id} takes requests again"])
+
+    def start(self, role: str, reason: str) -> None:
+        """One API server is asked, the first by name, so that not each of several starts one."""
+        for name in sorted(self._servers)[:1]:
+            self._servers[name].asked[role] += 1
+            self._wire.send(name, StartInstance(role, reason))
+
+    def stop(self, instance_id: str, reason: str) -> None:
+        for name in self._servers:
+            self._wire.send(name, StopInstance(instance_id, reason))
+
+    def _tell(self, decided: list[str]) -> None:
+        for name in self._servers:
+            self._wire.send(name, SchedulerReport(decided))
