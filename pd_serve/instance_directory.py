@@ -22,16 +22,21 @@ class InstanceDirectory:
     Args:
         address, token_endpoint: Where instances reach this API server.
         num_slots: Instances that may live at a time; vLLM's metrics tell them apart by slot.
+
+    Attributes:
+        starting: Instances that are coming, by role; the scheduler is told with the next greeting.
     """
 
     def __init__(self, name: str, wire: Wire, address: str, token_endpoint: str, num_slots: int) -> None:
         self.slots = list(range(num_slots))
+        self.starting: dict[str, int] = {}
         self.token_endpoint = token_endpoint
         self._name = name
         self._wire = wire
         self._address = address
         self._infos: dict[str, InstanceInfo] = {}
         self._slot_of: dict[str, int] = {}
+        self._scheduler: str | None = None
         self._calls: dict[str, tuple[str, asyncio.Future[Any]]] = {}
         self._call_ids = itertools.count()
         self._tasks = OwnedTasks()
@@ -58,6 +63,14 @@ class InstanceDirectory:
         free = set(self.slots) - set(self._slot_of.values())
         self._slot_of[info.instance_id] = min(free, default=0)
         self._wire.connect(info.instance_id, info.address)
+        self._greet()
+
+    def introduce_scheduler(self, name: str, address: str) -> None:
+        """Keeps a scheduler told too. A new one takes the place of the last."""
+        if self._scheduler is not None:
+            self._wire.disconnect(self._scheduler)
+        self._scheduler = name
+        self._wire.connect(name, address)
         self._greet()
 
     def leave(self, instance_id: str) -> bool:
@@ -117,7 +130,9 @@ class InstanceDirectory:
 
     def _greet(self) -> None:
         peers = {info.instance_id: info.address for info in self._infos.values()}
-        hello = Hello(self._address, self.token_endpoint, peers)
+        hello = Hello(self._address, self.token_endpoint, peers, self.starting)
+        if self._scheduler is not None:
+            self._wire.send(self._scheduler, hello)
         for instance_id in self._infos:
             self._wire.send(instance_id, hello)
 

@@ -90,6 +90,7 @@ class RequestRouter:
         num_slots: Instances that may live at a time; vLLM's metrics tell them apart by slot.
         clock: The time that deliveries are measured by, in seconds.
         on_scaling: Takes what the scheduler wants started or stopped.
+        book: Decides where requests start and are handed off to.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class RequestRouter:
         num_slots: int,
         clock: Callable[[], float] = time.monotonic,
         on_scaling: Callable[[StartInstance | StopInstance], None] = lambda wanted: None,
+        book: LoadBook | None = None,
     ) -> None:
         self._codec = codec
         self._deliver = deliver
@@ -114,7 +116,7 @@ class RequestRouter:
         self._loop = asyncio.get_running_loop()
         address, token_endpoint = wire.listen(self._on_message), wire.listen(self._on_tokens)
         self.instances = InstanceDirectory(name, wire, address, token_endpoint, num_slots)
-        self._book = LoadBook()
+        self._book = book or LoadBook()
         self._routes: dict[RequestId, Route] = {}
         self._num_waiting = 0
         self._migrations: dict[str, Counter[str]] = {"handoff": Counter(), "manual": Counter()}

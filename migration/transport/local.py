@@ -36,8 +36,8 @@ class _Endpoint(msgspec.Struct, frozen=True, array_like=True):
 class LocalFabric:
     """What connects local transports: who is there, how fast it is, and what is broken.
 
-    Latency and speed may be changed at any time and count for each read on its own (reads do not share
-    the speed). All of it is used from one event loop.
+    Latency and speed may be changed at any time and count for each read on its own: reads do not share
+    the speed, unless a subclass says so in `copy_s`. All of it is used from one event loop.
 
     Args:
         latency_s: Time before a read's first byte.
@@ -79,6 +79,16 @@ class LocalFabric:
         self.announce()
 
     # ---- What transports use ----
+
+    def begin_read(self, source: str, destination: str) -> None:
+        """A read of `source` by `destination` begins."""
+
+    def end_read(self, source: str, destination: str) -> None:
+        """It has ended, either way."""
+
+    def copy_s(self, source: str, destination: str, num_bytes: int) -> float:
+        """How long it takes to copy so much, with all that is being read now."""
+        return num_bytes / self.bytes_per_s if self.bytes_per_s else 0.0
 
     def member(self, address: _Endpoint) -> LocalTransport | None:
         """The instance behind an endpoint; None if it is closed, was started anew, or has failed."""
@@ -159,18 +169,20 @@ class LocalTransport:
         self._check(self._source(peer, source, connection).regions, pairs)
         block_bytes = sum(region.block_bytes for region in self.regions)
         chunk = max(1, CHUNK_BYTES // max(1, block_bytes))
+        self._fabric.begin_read(source.name, self.address.name)
         try:
             async with asyncio.timeout(self._fabric.timeout_s):
                 await self._elapse(peer, source, connection, self._fabric.latency_s)
                 for start in range(0, len(pairs), chunk):
                     part = pairs[start : start + chunk]
-                    speed = self._fabric.bytes_per_s
-                    duration_s = len(part) * block_bytes / speed if speed else 0.0
+                    duration_s = self._fabric.copy_s(source.name, self.address.name, len(part) * block_bytes)
                     remote = await self._elapse(peer, source, connection, duration_s)
                     for theirs, ours in zip(remote.regions, self.regions, strict=True):
                         _copy(theirs, ours, part)
         except TimeoutError as error:
             raise PeerLostError(f"KV read from {peer}: took too long to answer") from error
+        finally:
+            self._fabric.end_read(source.name, self.address.name)
         return len(pairs) * block_bytes
 
     def forget(self, peer: str) -> None:
