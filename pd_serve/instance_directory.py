@@ -63,7 +63,7 @@ class InstanceDirectory:
         free = set(self.slots) - set(self._slot_of.values())
         self._slot_of[info.instance_id] = min(free, default=0)
         self._wire.connect(info.instance_id, info.address)
-        self._greet()
+        self.greet()
 
     def introduce_scheduler(self, name: str, address: str) -> None:
         """Keeps a scheduler told too. A new one takes the place of the last."""
@@ -71,7 +71,7 @@ class InstanceDirectory:
             self._wire.disconnect(self._scheduler)
         self._scheduler = name
         self._wire.connect(name, address)
-        self._greet()
+        self.greet()
 
     def leave(self, instance_id: str) -> bool:
         """Forgets a dead instance, fails the calls to it and tells the others. False: it was not known."""
@@ -84,7 +84,7 @@ class InstanceDirectory:
                 future.set_exception(EngineDeadError(f"{instance_id} has died"))
         for peer in self._infos:
             self._wire.send(peer, PeerLost(instance_id))
-        self._greet()
+        self.greet()
         return True
 
     def send(self, instance_id: str, message: object, payload: Sequence[bytes] = ()) -> bool:
@@ -128,7 +128,8 @@ class InstanceDirectory:
         if future is not None and not future.done():
             future.set_result(message)
 
-    def _greet(self) -> None:
+    def greet(self) -> None:
+        """Tells all of them, and the scheduler, who is there."""
         peers = {info.instance_id: info.address for info in self._infos.values()}
         hello = Hello(self._address, self.token_endpoint, peers, self.starting)
         if self._scheduler is not None:
@@ -139,4 +140,4 @@ class InstanceDirectory:
     async def _heartbeat(self) -> None:
         while True:
             await asyncio.sleep(HEARTBEAT_S)
-            self._greet()
+            self.greet()

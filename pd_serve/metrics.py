@@ -23,6 +23,13 @@ DOWNTIME = Histogram(
 )
 RECOMPUTED = Counter("pd_serve_recomputed_requests", "Requests recomputed because their instance died.")
 
+SCHEDULER_RESTARTS = Counter("pd_serve_scheduler_restarts", "Schedulers started in the place of a dead one.")
+SCALED = Counter(
+    "pd_serve_scaled_instances",
+    "Instances started and stopped while serving, by action (start, stop) and role.",
+    ["action", "role"],
+)
+
 
 class LoadCollector(Collector):
     """Gauges per instance, read from the latest load reports when somebody asks."""
@@ -36,6 +43,9 @@ class LoadCollector(Collector):
             "freeness": ("Free blocks per running request; higher is freer.", freeness),
             "virtual_usage_blocks": ("KV blocks used or claimed.", lambda load: load.virtual_usage),
             "total_blocks": ("KV blocks that requests can use.", lambda load: load.total_blocks),
+            "running": ("Requests in the batch.", lambda load: load.running),
+            "waiting": ("Requests queued for the batch.", lambda load: load.waiting),
+            "draining": ("1 while it takes nothing new.", lambda load: load.draining),
             "migrating_in": ("Migrations arriving.", lambda load: load.migrating_in),
             "migrating_out": ("Migrations leaving.", lambda load: load.migrating_out),
         }

@@ -25,6 +25,7 @@ from pd_serve.messages import (
     MigrateRequest,
     MigrationEnded,
     Reply,
+    SchedulerReport,
     StartInstance,
     StopInstance,
     ToApiServer,
@@ -34,7 +35,7 @@ from pd_serve.token_ledger import TokenLedger
 from pd_serve.wire import Wire
 from router.book import LoadBook
 from router.dispatch import can_start
-from router.load import freeness
+from router.load import InstanceLoad, freeness
 from router.request import NewRequest
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ class RequestRouter:
         num_slots: Instances that may live at a time; vLLM's metrics tell them apart by slot.
         clock: The time that deliveries are measured by, in seconds.
         on_scaling: Takes what the scheduler wants started or stopped.
+        on_decided: Takes what the scheduler has told instances.
         book: Decides where requests start and are handed off to.
     """
 
@@ -104,12 +106,14 @@ class RequestRouter:
         num_slots: int,
         clock: Callable[[], float] = time.monotonic,
         on_scaling: Callable[[StartInstance | StopInstance], None] = lambda wanted: None,
+        on_decided: Callable[[SchedulerReport], None] = lambda report: None,
         book: LoadBook | None = None,
     ) -> None:
         self._codec = codec
         self._deliver = deliver
         self._clock = clock
         self._on_scaling = on_scaling
+        self._on_decided = on_decided
         #: Told (request, instance, tokens so far, time in s) at every delivery; for measurements.
         self.observer: Callable[[RequestId, str, int, float], None] | None = None
         self._block_tokens = block_tokens
@@ -141,6 +145,28 @@ class RequestRouter:
             # With a gap, tokens of a former owner may have been lost with it.
             if instance_id in (route.ledger.owner, route.committed_to) or route.ledger.has_gap:
                 self._recompute(route, instance_id)
+
+    def load_of(self, instance_id: str) -> InstanceLoad | None:
+        """Its last report."""
+        return self._book.get(instance_id)
+
+    def is_empty(self, instance_id: str) -> bool:
+        """Whether no request is there, or on its way there, by all that is known here."""
+        load = self._book.get(instance_id)
+        if load is not None and (load.running or load.waiting or load.migrating_in or load.migrating_out):
+            return False
+        return not any(
+            instance_id in (route.ledger.owner, route.committed_to) for route in self._routes.values()
+        )
+
+    def last_of_its_kind(self, instance_id: str) -> str | None:
+        """Why this instance cannot be done without; None if it can."""
+        others = [load for load in self._book if load.instance_id != instance_id and not load.draining]
+        if not any(map(can_start, others)):
+            return f"{instance_id} is the last instance that takes new requests"
+        if any(load.role == "prefill" for load in others) and not any(o.role == "decode" for o in others):
+            return f"{instance_id} is the last decode instance"
+        return None
 
     async def wait_for_reports(self) -> None:
         """Returns when every instance that has joined has reported its load."""
@@ -288,6 +314,8 @@ class RequestRouter:
         match message:
             case StartInstance() | StopInstance():
                 self._on_scaling(message)
+            case SchedulerReport():
+                self._on_decided(message)
             case LoadReport():
                 if sender in self.instances:
                     self._book.report(message.load)
@@ -358,6 +386,7 @@ class RequestRouter:
                     "id": info.instance_id,
                     "role": load.role if load else info.role,
                     "state": "starting" if load is None else "draining" if load.draining else "ready",
+                    "draining": bool(load and load.draining),
                     "node": info.node,
                     "pid": info.pid,
                     "total_blocks": load.total_blocks if load else 0,

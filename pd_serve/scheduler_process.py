@@ -122,8 +122,11 @@ class SchedulerProcess:
                 if sender in self._members:
                     self.scheduler.report(load)
             case Hello():
+                news = sender not in self._servers
                 self._wire.connect(sender, message.address)
                 self._servers[sender] = Server(self._loop.time(), dict(message.peers), message.starting)
+                if news:
+                    self._tell([])
                 self._update_members()
             case PeerLost(instance_id=instance_id):
                 for server in self._servers.values():
