@@ -1,0 +1,121 @@
+"""What came out of a simulation, as plain numbers for JSON files, tables and plots."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pd_serve.simulation.config import RequestRecord, Sample, SimulationResult
+
+#: Parts of a summary that are {"mean", "p50", "p99"} of seconds.
+LATENCIES = ("prefill_s", "decode_s", "request_s", "longest_gap_s")
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """Bounds that a request has to meet to count as good: first token, and mean time of the later ones."""
+
+    ttft_s: float = 5.0
+    tpot_s: float = 0.1
+
+    def met_by(self, record: RequestRecord) -> bool:
+        return not record.failed and record.prefill_s <= self.ttft_s and record.decode_s <= self.tpot_s
+
+
+def summarize(
+    result: SimulationResult, slo: Slo, high_priority: Sequence[bool] | None = None
+) -> dict[str, Any]:
+    """All numbers of a run. Times in seconds; None where nothing was measured.
+
+    `preemption_loss_s` is per request, over all of them. `goodput` is requests/s that meet the SLO over the
+    time from the first arrival to the last token, `attainment` their share.
+
+    Args:
+        high_priority: Which requests to report as such, if not those that were scheduled so.
+    """
+    records = result.records
+    high = high_priority or [record.request.priority < 0 for record in records]
+    return {
+        "requests": len(records),
+        **_latencies(records),
+        "preemption_loss_s": result.preemption_loss_s / max(len(records), 1),
+        "preemptions": result.preemptions,
+        "fragmentation": _rounded(np.mean([fragmentation(s) for s in result.samples] or [0.0])),
+        "migrations": result.migrations,
+        "avg_instances": _rounded(result.instance_s / result.duration_s) if result.duration_s else None,
+        "by_priority": {
+            "high": _of_class(records, high, True),
+            "normal": _of_class(records, high, False),
+        },
+        "slo": {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s},
+        "goodput": _rounded(sum(map(slo.met_by, records)) / result.duration_s) if result.duration_s else 0.0,
+        "attainment": _rounded(sum(map(slo.met_by, records)) / len(records)) if records else None,
+        "failed": sum(record.failed for record in records),
+        "lost_tokens": sum(record.lost for record in records),
+        "duplicated_tokens": sum(record.duplicated for record in records),
+        "wrong_tokens": sum(record.wrong for record in records),
+        "leaked_blocks": result.leaked_blocks,
+        "integrity": result.integrity,
+        "scalings": len(result.scaling),
+        "duration_s": _rounded(result.duration_s),
+        "steps": result.steps,
+        "wall_s": _rounded(result.wall_s),
+    }
+
+
+def series(result: SimulationResult) -> dict[str, list[float]]:
+    """The cluster over time: one entry per sample and name."""
+    samples = result.samples
+    return {
+        "at_s": [round(sample.at_s, 3) for sample in samples],
+        "fragmentation": [round(fragmentation(sample), 5) for sample in samples],
+        "instances": [sample.instances for sample in samples],
+        "running": [sample.running for sample in samples],
+        "waiting": [sample.waiting for sample in samples],
+    }
+
+
+def fragmentation(sample: Sample) -> float:
+    """Share of the cluster's memory that is free, would do for queued requests, and helps none of them.
+
+    The demands of the first request in each queue, smallest first, as far as all free blocks of the cluster
+    together could hold them.
+
+    Source: Llumnix (OSDI 2024), section 6.3, figure 12.
+    """
+    useless = 0
+    for demand in sorted(sample.head_of_line):
+        if useless + demand > sample.free:
+            break
+        useless += demand
+    return useless / sample.total if sample.total else 0.0
+
+
+def _latencies(records: Sequence[RequestRecord]) -> dict[str, Any]:
+    """Over the requests that did not fail; times between tokens over those with more than one."""
+    served = [record for record in records if not record.failed and record.tokens]
+    longer = [record for record in served if record.tokens > 1]
+    return {
+        "prefill_s": _distribution([record.prefill_s for record in served]),
+        "decode_s": _distribution([record.decode_s for record in longer]),
+        "request_s": _distribution([record.request_s for record in served]),
+        "longest_gap_s": _distribution([record.longest_gap_s for record in longer]),
+    }
+
+
+def _of_class(records: Sequence[RequestRecord], high: Sequence[bool], wanted: bool) -> dict[str, Any]:
+    chosen = [record for record, is_high in zip(records, high, strict=True) if is_high == wanted]
+    return {"requests": len(chosen), **_latencies(chosen)}
+
+
+def _distribution(values: list[float]) -> dict[str, float | None]:
+    if not values:
+        return {"mean": None, "p50": None, "p99": None}
+    p50, p99 = np.percentile(values, (50, 99))
+    return {"mean": _rounded(np.mean(values)), "p50": _rounded(p50), "p99": _rounded(p99)}
+
+
+def _rounded(value: Any) -> float:
+    """Six digits: a file that is compared with another shows no noise of floating point."""
+    return float(f"{float(value):.6g}")
