@@ -39,6 +39,7 @@ class EngineSettings:
             vLLM as in the paper: a step is prompts only or decodes only, prompts first.
         max_prefill_tokens: Prompt tokens per step without chunks.
         kv_bytes_per_token: For the time that migrations take.
+        migration_slowdown: Share by which steps are slower that begin while KV is being copied.
     """
 
     cost_model: CostModel
@@ -50,6 +51,7 @@ class EngineSettings:
     max_prefill_tokens: int = 6144
     prefix_caching: bool = False
     kv_bytes_per_token: int = 512 * 1024
+    migration_slowdown: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

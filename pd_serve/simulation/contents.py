@@ -1,0 +1,93 @@
+"""What KV blocks of a simulated engine hold, and the tokens that follow from it.
+
+The KV of a token is a number made of the token and its position; a block holds the sum over its tokens, and
+the next token is made of the sum over all blocks of the request. As in attention the order of the blocks
+does not matter, since every entry knows its position, and every entry counts: a block that was lost, copied
+too early or to the wrong place changes what is said from then on.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+MASK = (1 << 64) - 1
+
+_TOKEN, _POSITION, _NEXT, _BLOCK = (
+    0x9E37_79B9_7F4A_7C15,
+    0xC2B2_AE3D_27D4_EB4F,
+    0x1656_67B1_9E37_79F9,
+    0xD6E8_FEB8_6659_FD93,
+)
+
+#: What a block holds that nobody has written: a freed one, or one that a copy was meant for.
+GARBAGE = 0xDEAD_DEAD_DEAD_DEAD
+
+
+def kv_of(position: int, token: int) -> int:
+    return (token + _TOKEN) * (position * _POSITION + 1) & MASK
+
+
+def token_after(digest: int) -> int:
+    """The token that the model says after contents with this sum: 16 bits."""
+    return (digest * _NEXT & MASK) >> 48
+
+
+class Prompt(Protocol):
+    """The tokens of a prompt, as far as their KV is concerned."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    def content(self, block: int, num_tokens: int, block_tokens: int) -> int:
+        """What block number `block` of the prompt holds once its first `num_tokens` tokens are computed."""
+
+
+class TokenPrompt:
+    """A prompt of known tokens."""
+
+    def __init__(self, token_ids: Sequence[int]) -> None:
+        self.num_tokens = len(token_ids)
+        self._token_ids = token_ids
+
+    def content(self, block: int, num_tokens: int, block_tokens: int) -> int:
+        first = block * block_tokens
+        return (
+            sum(kv_of(position, self._token_ids[position]) for position in range(first, first + num_tokens))
+            & MASK
+        )
+
+
+class SegmentPrompt:
+    """A prompt known by what each of its segments contains; see `TraceRequest.segments`.
+
+    Args:
+        seed: Stands for everything that `segments` does not name.
+    """
+
+    def __init__(self, num_tokens: int, segments: Sequence[int], segment_tokens: int, seed: int) -> None:
+        self.num_tokens = num_tokens
+        self._segments = segments
+        self._segment_tokens = segment_tokens
+        self._seed = seed
+
+    def content(self, block: int, num_tokens: int, block_tokens: int) -> int:
+        segment = block * block_tokens // self._segment_tokens
+        named = segment < len(self._segments)
+        source = self._segments[segment] * 2 if named else self._seed * 2 + 1
+        mixed = (source + _TOKEN) * (block * _BLOCK + 1) + num_tokens
+        return (mixed ^ mixed >> 29) * _NEXT & MASK
+
+
+def expected_output(prompt: Prompt, num_output_tokens: int, block_tokens: int) -> list[int]:
+    """What any number of migrations, preemptions and restarts must not change."""
+    digest = 0
+    for block in range(-(-prompt.num_tokens // block_tokens)):
+        num_tokens = min(block_tokens, prompt.num_tokens - block * block_tokens)
+        digest += prompt.content(block, num_tokens, block_tokens)
+    output = []
+    position = prompt.num_tokens
+    for _ in range(num_output_tokens):
+        token = (digest * _NEXT & MASK) >> 48
+        output.append(token)
+        digest += (token + _TOKEN) * (position * _POSITION + 1) & MASK
+        position += 1
+    return output
