@@ -6,7 +6,8 @@ from prometheus_client import REGISTRY, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from router.load import InstanceLoad, freeness
+from router.freeness import freeness, virtual_usage
+from router.load import InstanceLoad
 
 MIGRATIONS = Counter(
     "pd_serve_migrations",
@@ -41,7 +42,7 @@ class LoadCollector(Collector):
         labels = ["instance", "role"]
         gauges: dict[str, tuple[str, Callable[[InstanceLoad], float]]] = {
             "freeness": ("Free blocks per running request; higher is freer.", freeness),
-            "virtual_usage_blocks": ("KV blocks used or claimed.", lambda load: load.virtual_usage),
+            "virtual_usage_blocks": ("KV blocks used or claimed.", virtual_usage),
             "total_blocks": ("KV blocks that requests can use.", lambda load: load.total_blocks),
             "running": ("Requests in the batch.", lambda load: load.running),
             "waiting": ("Requests queued for the batch.", lambda load: load.waiting),

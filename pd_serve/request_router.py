@@ -35,7 +35,8 @@ from pd_serve.token_ledger import TokenLedger
 from pd_serve.wire import Wire
 from router.book import LoadBook
 from router.dispatch import can_start
-from router.load import InstanceLoad, freeness
+from router.freeness import freeness
+from router.load import InstanceLoad
 from router.request import NewRequest
 
 logger = logging.getLogger(__name__)

@@ -1,6 +1,7 @@
 """What the scheduler knows of an instance: one flat value of plain numbers."""
 
 import msgspec
+from msgspec.structs import replace
 
 
 class InstanceLoad(msgspec.Struct, frozen=True):
@@ -24,6 +25,9 @@ class InstanceLoad(msgspec.Struct, frozen=True):
         high_priority: Requests of high priority in the batch.
         expected_blocks: Demand decided on and not in the report yet; added by whoever decided.
         block_tokens: Tokens per block.
+        expected_requests: Requests whose demand that is.
+        moves_decided: Orders of the scheduler to move a request, answered since the start by a choice (of
+            nothing, maybe); tells which orders a report has seen.
     """
 
     instance_id: str
@@ -44,22 +48,26 @@ class InstanceLoad(msgspec.Struct, frozen=True):
     high_priority: int = 0
     expected_blocks: int = 0
     block_tokens: int = 16
+    expected_requests: int = 0
+    moves_decided: int = 0
 
     @property
-    def virtual_usage(self) -> int:
-        """Blocks in use, plus the demand of the head of the line (queued behind it counts 0)."""
-        return self.total_blocks - self.free_blocks + self.head_of_line_blocks
+    def is_empty(self) -> bool:
+        """Nothing runs, waits, comes or goes here."""
+        return not (self.running or self.waiting or self.migrating_in or self.migrating_out)
 
+    def after_taking(self, num_blocks: int, requests: int = 1) -> "InstanceLoad":
+        """As it will be once it has taken requests of so many blocks."""
+        return replace(
+            self,
+            expected_blocks=self.expected_blocks + num_blocks,
+            expected_requests=self.expected_requests + requests,
+        )
 
-def freeness(load: InstanceLoad, extra_blocks: int = 0) -> float:
-    """F = (M - sum of virtual usage) / B: roughly, decode steps left in blocks; higher is freer.
-
-    An idle instance has no batch to divide by; it counts as a batch of one, which makes its freeness
-    its whole capacity: the highest of its kind, and finite.
-
-    Args:
-        extra_blocks: Demand that is on its way and not in the report yet.
-
-    Source: Llumnix (OSDI 2024), section 4.4.3; FACTS of this project, policies as evaluated.
-    """
-    return (load.total_blocks - load.virtual_usage - extra_blocks) / max(load.running, 1)
+    def after_giving(self, num_blocks: int, requests: int = 1) -> "InstanceLoad":
+        """As it will be once running requests of so many blocks have left it."""
+        return replace(
+            self,
+            free_blocks=min(self.free_blocks + num_blocks, self.total_blocks),
+            running=max(self.running - requests, 0),
+        )

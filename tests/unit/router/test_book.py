@@ -4,18 +4,12 @@ from collections import Counter
 
 from hypothesis import given
 from hypothesis import strategies as st
+from made_loads import decode, neutral, prefill
 
 from router.book import LoadBook
 from router.load import InstanceLoad
+from router.policies import policy_set
 from router.request import NewRequest
-
-
-def prefill(name: str, waiting_tokens: int = 0, added: int = 0) -> InstanceLoad:
-    return InstanceLoad(name, "prefill", 100, 100, waiting_tokens=waiting_tokens, requests_added=added)
-
-
-def decode(name: str, free_blocks: int = 100) -> InstanceLoad:
-    return InstanceLoad(name, "decode", 100, free_blocks)
 
 
 def book_of(*loads: InstanceLoad) -> LoadBook:
@@ -62,7 +56,7 @@ def test_a_dispatch_that_a_report_has_seen_is_not_counted_twice() -> None:
     book = book_of(prefill("p0"), prefill("p1", waiting_tokens=150))
     assert book.dispatch(NewRequest(100)) == "p0"
 
-    book.report(prefill("p0", waiting_tokens=100, added=1))
+    book.report(prefill("p0", waiting_tokens=100, requests_added=1))
 
     assert book.dispatch(NewRequest(100)) == "p0"
 
@@ -72,7 +66,7 @@ def test_a_dispatch_that_a_report_has_not_seen_still_counts() -> None:
     book = book_of(prefill("p0"), prefill("p1", waiting_tokens=50))
     assert book.dispatch(NewRequest(100)) == "p0"
 
-    book.report(prefill("p0", added=0))
+    book.report(prefill("p0", requests_added=0))
 
     assert book.dispatch(NewRequest(100)) == "p1"
 
@@ -81,7 +75,9 @@ def test_a_report_may_have_seen_a_part_of_the_dispatches() -> None:
     book = book_of(prefill("p0"), prefill("p1", waiting_tokens=1000))
     assert [book.dispatch(NewRequest(400)), book.dispatch(NewRequest(400))] == ["p0", "p0"]
 
-    book.report(prefill("p0", waiting_tokens=0, added=1))  # the first is computed, the second not there yet
+    book.report(
+        prefill("p0", waiting_tokens=0, requests_added=1)
+    )  # the first is computed, the second not there yet
     assert book.dispatch(NewRequest(500)) == "p0"  # 400 are pending
 
     assert book.dispatch(NewRequest(1)) == "p0"  # 900
@@ -91,11 +87,11 @@ def test_a_report_may_have_seen_a_part_of_the_dispatches() -> None:
 
 def test_counting_starts_from_what_the_instance_has_had() -> None:
     """This API server is new, or not the only one."""
-    book = book_of(prefill("p0", added=7), prefill("p1", waiting_tokens=50))
+    book = book_of(prefill("p0", requests_added=7), prefill("p1", waiting_tokens=50))
     assert book.dispatch(NewRequest(100)) == "p0"
     assert book.dispatch(NewRequest(100)) == "p1"
 
-    book.report(prefill("p0", added=8))
+    book.report(prefill("p0", requests_added=8))
 
     assert book.dispatch(NewRequest(10)) == "p0"
 
@@ -183,3 +179,86 @@ def test_removing_an_unknown_instance_changes_nothing() -> None:
     book.remove("d9")
 
     assert "d0" in book
+
+
+# ---- policies
+
+
+def test_a_burst_on_neutral_instances_spreads_by_freeness() -> None:
+    book = book_of(neutral("i0"), neutral("i1"))
+
+    assert Counter(book.dispatch(NewRequest(160)) for _ in range(10)) == {"i0": 5, "i1": 5}
+
+
+def test_what_is_dispatched_counts_like_what_is_reported() -> None:
+    book = book_of(neutral("i0", requests_added=4))
+    book.dispatch(NewRequest(33))
+    book.dispatch(NewRequest(16))
+    load = book.corrected("i0")
+
+    assert (load.waiting, load.waiting_tokens, load.waiting_blocks, load.requests_added) == (2, 49, 4, 6)
+    book.report(load)
+    assert book.corrected("i0") == load
+
+
+def test_the_policy_set_decides() -> None:
+    """Freest is i1; the shortest queue is i0's."""
+    cluster = [neutral("i0", free=10), neutral("i1", waiting=1)]
+    chosen = {}
+    for name in ("queue", "infaas++"):
+        book = LoadBook(policy_set(name))
+        for load in cluster:
+            book.report(load)
+        chosen[name] = book.dispatch(NewRequest(16))
+
+    assert chosen == {"queue": "i0", "infaas++": "i1"}
+
+
+def test_headroom_counts_where_the_policy_set_says_so() -> None:
+    cluster = [neutral("i0", total=800, free=800, high_priority=1), neutral("i1", total=800, free=700)]
+    chosen = {}
+    for name in ("llumnix-paper", "infaas++"):
+        book = LoadBook(policy_set(name))
+        for load in cluster:
+            book.report(load)
+        chosen[name] = book.dispatch(NewRequest(16))
+
+    assert chosen == {"llumnix-paper": "i1", "infaas++": "i0"}
+
+
+# ---- old reports
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_who_has_not_reported_for_long_is_not_chosen() -> None:
+    clock = Clock()
+    book = LoadBook(clock=clock)
+    for load in (prefill("p0"), prefill("p1", 900), decode("d0"), decode("d1", 1)):
+        book.report(load)
+    clock.now = 2.5
+    book.report(prefill("p1", 900))
+    book.report(decode("d1", 1))
+    assert (book.dispatch(NewRequest(1)), book.destinations(1)[0]) == ("p0", "d0")
+
+    clock.now = 3.5
+    assert (book.dispatch(NewRequest(1)), book.destinations(1)) == ("p1", ["d1"])
+
+    book.report(prefill("p0"))
+    assert book.dispatch(NewRequest(1)) == "p0"
+
+
+def test_where_all_reports_are_old_the_last_ones_count() -> None:
+    """Refusing everything would make an outage of a stall."""
+    clock = Clock()
+    book = LoadBook(clock=clock)
+    for load in (prefill("p0"), prefill("p1", 900), decode("d0"), decode("d1", 1)):
+        book.report(load)
+    clock.now = 100.0
+
+    assert (book.dispatch(NewRequest(1)), book.destinations(1)) == ("p0", ["d0", "d1"])

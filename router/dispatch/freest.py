@@ -1,0 +1,21 @@
+"""Freest: the instance with most room per request, queued ones counted. INFaaS++ and Llumnix."""
+
+import random
+from collections.abc import Sequence
+
+from router.freeness import dispatch_freeness
+from router.load import InstanceLoad
+from router.request import NewRequest
+
+
+def preference(load: InstanceLoad) -> tuple[float, str]:
+    return -dispatch_freeness(load), load.instance_id
+
+
+class Freest:
+    """Source: Llumnix (OSDI 2024), sections 4.4.3 and 6.1."""
+
+    def choose(
+        self, loads: Sequence[InstanceLoad], request: NewRequest, rng: random.Random
+    ) -> InstanceLoad | None:
+        return min(loads, key=preference, default=None)

@@ -1,0 +1,64 @@
+"""Virtual usage and freeness: one number that says how much room an instance has. Higher is freer.
+
+Load balancing, de-fragmentation, priorities and draining are all the same comparison of freeness; what
+makes them different is what a request counts for (its virtual usage).
+"""
+
+import math
+
+from router.load import InstanceLoad
+
+#: High priority keeps the real load of its instance near so many tokens; the rest is headroom.
+HIGH_PRIORITY_LOAD_TOKENS = 1600
+
+
+def headroom(load: InstanceLoad) -> int:
+    """Blocks kept empty for the requests of high priority in the batch, counted once per instance.
+
+    Source: Llumnix (OSDI 2024), section 4.4.2 and 6.4: all blocks but those of 1,600 tokens.
+    """
+    if not load.high_priority:
+        return 0
+    return max(0, load.total_blocks - HIGH_PRIORITY_LOAD_TOKENS // load.block_tokens)
+
+
+def virtual_usage(load: InstanceLoad) -> float:
+    """Blocks in use or claimed.
+
+    Running requests count with what they hold, plus headroom; the head of the line with its demand, which
+    is how a queue that free blocks elsewhere could serve becomes visible (de-fragmentation); those behind
+    it with nothing; what is on its way with what it was decided to need. A draining instance holds a fake
+    request of infinite usage.
+
+    Source: Llumnix (OSDI 2024), algorithm 1.
+    """
+    if load.draining:
+        return math.inf
+    used = load.total_blocks - load.free_blocks
+    return used + load.head_of_line_blocks + load.expected_blocks + headroom(load)
+
+
+def freeness(load: InstanceLoad) -> float:
+    """F = (M - sum of virtual usage) / B: decode steps left, in blocks. What migration goes by.
+
+    It may be negative. An idle instance has no batch to divide by; it counts as a batch of one, which
+    makes its freeness its whole capacity: the highest of its kind, as the paper's infinity is, and finite.
+
+    Source: Llumnix (OSDI 2024), section 4.4.2.
+    """
+    return (load.total_blocks - virtual_usage(load)) / max(load.running + load.expected_requests, 1)
+
+
+def dispatch_freeness(load: InstanceLoad) -> float:
+    """F as dispatch sees it: all queued requests count, in blocks and in the batch.
+
+    With the head of the line only, as in `freeness`, a burst would pile up on the instance that was
+    freest when it began.
+
+    Source: Llumnix (OSDI 2024), section 6.1 (the load that INFaaS++ dispatches by) and its artifact.
+    """
+    if load.draining:
+        return -math.inf
+    free = load.free_blocks - load.watermark_blocks - load.waiting_blocks
+    batch = load.running + load.waiting + load.expected_requests
+    return (free - load.expected_blocks - headroom(load)) / max(batch, 1)

@@ -1,0 +1,24 @@
+"""Which decode instances a request may be handed off to, best first."""
+
+from collections.abc import Iterable
+
+from router.freeness import freeness
+from router.load import InstanceLoad
+
+
+def destinations(loads: Iterable[InstanceLoad], num_blocks: int) -> list[InstanceLoad]:
+    """Decode instances by how free they are after taking a request of `num_blocks`.
+
+    One that looks too full now comes last instead of being left out: by the time the prompt is prefilled
+    it may have room, and it refuses by itself if not.
+
+    Args:
+        loads: With what was decided before and is not reported yet counted as expected, so that a burst
+            spreads.
+    """
+
+    def preference(load: InstanceLoad) -> tuple[bool, float, str]:
+        fits = load.free_blocks - load.expected_blocks >= num_blocks
+        return not fits, -freeness(load.after_taking(num_blocks)), load.instance_id
+
+    return sorted((load for load in loads if load.role == "decode" and not load.draining), key=preference)

@@ -1,0 +1,86 @@
+"""Where a request is handed off to."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+from made_loads import clusters, decode, neutral, prefill, scaled
+from msgspec.structs import replace
+
+from router.freeness import freeness
+from router.handoff import destinations
+from router.load import InstanceLoad
+
+
+def names(loads: list[InstanceLoad], num_blocks: int) -> list[str]:
+    return [load.instance_id for load in destinations(loads, num_blocks)]
+
+
+def test_only_decode_instances_that_do_not_drain_are_destinations() -> None:
+    cluster = [prefill("p0"), neutral("n0"), replace(decode("d0"), draining=True)]
+
+    assert names(cluster, 1) == []
+    assert names([*cluster, decode("d1")], 1) == ["d1"]
+
+
+def test_the_freest_comes_first() -> None:
+    cluster = [decode("d0", 50, running=5), decode("d1", 50, running=2), decode("d2", 100, running=0)]
+
+    assert names(cluster, 10) == ["d2", "d1", "d0"]
+
+
+def test_it_is_the_freest_with_the_request() -> None:
+    """An idle instance with little room is the freest, until it would have to take a long request."""
+    cluster = [decode("d0", 30, running=0), decode("d1", 60, running=3)]
+
+    assert names(cluster, 1) == ["d0", "d1"]
+    assert names(cluster, 25) == ["d1", "d0"]
+
+
+def test_what_is_on_its_way_counts() -> None:
+    cluster = [decode("d0", 80), decode("d1", 60)]
+
+    assert names(cluster, 10) == ["d0", "d1"]
+    assert names([cluster[0].after_taking(30), cluster[1]], 10) == ["d1", "d0"]
+
+
+def test_full_instances_come_last_but_are_not_left_out() -> None:
+    """The batch of the one with room is so large that the full ones are freer by the formula."""
+    cluster = [decode("d0", 5), decode("d1", 20, running=10), decode("d2", 8)]
+
+    assert names(cluster, 10) == ["d1", "d2", "d0"]
+
+
+def test_demand_on_its_way_makes_an_instance_full() -> None:
+    cluster = [decode("d0", 30), decode("d1", 12, running=12)]
+
+    assert names([cluster[0].after_taking(19), cluster[1]], 10) == ["d0", "d1"]
+    assert names([cluster[0].after_taking(21), cluster[1]], 10) == ["d1", "d0"]
+
+
+@given(clusters("decode"), st.integers(1, 100))
+def test_those_with_room_are_ranked_first_and_each_group_by_freeness(
+    cluster: list[InstanceLoad], num_blocks: int
+) -> None:
+    ranked = destinations(cluster, num_blocks)
+
+    assert {load.instance_id for load in ranked} == {
+        load.instance_id for load in cluster if not load.draining
+    }
+    order = [
+        (load.free_blocks < num_blocks, -freeness(load.after_taking(num_blocks)), load.instance_id)
+        for load in ranked
+    ]
+    assert order == sorted(order)
+
+
+@given(clusters("decode"), st.integers(1, 100), st.integers(2, 5))
+def test_the_order_does_not_depend_on_scale(
+    cluster: list[InstanceLoad], num_blocks: int, factor: int
+) -> None:
+    larger = [scaled(load, factor) for load in cluster]
+
+    assert names(larger, num_blocks * factor) == names(cluster, num_blocks)
+
+
+@given(clusters())
+def test_the_order_of_the_reports_does_not_matter(cluster: list[InstanceLoad]) -> None:
+    assert names(cluster[::-1], 1) == names(cluster, 1)
