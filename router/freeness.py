@@ -5,6 +5,7 @@ makes them different is what a request counts for (its virtual usage).
 """
 
 import math
+from collections.abc import Iterable
 
 from router.load import InstanceLoad
 
@@ -59,6 +60,30 @@ def dispatch_freeness(load: InstanceLoad) -> float:
     """
     if load.draining:
         return -math.inf
-    free = load.free_blocks - load.watermark_blocks - load.waiting_blocks
-    batch = load.running + load.waiting + load.expected_requests
-    return (free - load.expected_blocks - headroom(load)) / max(batch, 1)
+    return _unclaimed(load) / max(_requests(load), 1)
+
+
+def pooled_freeness(loads: Iterable[InstanceLoad], more_blocks: float = 0) -> float:
+    """Average freeness of a pool: what all instances have free, per request of all. What scaling goes by.
+
+    Instances' own freeness is not averaged: one that is idle has an infinite one (in the paper), or one so
+    high that a single one would hide that all others are full. Here it counts with the blocks it has.
+
+    Args:
+        loads: None of them draining.
+        more_blocks: How many more, or fewer, the pool would have.
+
+    Source: Llumnix (OSDI 2024), section 4.4.3; its artifact pools in the same way.
+    """
+    pool = list(loads)
+    free = sum(_unclaimed(load) for load in pool) + more_blocks
+    return free / max(sum(_requests(load) for load in pool), 1)
+
+
+def _unclaimed(load: InstanceLoad) -> int:
+    claimed = load.watermark_blocks + load.waiting_blocks + load.expected_blocks + headroom(load)
+    return load.free_blocks - claimed
+
+
+def _requests(load: InstanceLoad) -> int:
+    return load.running + load.waiting + load.expected_requests

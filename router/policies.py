@@ -22,8 +22,6 @@ class PolicySet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         rescheduling_interval_s: Least time between two rounds.
         migration_threshold: Less free instances give requests away, freer ones take them.
         max_moves: Migrations that rescheduling lets an instance have in flight.
-        min_gain: How much freer than the less free one of a pair both must be afterwards (guarded only),
-            as a share of the threshold.
 
         scale_interval_s: Time between two looks at a pool's size.
         scale_threshold: A decode or neutral pool with less average freeness grows.
@@ -46,7 +44,6 @@ class PolicySet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rescheduling_interval_s: float = 0.2
     migration_threshold: float = 3.0
     max_moves: int = 1
-    min_gain: float = 0.1
 
     scale_interval_s: float = 10.0
     scale_threshold: float = 10.0

@@ -1,0 +1,128 @@
+"""The size of one pool: a signal, held within bounds and kept from swinging."""
+
+import math
+from collections.abc import Sequence
+
+from router.load import InstanceLoad
+from router.policies import PolicySet
+from router.scaling.base import Bounds, Decision, Drain, Signal, Start, Stop, Wanted
+from router.scaling.by_backlog import by_backlog
+from router.scaling.by_freeness import by_freeness
+
+#: How long a drained instance stays empty before it is stopped: requests may have been on their way to it.
+EMPTY_S = 1.0
+
+#: When to ask once more for what was asked for.
+ASK_AGAIN_S = 60.0
+
+
+class PoolScaler:
+    """Decides on one pool. What it remembers only delays: a new one decides the same a little later.
+
+    One change at a time: nothing is drained while something starts or drains, and looks at the pool are
+    `scale_interval_s` apart. An instance that drains is taken back before a new one is started.
+    """
+
+    def __init__(self, role: str, bounds: Bounds, policies: PolicySet) -> None:
+        self.role = role
+        self._bounds = bounds
+        self._policies = policies
+        self._signal: Signal = by_backlog if role == "prefill" else by_freeness
+        self._next_look = -math.inf
+        self._too_large_since: float | None = None
+        self._known: dict[str, None] = {}
+        self._empty_since: dict[str, float] = {}
+        self._taken_back: dict[str, float] = {}  # one that goes on draining is drained by somebody else
+        self._stopped: dict[str, float] = {}
+
+    def decide(self, loads: Sequence[InstanceLoad], starting: int, now: float) -> list[Decision]:
+        """What is to be done now. Args: `loads` are the pool's, `starting` are not among them."""
+        serving = [load for load in loads if not load.draining]
+        draining = [load for load in loads if load.draining]
+        self._remember(loads, now)
+        decisions = self._stops(draining, now)
+        wanted = self._signal(serving, starting, self._policies)
+        if wanted.change >= 0:
+            self._too_large_since = None
+        elif self._too_large_since is None:
+            self._too_large_since = now
+        if now >= self._next_look:
+            self._next_look = now + self._policies.scale_interval_s
+            decisions += self._resize(serving, draining, starting, wanted, now)
+        return decisions
+
+    def postpone(self, now: float) -> None:
+        """The pool has changed otherwise: what that does is to be seen first."""
+        self._next_look = now + self._policies.scale_interval_s
+
+    def _remember(self, loads: Sequence[InstanceLoad], now: float) -> None:
+        names = {load.instance_id: None for load in loads}
+        if any(name not in self._known for name in names):
+            self.postpone(now)
+        self._known = names
+        still_empty = [load for load in loads if load.draining and load.is_empty]
+        self._empty_since = {
+            load.instance_id: self._empty_since.get(load.instance_id, now) for load in still_empty
+        }
+        drains = {load.instance_id for load in loads if load.draining}
+        self._taken_back = {name: at for name, at in self._taken_back.items() if name in drains}
+        self._stopped = {
+            name: at for name, at in self._stopped.items() if name in drains and now - at < ASK_AGAIN_S
+        }
+
+    def _stops(self, draining: Sequence[InstanceLoad], now: float) -> list[Decision]:
+        stops: list[Decision] = []
+        for load in draining:
+            name = load.instance_id
+            if name not in self._stopped and now - self._empty_since.get(name, now) >= EMPTY_S:
+                self._stopped[name] = now
+                stops.append(Stop(name, "drained and empty"))
+        return stops
+
+    def _resize(
+        self,
+        serving: Sequence[InstanceLoad],
+        draining: Sequence[InstanceLoad],
+        starting: int,
+        wanted: Wanted,
+        now: float,
+    ) -> list[Decision]:
+        count = len(serving) + starting
+        least, most = self._bounds.least, self._bounds.most
+        if count < least:
+            return self._grow(least - count, f"{count} of at least {least}", count, draining, now)
+        if len(serving) > most:
+            return [self._drain(serving, f"{len(serving)} of at most {most}")]
+        if wanted.change > 0:
+            return self._grow(wanted.change, wanted.reason, count, draining, now)
+        long_enough = (
+            self._too_large_since is not None and now - self._too_large_since >= self._policies.drain_after_s
+        )
+        if wanted.change < 0 and long_enough and count > least and not starting and not draining:
+            return [self._drain(serving, wanted.reason)]
+        return []
+
+    def _grow(
+        self, change: int, reason: str, count: int, draining: Sequence[InstanceLoad], now: float
+    ) -> list[Decision]:
+        """Takes back what drains, the fullest first, and starts the rest."""
+        change = min(change, self._bounds.most - count)
+        ours = [
+            load
+            for load in draining
+            if load.instance_id not in self._taken_back and load.instance_id not in self._stopped
+        ]
+        ours.sort(key=lambda load: (-load.running, load.instance_id))
+        decisions: list[Decision] = []
+        for load in ours[:change]:
+            self._taken_back[load.instance_id] = now
+            decisions.append(Drain(load.instance_id, reason, draining=False))
+        decisions += [Start(self.role, reason)] * (change - len(decisions))
+        return decisions
+
+    def _drain(self, serving: Sequence[InstanceLoad], reason: str) -> Drain:
+        """The one that is empty soonest; none that serves a request of high priority, if possible."""
+        last = min(
+            serving, key=lambda load: (load.high_priority > 0, load.running + load.waiting, load.instance_id)
+        )
+        return Drain(last.instance_id, reason)

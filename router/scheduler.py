@@ -1,0 +1,142 @@
+"""The global scheduler: which instance gives a request to which, and how many instances there are.
+
+It sees instances, never requests. What it knows comes with the next reports: it can be killed and started
+again at any time.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from msgspec.structs import replace
+
+from router.load import InstanceLoad
+from router.orders import Orders
+from router.policies import PolicySet
+from router.rescheduling import RESCHEDULING
+from router.roles import RoleExchange
+from router.scaling import Bounds, Decision, Drain, PoolScaler, Start, Stop
+
+logger = logging.getLogger(__name__)
+
+#: A round is made at the latest after so long, also if nobody reports.
+TICK_S = 1.0
+
+
+class SchedulerActions(Protocol):
+    """What the scheduler has done. All of it is asked for and not waited for."""
+
+    @property
+    def starting(self) -> Mapping[str, int]:
+        """Instances that are asked for or on their way and do not report yet, by role."""
+        ...
+
+    def move(self, source: str, destination: InstanceLoad, reason: str, victim: str) -> None: ...
+    def set_role(self, instance_id: str, role: str) -> None: ...
+    def set_draining(self, instance_id: str, draining: bool) -> None: ...
+    def start(self, role: str, reason: str) -> None: ...
+    def stop(self, instance_id: str, reason: str) -> None: ...
+
+
+class Scheduler:
+    """Args:
+    autoscale: Bounds by role, for the pools whose size may change.
+    rng: Breaks ties between instances that are equally free.
+    clock: Seconds; by default the running event loop's.
+    """
+
+    def __init__(
+        self,
+        policies: PolicySet,
+        actions: SchedulerActions,
+        *,
+        autoscale: Mapping[str, Bounds] | None = None,
+        rng: random.Random | None = None,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        self.policies = policies
+        self._actions = actions
+        self._rng = rng or random.Random(0)
+        self._clock = clock or asyncio.get_running_loop().time
+        self._reschedule = RESCHEDULING[policies.rescheduling]
+        self._scalers = {
+            role: PoolScaler(role, bounds, policies) for role, bounds in (autoscale or {}).items()
+        }
+        self._roles = RoleExchange(policies, autoscale or {}) if policies.roles else None
+        self._loads: dict[str, InstanceLoad] = {}
+        self._heard_at: dict[str, float] = {}
+        self._orders = Orders()
+        self._news = asyncio.Event()
+
+    def report(self, load: InstanceLoad) -> None:
+        """Takes an instance's latest load; an instance is there from its first report on."""
+        self._loads[load.instance_id] = load if self.policies.headroom else replace(load, high_priority=0)
+        self._heard_at[load.instance_id] = self._clock()
+        self._orders.seen(load)
+        self._news.set()
+
+    def remove(self, instance_id: str) -> None:
+        """It is gone. Unknown ones are ignored."""
+        self._loads.pop(instance_id, None)
+        self._heard_at.pop(instance_id, None)
+        self._orders.remove(instance_id)
+
+    async def run(self) -> None:
+        """Decides whenever there is news, at most once per `rescheduling_interval_s`, until cancelled."""
+        while True:
+            try:
+                async with asyncio.timeout(TICK_S):
+                    await self._news.wait()
+            except TimeoutError:
+                pass
+            self._news.clear()
+            self.decide(self._clock())
+            await asyncio.sleep(self.policies.rescheduling_interval_s)
+
+    def decide(self, now: float) -> None:
+        """One round."""
+        self._forget_silent(now)
+        if not self._loads:
+            return
+        loads = self._orders.correct(list(self._loads.values()), now)
+        self._rng.shuffle(loads)
+        for move in self._reschedule(loads, self.policies):
+            self._orders.add(move, self._loads[move.source], now)
+            self._actions.move(move.source, move.destination, move.reason, move.victim)
+        if self._roles is not None:
+            self._exchange_roles(self._roles, loads, now)
+        for role, scaler in self._scalers.items():
+            pool = [load for load in loads if load.role == role]
+            for decision in scaler.decide(pool, self._actions.starting.get(role, 0), now):
+                self._carry_out(decision)
+
+    def _forget_silent(self, now: float) -> None:
+        """Who stops reporting is gone, until it reports again."""
+        oldest = now - self.policies.max_report_age_s
+        for name in [name for name, heard_at in self._heard_at.items() if heard_at < oldest]:
+            logger.warning("%s has not reported for %.1f s", name, now - self._heard_at[name])
+            self.remove(name)
+
+    def _exchange_roles(self, roles: RoleExchange, loads: list[InstanceLoad], now: float) -> None:
+        for exchange in roles.decide(loads, now):
+            if isinstance(exchange, Drain):
+                self._carry_out(exchange)
+                continue
+            logger.info("%s becomes %s: %s", exchange.instance_id, exchange.role, exchange.reason)
+            self._actions.set_role(exchange.instance_id, exchange.role)
+            for scaler in self._scalers.values():
+                scaler.postpone(now)
+
+    def _carry_out(self, decision: Decision) -> None:
+        match decision:
+            case Start(role=role, reason=reason):
+                logger.info("one more %s instance: %s", role, reason)
+                self._actions.start(role, reason)
+            case Drain(instance_id=instance_id, reason=reason, draining=draining):
+                logger.info("%s %s: %s", instance_id, "drains" if draining else "is used again", reason)
+                self._actions.set_draining(instance_id, draining)
+            case Stop(instance_id=instance_id, reason=reason):
+                logger.info("%s is stopped: %s", instance_id, reason)
+                self._actions.stop(instance_id, reason)
