@@ -77,7 +77,10 @@ class MigrationCoordinator:
 
     @property
     def num_outgoing(self) -> int:
-        return len(self._outgoing)
+        return len(self._outgoing) + len(self._starting)
+
+    def is_leaving(self, request_id: RequestId) -> bool:
+        return request_id in self._by_request or request_id in self._starting
 
     @property
     def num_incoming(self) -> int:
@@ -97,9 +100,9 @@ class MigrationCoordinator:
         """
         if destination == self.name:
             raise DestinationRefusedError(f"the request is on {destination} already")
-        if request_id in self._by_request or request_id in self._starting:
+        if self.is_leaving(request_id):
             raise DestinationRefusedError("the request is being migrated already")
-        if len(self._outgoing) + len(self._starting) >= self.bounds.max_outgoing:
+        if self.num_outgoing >= self.bounds.max_outgoing:
             raise DestinationRefusedError(f"{self.bounds.max_outgoing} migrations are leaving already")
         self._starting.add(request_id)
         try:

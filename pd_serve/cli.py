@@ -11,6 +11,7 @@ import typer
 
 from migration.errors import InvalidRequestError, PdServeError
 from pd_serve import models
+from pd_serve.config import DEFAULT_POLICY, ServeConfig, check_policy, instances_at_start, parse_bounds
 from pd_serve.console import Console
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -33,7 +34,21 @@ def serve(
     context: typer.Context,
     prefill: Annotated[int | None, typer.Option(help="Prefill instances. [default: 1]")] = None,
     decode: Annotated[int | None, typer.Option(help="Decode instances. [default: 2]")] = None,
-    neutral: Annotated[int, typer.Option(help="Instances that do both, without disaggregation.")] = 0,
+    neutral: Annotated[
+        int | None, typer.Option(help="Instances that do both, without disaggregation. [default: 0]")
+    ] = None,
+    policy: Annotated[
+        str, typer.Option(help="How requests are placed and moved: a policy set's name.")
+    ] = DEFAULT_POLICY,
+    autoscale_prefill: Annotated[
+        str | None, typer.Option(metavar="MIN:MAX", help="Let the scheduler scale the prefill instances.")
+    ] = None,
+    autoscale_decode: Annotated[
+        str | None, typer.Option(metavar="MIN:MAX", help="Let the scheduler scale the decode instances.")
+    ] = None,
+    autoscale: Annotated[
+        str | None, typer.Option(metavar="MIN:MAX", help="Let the scheduler scale the neutral instances.")
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to serve on; 0 for any free one.")] = 8000,
     served_model_name: Annotated[str | None, typer.Option(help="What the API calls the model.")] = None,
@@ -47,23 +62,24 @@ def serve(
         int, typer.Option(help="Requests that may wait for a first token before others get 429.")
     ] = 512,
 ) -> None:
-    from pd_serve.config import ServeConfig
-
     extra = list(context.args)
     model = extra.pop(0) if extra and not extra[0].startswith("-") else models.DEFAULT_MODEL
-    pair = (1, 2) if neutral == 0 else (0, 0)
+    flags = {"prefill": autoscale_prefill, "decode": autoscale_decode, "neutral": autoscale}
+    bounds = {
+        role: parse_bounds("--autoscale" if role == "neutral" else f"--autoscale-{role}", text)
+        for role, text in flags.items()
+        if text is not None
+    }
     config = ServeConfig(
         model=model,
-        instances={
-            "prefill": pair[0] if prefill is None else prefill,
-            "decode": pair[1] if decode is None else decode,
-            "neutral": neutral,
-        },
+        instances=instances_at_start(prefill, decode, neutral, bounds),
         host=host,
         port=port,
         served_model_name=served_model_name,
         api_key=api_key,
         ray_address=ray_address,
+        policy=check_policy(policy),
+        autoscale=bounds,
         max_waiting=max_waiting_requests,
         engine_flags=extra,
     )

@@ -1,4 +1,4 @@
-"""Starting, watching and stopping instances on Ray. The only place of the service that knows Ray."""
+"""Starting, watching and stopping processes. The only place of the service that knows Ray."""
 
 import asyncio
 import contextlib
@@ -14,6 +14,9 @@ from migration.errors import EngineDeadError, PdServeError
 from migration.tasks import OwnedTasks
 from pd_serve.instance import Instance, InstanceConfig, InstanceInfo
 from pd_serve.logs import configure_logging
+from pd_serve.scheduler_process import SCHEDULER, SchedulerConfig, SchedulerProcess
+from pd_serve.wire import Wire
+from router.policies import policy_set
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +60,44 @@ class InstanceActor:
         await self._instance.stop()
 
 
+class SchedulerActor:
+    """The scheduler's process. It imports neither vLLM nor torch, and is ready in about a second."""
+
+    def __init__(self) -> None:
+        configure_logging()
+        self._stopped = asyncio.Event()
+
+    def __repr__(self) -> str:
+        return SCHEDULER
+
+    async def start(self, config: SchedulerConfig) -> tuple[str, int]:
+        """Returns its address and its process id."""
+        self._wire = Wire(SCHEDULER, config.host, config.keys)
+        self._scheduler = SchedulerProcess(
+            SCHEDULER,
+            self._wire,
+            policy_set(config.policy),
+            autoscale=config.autoscale or None,
+            on_failure=self._die,
+        )
+        return self._scheduler.address, os.getpid()
+
+    async def wait(self) -> None:
+        """Returns when the scheduler was stopped; fails at once when its process dies."""
+        await self._stopped.wait()
+
+    async def stop(self) -> None:
+        await self._scheduler.close()
+        await self._wire.close()
+        self._stopped.set()
+
+    def _die(self, error: BaseException) -> None:
+        logger.critical("the scheduler ends: %s", error, exc_info=error)
+        os._exit(1)
+
+
 class RayCluster:
-    """The instances of one service.
+    """The instances of one service, and its scheduler.
 
     Args:
         address: An existing cluster's address; None starts a local one that ends with this process.
@@ -73,7 +112,8 @@ class RayCluster:
         self._environment = environment
         self._on_lost = on_lost
         self._actors: dict[str, Any] = {}
-        self._pids: set[int] = set()
+        self._scheduler: Any = None
+        self._pids: dict[str, int] = {}
         self._watchers = OwnedTasks()
 
     def connect(self) -> None:
@@ -91,8 +131,9 @@ class RayCluster:
                 # A local cluster's processes inherit this one's environment.
                 runtime_env=None if local else {"env_vars": self._environment},
             )
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise PdServeError(f"no Ray cluster at {self._address or 'this machine'}: {error}") from error
+        except (ConnectionError, TimeoutError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise PdServeError(f"no Ray cluster at {self._address or 'this machine'}: {lines[0]}") from error
 
     @staticmethod
     def node_address() -> str:
@@ -111,18 +152,51 @@ class RayCluster:
         Raises:
             EngineDeadError: It did not come up; the message says why.
         """
-        actor = self._actors[config.instance_id]
+        name = config.instance_id
+        actor = self._actors[name]
         try:
             info: InstanceInfo = await actor.start.remote(config)
         except ray.exceptions.RayTaskError as error:
-            raise EngineDeadError(f"{config.instance_id} does not start: {error.cause}") from error
+            self._discard(name)
+            raise EngineDeadError(f"{name} does not start: {error.cause}") from error
         except ray.exceptions.RayError as error:
-            raise EngineDeadError(
-                f"{config.instance_id}: its process ended while starting: {error}"
-            ) from error
-        self._pids.add(info.pid)
-        self._watchers.start(self._watch(config.instance_id, actor))
+            self._discard(name)
+            raise EngineDeadError(f"{name}: its process ended while starting: {error}") from error
+        except asyncio.CancelledError:
+            self._discard(name)
+            raise
+        self._pids[name] = info.pid
+        self._watchers.start(self._watch(name, actor))
         return info
+
+    async def stop_instance(self, name: str) -> None:
+        """Stops one instance that nobody needs any more, by force if it does not end by itself."""
+        actor = self._actors.pop(name, None)
+        if actor is None:
+            return
+        await asyncio.wait([asyncio.ensure_future(_settled(actor.stop.remote()))], timeout=STOP_S)
+        ray.kill(actor)
+
+    def _discard(self, name: str) -> None:
+        """Ends an instance that is not up, and what it may hold already."""
+        if (actor := self._actors.pop(name, None)) is not None and ray.is_initialized():
+            ray.kill(actor)
+
+    async def start_scheduler(self, config: SchedulerConfig) -> tuple[str, int]:
+        """Starts the scheduler's process. Returns its address and process id. Raises: EngineDeadError."""
+        actor = self._scheduler = ray.remote(num_cpus=0, max_concurrency=10)(SchedulerActor).remote()
+        try:
+            address, pid = await actor.start.remote(config)
+        except ray.exceptions.RayError as error:
+            ray.kill(actor)
+            raise EngineDeadError(f"the scheduler does not start: {error}") from error
+        self._pids[SCHEDULER] = pid
+        return address, pid
+
+    async def scheduler_ended(self) -> None:
+        """Returns when the process of the scheduler that was started last is dead."""
+        with contextlib.suppress(ray.exceptions.RayError):
+            await self._scheduler.wait.remote()
 
     async def stop(self) -> None:
         """Stops all instances, by force after a while, and a local Ray with them."""
@@ -133,16 +207,17 @@ class RayCluster:
         await asyncio.to_thread(_end_children)
 
     async def _stop_instances(self) -> None:
-        stops = [asyncio.ensure_future(_settled(actor.stop.remote())) for actor in self._actors.values()]
+        actors = [*self._actors.values(), *([self._scheduler] if self._scheduler is not None else [])]
+        stops = [asyncio.ensure_future(_settled(actor.stop.remote())) for actor in actors]
         if stops:
             await asyncio.wait(stops, timeout=STOP_S)
-        for actor in self._actors.values():
+        for actor in actors:
             ray.kill(actor)
         self._actors.clear()
         if self._address is None:
             # The raylet reaps its workers; ended before that, it would leave them as zombies.
             deadline = asyncio.get_running_loop().time() + STOP_S
-            while any(map(psutil.pid_exists, self._pids)):
+            while any(map(psutil.pid_exists, self._pids.values())):
                 await asyncio.sleep(0.02)
                 if asyncio.get_running_loop().time() > deadline:
                     break
@@ -151,8 +226,9 @@ class RayCluster:
         try:
             await actor.wait.remote()
         except ray.exceptions.RayError:
-            self._actors.pop(instance_id, None)
-            self._on_lost(instance_id)
+            self._pids.pop(instance_id, None)
+            if self._actors.pop(instance_id, None) is not None:  # else it was stopped
+                self._on_lost(instance_id)
 
 
 def _end_children() -> None:

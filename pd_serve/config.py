@@ -2,18 +2,29 @@
 
 import importlib.metadata
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
 from migration.errors import InvalidRequestError
+from router.policies import policy_set
 
 #: What an instance's process takes beside its weights and KV cache, in bytes (measured: 0.5-0.6 GB).
 PROCESS_BYTES = 600 * 2**20
 
 ROLES = ("prefill", "decode", "neutral")
+
+DEFAULT_POLICY = "llumnix"
+
+
+class PoolBounds(NamedTuple):
+    """Least and greatest number of instances of a role."""
+
+    least: int
+    most: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +33,8 @@ class ServeConfig:
 
     Attributes:
         instances: Number of instances by role.
+        policy: Name of a policy set, for the API server and the scheduler.
+        autoscale: Bounds by role; a role without them does not scale.
         max_waiting: Requests without a first token beyond which others get 429.
         ray_address: An existing Ray cluster, or None for a local one.
         engine_flags: The rest of the command line, for vLLM's parser.
@@ -34,6 +47,8 @@ class ServeConfig:
     served_model_name: str | None = None
     api_key: str | None = None
     ray_address: str | None = None
+    policy: str = DEFAULT_POLICY
+    autoscale: dict[str, PoolBounds] = field(default_factory=dict)
     max_waiting: int = 512
     engine_flags: list[str] = field(default_factory=list)
 
@@ -49,14 +64,62 @@ class ServeConfig:
             )
         if decode and not prefill:
             raise InvalidRequestError("decode instances need prefill instances: give --prefill")
+        for role, (least, most) in self.autoscale.items():
+            if not least <= self.instances[role] <= most:
+                raise InvalidRequestError(
+                    f"{self.instances[role]} {role} instances at the start are not within {least}:{most}"
+                )
 
     @property
     def num_instances(self) -> int:
+        """Instances at the start."""
         return sum(self.instances.values())
+
+    @property
+    def max_instances(self) -> int:
+        """Instances that there may be at a time."""
+        return sum(bounds.most for bounds in self.autoscale.values()) + sum(
+            number for role, number in self.instances.items() if role not in self.autoscale
+        )
 
     def names(self) -> list[tuple[str, str]]:
         """(instance id, role) of every instance."""
         return [(f"{role}-{i}", role) for role in ROLES for i in range(self.instances[role])]
+
+
+def check_policy(name: str) -> str:
+    """Raises: InvalidRequestError: no policy set has this name."""
+    try:
+        policy_set(name)
+    except ValueError as error:
+        raise InvalidRequestError(f"--policy: {error}") from None
+    return name
+
+
+def parse_bounds(flag: str, text: str) -> PoolBounds:
+    """The bounds of a pool from "MIN:MAX". Raises: InvalidRequestError."""
+    least, _, most = text.partition(":")
+    try:
+        bounds = PoolBounds(int(least), int(most))
+    except ValueError:
+        raise InvalidRequestError(f"{flag} takes MIN:MAX, such as 1:4, not {text!r}") from None
+    if not 1 <= bounds.least <= bounds.most:
+        raise InvalidRequestError(f"{flag} {text}: it has to be 1 <= MIN <= MAX")
+    return bounds
+
+
+def instances_at_start(
+    prefill: int | None, decode: int | None, neutral: int | None, autoscale: dict[str, PoolBounds]
+) -> dict[str, int]:
+    """Numbers by role where some are not given: 1 prefill and 2 decode, or neutral ones only if those are
+    asked for; as near to that as the bounds allow."""
+    with_neutral = bool(neutral) or (neutral is None and "neutral" in autoscale)
+    defaults = {"prefill": 0, "decode": 0, "neutral": 1} if with_neutral else {"prefill": 1, "decode": 2}
+    numbers = {}
+    for role, given in zip(ROLES, (prefill, decode, neutral), strict=True):
+        least, most = autoscale.get(role, PoolBounds(0, sys.maxsize))
+        numbers[role] = min(max(defaults.get(role, 0), least), most) if given is None else given
+    return numbers
 
 
 def is_cpu_build() -> bool:

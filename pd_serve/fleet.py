@@ -8,7 +8,7 @@ import itertools
 import logging
 import math
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from migration.errors import PdServeError
@@ -47,6 +47,7 @@ class Fleet:
         start: Starts an instance by id and role and returns when it is ready. Raises: PdServeError.
         stop: Ends an instance that the router has left.
         max_instances: Never more than so many at a time, coming ones included.
+        instances: How many there are at the start, by role; the next id counts from there.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Fleet:
         stop: Callable[[str], Awaitable[None]],
         *,
         max_instances: int,
+        instances: Mapping[str, int],
         policy: str = "",
     ) -> None:
         self._router = router
@@ -68,7 +70,7 @@ class Fleet:
         self._starting: dict[str, str] = {}
         self._stopping: set[str] = set()
         self._by_hand: set[str] = set()
-        self._numbers: dict[str, itertools.count[int]] = {}
+        self._numbers = {role: itertools.count(number) for role, number in instances.items()}
         self._retry_at = 0.0
         self._retry_s = RETRY_S
         self._decisions: deque[tuple[float, str]] = deque(maxlen=NUM_DECISIONS)
@@ -119,7 +121,8 @@ class Fleet:
         elif self._loop.time() < self._retry_at:
             logger.debug("no further %s instance yet: the last one did not start", role)
         else:
-            name = self._new_name(role)
+            # Ids are not used again: somebody may still speak of the former one.
+            name = f"{role}-{next(self._numbers[role])}"
             self._starting[name] = role
             self._decided(f"{name} is started: {reason}")
             self._tell_starting()
@@ -143,12 +146,6 @@ class Fleet:
             metrics.SCALED.labels("start", role).inc()
             self._router.instances.starting = Counter(self._starting.values())
             self._router.join(info)
-
-    def _new_name(self, role: str) -> str:
-        """Ids are not used again: somebody may still speak of the former one."""
-        numbers = self._numbers.setdefault(role, itertools.count())
-        known = {info.instance_id for info in self._router.instances}
-        return next(name for name in (f"{role}-{n}" for n in numbers) if name not in known)
 
     def _tell_starting(self) -> None:
         self._router.instances.starting = Counter(self._starting.values())

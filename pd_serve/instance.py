@@ -11,6 +11,7 @@ from typing import Any
 
 from migration.bounds import MigrationBounds
 from migration.messages import InstanceId
+from pd_serve.config import is_cpu_build
 from pd_serve.messages import TokenHeader
 from pd_serve.wire import CurveKeys, Wire
 
@@ -124,7 +125,9 @@ class Instance:
         from vllm.usage.usage_lib import UsageContext
 
         assert self._config is not None
-        return AsyncEngineArgs(**self._config.engine_args).create_engine_config(UsageContext.ENGINE_CONTEXT)
+        # The context decides a few defaults (batch sizes on GPUs): those that vLLM's own server has.
+        context = UsageContext.ENGINE_CONTEXT if is_cpu_build() else UsageContext.OPENAI_API_SERVER
+        return AsyncEngineArgs(**self._config.engine_args).create_engine_config(context)
 
     def _die(self, error: BaseException) -> None:
         logger.critical("this instance ends: %s", error, exc_info=error)

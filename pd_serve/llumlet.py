@@ -96,10 +96,10 @@ class Llumlet:
         self._peers: dict[str, str] = {}
         self._handoffs: dict[RequestId, list[str]] = {}
         self._stranded: set[RequestId] = set()
-        self._moving_out: set[RequestId] = set()
         self._forwards: OrderedDict[RequestId, InstanceId] = OrderedDict()
         self._load: EngineLoad | None = None
         self._requests_added = 0
+        self._moves_decided = 0
         self._reported_at = 0.0
         self._report_due: asyncio.TimerHandle | None = None
         self.engine: Engine = None  # type: ignore[assignment]
@@ -174,7 +174,7 @@ class Llumlet:
 
     def _on_peer_lost(self, instance_id: str) -> None:
         if self._peers.pop(instance_id, None) is not None:
-            logger.warning("%s: %s is gone", self.name, instance_id)
+            logger.info("%s: %s is gone", self.name, instance_id)
             self._wire.disconnect(instance_id)
             self.coordinator.peer_lost(InstanceId(instance_id))
 
@@ -289,19 +289,19 @@ class Llumlet:
     async def _move_out(self, message: MoveOut) -> None:
         """Moves a request of its own choice, because the scheduler has found this instance too full."""
         destination = message.destination
-        requests = [r for r in await self.engine.running_requests() if r.request_id not in self._moving_out]
+        running = await self.engine.running_requests()
+        requests = [r for r in running if not self.coordinator.is_leaving(r.request_id)]
         chosen = choose_victim(message.victim, requests, self.load(), destination)
+        self._moves_decided += 1
+        self._report()
         if chosen is None:
             return
-        self._moving_out.add(chosen.request_id)
         try:
             await self.coordinator.migrate(
                 chosen.request_id, InstanceId(destination.instance_id), message.reason
             )
         except MigrationError as error:
             logger.info("request %s: %s did not happen: %s", chosen.request_id, message.reason, error)
-        finally:
-            self._moving_out.discard(chosen.request_id)
 
     def _on_outcome(self, outcome: MigrationOutcome) -> None:
         if outcome.committed:
@@ -402,6 +402,7 @@ class Llumlet:
             preempted=engine.preempted,
             high_priority=engine.high_priority,
             block_tokens=engine.block_tokens,
+            moves_decided=self._moves_decided,
         )
 
     def _report(self) -> None:

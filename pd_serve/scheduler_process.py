@@ -13,9 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from router.scheduler import Scheduler  # type: ignore[import-untyped]
-
 from migration.tasks import OwnedTasks
+from pd_serve.config import PoolBounds
 from pd_serve.messages import (
     Hello,
     LoadReport,
@@ -29,7 +28,11 @@ from pd_serve.messages import (
     Subscribe,
     ToScheduler,
 )
+from pd_serve.wire import CurveKeys
 from router.load import InstanceLoad
+from router.policies import PolicySet
+from router.scaling import Bounds
+from router.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +43,21 @@ HEARTBEAT_S = 1.0
 
 #: An API server that has said nothing for so long is gone; what only it knew is no member any more.
 SERVER_LEASE_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """What a scheduler is started with. Plain values: it travels through Ray.
+
+    Attributes:
+        policy: Name of a policy set.
+        autoscale: Bounds by role; a role without them does not scale.
+    """
+
+    policy: str
+    autoscale: dict[str, PoolBounds]
+    host: str = "127.0.0.1"
+    keys: CurveKeys | None = None
 
 
 class MessageWire(Protocol):
@@ -73,7 +91,7 @@ class SchedulerProcess:
 
     Args:
         policies: From `router.policies.policy_set`.
-        autoscale: Bounds for the pools, as `router.scheduler.Scheduler` takes them; None: no scaling.
+        autoscale: Bounds by role, for the pools whose size may change.
         on_failure: Told when the loop has failed. Nothing is decided any more: best to end, and be
             started again.
     """
@@ -82,9 +100,9 @@ class SchedulerProcess:
         self,
         name: str,
         wire: MessageWire,
-        policies: Any,
+        policies: PolicySet,
         *,
-        autoscale: Any = None,
+        autoscale: Mapping[str, Bounds] | None = None,
         seed: int = 0,
         on_failure: Callable[[BaseException], None] | None = None,
     ) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from migration.errors import EngineDeadError
 from migration.tasks import OwnedTasks
 from pd_serve import models
 from pd_serve.api.server import bind, serve
@@ -23,9 +24,15 @@ from pd_serve.config import (
 )
 from pd_serve.console import Console
 from pd_serve.instance import InstanceConfig, InstanceInfo
+from pd_serve.scheduler_process import SchedulerConfig
 from pd_serve.wire import CurveKeys, Wire
+from router.book import LoadBook
+from router.policies import policy_set
 
 logger = logging.getLogger(__name__)
+
+#: A scheduler that dies sooner would die again at once: the next one waits a little.
+SCHEDULER_LIFE_S = 10.0
 
 
 async def run(config: ServeConfig, console: Console) -> None:
@@ -61,19 +68,22 @@ class Service:
         self._console = console
         # All of them are awaited by `start`, which raises their errors; nothing is to be logged besides.
         self._tasks = OwnedTasks(on_failure=lambda error: None)
+        self._background = OwnedTasks()
         self._cluster: Any = None
         self.router: Any = None
+        self.fleet: Any = None
         self.client: Any = None
         self._wire: Wire | None = None
         self._infos: list[InstanceInfo] = []
         self._flags: Any = None
+        self._num_gpus = 0.0
 
     async def start(self) -> None:
         config, console = self._config, self._console
         gc.disable()  # as in the instances: collecting while importing costs a tenth of the time
         console.step(f"preparing the model {config.model}")
         self._model = await asyncio.to_thread(models.resolve, config.model)
-        environment = process_environment(config, self._model)
+        self._environment = environment = process_environment(config, self._model)
         os.environ.update(environment)
         check_memory(config.num_instances, {}, self._model)  # the least it takes, before anything starts
 
@@ -85,20 +95,18 @@ class Service:
         await asyncio.to_thread(self._cluster.connect)
         self._catch_signals()  # Ray has put its own handlers in their place
         if is_cpu_build():
-            self._launch(0.0)  # importing takes longest: it goes on while the flags are read
+            self._launch()  # importing takes longest: it goes on while the flags are read
         self._flags = await parsing
         if not is_cpu_build():
-            self._launch(float(self._flags.server.tensor_parallel_size))
+            self._num_gpus = float(self._flags.server.tensor_parallel_size)
+            self._launch()
         check_memory(config.num_instances, self._flags.engine("decode"), self._model)
         local = config.ray_address is None
-        host = "127.0.0.1" if local else self._cluster.node_address()
-        keys = None if local else CurveKeys.generate()
+        self._host = "127.0.0.1" if local else self._cluster.node_address()
+        self._keys = None if local else CurveKeys.generate()
         console.step(f"starting {config.num_instances} instances")
-        starts = [
-            self._tasks.start(self._start_instance(name, role, host, keys, environment))
-            for name, role in config.names()
-        ]
-        self._wire = Wire(f"api-{os.getpid()}", host, keys)
+        starts = [self._tasks.start(self._start_instance(name, role)) for name, role in config.names()]
+        self._wire = Wire(f"api-{os.getpid()}", self._host, self._keys)
         await asyncio.to_thread(self._import_front_end)
         self._infos = list(await asyncio.gather(*starts))
         console.step("opening the API")
@@ -109,6 +117,9 @@ class Service:
 
     async def stop(self) -> None:
         """Ends everything that was started, in about a second; whatever resists is killed."""
+        await self._background.cancel()
+        if self.fleet is not None:
+            await self.fleet.close()
         await self._tasks.cancel()
         if self.router is not None:
             await self.router.close()
@@ -143,25 +154,49 @@ class Service:
         self._engine_config = flags.engine_config("decode" if config.instances["decode"] else "neutral")
         return flags
 
-    def _launch(self, num_gpus: float) -> None:
+    def _launch(self) -> None:
         for name, _ in self._config.names():
-            self._cluster.launch(name, num_gpus)
+            self._cluster.launch(name, self._num_gpus)
 
-    async def _start_instance(
-        self, name: str, role: str, host: str, keys: CurveKeys | None, environment: dict[str, str]
-    ) -> InstanceInfo:
+    async def _start_instance(self, name: str, role: str) -> InstanceInfo:
         rate = CPU_STAGE_BYTES_PER_S if is_cpu_build() else None
-        instance = InstanceConfig(name, role, self._flags.engine(role), host, keys, environment, rate)
+        instance = InstanceConfig(
+            name, role, self._flags.engine(role), self._host, self._keys, self._environment, rate
+        )
         info: InstanceInfo = await self._cluster.start(instance)
         self._console.step(f"{name} is ready (pid {info.pid})")
         if info.no_migration is not None:
             self._console.warn(f"{name} SERVES WITHOUT MIGRATION: {info.no_migration}")
         return info
 
+    async def _start_another(self, name: str, role: str) -> InstanceInfo:
+        """One more instance, while serving."""
+        check_memory(1, self._flags.engine(role), self._model)
+        self._cluster.launch(name, self._num_gpus)
+        return await self._start_instance(name, role)
+
+    async def _keep_scheduler(self) -> None:
+        """Always one scheduler: the next as soon as one has died, unless they die at once."""
+        config = SchedulerConfig(self._config.policy, self._config.autoscale, self._host, self._keys)
+        loop, pause_s = asyncio.get_running_loop(), 0.0
+        while True:
+            await asyncio.sleep(pause_s)
+            began = loop.time()
+            try:
+                address, pid = await self._cluster.start_scheduler(config)
+                self.fleet.scheduler_started(address, pid)
+                await self._cluster.scheduler_ended()
+                self._console.warn("the scheduler has died and is started again; requests go on")
+            except EngineDeadError as error:
+                self._console.warn(f"{error}; nothing is moved or scaled")
+            self.fleet.scheduler_lost()
+            pause_s = 0.0 if loop.time() - began > SCHEDULER_LIFE_S else min(pause_s + 1.0, 10.0)
+
     def _import_front_end(self) -> None:
         import pd_serve.api.app
         import pd_serve.api.codec
         import pd_serve.api.core
+        import pd_serve.fleet
         import pd_serve.request_router  # noqa: F401
 
     async def _build_app(self) -> None:
@@ -169,6 +204,7 @@ class Service:
         from pd_serve.api.codec import VllmCodec
         from pd_serve.api.core import ClusterCore
         from pd_serve.api.engine_client import ClusterAsyncLLM
+        from pd_serve.fleet import Fleet
         from pd_serve.request_router import RequestRouter
 
         assert self._wire is not None
@@ -179,16 +215,29 @@ class Service:
         self._engine_config.model_config.max_model_len = min(info.max_model_len for info in self._infos)
         codec = VllmCodec()
         outputs: asyncio.Queue[Any] = asyncio.Queue()
+        config = self._config
         self.router = RequestRouter(
             self._wire.name,
             self._wire,
             codec,
             outputs.put_nowait,
             block_tokens=self._infos[0].block_tokens,
-            num_slots=self._config.num_instances,
+            num_slots=config.max_instances,
+            on_scaling=lambda wanted: self.fleet.on_scaling(wanted),
+            on_decided=lambda report: self.fleet.on_decided(report),
+            book=LoadBook(policy_set(config.policy), clock=asyncio.get_running_loop().time),
+        )
+        self.fleet = Fleet(
+            self.router,
+            self._start_another,
+            self._cluster.stop_instance,
+            max_instances=config.max_instances,
+            instances=config.instances,
+            policy=config.policy,
         )
         for info in self._infos:
             self.router.join(info)
+        self._background.start(self._keep_scheduler())
         async with asyncio.timeout(30):
             await self.router.wait_for_reports()
         core = ClusterCore(self.router, outputs, codec, tuple(self._infos[0].supported_tasks))
@@ -198,7 +247,7 @@ class Service:
             log_requests=server.enable_log_requests,
             log_stats=not server.disable_log_stats,
         )
-        self._app = await create_app(server, self.client, self.router, max_waiting=self._config.max_waiting)
+        self._app = await create_app(server, self.client, self.fleet, max_waiting=config.max_waiting)
 
     def _on_lost(self, instance_id: str) -> None:
         self._console.warn(f"{instance_id} has died; its requests are recomputed elsewhere")

@@ -1,5 +1,7 @@
 """`pd-serve status`: the cluster as a table."""
 
+from typing import Any
+
 import httpx
 import rich.console
 from rich.table import Table
@@ -41,13 +43,13 @@ def show(url: str, api_key: str | None) -> None:
         instances.add_row(
             i["id"],
             i["role"],
-            i["state"],
+            "empty" if i["draining"] and _is_empty(i) else i["state"],
             i["node"],
-            str(i["pid"]),
+            str(i["pid"] or ""),
             f"{i['free_blocks']}/{i['total_blocks']}",
             str(i["running"]),
             str(i["waiting"]),
-            f"{i['freeness']:.1f}",
+            "-inf" if i["freeness"] is None else f"{i['freeness']:.1f}",
             f"{i['migrating_in']}/{i['migrating_out']}",
         )
     console.print(instances)
@@ -55,3 +57,13 @@ def show(url: str, api_key: str | None) -> None:
     for reason, counts in cluster["migrations"].items():
         migrations.add_row(reason, str(counts["committed"]), str(counts["aborted"]))
     console.print(migrations)
+    scheduler = cluster["scheduler"]
+    console.print(
+        f"scheduler: {scheduler['state']}, policy {scheduler['policy']}, {scheduler['restarts']} restarts"
+    )
+    for decision in cluster["decisions"]:
+        console.print(f"{decision['seconds_ago']:8.0f} s ago  {decision['what']}", highlight=False)
+
+
+def _is_empty(instance: dict[str, Any]) -> bool:
+    return not any(instance[count] for count in ("running", "waiting", "migrating_in", "migrating_out"))

@@ -1,4 +1,4 @@
-"""`/cluster`: look at the instances, move a request by hand, check the invariants.
+"""`/cluster`: look at the instances, move a request or empty an instance by hand, check the invariants.
 
 vLLM's API key guards only some path prefixes (/v1, /v2, /inference, /cohere), so these routes check it
 themselves, with vLLM's own constant-time comparison.
@@ -25,6 +25,14 @@ class MigrateRequest(BaseModel):
 
     request_id: str = Field(min_length=1)
     destination: str = Field(min_length=1)
+
+
+class DrainRequest(BaseModel):
+    """Body of `POST /cluster/drain`."""
+
+    instance: str = Field(min_length=1)
+    draining: bool = True
+    stop: bool = False
 
 
 class ClusterKeyMiddleware(AuthenticationMiddleware):
@@ -66,6 +74,18 @@ async def migrate(body: MigrateRequest, request: Request) -> Response:
         return error_response(409, str(error))
     names = ("downtime_ms", "stages", "blocks", "tokens")
     return JSONResponse({name: getattr(report, name) for name in names})
+
+
+@router.post("/drain")
+async def drain(body: DrainRequest, request: Request) -> Response:
+    """Begin to empty an instance, with "stop" until it is gone; or use it again ("draining": false)."""
+    try:
+        request.app.state.cluster.drain(body.instance, draining=body.draining, stop=body.stop)
+    except UnknownTargetError as error:
+        return error_response(404, str(error))
+    except MigrationRefusedError as error:
+        return error_response(409, str(error))
+    return JSONResponse(body.model_dump(), status_code=202)
 
 
 @router.get("/integrity")

@@ -50,7 +50,7 @@ class ClusterView(Protocol):
         ...
 
     def snapshot(self) -> dict[str, Any]:
-        """The body of `GET /cluster`: `{"instances": [...], "migrations": {reason: {...}}}`."""
+        """The body of `GET /cluster`: `{"instances": [...], "migrations": {reason: {...}}, ...}`."""
         ...
 
     async def migrate(self, request_id: str, destination: str) -> MigrationReport:
@@ -63,6 +63,18 @@ class ClusterView(Protocol):
         Raises:
             UnknownTargetError: No such request, or no such instance.
             MigrationRefusedError: It stays where it is, and why.
+        """
+        ...
+
+    def drain(self, instance_id: str, *, draining: bool = True, stop: bool = False) -> None:
+        """Let an instance take nothing new, and move away what it has; or use it again.
+
+        Args:
+            stop: End it when it is empty.
+
+        Raises:
+            UnknownTargetError: No such instance.
+            MigrationRefusedError: It cannot be done without, and why.
         """
         ...
 
