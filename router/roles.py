@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from msgspec.structs import replace
+
 from router.load import InstanceLoad
 from router.policies import PolicySet
 from router.scaling import Bounds, Drain
@@ -57,7 +59,7 @@ class RoleExchange:
 
     def _donor_wanted(self, pools: Mapping[str, Sequence[InstanceLoad]]) -> tuple[str, str]:
         """The pool that should give an instance to the other, and why; empty for none."""
-        serving = {role: [load for load in pool if not load.draining] for role, pool in pools.items()}
+        serving = {role: self._serving(pool) for role, pool in pools.items()}
         if not all(serving.values()):
             return "", ""
         prefill = by_backlog(serving["prefill"], 0, self._policies)
@@ -69,9 +71,14 @@ class RoleExchange:
             return "prefill", reason
         return "", ""
 
+    def _serving(self, pool: Sequence[InstanceLoad]) -> list[InstanceLoad]:
+        """What takes requests; the one that is drained to change sides has not changed yet."""
+        back = [replace(load, draining=False) if load.instance_id == self._lending else load for load in pool]
+        return [load for load in back if not load.draining]
+
     def _may_change(self, donor: str, taker: str, serving: Mapping[str, Sequence[InstanceLoad]]) -> bool:
         least = self._bounds[donor].least if donor in self._bounds else 1
-        enough = len(serving[donor]) - (not self._lending) >= max(least, 1)
+        enough = len(serving[donor]) > max(least, 1)
         return enough and (taker not in self._bounds or len(serving[taker]) < self._bounds[taker].most)
 
     def _exchange(self, pool: Sequence[InstanceLoad], role: str, reason: str) -> list[Exchange | Drain]:

@@ -28,9 +28,9 @@ class PoolScaler:
         self._bounds = bounds
         self._policies = policies
         self._signal: Signal = by_backlog if role == "prefill" else by_freeness
-        self._next_look = -math.inf
+        self._next_look = math.inf  # known from the first look on
         self._too_large_since: float | None = None
-        self._known: dict[str, None] = {}
+        self._known: dict[str, None] | None = None
         self._empty_since: dict[str, float] = {}
         self._taken_back: dict[str, float] = {}  # one that goes on draining is drained by somebody else
         self._stopped: dict[str, float] = {}
@@ -57,7 +57,7 @@ class PoolScaler:
 
     def _remember(self, loads: Sequence[InstanceLoad], now: float) -> None:
         names = {load.instance_id: None for load in loads}
-        if any(name not in self._known for name in names):
+        if self._known is None or any(name not in self._known for name in names):
             self.postpone(now)
         self._known = names
         still_empty = [load for load in loads if load.draining and load.is_empty]
