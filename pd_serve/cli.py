@@ -1,4 +1,4 @@
-"""The command line: `pd-serve serve`, `status`, `bench`."""
+"""The command line: `pd-serve serve`, `status`, `bench`, `simulate`."""
 
 import asyncio
 import os
@@ -13,6 +13,7 @@ from migration.errors import InvalidRequestError, PdServeError
 from pd_serve import models
 from pd_serve.config import DEFAULT_POLICY, ServeConfig, check_policy, instances_at_start, parse_bounds
 from pd_serve.console import Console
+from pd_serve.simulation.command import app as simulate
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -101,6 +102,7 @@ def status(
 
 bench = typer.Typer(no_args_is_help=True, help="Measure on this machine, as ratios side by side in one run.")
 app.add_typer(bench, name="bench")
+app.add_typer(simulate, name="simulate")
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the numbers here.")]
 
 

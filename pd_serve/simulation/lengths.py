@@ -33,7 +33,8 @@ class PowerLaw:
         weights = ranks.astype(float) ** -self.alpha
         drawn = dice.choice(ranks, size=count, p=weights / weights.sum())
         stretched = np.ceil(drawn * (self.mean / drawn.mean())).astype(np.int64)
-        return np.minimum(stretched, LONGEST_TOKENS)
+        lengths: Lengths = np.minimum(stretched, LONGEST_TOKENS)
+        return lengths
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,9 @@ class Quantiles:
 
     def draw(self, count: int, dice: np.random.RandomState) -> Lengths:
         bend = self._bend()
-        return np.maximum(np.rint(self._curve(dice.random_sample(count), bend)), 1).astype(np.int64)
+        drawn = np.rint(self._curve(dice.random_sample(count), bend)).astype(np.int64)
+        lengths: Lengths = np.maximum(drawn, 1)
+        return lengths
 
     def _curve(self, u: NDArray[np.float64], bend: float) -> NDArray[np.float64]:
         at = np.array([0.0, 0.5, 0.8, 0.95, 0.99, 1.0])
@@ -61,7 +64,8 @@ class Quantiles:
         piece = np.clip(np.searchsorted(at, u, side="right") - 1, 0, len(at) - 2)
         along = (u - at[piece]) / np.diff(at)[piece]
         along = np.where(piece == 0, along**bend, along)
-        return np.exp(logs[piece] + along * np.diff(logs)[piece])
+        curve: NDArray[np.float64] = np.exp(logs[piece] + along * np.diff(logs)[piece])
+        return curve
 
     def _bend(self) -> float:
         u = (np.arange(20_000) + 0.5) / 20_000

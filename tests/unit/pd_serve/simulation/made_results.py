@@ -1,8 +1,8 @@
 """Results made by hand, in place of a simulation's."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from pd_serve.simulation.config import RequestRecord, Sample, SimulationResult, TraceRequest
+from pd_serve.simulation.config import RequestRecord, Sample, SimulationConfig, SimulationResult, TraceRequest
 
 
 def record(
@@ -35,3 +35,13 @@ def result(
         steps=100,
         wall_s=0.5,
     )
+
+
+def stand_in(
+    config: SimulationConfig, on_progress: Callable[[int, int], None] | None = None
+) -> SimulationResult:
+    """Every request takes a second to its first token."""
+    if on_progress is not None:
+        on_progress(len(config.requests), len(config.requests))
+    records = [record(1.0, 0.05, arrival_s=r.arrival_s, priority=r.priority) for r in config.requests]
+    return result(records, [Sample(float(k), 16, 5, 1, 50, 100, [10]) for k in range(3)])

@@ -1,0 +1,133 @@
+"""`pd-serve simulate arms`: the same 16 instances and the same requests, with and without disaggregation.
+
+A tenth of the requests is of high priority; only the last arm knows. It is reported in all of them.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import rich.console
+
+from migration.errors import InvalidRequestError
+from pd_serve.bench import report
+from pd_serve.simulation import trace_files
+from pd_serve.simulation.case import Case
+from pd_serve.simulation.paper.curves import Place, points_of
+from pd_serve.simulation.paper.figure import Figure, Metric, Options, Point
+from pd_serve.simulation.paper.reference import Reference
+from pd_serve.simulation.paper.reproduce import notes_of, write
+from pd_serve.simulation.runs import Results, run_all
+from pd_serve.simulation.summary import Slo
+from pd_serve.simulation.traces import TraceSpec
+
+HIGH_SHARE = 0.1
+
+#: By title: (trace, arrivals, requests/s, prefill instances of 16). Of the splits tried, the one that is best
+#: for the arm without rescheduling.
+TRACES: dict[str, tuple[str, str, tuple[float, ...], int]] = {
+    "L-L": ("l-l", "poisson", (2.0, 2.4, 2.8), 2),
+    "Azure conversation": ("azure-conv", "recorded", (6.0, 8.0, 10.0), 4),
+}
+
+#: By title: (disaggregated, policy, changed settings, scheduled by priority).
+ARMS: dict[str, tuple[bool, str, dict[str, float | int | str], bool]] = {
+    "aggregated": (False, "infaas++", {}, False),
+    "PD": (True, "llumnix", {"rescheduling": "none", "headroom": 0}, False),
+    "PD, balancing": (True, "llumnix", {"headroom": 0}, False),
+    "PD, balancing, priorities": (True, "llumnix", {}, True),
+}
+
+METRICS = (
+    Metric("TTFT P99", ("prefill_s", "p99"), log=True),
+    Metric("TTFT Mean", ("prefill_s", "mean"), log=True),
+    Metric("TPOT P99", ("decode_s", "p99")),
+    Metric("TPOT Mean", ("decode_s", "mean")),
+    Metric("Longest gap P99", ("longest_gap_s", "p99")),
+    Metric("High priority TTFT P99", ("by_priority", "high", "prefill_s", "p99"), log=True),
+    Metric("High priority TPOT Mean", ("by_priority", "high", "decode_s", "mean")),
+    Metric("Preemptions", ("preemptions",), unit="count"),
+    Metric("Goodput", ("goodput",), unit="requests/s"),
+    Metric("Attainment", ("attainment",), unit="share"),
+)
+
+
+def runs_of(options: Options, slo: Slo, titles: Sequence[str]) -> list[tuple[Place, Case]]:
+    """Every arm on every trace at every rate."""
+    runs: list[tuple[Place, Case]] = []
+    for title in titles:
+        trace, arrivals, rates, prefill = TRACES[title]
+        for rate in options.pick(rates):
+            spec = TraceSpec(trace, rate, options.requests, arrivals, HIGH_SHARE, options.seed)
+            for arm, (disaggregated, policy, overrides, by_priority) in ARMS.items():
+                cluster = {"prefill": prefill, "decode": 16 - prefill} if disaggregated else {"neutral": 16}
+                case = Case(
+                    spec, policy, instances=cluster, overrides=overrides, one_class=not by_priority, slo=slo
+                )
+                runs.append(((title, arm, rate), case))
+    return runs
+
+
+def run(
+    out: Path, requests: int, slo: Slo, seed: int, jobs: int | None, traces: Path | None, fresh: bool
+) -> None:
+    """Writes `arms.{csv,md,png}` and `arms-provenance.json`. A trace whose file is missing is left out.
+
+    Raises:
+        PdServeError: Runs have failed; the others are kept.
+    """
+    console = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
+    provenance = report.provenance()
+    options = Options(requests, frozenset({"all"}), seed, Reference())
+    runs = runs_of(options, slo, _present(traces, console))
+    results = run_all((case for _, case in runs), out / "runs", console, jobs, traces, fresh)
+
+    def points(options: Options, results: Results, console: rich.console.Console) -> list[Point]:
+        return points_of(runs, METRICS, results, lambda panel, series, metric: {})
+
+    figure = Figure(
+        None,
+        "arms",
+        f"16 instances with and without disaggregation; SLO {slo.ttft_s:g} s to the first token, "
+        f"{slo.tpot_s * 1e3:g} ms for each later one",
+        "requests/s",
+        METRICS,
+        lambda options: [case for _, case in runs],
+        points,
+        _findings,
+    )
+    write(figure, points(options, results, console), notes_of(figure, options, results), out, console)
+    report.write(out / "arms-provenance.json", provenance)
+
+
+def _present(traces: Path | None, console: rich.console.Console) -> list[str]:
+    present = []
+    for title, (trace, *_) in TRACES.items():
+        try:
+            if trace in trace_files.FILES:
+                trace_files.find(trace, traces)
+            present.append(title)
+        except InvalidRequestError as error:
+            console.print(f"[yellow]warning[/]  left out: {error}")
+    return present
+
+
+def _findings(points: Sequence[Point]) -> list[str]:
+    """Per trace and rate: who has the best goodput, and where an arm with disaggregation is the worse one."""
+    at = {(p.panel, p.x, p.metric, p.series): p.ours for p in points}
+    lines = []
+    for panel, x in dict.fromkeys((p.panel, p.x) for p in points):
+        goodput = {arm: at[panel, x, "Goodput", arm] or 0.0 for arm in ARMS}
+        best = max(goodput, key=lambda arm: goodput[arm])
+        lost = [
+            f"{metric} {mine / base:.2f} x"
+            for metric in ("TTFT P99", "TTFT Mean", "TPOT P99", "TPOT Mean", "Longest gap P99")
+            if (base := at[panel, x, metric, "aggregated"])
+            and (mine := at[panel, x, metric, "PD, balancing, priorities"])
+            and mine > base
+        ]
+        lines.append(
+            f"{panel} at {x:g}/s: best goodput {goodput[best]:.2f}/s with {best} (aggregated "
+            f"{goodput['aggregated']:.2f}/s); the full PD arm is worse than aggregated in: "
+            + (", ".join(lost) or "nothing of the latencies")
+        )
+    return lines

@@ -1,0 +1,150 @@
+"""Figures 14 and 15: 1 to 16 instances, from 8 on, on L-L."""
+
+import statistics
+from collections.abc import Sequence
+
+import rich.console
+
+from pd_serve.simulation.case import Case
+from pd_serve.simulation.paper.comparison import (
+    Value,
+    against_targets,
+    at_equal_y,
+    factor_lines,
+    factors,
+    ours,
+    papers,
+)
+from pd_serve.simulation.paper.curves import Place, points_of
+from pd_serve.simulation.paper.figure import (
+    BASELINE,
+    LATENCIES,
+    LLUMNIX,
+    PAPER_NAMES,
+    Figure,
+    Metric,
+    Options,
+    Point,
+)
+from pd_serve.simulation.runs import Results
+from pd_serve.simulation.traces import TraceSpec
+
+REFERENCE = "fig14_autoscaling_L-L"
+SWEEP_REFERENCE = "fig15_autoscaling_threshold_sweep"
+INSTANCES = Metric("Avg Instances", ("avg_instances",), unit="instances")
+METRICS = (*LATENCIES, INSTANCES)
+RATES = (2.0, 2.2, 2.4, 2.6, 2.8, 3.0)
+CVS, RATE_OF_CVS = (2.0, 4.0, 6.0), 2.0
+POLICIES = ("infaas++", "llumnix-paper")
+
+#: The thresholds that the paper swept are not known.
+THRESHOLDS = (3.0, 5.0, 10.0, 20.0, 30.0, 45.0)
+SWEEP_RATE = 2.0
+SWEEP_PANEL = f"L-L at {SWEEP_RATE:g} requests/s"
+SWEEP_METRIC = Metric("Prefill P99", ("prefill_s", "p99"), log=True)
+
+
+def _case(spec: TraceSpec, policy: str, **overrides: float | int | str) -> Case:
+    return Case(
+        spec,
+        policy,
+        instances={"neutral": 8},
+        autoscale={"neutral": (1, 16)},
+        max_migrations=1,
+        overrides=overrides,
+    )
+
+
+def _runs(options: Options) -> list[tuple[Place, Case]]:
+    runs: list[tuple[Place, Case]] = []
+    for policy in POLICIES:
+        for rate in options.pick(RATES):
+            spec = TraceSpec("l-l", rate, options.requests, "poisson", seed=options.seed)
+            runs.append((("Poisson", PAPER_NAMES[policy], rate), _case(spec, policy)))
+        for cv in options.pick(CVS):
+            spec = TraceSpec("l-l", RATE_OF_CVS, options.requests, f"gamma:{cv:g}", seed=options.seed)
+            runs.append((("Gamma", PAPER_NAMES[policy], cv), _case(spec, policy)))
+    return runs
+
+
+def _points(options: Options, results: Results, console: rich.console.Console) -> list[Point]:
+    def paper(panel: str, series: str, metric: str) -> dict[float, float]:
+        return options.reference.curve(REFERENCE, panel, series, x="x", y=metric)
+
+    return points_of(_runs(options), METRICS, results, paper)
+
+
+def _findings(points: Sequence[Point]) -> list[str]:
+    lines = against_targets(points)
+    lines += factor_lines(points, ("Prefill P99", "Prefill Mean"), BASELINE, LLUMNIX)
+    for who, value in (("ours", ours), ("paper's points", papers)):
+        found = factors(points, INSTANCES.name, BASELINE, LLUMNIX, value)
+        if found:
+            best, mean = max(found.values()), statistics.fmean(found.values())
+            lines.append(
+                f"instances, {BASELINE} / {LLUMNIX} - 1 (the paper's definition): {who} at best "
+                f"{best - 1:.0%}, mean {mean - 1:.0%}"
+            )
+            lines.append(f"instances, 1 - {LLUMNIX} / {BASELINE}: {who} at best {1 - 1 / best:.0%}")
+    return lines
+
+
+def _sweep(options: Options) -> list[tuple[str, Case]]:
+    spec = TraceSpec("l-l", SWEEP_RATE, options.requests, "poisson", seed=options.seed)
+    return [
+        (PAPER_NAMES[policy], _case(spec, policy, scale_threshold=threshold))
+        for policy in POLICIES
+        for threshold in options.pick(THRESHOLDS)
+    ]
+
+
+def _sweep_points(options: Options, results: Results, console: rich.console.Console) -> list[Point]:
+    points = []
+    for series, case in _sweep(options):
+        x = INSTANCES.of(results[case.key])
+        if x is not None:
+            y = SWEEP_METRIC.of(results[case.key])
+            points.append(Point(SWEEP_PANEL, series, SWEEP_METRIC.name, x, ours=y))
+    for series in (BASELINE, LLUMNIX):
+        curve = options.reference.curve(SWEEP_REFERENCE, series, x="avg_instances", y="p99_prefill")
+        points += [Point(SWEEP_PANEL, series, SWEEP_METRIC.name, x, paper=y) for x, y in curve.items()]
+    return sorted(points, key=lambda point: (point.series, point.x))
+
+
+def _sweep_findings(points: Sequence[Point]) -> list[str]:
+    lines = []
+    sides: tuple[tuple[str, Value], ...] = (("ours", ours), ("paper's points", papers))
+    for who, value in sides:
+        levels = at_equal_y(points, SWEEP_METRIC.name, SWEEP_PANEL, BASELINE, LLUMNIX, value)
+        saved = [1 - under / over for _, over, under in levels]
+        if saved:
+            lines.append(
+                f"instances at equal prefill P99, 1 - {LLUMNIX} / {BASELINE}: {who} {min(saved):.0%} to "
+                f"{max(saved):.0%} for P99 from {levels[0][0]:.1f} to {levels[-1][0]:.1f} s"
+            )
+        else:
+            lines.append(f"instances at equal prefill P99: {who} have no P99 in common")
+    return lines
+
+
+AUTOSCALING = Figure(
+    14,
+    "autoscaling",
+    f"Autoscaling: L-L, 1 to 16 instances; Poisson arrivals, and Gamma at {RATE_OF_CVS:g} requests/s",
+    "requests/s (Poisson), CV (Gamma)",
+    METRICS,
+    lambda options: [case for _, case in _runs(options)],
+    _points,
+    _findings,
+)
+
+SWEEP = Figure(
+    15,
+    "autoscaling-threshold",
+    f"Autoscaling: latency against size, by threshold; {SWEEP_PANEL}",
+    "average instances",
+    (SWEEP_METRIC,),
+    lambda options: [case for _, case in _sweep(options)],
+    _sweep_points,
+    _sweep_findings,
+)

@@ -1,0 +1,80 @@
+"""Figure 11: seven traces, three policies, up to saturation. No autoscaling, no priorities."""
+
+from collections.abc import Sequence
+
+import rich.console
+
+from pd_serve.simulation.case import Case
+from pd_serve.simulation.paper.comparison import against_targets, factor_lines, reduction_line
+from pd_serve.simulation.paper.curves import Place, points_of
+from pd_serve.simulation.paper.figure import (
+    BASELINE,
+    LATENCIES,
+    LLUMNIX,
+    PAPER_NAMES,
+    Figure,
+    Metric,
+    Options,
+    Point,
+)
+from pd_serve.simulation.runs import Results
+from pd_serve.simulation.traces import TraceSpec
+
+REFERENCE = "fig11_serving_16x_llama7b_a10"
+METRICS = (*LATENCIES, Metric("Preemption Loss", ("preemption_loss_s",)))
+
+#: By the paper's name: (our trace, requests/s, the key in the reference). The rates of the first two and of
+#: L-L are the paper's; of the others the paper's are not known: the highest five before saturation, by trial.
+TRACES: dict[str, tuple[str, tuple[float, ...], str]] = {
+    "ShareGPT": ("sharegpt-paper", (7.0, 7.25, 7.5, 7.75, 8.0), "ShareGPT"),
+    "BurstGPT": ("burstgpt", (9.0, 9.5, 10.0, 10.5, 11.0), "BurstGPT"),
+    "S-S": ("s-s", (32.0, 33.0, 34.0, 35.0, 36.0), "S-S(128-128)"),
+    "M-M": ("m-m", (9.0, 9.5, 10.0, 10.5, 11.0), "M-M(256-256)"),
+    "L-L": ("l-l", (2.6, 2.7, 2.8, 2.9, 3.0), "L-L(512-512)"),
+    "S-L": ("s-l", (3.0, 3.25, 3.5, 3.75, 4.0), "S-L(128-512)"),
+    "L-S": ("l-s", (9.0, 9.5, 10.0, 10.5, 11.0), "L-S(512-128)"),
+}
+
+
+def _runs(options: Options) -> list[tuple[Place, Case]]:
+    runs = []
+    for panel, (trace, rates, key) in TRACES.items():
+        known = options.reference.values(REFERENCE, key, LLUMNIX, "qps")
+        for rate in options.pick(known or rates):
+            for policy, series in PAPER_NAMES.items():
+                spec = TraceSpec(trace, rate, options.requests, "poisson", seed=options.seed)
+                runs.append(((panel, series, rate), Case(spec, policy, max_migrations=1)))
+    return runs
+
+
+def _cases(options: Options) -> list[Case]:
+    return [case for _, case in _runs(options)]
+
+
+def _points(options: Options, results: Results, console: rich.console.Console) -> list[Point]:
+    def paper(panel: str, series: str, metric: str) -> dict[float, float]:
+        return options.reference.curve(REFERENCE, TRACES[panel][2], series, x="qps", y=metric)
+
+    return points_of(_runs(options), METRICS, results, paper)
+
+
+def _findings(points: Sequence[Point]) -> list[str]:
+    return [
+        *against_targets(points),
+        *factor_lines(
+            points, ("Prefill P99", "Prefill Mean", "Decode P99", "Request P99"), BASELINE, LLUMNIX
+        ),
+        *reduction_line(points, "Preemption Loss", BASELINE, LLUMNIX),
+    ]
+
+
+FIGURE = Figure(
+    11,
+    "serving",
+    "Serving: 16 instances of LLaMA-7B on A10, Poisson arrivals",
+    "requests/s",
+    METRICS,
+    _cases,
+    _points,
+    _findings,
+)
