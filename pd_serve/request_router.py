@@ -269,18 +269,23 @@ class RequestRouter:
             # Its requests are recomputed, or will be when the instance that has sent them there says so;
             # a late token would make it the owner once more.
             return
-        now = self._clock()
+        now, source = self._clock(), header.instance_id
         deliver: list[Any] = []
         stale: list[tuple[RequestId, int | None]] = []
         for output, (epoch, index) in zip(outputs.outputs, header.spans, strict=True):
-            route = self._routes.get(RequestId(output.request_id))
+            route = self._routes.get(output.request_id)
+            if route is not None and route.ledger.extend(source, epoch, index, output, now):
+                deliver.append(output)
+                if self.observer is not None:
+                    self.observer(route.request_id, source, index + len(output.new_token_ids), now)
+                continue
             if route is None:
                 if output.finish_reason is None:
                     stale.append((RequestId(output.request_id), None))
                 continue
             ledger = route.ledger
             waiting, moves, gap_s = not ledger.token_ids, ledger.num_moves, ledger.last_gap_s
-            ready, is_stale = ledger.accept(header.instance_id, epoch, index, output, now)
+            ready, is_stale = ledger.accept(source, epoch, index, output, now)
             deliver += ready
             if is_stale:
                 stale.append((route.request_id, epoch + 1))  # the copy that has said this, no later one
@@ -293,7 +298,7 @@ class RequestRouter:
             if ledger.last_gap_s != gap_s:
                 metrics.DOWNTIME.observe(ledger.last_gap_s)
             if ready and self.observer is not None:
-                self.observer(route.request_id, header.instance_id, len(ledger.token_ids), now)
+                self.observer(route.request_id, source, len(ledger.token_ids), now)
             if route.moved and ledger.owner_has_spoken:
                 for waiter in route.moved:
                     if not waiter.done():
@@ -302,10 +307,10 @@ class RequestRouter:
             if ledger.finished:
                 self._end(route)
         for request_id, below_epoch in stale:
-            self.instances.send(header.instance_id, AbortRequests([request_id], below_epoch))
+            self.instances.send(source, AbortRequests([request_id], below_epoch))
         if deliver or outputs.scheduler_stats is not None:
             outputs.outputs = deliver
-            outputs.engine_index = self.instances.slot_of(header.instance_id)
+            outputs.engine_index = self.instances.slot_of(source)
             self._deliver(outputs)
 
     # ---- messages from instances

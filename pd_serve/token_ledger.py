@@ -32,6 +32,26 @@ class TokenLedger:
     _epoch_begin: int = 0
     _early: dict[int, tuple[int, Any]] = field(default_factory=dict)
 
+    def extend(self, source: str, epoch: int, index: int, output: Any, now: float) -> bool:
+        """Takes what nearly every output is: the next one, from the owner, not its first and not the last.
+
+        Returns: whether it was that; if not, nothing has happened, and it is for `accept`.
+        """
+        token_ids = self.token_ids
+        if (
+            epoch != self.epoch
+            or source != self.owner
+            or index != len(token_ids)
+            or index == self._epoch_begin
+            or self._early
+            or self.finished
+            or output.finish_reason is not None
+        ):
+            return False
+        token_ids += output.new_token_ids
+        self.last_token_at = now
+        return True
+
     def accept(self, source: str, epoch: int, index: int, output: Any, now: float) -> tuple[list[Any], bool]:
         """Takes one output of vLLM's (`EngineCoreOutput`), whose first new token has this index.
 
@@ -39,11 +59,6 @@ class TokenLedger:
             The outputs that can be delivered now, in order (often this one, none if it is early or known);
             and whether its sender is not the owner any more, and should be told to end the request.
         """
-        if epoch == self.epoch and source == self.owner and index == len(self.token_ids) and not self._early:
-            # What nearly every output is: the next one, from the owner.
-            if self.finished:
-                return [], False
-            return ([output] if self._take(index, output, now) else []), False
         if epoch > self.epoch:
             if source != self.owner:
                 self.num_moves += 1

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from pd_serve.simulation.block_pool import BlockPool
 from pd_serve.simulation.config import EngineSettings
-from pd_serve.simulation.contents import _NEXT, _POSITION, _TOKEN, MASK, Prompt, kv_of
+from pd_serve.simulation.contents import _NEXT, _POSITION, _TOKEN, MASK, Prompt, kv_of, token_after
 
 
 class Sequence:
@@ -272,7 +272,7 @@ class Batcher:
         """Computes the step's tokens. Returns the sequences that have one more in their `output`."""
         spoken = [sequence for sequence, n in step.chunks if self._prefill(sequence, n, now)]
         content, block_tokens = self.pool.content, self.settings.block_tokens
-        caching = self.settings.prefix_caching
+        caching, (first, count) = self.settings.prefix_caching, self.settings.vocabulary
         for sequence in step.decodes:
             position = sequence.computed
             output = sequence.output
@@ -286,7 +286,7 @@ class Batcher:
                 content[block] = (content[block] + kv) & MASK
                 digest = (sequence.digest + kv) & MASK
             sequence.digest = digest
-            output.append((digest * _NEXT & MASK) >> 48)
+            output.append(first + ((digest * _NEXT & MASK) >> 48) % count)
             if caching and (position + 1) % block_tokens == 0:
                 self.publish(sequence)
             spoken.append(sequence)
@@ -308,7 +308,7 @@ class Batcher:
             self.preemption_loss_s += now - sequence.preempted_at
             sequence.preempted_at = None
         sequence.digest = self.read(sequence)
-        sequence.output.append((sequence.digest * _NEXT & MASK) >> 48)
+        sequence.output.append(token_after(sequence.digest, self.settings.vocabulary))
         return True
 
     def read(self, sequence: Sequence) -> int:

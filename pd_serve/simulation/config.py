@@ -38,6 +38,7 @@ class EngineSettings:
         chunk_tokens: Token budget of a step with prompts mixed with decodes (chunked prefill); None for
             vLLM as in the paper: a step is prompts only or decodes only, prompts first.
         max_prefill_tokens: Prompt tokens per step without chunks.
+        vocabulary: (first, number) of the tokens that it says.
         kv_bytes_per_token: For the time that migrations take.
         migration_slowdown: Share by which steps are slower that begin while KV is being copied.
     """
@@ -50,6 +51,7 @@ class EngineSettings:
     chunk_tokens: int | None = None
     max_prefill_tokens: int = 6144
     prefix_caching: bool = False
+    vocabulary: tuple[int, int] = (0, 1 << 16)
     kv_bytes_per_token: int = 512 * 1024
     migration_slowdown: float = 0.0
 

@@ -26,9 +26,14 @@ def kv_of(position: int, token: int) -> int:
     return (token + _TOKEN) * (position * _POSITION + 1) & MASK
 
 
-def token_after(digest: int) -> int:
-    """The token that the model says after contents with this sum: 16 bits."""
-    return (digest * _NEXT & MASK) >> 48
+def token_after(digest: int, vocabulary: tuple[int, int]) -> int:
+    """The token that the model says after contents with this sum.
+
+    Args:
+        vocabulary: (first, number) of the tokens it can say.
+    """
+    first, count = vocabulary
+    return first + ((digest * _NEXT & MASK) >> 48) % count
 
 
 class Prompt(Protocol):
@@ -77,7 +82,9 @@ class SegmentPrompt:
         return (mixed ^ mixed >> 29) * _NEXT & MASK
 
 
-def expected_output(prompt: Prompt, num_output_tokens: int, block_tokens: int) -> list[int]:
+def expected_output(
+    prompt: Prompt, num_output_tokens: int, block_tokens: int, vocabulary: tuple[int, int] = (0, 1 << 16)
+) -> list[int]:
     """What any number of migrations, preemptions and restarts must not change."""
     digest = 0
     for block in range(-(-prompt.num_tokens // block_tokens)):
@@ -85,8 +92,9 @@ def expected_output(prompt: Prompt, num_output_tokens: int, block_tokens: int) -
         digest += prompt.content(block, num_tokens, block_tokens)
     output = []
     position = prompt.num_tokens
+    first, count = vocabulary
     for _ in range(num_output_tokens):
-        token = (digest * _NEXT & MASK) >> 48
+        token = first + ((digest * _NEXT & MASK) >> 48) % count
         output.append(token)
         digest += (token + _TOKEN) * (position * _POSITION + 1) & MASK
         position += 1

@@ -29,6 +29,9 @@ T = TypeVar("T")
 SLACK_BLOCKS = 2
 TAIL_BLOCKS = 2
 
+#: Least time between two load reports if nothing has come or gone.
+LOAD_INTERVAL_S = 0.1
+
 #: Takes (client, outputs, spans) after every step; see `pd_serve.messages.TokenHeader`.
 OutputSink = Callable[[str, list[SimulatedOutput], list[tuple[int, int]]], None]
 
@@ -87,6 +90,8 @@ class SimulatedEngine:
         self._calls: list[Callable[[], None]] = []
         self._ended: list[RequestId] = []
         self._timer: asyncio.Handle | None = None
+        self._reported: tuple[int, ...] = ()
+        self._reported_at = 0.0
         self._stopped = False
 
     @property
@@ -94,6 +99,10 @@ class SimulatedEngine:
         """The blocks' contents, for a transport: one number each."""
         address, count = self.batcher.pool.content.buffer_info()
         return [KvRegion(address, count, 8)]
+
+    def start(self) -> None:
+        """Reports its load for the first time, once the loop runs."""
+        self._submit(lambda: None)
 
     async def stop(self) -> None:
         """Nothing comes from it any more; whoever waits for an answer waits for ever."""
@@ -387,13 +396,21 @@ class SimulatedEngine:
         if self._ended:
             ended, self._ended = self._ended, []
             self._loop.call_soon(self._events.on_requests_ended, ended)
-        self._events.on_load(self.load())
+        self._report()
         if step is not None:
             duration_s = step.duration_s
             if self._is_copying():
                 duration_s *= 1.0 + self.settings.migration_slowdown
             self.busy_s += duration_s
             self._timer = self._loop.call_later(duration_s, self._step_ended, step)
+
+    def _report(self) -> None:
+        """As vLLM's adapter: what only grows by a token per request is reported less often than steps end."""
+        batcher, now = self.batcher, self._loop.time()
+        state = (len(batcher.running), len(batcher.waiting), len(self._arriving), len(self._suspended))
+        if state != self._reported or now - self._reported_at >= LOAD_INTERVAL_S:
+            self._reported, self._reported_at = state, now
+            self._events.on_load(self.load())
 
     def _settle_stages(self) -> None:
         for request_id, waiter in list(self._waiters.items()):

@@ -23,9 +23,9 @@ class SimulatedNetwork:
     A message shares its sender's link with the copies that are leaving there.
     """
 
-    def __init__(self, settings: NetworkSettings, kv_bytes_per_number: int) -> None:
+    def __init__(self, settings: NetworkSettings, kv_bytes_per_byte: float) -> None:
         self.settings = settings
-        self.fabric = SimulatedFabric(settings, kv_bytes_per_number)
+        self.fabric = SimulatedFabric(settings, kv_bytes_per_byte)
         self.num_messages = 0
         self._loop = asyncio.get_running_loop()
         self._listeners: dict[str, OnFrames] = {}
@@ -54,7 +54,7 @@ class SimulatedNetwork:
             return
         self.num_messages += 1
         settings = self.settings
-        copies = self.fabric.leaving[sender]
+        copies = self.fabric.leaving.get(sender)
         delay_s = settings.message_latency_s
         if copies:
             delay_s += MESSAGE_BYTES * (copies + 1) / settings.kv_bytes_per_s
@@ -117,16 +117,16 @@ class SimulatedFabric(LocalFabric):
     the busier of the two links, as it is when the copy begins.
 
     Args:
-        kv_bytes_per_number: Bytes of KV that one copied byte of simulated contents stands for.
+        kv_bytes_per_byte: Bytes of KV that one copied byte of simulated contents stands for.
     """
 
-    def __init__(self, settings: NetworkSettings, kv_bytes_per_number: int) -> None:
+    def __init__(self, settings: NetworkSettings, kv_bytes_per_byte: float) -> None:
         super().__init__(latency_s=settings.kv_latency_s, timeout_s=120.0)
         self.leaving: Counter[str] = Counter()
         self.entering: Counter[str] = Counter()
-        self.bytes_copied = 0
+        self.bytes_copied = 0.0
         self._settings = settings
-        self._scale = kv_bytes_per_number
+        self._scale = kv_bytes_per_byte
 
     def begin_read(self, source: str, destination: str) -> None:
         self.leaving[source] += 1

@@ -1,0 +1,198 @@
+"""Runs one simulation: a workload's clients in front of a simulated cluster, in virtual time."""
+
+import asyncio
+import gc
+import time
+from collections.abc import Callable
+
+from migration.errors import PdServeError
+from pd_serve.simulation.cluster import SimulatedCluster
+from pd_serve.simulation.config import (
+    SEGMENT_TOKENS,
+    RequestRecord,
+    Sample,
+    SimulationConfig,
+    SimulationResult,
+    TraceRequest,
+)
+from pd_serve.simulation.contents import SegmentPrompt, expected_output
+from pd_serve.simulation.outputs import SimulatedBatch, SimulatedPayload
+from pd_serve.simulation.virtual_time import VirtualLoop
+from router.request import PREFIX_TOKENS, NewRequest
+
+SAMPLE_S = 1.0
+
+#: How long the cluster may take to come to rest after the last token: leases of lost messages have to end.
+REST_S = 30.0
+
+OnProgress = Callable[[int, int], None]
+
+
+def simulate(config: SimulationConfig, on_progress: OnProgress | None = None) -> SimulationResult:
+    """Runs until every request has ended. Deterministic but for `wall_s`.
+
+    Args:
+        on_progress: Told (requests ended, requests) now and then.
+
+    Raises:
+        ValueError: The policy or one of its settings is not known.
+    """
+    # Collecting garbage costs a third of the time, and little of it is cyclic.
+    gc.collect()
+    gc.freeze()
+    threshold = gc.get_threshold()
+    gc.set_threshold(200_000, 50, 100)
+    try:
+        with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+            return runner.run(Simulation(config, on_progress).run())
+    finally:
+        gc.set_threshold(*threshold)
+        gc.unfreeze()
+
+
+class Simulation:
+    """The clients of one run, and what they see."""
+
+    def __init__(self, config: SimulationConfig, on_progress: OnProgress | None = None) -> None:
+        self.config = config
+        self.records = [RequestRecord(request) for request in config.requests]
+        self.samples: list[Sample] = []
+        self.cluster: SimulatedCluster
+        self._tokens: list[list[int]] = [[] for _ in config.requests]
+        self._left = len(config.requests)
+        self._on_progress = on_progress or (lambda done, total: None)
+        self._all_ended = asyncio.Event()
+
+    async def run(self) -> SimulationResult:
+        began = time.perf_counter()
+        self._loop = asyncio.get_running_loop()
+        self.cluster = cluster = SimulatedCluster(self.config, self._on_batch)
+        await cluster.start()
+        self._zero = self._loop.time()
+        for number, request in enumerate(self.config.requests):
+            self._loop.call_at(self._zero + request.arrival_s, self._submit, number)
+        sampling = asyncio.ensure_future(self._sample())
+        if self._left:
+            await self._all_ended.wait()
+        end = self._loop.time()
+        instance_s = cluster.instance_s + sum(
+            end - max(i.started_at, self._zero) for i in cluster.instances.values()
+        )
+        sampling.cancel()
+        leaked, integrity = await self._rest()
+        migrations = cluster.router.snapshot()["migrations"]
+        await cluster.stop()
+        self._check_tokens()
+        return SimulationResult(
+            records=self.records,
+            samples=self.samples,
+            migrations=migrations,
+            preemptions=cluster.preemptions,
+            preemption_loss_s=cluster.preemption_loss_s,
+            instance_s=instance_s,
+            duration_s=end - self._zero,
+            leaked_blocks=leaked,
+            integrity=integrity,
+            scaling=[(at - self._zero, what) for at, what in cluster.scaling],
+            steps=cluster.steps,
+            wall_s=time.perf_counter() - began,
+        )
+
+    # ---- clients
+
+    def _submit(self, number: int) -> None:
+        request = self.config.requests[number]
+        payload = SimulatedPayload(
+            request_id=str(number),
+            prompt_tokens=request.prompt_tokens,
+            max_tokens=request.output_tokens,
+            priority=request.priority,
+            arrival_s=request.arrival_s,
+            segments=request.segments,
+            seed=number,
+        )
+        new = NewRequest(request.prompt_tokens, request.priority, _prefix_keys(request))
+        try:
+            self.cluster.router.submit(payload.request_id, payload.encode(), new)
+        except PdServeError:
+            self.records[number].failed = True
+            self._end_one()
+
+    def _on_batch(self, batch: SimulatedBatch) -> None:
+        now = self._loop.time() - self._zero
+        for output in batch.outputs:
+            number = int(output.request_id)
+            record = self.records[number]
+            new = output.new_token_ids
+            if new:
+                tokens = self._tokens[number]
+                if not tokens:
+                    record.first_token_s = now
+                elif now - record.last_token_s > record.longest_gap_s:
+                    record.longest_gap_s = now - record.last_token_s
+                record.last_token_s = now
+                tokens += new
+            if output.finish_reason is not None:
+                record.failed = output.finish_reason == "error"
+                self._end_one()
+
+    def _end_one(self) -> None:
+        self._left -= 1
+        done = len(self.records) - self._left
+        if done % 64 == 0 or not self._left:
+            self._on_progress(done, len(self.records))
+        if not self._left:
+            self._all_ended.set()
+
+    def _check_tokens(self) -> None:
+        """Compares what each client got with what its prompt makes the model say."""
+        engine = self.config.engines["neutral"]
+        for number, record in enumerate(self.records):
+            request, tokens = record.request, self._tokens[number]
+            record.tokens = len(tokens)
+            if record.failed:
+                continue
+            prompt = SegmentPrompt(request.prompt_tokens, request.segments, SEGMENT_TOKENS, number)
+            expected = expected_output(prompt, request.output_tokens, engine.block_tokens)
+            record.lost = max(0, len(expected) - len(tokens))
+            record.duplicated = max(0, len(tokens) - len(expected))
+            record.wrong = sum(a != b for a, b in zip(tokens, expected, strict=False))
+
+    # ---- the cluster
+
+    async def _sample(self) -> None:
+        while True:
+            engines = [instance.engine.load() for instance in self.cluster.instances.values()]
+            self.samples.append(
+                Sample(
+                    at_s=self._loop.time() - self._zero,
+                    instances=len(engines),
+                    running=sum(load.running for load in engines),
+                    waiting=sum(load.waiting for load in engines),
+                    free=sum(load.free_blocks for load in engines),
+                    total=sum(load.total_blocks for load in engines),
+                    head_of_line=[load.head_of_line_blocks for load in engines if load.waiting],
+                )
+            )
+            await asyncio.sleep(SAMPLE_S)
+
+    async def _rest(self) -> tuple[int, list[str]]:
+        """Waits until nothing is under way. Returns blocks that are not free then, and what is wrong."""
+        deadline = self._loop.time() + REST_S
+        while True:
+            leaked = self.cluster.num_leaked_blocks
+            integrity = await self.cluster.check_integrity()
+            if (not leaked and not integrity) or self._loop.time() > deadline:
+                return leaked, integrity
+            await asyncio.sleep(0.5)
+
+
+def _prefix_keys(request: TraceRequest) -> tuple[int, ...]:
+    """As `router.request.prefix_keys`, from the contents of the segments."""
+    keys = []
+    key = 0
+    for segment in request.segments[: request.prompt_tokens // SEGMENT_TOKENS]:
+        for part in range(SEGMENT_TOKENS // PREFIX_TOKENS):
+            key = hash((key, segment, part))
+            keys.append(key)
+    return tuple(keys)
