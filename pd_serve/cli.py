@@ -11,7 +11,7 @@ import typer
 
 from migration.errors import InvalidRequestError, PdServeError
 from pd_serve import models
-from pd_serve.config import DEFAULT_POLICY, ServeConfig, check_policy, instances_at_start, parse_bounds
+from pd_serve.config import DEFAULT_POLICY, ServeConfig, instances_at_start, parse_bounds, parse_policies
 from pd_serve.console import Console
 from pd_serve.simulation.command import app as simulate
 
@@ -41,6 +41,9 @@ def serve(
     policy: Annotated[
         str, typer.Option(help="How requests are placed and moved: a policy set's name.")
     ] = DEFAULT_POLICY,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Setting of the policy to change.")
+    ] = None,
     autoscale_prefill: Annotated[
         str | None, typer.Option(metavar="MIN:MAX", help="Let the scheduler scale the prefill instances.")
     ] = None,
@@ -79,7 +82,7 @@ def serve(
         served_model_name=served_model_name,
         api_key=api_key,
         ray_address=ray_address,
-        policy=check_policy(policy),
+        policies=parse_policies(policy, settings or []),
         autoscale=bounds,
         max_waiting=max_waiting_requests,
         engine_flags=extra,

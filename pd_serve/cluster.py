@@ -16,7 +16,6 @@ from pd_serve.instance import Instance, InstanceConfig, InstanceInfo
 from pd_serve.logs import configure_logging
 from pd_serve.scheduler_process import SCHEDULER, SchedulerConfig, SchedulerProcess
 from pd_serve.wire import Wire
-from router.policies import policy_set
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +75,7 @@ class SchedulerActor:
         self._scheduler = SchedulerProcess(
             SCHEDULER,
             self._wire,
-            policy_set(config.policy),
+            config.policies,
             autoscale=config.autoscale or None,
             on_failure=self._die,
         )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from migration.errors import InvalidRequestError
-from router.policies import policy_set
+from router.policies import PolicySet, policy_set
 
 #: What an instance's process takes beside its weights and KV cache, in bytes (measured: 0.5-0.6 GB).
 PROCESS_BYTES = 600 * 2**20
@@ -33,7 +33,7 @@ class ServeConfig:
 
     Attributes:
         instances: Number of instances by role.
-        policy: Name of a policy set, for the API server and the scheduler.
+        policies: Of the API server and the scheduler.
         autoscale: Bounds by role; a role without them does not scale.
         max_waiting: Requests without a first token beyond which others get 429.
         ray_address: An existing Ray cluster, or None for a local one.
@@ -47,7 +47,7 @@ class ServeConfig:
     served_model_name: str | None = None
     api_key: str | None = None
     ray_address: str | None = None
-    policy: str = DEFAULT_POLICY
+    policies: PolicySet = field(default_factory=lambda: policy_set(DEFAULT_POLICY))
     autoscale: dict[str, PoolBounds] = field(default_factory=dict)
     max_waiting: int = 512
     engine_flags: list[str] = field(default_factory=list)
@@ -87,13 +87,18 @@ class ServeConfig:
         return [(f"{role}-{i}", role) for role in ROLES for i in range(self.instances[role])]
 
 
-def check_policy(name: str) -> str:
-    """Raises: InvalidRequestError: no policy set has this name."""
+def parse_policies(name: str, settings: list[str]) -> PolicySet:
+    """A policy set with settings changed, each by a "KEY=VALUE". Raises: InvalidRequestError."""
+    overrides = {}
+    for text in settings:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise InvalidRequestError(f"--set {text}: it has to be KEY=VALUE")
+        overrides[key] = value
     try:
-        policy_set(name)
+        return policy_set(name, **overrides)
     except ValueError as error:
-        raise InvalidRequestError(f"--policy: {error}") from None
-    return name
+        raise InvalidRequestError(str(error)) from None
 
 
 def parse_bounds(flag: str, text: str) -> PoolBounds:

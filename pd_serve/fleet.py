@@ -116,7 +116,8 @@ class Fleet:
     # ---- starting
 
     def _start_one(self, role: str, reason: str) -> None:
-        if len(list(self._router.instances)) + len(self._starting) >= self._max_instances:
+        coming = [name for name in self._starting if name not in self._router.instances]
+        if len(list(self._router.instances)) + len(coming) >= self._max_instances:
             logger.debug("no further %s instance: %d are all there may be", role, self._max_instances)
         elif self._loop.time() < self._retry_at:
             logger.debug("no further %s instance yet: the last one did not start", role)
@@ -129,23 +130,23 @@ class Fleet:
             self._tasks.start(self._bring_up(name, role))
 
     async def _bring_up(self, name: str, role: str) -> None:
-        info: InstanceInfo | None = None
         try:
             async with asyncio.timeout(START_S):
                 info = await self._start(name, role)
+                self._router.join(info)
+                # Counted as coming until it reports: in between a scheduler would miss it, and ask again.
+                while name in self._router.instances and self._router.load_of(name) is None:  # noqa: ASYNC110
+                    await asyncio.sleep(POLL_S)
         except (PdServeError, TimeoutError) as error:
             self._decided(f"{name} has not started: {error or f'not ready after {START_S:.0f} s'}")
             self._retry_at = self._loop.time() + self._retry_s
             self._retry_s = min(2 * self._retry_s, MAX_RETRY_S)
-        finally:
-            del self._starting[name]
-            if info is None:
-                self._tell_starting()
-        if info is not None:
+        else:
             self._retry_s = RETRY_S
             metrics.SCALED.labels("start", role).inc()
-            self._router.instances.starting = Counter(self._starting.values())
-            self._router.join(info)
+        finally:
+            del self._starting[name]
+            self._tell_starting()
 
     def _tell_starting(self) -> None:
         self._router.instances.starting = Counter(self._starting.values())
@@ -216,6 +217,7 @@ class Fleet:
             | unknown
             | {"freeness": 0.0}
             for name, role in self._starting.items()
+            if name not in self._router.instances
         ]
         now, heard_at = self._loop.time(), self._scheduler_heard_at
         snapshot["scheduler"] = {

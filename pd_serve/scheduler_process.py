@@ -6,6 +6,7 @@ has heard them, requests stay where they are.
 """
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections import Counter
@@ -41,6 +42,9 @@ SCHEDULER = "scheduler"
 
 HEARTBEAT_S = 1.0
 
+#: A new scheduler hears all instances before it decides, but waits no longer for the first ones than this.
+FIRST_LOOK_S = 2.0
+
 #: An API server that has said nothing for so long is gone; what only it knew is no member any more.
 SERVER_LEASE_S = 10.0
 
@@ -50,11 +54,10 @@ class SchedulerConfig:
     """What a scheduler is started with. Plain values: it travels through Ray.
 
     Attributes:
-        policy: Name of a policy set.
         autoscale: Bounds by role; a role without them does not scale.
     """
 
-    policy: str
+    policies: PolicySet
     autoscale: dict[str, PoolBounds]
     host: str = "127.0.0.1"
     keys: CurveKeys | None = None
@@ -115,7 +118,9 @@ class SchedulerProcess:
         self._decode = wire.decoder(ToScheduler)
         self._servers: dict[str, Server] = {}
         self._members: dict[str, str] = {}
-        self._tasks.start(self.scheduler.run())
+        self._unheard: set[str] = set()
+        self._all_heard = asyncio.Event()
+        self._tasks.start(self._decide())
         self._tasks.start(self._heartbeat())
 
     async def close(self) -> None:
@@ -139,6 +144,7 @@ class SchedulerProcess:
             case LoadReport(load=load):
                 if sender in self._members:
                     self.scheduler.report(load)
+                    self._heard(sender)
             case Hello():
                 news = sender not in self._servers
                 self._wire.connect(sender, message.address)
@@ -157,11 +163,25 @@ class SchedulerProcess:
         for gone in set(self._members) - set(members):
             self._wire.disconnect(gone)
             self.scheduler.remove(gone)
+            self._heard(gone)
         news = {name: address for name, address in members.items() if self._members.get(name) != address}
         self._members = members
+        self._unheard.update(news)
         for name, address in news.items():
             self._wire.connect(name, address)
             self._wire.send(name, Subscribe(self.address))
+
+    def _heard(self, instance_id: str) -> None:
+        self._unheard.discard(instance_id)
+        if not self._unheard:
+            self._all_heard.set()
+
+    async def _decide(self) -> None:
+        """Runs the scheduler. On half of the reports it would find every pool too small."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FIRST_LOOK_S):
+                await self._all_heard.wait()
+        await self.scheduler.run()
 
     async def _heartbeat(self) -> None:
         while True:
@@ -181,13 +201,13 @@ class SchedulerProcess:
     def move(self, source: str, destination: InstanceLoad, reason: str, victim: str) -> None:
         self._wire.send(source, MoveOut(destination, reason, victim))
 
-    def set_role(self, instance_id: str, role: str) -> None:
+    def set_role(self, instance_id: str, role: str, reason: str) -> None:
         self._wire.send(instance_id, SetRole(role))
-        self._tell([f"{instance_id} becomes {role}"])
+        self._tell([f"{instance_id} becomes {role}: {reason}"])
 
-    def set_draining(self, instance_id: str, draining: bool) -> None:
+    def set_draining(self, instance_id: str, draining: bool, reason: str) -> None:
         self._wire.send(instance_id, SetDraining(draining))
-        self._tell([f"{instance_id} is drained" if draining else f"{instance_id} takes requests again"])
+        self._tell([f"{instance_id} is {'drained' if draining else 'used again'}: {reason}"])
 
     def start(self, role: str, reason: str) -> None:
         """One API server is asked, the first by name, so that not each of several starts one."""

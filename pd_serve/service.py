@@ -27,7 +27,6 @@ from pd_serve.instance import InstanceConfig, InstanceInfo
 from pd_serve.scheduler_process import SchedulerConfig
 from pd_serve.wire import CurveKeys, Wire
 from router.book import LoadBook
-from router.policies import policy_set
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +176,7 @@ class Service:
 
     async def _keep_scheduler(self) -> None:
         """Always one scheduler: the next as soon as one has died, unless they die at once."""
-        config = SchedulerConfig(self._config.policy, self._config.autoscale, self._host, self._keys)
+        config = SchedulerConfig(self._config.policies, self._config.autoscale, self._host, self._keys)
         loop, pause_s = asyncio.get_running_loop(), 0.0
         while True:
             await asyncio.sleep(pause_s)
@@ -225,7 +224,7 @@ class Service:
             num_slots=config.max_instances,
             on_scaling=lambda wanted: self.fleet.on_scaling(wanted),
             on_decided=lambda report: self.fleet.on_decided(report),
-            book=LoadBook(policy_set(config.policy), clock=asyncio.get_running_loop().time),
+            book=LoadBook(config.policies, clock=asyncio.get_running_loop().time),
         )
         self.fleet = Fleet(
             self.router,
@@ -233,7 +232,7 @@ class Service:
             self._cluster.stop_instance,
             max_instances=config.max_instances,
             instances=config.instances,
-            policy=config.policy,
+            policy=config.policies.name,
         )
         for info in self._infos:
             self.router.join(info)

@@ -34,8 +34,8 @@ class SchedulerActions(Protocol):
         ...
 
     def move(self, source: str, destination: InstanceLoad, reason: str, victim: str) -> None: ...
-    def set_role(self, instance_id: str, role: str) -> None: ...
-    def set_draining(self, instance_id: str, draining: bool) -> None: ...
+    def set_role(self, instance_id: str, role: str, reason: str) -> None: ...
+    def set_draining(self, instance_id: str, draining: bool, reason: str) -> None: ...
     def start(self, role: str, reason: str) -> None: ...
     def stop(self, instance_id: str, reason: str) -> None: ...
 
@@ -124,19 +124,19 @@ class Scheduler:
             if isinstance(exchange, Drain):
                 self._carry_out(exchange)
                 continue
-            logger.info("%s becomes %s: %s", exchange.instance_id, exchange.role, exchange.reason)
-            self._actions.set_role(exchange.instance_id, exchange.role)
+            logger.debug("%s becomes %s: %s", exchange.instance_id, exchange.role, exchange.reason)
+            self._actions.set_role(exchange.instance_id, exchange.role, exchange.reason)
             for scaler in self._scalers.values():
                 scaler.postpone(now)
 
     def _carry_out(self, decision: Decision) -> None:
         match decision:
             case Start(role=role, reason=reason):
-                logger.info("one more %s instance: %s", role, reason)
+                logger.debug("one more %s instance: %s", role, reason)
                 self._actions.start(role, reason)
             case Drain(instance_id=instance_id, reason=reason, draining=draining):
-                logger.info("%s %s: %s", instance_id, "drains" if draining else "is used again", reason)
-                self._actions.set_draining(instance_id, draining)
+                logger.debug("%s %s: %s", instance_id, "drains" if draining else "is used again", reason)
+                self._actions.set_draining(instance_id, draining, reason)
             case Stop(instance_id=instance_id, reason=reason):
-                logger.info("%s is stopped: %s", instance_id, reason)
+                logger.debug("%s is stopped: %s", instance_id, reason)
                 self._actions.stop(instance_id, reason)

@@ -30,10 +30,10 @@ class Recorder:
     def move(self, source: str, destination: InstanceLoad, reason: str, victim: str) -> None:
         self.asked.append(("move", source, destination.instance_id))
 
-    def set_role(self, instance_id: str, role: str) -> None:
+    def set_role(self, instance_id: str, role: str, reason: str) -> None:
         self.asked.append(("role", instance_id, role))
 
-    def set_draining(self, instance_id: str, draining: bool) -> None:
+    def set_draining(self, instance_id: str, draining: bool, reason: str) -> None:
         self.asked.append(("draining", instance_id, draining))
 
     def start(self, role: str, reason: str) -> None:

@@ -64,10 +64,10 @@ class ToyCluster:
     def move(self, source: str, destination: InstanceLoad, reason: str, victim: str) -> None:
         self._ordered.append((source, destination, reason, victim))
 
-    def set_role(self, instance_id: str, role: str) -> None:
+    def set_role(self, instance_id: str, role: str, reason: str) -> None:
         self.instances[instance_id].role = role
 
-    def set_draining(self, instance_id: str, draining: bool) -> None:
+    def set_draining(self, instance_id: str, draining: bool, reason: str) -> None:
         self.instances[instance_id].draining = draining
 
     def start(self, role: str, reason: str) -> None:
