@@ -245,11 +245,12 @@ def toys(draw: st.DrawFn) -> dict[str, Instance]:
 
 @pytest.mark.parametrize("victim", ["guarded", "levelling"])
 @pytest.mark.parametrize("threshold", [3.0, 20.0])
+@pytest.mark.parametrize("max_moves", [1, 4])
 @given(instances=toys())
 def test_under_constant_load_moves_come_to_an_end_and_nothing_goes_back_and_forth(
-    victim: str, threshold: float, instances: dict[str, Instance]
+    victim: str, threshold: float, max_moves: int, instances: dict[str, Instance]
 ) -> None:
-    policies = policy_set("llumnix", victim=victim, migration_threshold=threshold)
+    policies = policy_set("llumnix", victim=victim, migration_threshold=threshold, max_moves=max_moves)
     toy = ToyCluster(instances)
     before = sorted(room(instance.load(name)) for name, instance in instances.items())
     toy.run(policies, 30)
@@ -260,7 +261,8 @@ def test_under_constant_load_moves_come_to_an_end_and_nothing_goes_back_and_fort
     journeys = Counter((request.name, destination) for request, _, destination, _ in toy.moves)
     assert max(journeys.values(), default=0) <= 1, "a request has come back"
     assert not any(request.priority < 0 for request, *_ in toy.moves)
-    assert sorted(room(instance.load(name)) for name, instance in instances.items()) >= before
+    if max_moves == 1:  # several at once count with average sizes until they are there
+        assert sorted(room(instance.load(name)) for name, instance in instances.items()) >= before
 
 
 def test_the_papers_rule_can_swing() -> None:
