@@ -8,6 +8,7 @@ from pd_serve.simulation.paper.figure import Figure, Point
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.ticker import Formatter
 
 COLORS = {
     "Round-Robin": "#8c8c8c",
@@ -91,13 +92,11 @@ def color(series: str) -> str:
 
 
 def _scales(axes: "Axes", figure: Figure, log: bool, points: Sequence[Point]) -> None:
-    from matplotlib.ticker import LogFormatter
-
     values = [y for p in points for y in (p.ours, p.paper) if y is not None]
     if log and values and min(values) > 0:
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
-        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+        axes.yaxis.set_major_formatter(_log_labels())
+        axes.yaxis.set_minor_formatter(_log_labels())
     else:
         axes.set_ylim(bottom=0)
     if figure.log_x:
@@ -108,3 +107,14 @@ def _scales(axes: "Axes", figure: Figure, log: bool, points: Sequence[Point]) ->
     axes.tick_params(which="both", labelsize=8)
     axes.grid(True, color="#e4e4e4", linewidth=0.6)
     axes.set_axisbelow(True)
+
+
+def _log_labels() -> "Formatter":
+    """Labels for as many ticks as there is room for, as plain numbers."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    return Plain(minor_thresholds=(2, 0.5))
