@@ -151,7 +151,7 @@ def test_vllm_is_imported_on_import_by_the_adapter_and_the_front_end_only() -> N
     """Importing vLLM costs 10 s."""
     files = {found.file for found in IMPORTS if found.package == "vllm" and found.on_import}
 
-    places = ("migration/vllm_engine/", "pd_serve/api/", "pd_serve/request_router.py")
+    places = ("migration/vllm_engine/", "pd_serve/api/", "pd_serve/simulation/live.py")
     assert {file for file in files if not file.startswith(places)} == set()
 
 
