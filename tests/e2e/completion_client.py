@@ -1,8 +1,10 @@
 """Completions over HTTP as plain values that can be compared, and migrations while they stream."""
 
 import asyncio
+import itertools
 import json
 import random
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -82,25 +84,29 @@ class CompletionClient:
         return answer
 
     @asynccontextmanager
-    async def open(self, body: Body, request_id: str = "") -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
+    async def open(
+        self, body: Body, request_id: str = "", headers: dict[str, str] | None = None
+    ) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
         """A streamed answer's chunks; leaving the block before their end disconnects."""
         request_id = request_id or uuid.uuid4().hex
         options = {"include_usage": True}
         request = _request(body) | {"stream": True, "stream_options": options}
-        headers = {"X-Request-Id": request_id}
+        headers = {"X-Request-Id": request_id, **(headers or {})}
         async with self.http.stream("POST", "/v1/completions", json=request, headers=headers) as response:
             if response.status_code != 200:
                 await response.aread()
                 raise httpx.HTTPStatusError(response.text, request=response.request, response=response)
             yield _events(response)
 
-    async def stream(self, body: Body, meanwhile: "Meanwhile | None" = None) -> Answer:
+    async def stream(
+        self, body: Body, meanwhile: "Meanwhile | None" = None, headers: dict[str, str] | None = None
+    ) -> Answer:
         """Streamed; with something else done to the request meanwhile."""
         progress = Progress(uuid.uuid4().hex)
         answer = Answer({}, {})
         async with (
             _beside(meanwhile, progress) as answer.moves,
-            self.open(body, progress.request_id) as events,
+            self.open(body, progress.request_id, headers) as events,
         ):
             async for event in events:
                 assert "error" not in event, event
@@ -115,6 +121,21 @@ class CompletionClient:
         response = await self.http.post("/cluster/migrate", json=body)
         assert response.status_code in (200, 404, 409), response.text
         return Move(response.status_code, response.json())
+
+    async def drain(self, instance: str, **options: bool) -> None:
+        response = await self.http.post("/cluster/drain", json={"instance": instance, **options})
+        assert response.status_code == 202, response.text
+
+    async def until(self, found: Callable[[dict[str, Any]], bool], bound_s: float = 20.0) -> dict[str, Any]:
+        """Waits until something is true of `GET /cluster`."""
+        seen: dict[str, Any] = {}
+        try:
+            async with asyncio.timeout(bound_s):
+                while not found(seen := await self.cluster()):  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+        except TimeoutError:
+            raise AssertionError(f"not within {bound_s} s: {seen}") from None
+        return seen
 
     async def cluster(self) -> dict[str, Any]:
         response = await self.http.get("/cluster")
@@ -171,17 +192,23 @@ class CompletionClient:
 
 
 class Progress:
-    """How many tokens of a streamed request its client has seen."""
+    """How many tokens of a streamed request its client has seen, and when."""
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
         self.tokens = 0
+        self.times: list[float] = []
         self.ended = False
         self._changed = asyncio.Event()
 
     def advance(self, tokens: int) -> None:
         self.tokens += tokens
+        self.times.append(time.monotonic())
         self._changed.set()
+
+    @property
+    def longest_gap_s(self) -> float:
+        return max(later - earlier for earlier, later in itertools.pairwise(self.times))
 
     def end(self) -> None:
         self.ended = True

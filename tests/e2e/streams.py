@@ -1,0 +1,51 @@
+"""Streams that go on while a test does something to the cluster."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from completion_client import Answer, Body, CompletionClient, Move, Progress
+
+
+class Stream:
+    """One streamed request, begun by the constructor."""
+
+    def __init__(self, client: CompletionClient, body: Body, headers: dict[str, str] | None = None) -> None:
+        self.progress = Progress("")
+        self._begun = asyncio.Event()
+        self.answer: asyncio.Task[Answer] = asyncio.create_task(client.stream(body, self._watch, headers))
+
+    async def _watch(self, progress: Progress) -> list[Move]:
+        self.progress = progress
+        self._begun.set()
+        return []
+
+    async def reached(self, tokens: int) -> None:
+        await self._begun.wait()
+        assert await self.progress.reached(tokens), "the request ended too early"
+
+    @property
+    def first_token_at(self) -> float:
+        return self.progress.times[0]
+
+    @property
+    def last_token_at(self) -> float:
+        return self.progress.times[-1]
+
+
+@asynccontextmanager
+async def streaming(client: CompletionClient, bodies: list[Body], tokens: int) -> AsyncIterator[list[Stream]]:
+    """Streams of which each has had so many tokens; they go on, and end with the block at the latest."""
+    streams = [Stream(client, body) for body in bodies]
+    try:
+        async with asyncio.timeout(60):
+            await asyncio.gather(*(stream.reached(tokens) for stream in streams))
+        yield streams
+    finally:
+        for stream in streams:
+            stream.answer.cancel()
+        await asyncio.gather(*(stream.answer for stream in streams), return_exceptions=True)
+
+
+async def answers(streams: list[Stream]) -> list[Answer]:
+    return list(await asyncio.gather(*(stream.answer for stream in streams)))
