@@ -126,3 +126,21 @@ async def test_scheduler_dies(client: CompletionClient, reference: Reference) ->
     assert cluster["scheduler"]["restarts"] == 1
     assert cluster["scheduler"]["pid"] != pid
     await assert_balanced(client, reference)
+
+
+async def test_drained_and_stopped(client: CompletionClient, reference: Reference) -> None:
+    """The last test here: one decode instance is gone after it."""
+    bodies: list[Body] = [{"prompt": token_ids(200, i), "max_tokens": 300} for i in range(3)]
+    expected = [await reference(body) for body in bodies]
+    async with streaming(client, bodies, 10) as streams:
+        await pile_up(client, streams[:2], "decode-1")
+        await client.drain("decode-1", stop=True)
+        await client.until(lambda cluster: len(cluster["instances"]) == 2)
+        assert not any(stream.answer.done() for stream in streams), "it was stopped because they had ended"
+        ours = await answers(streams)
+    for answer, theirs in zip(ours, expected, strict=True):
+        assert_same(answer, theirs)
+    decisions = [decision["what"] for decision in (await client.cluster())["decisions"]]
+    assert decisions[0] == "decode-1 is stopped: drained by hand"
+    metrics = (await client.http.get("/metrics")).text
+    assert "pd_serve_recomputed_requests_total 0.0" in metrics

@@ -1,0 +1,86 @@
+"""A decode pool of one or two small instances that follows the load, in seconds instead of minutes."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from completion_client import Body, CompletionClient
+from conftest import Reference, run_cluster
+from prompts import token_ids
+from server_process import ServerProcess
+from test_same_output import assert_same
+
+#: A new instance is a new process that imports vLLM.
+START_S = 90.0
+
+BODIES: list[Body] = [{"prompt": token_ids(200, i), "max_tokens": 300} for i in range(6)]
+
+
+@pytest.fixture(scope="module")
+def server(logs: Path) -> Iterator[ServerProcess]:
+    """A decode instance has 71 usable blocks of 32 tokens."""
+    flags = ("--prefill", "1", "--decode", "1", "--max-model-len", "2048", "--no-enable-prefix-caching")
+    few_blocks = ("--decode-kv-cache-memory-bytes", str(72 * 2**17))
+    settings = {"scale_interval_s": 1, "drain_after_s": 2, "scale_margin": 5}
+    scaling = ["--autoscale-decode", "1:2"]
+    for key, value in settings.items():
+        scaling += ["--set", f"{key}={value}"]
+    with run_cluster(logs / "autoscaling.log", *flags, *few_blocks, *scaling) as server:
+        yield server
+
+
+@asynccontextmanager
+async def load(client: CompletionClient, reference: Reference, size: int) -> AsyncIterator[None]:
+    """So many clients ask one thing after the other, and look at every answer, until the block ends."""
+    expected = [await reference(body) for body in BODIES]
+    done = asyncio.Event()
+
+    async def ask(number: int) -> None:
+        while not done.is_set():
+            assert_same(await client.stream(BODIES[number]), expected[number])
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(size):
+            group.create_task(ask(number))
+        try:
+            yield
+        finally:
+            done.set()
+
+
+def pool(cluster: dict[str, Any], state: str = "ready") -> list[str]:
+    rows = cluster["instances"]
+    return [row["id"] for row in rows if row["role"] == "decode" and row["state"] == state]
+
+
+async def test_pool_follows_the_load(client: CompletionClient, reference: Reference) -> None:
+    async with load(client, reference, 6):
+        cluster = await client.until(lambda cluster: pool(cluster, "starting") == ["decode-1"])
+        assert "decode-1 is started: average freeness" in str(cluster["decisions"])
+        await client.until(lambda cluster: len(pool(cluster)) == 2, START_S)
+        await client.until(
+            lambda cluster: all(row["running"] for row in cluster["instances"] if row["id"] in pool(cluster))
+        )
+    async with load(client, reference, 2):
+        cluster = await client.until(lambda cluster: len(cluster["instances"]) == 2)
+        assert len(pool(cluster)) == 1
+        assert "is stopped: drained and empty" in str(cluster["decisions"])
+
+
+async def test_there_is_always_one(client: CompletionClient, reference: Reference) -> None:
+    """Nobody can drain the last one, and when it dies there is soon another one."""
+    (only,) = pool(await client.cluster())
+    response = await client.http.post("/cluster/drain", json={"instance": only})
+    assert response.status_code == 409
+    assert "the last decode instance" in response.json()["error"]["message"]
+    async with load(client, reference, 2):
+        (row,) = [row for row in (await client.cluster())["instances"] if row["id"] == only]
+        os.kill(row["pid"], signal.SIGKILL)
+        await client.until(lambda cluster: only not in pool(cluster))
+        cluster = await client.until(lambda cluster: len(pool(cluster)) == 1, START_S)
+        assert "0 of at least 1" in str(cluster["decisions"])
