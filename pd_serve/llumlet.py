@@ -239,6 +239,8 @@ class Llumlet:
     async def _hand_off(self, request_id: RequestId, candidates: list[str]) -> None:
         """Moves a request to the first candidate that takes it; else it decodes here until told where to."""
         for candidate in candidates:
+            if candidate not in self._peers:
+                continue  # stopped or dead since: an answer would never come
             try:
                 outcome = await self.coordinator.migrate(request_id, InstanceId(candidate), "handoff")
             except SourceGoneError:

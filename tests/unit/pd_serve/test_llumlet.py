@@ -10,7 +10,7 @@ import pytest
 from virtual_time import in_virtual_time
 
 from migration.bounds import MigrationBounds
-from migration.engine import EngineLoad, Reservation
+from migration.engine import EngineLoad, Reservation, RunningRequest
 from migration.errors import DestinationRefusedError, EngineDeadError, SourceGoneError
 from migration.messages import (
     BlockRun,
@@ -37,10 +37,15 @@ from pd_serve.messages import (
     LoadReport,
     MigrateRequest,
     MigrationEnded,
+    MoveOut,
     PeerLost,
     Reply,
+    SetDraining,
+    SetRole,
+    Subscribe,
 )
 from pd_serve.wire import Wire
+from router.load import InstanceLoad
 
 M = TypeVar("M")
 R = RequestId("r")
@@ -77,6 +82,7 @@ class FakeEngine:
 
     Attributes:
         running: Requests that can be described, and moved.
+        priorities: Of those that have another one than 0.
         fail: Raised by the next call of that name.
         held: Calls of these names wait until the event is set.
     """
@@ -85,6 +91,7 @@ class FakeEngine:
         self.llumlet: Llumlet
         self.calls: list[tuple[Any, ...]] = []
         self.running: set[str] = set()
+        self.priorities: dict[str, int] = {}
         self.fail: dict[str, Exception] = {}
         self.held: dict[str, asyncio.Event] = {}
 
@@ -138,6 +145,13 @@ class FakeEngine:
 
     async def drop(self, migration_id: MigrationId) -> None:
         await self._visit("drop", migration_id)
+
+    async def running_requests(self) -> list[RunningRequest]:
+        await self._visit("running_requests")
+        return [
+            RunningRequest(RequestId(request_id), self.priorities.get(request_id, 0), 10, float(rank))
+            for rank, request_id in enumerate(sorted(self.running))
+        ]
 
     async def live_requests(self) -> list[RequestId]:
         return [RequestId(request_id) for request_id in sorted(self.running)]
@@ -540,3 +554,111 @@ class TestReports:
             world.hear("d0", Withdraw(MigrationId("m"), "enough"))
             await world.settle()
             assert world.llumlet.load().migrating_in == 0
+
+
+class TestScheduler:
+    """What a scheduler says. Its loads and its choices are the router's."""
+
+    @staticmethod
+    def move_out(world: World, victim: str = "shortest", reason: str = "balance") -> None:
+        destination = InstanceLoad("d0", "decode", 100, 100)
+        world.hear("scheduler", MoveOut(destination, reason, victim))
+
+    @in_virtual_time
+    async def test_gets_every_report_from_its_first_word_on(self) -> None:
+        async with World() as world:
+            world.hear("scheduler", Subscribe("tcp://scheduler"))
+            await world.settle()
+            assert world.sent(LoadReport, "scheduler") == world.reports()[-1:]
+            world.hear("scheduler", Subscribe("tcp://its-successor"))
+            assert world.wire.peers["scheduler"] == "tcp://its-successor"
+
+    @in_virtual_time
+    async def test_that_is_silent_for_long_is_forgotten(self) -> None:
+        async with World() as world:
+            world.hear("scheduler", Subscribe("tcp://scheduler"))
+            for _ in range(5):
+                await asyncio.sleep(CLIENT_LEASE_S / 4)
+                world.hello("d0", "d1")
+            assert "scheduler" not in world.wire.peers
+
+    @in_virtual_time
+    async def test_has_a_request_moved_that_the_instance_chooses(self) -> None:
+        async with World() as world:
+            world.engine.running |= {"high", "normal"}
+            world.engine.priorities["high"] = -1
+            self.move_out(world)
+            await world.settle()
+            assert world.llumlet.load().moves_decided == 1
+            assert world.reports()[-1].load.migrating_out == 1
+            await world.move("d0")
+            (ended,) = world.sent(MigrationEnded, "api")
+            assert (ended.request_id, ended.destination, ended.reason) == ("normal", "d0", "balance")
+            assert ended.committed
+
+    @in_virtual_time
+    async def test_has_each_request_moved_once(self) -> None:
+        async with World() as world:
+            world.engine.running |= {"a", "b"}
+            for _ in range(3):
+                self.move_out(world)
+            await world.settle()
+            assert {offer.request.request_id for offer in world.sent(Offer, "d0")} == {"a", "b"}
+            assert world.llumlet.load().moves_decided == 3
+
+    @in_virtual_time
+    async def test_moves_even_high_priority_to_empty_an_instance(self) -> None:
+        async with World() as world:
+            world.engine.running.add("high")
+            world.engine.priorities["high"] = -1
+            self.move_out(world)
+            await world.settle()
+            assert not world.sent(Offer)
+            self.move_out(world, "drain", "drain")
+            await world.settle()
+            assert len(world.sent(Offer, "d0")) == 1
+
+    @in_virtual_time
+    async def test_hears_of_a_move_that_did_not_happen_by_the_loads_only(self) -> None:
+        async with World() as world:
+            world.engine.running.add("r")
+            self.move_out(world)
+            await world.settle()
+            await world.answer("d0", lambda migration_id: Refused(migration_id, "full"))
+            assert world.llumlet.load().migrating_out == 0
+            assert "r" in world.engine.running
+            assert world.fatal == []
+
+    @in_virtual_time
+    async def test_changes_the_role(self) -> None:
+        async with World() as world:
+            world.hear("scheduler", SetRole("decode"))
+            await world.settle()
+            assert world.reports()[-1].load.role == "decode"
+
+    @in_virtual_time
+    async def test_drains_and_uses_again(self) -> None:
+        async with World() as world:
+            for draining in (True, False):
+                world.hear("scheduler", SetDraining(draining))
+                await world.settle()
+                assert world.reports()[-1].load.draining is draining
+
+    @in_virtual_time
+    async def test_does_not_use_again_what_is_drained_by_hand(self) -> None:
+        async with World() as world:
+            world.hear("api", SetDraining(True, by_hand=True))
+            world.hear("scheduler", SetDraining(False))
+            await world.settle()
+            assert world.reports()[-1].load.draining
+            world.hear("api", SetDraining(False, by_hand=True))
+            await world.settle()
+            assert not world.reports()[-1].load.draining
+
+    @in_virtual_time
+    async def test_hand_offs_to_instances_that_were_stopped_are_not_tried(self) -> None:
+        async with World() as world:
+            world.add(handoff=["d7", "d1"])
+            await world.start_prefill()
+            assert not world.sent(Offer, "d7")
+            assert len(world.sent(Offer, "d1")) == 1
