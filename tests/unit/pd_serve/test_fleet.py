@@ -193,11 +193,6 @@ class TestStarting:
                 await asyncio.sleep(1)
             tries = int(world.decisions[0].split()[0].removeprefix("decode-")) - 1
             assert 30 < tries < 50, "two at a time"
-            world.fails = None
-            await asyncio.sleep(MAX_RETRY_S)
-            world.want_one()
-            await asyncio.sleep(START_S + 1)
-            assert len(world.names) == 3
 
     @in_virtual_time
     async def test_may_be_tried_again_soon_after_a_single_failure(self) -> None:
