@@ -38,6 +38,7 @@ from router.dispatch import can_start
 from router.freeness import freeness
 from router.load import InstanceLoad
 from router.request import NewRequest
+from router.waiting_line import WaitingLine
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +123,7 @@ class RequestRouter:
         address, token_endpoint = wire.listen(self._on_message), wire.listen(self._on_tokens)
         self.instances = InstanceDirectory(name, wire, address, token_endpoint, num_slots)
         self._book = book or LoadBook()
+        self._line = WaitingLine(self._book)
         self._routes: dict[RequestId, Route] = {}
         self._num_waiting = 0
         self._migrations: dict[str, Counter[str]] = {"handoff": Counter(), "manual": Counter()}
@@ -146,6 +148,10 @@ class RequestRouter:
             # With a gap, tokens of a former owner may have been lost with it.
             if instance_id in (route.ledger.owner, route.committed_to) or route.ledger.has_gap:
                 self._recompute(route, instance_id)
+        if self._line and not self._book.is_serving:
+            for request_id in list(self._line):
+                logger.error("request %s: there is no instance left that it could wait for", request_id)
+                self._fail(self._routes[RequestId(request_id)])
 
     def load_of(self, instance_id: str) -> InstanceLoad | None:
         """Its last report."""
@@ -186,7 +192,8 @@ class RequestRouter:
             EngineDeadError: no live instance takes new requests.
         """
         route = Route(RequestId(request_id), payload, request, TokenLedger(""))
-        self._place(route, epoch=0)
+        if not self._place(route, epoch=0, may_wait=True):
+            self._line.add(request_id, request, self._loop.time())
         self._routes[route.request_id] = route
         self._num_waiting += 1
 
@@ -201,13 +208,20 @@ class RequestRouter:
         for owner, owned in by_owner.items():
             self.instances.send(owner, AbortRequests(owned))
 
-    def _place(self, route: Route, epoch: int) -> None:
+    def _place(self, route: Route, epoch: int, *, may_wait: bool = False) -> bool:
+        """Sends a request to where it starts. False: it has to wait for room, and may.
+
+        Raises:
+            EngineDeadError: no live instance takes new requests.
+        """
         request = route.request
         if route.ledger.token_ids:  # computed again, with what has been generated
             num_tokens = request.prompt_tokens + len(route.ledger.token_ids)
             request = NewRequest(num_tokens, request.priority, request.prefix_keys)
-        instance_id = self._book.dispatch(request)
+        instance_id = self._book.dispatch(request, may_wait=may_wait)
         if instance_id is None:
+            if may_wait and self._book.is_serving:
+                return False
             raise EngineDeadError("no live instance takes new requests; see GET /cluster")
         route.ledger.owner = instance_id
         handoff: list[str] = []
@@ -221,6 +235,17 @@ class RequestRouter:
             route.request_id, self.instances.token_endpoint, epoch, handoff, list(route.ledger.token_ids)
         )
         self.instances.send(instance_id, message, route.payload)
+        return True
+
+    def _place_waiting(self, instance_id: str) -> None:
+        """An instance has reported: there may be room for those who wait."""
+        for request_id in self._line.take(instance_id, self._loop.time()):
+            route = self._routes[RequestId(request_id)]
+            try:
+                self._place(route, epoch=route.ledger.epoch)
+            except EngineDeadError as error:
+                logger.error("request %s: %s", request_id, error)
+                self._fail(route)
 
     def _blocks_of(self, route: Route) -> int:
         return -(-(route.request.prompt_tokens + len(route.ledger.token_ids) + 1) // self._block_tokens)
@@ -256,6 +281,8 @@ class RequestRouter:
         del self._routes[route.request_id]
         if not route.ledger.token_ids:
             self._num_waiting -= 1
+            if not route.ledger.owner:
+                self._line.discard(route.request_id)
         self._book.settled(route.destination, route.request_id)
         for waiter in route.moved:
             if not waiter.done():
@@ -325,6 +352,8 @@ class RequestRouter:
             case LoadReport():
                 if sender in self.instances:
                     self._book.report(message.load)
+                    if self._line:
+                        self._place_waiting(sender)
                     for request_id in message.stranded:
                         self._place_stranded(sender, request_id)
             case MigrationEnded(call_id=""):

@@ -8,7 +8,8 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from router import handoff
-from router.dispatch import DISPATCH_POLICIES, candidates
+from router.dispatch import DISPATCH_POLICIES, can_start, candidates
+from router.freeness import headroom
 from router.load import InstanceLoad
 from router.policies import PolicySet, policy_set
 from router.request import NewRequest
@@ -81,15 +82,25 @@ class LoadBook:
 
     # ---- decisions
 
-    def dispatch(self, request: NewRequest) -> str | None:
-        """Chooses where a new request starts, and counts it there. None: nowhere."""
-        able = candidates(self._fresh()) or candidates(self._all())
+    def dispatch(self, request: NewRequest, *, may_wait: bool = False) -> str | None:
+        """Chooses where a new request starts, and counts it there. None: nowhere.
+
+        Args:
+            may_wait: With late binding also None if there is no room for it now.
+        """
+        able = self._candidates()
+        if self.policies.late_binding and able and able[0].role == "neutral":
+            high = request.priority < 0
+            roomy = [load for load in able if _blocks(request, load) <= _room(load, high)]
+            if may_wait and not roomy:
+                return None
+            able = roomy or able
         policy = self._prefill_dispatch if able and able[0].role == "prefill" else self._dispatch
         chosen = policy.choose(able, request, self._rng)
         if chosen is None:
             return None
         # The instance counts what anybody sends it, so the count starts from its own report.
-        blocks = -(-request.prompt_tokens // chosen.block_tokens)
+        blocks = _blocks(request, chosen)
         unseen = Unseen(chosen.requests_added + 1, request.prompt_tokens, blocks)
         self._unseen.setdefault(chosen.instance_id, deque()).append(unseen)
         self._corrected.pop(chosen.instance_id, None)
@@ -100,6 +111,24 @@ class LoadBook:
         ranked = handoff.destinations(self._fresh(), num_blocks)
         ranked = ranked or handoff.destinations(self._all(), num_blocks)
         return [load.instance_id for load in ranked]
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether there is anybody to take new requests."""
+        return bool(self._candidates())
+
+    @property
+    def somewhere_nobody_queues(self) -> bool:
+        return any(not load.waiting for load in self._candidates())
+
+    def room(self, instance_id: str, high_priority: bool) -> int:
+        """Blocks that a new request could have there at once; none where no new requests go."""
+        load = self.corrected(instance_id)
+        return _room(load, high_priority) if can_start(load) else 0
+
+    def blocks_of(self, instance_id: str, request: NewRequest) -> int:
+        """Blocks that the prompt of a request takes there."""
+        return _blocks(request, self._loads[instance_id])
 
     # ---- what reports have not seen
 
@@ -139,6 +168,9 @@ class LoadBook:
             load = load.after_taking(sum(expected.values()), len(expected))
         return load if self.policies.headroom else replace(load, high_priority=0)
 
+    def _candidates(self) -> list[InstanceLoad]:
+        return candidates(self._fresh()) or candidates(self._all())
+
     def _all(self) -> list[InstanceLoad]:
         return [self.corrected(instance_id) for instance_id in self._loads]
 
@@ -146,3 +178,12 @@ class LoadBook:
         """Instances that report. If none does any more, the fault is rather here: see the callers."""
         oldest = self._clock() - self.policies.max_report_age_s
         return [self.corrected(name) for name, heard_at in self._heard_at.items() if heard_at >= oldest]
+
+
+def _blocks(request: NewRequest, load: InstanceLoad) -> int:
+    return -(-request.prompt_tokens // load.block_tokens)
+
+
+def _room(load: InstanceLoad, high_priority: bool) -> int:
+    claimed = load.watermark_blocks + load.waiting_blocks + load.expected_blocks
+    return load.free_blocks - claimed - (0 if high_priority else headroom(load))

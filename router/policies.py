@@ -14,6 +14,9 @@ class PolicySet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         dispatch: Where new requests start among neutral instances.
         prefill_dispatch: The same among prefill instances.
+        late_binding: Requests that no neutral instance has room for wait with the dispatcher; see
+            `router.waiting_line`.
+        bind_after_s: How long the first of them waits before it is bound to one that has no room yet.
         headroom: Requests of high priority keep their instance's load low.
         max_report_age_s: Instances that have reported nothing for longer are not decided on.
 
@@ -36,6 +39,8 @@ class PolicySet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     dispatch: DispatchName = "freest"
     prefill_dispatch: DispatchName = "backlog"
+    late_binding: bool = False
+    bind_after_s: float = 0.5
     headroom: bool = False
     max_report_age_s: float = 3.0
 

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from migration.errors import InvalidRequestError
-from pd_serve.simulation.config import EngineSettings, ScaleBounds, SimulationConfig, SimulationResult
+from pd_serve.simulation.config import FITTED_BLOCKS, EngineSettings, ScaleBounds, SimulationConfig, SimulationResult
 from pd_serve.simulation.cost_table import cost_model
 from pd_serve.simulation.summary import Slo, series, summarize
 from pd_serve.simulation.traces import TraceSpec, fitting, make_requests
@@ -38,7 +38,7 @@ class Case:
     instances: dict[str, int] = field(default_factory=lambda: {"neutral": 16})
     overrides: dict[str, float | int | str] = field(default_factory=dict)
     cost_model: str = "a10-llama-7b"
-    num_blocks: int = 851
+    num_blocks: int = FITTED_BLOCKS
     chunk_tokens: int | None = None
     prefix_caching: bool = False
     autoscale: dict[str, tuple[int, int]] = field(default_factory=dict)

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from pd_serve.simulation.config import FITTED_BLOCKS
+
 app = typer.Typer(
     no_args_is_help=True, help="Simulate a cluster in virtual time, with the real control plane."
 )
@@ -43,7 +45,7 @@ def run(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Setting of the policy to change.")
     ] = None,
     cost_model: CostModelName = "a10-llama-7b",
-    blocks: NumBlocks = 851,
+    blocks: NumBlocks = FITTED_BLOCKS,
     chunk_tokens: Annotated[
         int | None, typer.Option(min=1, help="Chunked prefill, with so many tokens per step.")
     ] = None,

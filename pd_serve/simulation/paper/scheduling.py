@@ -40,7 +40,7 @@ def synthetic_loads(count: int, dice: random.Random) -> list[InstanceLoad]:
             InstanceLoad(
                 instance_id=f"neutral-{number}",
                 role="neutral",
-                total_blocks=851,
+                total_blocks=780,
                 free_blocks=free,
                 running=dice.randrange(10, 60),
                 waiting=int(full) * dice.randrange(1, 5),

@@ -1,0 +1,81 @@
+"""Requests that no instance has room for yet, kept where all instances are in view.
+
+Bound to an instance at once, as in the paper, a request waits for the room that this one instance will have,
+while others may have it sooner, and it holds up whoever is queued there behind it. Here it waits in one line
+for all, and whoever fits goes. For what is too large for any of them it takes more than waiting: the first in
+line is bound in the end, to the instance that is freest, which makes room for it by giving requests away
+(de-fragmentation), while others pass.
+"""
+
+import bisect
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from router.book import LoadBook
+from router.request import NewRequest
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class _Place:
+    priority: int
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    place: _Place
+    request_id: str
+    request: NewRequest
+    since: float
+
+
+class WaitingLine:
+    """In the order of priority, then arrival."""
+
+    def __init__(self, book: LoadBook) -> None:
+        self._book = book
+        self._line: list[_Waiting] = []
+        self._count = 0
+
+    def __len__(self) -> int:
+        return len(self._line)
+
+    def __iter__(self) -> Iterator[str]:
+        return (waiting.request_id for waiting in self._line)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all of them."""
+        return sum(waiting.request.prompt_tokens for waiting in self._line)
+
+    def add(self, request_id: str, request: NewRequest, now: float) -> None:
+        self._count += 1
+        place = _Place(request.priority, self._count)
+        bisect.insort(self._line, _Waiting(place, request_id, request, now), key=lambda w: w.place)
+
+    def discard(self, request_id: str) -> None:
+        self._line = [waiting for waiting in self._line if waiting.request_id != request_id]
+
+    def take(self, instance_id: str, now: float) -> list[str]:
+        """Who goes now that this instance has reported: whoever fits there; and the first in line, if it has
+        waited for long and somewhere nobody queues."""
+        taken: list[_Waiting] = []
+        room, urgent_room = (self._book.room(instance_id, high) for high in (False, True))
+        if urgent_room <= 0 and not self._is_overdue(now):
+            return []
+        for waiting in self._line:
+            high = waiting.request.priority < 0
+            num_blocks = self._book.blocks_of(instance_id, waiting.request)
+            if num_blocks <= (urgent_room if high else room):
+                taken.append(waiting)
+                room -= num_blocks
+                urgent_room -= num_blocks
+        if not taken and self._is_overdue(now) and self._book.somewhere_nobody_queues:
+            taken = self._line[:1]
+        if taken:
+            gone = {waiting.place for waiting in taken}
+            self._line = [waiting for waiting in self._line if waiting.place not in gone]
+        return [waiting.request_id for waiting in taken]
+
+    def _is_overdue(self, now: float) -> bool:
+        return bool(self._line) and now - self._line[0].since >= self._book.policies.bind_after_s
