@@ -26,6 +26,7 @@ def read_load(scheduler: Any) -> EngineLoad:
         head_of_line_blocks=-(-queued[0].num_tokens // block_tokens) if queued else 0,
         block_tokens=block_tokens,
         waiting_blocks=sum(-(-r.num_tokens // block_tokens) for r in queued),
+        watermark_blocks=scheduler.kv_cache_manager.watermark_blocks,
         preempted=sum(r.num_preemptions > 0 for r in queued),
         high_priority=sum(r.priority < 0 for r in scheduler.running),
     )

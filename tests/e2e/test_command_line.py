@@ -48,6 +48,8 @@ def complaint(server: ServerProcess) -> str:
         (["tiny", "--prefill", "two"], "'--prefill'"),
         (["tiny", "--prefill", "1", "--decode", "0"], "--decode"),
         (["tiny", "--neutral", "0", "--prefill", "0", "--decode", "0"], "--neutral"),
+        (["tiny", "--autoscale-decode", "3:1"], "--autoscale-decode 3:1"),
+        (["tiny", "--policy", "fastest"], "no policy 'fastest'; there are round-robin"),
         (["./there/is/no/such/model"], "./there/is/no/such/model"),
     ],
 )

@@ -95,6 +95,7 @@ class ScriptedCluster:
         self.num_waiting = 0
         self.violations: list[str] = []
         self.moved: list[tuple[str, str]] = []
+        self.drained: list[tuple[str, bool, bool]] = []
 
     def snapshot(self) -> dict[str, Any]:
         instance = {"id": "d0", "role": "decode", "state": "live", "freeness": float("inf")}
@@ -109,6 +110,13 @@ class ScriptedCluster:
             raise UnknownTargetError(f"no running request {request_id}")
         self.moved.append((request_id, destination))
         return SimpleNamespace(downtime_ms=8.5, stages=2, blocks=4, tokens=120)
+
+    def drain(self, instance_id: str, *, draining: bool = True, stop: bool = False) -> None:
+        if instance_id == "p0":
+            raise MigrationRefusedError("p0 is the last instance that takes new requests")
+        if instance_id != "d0":
+            raise UnknownTargetError(f"no instance {instance_id}")
+        self.drained.append((instance_id, draining, stop))
 
     async def check_integrity(self) -> list[str]:
         return self.violations

@@ -340,6 +340,29 @@ class TestClusterRoutes:
         answer = await service.http.post("/cluster/migrate", content=content, headers=headers)
         assert error_of(answer)["code"] == 400
 
+    @pytest.mark.parametrize(
+        ("body", "asked"),
+        [
+            ({"instance": "d0"}, ("d0", True, False)),
+            ({"instance": "d0", "stop": True}, ("d0", True, True)),
+            ({"instance": "d0", "draining": False}, ("d0", False, False)),
+        ],
+    )
+    async def test_drain(
+        self, service: Service, body: dict[str, object], asked: tuple[str, bool, bool]
+    ) -> None:
+        answer = await service.http.post("/cluster/drain", json=body)
+        assert answer.status_code == 202
+        assert service.cluster.drained.pop() == asked
+        assert answer.json() == {"draining": True, "stop": False, **body}
+
+    @pytest.mark.parametrize(("instance", "status"), [("p0", 409), ("d7", 404), ("", 400)])
+    async def test_drain_refused(self, service: Service, instance: str, status: int) -> None:
+        answer = await service.http.post("/cluster/drain", json={"instance": instance})
+        assert answer.status_code == status
+        assert error_of(answer)["code"] == status
+        assert not service.cluster.drained
+
     async def test_integrity(self, service: Service) -> None:
         assert (await service.http.get("/cluster/integrity")).json() == {"ok": True, "violations": []}
         service.cluster.violations = ["d0: 3 blocks belong to nobody"]

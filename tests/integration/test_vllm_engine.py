@@ -89,6 +89,26 @@ async def test_nothing_is_missing(rig: Any) -> None:
     assert rig.engine.regions
 
 
+async def test_who_can_be_moved(rig: Any) -> None:
+    """What decodes here, with what a choice goes by; not what has left, nor what is of a kind that stays."""
+    from tests.integration.engine_rig import eventually, greedy
+
+    first = await rig.add("first", PROMPT[:40], greedy(200))
+    second = await rig.add("second", PROMPT[:70], greedy(200))
+    own_transfer = {"kv_transfer_params": {"do_remote_decode": False}}
+    stays = await rig.add("stays", PROMPT[:10], greedy(200, extra_args=own_transfer))
+    await eventually(lambda: first.tokens and second.tokens and stays.tokens)
+    found = await rig.engine.running_requests()
+    assert [(request.request_id, request.priority) for request in found] == [("first", 0), ("second", 0)]
+    assert found[1].arrived_at > found[0].arrived_at
+    assert 70 < found[1].num_tokens <= 70 + len(second.tokens) + 2
+    await rig.leave("first")
+    assert [request.request_id for request in await rig.engine.running_requests()] == ["second"]
+    await rig.finish(second)
+    await rig.finish(stays)
+    assert await rig.engine.running_requests() == []
+
+
 class TestSameTokens:
     @pytest.mark.parametrize("name", SAMPLINGS)
     async def test_out_and_in_again(self, rig: Any, name: str) -> None:
