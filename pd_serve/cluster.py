@@ -5,6 +5,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -15,7 +16,7 @@ from migration.tasks import OwnedTasks
 from pd_serve.instance import Instance, InstanceConfig, InstanceInfo
 from pd_serve.logs import configure_logging
 from pd_serve.scheduler_process import SCHEDULER, SchedulerConfig, SchedulerProcess
-from pd_serve.wire import Wire
+from pd_serve.wire import Wire, is_local
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class InstanceActor:
         await self._instance.load()
 
     async def start(self, config: InstanceConfig) -> InstanceInfo:
-        return await self._instance.start(config)
+        return await self._instance.start(replace(config, host=_own_address(config.host)))
 
     async def wait(self) -> None:
         """Returns when the instance was stopped; fails at once when its process dies."""
@@ -71,7 +72,7 @@ class SchedulerActor:
 
     async def start(self, config: SchedulerConfig) -> tuple[str, int]:
         """Returns its address and its process id."""
-        self._wire = Wire(SCHEDULER, config.host, config.keys)
+        self._wire = Wire(SCHEDULER, _own_address(config.host), config.keys)
         self._scheduler = SchedulerProcess(
             SCHEDULER,
             self._wire,
@@ -228,6 +229,11 @@ class RayCluster:
             self._pids.pop(instance_id, None)
             if self._actors.pop(instance_id, None) is not None:  # else it was stopped
                 self._on_lost(instance_id)
+
+
+def _own_address(host: str) -> str:
+    """Where an actor's sockets are: on loopback as the service is, or on the machine that Ray has chosen."""
+    return host if is_local(host) else str(ray.util.get_node_ip_address())
 
 
 def _end_children() -> None:

@@ -95,10 +95,14 @@ class Fleet:
         self._scheduler_heard_at = self._scheduler_pid = None
 
     def on_decided(self, report: SchedulerReport) -> None:
-        """What the scheduler has told instances; nothing, as a heartbeat."""
+        """What the scheduler has told instances; nothing, as a heartbeat.
+
+        What it says to an instance that is drained by hand does not count there, nor here.
+        """
         self._scheduler_heard_at = self._loop.time()
         for line in report.decided:
-            self._decided(line)
+            if line.split()[0] not in self._by_hand:
+                self._decided(line)
 
     def on_scaling(self, wanted: StartInstance | StopInstance) -> None:
         """What the scheduler wants. Who wants the same twice gets it once."""

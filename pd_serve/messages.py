@@ -130,7 +130,7 @@ class SchedulerReport(msgspec.Struct, frozen=True, tag=True):
     """Scheduler → API server, on decisions and as a heartbeat.
 
     Attributes:
-        decided: What it has told instances since the last report, one line each.
+        decided: What it has told instances since the last report, one line each that begins with an id.
     """
 
     decided: list[str]

@@ -165,7 +165,14 @@ def test_the_core_of_the_migration_imports_nothing_heavy(package: str) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["pd_serve.cli", "pd_serve.llumlet", "pd_serve.wire", "pd_serve.instance", "migration.coordinator"],
+    [
+        "pd_serve.cli",
+        "pd_serve.llumlet",
+        "pd_serve.wire",
+        "pd_serve.instance",
+        "pd_serve.scheduler_process",
+        "migration.coordinator",
+    ],
 )
 def test_importing_it_imports_nothing_that_takes_seconds(module: str) -> None:
     """Whatever they import in turn: `pd-serve --help` and a starting actor do not wait for vLLM."""

@@ -274,8 +274,10 @@ class TestByHand:
             assert world.router.instances.sent == [("decode-1", SetDraining(True, by_hand=True))]
             world.router.report("decode-1", draining=True)
             world.want_stopped("decode-1")
+            world.fleet.on_decided(SchedulerReport(["decode-1 is used again: more would be better"]))
             await asyncio.sleep(2 * EMPTY_S)
             assert not world.stopped
+            assert world.decisions == ["decode-1 is drained: asked for by hand"]
             world.fleet.drain("decode-1", draining=False)
             assert world.router.instances.sent[-1] == ("decode-1", SetDraining(False, by_hand=True))
 
