@@ -26,6 +26,21 @@ class Reservation:
     blocks_present: int
 
 
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What an engine is, known once it has started.
+
+    Attributes:
+        no_migration: Why it cannot migrate; None if it can.
+        max_model_len: Tokens that a request may have in all.
+    """
+
+    no_migration: str | None
+    max_model_len: int
+    num_blocks: int
+    block_tokens: int
+
+
 class EngineLoad(msgspec.Struct, frozen=True):
     """One engine's load, read between two steps.
 

@@ -5,13 +5,21 @@ import os
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from migration.errors import InvalidRequestError, PdServeError
 from pd_serve import models
-from pd_serve.config import DEFAULT_POLICY, ServeConfig, instances_at_start, parse_bounds, parse_policies
+from pd_serve.config import (
+    DEFAULT_COST_MODEL,
+    DEFAULT_POLICY,
+    ServeConfig,
+    instances_at_start,
+    parse_bounds,
+    parse_policies,
+    simulated_engine,
+)
 from pd_serve.console import Console
 from pd_serve.simulation.command import app as simulate
 
@@ -53,6 +61,13 @@ def serve(
     autoscale: Annotated[
         str | None, typer.Option(metavar="MIN:MAX", help="Let the scheduler scale the neutral instances.")
     ] = None,
+    engine: Annotated[
+        Literal["vllm", "simulated"],
+        typer.Option(help="What computes: vLLM, or a simulation of it that says random words."),
+    ] = "vllm",
+    cost_model: Annotated[
+        str, typer.Option(help="How fast simulated engines are: a name, or a CSV file of measured steps.")
+    ] = DEFAULT_COST_MODEL,
     host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to serve on; 0 for any free one.")] = 8000,
     served_model_name: Annotated[str | None, typer.Option(help="What the API calls the model.")] = None,
@@ -85,6 +100,7 @@ def serve(
         policies=parse_policies(policy, settings or []),
         autoscale=bounds,
         max_waiting=max_waiting_requests,
+        simulated=simulated_engine(cost_model) if engine == "simulated" else None,
         engine_flags=extra,
     )
     from pd_serve import service

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from migration.errors import InvalidRequestError
+from pd_serve.simulation.config import EngineSettings
 from router.policies import PolicySet, policy_set
 
 #: What an instance's process takes beside its weights and KV cache, in bytes (measured: 0.5-0.6 GB).
@@ -18,6 +19,8 @@ PROCESS_BYTES = 600 * 2**20
 ROLES = ("prefill", "decode", "neutral")
 
 DEFAULT_POLICY = "llumnix"
+
+DEFAULT_COST_MODEL = "a10-llama-7b"
 
 
 class PoolBounds(NamedTuple):
@@ -37,6 +40,7 @@ class ServeConfig:
         autoscale: Bounds by role; a role without them does not scale.
         max_waiting: Requests without a first token beyond which others get 429.
         ray_address: An existing Ray cluster, or None for a local one.
+        simulated: Simulated engines instead of vLLM's, and what they are like.
         engine_flags: The rest of the command line, for vLLM's parser.
     """
 
@@ -50,6 +54,7 @@ class ServeConfig:
     policies: PolicySet = field(default_factory=lambda: policy_set(DEFAULT_POLICY))
     autoscale: dict[str, PoolBounds] = field(default_factory=dict)
     max_waiting: int = 512
+    simulated: EngineSettings | None = None
     engine_flags: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -99,6 +104,13 @@ def parse_policies(name: str, settings: list[str]) -> PolicySet:
         return policy_set(name, **overrides)
     except ValueError as error:
         raise InvalidRequestError(str(error)) from None
+
+
+def simulated_engine(cost_model_name: str) -> EngineSettings:
+    """An engine with this cost model, batching as vLLM does now. Raises: InvalidRequestError."""
+    from pd_serve.simulation.cost_table import cost_model
+
+    return EngineSettings(cost_model(cost_model_name), chunk_tokens=2048, prefix_caching=True)
 
 
 def parse_bounds(flag: str, text: str) -> PoolBounds:

@@ -13,6 +13,7 @@ from migration.bounds import MigrationBounds
 from migration.messages import InstanceId
 from pd_serve.config import is_cpu_build
 from pd_serve.messages import TokenHeader
+from pd_serve.simulation.config import EngineSettings
 from pd_serve.wire import CurveKeys, Wire
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ class InstanceConfig:
         host: Address that this instance's sockets bind to.
         keys: The cluster's key pair; needed as soon as `host` leaves the machine.
         stage_bytes_per_s: See `MigrationBounds`.
+        simulated: A simulated engine instead of vLLM's, and what it is like.
     """
 
     instance_id: str
@@ -36,6 +38,7 @@ class InstanceConfig:
     keys: CurveKeys | None = None
     environment: dict[str, str] = field(default_factory=dict)
     stage_bytes_per_s: float | None = None
+    simulated: EngineSettings | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,6 @@ class Instance:
         os.environ.update(config.environment)
         await self.load()
         from migration.transport.nixl import NixlTransport
-        from migration.vllm_engine.engine import VllmEngine
         from pd_serve.llumlet import Llumlet
 
         name = InstanceId(config.instance_id)
@@ -85,10 +87,11 @@ class Instance:
             name, config.role, self._wire, self._transport, bounds=bounds, on_fatal=self._die
         )
         self._tokens = TokenPublisher(name, self._wire)
-        self._engine = VllmEngine(self._engine_config, self._tokens.publish, self.llumlet.events)
+        self._engine = self._make_engine(config.simulated)
         await self._engine.start()
         gc.enable()
-        if self._engine.no_migration is None:
+        facts = self._engine.facts
+        if facts.no_migration is None:
             self._transport.register(self._engine.regions)
         tasks = await self._engine.utility("get_supported_tasks")
         self.llumlet.start(self._engine)
@@ -99,11 +102,11 @@ class Instance:
             address=self.llumlet.address,
             node=socket.gethostname(),
             pid=os.getpid(),
-            no_migration=self._engine.no_migration,
+            no_migration=facts.no_migration,
             supported_tasks=list(tasks),
-            max_model_len=self._engine.core.vllm_config.model_config.max_model_len,
-            num_blocks=self._engine.core.vllm_config.cache_config.num_gpu_blocks,
-            block_tokens=self._engine.scheduler.block_size,
+            max_model_len=facts.max_model_len,
+            num_blocks=facts.num_blocks,
+            block_tokens=facts.block_tokens,
         )
 
     async def wait(self) -> None:
@@ -119,6 +122,15 @@ class Instance:
             self._tokens.close()
             await self._wire.close()
         self._stopped.set()
+
+    def _make_engine(self, simulated: EngineSettings | None) -> Any:
+        if simulated is not None:
+            from pd_serve.simulation.live import make_engine
+
+            return make_engine(simulated, self._tokens.publish, self.llumlet.events)
+        from migration.vllm_engine.engine import VllmEngine
+
+        return VllmEngine(self._engine_config, self._tokens.publish, self.llumlet.events)
 
     def _engine_config(self) -> Any:
         from vllm.engine.arg_utils import AsyncEngineArgs

@@ -25,10 +25,14 @@ from pd_serve.config import (
 from pd_serve.console import Console
 from pd_serve.instance import InstanceConfig, InstanceInfo
 from pd_serve.scheduler_process import SchedulerConfig
+from pd_serve.simulation.config import EngineSettings
 from pd_serve.wire import CurveKeys, Wire
 from router.book import LoadBook
 
 logger = logging.getLogger(__name__)
+
+#: Below it most vocabularies have control tokens and single bytes; smaller ones are made of bytes.
+FIRST_WORD = 1000
 
 #: A scheduler that dies sooner would die again at once: the next one waits a little.
 SCHEDULER_LIFE_S = 10.0
@@ -153,6 +157,15 @@ class Service:
         self._engine_config = flags.engine_config("decode" if config.instances["decode"] else "neutral")
         return flags
 
+    @property
+    def _simulated(self) -> EngineSettings | None:
+        """What the engines are like, if simulated: they say plain words of the model's vocabulary."""
+        if self._config.simulated is None:
+            return None
+        size = self._engine_config.model_config.get_vocab_size()
+        words = (ord("a"), 26) if size < FIRST_WORD else (FIRST_WORD, size - FIRST_WORD)
+        return replace(self._config.simulated, vocabulary=words)
+
     def _launch(self) -> None:
         for name, _ in self._config.names():
             self._cluster.launch(name, self._num_gpus)
@@ -160,7 +173,14 @@ class Service:
     async def _start_instance(self, name: str, role: str) -> InstanceInfo:
         rate = CPU_STAGE_BYTES_PER_S if is_cpu_build() else None
         instance = InstanceConfig(
-            name, role, self._flags.engine(role), self._host, self._keys, self._environment, rate
+            name,
+            role,
+            self._flags.engine(role),
+            self._host,
+            self._keys,
+            self._environment,
+            rate,
+            self._simulated,
         )
         info: InstanceInfo = await self._cluster.start(instance)
         self._console.step(f"{name} is ready (pid {info.pid})")

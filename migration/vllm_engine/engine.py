@@ -19,7 +19,7 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request
 from vllm.v1.serial_utils import MsgpackDecoder
 
-from migration.engine import EngineEvents, Reservation, RunningRequest
+from migration.engine import EngineEvents, EngineFacts, Reservation, RunningRequest
 from migration.errors import DestinationRefusedError, InvalidRequestError, SourceGoneError
 from migration.messages import BlockRun, FinalState, MigrationId, RequestDescription, RequestId
 from migration.transport.base import KvRegion
@@ -112,6 +112,16 @@ class VllmEngine:
     async def start(self) -> None:
         """Loads the model. Raises: whatever vLLM raises."""
         await self._steps.start()
+
+    @property
+    def facts(self) -> EngineFacts:
+        config = self.core.vllm_config
+        return EngineFacts(
+            no_migration=self.no_migration,
+            max_model_len=config.model_config.max_model_len,
+            num_blocks=config.cache_config.num_gpu_blocks,
+            block_tokens=self.scheduler.block_size,
+        )
 
     async def stop(self) -> None:
         """Ends the step thread after the step it is in."""

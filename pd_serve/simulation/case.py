@@ -12,7 +12,13 @@ from typing import Any
 import msgspec
 
 from migration.errors import InvalidRequestError
-from pd_serve.simulation.config import FITTED_BLOCKS, EngineSettings, ScaleBounds, SimulationConfig, SimulationResult
+from pd_serve.simulation.config import (
+    FITTED_BLOCKS,
+    EngineSettings,
+    ScaleBounds,
+    SimulationConfig,
+    SimulationResult,
+)
 from pd_serve.simulation.cost_table import cost_model
 from pd_serve.simulation.summary import Slo, series, summarize
 from pd_serve.simulation.traces import TraceSpec, fitting, make_requests

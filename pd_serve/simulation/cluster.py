@@ -60,22 +60,22 @@ class SimulatedInstance:
         )
         self.transport.register(self.engine.regions)
         self.llumlet.start(self.engine)
-        self.engine.start()
         self.failure: BaseException | None = None
 
     @property
     def info(self) -> InstanceInfo:
+        facts = self.engine.facts
         return InstanceInfo(
             instance_id=self.name,
             role=self.role,
             address=self.llumlet.address,
             node="simulated",
             pid=0,
-            no_migration=None,
+            no_migration=facts.no_migration,
             supported_tasks=["generate"],
-            max_model_len=self.engine.settings.num_blocks * self.engine.settings.block_tokens,
-            num_blocks=self.engine.settings.num_blocks,
-            block_tokens=self.engine.settings.block_tokens,
+            max_model_len=facts.max_model_len,
+            num_blocks=facts.num_blocks,
+            block_tokens=facts.block_tokens,
         )
 
     async def stop(self) -> None:

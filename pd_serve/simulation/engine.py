@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from migration.engine import EngineEvents, EngineLoad, Reservation, RunningRequest
+from migration.engine import EngineEvents, EngineFacts, EngineLoad, Reservation, RunningRequest
 from migration.errors import (
     DestinationRefusedError,
     EngineDeadError,
@@ -93,6 +93,7 @@ class SimulatedEngine:
         self._reported: tuple[int, ...] = ()
         self._reported_at = 0.0
         self._stopped = False
+        self._submit(lambda: None)
 
     @property
     def regions(self) -> list[KvRegion]:
@@ -100,9 +101,14 @@ class SimulatedEngine:
         address, count = self.batcher.pool.content.buffer_info()
         return [KvRegion(address, count, 8)]
 
-    def start(self) -> None:
-        """Reports its load for the first time, once the loop runs."""
-        self._submit(lambda: None)
+    async def start(self) -> None:
+        """Nothing is to be loaded; the first report of its load is on its way."""
+
+    @property
+    def facts(self) -> EngineFacts:
+        settings = self.settings
+        max_tokens = (settings.num_blocks - self.batcher.watermark_blocks) * settings.block_tokens
+        return EngineFacts(None, max_tokens, settings.num_blocks, settings.block_tokens)
 
     async def stop(self) -> None:
         """Nothing comes from it any more; whoever waits for an answer waits for ever."""
