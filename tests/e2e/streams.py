@@ -5,6 +5,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from completion_client import Answer, Body, CompletionClient, Move, Progress
+from conftest import Reference
+from test_same_output import assert_same
 
 
 class Stream:
@@ -49,3 +51,22 @@ async def streaming(client: CompletionClient, bodies: list[Body], tokens: int) -
 
 async def answers(streams: list[Stream]) -> list[Answer]:
     return list(await asyncio.gather(*(stream.answer for stream in streams)))
+
+
+@asynccontextmanager
+async def load(client: CompletionClient, reference: Reference, bodies: list[Body]) -> AsyncIterator[None]:
+    """A client for each asks it again and again, and looks at every answer, until the block ends."""
+    expected = [await reference(body) for body in bodies]
+    done = asyncio.Event()
+
+    async def ask(number: int) -> None:
+        while not done.is_set():
+            assert_same(await client.stream(bodies[number]), expected[number])
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(len(bodies)):
+            group.create_task(ask(number))
+        try:
+            yield
+        finally:
+            done.set()

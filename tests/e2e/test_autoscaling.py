@@ -1,10 +1,8 @@
 """A decode pool of one or two small instances that follows the load, in seconds instead of minutes."""
 
-import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ from completion_client import Body, CompletionClient
 from conftest import Reference, run_cluster
 from prompts import token_ids
 from server_process import ServerProcess
-from test_same_output import assert_same
+from streams import load
 
 #: A new instance is a new process that imports vLLM.
 START_S = 90.0
@@ -34,39 +32,20 @@ def server(logs: Path) -> Iterator[ServerProcess]:
         yield server
 
 
-@asynccontextmanager
-async def load(client: CompletionClient, reference: Reference, size: int) -> AsyncIterator[None]:
-    """So many clients ask one thing after the other, and look at every answer, until the block ends."""
-    expected = [await reference(body) for body in BODIES]
-    done = asyncio.Event()
-
-    async def ask(number: int) -> None:
-        while not done.is_set():
-            assert_same(await client.stream(BODIES[number]), expected[number])
-
-    async with asyncio.TaskGroup() as group:
-        for number in range(size):
-            group.create_task(ask(number))
-        try:
-            yield
-        finally:
-            done.set()
-
-
 def pool(cluster: dict[str, Any], state: str = "ready") -> list[str]:
     rows = cluster["instances"]
     return [row["id"] for row in rows if row["role"] == "decode" and row["state"] == state]
 
 
 async def test_pool_follows_the_load(client: CompletionClient, reference: Reference) -> None:
-    async with load(client, reference, 6):
+    async with load(client, reference, BODIES):
         cluster = await client.until(lambda cluster: pool(cluster, "starting") == ["decode-1"])
         assert "decode-1 is started: average freeness" in str(cluster["decisions"])
         await client.until(lambda cluster: len(pool(cluster)) == 2, START_S)
         await client.until(
             lambda cluster: all(row["running"] for row in cluster["instances"] if row["id"] in pool(cluster))
         )
-    async with load(client, reference, 2):
+    async with load(client, reference, BODIES[:2]):
         cluster = await client.until(lambda cluster: len(cluster["instances"]) == 2)
         assert len(pool(cluster)) == 1
         assert "is stopped: drained and empty" in str(cluster["decisions"])
@@ -78,7 +57,7 @@ async def test_there_is_always_one(client: CompletionClient, reference: Referenc
     response = await client.http.post("/cluster/drain", json={"instance": only})
     assert response.status_code == 409
     assert "the last decode instance" in response.json()["error"]["message"]
-    async with load(client, reference, 2):
+    async with load(client, reference, BODIES[:2]):
         (row,) = [row for row in (await client.cluster())["instances"] if row["id"] == only]
         os.kill(row["pid"], signal.SIGKILL)
         await client.until(lambda cluster: only not in pool(cluster))
