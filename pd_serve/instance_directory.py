@@ -11,6 +11,7 @@ from pd_serve.api.cluster_view import UnknownTargetError
 from pd_serve.instance import InstanceInfo
 from pd_serve.messages import Call, Hello, MigrationEnded, PeerLost, Reply
 from pd_serve.wire import Wire
+from router.request import NO_DEMAND, Demand
 
 HEARTBEAT_S = 1.0
 CALL_TIMEOUT_S = 60.0
@@ -22,13 +23,23 @@ class InstanceDirectory:
     Args:
         address, token_endpoint: Where instances reach this API server.
         num_slots: Instances that may live at a time; vLLM's metrics tell them apart by slot.
+        waiting: Requests here that no instance has yet; the scheduler is told.
 
     Attributes:
         starting: Instances that are coming, by role; the scheduler is told with the next greeting.
     """
 
-    def __init__(self, name: str, wire: Wire, address: str, token_endpoint: str, num_slots: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        wire: Wire,
+        address: str,
+        token_endpoint: str,
+        num_slots: int,
+        waiting: Callable[[], Demand] = lambda: NO_DEMAND,
+    ) -> None:
         self.slots = list(range(num_slots))
+        self._waiting = waiting
         self.starting: dict[str, int] = {}
         self.token_endpoint = token_endpoint
         self._name = name
@@ -131,7 +142,7 @@ class InstanceDirectory:
     def greet(self) -> None:
         """Tells all of them, and the scheduler, who is there."""
         peers = {info.instance_id: info.address for info in self._infos.values()}
-        hello = Hello(self._address, self.token_endpoint, peers, self.starting)
+        hello = Hello(self._address, self.token_endpoint, peers, self.starting, self._waiting())
         if self._scheduler is not None:
             self._wire.send(self._scheduler, hello)
         for instance_id in self._infos:

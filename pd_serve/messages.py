@@ -21,6 +21,7 @@ from migration.messages import (
     Withdraw,
 )
 from router.load import InstanceLoad
+from router.request import NO_DEMAND, Demand
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
@@ -31,12 +32,14 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
         token_endpoint: Where it takes tokens.
         peers: Every live instance's address, by id: the cluster's membership.
         starting: Instances that are coming, by role.
+        waiting: Requests at the sender that no instance has yet, and the tokens of their prompts.
     """
 
     address: str
     token_endpoint: str
     peers: dict[str, str]
     starting: dict[str, int] = {}
+    waiting: Demand = NO_DEMAND
 
 
 class AddRequest(msgspec.Struct, frozen=True, tag=True):

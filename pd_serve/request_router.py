@@ -121,9 +121,11 @@ class RequestRouter:
         self._block_tokens = block_tokens
         self._loop = asyncio.get_running_loop()
         address, token_endpoint = wire.listen(self._on_message), wire.listen(self._on_tokens)
-        self.instances = InstanceDirectory(name, wire, address, token_endpoint, num_slots)
         self._book = book or LoadBook()
         self._line = WaitingLine(self._book)
+        self.instances = InstanceDirectory(
+            name, wire, address, token_endpoint, num_slots, waiting=lambda: self._line.demand
+        )
         self._routes: dict[RequestId, Route] = {}
         self._num_waiting = 0
         self._migrations: dict[str, Counter[str]] = {"handoff": Counter(), "manual": Counter()}

@@ -32,6 +32,7 @@ from pd_serve.messages import (
 from pd_serve.wire import CurveKeys
 from router.load import InstanceLoad
 from router.policies import PolicySet
+from router.request import Demand
 from router.scaling import Bounds
 from router.scheduler import Scheduler
 
@@ -80,12 +81,14 @@ class Server:
     Attributes:
         members: Live instances' addresses, by id.
         starting: Instances that it is starting, by role.
+        waiting: Its requests that no instance has yet.
         asked: Instances asked for and not in `starting` yet, by role.
     """
 
     heard_at: float
     members: dict[str, str]
     starting: Mapping[str, int]
+    waiting: Demand
     asked: Counter[str] = field(default_factory=Counter)
 
 
@@ -136,6 +139,12 @@ class SchedulerProcess:
         """Instances that are on their way, by role."""
         return sum((server.asked + Counter(server.starting) for server in self._servers.values()), Counter())
 
+    @property
+    def waiting(self) -> Demand:
+        """Requests that no instance has yet, at all API servers."""
+        demands = [server.waiting for server in self._servers.values()]
+        return Demand(sum(demand.requests for demand in demands), sum(demand.tokens for demand in demands))
+
     # ---- messages
 
     def _on_frames(self, frames: Sequence[bytes]) -> None:
@@ -148,7 +157,9 @@ class SchedulerProcess:
             case Hello():
                 news = sender not in self._servers
                 self._wire.connect(sender, message.address)
-                self._servers[sender] = Server(self._loop.time(), dict(message.peers), message.starting)
+                self._servers[sender] = Server(
+                    self._loop.time(), dict(message.peers), message.starting, message.waiting
+                )
                 if news:
                     self._tell([])
                 self._update_members()

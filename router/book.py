@@ -9,7 +9,6 @@ from msgspec.structs import replace
 
 from router import handoff
 from router.dispatch import DISPATCH_POLICIES, can_start, candidates
-from router.freeness import headroom
 from router.load import InstanceLoad
 from router.policies import PolicySet, policy_set
 from router.request import NewRequest
@@ -90,8 +89,7 @@ class LoadBook:
         """
         able = self._candidates()
         if self.policies.late_binding and able and able[0].role == "neutral":
-            high = request.priority < 0
-            roomy = [load for load in able if _blocks(request, load) <= _room(load, high)]
+            roomy = [load for load in able if _blocks(request, load) <= _room(load)]
             if may_wait and not roomy:
                 return None
             able = roomy or able
@@ -121,10 +119,10 @@ class LoadBook:
     def somewhere_nobody_queues(self) -> bool:
         return any(not load.waiting for load in self._candidates())
 
-    def room(self, instance_id: str, high_priority: bool) -> int:
+    def room(self, instance_id: str) -> int:
         """Blocks that a new request could have there at once; none where no new requests go."""
         load = self.corrected(instance_id)
-        return _room(load, high_priority) if can_start(load) else 0
+        return _room(load) if can_start(load) else 0
 
     def blocks_of(self, instance_id: str, request: NewRequest) -> int:
         """Blocks that the prompt of a request takes there."""
@@ -184,6 +182,5 @@ def _blocks(request: NewRequest, load: InstanceLoad) -> int:
     return -(-request.prompt_tokens // load.block_tokens)
 
 
-def _room(load: InstanceLoad, high_priority: bool) -> int:
-    claimed = load.watermark_blocks + load.waiting_blocks + load.expected_blocks
-    return load.free_blocks - claimed - (0 if high_priority else headroom(load))
+def _room(load: InstanceLoad) -> int:
+    return load.free_blocks - load.watermark_blocks - load.waiting_blocks - load.expected_blocks

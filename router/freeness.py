@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable
 
 from router.load import InstanceLoad
+from router.request import NO_DEMAND, Demand
 
 #: High priority keeps the real load of its instance near so many tokens; the rest is headroom.
 HIGH_PRIORITY_LOAD_TOKENS = 1600
@@ -63,7 +64,9 @@ def dispatch_freeness(load: InstanceLoad) -> float:
     return _unclaimed(load) / max(_requests(load), 1)
 
 
-def pooled_freeness(loads: Iterable[InstanceLoad], more_blocks: float = 0) -> float:
+def pooled_freeness(
+    loads: Iterable[InstanceLoad], more_blocks: float = 0, waiting: Demand = NO_DEMAND
+) -> float:
     """Average freeness of a pool: what all instances have free, per request of all. What scaling goes by.
 
     Instances' own freeness is not averaged: one that is idle has an infinite one (in the paper), or one so
@@ -72,12 +75,15 @@ def pooled_freeness(loads: Iterable[InstanceLoad], more_blocks: float = 0) -> fl
     Args:
         loads: None of them draining.
         more_blocks: How many more, or fewer, the pool would have.
+        waiting: Requests for this pool that no instance has yet.
 
     Source: Llumnix (OSDI 2024), section 4.4.3; its artifact pools in the same way.
     """
     pool = list(loads)
     free = sum(_unclaimed(load) for load in pool) + more_blocks
-    return free / max(sum(_requests(load) for load in pool), 1)
+    if waiting.requests and pool:
+        free -= waiting.tokens / pool[0].block_tokens
+    return free / max(sum(_requests(load) for load in pool) + waiting.requests, 1)
 
 
 def _unclaimed(load: InstanceLoad) -> int:

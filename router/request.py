@@ -1,11 +1,22 @@
 """A request as dispatch sees it, before it is anywhere."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 
 #: Prompts that begin with the same tokens are recognized in steps of so many.
 PREFIX_TOKENS = 128
+
+
+class Demand(NamedTuple):
+    """Requests that are bound to no instance yet, and the tokens of their prompts."""
+
+    requests: int = 0
+    tokens: int = 0
+
+
+NO_DEMAND = Demand()
 
 
 class NewRequest(msgspec.Struct, frozen=True):

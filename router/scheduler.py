@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from router.load import InstanceLoad
 from router.orders import Orders
 from router.policies import PolicySet
+from router.request import NO_DEMAND, Demand
 from router.rescheduling import RESCHEDULING
 from router.roles import RoleExchange
 from router.scaling import Bounds, Decision, Drain, PoolScaler, Start, Stop
@@ -31,6 +32,11 @@ class SchedulerActions(Protocol):
     @property
     def starting(self) -> Mapping[str, int]:
         """Instances that are asked for or on their way and do not report yet, by role."""
+        ...
+
+    @property
+    def waiting(self) -> Demand:
+        """Requests that wait with the API servers for an instance that has room."""
         ...
 
     def move(self, source: str, destination: InstanceLoad, reason: str, victim: str) -> None: ...
@@ -109,7 +115,8 @@ class Scheduler:
             self._exchange_roles(self._roles, loads, now)
         for role, scaler in self._scalers.items():
             pool = [load for load in loads if load.role == role]
-            for decision in scaler.decide(pool, self._actions.starting.get(role, 0), now):
+            waiting = self._actions.waiting if role == "neutral" else NO_DEMAND
+            for decision in scaler.decide(pool, self._actions.starting.get(role, 0), now, waiting):
                 self._carry_out(decision)
 
     def _forget_silent(self, now: float) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from router.book import LoadBook
-from router.request import NewRequest
+from router.request import Demand, NewRequest
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -44,9 +44,9 @@ class WaitingLine:
         return (waiting.request_id for waiting in self._line)
 
     @property
-    def prompt_tokens(self) -> int:
-        """Of all of them."""
-        return sum(waiting.request.prompt_tokens for waiting in self._line)
+    def demand(self) -> Demand:
+        """What all of them together ask for."""
+        return Demand(len(self._line), sum(waiting.request.prompt_tokens for waiting in self._line))
 
     def add(self, request_id: str, request: NewRequest, now: float) -> None:
         self._count += 1
@@ -60,16 +60,14 @@ class WaitingLine:
         """Who goes now that this instance has reported: whoever fits there; and the first in line, if it has
         waited for long and somewhere nobody queues."""
         taken: list[_Waiting] = []
-        room, urgent_room = (self._book.room(instance_id, high) for high in (False, True))
-        if urgent_room <= 0 and not self._is_overdue(now):
+        room = self._book.room(instance_id)
+        if room <= 0 and not self._is_overdue(now):
             return []
         for waiting in self._line:
-            high = waiting.request.priority < 0
             num_blocks = self._book.blocks_of(instance_id, waiting.request)
-            if num_blocks <= (urgent_room if high else room):
+            if num_blocks <= room:
                 taken.append(waiting)
                 room -= num_blocks
-                urgent_room -= num_blocks
         if not taken and self._is_overdue(now) and self._book.somewhere_nobody_queues:
             taken = self._line[:1]
         if taken:

@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 
 from router.load import InstanceLoad
 from router.policies import PolicySet
+from router.request import Demand
 
 
 class Bounds(Protocol):
@@ -27,8 +28,9 @@ class Wanted(NamedTuple):
     reason: str
 
 
-#: Looks at the instances of a pool that take requests, and at the number that is on its way.
-Signal = Callable[[Sequence[InstanceLoad], int, PolicySet], Wanted]
+#: Looks at the instances of a pool that take requests, at the number that is on its way, and at the requests
+#: that no instance has yet.
+Signal = Callable[[Sequence[InstanceLoad], int, PolicySet, Demand], Wanted]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from router.load import InstanceLoad
 from router.policies import PolicySet
+from router.request import NO_DEMAND, Demand
 from router.scaling.base import Bounds, Decision, Drain, Signal, Start, Stop, Wanted
 from router.scaling.by_backlog import by_backlog
 from router.scaling.by_freeness import by_freeness
@@ -35,13 +36,20 @@ class PoolScaler:
         self._taken_back: dict[str, float] = {}  # one that goes on draining is drained by somebody else
         self._stopped: dict[str, float] = {}
 
-    def decide(self, loads: Sequence[InstanceLoad], starting: int, now: float) -> list[Decision]:
-        """What is to be done now. Args: `loads` are the pool's, `starting` are not among them."""
+    def decide(
+        self, loads: Sequence[InstanceLoad], starting: int, now: float, waiting: Demand = NO_DEMAND
+    ) -> list[Decision]:
+        """What is to be done now.
+
+        Args:
+            starting: Instances on their way, not among `loads`.
+            waiting: Requests for this pool that no instance has yet.
+        """
         serving = [load for load in loads if not load.draining]
         draining = [load for load in loads if load.draining]
         self._remember(loads, now)
         decisions = self._stops(draining, now)
-        wanted = self._signal(serving, starting, self._policies)
+        wanted = self._signal(serving, starting, self._policies, waiting)
         if wanted.change >= 0:
             self._too_large_since = None
         elif self._too_large_since is None:

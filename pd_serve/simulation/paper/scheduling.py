@@ -15,7 +15,7 @@ from pd_serve.simulation.runs import Results
 from router.book import LoadBook
 from router.load import InstanceLoad
 from router.policies import PolicySet, policy_set
-from router.request import NewRequest
+from router.request import NO_DEMAND, Demand, NewRequest
 from router.scheduler import Scheduler
 
 SIZES = (64, 128, 256, 512, 1024)
@@ -58,6 +58,7 @@ class NoActions:
     """Takes what the scheduler decides, and does none of it."""
 
     starting: Mapping[str, int] = MappingProxyType({})
+    waiting: Demand = NO_DEMAND
 
     def move(self, source: str, destination: InstanceLoad, reason: str, victim: str) -> None: ...
     def set_role(self, instance_id: str, role: str, reason: str) -> None: ...

@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from router.load import InstanceLoad
 from router.orders import LOST_AFTER_S
 from router.policies import policy_set
+from router.request import NO_DEMAND, Demand
 from router.scheduler import Scheduler
 
 FULL = InstanceLoad("full", "neutral", 851, 0, running=2)
@@ -26,6 +27,7 @@ class Recorder:
 
     asked: list[tuple[Any, ...]] = field(default_factory=list)
     starting: Mapping[str, int] = field(default_factory=dict)
+    waiting: Demand = NO_DEMAND
 
     def move(self, source: str, destination: InstanceLoad, reason: str, victim: str) -> None:
         self.asked.append(("move", source, destination.instance_id))
@@ -189,6 +191,17 @@ def test_a_pool_grows_and_instances_that_are_starting_count() -> None:
     assert run.round(crowded, after=10) == [("start", "neutral")]
     run.actions.starting = {"neutral": 1}
     assert run.round(crowded, after=10) == []
+
+
+def test_requests_that_wait_for_room_count_for_the_pool() -> None:
+    run = Run(autoscale={"neutral": Bounds(1, 4)})
+    half = InstanceLoad("i0", "neutral", 851, 400, running=20)
+    run.round(half)
+    assert run.round(half, after=10) == []
+
+    run.actions.waiting = Demand(requests=10, tokens=6400)
+
+    assert run.round(half, after=10) == [("start", "neutral")]
 
 
 def test_a_pool_shrinks_by_draining_and_stops_what_is_empty() -> None:

@@ -7,6 +7,7 @@ from msgspec.structs import replace
 
 from router.load import InstanceLoad
 from router.policies import PolicySet
+from router.request import NO_DEMAND, Demand
 from router.scheduler import Scheduler
 from router.victim import choose_victim
 
@@ -59,6 +60,7 @@ class ToyCluster:
     instances: dict[str, Instance]
     moves: list[tuple[Request, str, str, str]] = field(default_factory=list)
     starting: dict[str, int] = field(default_factory=dict)
+    waiting: Demand = NO_DEMAND
     _ordered: list[tuple[str, InstanceLoad, str, str]] = field(default_factory=list)
 
     def move(self, source: str, destination: InstanceLoad, reason: str, victim: str) -> None:

@@ -1,0 +1,159 @@
+"""Requests that no instance has room for: who goes when, and where to."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+from made_loads import neutral
+
+from router.book import LoadBook
+from router.load import InstanceLoad
+from router.policies import policy_set
+from router.request import Demand, NewRequest
+from router.waiting_line import WaitingLine
+
+LATE = policy_set("llumnix", late_binding=True, bind_after_s=0.5)
+BLOCK_TOKENS = 16
+
+
+def blocks(count: int, priority: int = 0) -> NewRequest:
+    return NewRequest(count * BLOCK_TOKENS, priority)
+
+
+def with_free(name: str, free_blocks: int, **other: int) -> InstanceLoad:
+    return InstanceLoad(name, "neutral", 100, free_blocks, running=4, **other)
+
+
+def line_of(*loads: InstanceLoad) -> tuple[WaitingLine, LoadBook]:
+    book = LoadBook(LATE)
+    for load in loads:
+        book.report(load)
+    return WaitingLine(book), book
+
+
+# ---- dispatch with late binding
+
+
+def test_it_goes_where_there_is_room_even_if_another_one_is_freer_per_request() -> None:
+    _, book = line_of(with_free("many", 30), InstanceLoad("few", "neutral", 100, 20, running=1))
+
+    assert book.dispatch(blocks(10), may_wait=True) == "few"
+    assert book.dispatch(blocks(25), may_wait=True) == "many"
+    assert book.dispatch(blocks(11), may_wait=True) is None
+
+
+def test_what_is_dispatched_takes_its_room_before_a_report_says_so() -> None:
+    _, book = line_of(with_free("i0", 20))
+
+    assert [book.dispatch(blocks(10), may_wait=True) for _ in range(3)] == ["i0", "i0", None]
+
+
+def test_without_leave_to_wait_it_goes_somewhere() -> None:
+    _, book = line_of(with_free("i0", 0))
+
+    assert book.dispatch(blocks(10)) == "i0"
+
+
+def test_other_policies_let_nothing_wait() -> None:
+    book = LoadBook(policy_set("infaas++"))
+    book.report(with_free("i0", 0))
+
+    assert book.dispatch(blocks(10), may_wait=True) == "i0"
+
+
+def test_prefill_instances_queue_themselves() -> None:
+    """They are short of time, not of room."""
+    book = LoadBook(LATE)
+    book.report(InstanceLoad("p0", "prefill", 100, 0, running=4))
+
+    assert book.dispatch(blocks(10), may_wait=True) == "p0"
+
+
+# ---- the line
+
+
+def test_who_fits_goes_in_the_order_of_arrival() -> None:
+    line, book = line_of(with_free("i0", 0))
+    for name, size in (("a", 30), ("b", 8), ("c", 8), ("d", 8)):
+        line.add(name, blocks(size), now=0.0)
+    book.report(with_free("i0", 20))
+
+    assert line.take("i0", now=0.1) == ["b", "c"]
+    assert list(line) == ["a", "d"]
+
+
+def test_high_priority_goes_first() -> None:
+    line, book = line_of(with_free("i0", 0))
+    for name, priority in (("normal", 0), ("later", 5), ("high", -1)):
+        line.add(name, blocks(8, priority), now=0.0)
+    book.report(with_free("i0", 10))
+
+    assert line.take("i0", now=0.1) == ["high"]
+    assert list(line) == ["normal", "later"]
+
+
+def test_the_first_is_bound_in_the_end_where_nobody_queues() -> None:
+    line, _ = line_of(with_free("i0", 5), with_free("i1", 5, waiting=1))
+    line.add("large", blocks(50), now=0.0)
+    line.add("next", blocks(50), now=0.0)
+
+    assert line.take("i1", now=0.4) == []
+    assert line.take("i1", now=0.5) == ["large"]
+
+
+def test_nobody_is_bound_while_everybody_has_a_queue() -> None:
+    line, _ = line_of(with_free("i0", 5, waiting=1), with_free("i1", 5, waiting=2))
+    line.add("large", blocks(50), now=0.0)
+
+    assert line.take("i0", now=10.0) == []
+
+
+def test_room_is_room_also_beside_high_priority() -> None:
+    """Headroom makes an instance the last to be chosen, not one that lets others wait."""
+    line, book = line_of(InstanceLoad("i0", "neutral", 300, 0, running=4, high_priority=1))
+    line.add("normal", blocks(8), now=0.0)
+    book.report(InstanceLoad("i0", "neutral", 300, 60, running=4, high_priority=1))
+    book.report(InstanceLoad("i1", "neutral", 300, 40, running=4))
+
+    assert line.take("i0", now=0.1) == ["normal"]
+    assert book.dispatch(blocks(8), may_wait=True) == "i1"
+
+
+def test_nothing_goes_to_who_takes_nothing() -> None:
+    line, book = line_of(with_free("i0", 0))
+    line.add("a", blocks(1), now=0.0)
+    book.report(InstanceLoad("i0", "neutral", 100, 100, draining=True))
+    book.report(InstanceLoad("d0", "decode", 100, 100))
+
+    assert line.take("i0", now=0.1) == line.take("d0", now=0.1) == []
+
+
+def test_who_has_gone_is_not_in_the_line() -> None:
+    line, _ = line_of(with_free("i0", 0))
+    line.add("a", blocks(3), now=0.0)
+    line.add("b", blocks(4), now=0.0)
+
+    line.discard("a")
+    line.discard("unknown")
+
+    assert (list(line), len(line), line.demand) == (["b"], 1, Demand(1, 4 * BLOCK_TOKENS))
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 60), st.integers(-1, 1)), max_size=12),
+    st.integers(0, 100),
+    st.floats(0.0, 1.0),
+)
+def test_whoever_goes_fits_or_is_first_and_nobody_is_lost(
+    sizes: list[tuple[int, int]], free_blocks: int, now: float
+) -> None:
+    line, book = line_of(neutral("i0", 0))
+    for number, (size, priority) in enumerate(sizes):
+        line.add(str(number), blocks(size, priority), now=0.0)
+    before = list(line)
+    book.report(with_free("i0", free_blocks))
+
+    taken = line.take("i0", now)
+
+    assert sorted([*taken, *line]) == sorted(before)
+    assert [name for name in before if name in taken] == taken
+    needed = sum(sizes[int(name)][0] for name in taken)
+    assert needed <= free_blocks or (taken == before[:1] and now >= LATE.bind_after_s)
