@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,8 +14,13 @@ from pd_serve.messages import Call, Hello, MigrationEnded, PeerLost, Reply
 from pd_serve.wire import Wire
 from router.request import NO_DEMAND, Demand
 
+logger = logging.getLogger(__name__)
+
 HEARTBEAT_S = 1.0
 CALL_TIMEOUT_S = 60.0
+
+#: An instance that has said nothing for so long is gone, whether its process lives or not.
+SILENT_S = 30.0
 
 
 class InstanceDirectory:
@@ -24,6 +30,7 @@ class InstanceDirectory:
         address, token_endpoint: Where instances reach this API server.
         num_slots: Instances that may live at a time; vLLM's metrics tell them apart by slot.
         waiting: Requests here that no instance has yet; the scheduler is told.
+        on_silent: Told once of an instance that says nothing any more.
 
     Attributes:
         starting: Instances that are coming, by role; the scheduler is told with the next greeting.
@@ -37,9 +44,12 @@ class InstanceDirectory:
         token_endpoint: str,
         num_slots: int,
         waiting: Callable[[], Demand] = lambda: NO_DEMAND,
+        on_silent: Callable[[str], object] = lambda instance_id: None,
     ) -> None:
         self.slots = list(range(num_slots))
         self._waiting = waiting
+        self._on_silent = on_silent
+        self._heard_at: dict[str, float] = {}
         self.starting: dict[str, int] = {}
         self.token_endpoint = token_endpoint
         self._name = name
@@ -71,6 +81,7 @@ class InstanceDirectory:
 
     def join(self, info: InstanceInfo) -> None:
         self._infos[info.instance_id] = info
+        self.heard(info.instance_id)
         free = set(self.slots) - set(self._slot_of.values())
         self._slot_of[info.instance_id] = min(free, default=0)
         self._wire.connect(info.instance_id, info.address)
@@ -89,6 +100,7 @@ class InstanceDirectory:
         if self._infos.pop(instance_id, None) is None:
             return False
         self._slot_of.pop(instance_id, None)
+        self._heard_at.pop(instance_id, None)
         self._wire.disconnect(instance_id)
         for called, future in self._calls.values():
             if called == instance_id and not future.done():
@@ -97,6 +109,10 @@ class InstanceDirectory:
             self._wire.send(peer, PeerLost(instance_id))
         self.greet()
         return True
+
+    def heard(self, instance_id: str) -> None:
+        """It has reported."""
+        self._heard_at[instance_id] = asyncio.get_running_loop().time()
 
     def send(self, instance_id: str, message: object, payload: Sequence[bytes] = ()) -> bool:
         return self._wire.send(instance_id, message, payload)
@@ -152,3 +168,7 @@ class InstanceDirectory:
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             self.greet()
+            oldest = asyncio.get_running_loop().time() - SILENT_S
+            for instance_id in [name for name, heard_at in self._heard_at.items() if heard_at < oldest]:
+                logger.error("%s has said nothing for %.0f s: it counts as dead", instance_id, SILENT_S)
+                self._on_silent(instance_id)

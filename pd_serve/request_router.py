@@ -94,6 +94,7 @@ class RequestRouter:
         clock: The time that deliveries are measured by, in seconds.
         on_scaling: Takes what the scheduler wants started or stopped.
         on_decided: Takes what the scheduler has told instances.
+        on_silent: Told of an instance that reports nothing any more, in place of `leave`.
         book: Decides where requests start and are handed off to.
     """
 
@@ -109,6 +110,7 @@ class RequestRouter:
         clock: Callable[[], float] = time.monotonic,
         on_scaling: Callable[[StartInstance | StopInstance], None] = lambda wanted: None,
         on_decided: Callable[[SchedulerReport], None] = lambda report: None,
+        on_silent: Callable[[str], object] | None = None,
         book: LoadBook | None = None,
     ) -> None:
         self._codec = codec
@@ -124,7 +126,13 @@ class RequestRouter:
         self._book = book or LoadBook()
         self._line = WaitingLine(self._book)
         self.instances = InstanceDirectory(
-            name, wire, address, token_endpoint, num_slots, waiting=lambda: self._line.demand
+            name,
+            wire,
+            address,
+            token_endpoint,
+            num_slots,
+            waiting=lambda: self._line.demand,
+            on_silent=on_silent or self.leave,
         )
         self._routes: dict[RequestId, Route] = {}
         self._num_waiting = 0
@@ -353,6 +361,7 @@ class RequestRouter:
                 self._on_decided(message)
             case LoadReport():
                 if sender in self.instances:
+                    self.instances.heard(sender)
                     self._book.report(message.load)
                     if self._line:
                         self._place_waiting(sender)

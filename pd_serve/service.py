@@ -244,6 +244,7 @@ class Service:
             num_slots=config.max_instances,
             on_scaling=lambda wanted: self.fleet.on_scaling(wanted),
             on_decided=lambda report: self.fleet.on_decided(report),
+            on_silent=self._on_silent,
             book=LoadBook(config.policies, clock=asyncio.get_running_loop().time),
         )
         self.fleet = Fleet(
@@ -272,6 +273,12 @@ class Service:
         self._console.warn(f"{instance_id} has died; its requests are recomputed elsewhere")
         if self.router is not None:
             self.router.leave(instance_id)
+
+    def _on_silent(self, instance_id: str) -> None:
+        """Its process may hang: nothing of it is to come to life again."""
+        self._console.warn(f"{instance_id} hangs and is ended; its requests are recomputed elsewhere")
+        self.router.leave(instance_id)
+        self._background.start(self._cluster.stop_instance(instance_id))
 
     def _ready(self) -> None:
         gc.freeze()

@@ -189,20 +189,36 @@ def test_an_instance_dies(victim: str) -> None:
     assert_nothing_is_lost(result)
 
 
-@pytest.mark.parametrize("cut_s", [0.3, 5.0, 40.0])
-def test_an_instance_is_cut_off_for_a_while(cut_s: float) -> None:
-    """Its tokens of that time are lost on the way: it has to be taken for dead, and it was not."""
+@pytest.mark.parametrize("broken_s", [0.3, 5.0, 40.0])
+def test_kv_of_an_instance_cannot_be_read_for_a_while(broken_s: float) -> None:
+    """Hand-offs to it fail and go elsewhere; what it has, it decodes."""
 
     async def fault(simulation: Simulation) -> None:
         await asyncio.sleep(4.0)
-        network = simulation.cluster.network
-        network.fabric.fail("decode-1")
-        await asyncio.sleep(cut_s)
-        network.fabric.restore("decode-1")
+        fabric = simulation.cluster.network.fabric
+        fabric.fail("decode-1")
+        await asyncio.sleep(broken_s)
+        fabric.restore("decode-1")
 
     result = simulate_with(config(), fault)
 
     assert_nothing_is_lost(result)
+
+
+@pytest.mark.parametrize("victim", ["decode-1", "prefill-0"])
+def test_an_instance_goes_silent_for_ever(victim: str) -> None:
+    """It hangs, or its network is gone: nobody says that it is dead, but nothing comes from it."""
+
+    async def fault(simulation: Simulation) -> None:
+        await asyncio.sleep(4.0)
+        simulation.cluster.network.cut(victim)
+        await asyncio.sleep(40.0)
+        await simulation.cluster.instances.pop(victim).stop()
+
+    result = simulate_with(config(instances={"prefill": 2, "decode": 2}), fault)
+
+    assert_nothing_is_lost(result)
+    assert max(record.longest_gap_s for record in result.records) < 60
 
 
 def test_the_scheduler_dies_and_another_takes_over() -> None:
