@@ -10,7 +10,7 @@ from pd_serve.simulation.paper.figure import BASELINE, LLUMNIX, PAPER_NAMES, Fig
 from pd_serve.simulation.runs import Results
 from pd_serve.simulation.traces import TraceSpec
 
-RATE = 8.0
+RATE = 7.0
 METRIC = Metric("Fragmentation", unit="% of memory")
 
 #: Points per curve: samples are averaged over equal stretches of time.
