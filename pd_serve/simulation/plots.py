@@ -1,6 +1,8 @@
 """Plots of points: panels below each other, metrics side by side; ours solid, the paper's dashed."""
 
+import math
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,9 @@ COLORS = {
     "PD, balancing": "#1f5fa8",
     "PD, balancing, priorities": "#2f8f4e",
 }
+#: More metrics than this are wrapped.
+MOST_IN_A_ROW = 7
+
 OTHER_COLORS = ("#7b4fa3", "#b8860b", "#008b8b", "#a83250")
 
 
@@ -42,17 +47,22 @@ def plot(figure: Figure, points: Sequence[Point], path: Path) -> None:
     from matplotlib.figure import Figure as Sheet
 
     panels = list(dict.fromkeys(point.panel for point in points))
-    wide, high = len(figure.metrics), len(panels)
+    lines = math.ceil(len(figure.metrics) / MOST_IN_A_ROW)  # of each panel
+    wide, high = math.ceil(len(figure.metrics) / lines), lines * len(panels)
     size = (3.1 * wide + 0.4, 2.5 * high + 0.9) if wide * high > 1 else (8.0, 4.2)
     sheet = Sheet(figsize=size, facecolor="white", layout="constrained")
     FigureCanvasAgg(sheet)
     grid = sheet.subplots(high, wide, squeeze=False)
     legend: dict[str, Any] = {}
-    for axes_row, panel in zip(grid, panels, strict=True):
-        for axes, metric in zip(axes_row, figure.metrics, strict=True):
+    for place, panel in enumerate(panels):
+        all_axes = grid[place * lines : (place + 1) * lines].flat
+        for axes, metric in zip_longest(all_axes, figure.metrics):
+            if metric is None:
+                axes.remove()
+                continue
             shown = [p for p in points if (p.panel, p.metric) == (panel, metric.name)]
             legend |= _curves(axes, figure, shown)
-            axes.set_title(f"{panel}: {metric.name}" if high > 1 else metric.name, fontsize=9)
+            axes.set_title(f"{panel}: {metric.name}" if len(panels) > 1 else metric.name, fontsize=9)
             axes.set_ylabel(metric.unit, fontsize=8)
             axes.set_xlabel(figure.x_label, fontsize=8)
             _scales(axes, figure, metric.log, shown)

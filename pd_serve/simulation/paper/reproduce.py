@@ -84,7 +84,7 @@ def notes_of(figure: Figure, options: Options, results: Results) -> list[str]:
         f"{len(summaries)} runs of {options.requests:,} requests, seed {options.seed}, "
         f"{sum(s['wall_s'] for s in summaries):,.0f} s of one core"
     ]
-    if options.requests != 10_000:
+    if figure.number and options.requests != 10_000:
         notes.append(
             f"the paper has 10,000 requests per run: {options.requests:,} load the cluster for less time"
         )

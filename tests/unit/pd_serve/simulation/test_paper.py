@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -223,6 +224,16 @@ def test_plots_of_little(values: list[float | None], tmp_path: Path) -> None:
     )
 
     assert (tmp_path / "a.png").exists()
+
+
+def test_many_metrics_are_wrapped(tmp_path: Path) -> None:
+    metrics = tuple(Metric(f"m{number}") for number in range(9))
+    points = [Point(panel, "Llumnix", metric.name, 1, 1.0) for panel in "ab" for metric in metrics]
+
+    plots.plot(replace(FIGURE, metrics=metrics), points, tmp_path / "a.svg")
+
+    text = (tmp_path / "a.svg").read_text()
+    assert all(f"<!-- {panel}: {metric.name} -->" in text for panel in "ab" for metric in metrics)
 
 
 def test_without_matplotlib_there_are_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
