@@ -116,8 +116,12 @@ class LoadBook:
         return bool(self._candidates())
 
     @property
-    def somewhere_nobody_queues(self) -> bool:
-        return any(not load.waiting for load in self._candidates())
+    def may_bind(self) -> bool:
+        """Whether one more instance may let everybody wait for the sake of a large request. What is
+        preempted waits there anyway."""
+        able = self._candidates()
+        binding = sum(load.waiting > load.preempted for load in able)
+        return binding < max(1, int(len(able) * self.policies.max_bound))
 
     def room(self, instance_id: str) -> int:
         """Blocks that a new request could have there at once; none where no new requests go."""

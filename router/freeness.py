@@ -51,17 +51,22 @@ def freeness(load: InstanceLoad) -> float:
     return (load.total_blocks - virtual_usage(load)) / max(load.running + load.expected_requests, 1)
 
 
-def dispatch_freeness(load: InstanceLoad) -> float:
+def dispatch_freeness(load: InstanceLoad, *, high_priority: bool = False) -> float:
     """F as dispatch sees it: all queued requests count, in blocks and in the batch.
 
     With the head of the line only, as in `freeness`, a burst would pile up on the instance that was
     freest when it began.
 
+    Args:
+        high_priority: For a request of high priority. Headroom is kept for those, not from them: they share
+            the few instances whose real load it keeps low, instead of claiming every instance.
+
     Source: Llumnix (OSDI 2024), section 6.1 (the load that INFaaS++ dispatches by) and its artifact.
     """
     if load.draining:
         return -math.inf
-    return _unclaimed(load) / max(_requests(load), 1)
+    kept = headroom(load) if high_priority else 0
+    return (_unclaimed(load) + kept) / max(_requests(load), 1)
 
 
 def pooled_freeness(

@@ -17,6 +17,7 @@ class PolicySet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         late_binding: Requests that no neutral instance has room for wait with the dispatcher; see
             `router.waiting_line`.
         bind_after_s: How long the first of them waits before it is bound to one that has no room yet.
+        max_bound: Share of the instances that may make room for one that is bound to them, at a time.
         headroom: Requests of high priority keep their instance's load low.
         max_report_age_s: Instances that have reported nothing for longer are not decided on.
 
@@ -40,7 +41,8 @@ class PolicySet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dispatch: DispatchName = "freest"
     prefill_dispatch: DispatchName = "backlog"
     late_binding: bool = False
-    bind_after_s: float = 0.5
+    bind_after_s: float = 15.0
+    max_bound: float = 0.0625
     headroom: bool = False
     max_report_age_s: float = 3.0
 
@@ -73,6 +75,7 @@ POLICY_SETS: dict[str, PolicySet] = {
         # Ours. What is not the paper's has its reason and its measured gain in docs/policies.md.
         PolicySet(
             "llumnix",
+            late_binding=True,
             headroom=True,
             rescheduling="guarded",
             victim="guarded",

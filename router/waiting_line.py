@@ -2,9 +2,9 @@
 
 Bound to an instance at once, as in the paper, a request waits for the room that this one instance will have,
 while others may have it sooner, and it holds up whoever is queued there behind it. Here it waits in one line
-for all, and whoever fits goes. For what is too large for any of them it takes more than waiting: the first in
-line is bound in the end, to the instance that is freest, which makes room for it by giving requests away
-(de-fragmentation), while others pass.
+for all, and whoever fits goes. So that large ones do not wait for ever, the first in line is bound in the
+end, to the instance that is freest. That takes nobody else until it has room, and makes room by giving
+requests away (de-fragmentation); only few instances do so at a time: their free memory lies idle meanwhile.
 """
 
 import bisect
@@ -58,7 +58,7 @@ class WaitingLine:
 
     def take(self, instance_id: str, now: float) -> list[str]:
         """Who goes now that this instance has reported: whoever fits there; and the first in line, if it has
-        waited for long and somewhere nobody queues."""
+        waited for long and not too many are bound already."""
         taken: list[_Waiting] = []
         room = self._book.room(instance_id)
         if room <= 0 and not self._is_overdue(now):
@@ -68,7 +68,7 @@ class WaitingLine:
             if num_blocks <= room:
                 taken.append(waiting)
                 room -= num_blocks
-        if not taken and self._is_overdue(now) and self._book.somewhere_nobody_queues:
+        if not taken and self._is_overdue(now) and self._book.may_bind:
             taken = self._line[:1]
         if taken:
             gone = {waiting.place for waiting in taken}

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import time
 from collections.abc import Callable
+from typing import Any
 
 from migration.errors import PdServeError
 from pd_serve.simulation.cluster import SimulatedCluster
@@ -67,6 +68,7 @@ class Simulation:
         began = time.perf_counter()
         self._loop = asyncio.get_running_loop()
         self.cluster = cluster = SimulatedCluster(self.config, self._on_batch)
+        self._loop.set_exception_handler(self._on_exception)
         await cluster.start()
         self._zero = self._loop.time()
         for number, request in enumerate(self.config.requests):
@@ -97,6 +99,13 @@ class Simulation:
             steps=cluster.steps,
             wall_s=time.perf_counter() - began,
         )
+
+    def _on_exception(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Whatever nobody handled: the first of its kind is shown, and it fails the integrity of the run."""
+        failure = repr(context.get("exception") or context["message"])
+        if failure not in self.cluster.failures:
+            self.cluster.failures.append(failure)
+            loop.default_exception_handler(context)
 
     # ---- clients
 

@@ -8,14 +8,13 @@ from router.load import InstanceLoad
 from router.request import NewRequest
 
 
-def preference(load: InstanceLoad) -> tuple[float, str]:
-    return -dispatch_freeness(load), load.instance_id
-
-
 class Freest:
     """Source: Llumnix (OSDI 2024), sections 4.4.3 and 6.1."""
 
     def choose(
         self, loads: Sequence[InstanceLoad], request: NewRequest, rng: random.Random
     ) -> InstanceLoad | None:
+        def preference(load: InstanceLoad) -> tuple[float, str]:
+            return -dispatch_freeness(load, high_priority=request.priority < 0), load.instance_id
+
         return min(loads, key=preference, default=None)

@@ -10,7 +10,7 @@ from router.policies import policy_set
 from router.request import Demand, NewRequest
 from router.waiting_line import WaitingLine
 
-LATE = policy_set("llumnix", late_binding=True, bind_after_s=0.5)
+LATE = policy_set("llumnix", late_binding=True, bind_after_s=0.5, max_bound=0.125)
 BLOCK_TOKENS = 16
 
 
@@ -90,8 +90,8 @@ def test_high_priority_goes_first() -> None:
     assert list(line) == ["normal", "later"]
 
 
-def test_the_first_is_bound_in_the_end_where_nobody_queues() -> None:
-    line, _ = line_of(with_free("i0", 5), with_free("i1", 5, waiting=1))
+def test_the_first_is_bound_in_the_end() -> None:
+    line, _ = line_of(with_free("i0", 5), with_free("i1", 5, waiting=1, preempted=1))
     line.add("large", blocks(50), now=0.0)
     line.add("next", blocks(50), now=0.0)
 
@@ -99,11 +99,14 @@ def test_the_first_is_bound_in_the_end_where_nobody_queues() -> None:
     assert line.take("i1", now=0.5) == ["large"]
 
 
-def test_nobody_is_bound_while_everybody_has_a_queue() -> None:
-    line, _ = line_of(with_free("i0", 5, waiting=1), with_free("i1", 5, waiting=2))
-    line.add("large", blocks(50), now=0.0)
+def test_few_instances_make_room_at_a_time() -> None:
+    """One of eight; of sixteen, two."""
+    for number, binding, bound in ((8, 1, []), (16, 1, ["large"]), (16, 2, [])):
+        loads = [with_free(f"i{i}", 5, waiting=int(i < binding)) for i in range(number)]
+        line, _ = line_of(*loads)
+        line.add("large", blocks(50), now=0.0)
 
-    assert line.take("i0", now=10.0) == []
+        assert line.take("i0", now=10.0) == bound
 
 
 def test_room_is_room_also_beside_high_priority() -> None:
