@@ -22,6 +22,7 @@ class PolicySet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         max_report_age_s: Instances that have reported nothing for longer are not decided on.
 
         rescheduling: Who moves a request to whom.
+        defragment: Queued and preempted requests count: an instance gives others away to make room for them.
         victim: Which request goes; see `router.victim`.
         rescheduling_interval_s: Least time between two rounds.
         migration_threshold: Less free instances give requests away, freer ones take them.
@@ -47,6 +48,7 @@ class PolicySet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_report_age_s: float = 3.0
 
     rescheduling: ReschedulingName = "none"
+    defragment: bool = True
     victim: str = "shortest"
     rescheduling_interval_s: float = 0.2
     migration_threshold: float = 3.0

@@ -78,10 +78,17 @@ class Scheduler:
 
     def report(self, load: InstanceLoad) -> None:
         """Takes an instance's latest load; an instance is there from its first report on."""
-        self._loads[load.instance_id] = load if self.policies.headroom else replace(load, high_priority=0)
+        self._loads[load.instance_id] = self._as_policies_see(load)
         self._heard_at[load.instance_id] = self._clock()
         self._orders.seen(load)
         self._news.set()
+
+    def _as_policies_see(self, load: InstanceLoad) -> InstanceLoad:
+        if not self.policies.headroom and load.high_priority:
+            load = replace(load, high_priority=0)
+        if not self.policies.defragment and load.waiting:
+            load = replace(load, head_of_line_blocks=0, preempted=0)
+        return load
 
     def remove(self, instance_id: str) -> None:
         """It is gone. Unknown ones are ignored."""

@@ -33,8 +33,8 @@ TRACES: dict[str, tuple[str, str, tuple[float, ...], int]] = {
 ARMS: dict[str, tuple[bool, str, dict[str, float | int | str], bool]] = {
     "aggregated": (False, "infaas++", {}, False),
     "PD": (True, "llumnix", {"rescheduling": "none", "headroom": 0}, False),
-    "PD, balancing": (True, "llumnix", {"headroom": 0}, False),
-    "PD, balancing, priorities": (True, "llumnix", {}, True),
+    "PD, balancing": (True, "llumnix", {"headroom": 0, "defragment": 0}, False),
+    "PD, de-fragmentation and priorities": (True, "llumnix", {}, True),
 }
 
 METRICS = (
@@ -122,7 +122,7 @@ def _findings(points: Sequence[Point]) -> list[str]:
             f"{metric} {mine / base:.2f} x"
             for metric in ("TTFT P99", "TTFT Mean", "TPOT P99", "TPOT Mean", "Longest gap P99")
             if (base := at[panel, x, metric, "aggregated"])
-            and (mine := at[panel, x, metric, "PD, balancing, priorities"])
+            and (mine := at[panel, x, metric, "PD, de-fragmentation and priorities"])
             and mine > base
         ]
         lines.append(

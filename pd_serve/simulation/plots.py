@@ -26,7 +26,7 @@ COLORS = {
     "aggregated": "#8c8c8c",
     "PD": "#d1702a",
     "PD, balancing": "#1f5fa8",
-    "PD, balancing, priorities": "#2f8f4e",
+    "PD, de-fragmentation and priorities": "#2f8f4e",
 }
 #: More metrics than this are wrapped.
 MOST_IN_A_ROW = 7

@@ -280,3 +280,13 @@ def test_a_round_over_1024_instances_takes_milliseconds(policy: str) -> None:
         assert len(asked) > 100
 
     assert min(took) < 0.2  # some milliseconds where nothing else runs
+
+
+def test_without_de_fragmentation_a_queue_is_no_reason_to_move() -> None:
+    queued = InstanceLoad(
+        "full", "neutral", 851, 100, running=5, waiting=1, head_of_line_blocks=300, waiting_blocks=300
+    )
+    free = InstanceLoad("free", "neutral", 851, 700, running=5)
+
+    assert Run("llumnix").round(queued, free)
+    assert Run("llumnix", overrides={"defragment": 0}).round(queued, free) == []
