@@ -8,6 +8,7 @@ from prometheus_client.registry import Collector
 
 from router.freeness import freeness, virtual_usage
 from router.load import InstanceLoad
+from router.request import Demand
 
 MIGRATIONS = Counter(
     "pd_serve_migrations",
@@ -33,10 +34,12 @@ SCALED = Counter(
 
 
 class LoadCollector(Collector):
-    """Gauges per instance, read from the latest load reports when somebody asks."""
+    """Gauges per instance, read from the latest load reports when somebody asks; and of the line of requests
+    that no instance has yet."""
 
-    def __init__(self, loads: Callable[[], Iterable[InstanceLoad]]) -> None:
+    def __init__(self, loads: Callable[[], Iterable[InstanceLoad]], waiting: Callable[[], Demand]) -> None:
         self._loads = loads
+        self._waiting = waiting
 
     def collect(self) -> Iterator[Metric]:
         labels = ["instance", "role"]
@@ -55,11 +58,16 @@ class LoadCollector(Collector):
             for load in self._loads():
                 family.add_metric([load.instance_id, load.role], value(load))
             yield family
+        yield GaugeMetricFamily(
+            "pd_serve_waiting_line_requests",
+            "Requests that wait in the API server until an instance has room.",
+            self._waiting().requests,
+        )
 
 
-def watch_loads(loads: Callable[[], Iterable[InstanceLoad]]) -> LoadCollector:
+def watch_loads(loads: Callable[[], Iterable[InstanceLoad]], waiting: Callable[[], Demand]) -> LoadCollector:
     """Registers the gauges. The caller unregisters the collector when it closes."""
-    collector = LoadCollector(loads)
+    collector = LoadCollector(loads, waiting)
     REGISTRY.register(collector)
     return collector
 

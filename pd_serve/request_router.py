@@ -138,7 +138,7 @@ class RequestRouter:
         self._num_waiting = 0
         self._migrations: dict[str, Counter[str]] = {"handoff": Counter(), "manual": Counter()}
         self._decode_message = wire.decoder(ToApiServer)
-        self._gauges = metrics.watch_loads(lambda: list(self._book))
+        self._gauges = metrics.watch_loads(lambda: list(self._book), lambda: self._line.demand)
 
     async def close(self) -> None:
         metrics.forget_loads(self._gauges)
@@ -448,7 +448,11 @@ class RequestRouter:
             reason: {"committed": counts["committed"], "aborted": counts["aborted"]}
             for reason, counts in self._migrations.items()
         }
-        return {"instances": instances, "migrations": migrations}
+        return {
+            "instances": instances,
+            "waiting_line": self._line.demand._asdict(),
+            "migrations": migrations,
+        }
 
     async def migrate(
         self, request_id: str, destination: str, mode: Literal["live", "blocking", "recompute"] = "live"

@@ -53,6 +53,8 @@ def show(url: str, api_key: str | None) -> None:
             f"{i['migrating_in']}/{i['migrating_out']}",
         )
     console.print(instances)
+    line = cluster["waiting_line"]
+    console.print(f"{line['requests']} requests in line for an instance with room, {line['tokens']} tokens")
     migrations = Table("reason", "committed", "aborted", title="migrations")
     for reason, counts in cluster["migrations"].items():
         migrations.add_row(reason, str(counts["committed"]), str(counts["aborted"]))

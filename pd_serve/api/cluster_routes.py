@@ -52,7 +52,7 @@ class ClusterKeyMiddleware(AuthenticationMiddleware):
 
 @router.get("")
 async def cluster(request: Request) -> JSONResponse:
-    """All instances, and how many migrations were committed and aborted, by reason."""
+    """All instances, who waits for one, and how many migrations were committed and aborted, by reason."""
     return JSONResponse(_finite(request.app.state.cluster.snapshot()))
 
 

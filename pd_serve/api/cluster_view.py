@@ -50,7 +50,7 @@ class ClusterView(Protocol):
         ...
 
     def snapshot(self) -> dict[str, Any]:
-        """The body of `GET /cluster`: `{"instances": [...], "migrations": {reason: {...}}, ...}`."""
+        """Body of `GET /cluster`: `{"instances": [...], "waiting_line": {...}, "migrations": {...}, ...}`."""
         ...
 
     async def migrate(self, request_id: str, destination: str) -> MigrationReport:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import msgspec
 import pytest
+from prometheus_client import REGISTRY
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
@@ -240,6 +241,30 @@ async def test_only_instances_that_have_reported_count(empty: World) -> None:
     empty.router.leave("p0")
     empty.report("p0")
     assert empty.router.num_live == 0
+
+
+# ---- the line of those who wait for room
+
+
+async def test_a_request_that_no_neutral_instance_has_room_for_waits_and_is_seen_to(empty: World) -> None:
+    empty.join("n0", "n1")
+    for name in ("n0", "n1"):
+        empty.report(name, free=1, running=1)
+    for name in ("r", "s"):
+        empty.router.submit(name, [b"payload"], NewRequest(32))
+
+    assert empty.sent(AddRequest) == []
+    assert empty.router.snapshot()["waiting_line"] == {"requests": 2, "tokens": 64}
+    assert REGISTRY.get_sample_value("pd_serve_waiting_line_requests") == 2
+    assert empty.router.num_waiting == 2
+
+    empty.report("n1", free=2, running=1)
+
+    assert [(peer, add.request_id) for peer, add in empty.sent(AddRequest)] == [("n1", "r")]
+    assert empty.router.snapshot()["waiting_line"] == {"requests": 1, "tokens": 32}
+    empty.router.abort(["s"])
+    assert empty.router.snapshot()["waiting_line"] == {"requests": 0, "tokens": 0}
+    assert empty.router.num_waiting == 1
 
 
 # ---- tokens
