@@ -122,3 +122,17 @@ def arms(
     from pd_serve.simulation.summary import Slo
 
     compare(out, requests, Slo(slo_ttft, slo_tpot), seed, jobs, traces, fresh)
+
+
+@app.command()
+def policies(
+    out: OutFolder,
+    requests: Annotated[int, typer.Option(min=1, help="Per run.")] = 10_000,
+    seeds: Annotated[int, typer.Option(min=1, help="How many runs of each, with seeds from 0 on.")] = 2,
+    jobs: Jobs = None,
+    fresh: Fresh = False,
+) -> None:
+    """Compare the steps from the paper's Llumnix to our defaults, on several traces and seeds."""
+    from pd_serve.simulation.ablation import run as compare
+
+    compare(out, requests, range(seeds), jobs, fresh)

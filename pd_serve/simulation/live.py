@@ -23,13 +23,12 @@ _FINISH = {None: None, "length": FinishReason.LENGTH, "error": FinishReason.ERRO
 _decoder = MsgpackDecoder(EngineCoreRequest)
 
 
-def decode_request(payload: list[bytes]) -> Sequence:
-    """What a simulated engine makes of a request of vLLM's. It generates until `max_tokens`.
+def check_request(request: EngineCoreRequest) -> None:
+    """For the API server, so that a client hears of it before an instance does.
 
     Raises:
-        InvalidRequestError: It asks for what needs a model: logprobs, a grammar, an embedding.
+        InvalidRequestError: The request asks for what needs a model: logprobs, a grammar, an embedding.
     """
-    request: EngineCoreRequest = _decoder.decode(payload)
     parameters = request.sampling_params
     if parameters is None or request.prompt_token_ids is None:
         raise InvalidRequestError("a simulated engine generates from tokens only")
@@ -37,6 +36,14 @@ def decode_request(payload: list[bytes]) -> Sequence:
         raise InvalidRequestError("a simulated engine has no logprobs")
     if parameters.structured_outputs is not None:
         raise InvalidRequestError("a simulated engine follows no grammar")
+
+
+def decode_request(payload: list[bytes]) -> Sequence:
+    """What a simulated engine makes of a request that has passed `check_request`. It generates until
+    `max_tokens`."""
+    request: EngineCoreRequest = _decoder.decode(payload)
+    parameters = request.sampling_params
+    assert parameters is not None
     return Sequence(
         request.request_id,
         TokenPrompt(request.prompt_token_ids),

@@ -18,6 +18,8 @@ COLORS = {
     "Llumnix": "#1f5fa8",
     "Llumnix-base": "#d1702a",
     "our defaults": "#2f8f4e",
+    "one line": "#7b4fa3",
+    "guarded moves": "#b8860b",
     "live migration": "#1f5fa8",
     "blocking copy": "#d1702a",
     "recompute": "#8c8c8c",

@@ -22,7 +22,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 #: What a result depends on, without what only starts simulations and shows their results.
 CODE = ("migration/*.py", "router/**/*.py", "pd_serve/*.py", "pd_serve/simulation/*.py")
-NOT_IN_RESULTS = {"cli", "console", "service", "status", "arms", "command", "plots", "runs", "show"}
+NOT_IN_RESULTS = {
+    *("cli", "console", "service", "status"),
+    *("ablation", "arms", "command", "plots", "runs", "show"),
+}
 
 Results = dict[str, dict[str, Any]]
 
