@@ -261,11 +261,17 @@ class Service:
         async with asyncio.timeout(30):
             await self.router.wait_for_reports()
         core = ClusterCore(self.router, outputs, codec, tuple(self._infos[0].supported_tasks))
+        check: Any = None
+        if config.simulated is not None:
+            from pd_serve.simulation.live import check_parameters
+
+            check = check_parameters
         self.client = ClusterAsyncLLM(
             self._engine_config,
             core,
             log_requests=server.enable_log_requests,
             log_stats=not server.disable_log_stats,
+            check=check,
         )
         self._app = await create_app(server, self.client, self.fleet, max_waiting=config.max_waiting)
 

@@ -8,7 +8,7 @@ n > 1) stays vLLM's. Only `engine_core`, the object behind which the engines are
 import asyncio
 import dis
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from vllm.config import VllmConfig
 from vllm.exceptions import GracefulHTTPError
 from vllm.logger import configure_logging_if_needed
 from vllm.renderers import renderer_from_config
+from vllm.sampling_params import SamplingParams
 from vllm.tracing import init_tracer
 from vllm.transformers_utils.config import maybe_register_config_serialize_by_value
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
@@ -81,6 +82,10 @@ class ClusterRefusal(GracefulHTTPError):
 class ClusterAsyncLLM(AsyncLLM):
     """`AsyncLLM` whose engines are a cluster.
 
+    Args:
+        check: Looks at every request's parameters before anything else. Raises: InvalidRequestError: no
+            engine of this cluster can do that.
+
     Attributes:
         cluster: Set by `create_app`. While it has no live instance, `/health` and `/ping` answer 503.
     """
@@ -88,7 +93,13 @@ class ClusterAsyncLLM(AsyncLLM):
     cluster: ClusterView | None = None
 
     def __init__(
-        self, vllm_config: VllmConfig, engine_core: EngineCore, *, log_requests: bool, log_stats: bool
+        self,
+        vllm_config: VllmConfig,
+        engine_core: EngineCore,
+        *,
+        log_requests: bool,
+        log_stats: bool,
+        check: Callable[[SamplingParams], None] | None = None,
     ) -> None:
         """Set what `AsyncLLM.__init__` sets, without the engine processes that it would start.
 
@@ -120,6 +131,7 @@ class ClusterAsyncLLM(AsyncLLM):
             tracing_enabled=tracing_endpoint is not None,
         )
         self.engine_core = engine_core
+        self._check = check
         self.logger_manager = None
         if self.log_stats:
             self.logger_manager = StatLoggerManager(
@@ -139,6 +151,16 @@ class ClusterAsyncLLM(AsyncLLM):
         self._profile_session_guard_enabled = True
         self._profile_session_active = False
         self.output_handler = None  # started by the first request, on the loop that serves it
+
+    def generate(self, prompt: Any, sampling_params: SamplingParams, *args: Any, **kwargs: Any) -> Any:
+        """As in vLLM, but what no engine can do is refused now, and not by the first step of the generator:
+        that is too late for a stream to be anything but a 200."""
+        if self._check is not None:
+            try:
+                self._check(sampling_params)
+            except InvalidRequestError as error:
+                raise ClusterRefusal(str(error), HTTPStatus.BAD_REQUEST) from error
+        return super().generate(prompt, sampling_params, *args, **kwargs)
 
     async def add_request(self, request_id: str, *args: Any, **kwargs: Any) -> Any:
         """As in vLLM; a refusal by the cluster becomes a response with its status instead of a 500."""
@@ -203,7 +225,15 @@ def check_surface() -> list[str]:
     Methods and attributes that we use, and attributes that vLLM's constructor sets and ours does not.
     """
     used: dict[type, tuple[str, ...]] = {
-        AsyncLLM: ("add_request", "_add_request", "abort", "check_health", "_run_output_handler", "errored"),
+        AsyncLLM: (
+            "generate",
+            "add_request",
+            "_add_request",
+            "abort",
+            "check_health",
+            "_run_output_handler",
+            "errored",
+        ),
         OutputProcessor: ("has_request", "abort_requests", "add_request", "process_outputs"),
         StatLoggerManager: ("record", "log", "log_engine_initialized"),
     }

@@ -6,6 +6,7 @@ For load tests and demonstrations without a GPU: everything but the model is rea
 from collections.abc import Callable
 from typing import Any
 
+from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder
@@ -23,15 +24,12 @@ _FINISH = {None: None, "length": FinishReason.LENGTH, "error": FinishReason.ERRO
 _decoder = MsgpackDecoder(EngineCoreRequest)
 
 
-def check_request(request: EngineCoreRequest) -> None:
-    """For the API server, so that a client hears of it before an instance does.
+def check_parameters(parameters: SamplingParams) -> None:
+    """For the API server: a client hears of it before anything has begun.
 
     Raises:
-        InvalidRequestError: The request asks for what needs a model: logprobs, a grammar, an embedding.
+        InvalidRequestError: They ask for what needs a model, logprobs or a grammar.
     """
-    parameters = request.sampling_params
-    if parameters is None or request.prompt_token_ids is None:
-        raise InvalidRequestError("a simulated engine generates from tokens only")
     if parameters.logprobs is not None or parameters.prompt_logprobs is not None:
         raise InvalidRequestError("a simulated engine has no logprobs")
     if parameters.structured_outputs is not None:
@@ -39,11 +37,15 @@ def check_request(request: EngineCoreRequest) -> None:
 
 
 def decode_request(payload: list[bytes]) -> Sequence:
-    """What a simulated engine makes of a request that has passed `check_request`. It generates until
-    `max_tokens`."""
+    """What a simulated engine makes of a request of vLLM's. It generates until `max_tokens`.
+
+    Raises:
+        InvalidRequestError: It is not about tokens.
+    """
     request: EngineCoreRequest = _decoder.decode(payload)
     parameters = request.sampling_params
-    assert parameters is not None
+    if parameters is None or request.prompt_token_ids is None:
+        raise InvalidRequestError("a simulated engine generates from tokens only")
     return Sequence(
         request.request_id,
         TokenPrompt(request.prompt_token_ids),

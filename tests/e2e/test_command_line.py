@@ -59,6 +59,26 @@ def test_one_clear_line(start: Callable[..., ServerProcess], arguments: list[str
     assert says in line
 
 
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "neither known nor a file; known: a10-llama-7b"),
+        ("phase,ms\ndecode,1\n", "steps.csv must have the columns phase,batch_size,"),
+        (
+            "phase,batch_size,new_tokens,context_tokens,ms\ndecode,1,1,1,fast\n",
+            "steps.csv: a row cannot be read",
+        ),
+    ],
+)
+def test_a_bad_cost_model(
+    start: Callable[..., ServerProcess], tmp_path: Path, content: str | None, says: str
+) -> None:
+    steps = tmp_path / "steps.csv"
+    if content is not None:
+        steps.write_text(content)
+    assert says in complaint(start("tiny", "--engine", "simulated", "--cost-model", str(steps)))
+
+
 def test_busy_port(start: Callable[..., ServerProcess]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

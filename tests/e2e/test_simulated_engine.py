@@ -1,0 +1,104 @@
+"""`--engine simulated`: everything but the model is real, and its words show what becomes of the KV cache."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from completion_client import Body, CompletionClient
+from conftest import run_cluster
+from prompts import token_ids
+from server_process import ServerProcess
+from test_same_output import assert_same
+from test_scarcity_and_loss import decoding, gone, kill
+
+MESSAGES = [{"role": "user", "content": "Hello!"}]
+
+
+@pytest.fixture(scope="module")
+def server(logs: Path) -> Iterator[ServerProcess]:
+    flags = ("--engine", "simulated", "--prefill", "1", "--decode", "2")
+    with run_cluster(logs / "simulated.log", *flags) as server:
+        yield server
+
+
+async def handed_off(client: CompletionClient) -> int:
+    return int((await client.cluster())["migrations"]["handoff"]["committed"])
+
+
+async def test_completions(client: CompletionClient) -> None:
+    """Streamed and not, the same prompt has the same answer, and each is handed off once."""
+    body: Body = {"prompt": token_ids(100), "max_tokens": 40}
+    before = await handed_off(client)
+    first = await client.answer(body)
+    again = await client.answer(body)
+    streamed = await client.stream(body)
+    other = await client.answer(body | {"prompt": token_ids(100, 1)})
+    assert_same(again, first)
+    assert_same(streamed, first)
+    assert other.only.text != first.only.text
+    assert (len(first.only.token_ids), first.only.finish_reason) == (40, "length")
+    assert first.only.text.isalpha()
+    for answer in (first, streamed):
+        usage = {name: answer.usage[f"{name}_tokens"] for name in ("prompt", "completion", "total")}
+        assert usage == {"prompt": 100, "completion": 40, "total": 140}
+    assert await handed_off(client) == before + 4
+
+
+async def test_chat(client: CompletionClient) -> None:
+    body: Body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 20}
+    whole = (await client.http.post("/v1/chat/completions", json=body)).json()
+    text = whole["choices"][0]["message"]["content"]
+    assert whole["usage"]["completion_tokens"] == len(text) == 20
+
+    request = body | {"stream": True}
+    async with client.http.stream("POST", "/v1/chat/completions", json=request) as response:
+        events = [line.removeprefix("data: ") async for line in response.aiter_lines() if line]
+    assert events.pop() == "[DONE]"
+    deltas = [json.loads(event)["choices"][0]["delta"] for event in events]
+    assert "".join(delta.get("content") or "" for delta in deltas) == text
+
+
+async def test_migrated(client: CompletionClient) -> None:
+    """Each token depends on the contents of all KV blocks: one that is lost or stale would show."""
+    body: Body = {"prompt": token_ids(500, 2), "max_tokens": 150}
+    expected = await client.answer(body)
+    answer = await client.stream(body, client.tour(["prefill-0", "decode-0", "decode-1"]))
+    assert_same(answer, expected)
+    assert [move.status for move in answer.moves] == [200, 200, 200]
+    assert all(move.body["tokens"] > 500 for move in answer.moves)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body", "says"),
+    [
+        ("completions", {"prompt": "x", "logprobs": 2}, "no logprobs"),
+        ("chat/completions", {"messages": MESSAGES, "logprobs": True}, "no logprobs"),
+        (
+            "chat/completions",
+            {"messages": MESSAGES, "response_format": {"type": "json_object"}},
+            "follows no grammar",
+        ),
+    ],
+)
+async def test_what_needs_a_model_is_refused(
+    client: CompletionClient, path: str, body: Body, says: str, stream: bool
+) -> None:
+    request = {"model": "tiny", "max_tokens": 5, "stream": stream, **body}
+    response = await client.http.post(f"/v1/{path}", json=request)
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == 400
+    assert says in response.json()["error"]["message"]
+
+
+async def test_a_decode_instance_dies(client: CompletionClient) -> None:
+    bodies: list[Body] = [{"prompt": token_ids(200, i), "max_tokens": 150} for i in range(6)]
+    async with decoding(client, bodies, 30) as streams:
+        await kill(client, "decode-1")
+        answers = await asyncio.gather(*streams)
+    await gone(client, "decode-1")
+    expected = await asyncio.gather(*map(client.answer, bodies))
+    for answer, theirs in zip(answers, expected, strict=True):
+        assert_same(answer, theirs)
