@@ -191,7 +191,7 @@ class Llumlet:
             # Recomputed: an older copy, which nobody follows any more, may live here or be on its way here.
             await self.coordinator.expel(request_id)
             await self.engine.abort([request_id], message.epoch)
-        if message.handoff:
+        if message.handoff is not None:
             self._handoffs[request_id] = message.handoff
         try:
             await self.engine.add(
@@ -199,7 +199,7 @@ class Llumlet:
                 message.client,
                 epoch=message.epoch,
                 output_token_ids=message.output_token_ids,
-                handoff=bool(message.handoff),
+                handoff=message.handoff is not None,
             )
         except EngineDeadError:
             raise

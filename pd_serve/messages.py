@@ -46,14 +46,15 @@ class AddRequest(msgspec.Struct, frozen=True, tag=True):
     """API server → instance. The engine's encoding of the request follows in further frames.
 
     Attributes:
-        handoff: Decode instances to move to after the first step, best first. Empty: stay.
+        handoff: Decode instances to move to after the first step, best first. Empty: there are none now, so
+            it is stranded until there are. None: it stays.
         output_token_ids: What was generated before its former owner died.
     """
 
     request_id: RequestId
     client: str
     epoch: int
-    handoff: list[str]
+    handoff: list[str] | None
     output_token_ids: list[int]
 
 

@@ -56,6 +56,7 @@ class Route:
     Attributes:
         payload: The encoded request, kept in case its owner dies.
         request: What dispatch needs to know of it.
+        max_tokens: It ends with so many at the latest; None: nobody knows.
         ledger: Its tokens and its owner.
         destination: Where it is expected next, and counts in the load book.
         committed_to: Where it lives by its last owner's word; empty once the ledger has heard from there.
@@ -66,11 +67,17 @@ class Route:
     payload: list[bytes]
     request: NewRequest
     ledger: TokenLedger
+    max_tokens: int | None = None
     destination: str = ""
     committed_to: str = ""
     recomputes: int = 0
     placed_at: float = 0.0
     moved: list[asyncio.Future[None]] = field(default_factory=list)
+
+    @property
+    def ends_with_prefill(self) -> bool:
+        """Whether the first token from its next prefill is its last one."""
+        return self.max_tokens is not None and self.max_tokens - len(self.ledger.token_ids) <= 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,16 +199,19 @@ class RequestRouter:
 
     # ---- requests
 
-    def submit(self, request_id: str, payload: list[bytes], request: NewRequest) -> None:
+    def submit(
+        self, request_id: str, payload: list[bytes], request: NewRequest, *, max_tokens: int | None = None
+    ) -> None:
         """Starts a request on a prefill instance.
 
         Args:
             payload: The request as its engine decodes it.
+            max_tokens: How many it may generate, if that is known: for one, no other instance is needed.
 
         Raises:
             EngineDeadError: no live instance takes new requests.
         """
-        route = Route(RequestId(request_id), payload, request, TokenLedger(""))
+        route = Route(RequestId(request_id), payload, request, TokenLedger(""), max_tokens)
         if not self._place(route, epoch=0, may_wait=True):
             self._line.add(request_id, request, self._loop.time())
         self._routes[route.request_id] = route
@@ -234,8 +244,8 @@ class RequestRouter:
                 return False
             raise EngineDeadError("no live instance takes new requests; see GET /cluster")
         route.ledger.owner = instance_id
-        handoff: list[str] = []
-        if self._book[instance_id].role == "prefill":
+        handoff: list[str] | None = None
+        if self._book[instance_id].role == "prefill" and not route.ends_with_prefill:
             num_blocks = self._blocks_of(route)
             handoff = self._book.destinations(num_blocks)
             if handoff:
@@ -489,7 +499,7 @@ class RequestRouter:
         epoch = route.ledger.take_over(destination)
         self.instances.send(owner, AbortRequests([route.request_id], epoch))
         tokens = list(route.ledger.token_ids)
-        message = AddRequest(route.request_id, self.instances.token_endpoint, epoch, [], tokens)
+        message = AddRequest(route.request_id, self.instances.token_endpoint, epoch, None, tokens)
         self.instances.send(destination, message, route.payload)
         await self._next_owner_speaks(route, moves)
         return Migrated(route.ledger.last_gap_s * 1e3, 0, 0, route.request.prompt_tokens + len(tokens))

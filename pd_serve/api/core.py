@@ -35,7 +35,11 @@ class ClusterCore(EngineCoreClient):
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         token_ids = request.prompt_token_ids or ()
         new = NewRequest(len(token_ids), request.priority, prefix_keys(token_ids))
-        self._router.submit(request.request_id, self._codec.encode_request(request), new)
+        parameters = request.sampling_params
+        max_tokens = parameters.max_tokens if parameters is not None else 0  # pooling
+        self._router.submit(
+            request.request_id, self._codec.encode_request(request), new, max_tokens=max_tokens
+        )
 
     async def get_output_async(self) -> EngineCoreOutputs:
         return await self._outputs.get()

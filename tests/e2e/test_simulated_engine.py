@@ -93,12 +93,20 @@ async def test_what_needs_a_model_is_refused(
     assert says in response.json()["error"]["message"]
 
 
-async def test_a_decode_instance_dies(client: CompletionClient) -> None:
-    bodies: list[Body] = [{"prompt": token_ids(200, i), "max_tokens": 150} for i in range(6)]
+async def test_the_decode_pool_dies_and_one_comes_back(client: CompletionClient) -> None:
+    """Meanwhile the prefill instance decodes what it had to compute again; then it hands that off."""
+    bodies: list[Body] = [{"prompt": token_ids(200, i), "max_tokens": 300} for i in range(6)]
+    await client.drain("decode-0")
+    await client.until(lambda cluster: cluster["instances"][1]["draining"])
     async with decoding(client, bodies, 30) as streams:
         await kill(client, "decode-1")
+        await gone(client, "decode-1")
+        await client.until(lambda cluster: cluster["instances"][0]["running"] == 6)
+        before = await handed_off(client)
+        await client.drain("decode-0", draining=False)
+        await client.until(lambda cluster: cluster["instances"][1]["running"] == 6)
+        assert await handed_off(client) == before + 6
         answers = await asyncio.gather(*streams)
-    await gone(client, "decode-1")
     expected = await asyncio.gather(*map(client.answer, bodies))
     for answer, theirs in zip(answers, expected, strict=True):
         assert_same(answer, theirs)

@@ -205,8 +205,9 @@ class World:
         addresses = {peer: f"tcp://{peer}" for peer in ("p0", *peers)}
         self.hear(server, Hello(f"tcp://{server}", f"tcp://{server}/tokens", addresses))
 
-    def add(self, request_id: str = "r", handoff: Sequence[str] = (), epoch: int = 0) -> None:
-        message = AddRequest(RequestId(request_id), "api/tokens", epoch, list(handoff), [])
+    def add(self, request_id: str = "r", handoff: Sequence[str] | None = None, epoch: int = 0) -> None:
+        candidates = None if handoff is None else list(handoff)
+        message = AddRequest(RequestId(request_id), "api/tokens", epoch, candidates, [])
         self.hear("api", message, b"one", b"two")
 
     async def start_prefill(self, request_id: str = "r") -> None:
@@ -363,6 +364,28 @@ class TestHandOff:
             assert world.reports()[-1].stranded == []
             # One word for each migration, though the last one was asked for.
             assert [ended.committed for ended in world.sent(MigrationEnded)] == [False, False, True]
+
+    @in_virtual_time
+    async def test_with_nobody_to_go_to_it_waits_for_one(self) -> None:
+        """The decode pool was empty when the request came, and is not for ever."""
+        async with World() as world:
+            world.add(handoff=[])
+            await world.start_prefill()
+            assert not world.sent(Offer)
+            assert world.reports()[-1].stranded == ["r"]
+            world.hear("api", MigrateRequest("", R, "d1", "handoff"))
+            await world.settle()
+            await world.move("d1")
+            assert world.reports()[-1].stranded == []
+            assert await world.llumlet.check_integrity() == []
+
+    @in_virtual_time
+    async def test_of_a_request_that_stays(self) -> None:
+        async with World() as world:
+            world.add(handoff=None)
+            await world.start_prefill()
+            assert [options["handoff"] for _, _, options in world.engine.called("add")] == [False]
+            assert world.reports()[-1].stranded == []
 
     @in_virtual_time
     async def test_a_stranded_request_that_ends_is_forgotten(self) -> None:

@@ -208,13 +208,43 @@ async def test_requests_and_their_hand_offs_are_spread_between_two_reports(world
 async def test_a_neutral_instance_keeps_what_it_starts(empty: World) -> None:
     empty.join("n0", "d0")
 
-    assert empty.submit().handoff == []
+    assert empty.submit().handoff is None
 
 
-async def test_without_decode_instances_a_request_stays(empty: World) -> None:
+async def test_without_decode_instances_a_request_stays_until_there_is_one(empty: World) -> None:
     empty.join("p0")
 
     assert empty.submit().handoff == []
+    empty.report("p0", stranded=["r"])
+    assert empty.sent(MigrateRequest) == []
+
+    empty.join("d0")
+    empty.router._routes[R].placed_at = -1e9  # the loop's clock may have just begun
+    empty.report("p0", stranded=["r"])
+    assert empty.sent(MigrateRequest) == [("p0", MigrateRequest("", R, "d0", "handoff"))]
+
+
+@pytest.mark.parametrize(("max_tokens", "leaves"), [(0, False), (1, False), (2, True), (None, True)])
+async def test_a_request_of_one_token_reserves_no_hand_off(
+    world: World, max_tokens: int | None, leaves: bool
+) -> None:
+    world.router.submit("r", [b"payload"], NewRequest(20), max_tokens=max_tokens)
+
+    [(_, add)] = world.sent(AddRequest)
+    assert add.handoff == (["d0", "d1"] if leaves else None)
+    expected = world.router._book.corrected("d0").expected_blocks
+    assert expected == (2 if leaves else 0)
+
+
+async def test_nor_does_one_that_is_computed_again_for_its_last_token(world: World) -> None:
+    world.router.submit("r", [b"payload"], NewRequest(20), max_tokens=3)
+    world.tokens("p0", 0, 0, 10)
+    world.tokens("p0", 0, 1, 11)
+
+    world.router.leave("p0")
+
+    _, again = world.sent(AddRequest)[-1]
+    assert (again.output_token_ids, again.handoff) == ([10, 11], None)
 
 
 async def test_without_an_instance_that_starts_requests_submit_raises(empty: World) -> None:
