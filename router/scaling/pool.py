@@ -16,12 +16,16 @@ EMPTY_S = 1.0
 #: When to ask once more for what was asked for.
 ASK_AGAIN_S = 60.0
 
+#: How long a drain that somebody else has asked for counts as a change of the pool. It may be meant to last.
+OTHERS_DRAIN_S = 60.0
+
 
 class PoolScaler:
     """Decides on one pool. What it remembers only delays: a new one decides the same a little later.
 
     One change at a time: nothing is drained while something starts or drains, and looks at the pool are
-    `scale_interval_s` apart. An instance that drains is taken back before a new one is started.
+    `scale_interval_s` apart. What somebody else drains holds that up for `OTHERS_DRAIN_S` only. An instance
+    that drains is taken back before a new one is started.
     """
 
     def __init__(self, role: str, bounds: Bounds, policies: PolicySet) -> None:
@@ -35,6 +39,8 @@ class PoolScaler:
         self._empty_since: dict[str, float] = {}
         self._taken_back: dict[str, float] = {}  # one that goes on draining is drained by somebody else
         self._stopped: dict[str, float] = {}
+        self._drained: dict[str, float] = {}  # by this scaler
+        self._draining_since: dict[str, float] = {}
 
     def decide(
         self, loads: Sequence[InstanceLoad], starting: int, now: float, waiting: Demand = NO_DEMAND
@@ -74,6 +80,10 @@ class PoolScaler:
         }
         drains = {load.instance_id for load in loads if load.draining}
         self._taken_back = {name: at for name, at in self._taken_back.items() if name in drains}
+        self._draining_since = {name: self._draining_since.get(name, now) for name in drains}
+        self._drained = {
+            name: at for name, at in self._drained.items() if name in drains or now - at < ASK_AGAIN_S
+        }
         self._stopped = {
             name: at for name, at in self._stopped.items() if name in drains and now - at < ASK_AGAIN_S
         }
@@ -100,15 +110,20 @@ class PoolScaler:
         if count < least:
             return self._grow(least - count, f"{count} of at least {least}", count, draining, now)
         if len(serving) > most:
-            return [self._drain(serving, f"{len(serving)} of at most {most}")]
+            return [self._drain(serving, f"{len(serving)} of at most {most}", now)]
         if wanted.change > 0:
             return self._grow(wanted.change, wanted.reason, count, draining, now)
         long_enough = (
             self._too_large_since is not None and now - self._too_large_since >= self._policies.drain_after_s
         )
-        if wanted.change < 0 and long_enough and count > least and not starting and not draining:
-            return [self._drain(serving, wanted.reason)]
+        changes = starting or any(self._is_leaving(load.instance_id, now) for load in draining)
+        if wanted.change < 0 and long_enough and count > least and not changes:
+            return [self._drain(serving, wanted.reason, now)]
         return []
+
+    def _is_leaving(self, draining: str, now: float) -> bool:
+        """Whether this drain is one that will end, as far as can be known here."""
+        return draining in self._drained or now - self._draining_since[draining] < OTHERS_DRAIN_S
 
     def _grow(
         self, change: int, reason: str, count: int, draining: Sequence[InstanceLoad], now: float
@@ -124,13 +139,15 @@ class PoolScaler:
         decisions: list[Decision] = []
         for load in ours[:change]:
             self._taken_back[load.instance_id] = now
+            self._drained.pop(load.instance_id, None)
             decisions.append(Drain(load.instance_id, reason, draining=False))
         decisions += [Start(self.role, reason)] * (change - len(decisions))
         return decisions
 
-    def _drain(self, serving: Sequence[InstanceLoad], reason: str) -> Drain:
+    def _drain(self, serving: Sequence[InstanceLoad], reason: str, now: float) -> Drain:
         """The one that is empty soonest; none that serves a request of high priority, if possible."""
         last = min(
             serving, key=lambda load: (load.high_priority > 0, load.running + load.waiting, load.instance_id)
         )
+        self._drained[last.instance_id] = now
         return Drain(last.instance_id, reason)

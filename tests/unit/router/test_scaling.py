@@ -177,6 +177,22 @@ def test_one_drains_at_a_time_the_one_that_is_empty_soonest_and_serves_no_high_p
     assert scaled_pool.look([replace(one, high_priority=0) for one in drains], 30) == []
 
 
+def test_a_drain_that_somebody_else_wants_and_that_does_not_end_holds_nothing_up() -> None:
+    """It may be meant to last, or its requests cannot move. What drains to be stopped does end, later."""
+    by_hand = replace(load("i9", 800, 1), draining=True)
+    scaled_pool = Pool(1, 8)
+    assert scaled_pool.look([*IDLE, by_hand], 55) == []
+    (decision,) = scaled_pool.look([*IDLE, by_hand], 15)
+    assert isinstance(decision, Drain)
+
+    ours = [replace(one, draining=one.instance_id == decision.instance_id) for one in IDLE]
+    ours = [replace(one, running=int(one.draining)) for one in ours]
+    assert scaled_pool.look([*ours, by_hand], 300) == []
+
+    left = [one for one in IDLE if one.instance_id != decision.instance_id]
+    assert len(scaled_pool.look([*left, by_hand])) == 1
+
+
 def test_a_pool_has_to_be_too_large_for_a_while() -> None:
     scaled_pool = Pool(1, 8, drain_after_s=30)
     assert scaled_pool.look(IDLE, 25) == []
