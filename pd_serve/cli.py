@@ -144,6 +144,37 @@ def bench_overhead(json_file: JsonFile = None) -> None:
     _run(overhead.run(json_file))
 
 
+@bench.command("profile", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench_profile(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option(help="CSV file to write, for --cost-model of serve and simulate.")],
+    json_file: JsonFile = None,
+    instances: Annotated[int, typer.Option(min=1, help="Instances that are to share this machine.")] = 1,
+    seconds: Annotated[float, typer.Option(min=1, help="Time to measure, once the engine runs.")] = 60.0,
+) -> None:
+    """How long a real engine's steps take: pd-serve bench profile [MODEL] --out FILE. Takes vLLM's flags."""
+    extra = list(context.args)
+    model = extra.pop(0) if extra and not extra[0].startswith("-") else "tiny"
+    from pd_serve.bench import profile
+
+    _run(profile.run(model, out, extra, json_path=json_file, num_instances=instances, seconds=seconds))
+
+
+@bench.command("simulator")
+def bench_simulator(
+    json_file: JsonFile = None,
+    requests: Annotated[int, typer.Option(min=2, help="Requests per round.")] = 100,
+    rate: Annotated[
+        float | None, typer.Option(help="Requests/s. [default: a moderate load, by the measured steps]")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="Time to measure steps, per round.")] = 12.0,
+) -> None:
+    """The simulator against reality: the same requests on real and on simulated instances."""
+    from pd_serve.bench import simulator
+
+    _run(simulator.run(json_file, num_requests=requests, rate=rate, profile_s=seconds))
+
+
 def _run(work: Coroutine[Any, Any, None]) -> None:
     import uvloop
 

@@ -1,0 +1,77 @@
+"""`pd-serve bench profile` with a few kinds of steps of the real engine with the tiny model."""
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pd_serve.bench import profile
+from pd_serve.bench.profile_points import DECODE_STEPS, WARM_UP_STEPS, Point, rows, write_csv
+from pd_serve.config import ServeConfig, process_environment
+from pd_serve.models import resolve
+from pd_serve.simulation import cost_table
+
+pytestmark = pytest.mark.integration
+
+POINTS = [
+    Point("prefill", 1, 16),
+    Point("prefill", 4, 64),  # more than a step may take if it were not told so
+    Point("prefill", 1, 512),
+    Point("decode", 1, 32),
+    Point("decode", 4, 32),
+    Point("decode", 8, 96),  # fills the cache in several steps
+]
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """What the benchmark sets for the whole process ends with the test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        config = ServeConfig("tiny", {"prefill": 0, "decode": 0, "neutral": 1})
+        for name, value in process_environment(config, resolve("tiny")).items():
+            patch.setenv(name, value)
+        patch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+        yield
+    import vllm.envs
+
+    vllm.envs.disable_envs_cache()  # an engine freezes what it has read
+    gc.unfreeze()
+    gc.collect()
+
+
+async def test_steps_of_a_real_engine_become_a_cost_model(tmp_path: Path) -> None:
+    flags = ["--max-num-batched-tokens=512", "--max-num-seqs=8", "--kv-cache-memory-bytes=33554432"]
+    engine = await profile.start_engine("tiny", flags)
+    try:
+        about, limits = engine.about, engine.limits
+        measured = await profile.measure(engine, POINTS, seconds=0.1)
+    finally:
+        await engine.close()
+
+    assert (limits.step_tokens, limits.batch_size) == (512, 8)
+    assert about["block_tokens"] == 32
+    assert about["kv_bytes_per_token"] == 4096
+    assert about["threads"] == 1
+    for point, steps in measured.items():
+        assert all(step.ms > 0 for step in steps)
+        if point.phase == "decode":
+            first, last = steps[0].context_tokens, steps[-1].context_tokens
+            assert len(steps) >= DECODE_STEPS - WARM_UP_STEPS - 3
+            assert first >= point.batch_size * (point.tokens + WARM_UP_STEPS)
+            assert last < point.batch_size * (point.tokens + DECODE_STEPS)
+    table = rows(measured)
+    assert [(row.phase, row.batch_size) for row in table] == [
+        (p.phase, p.batch_size) for p in sorted_points()
+    ]
+
+    write_csv(tmp_path / "steps.csv", table)
+    fitted = cost_table.read(tmp_path / "steps.csv")
+
+    assert fitted.prefill_s([(512, 0)]) > fitted.prefill_s([(16, 0)]) > 0
+    assert fitted.decode_s(8, 800) > 0
+
+
+def sorted_points() -> list[Point]:
+    return sorted(POINTS, key=lambda p: (p.phase == "decode", p.batch_size, p.tokens))
