@@ -185,7 +185,6 @@ class Llumlet:
 
     async def _add(self, sender: str, message: AddRequest, payload: list[bytes]) -> None:
         request_id = message.request_id
-        self._requests_added += 1
         self._forwards.pop(request_id, None)
         if message.epoch:
             # Recomputed: an older copy, which nobody follows any more, may live here or be on its way here.
@@ -210,6 +209,10 @@ class Llumlet:
             self._send_to_server(
                 sender, Reply(call_id=f"add:{request_id}", error=f"{type(error).__name__}: {error}")
             )
+        finally:
+            # Not before the engine's load has it in it: a step may be long, and who reads a report meanwhile
+            # would take the request for seen and its room for free.
+            self._requests_added += 1
 
     async def _abort(self, message: AbortRequests) -> None:
         unknown = await self.engine.abort(message.request_ids, message.below_epoch)

@@ -259,6 +259,19 @@ class TestRequests:
             assert await world.llumlet.check_integrity() == []
 
     @in_virtual_time
+    async def test_count_as_added_when_the_engine_has_them(self) -> None:
+        """A report in between must not say of a request that its load is in it. One that fails counts too."""
+        async with World() as world:
+            world.engine.held["add"] = asyncio.Event()
+            world.add()
+            await asyncio.sleep(HEARTBEAT_S)
+            assert world.reports()[-1].load.requests_added == 0
+            world.engine.fail["add"] = ValueError("nonsense")
+            world.engine.held["add"].set()
+            await asyncio.sleep(HEARTBEAT_S)
+            assert world.reports()[-1].load.requests_added == 1
+
+    @in_virtual_time
     async def test_a_dead_engine_ends_the_instance(self) -> None:
         async with World() as world:
             world.engine.fail["add"] = EngineDeadError("gone")
