@@ -1,1 +1,1 @@
-"""Benchmarks as ratios measured side by side in one run: `pd-serve bench migration|overhead`."""
+"""Measurements on this machine: `pd-serve bench migration|overhead|profile|simulator`."""

@@ -16,11 +16,11 @@ pytestmark = pytest.mark.integration
 
 POINTS = [
     Point("prefill", 1, 16),
-    Point("prefill", 4, 64),  # more than a step may take if it were not told so
+    Point("prefill", 4, 64),
     Point("prefill", 1, 512),
     Point("decode", 1, 32),
     Point("decode", 4, 32),
-    Point("decode", 8, 96),  # fills the cache in several steps
+    Point("decode", 8, 96),  # more than one step fills its cache
 ]
 
 
@@ -42,7 +42,7 @@ def environment() -> Iterator[None]:
 
 
 async def test_steps_of_a_real_engine_become_a_cost_model(tmp_path: Path) -> None:
-    flags = ["--max-num-batched-tokens=512", "--max-num-seqs=8", "--kv-cache-memory-bytes=33554432"]
+    flags = ["--max-num-batched-tokens=512", "--max-num-seqs=8", "--max-model-len=1024"]
     engine = await profile.start_engine("tiny", flags)
     try:
         about, limits = engine.about, engine.limits
