@@ -17,7 +17,8 @@ from pd_serve import metrics
 from pd_serve.api.cluster_view import MigrationRefusedError, UnknownTargetError
 from pd_serve.instance import InstanceInfo
 from pd_serve.messages import SchedulerReport, SetDraining, StartInstance, StopInstance
-from pd_serve.request_router import Migrated, RequestRouter
+from pd_serve.request_router import RequestRouter
+from pd_serve.route import Migrated
 from pd_serve.scheduler_process import SCHEDULER
 
 logger = logging.getLogger(__name__)

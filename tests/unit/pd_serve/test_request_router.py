@@ -29,7 +29,8 @@ from pd_serve.messages import (
     Reply,
     TokenHeader,
 )
-from pd_serve.request_router import MAX_RECOMPUTES, Migrated, RequestRouter
+from pd_serve.request_router import MAX_RECOMPUTES, RequestRouter
+from pd_serve.route import Migrated
 from pd_serve.wire import Wire
 from router.load import InstanceLoad
 from router.request import NewRequest
