@@ -22,10 +22,11 @@ lint: setup ## Check style and types
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
-bench: setup ## Measure migration and overhead; writes results/bench-*.json
+bench: setup ## Measure migration, overhead and the simulator; writes results/bench-*.json
 	@mkdir -p results
 	.venv/bin/pd-serve bench migration --json results/bench-migration.json $(ARGS)
 	.venv/bin/pd-serve bench overhead --json results/bench-overhead.json $(ARGS)
+	.venv/bin/pd-serve bench simulator --json results/bench-simulator.json $(ARGS)
 
 lock: ## Write requirements.lock anew from pyproject.toml: ARGS=--upgrade for newer versions
 	@deploy/make_lock.sh $(ARGS)

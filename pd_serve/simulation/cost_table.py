@@ -37,15 +37,19 @@ def read(path: Path) -> LinearCostModel:
     Raises:
         InvalidRequestError: The file has other columns, or too few rows.
     """
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        if not set(COLUMNS) <= set(reader.fieldnames or ()):
-            raise InvalidRequestError(f"{path.name} must have the columns {','.join(COLUMNS)}")
-        rows = list(reader)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequestError(f"{path.name}: cannot be read: {error}") from error
+    reader = csv.DictReader(text.splitlines())
+    if not set(COLUMNS) <= set(reader.fieldnames or ()):
+        raise InvalidRequestError(f"{path.name} must have the columns {','.join(COLUMNS)}")
     prefill, decode = [], []
     try:
-        for row in rows:
+        for row in reader:
             batch, new, context = (int(row[name]) for name in COLUMNS[1:4])
+            if not float(row["ms"]) > 0:
+                raise ValueError(f"a step of {row['ms']} ms")
             if row["phase"] == "prefill":
                 prefill.append((float(row["ms"]), 1.0, batch * new, batch * new * new))
             elif row["phase"] == "decode":

@@ -65,3 +65,20 @@ def test_a_file_that_is_no_cost_model(content: str, message: str, tmp_path: Path
 def test_an_unknown_name() -> None:
     with pytest.raises(InvalidRequestError, match="known: a10-llama-7b"):
         cost_model("h100")
+
+
+def test_a_file_of_something_else(tmp_path: Path) -> None:
+    path = tmp_path / "picture.csv"
+    path.write_bytes(b"\x89PNG\xff\xfe")
+
+    with pytest.raises(InvalidRequestError, match="cannot be read"):
+        cost_model(str(path))
+
+
+@pytest.mark.parametrize("ms", ["0", "-1", "nan"])
+def test_a_step_takes_time(ms: str, tmp_path: Path) -> None:
+    path = tmp_path / "zero.csv"
+    path.write_text(f"{HEADER}\ndecode,1,1,100,{ms}\n")
+
+    with pytest.raises(InvalidRequestError, match="a step of"):
+        cost_model(str(path))
