@@ -206,7 +206,7 @@ class RequestRouter:
         handoff: list[str] | None = None
         if self._book[instance_id].role == "prefill" and not route.ends_with_prefill:
             num_blocks = self._blocks_of(route)
-            handoff = self._book.destinations(num_blocks)
+            handoff = self._book.destinations(num_blocks, high_priority=request.priority < 0)
             if handoff:
                 route.destination = handoff[0]
                 self._book.expect(handoff[0], route.request_id, num_blocks)
@@ -374,7 +374,8 @@ class RequestRouter:
         ):
             return
         num_blocks = self._blocks_of(route)
-        for destination in self._book.destinations(num_blocks)[:1]:
+        high_priority = route.request.priority < 0
+        for destination in self._book.destinations(num_blocks, high_priority=high_priority)[:1]:
             if self._book.free_blocks(destination) > num_blocks:
                 route.placed_at = self._loop.time()
                 self._book.settled(route.destination, request_id)

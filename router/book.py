@@ -104,10 +104,10 @@ class LoadBook:
         self._corrected.pop(chosen.instance_id, None)
         return chosen.instance_id
 
-    def destinations(self, num_blocks: int) -> list[str]:
+    def destinations(self, num_blocks: int, *, high_priority: bool = False) -> list[str]:
         """Hand-off candidates for a request of this size, best first."""
-        ranked = handoff.destinations(self._fresh(), num_blocks)
-        ranked = ranked or handoff.destinations(self._all(), num_blocks)
+        ranked = handoff.destinations(self._fresh(), num_blocks, high_priority=high_priority)
+        ranked = ranked or handoff.destinations(self._all(), num_blocks, high_priority=high_priority)
         return [load.instance_id for load in ranked]
 
     @property

@@ -2,11 +2,15 @@
 
 from collections.abc import Iterable
 
+from msgspec.structs import replace
+
 from router.freeness import freeness
 from router.load import InstanceLoad
 
 
-def destinations(loads: Iterable[InstanceLoad], num_blocks: int) -> list[InstanceLoad]:
+def destinations(
+    loads: Iterable[InstanceLoad], num_blocks: int, *, high_priority: bool = False
+) -> list[InstanceLoad]:
     """Decode instances by how free they are after taking a request of `num_blocks`.
 
     One that looks too full now comes last instead of being left out: by the time the prompt is prefilled
@@ -15,9 +19,13 @@ def destinations(loads: Iterable[InstanceLoad], num_blocks: int) -> list[Instanc
     Args:
         loads: With what was decided before and is not reported yet counted as expected, so that a burst
             spreads.
+        high_priority: As in `router.freeness.dispatch_freeness`: headroom is kept for these requests, not
+            from them. Otherwise each of them would claim another instance.
     """
 
     def preference(load: InstanceLoad) -> tuple[bool, float, str]:
+        if high_priority:
+            load = replace(load, high_priority=0)
         fits = load.free_blocks - load.expected_blocks >= num_blocks
         return not fits, -freeness(load.after_taking(num_blocks)), load.instance_id
 

@@ -84,3 +84,13 @@ def test_the_order_does_not_depend_on_scale(
 @given(clusters())
 def test_the_order_of_the_reports_does_not_matter(cluster: list[InstanceLoad]) -> None:
     assert names(cluster[::-1], 1) == names(cluster, 1)
+
+
+def test_high_priority_shares_an_instance_and_others_keep_away_from_it() -> None:
+    """Two thirds free, but headroom claims more than that."""
+    hosts = InstanceLoad("hosts", "decode", 851, 800, running=2, high_priority=2)
+    other = InstanceLoad("other", "decode", 851, 600, running=5)
+
+    assert [load.instance_id for load in destinations([hosts, other], 10)] == ["other", "hosts"]
+    ranked = destinations([hosts, other], 10, high_priority=True)
+    assert [load.instance_id for load in ranked] == ["hosts", "other"]
