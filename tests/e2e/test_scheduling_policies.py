@@ -78,8 +78,8 @@ async def test_high_priority_overtakes(
     for answer, theirs in zip(ours, expected, strict=True):
         assert_same(answer, theirs)
     before = sum(stream.first_token_at < first.first_token_at for stream in queued)
-    most = 1 if policy == "llumnix" else 3
-    assert before <= most, "as many as may have been bound, or have entered the other instance meanwhile"
+    # As many as may have been bound, or have found room while the urgent one was on its way here.
+    assert before <= (2 if policy == "llumnix" else 3)
 
 
 def in_line(cluster: dict[str, Any]) -> int:

@@ -59,7 +59,8 @@ async def test_steps_of_a_real_engine_become_a_cost_model(tmp_path: Path) -> Non
         if point.phase == "decode":
             first, last = steps[0].context_tokens, steps[-1].context_tokens
             assert len(steps) >= DECODE_STEPS - WARM_UP_STEPS - 3
-            assert first >= point.batch_size * (point.tokens + WARM_UP_STEPS)
+            # How many of a batch have begun with the first step that is kept depends on the machine.
+            assert first >= point.batch_size * point.tokens
             assert last < point.batch_size * (point.tokens + DECODE_STEPS)
     table = rows(measured)
     assert [(row.phase, row.batch_size) for row in table] == [
