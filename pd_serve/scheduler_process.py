@@ -171,7 +171,7 @@ class SchedulerProcess:
     def _update_members(self) -> None:
         """An instance is a member as long as any API server knows it."""
         members = {name: address for s in self._servers.values() for name, address in s.members.items()}
-        for gone in set(self._members) - set(members):
+        for gone in [name for name in self._members if name not in members]:
             self._wire.disconnect(gone)
             self.scheduler.remove(gone)
             self._heard(gone)

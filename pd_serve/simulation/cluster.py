@@ -1,16 +1,15 @@
 """A whole cluster in one event loop: the real llumlets, request router and scheduler on simulated parts."""
 
 import asyncio
-import itertools
 import logging
 import random
-from collections import Counter
 from collections.abc import Callable
 
 from migration.bounds import MigrationBounds
 from migration.messages import InstanceId
-from migration.tasks import OwnedTasks
 from migration.transport.local import LocalTransport
+from pd_serve.config import ROLES
+from pd_serve.fleet import Fleet
 from pd_serve.instance import InstanceInfo
 from pd_serve.llumlet import Llumlet
 from pd_serve.messages import StartInstance, StopInstance, TokenHeader
@@ -94,7 +93,7 @@ class SimulatedInstance:
 
 
 class SimulatedCluster:
-    """Starts and stops instances as the scheduler wants, and keeps what they have done.
+    """The instances that the fleet starts and stops, the router in front of them, and what they have done.
 
     Args:
         deliver: Takes batches of outputs, as an API server would.
@@ -115,9 +114,6 @@ class SimulatedCluster:
         self.steps = 0
         self.failures: list[str] = []
         self.scheduler: SchedulerProcess | None = None
-        self._tasks = OwnedTasks(lambda error: self.failures.append(repr(error)))
-        self._serial = {role: itertools.count() for role in ("prefill", "decode", "neutral")}
-        self._starting: Counter[str] = Counter()
         self._policies = policy_set(config.policy, **config.overrides)
         most = sum(config.instances.values()) + (SPARE_SLOTS if config.autoscale else 0)
         self.router = RequestRouter(
@@ -129,14 +125,23 @@ class SimulatedCluster:
             num_slots=most,
             clock=self._loop.time,
             on_scaling=self._on_scaling,
+            on_decided=lambda report: self.fleet.on_decided(report),
             book=LoadBook(self._policies, random.Random(config.seed), self._loop.time),
+        )
+        self.fleet = Fleet(
+            self.router,
+            self._start_instance,
+            self._stop_instance,
+            max_instances=most,
+            instances=dict.fromkeys(ROLES, 0) | config.instances,
+            policy=config.policy,
         )
 
     async def start(self) -> None:
         """Returns when every instance has reported."""
         for role, count in self.config.instances.items():
-            for _ in range(count):
-                self._start_now(role)
+            for number in range(count):
+                self.router.join(self._add_instance(f"{role}-{number}", role, self._loop.time()))
         self.start_scheduler()
         await self.router.wait_for_reports()
 
@@ -151,13 +156,14 @@ class SimulatedCluster:
             seed=self.config.seed,
             on_failure=lambda error: self.failures.append(f"scheduler: {error!r}"),
         )
-        self.router.instances.introduce_scheduler(self.scheduler.name, self.scheduler.address)
+        self.fleet.scheduler_started(self.scheduler.address, pid=0)
 
     async def kill_scheduler(self) -> None:
         assert self.scheduler is not None
         await self.scheduler.close()
         self.network.silence(self.scheduler.address)
         self.scheduler = None
+        self.fleet.scheduler_lost()
 
     async def kill_instance(self, name: str) -> None:
         """Its process dies; the router is told, as by whoever watches processes."""
@@ -168,7 +174,7 @@ class SimulatedCluster:
         self.router.leave(name)
 
     async def stop(self) -> None:
-        await self._tasks.cancel()
+        await self.fleet.close()
         if self.scheduler is not None:
             await self.scheduler.close()
         for instance in list(self.instances.values()):
@@ -188,41 +194,30 @@ class SimulatedCluster:
         pools = [instance.engine.batcher.pool for instance in self.instances.values()]
         return sum(pool.num_blocks - pool.num_free for pool in pools)
 
-    # ---- scaling
+    # ---- what starts and stops, as the fleet says
 
     def _on_scaling(self, wanted: StartInstance | StopInstance) -> None:
-        now = self._loop.time()
-        if isinstance(wanted, StartInstance):
-            self.scaling.append((now, f"start a {wanted.role} instance: {wanted.reason}"))
-            self._starting[wanted.role] += 1
-            self._announce()
-            self._tasks.start(self._start_later(wanted.role))
-        elif wanted.instance_id in self.instances:
-            self.scaling.append((now, f"stop {wanted.instance_id}: {wanted.reason}"))
-            self._tasks.start(self._stop(wanted.instance_id))
+        what = (
+            f"start a {wanted.role} instance"
+            if isinstance(wanted, StartInstance)
+            else f"stop {wanted.instance_id}"
+        )
+        self.scaling.append((self._loop.time(), f"{what}: {wanted.reason}"))
+        self.fleet.on_scaling(wanted)
 
-    async def _start_later(self, role: str) -> None:
+    async def _start_instance(self, name: str, role: str) -> InstanceInfo:
         began = self._loop.time()
         await asyncio.sleep(self.config.start_instance_s)
-        self._starting[role] -= 1
-        self._start_now(role, began)
-        self._announce()
+        return self._add_instance(name, role, began)
 
-    def _start_now(self, role: str, began: float | None = None) -> None:
-        name = f"{role}-{next(self._serial[role])}"
-        now = self._loop.time() if began is None else began
-        instance = SimulatedInstance(name, role, self.config, self.network, now)
-        self.instances[name] = instance
-        self.router.join(instance.info)
+    def _add_instance(self, name: str, role: str, began: float) -> InstanceInfo:
+        instance = self.instances[name] = SimulatedInstance(name, role, self.config, self.network, began)
+        return instance.info
 
-    async def _stop(self, name: str) -> None:
+    async def _stop_instance(self, name: str) -> None:
         instance = self.instances.pop(name)
-        self.router.leave(name)
         self._account(instance)
         await instance.stop()
-
-    def _announce(self) -> None:
-        self.router.instances.starting = {role: count for role, count in self._starting.items() if count}
 
     def _account(self, instance: SimulatedInstance) -> None:
         self.instance_s += self._loop.time() - instance.started_at
