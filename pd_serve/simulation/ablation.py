@@ -9,13 +9,11 @@ from pathlib import Path
 
 import rich.console
 
-from pd_serve.bench import report
 from pd_serve.simulation.case import Case
-from pd_serve.simulation.paper.curves import Place, points_of
-from pd_serve.simulation.paper.figure import LATENCIES, Figure, Metric, Options, Point
+from pd_serve.simulation.experiment import run_experiment
+from pd_serve.simulation.paper.curves import Place
+from pd_serve.simulation.paper.figure import LATENCIES, Metric, Options, Point
 from pd_serve.simulation.paper.reference import Reference
-from pd_serve.simulation.paper.reproduce import notes_of, write
-from pd_serve.simulation.runs import Results, run_all
 from pd_serve.simulation.traces import TraceSpec
 
 #: By title: (trace, requests/s): the highest rates of figure 11.
@@ -57,26 +55,20 @@ def runs_of(requests: int, seeds: Sequence[int], titles: Sequence[str]) -> list[
 def run(out: Path, requests: int, seeds: Sequence[int], jobs: int | None, fresh: bool) -> None:
     """Writes `policies.{csv,md,png}`. Raises: PdServeError: runs have failed; the others are kept."""
     console = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
-    provenance = report.provenance()
-    options = Options(requests, frozenset({"all"}), seeds[0], Reference())
-    runs = runs_of(requests, seeds, list(TRACES))
-    results = run_all((case for _, case in runs), out / "runs", console, jobs, None, fresh)
-
-    def points(options: Options, results: Results, console: rich.console.Console) -> list[Point]:
-        return points_of(runs, METRICS, results, lambda panel, series, metric: {})
-
-    figure = Figure(
-        None,
+    run_experiment(
         "policies",
         "From the paper's Llumnix to our defaults, step by step: 16 neutral instances at the highest rates",
         "seed",
+        runs_of(requests, seeds, list(TRACES)),
         METRICS,
-        lambda options: [case for _, case in runs],
-        points,
         _findings,
+        Options(requests, frozenset({"all"}), seeds[0], Reference()),
+        out,
+        console,
+        jobs=jobs,
+        traces=None,
+        fresh=fresh,
     )
-    write(figure, points(options, results, console), notes_of(figure, options, results), out, console)
-    report.write(out / "policies-provenance.json", provenance)
 
 
 def _findings(points: Sequence[Point]) -> list[str]:

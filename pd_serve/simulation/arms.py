@@ -9,14 +9,12 @@ from pathlib import Path
 import rich.console
 
 from migration.errors import InvalidRequestError
-from pd_serve.bench import report
 from pd_serve.simulation import trace_files
 from pd_serve.simulation.case import Case
-from pd_serve.simulation.paper.curves import Place, points_of
-from pd_serve.simulation.paper.figure import Figure, Metric, Options, Point
+from pd_serve.simulation.experiment import run_experiment
+from pd_serve.simulation.paper.curves import Place
+from pd_serve.simulation.paper.figure import Metric, Options, Point
 from pd_serve.simulation.paper.reference import Reference
-from pd_serve.simulation.paper.reproduce import notes_of, write
-from pd_serve.simulation.runs import Results, run_all
 from pd_serve.simulation.summary import Slo
 from pd_serve.simulation.traces import TraceSpec
 
@@ -76,27 +74,22 @@ def run(
         PdServeError: Runs have failed; the others are kept.
     """
     console = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
-    provenance = report.provenance()
     options = Options(requests, frozenset({"all"}), seed, Reference())
-    runs = runs_of(options, slo, _present(traces, console))
-    results = run_all((case for _, case in runs), out / "runs", console, jobs, traces, fresh)
-
-    def points(options: Options, results: Results, console: rich.console.Console) -> list[Point]:
-        return points_of(runs, METRICS, results, lambda panel, series, metric: {})
-
-    figure = Figure(
-        None,
+    run_experiment(
         "arms",
         f"16 instances with and without disaggregation; SLO {slo.ttft_s:g} s to the first token, "
         f"{slo.tpot_s * 1e3:g} ms for each later one",
         "requests/s",
+        runs_of(options, slo, _present(traces, console)),
         METRICS,
-        lambda options: [case for _, case in runs],
-        points,
         _findings,
+        options,
+        out,
+        console,
+        jobs=jobs,
+        traces=traces,
+        fresh=fresh,
     )
-    write(figure, points(options, results, console), notes_of(figure, options, results), out, console)
-    report.write(out / "arms-provenance.json", provenance)
 
 
 def _present(traces: Path | None, console: rich.console.Console) -> list[str]:

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CODE = ("migration/*.py", "router/**/*.py", "pd_serve/*.py", "pd_serve/simulation/*.py")
 NOT_IN_RESULTS = {
     *("cli", "console", "service", "status"),
-    *("ablation", "arms", "command", "plots", "runs", "show"),
+    *("ablation", "arms", "command", "experiment", "plots", "runs", "show"),
 }
 
 Results = dict[str, dict[str, Any]]
