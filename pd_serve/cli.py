@@ -21,6 +21,13 @@ from pd_serve.config import (
     simulated_engine,
 )
 from pd_serve.console import Console
+from pd_serve.credentials import (
+    ADMIN_VARIABLE,
+    SECRET_VARIABLE,
+    checked_key,
+    read_api_keys,
+    read_cluster_secret,
+)
 from pd_serve.simulation.command import app as simulate
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -72,7 +79,19 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to serve on; 0 for any free one.")] = 8000,
     served_model_name: Annotated[str | None, typer.Option(help="What the API calls the model.")] = None,
     api_key: Annotated[
-        str | None, typer.Option(help="Key that clients must send.", envvar="VLLM_API_KEY")
+        list[str] | None,
+        typer.Option(help="Key that clients must send; may be given several times.", envvar="VLLM_API_KEY"),
+    ] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="File of such keys, one a line.")] = None,
+    admin_key: Annotated[
+        str | None,
+        typer.Option(help="Key for /cluster, which API keys do not open then.", envvar=ADMIN_VARIABLE),
+    ] = None,
+    cluster_secret_file: Annotated[
+        Path | None,
+        typer.Option(
+            help=f"What the processes know each other by, or ${SECRET_VARIABLE}. [default: made up]"
+        ),
     ] = None,
     ray_address: Annotated[
         str | None, typer.Option(help="Join this Ray cluster instead of a local one.")
@@ -89,13 +108,16 @@ def serve(
         for role, text in flags.items()
         if text is not None
     }
+    console = Console()
     config = ServeConfig(
         model=model,
         instances=instances_at_start(prefill, decode, neutral, bounds),
         host=host,
         port=port,
         served_model_name=served_model_name,
-        api_key=api_key,
+        api_keys=read_api_keys(api_key or [], api_key_file, console.warn),
+        admin_key=None if admin_key is None else checked_key(admin_key),
+        cluster_secret=read_cluster_secret(cluster_secret_file, console.warn),
         ray_address=ray_address,
         policies=parse_policies(policy, settings or []),
         autoscale=bounds,
@@ -105,18 +127,21 @@ def serve(
     )
     from pd_serve import service
 
-    _run(service.run(config, Console()))
+    _run(service.run(config, console))
 
 
 @app.command()
 def status(
     url: Annotated[str, typer.Option(help="Where the service is.")] = "http://127.0.0.1:8000",
     api_key: Annotated[str | None, typer.Option(help="Its key.", envvar="VLLM_API_KEY")] = None,
+    admin_key: Annotated[
+        str | None, typer.Option(help="Its key for /cluster, if it has one.", envvar=ADMIN_VARIABLE)
+    ] = None,
 ) -> None:
     """Show the instances and migrations of a running service."""
     from pd_serve.status import show
 
-    show(url, api_key)
+    show(url, admin_key or api_key)
 
 
 bench = typer.Typer(no_args_is_help=True, help="Measure on this machine, as ratios side by side in one run.")

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -122,6 +123,9 @@ class RayCluster:
         if local:
             for name, value in LOCAL_SETTINGS.items():
                 os.environ.setdefault(name, value)
+            if not os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
+                # Ray's ports ask for it. Ray's own way is one token for ever, in a file that others can read.
+                os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         try:
             ray.init(
                 address=self._address or "local",

@@ -39,6 +39,8 @@ class ServeConfig:
         policies: Of the API server and the scheduler.
         autoscale: Bounds by role; a role without them does not scale.
         max_waiting: Requests without a first token beyond which others get 429.
+        admin_key: Opens `/cluster`, which the API keys do not open then.
+        cluster_secret: What the processes know each other by; None makes one up.
         ray_address: An existing Ray cluster, or None for a local one.
         simulated: Simulated engines instead of vLLM's, and what they are like.
         engine_flags: The rest of the command line, for vLLM's parser.
@@ -49,7 +51,9 @@ class ServeConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     served_model_name: str | None = None
-    api_key: str | None = None
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    admin_key: str | None = field(default=None, repr=False)
+    cluster_secret: bytes | None = field(default=None, repr=False)
     ray_address: str | None = None
     policies: PolicySet = field(default_factory=lambda: policy_set(DEFAULT_POLICY))
     autoscale: dict[str, PoolBounds] = field(default_factory=dict)
@@ -148,6 +152,13 @@ def is_cpu_build() -> bool:
     return True
 
 
+#: On one machine nothing listens where another machine could reach it.
+LOOPBACK = {
+    "UCX_NET_DEVICES": "lo",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's name for: the node's address is 127.0.0.1
+}
+
+
 def process_environment(config: ServeConfig, model: str) -> dict[str, str]:
     """Environment of every process of the service, to be set before vLLM is imported."""
     threads = max(1, (os.cpu_count() or 1) // max(1, config.num_instances))
@@ -160,10 +171,13 @@ def process_environment(config: ServeConfig, model: str) -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several engines share the cores
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
+        "GLOO_SOCKET_IFNAME": "lo",  # an engine's process groups do not leave its machine
     }
     if Path(model).is_dir():
         environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    if config.ray_address is not None and (Path.home() / ".ray" / "auth_token").is_file():
+    if config.ray_address is None:
+        environment |= LOOPBACK
+    elif (Path.home() / ".ray" / "auth_token").is_file():
         # Ray asks for its token by default since 2.60, but looks for it too late when it joins a cluster.
         environment["RAY_AUTH_MODE"] = "token"
     return {name: os.environ.get(name, value) for name, value in environment.items()}

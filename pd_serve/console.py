@@ -27,13 +27,13 @@ class Console:
     def error(self, text: str) -> None:
         self._console.print(f"[bold red]error[/bold red]  {text}", soft_wrap=True)
 
-    def banner(self, config: ServeConfig, model: str, instances: list[InstanceInfo]) -> None:
+    def banner(self, config: ServeConfig, model: str, instances: list[InstanceInfo], *, tls: bool) -> None:
         """Endpoint, model, instances and a line to copy."""
-        endpoint = f"http://{config.host or '0.0.0.0'}:{config.port}"
+        endpoint = f"http{'s' if tls else ''}://{config.host or '0.0.0.0'}:{config.port}"
         body = json.dumps(
             {"model": model, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 32}
         )
-        key = f" -H 'Authorization: Bearer {config.api_key}'" if config.api_key else ""
+        key = " -H 'Authorization: Bearer KEY'" if config.api_keys else ""
         table = Table.grid(padding=(0, 2))
         table.add_row("[bold]endpoint[/bold]", f"{endpoint}/v1")
         table.add_row("[bold]model[/bold]", model)

@@ -26,7 +26,7 @@ class InstanceConfig:
     Attributes:
         engine_args: Arguments of vLLM's `AsyncEngineArgs`.
         host: Address that this instance's sockets bind to.
-        keys: The cluster's key pair; needed as soon as `host` leaves the machine.
+        keys: The cluster's key pair.
         stage_bytes_per_s: See `MigrationBounds`.
         simulated: A simulated engine instead of vLLM's, and what it is like.
     """
@@ -34,8 +34,8 @@ class InstanceConfig:
     instance_id: str
     role: str
     engine_args: dict[str, Any]
-    host: str = "127.0.0.1"
-    keys: CurveKeys | None = None
+    host: str
+    keys: CurveKeys
     environment: dict[str, str] = field(default_factory=dict)
     stage_bytes_per_s: float | None = None
     simulated: EngineSettings | None = None

@@ -60,8 +60,8 @@ class SchedulerConfig:
 
     policies: PolicySet
     autoscale: dict[str, PoolBounds]
-    host: str = "127.0.0.1"
-    keys: CurveKeys | None = None
+    host: str
+    keys: CurveKeys
 
 
 class MessageWire(Protocol):

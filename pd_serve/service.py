@@ -106,7 +106,8 @@ class Service:
         check_memory(config.num_instances, self._flags.engine("decode"), self._model)
         local = config.ray_address is None
         self._host = "127.0.0.1" if local else self._cluster.node_address()
-        self._keys = None if local else CurveKeys.generate()
+        secret = config.cluster_secret
+        self._keys = CurveKeys.generate() if secret is None else CurveKeys.derive(secret)
         console.step(f"starting {config.num_instances} instances")
         starts = [self._tasks.start(self._start_instance(name, role)) for name, role in config.names()]
         self._wire = Wire(f"api-{os.getpid()}", self._host, self._keys)
@@ -143,8 +144,8 @@ class Service:
             "host": config.host,
             "port": config.port,
         }
-        if config.api_key:
-            defaults["api_key"] = [config.api_key]
+        if config.api_keys:
+            defaults["api_key"] = list(config.api_keys)
         if (dtype := models.default_dtype(config.model)) is not None:
             defaults["dtype"] = dtype
         role_defaults: dict[str, dict[str, Any]] = {}
@@ -273,7 +274,9 @@ class Service:
             log_stats=not server.disable_log_stats,
             check=check,
         )
-        self._app = await create_app(server, self.client, self.fleet, max_waiting=config.max_waiting)
+        self._app = await create_app(
+            server, self.client, self.fleet, max_waiting=config.max_waiting, admin_key=config.admin_key
+        )
 
     def _on_lost(self, instance_id: str) -> None:
         self._console.warn(f"{instance_id} has died; its requests are recomputed elsewhere")
@@ -291,4 +294,4 @@ class Service:
         gc.enable()
         config = self._config
         name = self._flags.server.served_model_name[0]
-        self._console.banner(config, name, self._infos)
+        self._console.banner(config, name, self._infos, tls=bool(self._flags.server.ssl_certfile))

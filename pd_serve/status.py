@@ -9,15 +9,15 @@ from rich.table import Table
 from migration.errors import PdServeError
 
 
-def show(url: str, api_key: str | None) -> None:
+def show(url: str, key: str | None) -> None:
     """Prints what `GET /cluster` says. Raises: PdServeError: no service there, or a wrong key."""
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         response = httpx.get(f"{url.rstrip('/')}/cluster", headers=headers, timeout=5.0)
     except httpx.HTTPError as error:
         raise PdServeError(f"no service at {url}: {error}") from error
     if response.status_code != 200:
-        hint = "; give --api-key" if response.status_code == 401 else ""
+        hint = "; give --api-key, or --admin-key if it has one" if response.status_code == 401 else ""
         raise PdServeError(f"{url} answers {response.status_code}{hint}")
     cluster = response.json()
     console = rich.console.Console()

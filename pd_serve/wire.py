@@ -1,22 +1,25 @@
 """ZeroMQ between the processes of a cluster: one inbound socket each, one outbound per peer.
 
-All traffic is one-way messages, in order per sender. On a machine of its own a cluster talks over
-loopback; as soon as an address leaves the machine every socket uses CURVE with the cluster's key pair,
-and a peer without it is not heard.
+All traffic is one-way messages, in order per sender. Every socket uses CURVE with the cluster's key pair,
+on loopback too: a peer without it is not heard, and nobody reads along. Whoever has it is one of the cluster
+and believed what it says, its name included.
 """
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 import zmq
 import zmq.asyncio
 from zmq.auth.asyncio import AsyncioAuthenticator
+from zmq.utils import z85
 
 from migration.tasks import OwnedTasks
+from pd_serve.strangers import StrangerLog
 
 logger = logging.getLogger(__name__)
 
@@ -24,16 +27,28 @@ logger = logging.getLogger(__name__)
 HIGH_WATER_MARK = 100_000
 
 
+#: Longest frame that is taken, in bytes. It bounds what somebody can make a process hold before it is known
+#: that he has no key; the longest that we send is a request, of at most `--max-body-bytes`.
+MAX_FRAME_BYTES = 256 * 2**20
+
+
 @dataclass(frozen=True, slots=True)
 class CurveKeys:
     """The cluster's CURVE key pair (Z85). Whoever has it may talk; it travels through Ray only."""
 
-    public: bytes
-    secret: bytes
+    public: bytes = field(repr=False)
+    secret: bytes = field(repr=False)
 
     @classmethod
     def generate(cls) -> "CurveKeys":
         return cls(*zmq.curve_keypair())
+
+    @classmethod
+    def derive(cls, cluster_secret: bytes) -> "CurveKeys":
+        """The pair that belongs to a secret, which should be as hard to guess as a key of 32 bytes."""
+        hashed = hashlib.blake2b(cluster_secret, digest_size=32, person=b"pd-serve CURVE").digest()
+        secret = z85.encode(hashed)
+        return cls(zmq.curve_public(secret), secret)
 
 
 def is_local(host: str) -> bool:
@@ -43,9 +58,7 @@ def is_local(host: str) -> bool:
 class Wire:
     """The sockets of one process. Lives on one event loop; `publisher` makes sockets for other threads."""
 
-    def __init__(self, name: str, host: str = "127.0.0.1", keys: CurveKeys | None = None) -> None:
-        if keys is None and not is_local(host):
-            raise ValueError(f"{host} leaves this machine: the cluster needs its CURVE keys")
+    def __init__(self, name: str, host: str, keys: CurveKeys) -> None:
         self.name = name
         self._host = host
         self._keys = keys
@@ -53,15 +66,14 @@ class Wire:
         self._peers: dict[str, tuple[str, zmq.Socket[bytes]]] = {}
         self._tasks = OwnedTasks()
         self._bound: list[zmq.asyncio.Socket] = []
-        self._authenticator: AsyncioAuthenticator | None = None
-        if keys is not None:
-            self._authenticator = AsyncioAuthenticator(self._context)
-            self._authenticator.start()
-            self._authenticator.configure_curve_callback(credentials_provider=self)
+        self._strangers = StrangerLog(name, host if is_local(host) else "an unknown address")
+        self._authenticator = AsyncioAuthenticator(self._context)
+        self._authenticator.start()
+        self._authenticator.configure_curve_callback(credentials_provider=self)
 
     def callback(self, domain: str, key: bytes) -> bool:
         """For pyzmq's authenticator: only the cluster's own key may connect."""
-        return self._keys is not None and key == self._keys.public
+        return key == self._keys.public
 
     @staticmethod
     def decoder(kind: Any) -> Callable[[bytes], Any]:
@@ -73,9 +85,10 @@ class Wire:
         socket = self._context.socket(zmq.PULL)
         socket.setsockopt(zmq.RCVHWM, 0)
         socket.setsockopt(zmq.LINGER, 0)
-        if self._keys is not None:
-            socket.curve_server = True
-            socket.curve_publickey, socket.curve_secretkey = self._keys.public, self._keys.secret
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        socket.curve_server = True
+        socket.curve_publickey, socket.curve_secretkey = self._keys.public, self._keys.secret
+        self._tasks.start(self._strangers.watch(socket))
         port = socket.bind_to_random_port(f"tcp://{self._host}")
         self._bound.append(socket)
         self._tasks.start(self._receive(socket, on_message))
@@ -112,9 +125,8 @@ class Wire:
         socket: zmq.Socket[bytes] = zmq.Context(self._context).socket(zmq.PUSH)
         socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
         socket.setsockopt(zmq.LINGER, 0)
-        if self._keys is not None:
-            socket.curve_serverkey = self._keys.public
-            socket.curve_publickey, socket.curve_secretkey = self._keys.public, self._keys.secret
+        socket.curve_serverkey = self._keys.public
+        socket.curve_publickey, socket.curve_secretkey = self._keys.public, self._keys.secret
         socket.connect(address)
         return socket
 
@@ -124,13 +136,15 @@ class Wire:
             self.disconnect(peer)
         for socket in self._bound:
             socket.close(linger=0)
-        if self._authenticator is not None:
-            self._authenticator.stop()
+        self._authenticator.stop()
         self._context.destroy(linger=0)
 
     async def _receive(self, socket: zmq.asyncio.Socket, on_message: Callable[[list[bytes]], None]) -> None:
         while True:
-            frames = await socket.recv_multipart()
+            try:
+                frames = await socket.recv_multipart()
+            except zmq.Again:
+                continue  # a peer was lost in the middle of a message, whose beginning is thrown away
             try:
                 on_message(frames)
             except (msgspec.MsgspecError, UnicodeDecodeError) as error:

@@ -10,11 +10,17 @@ from vllm.entrypoints.launchers.app import build_app
 from pd_serve.api import cluster_routes
 from pd_serve.api.cluster_view import ClusterView
 from pd_serve.api.engine_client import ClusterAsyncLLM
+from pd_serve.api.keys import KeyMiddleware
 from pd_serve.api.overload import OverloadMiddleware
 
 
 async def create_app(
-    args: Namespace, engine_client: ClusterAsyncLLM, cluster: ClusterView, *, max_waiting: int | None = None
+    args: Namespace,
+    engine_client: ClusterAsyncLLM,
+    cluster: ClusterView,
+    *,
+    max_waiting: int | None = None,
+    admin_key: str | None = None,
 ) -> FastAPI:
     """Build the application, ready to be served.
 
@@ -23,6 +29,7 @@ async def create_app(
         engine_client: Its `cluster` attribute is set here.
         cluster: Stands behind `/cluster`, `/health` and the refusals.
         max_waiting: Requests that may wait for a first token before others get 429; None for no limit.
+        admin_key: Needed for `/cluster`; None: the API keys, if there are any, open that too.
 
     Returns:
         The application. `app.state.server` is set by `pd_serve.api.server.serve`.
@@ -39,7 +46,6 @@ async def create_app(
     # `build_app` ends with the stack built, and building it once more loses the HTTP metrics.
     inner = OverloadMiddleware(app.router.middleware_stack, cluster=cluster, max_waiting=max_waiting)
     app.router.middleware_stack = inner
-    keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
-    if keys:
-        app.router.middleware_stack = cluster_routes.ClusterKeyMiddleware(inner, tokens=keys)
+    api_keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
+    app.router.middleware_stack = KeyMiddleware(inner, api_keys=api_keys, admin_key=admin_key)
     return app

@@ -1,8 +1,4 @@
-"""`/cluster`: look at the instances, move a request or empty an instance by hand, check the invariants.
-
-vLLM's API key guards only some path prefixes (/v1, /v2, /inference, /cohere), so these routes check it
-themselves, with vLLM's own constant-time comparison.
-"""
+"""`/cluster`: look at the instances, move a request or empty an instance by hand, check the invariants."""
 
 import math
 from typing import Any
@@ -10,8 +6,6 @@ from typing import Any
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
-from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
 from pd_serve.api.cluster_view import MigrationRefusedError, UnknownTargetError
 from pd_serve.api.errors import error_response
@@ -33,21 +27,6 @@ class DrainRequest(BaseModel):
     instance: str = Field(min_length=1)
     draining: bool = True
     stop: bool = False
-
-
-class ClusterKeyMiddleware(AuthenticationMiddleware):
-    """Requires one of the API keys on `/cluster` and everything below it."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one ASGI connection, or answer 401."""
-        app: ASGIApp = self.app
-        if scope["type"] == "http" and scope["method"] != "OPTIONS":
-            path = scope["path"].removeprefix(scope.get("root_path", ""))
-            guarded = path == PREFIX or path.startswith(PREFIX + "/")
-            if guarded and not self.verify_token(Request(scope).headers):
-                headers = {"WWW-Authenticate": "Bearer"}
-                app = error_response(401, "Unauthorized", headers=headers)
-        await app(scope, receive, send)
 
 
 @router.get("")

@@ -385,7 +385,7 @@ class TestServer:
                 assert wrong.status_code == 401
                 right = await service.http.get(path, headers={"Authorization": "Bearer two"})
                 assert right.status_code == 200
-            assert error_of(await service.http.get("/cluster"))["message"] == "Unauthorized"
+            assert (await service.http.get("/cluster")).json() == {"error": "Unauthorized"}
             assert (await migrate(service, "x", "d0")).status_code == 401
             service.cluster.num_live = 0
             assert (await service.complete()).status_code == 401

@@ -1,0 +1,92 @@
+"""Which key opens which path."""
+
+import pytest
+from starlette.responses import PlainTextResponse
+from starlette.testclient import TestClient
+
+from pd_serve.api.keys import KeyMiddleware
+
+OPEN = [
+    "/health",
+    "/ping",
+    "/load",
+    "/version",
+    "/metrics",
+    "/openapi.json",
+    "/dashboard",
+    "/dashboard/page.js",
+]
+GUARDED = ["/v1/models", "/tokenize", "/invocations", "/", "/healthy", "/metricsx", "/v1/health"]
+ADMIN = ["/cluster", "/cluster/drain", "/cluster/requests/x"]
+
+
+def client(api_keys: list[str], admin_key: str | None = None) -> TestClient:
+    return TestClient(KeyMiddleware(PlainTextResponse("in"), api_keys=api_keys, admin_key=admin_key))
+
+
+def status(client: TestClient, path: str, key: str | None = None) -> int:
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return client.get(path, headers=headers).status_code
+
+
+@pytest.mark.parametrize("path", OPEN + GUARDED + ADMIN)
+def test_without_keys_everything_is_open(path: str) -> None:
+    assert status(client([]), path) == 200
+
+
+@pytest.mark.parametrize("path", OPEN)
+@pytest.mark.parametrize("key", [None, "wrong"])
+def test_what_is_open_by_design(path: str, key: str | None) -> None:
+    assert status(client(["one"], "admin"), path, key) == 200
+
+
+@pytest.mark.parametrize("path", GUARDED)
+def test_api_keys(path: str) -> None:
+    keys = {None: 401, "wrong": 401, "one": 200, "two": 200, "admin": 401}
+
+    assert {key: status(client(["one", "two"], "admin"), path, key) for key in keys} == keys
+
+
+@pytest.mark.parametrize("path", ADMIN)
+def test_the_admin_key_replaces_the_api_keys_for_the_cluster(path: str) -> None:
+    keys = {None: 401, "one": 401, "admin": 200}
+
+    assert {key: status(client(["one"], "admin"), path, key) for key in keys} == keys
+
+
+@pytest.mark.parametrize("path", ADMIN)
+def test_without_an_admin_key_the_api_keys_open_the_cluster(path: str) -> None:
+    keys = {None: 401, "wrong": 401, "one": 200}
+
+    assert {key: status(client(["one"]), path, key) for key in keys} == keys
+
+
+def test_an_admin_key_alone_leaves_the_api_open() -> None:
+    only_admin = client([], "admin")
+
+    assert (status(only_admin, "/v1/models"), status(only_admin, "/cluster")) == (200, 401)
+
+
+@pytest.mark.parametrize(
+    "header", ["", "one", "Basic one", "Bearer", "Bearer ", "Bearer one ", "Bearer one two", "Bearer ONE"]
+)
+def test_only_a_bearer_s_exact_key_opens(header: str) -> None:
+    answer = client(["one"]).get("/v1/models", headers={"Authorization": header})
+
+    assert answer.status_code == 401
+    assert answer.json() == {"error": "Unauthorized"}
+    assert answer.headers["WWW-Authenticate"] == "Bearer"
+
+
+def test_a_browser_may_ask_what_it_may_ask() -> None:
+    """CORS: the question comes before the key."""
+    assert client(["one"]).options("/v1/models").status_code == 200
+
+
+def test_a_prefix_of_the_server_does_not_open() -> None:
+    behind = TestClient(
+        KeyMiddleware(PlainTextResponse("in"), api_keys=["one"], admin_key=None), root_path="/api"
+    )
+
+    assert behind.get("/api/v1/models").status_code == 401
+    assert behind.get("/api/health").status_code == 200
