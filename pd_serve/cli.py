@@ -14,6 +14,8 @@ from pd_serve import models
 from pd_serve.config import (
     DEFAULT_COST_MODEL,
     DEFAULT_POLICY,
+    MAX_BODY_BYTES,
+    MAX_CONNECTIONS,
     ServeConfig,
     instances_at_start,
     parse_bounds,
@@ -99,6 +101,12 @@ def serve(
     max_waiting_requests: Annotated[
         int, typer.Option(help="Requests that may wait for a first token before others get 429.")
     ] = 512,
+    max_body_bytes: Annotated[
+        int, typer.Option(min=1024, help="Length of a request's body; longer ones get 413.")
+    ] = MAX_BODY_BYTES,
+    max_connections: Annotated[
+        int, typer.Option(min=1, help="Connections of clients at a time; further ones get 503.")
+    ] = MAX_CONNECTIONS,
 ) -> None:
     extra = list(context.args)
     model = extra.pop(0) if extra and not extra[0].startswith("-") else models.DEFAULT_MODEL
@@ -122,6 +130,8 @@ def serve(
         policies=parse_policies(policy, settings or []),
         autoscale=bounds,
         max_waiting=max_waiting_requests,
+        max_body_bytes=max_body_bytes,
+        max_connections=max_connections,
         simulated=simulated_engine(cost_model) if engine == "simulated" else None,
         engine_flags=extra,
     )

@@ -23,6 +23,12 @@ DEFAULT_POLICY = "llumnix"
 DEFAULT_COST_MODEL = "a10-llama-7b"
 
 
+#: A prompt of millions of tokens, or some large pictures.
+MAX_BODY_BYTES = 32 * 2**20
+
+MAX_CONNECTIONS = 10_000
+
+
 class PoolBounds(NamedTuple):
     """Least and greatest number of instances of a role."""
 
@@ -41,6 +47,8 @@ class ServeConfig:
         max_waiting: Requests without a first token beyond which others get 429.
         admin_key: Opens `/cluster`, which the API keys do not open then.
         cluster_secret: What the processes know each other by; None makes one up.
+        max_body_bytes: Of one request to the API; longer ones get 413.
+        max_connections: Of clients at a time; further ones get 503.
         ray_address: An existing Ray cluster, or None for a local one.
         simulated: Simulated engines instead of vLLM's, and what they are like.
         engine_flags: The rest of the command line, for vLLM's parser.
@@ -58,6 +66,8 @@ class ServeConfig:
     policies: PolicySet = field(default_factory=lambda: policy_set(DEFAULT_POLICY))
     autoscale: dict[str, PoolBounds] = field(default_factory=dict)
     max_waiting: int = 512
+    max_body_bytes: int = MAX_BODY_BYTES
+    max_connections: int = MAX_CONNECTIONS
     simulated: EngineSettings | None = None
     engine_flags: list[str] = field(default_factory=list)
 

@@ -117,7 +117,13 @@ class Service:
         await self._build_app()
 
     async def serve(self, sock: Any) -> None:
-        await serve(self._app, sock, self._flags.server, on_ready=self._ready)
+        await serve(
+            self._app,
+            sock,
+            self._flags.server,
+            on_ready=self._ready,
+            max_connections=self._config.max_connections,
+        )
 
     async def stop(self) -> None:
         """Ends everything that was started, in about a second; whatever resists is killed."""
@@ -275,7 +281,12 @@ class Service:
             check=check,
         )
         self._app = await create_app(
-            server, self.client, self.fleet, max_waiting=config.max_waiting, admin_key=config.admin_key
+            server,
+            self.client,
+            self.fleet,
+            max_waiting=config.max_waiting,
+            admin_key=config.admin_key,
+            max_body_bytes=config.max_body_bytes,
         )
 
     def _on_lost(self, instance_id: str) -> None:

@@ -8,10 +8,12 @@ from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 
 from pd_serve.api import cluster_routes
+from pd_serve.api.body_limit import BodyLimitMiddleware
 from pd_serve.api.cluster_view import ClusterView
 from pd_serve.api.engine_client import ClusterAsyncLLM
 from pd_serve.api.keys import KeyMiddleware
 from pd_serve.api.overload import OverloadMiddleware
+from pd_serve.config import MAX_BODY_BYTES
 
 
 async def create_app(
@@ -21,6 +23,7 @@ async def create_app(
     *,
     max_waiting: int | None = None,
     admin_key: str | None = None,
+    max_body_bytes: int = MAX_BODY_BYTES,
 ) -> FastAPI:
     """Build the application, ready to be served.
 
@@ -30,6 +33,7 @@ async def create_app(
         cluster: Stands behind `/cluster`, `/health` and the refusals.
         max_waiting: Requests that may wait for a first token before others get 429; None for no limit.
         admin_key: Needed for `/cluster`; None: the API keys, if there are any, open that too.
+        max_body_bytes: Longer bodies get 413.
 
     Returns:
         The application. `app.state.server` is set by `pd_serve.api.server.serve`.
@@ -44,8 +48,8 @@ async def create_app(
     # Innermost, around the router: a refusal needs a valid key, carries X-Request-Id and CORS headers and is
     # counted by vLLM's HTTP metrics. `app.add_middleware` would be outside of all that, and too late:
     # `build_app` ends with the stack built, and building it once more loses the HTTP metrics.
-    inner = OverloadMiddleware(app.router.middleware_stack, cluster=cluster, max_waiting=max_waiting)
-    app.router.middleware_stack = inner
+    bounded = OverloadMiddleware(app.router.middleware_stack, cluster=cluster, max_waiting=max_waiting)
+    inner = BodyLimitMiddleware(bounded, max_body_bytes)
     api_keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
     app.router.middleware_stack = KeyMiddleware(inner, api_keys=api_keys, admin_key=admin_key)
     return app

@@ -12,11 +12,14 @@ import os
 import socket
 from argparse import Namespace
 from collections.abc import Callable, Generator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import uvicorn
 
 from migration.errors import EngineDeadError, InvalidRequestError
+from pd_serve.api.http_limits import HttpLimits, LimitedProtocol
+from pd_serve.config import MAX_CONNECTIONS
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -28,6 +31,10 @@ FINISH_S = 1.5
 
 STOP_S = 3.0
 """How long a stop takes at most; what still runs then is cut off."""
+
+
+STALLED_S = 300
+"""A client that takes nothing of what is sent to it for so long is cut off, by the kernel."""
 
 
 def bind(host: str | None, port: int) -> socket.socket:
@@ -52,6 +59,7 @@ def bind(host: str | None, port: int) -> socket.socket:
     try:
         # A port is free although connections of the last server on it are still in TIME_WAIT.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_S * 1000)  # inherited
         sock.bind(address)
     except OSError as error:
         sock.close()
@@ -63,7 +71,12 @@ def bind(host: str | None, port: int) -> socket.socket:
 
 
 async def serve(
-    app: "FastAPI", sock: socket.socket, args: Namespace, *, on_ready: Callable[[], None]
+    app: "FastAPI",
+    sock: socket.socket,
+    args: Namespace,
+    *,
+    on_ready: Callable[[], None],
+    max_connections: int = MAX_CONNECTIONS,
 ) -> None:
     """Serve until cancelled. Takes over `sock` and closes it.
 
@@ -75,15 +88,18 @@ async def serve(
         sock: From `bind`.
         args: vLLM's API server namespace: TLS, header limits, log level, access log.
         on_ready: Called once, when connections are accepted.
+        max_connections: At a time; further ones get 503 and are closed.
 
     Raises:
         EngineDeadError: The engine client stopped working; the server has ended.
         InvalidRequestError: Another process began to listen on the same address after `bind`.
     """
     from vllm.entrypoints.launchers.launcher import watchdog_loop
+    from vllm.utils.system_utils import set_ulimit
 
+    set_ulimit()  # every connection is an open file
     client: ClusterAsyncLLM = app.state.engine_client
-    server = _Server(_config(app, args), on_ready)
+    server = _Server(_config(app, args, max_connections), on_ready)
     app.state.server = server  # vLLM's error handlers stop it when the engine client is dead
     serving = asyncio.create_task(server.serve(sockets=[sock]), name="http server")
     watchdog = asyncio.create_task(watchdog_loop(server, client), name="engine client watchdog")
@@ -112,7 +128,7 @@ async def _stop(server: uvicorn.Server, serving: "asyncio.Task[None]", client: "
         await asyncio.wait({serving}, timeout=STOP_S)  # uvicorn itself cuts off at STOP_S
 
 
-def _config(app: "FastAPI", args: Namespace) -> uvicorn.Config:
+def _config(app: "FastAPI", args: Namespace, max_connections: int) -> uvicorn.Config:
     """Uvicorn's settings as vLLM makes them from its own flags.
 
     Source: vllm/entrypoints/launchers/api_server/entry.py, build_and_serve; launcher.py, serve_http.
@@ -121,8 +137,10 @@ def _config(app: "FastAPI", args: Namespace) -> uvicorn.Config:
     from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 
     log_config = get_uvicorn_log_config(args)
-    config = uvicorn.Config(
+    limits = HttpLimits(args.h11_max_incomplete_event_size, args.h11_max_header_count, max_connections)
+    return uvicorn.Config(
         app,
+        http=partial(LimitedProtocol, limits),  # type: ignore[arg-type]  # called as the class would be
         log_level=args.uvicorn_log_level,
         access_log=not args.disable_uvicorn_access_log,
         timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
@@ -131,12 +149,9 @@ def _config(app: "FastAPI", args: Namespace) -> uvicorn.Config:
         ssl_certfile=args.ssl_certfile,
         ssl_ca_certs=args.ssl_ca_certs,
         ssl_cert_reqs=args.ssl_cert_reqs,
-        h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
         **({"ssl_ciphers": args.ssl_ciphers} if args.ssl_ciphers else {}),
         **({"log_config": log_config} if log_config else {}),
     )
-    config.h11_max_header_count = args.h11_max_header_count  # type: ignore[attr-defined]  # read by vLLM only
-    return config
 
 
 class _Server(uvicorn.Server):

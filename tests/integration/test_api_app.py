@@ -23,6 +23,7 @@ from pd_serve import engine_flags
 from pd_serve.api.app import create_app
 from pd_serve.api.engine_client import ClusterAsyncLLM, check_surface
 from pd_serve.api.server import bind, serve
+from pd_serve.config import MAX_BODY_BYTES, MAX_CONNECTIONS
 from pd_serve.models import resolve
 from tests.integration.scripted_core import ScriptedCluster, ScriptedCore
 
@@ -65,15 +66,29 @@ def vllm_config():
 
 
 @asynccontextmanager
-async def running(vllm_config, *flags: str, max_waiting: int | None = 4) -> AsyncIterator[Service]:
+async def running(
+    vllm_config,
+    *flags: str,
+    max_waiting: int | None = 4,
+    admin_key: str | None = None,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    max_connections: int = MAX_CONNECTIONS,
+) -> AsyncIterator[Service]:
     args = engine_flags.parse(list(flags), {"model": resolve("tiny"), "served_model_name": ["tiny"]}).server
     core, cluster = ScriptedCore(), ScriptedCluster()
     client = ClusterAsyncLLM(vllm_config, core, log_requests=False, log_stats=True)
-    app = await create_app(args, client, cluster, max_waiting=max_waiting)
+    app = await create_app(
+        args,
+        client,
+        cluster,
+        max_waiting=max_waiting,
+        admin_key=admin_key,
+        max_body_bytes=max_body_bytes,
+    )
     sock = bind("127.0.0.1", 0)
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
     ready = asyncio.Event()
-    serving = asyncio.create_task(serve(app, sock, args, on_ready=ready.set))
+    serving = asyncio.create_task(serve(app, sock, args, on_ready=ready.set, max_connections=max_connections))
     await asyncio.wait_for(ready.wait(), 5)
     try:
         async with httpx.AsyncClient(base_url=url, timeout=10) as http:
@@ -390,6 +405,13 @@ class TestServer:
             service.cluster.num_live = 0
             assert (await service.complete()).status_code == 401
             assert (await service.http.get("/health")).status_code == 503
+
+    async def test_the_admin_key_replaces_the_api_key_for_cluster_routes(self, vllm_config) -> None:
+        async with running(vllm_config, "--api-key", "one", admin_key="boss") as service:
+            opens = {("/cluster", "boss"): 200, ("/cluster", "one"): 401, ("/v1/models", "boss"): 401}
+            for (path, key), status in opens.items():
+                answer = await service.http.get(path, headers={"Authorization": f"Bearer {key}"})
+                assert answer.status_code == status
 
     async def test_stop_ends_open_streams_in_time(self, vllm_config) -> None:
         async with running(vllm_config) as service:

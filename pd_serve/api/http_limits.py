@@ -1,0 +1,136 @@
+"""What one client may make the HTTP server hold: connections, headers, and time to send them.
+
+Uvicorn bounds none of these with its fast parser: vLLM's flags for headers reach the slow one (h11) only, so
+they are enforced here. Bodies have their bound in `body_limit`. What is sent waits in about 64 KiB a
+connection; then the stream waits for its client.
+
+Source: uvicorn/protocols/http/httptools_impl.py, flow_control.py.
+"""
+
+import asyncio
+import json
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from pd_serve.api.errors import error_body
+
+#: Most bytes of framing for a byte of a body in chunks: b"1\r\nx\r\n", and room for leading zeros.
+FRAMING = 8
+
+
+@dataclass(frozen=True, slots=True)
+class HttpLimits:
+    """Bounds for each connection, and of their number.
+
+    Attributes:
+        header_bytes: Of a request's line, headers and trailers together.
+        num_headers: Headers of a request.
+        num_connections: At a time; further ones get 503.
+        header_s: Time from the beginning of a connection, or of a further request, to the end of its headers.
+    """
+
+    header_bytes: int
+    num_headers: int
+    num_connections: int
+    header_s: float = 60.0
+
+
+class LimitedProtocol(HttpToolsProtocol):
+    """Uvicorn's HTTP/1.1 connection with limits; what is over them gets an OpenAI error body and the end."""
+
+    def __init__(self, limits: HttpLimits, **options: Any) -> None:
+        super().__init__(**options)
+        self._limits = limits
+        self._refusal: tuple[HTTPStatus, str] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._received = self._body = 0  # bytes since the message began, and those of its body
+        self._begun_with = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self._limits.num_connections:
+            return self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "Too many connections; try again later.")
+        self._start_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refusal is not None:
+            return
+        self._received += len(data)
+        self._begun_with = len(data)
+        super().data_received(data)
+        if self._received - FRAMING * self._body > self._limits.header_bytes:
+            self._refuse(
+                HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+                f"The headers of the request are longer than {self._limits.header_bytes} bytes.",
+            )
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._received, self._body = self._begun_with, 0
+        self._start_timer()
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._begun_with = (
+            0  # what follows of these bytes is another message's, and nobody says how much it is
+        )
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value)
+        if len(self.headers) > self._limits.num_headers:
+            # Makes the parser stop, and uvicorn call `send_400_response`.
+            self._refusal = (
+                HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+                f"The request has more than {self._limits.num_headers} headers.",
+            )
+            raise ValueError("too many headers")
+
+    def on_headers_complete(self) -> None:
+        self._stop_timer()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._body += len(body)
+        super().on_body(body)
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(*(self._refusal or (HTTPStatus.BAD_REQUEST, msg)))
+
+    def _start_timer(self) -> None:
+        self._stop_timer()
+        self._timer = self.loop.call_later(
+            self._limits.header_s,
+            self._refuse,
+            HTTPStatus.REQUEST_TIMEOUT,
+            f"The headers of a request have to come within {self._limits.header_s:g} s.",
+        )
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _refuse(self, status: HTTPStatus, message: str) -> None:
+        """Answers and closes; if an answer is under way there is nothing left but to close."""
+        self._refusal = (status, message)
+        self._stop_timer()
+        if self.transport.is_closing():
+            return
+        if self.cycle is None or self.cycle.response_complete:
+            body = json.dumps(error_body(status, message)).encode()
+            lines = [
+                f"HTTP/1.1 {status.value} {status.phrase}",
+                "content-type: application/json",
+                f"content-length: {len(body)}",
+                "connection: close",
+                *(["retry-after: 1"] if status is HTTPStatus.SERVICE_UNAVAILABLE else []),
+            ]
+            self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+        self.transport.close()
