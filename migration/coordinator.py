@@ -39,6 +39,10 @@ logger = logging.getLogger(__name__)
 class MigrationCoordinator:
     """Both sides of all migrations of one instance. Lives on one event loop.
 
+    Attributes:
+        num_offers: Requests that peers wanted to move here, so far; `num_refused` of them were refused.
+        protocol_errors: Messages that made no sense, so far.
+
     Args:
         name: This instance.
         send: Sends a message to a peer; must not block and may lose it.
@@ -74,6 +78,8 @@ class MigrationCoordinator:
         self._given_up: deque[MigrationId] = deque(maxlen=1024)
         self._incoming: dict[MigrationId, IncomingMigration] = {}
         self._closed = False
+        self.num_offers = self.num_refused = self.protocol_errors = 0
+        self._bytes_received = 0  # by migrations that have ended
 
     @property
     def num_outgoing(self) -> int:
@@ -85,6 +91,11 @@ class MigrationCoordinator:
     @property
     def num_incoming(self) -> int:
         return sum(migration.holds_resources for migration in self._incoming.values())
+
+    @property
+    def bytes_received(self) -> int:
+        """KV copied here so far, for migrations that came to nothing too."""
+        return self._bytes_received + sum(m.bytes_copied for m in self._incoming.values())
 
     async def migrate(
         self, request_id: RequestId, destination: InstanceId, reason: str, *, blocking: bool = False
@@ -138,6 +149,7 @@ class MigrationCoordinator:
             else:
                 self._on_message_to_destination(peer, message)
         except ProtocolError as error:
+            self.protocol_errors += 1
             logger.warning(
                 "migration %s: %s from %s: %s", message.migration_id, type(message).__name__, peer, error
             )
@@ -215,9 +227,11 @@ class MigrationCoordinator:
         if migration is not None:
             migration.on_message(message)
         elif isinstance(message, Offer):
+            self.num_offers += 1
             if self.num_incoming >= self.bounds.max_incoming:
                 why = f"{self.bounds.max_incoming} migrations are arriving already"
                 self._send(peer, Refused(message.migration_id, why))
+                self.num_refused += 1
                 return
             self._incoming[message.migration_id] = IncomingMigration(
                 message,
@@ -243,4 +257,6 @@ class MigrationCoordinator:
 
     def _incoming_closed(self, migration: IncomingMigration) -> None:
         if migration.machine.state is DestinationState.ENDED:
+            self._bytes_received += migration.bytes_copied
+            self.num_refused += migration.was_refused
             self._incoming.pop(migration.migration_id, None)

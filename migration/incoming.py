@@ -64,6 +64,7 @@ class IncomingMigration:
         self.source = source
         self.machine = Machine(DESTINATION_TABLE, DestinationState.RESERVING)
         self.bytes_copied = 0
+        self.was_refused = False
         self.ended = asyncio.Event()
         self._offer = offer
         self._engine = engine
@@ -132,9 +133,10 @@ class IncomingMigration:
             case DestinationAction.SEND_PULL:
                 self._send(self.source, Pull(self.migration_id, self._blocks_done))
             case DestinationAction.SEND_REFUSED:
+                self.was_refused = True
                 self._send(self.source, Refused(self.migration_id, self._why))
             case DestinationAction.SEND_COMMITTED:
-                self._send(self.source, Committed(self.migration_id))
+                self._send(self.source, Committed(self.migration_id, self.bytes_copied))
             case DestinationAction.SEND_DROPPED:
                 self._send(self.source, Dropped(self.migration_id, self._why))
             case DestinationAction.COPY:

@@ -51,6 +51,20 @@ class BlockRun(msgspec.Struct, frozen=True):
         return self.first + len(self.block_ids)
 
 
+class CopyStage(msgspec.Struct, frozen=True):
+    """One round of copying, as its source saw it.
+
+    Attributes:
+        begin_s, end_s: Since the migration began. The last one of a committed migration is the tail: the
+            request is suspended from its begin on.
+        blocks: What was offered to be copied.
+    """
+
+    begin_s: float
+    end_s: float
+    blocks: int
+
+
 class FinalState(msgspec.Struct, frozen=True):
     """A suspended, drained request: what is left to copy and what the destination continues from.
 
@@ -120,7 +134,13 @@ class Query(MigrationMessage, frozen=True, tag=True):
 
 
 class Committed(MigrationMessage, frozen=True, tag=True):
-    """Destination → source: the request has entered the batch here. Repeated on demand."""
+    """Destination → source: the request has entered the batch here. Repeated on demand.
+
+    Attributes:
+        bytes_copied: What was read from the source's memory for it.
+    """
+
+    bytes_copied: int = 0
 
 
 class Dropped(MigrationMessage, frozen=True, tag=True):

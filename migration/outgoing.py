@@ -13,6 +13,7 @@ from migration.machine import Machine
 from migration.messages import (
     BlockRun,
     Committed,
+    CopyStage,
     Dropped,
     Final,
     FinalState,
@@ -48,6 +49,9 @@ class MigrationOutcome:
         tokens: Tokens whose KV was in them.
         suspended_ms: From the final state leaving here to the acknowledgement (not the downtime,
             which the client's side measures, but what of it this side can see).
+        duration_s: From the offer to the end.
+        bytes_copied: As the destination counts them; 0 if not committed.
+        copies: Its stages in order. One that was cut off is not among them.
     """
 
     request_id: RequestId
@@ -59,6 +63,9 @@ class MigrationOutcome:
     blocks: int
     tokens: int
     suspended_ms: float
+    duration_s: float = 0.0
+    bytes_copied: int = 0
+    copies: tuple[CopyStage, ...] = ()
 
 
 class OutgoingMigration:
@@ -102,6 +109,10 @@ class OutgoingMigration:
         self._blocks_done = 0
         self._blocks_present: int | None = None
         self._stages = 0
+        self._began_at = self._loop.time()
+        self._stage_at: float | None = None
+        self._copies: list[CopyStage] = []
+        self._bytes_copied = 0
         self._questions = 0
         self._final_at = 0.0
         self._suspended_ms = 0.0
@@ -118,11 +129,16 @@ class OutgoingMigration:
             case Pull(blocks_done=blocks_done):
                 if self._blocks_present is None:  # the first time it asks, it has what its cache had
                     self._blocks_present = blocks_done
+                if self._run is not None:
+                    self._stage_copied(self._run)
                 self._blocks_done = blocks_done
                 self.feed(SourceEvent.PULLED)
             case Refused(reason=reason):
                 self.feed(SourceEvent.REFUSED, f"refused: {reason}")
-            case Committed():
+            case Committed(bytes_copied=bytes_copied):
+                self._bytes_copied = bytes_copied
+                if self._final is not None:
+                    self._stage_copied(self._final.tail)
                 self.feed(SourceEvent.ACKNOWLEDGED)
             case Dropped(reason=reason):
                 self.feed(SourceEvent.DROPPED, f"dropped by the destination: {reason}")
@@ -150,6 +166,7 @@ class OutgoingMigration:
             case SourceAction.SEND_STAGE:
                 assert self._run is not None
                 self._stages += 1
+                self._stage_at = self._loop.time()
                 self._send(self.destination, Stage(self.migration_id, self._run))
             case SourceAction.SEND_FINAL:
                 assert self._final is not None
@@ -186,7 +203,7 @@ class OutgoingMigration:
         if isinstance(answer, FinalState):
             self._final = answer
             self._stages += 1
-            self._final_at = self._loop.time()
+            self._final_at = self._stage_at = self._loop.time()
             self.feed(SourceEvent.SUSPENDED)
         else:
             self._run = answer
@@ -195,6 +212,13 @@ class OutgoingMigration:
     async def _finish_in_engine(self, call: Coroutine[Any, Any, None]) -> None:
         await call
         self.feed(SourceEvent.ENGINE_DONE)
+
+    def _stage_copied(self, run: BlockRun) -> None:
+        """The destination has said so, perhaps more than once."""
+        if self._stage_at is not None:
+            begin, end = self._stage_at - self._began_at, self._loop.time() - self._began_at
+            self._copies.append(CopyStage(begin, end, len(run.block_ids)))
+            self._stage_at = None
 
     def _arm_timer(self) -> None:
         self._disarm_timer()
@@ -238,6 +262,9 @@ class OutgoingMigration:
             blocks=(final.tail.end if final else self._blocks_done) - (self._blocks_present or 0),
             tokens=final.num_computed_tokens if final else 0,
             suspended_ms=self._suspended_ms,
+            duration_s=self._loop.time() - self._began_at,
+            bytes_copied=self._bytes_copied,
+            copies=tuple(self._copies),
         )
         self.outcome.set_result(outcome)
         self._on_close(self)

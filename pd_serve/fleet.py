@@ -195,6 +195,9 @@ class Fleet:
     async def migrate(self, request_id: str, destination: str) -> Migrated:
         return await self._router.migrate(request_id, destination)
 
+    def find_requests(self, name: str) -> list[dict[str, Any]]:
+        return self._router.find_requests(name)
+
     async def check_integrity(self) -> list[str]:
         return await self._router.check_integrity()
 

@@ -23,6 +23,7 @@ from pd_serve.messages import (
     AddRequest,
     Call,
     Hello,
+    InstanceStats,
     LoadReport,
     MigrateRequest,
     MigrationEnded,
@@ -34,6 +35,7 @@ from pd_serve.messages import (
     Subscribe,
     ToInstance,
 )
+from pd_serve.observe.process_stats import process_stats
 from pd_serve.wire import Wire
 from router.load import InstanceLoad
 from router.victim import choose_victim
@@ -44,6 +46,9 @@ logger = logging.getLogger(__name__)
 REPORT_INTERVAL_S = 0.02
 PROGRESS_INTERVAL_S = 0.1
 HEARTBEAT_S = 0.5
+
+#: Least time between two reports of what only metrics need.
+STATS_INTERVAL_S = 1.0
 
 #: An API server that has said nothing for so long is gone, and its requests with it.
 CLIENT_LEASE_S = 30.0
@@ -101,6 +106,7 @@ class Llumlet:
         self._requests_added = 0
         self._moves_decided = 0
         self._reported_at = 0.0
+        self._stats_at = -STATS_INTERVAL_S
         self._report_due: asyncio.TimerHandle | None = None
         self.engine: Engine = None  # type: ignore[assignment]
         self.coordinator: MigrationCoordinator = None  # type: ignore[assignment]
@@ -345,6 +351,9 @@ class Llumlet:
             blocks=outcome.blocks,
             tokens=outcome.tokens,
             suspended_ms=outcome.suspended_ms,
+            duration_s=outcome.duration_s,
+            bytes_copied=outcome.bytes_copied,
+            copies=outcome.copies,
         )
 
     # ---- calls
@@ -410,6 +419,18 @@ class Llumlet:
             moves_decided=self._moves_decided,
         )
 
+    def stats(self) -> InstanceStats:
+        engine, coordinator = self._load, self.coordinator
+        return InstanceStats(
+            process=process_stats(),
+            reserved_blocks=engine.reserved_blocks if engine else 0,
+            suspended=engine.suspended if engine else 0,
+            offers=coordinator.num_offers,
+            refused_offers=coordinator.num_refused,
+            bytes_received=coordinator.bytes_received,
+            protocol_errors=coordinator.protocol_errors,
+        )
+
     def _report(self) -> None:
         """Reports as soon as the last report is old enough."""
         if self._report_due is None:
@@ -421,7 +442,10 @@ class Llumlet:
         self._reported_at = self._loop.time()
         if self.coordinator is None:
             return
-        report = LoadReport(self.load(), sorted(self._stranded))
+        stats = None
+        if self._reported_at - self._stats_at >= STATS_INTERVAL_S:
+            self._stats_at, stats = self._reported_at, self.stats()
+        report = LoadReport(self.load(), sorted(self._stranded), stats)
         for listener in (*self._servers, *self._schedulers):
             self._wire.send(listener, report)
 

@@ -9,6 +9,7 @@ import msgspec
 
 from migration.messages import (
     Committed,
+    CopyStage,
     Dropped,
     Final,
     KeepAlive,
@@ -130,14 +131,45 @@ class StopInstance(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
+class ProcessStats(msgspec.Struct, frozen=True):
+    """What a process has used.
+
+    Attributes:
+        cpu_seconds: Of all its threads, since its start.
+        resident_bytes: Of memory, now.
+        started_at: Unix time.
+    """
+
+    cpu_seconds: float
+    resident_bytes: float
+    started_at: float
+
+
+class SchedulerStats(msgspec.Struct, frozen=True):
+    """What only the scheduler knows; for `/metrics`. Counts are since its start.
+
+    Attributes:
+        instances: That it has heard.
+        moves: Orders to move a request, by reason.
+        scaling: Decisions about instances by kind: start, stop, drain, use_again, set_role.
+    """
+
+    process: ProcessStats
+    instances: int
+    moves: dict[str, int]
+    scaling: dict[str, int]
+
+
 class SchedulerReport(msgspec.Struct, frozen=True, tag=True):
     """Scheduler → API server, on decisions and as a heartbeat.
 
     Attributes:
         decided: What it has told instances since the last report, one line each that begins with an id.
+        stats: With a heartbeat.
     """
 
     decided: list[str]
+    stats: SchedulerStats | None = None
 
 
 class Call(msgspec.Struct, frozen=True, tag=True):
@@ -154,15 +186,37 @@ class PeerLost(msgspec.Struct, frozen=True, tag=True):
     instance_id: str
 
 
+class InstanceStats(msgspec.Struct, frozen=True):
+    """What only an instance knows and no decision needs; for `/metrics`. Counts are since its start.
+
+    Attributes:
+        reserved_blocks: KV blocks held for arriving requests.
+        suspended: Requests out of the batch while their last blocks move.
+        offers: Requests that others wanted to move here, and `refused_offers` of them.
+        bytes_received: KV copied into this instance's memory, for migrations that came to nothing too.
+        protocol_errors: Messages of a migration that made no sense. There should be none.
+    """
+
+    process: ProcessStats
+    reserved_blocks: int
+    suspended: int
+    offers: int
+    refused_offers: int
+    bytes_received: int
+    protocol_errors: int
+
+
 class LoadReport(msgspec.Struct, frozen=True, tag=True):
     """Instance → API servers and scheduler.
 
     Attributes:
         stranded: Requests that wait here for a decode instance to take them.
+        stats: About once a second.
     """
 
     load: InstanceLoad
     stranded: list[RequestId]
+    stats: InstanceStats | None = None
 
 
 class MigrationEnded(msgspec.Struct, frozen=True, tag=True):
@@ -180,6 +234,9 @@ class MigrationEnded(msgspec.Struct, frozen=True, tag=True):
     tokens: int = 0
     suspended_ms: float = 0.0
     not_here: bool = False
+    duration_s: float = 0.0
+    bytes_copied: int = 0
+    copies: tuple[CopyStage, ...] = ()
 
 
 class Reply(msgspec.Struct, frozen=True, tag=True):

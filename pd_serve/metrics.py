@@ -1,29 +1,104 @@
-"""The service's own metrics, beside vLLM's on `/metrics`: what no engine knows of itself."""
+"""The service's own metrics, beside vLLM's on `/metrics`: what no engine knows of itself.
 
-from collections.abc import Callable, Iterable, Iterator
+Here are those that are counted as things happen, each API server its own requests. Those that instances and
+the scheduler report are in `pd_serve.observe.cluster_metrics`.
+"""
 
-from prometheus_client import REGISTRY, Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client import Counter, Histogram
 
-from router.freeness import freeness, virtual_usage
-from router.load import InstanceLoad
-from router.request import Demand
+from pd_serve.observe.histogram import BatchHistogram
+
+#: Seconds: from a short prompt on a fast GPU to a request that has waited in a full cluster.
+LATENCY_BUCKETS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 0.75),
+    *(1.0, 1.5, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0),
+)
+#: Seconds between two tokens: from a small model alone to a stream that stands still.
+GAP_BUCKETS = (
+    *(0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075),
+    *(0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0),
+)
+#: Seconds that whole requests take.
+DURATION_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0, 1280.0)
+
+# ---- requests
+
+REQUESTS = Counter(
+    "pd_serve_requests", "Requests that have ended, by outcome (stop, length, abort, error).", ["outcome"]
+)
+TTFT = Histogram(
+    "pd_serve_time_to_first_token_seconds",
+    "From the request's arrival at the router to its first token.",
+    buckets=LATENCY_BUCKETS,
+)
+ITL = BatchHistogram(
+    "pd_serve_inter_token_latency_seconds",
+    "Between two outputs of a request, whichever instances they come from.",
+    buckets=GAP_BUCKETS,
+)
+LONGEST_GAP = Histogram(
+    "pd_serve_longest_token_gap_seconds",
+    "Longest pause in the stream of a request, of those with more than one token.",
+    buckets=GAP_BUCKETS,
+)
+DURATION = Histogram(
+    "pd_serve_request_duration_seconds",
+    "From the request's arrival at the router to its end, by outcome.",
+    ["outcome"],
+    buckets=DURATION_BUCKETS,
+)
+STAGE = Histogram(
+    "pd_serve_request_stage_seconds",
+    "Parts of a request's life: dispatch, queue, prefill, handoff (first token to the first one from "
+    "elsewhere), decode (on one instance).",
+    ["stage"],
+    buckets=LATENCY_BUCKETS,
+)
+DISPATCHES = Counter(
+    "pd_serve_dispatches", "Requests sent to an instance, recomputed ones too.", ["instance"]
+)
+RECOMPUTED = Counter("pd_serve_recomputed_requests", "Requests recomputed because their instance died.")
+
+# ---- migrations
 
 MIGRATIONS = Counter(
     "pd_serve_migrations",
-    "Migrations that have ended, by reason (handoff, manual, ...) and outcome (committed, aborted).",
+    "Migrations that have ended, by reason (handoff, balance, defragment, drain, manual) and outcome "
+    "(committed, aborted).",
     ["reason", "outcome"],
+)
+MIGRATION_DURATION = Histogram(
+    "pd_serve_migration_duration_seconds",
+    "From the offer to the end of a committed migration, by reason.",
+    ["reason"],
+    buckets=LATENCY_BUCKETS,
+)
+MIGRATION_STAGES = Histogram(
+    "pd_serve_migration_stages",
+    "Rounds of copying of a committed migration, the tail included, by reason.",
+    ["reason"],
+    buckets=(1, 2, 3, 4, 5, 6, 8, 10, 15, 20),
+)
+STAGE_DURATION = Histogram(
+    "pd_serve_migration_stage_seconds",
+    "One round of copying of a committed migration, by kind (live, tail).",
+    ["kind"],
+    buckets=GAP_BUCKETS,
+)
+DOWNTIME = Histogram(
+    "pd_serve_migration_downtime_seconds",
+    "Gap between the last token from the source and the first from the destination, by reason.",
+    ["reason"],
+    buckets=GAP_BUCKETS,
 )
 MIGRATED_BLOCKS = Counter(
     "pd_serve_migrated_blocks", "KV blocks of requests that have moved, by reason.", ["reason"]
 )
-DOWNTIME = Histogram(
-    "pd_serve_migration_downtime_seconds",
-    "Gap between the last token from the source and the first from the destination.",
-    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0),
+MIGRATED_BYTES = Counter(
+    "pd_serve_migrated_bytes", "KV copied for requests that have moved, by reason.", ["reason"]
 )
-RECOMPUTED = Counter("pd_serve_recomputed_requests", "Requests recomputed because their instance died.")
+
+# ---- the service
 
 SCHEDULER_RESTARTS = Counter("pd_serve_scheduler_restarts", "Schedulers started in the place of a dead one.")
 SCALED = Counter(
@@ -31,46 +106,7 @@ SCALED = Counter(
     "Instances started and stopped while serving, by action (start, stop) and role.",
     ["action", "role"],
 )
-
-
-class LoadCollector(Collector):
-    """Gauges per instance, read from the latest load reports when somebody asks; and of the line of requests
-    that no instance has yet."""
-
-    def __init__(self, loads: Callable[[], Iterable[InstanceLoad]], waiting: Callable[[], Demand]) -> None:
-        self._loads = loads
-        self._waiting = waiting
-
-    def collect(self) -> Iterator[Metric]:
-        labels = ["instance", "role"]
-        gauges: dict[str, tuple[str, Callable[[InstanceLoad], float]]] = {
-            "freeness": ("Free blocks per running request; higher is freer.", freeness),
-            "virtual_usage_blocks": ("KV blocks used or claimed.", virtual_usage),
-            "total_blocks": ("KV blocks that requests can use.", lambda load: load.total_blocks),
-            "running": ("Requests in the batch.", lambda load: load.running),
-            "waiting": ("Requests queued for the batch.", lambda load: load.waiting),
-            "draining": ("1 while it takes nothing new.", lambda load: load.draining),
-            "migrating_in": ("Migrations arriving.", lambda load: load.migrating_in),
-            "migrating_out": ("Migrations leaving.", lambda load: load.migrating_out),
-        }
-        for name, (text, value) in gauges.items():
-            family = GaugeMetricFamily(f"pd_serve_instance_{name}", text, labels=labels)
-            for load in self._loads():
-                family.add_metric([load.instance_id, load.role], value(load))
-            yield family
-        yield GaugeMetricFamily(
-            "pd_serve_waiting_line_requests",
-            "Requests that wait in the API server until an instance has room.",
-            self._waiting().requests,
-        )
-
-
-def watch_loads(loads: Callable[[], Iterable[InstanceLoad]], waiting: Callable[[], Demand]) -> LoadCollector:
-    """Registers the gauges. The caller unregisters the collector when it closes."""
-    collector = LoadCollector(loads, waiting)
-    REGISTRY.register(collector)
-    return collector
-
-
-def forget_loads(collector: LoadCollector) -> None:
-    REGISTRY.unregister(collector)
+INTEGRITY_CHECKS = Counter("pd_serve_integrity_checks", "Times that GET /cluster/integrity was asked.")
+INTEGRITY_VIOLATIONS = Counter(
+    "pd_serve_integrity_violations", "What those checks have found wrong; at rest there should be nothing."
+)

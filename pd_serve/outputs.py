@@ -23,5 +23,8 @@ class OutputCodec(Protocol):
     def decode(self, frames: Sequence[Any]) -> tuple[TokenHeader, Any]:
         """A message of a token socket: its header, and its `OutputBatch`."""
 
+    def prefill_s(self, batch: Any, output: Any) -> float | None:
+        """How long the prefill that this first output ends has taken, if the engine says so."""
+
     def failed(self, request_id: str) -> Any:
         """An `OutputBatch` that ends a request with an error."""

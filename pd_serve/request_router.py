@@ -8,15 +8,15 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from migration.errors import EngineDeadError
 from migration.messages import RequestId
-from pd_serve import metrics
-from pd_serve.api.cluster_view import MigrationRefusedError, UnknownTargetError
+from pd_serve.cluster_snapshot import instance_row
 from pd_serve.instance import InstanceInfo
-from pd_serve.instance_directory import CALL_TIMEOUT_S, InstanceDirectory
+from pd_serve.instance_directory import InstanceDirectory
+from pd_serve.manual_migration import ManualMigration, MigrationMode
 from pd_serve.messages import (
     AbortRequests,
     AddRequest,
@@ -29,13 +29,14 @@ from pd_serve.messages import (
     StopInstance,
     ToApiServer,
 )
+from pd_serve.observe.recorder import RequestRecorder
+from pd_serve.observe.reports import ClusterReports
 from pd_serve.outputs import OutputCodec
 from pd_serve.route import Migrated, Route
 from pd_serve.token_ledger import TokenLedger
 from pd_serve.wire import Wire
 from router.book import LoadBook
 from router.dispatch import can_start
-from router.freeness import freeness
 from router.load import InstanceLoad
 from router.request import NewRequest
 from router.waiting_line import WaitingLine
@@ -62,6 +63,7 @@ class RequestRouter:
         on_decided: Takes what the scheduler has told instances.
         on_silent: Told of an instance that reports nothing any more, in place of `leave`.
         book: Decides where requests start and are handed off to.
+        recorder: Told what happens to every request.
     """
 
     def __init__(
@@ -78,8 +80,10 @@ class RequestRouter:
         on_decided: Callable[[SchedulerReport], None] = lambda report: None,
         on_silent: Callable[[str], object] | None = None,
         book: LoadBook | None = None,
+        recorder: RequestRecorder | None = None,
     ) -> None:
         self._codec = codec
+        self._recorder = recorder or RequestRecorder()
         self._deliver = deliver
         self._clock = clock
         self._on_scaling = on_scaling
@@ -101,13 +105,19 @@ class RequestRouter:
             on_silent=on_silent or self.leave,
         )
         self._routes: dict[RequestId, Route] = {}
+        self._by_hand = ManualMigration(self._routes, self.instances)
         self._num_waiting = 0
         self._migrations: dict[str, Counter[str]] = {"handoff": Counter(), "manual": Counter()}
         self._decode_message = wire.decoder(ToApiServer)
-        self._gauges = metrics.watch_loads(lambda: list(self._book), lambda: self._line.demand)
+        self.reports = ClusterReports(
+            lambda: self._book,
+            lambda: self._line.demand,
+            lambda: len(self._routes),
+            lambda: {info.instance_id: self.instances.slot_of(info.instance_id) for info in self.instances},
+            self._loop.time,
+        )
 
     async def close(self) -> None:
-        metrics.forget_loads(self._gauges)
         await self.instances.close()
 
     # ---- membership
@@ -120,6 +130,7 @@ class RequestRouter:
         if not self.instances.leave(instance_id):
             return
         self._book.remove(instance_id)
+        self.reports.forget(instance_id)
         for route in list(self._routes.values()):
             # With a gap, tokens of a former owner may have been lost with it.
             if instance_id in (route.ledger.owner, route.committed_to) or route.ledger.has_gap:
@@ -159,19 +170,34 @@ class RequestRouter:
     # ---- requests
 
     def submit(
-        self, request_id: str, payload: list[bytes], request: NewRequest, *, max_tokens: int | None = None
+        self,
+        request_id: str,
+        payload: list[bytes],
+        request: NewRequest,
+        *,
+        max_tokens: int | None = None,
+        name: str = "",
+        trace_headers: Mapping[str, str] | None = None,
     ) -> None:
         """Starts a request on a prefill instance.
 
         Args:
             payload: The request as its engine decodes it.
             max_tokens: How many it may generate, if that is known: for one, no other instance is needed.
+            name: What its client calls it.
+            trace_headers: The client's `traceparent` and the like.
 
         Raises:
             EngineDeadError: no live instance takes new requests.
         """
         route = Route(RequestId(request_id), payload, request, TokenLedger(""), max_tokens)
-        if not self._place(route, epoch=0, may_wait=True):
+        self._recorder.issued(request_id, self._clock(), request, name=name, trace_headers=trace_headers)
+        try:
+            placed = self._place(route, epoch=0, may_wait=True)
+        except EngineDeadError:
+            self._recorder.ended(request_id, "error", self._clock())
+            raise
+        if not placed:
             self._line.add(request_id, request, self._loop.time())
         self._routes[route.request_id] = route
         self._num_waiting += 1
@@ -183,7 +209,7 @@ class RequestRouter:
             route = self._routes.get(RequestId(request_id))
             if route is not None:
                 by_owner.setdefault(route.ledger.owner, []).append(route.request_id)
-                self._end(route)
+                self._end(route, "abort")
         for owner, owned in by_owner.items():
             self.instances.send(owner, AbortRequests(owned))
 
@@ -203,6 +229,7 @@ class RequestRouter:
                 return False
             raise EngineDeadError("no live instance takes new requests; see GET /cluster")
         route.ledger.owner = instance_id
+        self._recorder.dispatched(route.request_id, instance_id, self._book[instance_id].role, self._clock())
         handoff: list[str] | None = None
         if self._book[instance_id].role == "prefill" and not route.ends_with_prefill:
             num_blocks = self._blocks_of(route)
@@ -232,7 +259,7 @@ class RequestRouter:
     def _recompute(self, route: Route, lost: str) -> None:
         """Continues a request that was lost with an instance, from the tokens that the client has."""
         route.recomputes += 1
-        metrics.RECOMPUTED.inc()
+        self._recorder.lost(route.request_id, lost, self._clock())
         route.committed_to = ""
         self._book.settled(route.destination, route.request_id)
         epoch = route.ledger.take_over("")
@@ -253,11 +280,15 @@ class RequestRouter:
             )
 
     def _fail(self, route: Route) -> None:
-        self._end(route)
+        self._end(route, "error")
         self._deliver(self._codec.failed(route.request_id))
 
-    def _end(self, route: Route) -> None:
+    def _end(self, route: Route, outcome: str) -> None:
         del self._routes[route.request_id]
+        tokens, longest_gap_s = len(route.ledger.token_ids), route.ledger.longest_gap_s
+        self._recorder.ended(
+            route.request_id, outcome, self._clock(), tokens=tokens, longest_gap_s=longest_gap_s
+        )
         if not route.ledger.token_ids:
             self._num_waiting -= 1
             if not route.ledger.owner:
@@ -277,11 +308,16 @@ class RequestRouter:
             return
         now, source = self._clock(), header.instance_id
         deliver: list[Any] = []
+        last_token_at: dict[float, int] = {}  # of most outputs of a step it is the same
         stale: list[tuple[RequestId, int | None]] = []
         for output, (epoch, index) in zip(outputs.outputs, header.spans, strict=True):
             route = self._routes.get(output.request_id)
-            if route is not None and route.ledger.extend(source, epoch, index, output, now):
+            if (
+                route is not None
+                and (before := route.ledger.extend(source, epoch, index, output, now)) is not None
+            ):
                 deliver.append(output)
+                last_token_at[before] = last_token_at.get(before, 0) + 1
                 if self.observer is not None:
                     self.observer(route.request_id, source, index + len(output.new_token_ids), now)
                 continue
@@ -290,7 +326,8 @@ class RequestRouter:
                     stale.append((RequestId(output.request_id), None))
                 continue
             ledger = route.ledger
-            waiting, moves, gap_s = not ledger.token_ids, ledger.num_moves, ledger.last_gap_s
+            waiting, moves, before = not ledger.token_ids, ledger.num_moves, ledger.last_token_at
+            heard = ledger.heard_epoch
             ready, is_stale = ledger.accept(source, epoch, index, output, now)
             deliver += ready
             if is_stale:
@@ -301,8 +338,10 @@ class RequestRouter:
                 self._book.settled(route.destination, route.request_id)
                 if ledger.owner == route.committed_to:
                     route.committed_to = ""
-            if ledger.last_gap_s != gap_s:
-                metrics.DOWNTIME.observe(ledger.last_gap_s)
+            if ready and before:
+                last_token_at[before] = last_token_at.get(before, 0) + 1
+            if ledger.heard_epoch != heard:
+                self._first_heard(route, outputs, output, now)
             if ready and self.observer is not None:
                 self.observer(route.request_id, source, len(ledger.token_ids), now)
             if route.moved and ledger.owner_has_spoken:
@@ -311,13 +350,28 @@ class RequestRouter:
                         waiter.set_result(None)
                 route.moved.clear()
             if ledger.finished:
-                self._end(route)
+                self._end(route, str(ready[-1].finish_reason))
         for request_id, below_epoch in stale:
             self.instances.send(source, AbortRequests([request_id], below_epoch))
+        if last_token_at:
+            self._recorder.token_gaps({now - at: number for at, number in last_token_at.items()})
         if deliver or outputs.scheduler_stats is not None:
             outputs.outputs = deliver
             outputs.engine_index = self.instances.slot_of(source)
             self._deliver(outputs)
+
+    def _first_heard(self, route: Route, outputs: Any, output: Any, now: float) -> None:
+        """The first token of an owner has been delivered."""
+        owner = route.ledger.owner
+        load = self._book.get(owner)
+        self._recorder.spoke(
+            route.request_id,
+            owner,
+            load.role if load is not None else "",
+            now,
+            gap_s=route.ledger.last_gap_s,
+            prefill_s=self._codec.prefill_s(outputs, output),
+        )
 
     # ---- messages from instances
 
@@ -327,10 +381,12 @@ class RequestRouter:
             case StartInstance() | StopInstance():
                 self._on_scaling(message)
             case SchedulerReport():
+                self.reports.on_scheduler(message)
                 self._on_decided(message)
             case LoadReport():
                 if sender in self.instances:
                     self.instances.heard(sender)
+                    self.reports.on_load(sender, message)
                     self._book.report(message.load)
                     if self._line:
                         self._place_waiting(sender)
@@ -339,8 +395,7 @@ class RequestRouter:
             case MigrationEnded(call_id=""):
                 outcome = "committed" if message.committed else "aborted"
                 self._migrations.setdefault(message.reason, Counter())[outcome] += 1
-                metrics.MIGRATIONS.labels(message.reason, outcome).inc()
-                metrics.MIGRATED_BLOCKS.labels(message.reason).inc(message.blocks if message.committed else 0)
+                self._recorder.migrated(message, self._clock())
                 if message.committed:
                     self._on_committed(message)
                 else:
@@ -385,6 +440,14 @@ class RequestRouter:
 
     # ---- ClusterView
 
+    def find_requests(self, name: str) -> list[dict[str, Any]]:
+        found = self._recorder.find(name)
+        for request in found:
+            if (route := self._routes.get(request["id"])) is not None:
+                request["output_tokens"] = len(route.ledger.token_ids)
+                request["longest_gap_s"] = round(route.ledger.longest_gap_s, 6)
+        return found
+
     @property
     def num_waiting(self) -> int:
         return self._num_waiting
@@ -394,26 +457,7 @@ class RequestRouter:
         return sum(can_start(load) for load in self._book)
 
     def snapshot(self) -> dict[str, Any]:
-        instances = []
-        for info in self.instances:
-            load = self._book.get(info.instance_id)
-            instances.append(
-                {
-                    "id": info.instance_id,
-                    "role": load.role if load else info.role,
-                    "state": "starting" if load is None else "draining" if load.draining else "ready",
-                    "draining": bool(load and load.draining),
-                    "node": info.node,
-                    "pid": info.pid,
-                    "total_blocks": load.total_blocks if load else 0,
-                    "free_blocks": load.free_blocks if load else 0,
-                    "running": load.running if load else 0,
-                    "waiting": load.waiting if load else 0,
-                    "freeness": freeness(load) if load else 0.0,
-                    "migrating_in": load.migrating_in if load else 0,
-                    "migrating_out": load.migrating_out if load else 0,
-                }
-            )
+        instances = [instance_row(info, self._book.get(info.instance_id)) for info in self.instances]
         migrations = {
             reason: {"committed": counts["committed"], "aborted": counts["aborted"]}
             for reason, counts in self._migrations.items()
@@ -424,56 +468,8 @@ class RequestRouter:
             "migrations": migrations,
         }
 
-    async def migrate(
-        self, request_id: str, destination: str, mode: Literal["live", "blocking", "recompute"] = "live"
-    ) -> Migrated:
-        """See `ClusterView`. The other modes are baselines for the benchmark: stop-and-copy, and abort
-        here with a recompute there."""
-        route = self._routes.get(RequestId(request_id))
-        if route is None:
-            raise UnknownTargetError(f"no running request {request_id!r}")
-        if destination not in self.instances:
-            raise UnknownTargetError(f"no instance {destination!r}; see GET /cluster")
-        if mode == "recompute":
-            return await self._restart(route, destination)
-        while True:
-            owner, moves = route.ledger.owner, route.ledger.num_moves
-            try:
-                ended = await self.instances.call(
-                    owner,
-                    lambda call_id: MigrateRequest(
-                        call_id, route.request_id, destination, "manual", blocking=mode == "blocking"
-                    ),
-                )
-            except EngineDeadError as error:
-                raise MigrationRefusedError(f"{error}; the request is recomputed elsewhere") from error
-            if ended.committed:
-                break
-            if not ended.not_here or route.ledger.owner == owner:
-                raise MigrationRefusedError(ended.why)
-        await self._next_owner_speaks(route, moves)
-        return Migrated(route.ledger.last_gap_s * 1e3, ended.stages, ended.blocks, ended.tokens)
-
-    async def _restart(self, route: Route, destination: str) -> Migrated:
-        owner, moves = route.ledger.owner, route.ledger.num_moves
-        epoch = route.ledger.take_over(destination)
-        self.instances.send(owner, AbortRequests([route.request_id], epoch))
-        tokens = list(route.ledger.token_ids)
-        message = AddRequest(route.request_id, self.instances.token_endpoint, epoch, None, tokens)
-        self.instances.send(destination, message, route.payload)
-        await self._next_owner_speaks(route, moves)
-        return Migrated(route.ledger.last_gap_s * 1e3, 0, 0, route.request.prompt_tokens + len(tokens))
-
-    async def _next_owner_speaks(self, route: Route, moves: int) -> None:
-        """Returns at the first token of an owner after the first `moves`, or when the request has ended."""
-        ledger = route.ledger
-        async with asyncio.timeout(CALL_TIMEOUT_S):
-            while route.request_id in self._routes and not (
-                ledger.num_moves > moves and ledger.owner_has_spoken
-            ):
-                waiter = self._loop.create_future()
-                route.moved.append(waiter)
-                await waiter
+    async def migrate(self, request_id: str, destination: str, mode: MigrationMode = "live") -> Migrated:
+        return await self._by_hand.migrate(request_id, destination, mode)
 
     async def check_integrity(self) -> list[str]:
         """Asks every instance, until nothing is wrong or what is wrong stays so for a while."""

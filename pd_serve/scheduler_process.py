@@ -22,6 +22,7 @@ from pd_serve.messages import (
     MoveOut,
     PeerLost,
     SchedulerReport,
+    SchedulerStats,
     SetDraining,
     SetRole,
     StartInstance,
@@ -29,6 +30,7 @@ from pd_serve.messages import (
     Subscribe,
     ToScheduler,
 )
+from pd_serve.observe.process_stats import process_stats
 from pd_serve.wire import CurveKeys
 from router.load import InstanceLoad
 from router.policies import PolicySet
@@ -123,6 +125,8 @@ class SchedulerProcess:
         self._members: dict[str, str] = {}
         self._unheard: set[str] = set()
         self._all_heard = asyncio.Event()
+        self._moves: Counter[str] = Counter()
+        self._scaling: Counter[str] = Counter()
         self._tasks.start(self._decide())
         self._tasks.start(self._heartbeat())
 
@@ -199,7 +203,7 @@ class SchedulerProcess:
             await asyncio.sleep(HEARTBEAT_S)
             for name in self._members:
                 self._wire.send(name, Subscribe(self.address))
-            self._tell([])
+            self._tell([], self.stats())
             oldest = self._loop.time() - SERVER_LEASE_S
             for name in [name for name, server in self._servers.items() if server.heard_at < oldest]:
                 logger.warning("API server %s is gone", name)
@@ -210,26 +214,36 @@ class SchedulerProcess:
     # ---- SchedulerActions
 
     def move(self, source: str, destination: InstanceLoad, reason: str, victim: str) -> None:
+        self._moves[reason] += 1
         self._wire.send(source, MoveOut(destination, reason, victim))
 
     def set_role(self, instance_id: str, role: str, reason: str) -> None:
+        self._scaling["set_role"] += 1
         self._wire.send(instance_id, SetRole(role))
         self._tell([f"{instance_id} becomes {role}: {reason}"])
 
     def set_draining(self, instance_id: str, draining: bool, reason: str) -> None:
+        self._scaling["drain" if draining else "use_again"] += 1
         self._wire.send(instance_id, SetDraining(draining))
         self._tell([f"{instance_id} is {'drained' if draining else 'used again'}: {reason}"])
 
     def start(self, role: str, reason: str) -> None:
         """One API server is asked, the first by name, so that not each of several starts one."""
+        self._scaling["start"] += 1
         for name in sorted(self._servers)[:1]:
             self._servers[name].asked[role] += 1
             self._wire.send(name, StartInstance(role, reason))
 
     def stop(self, instance_id: str, reason: str) -> None:
+        self._scaling["stop"] += 1
         for name in self._servers:
             self._wire.send(name, StopInstance(instance_id, reason))
 
-    def _tell(self, decided: list[str]) -> None:
+    def stats(self) -> SchedulerStats:
+        """For metrics: since this scheduler has begun."""
+        heard = len(self._members) - len(self._unheard)
+        return SchedulerStats(process_stats(), heard, dict(self._moves), dict(self._scaling))
+
+    def _tell(self, decided: list[str], stats: SchedulerStats | None = None) -> None:
         for name in self._servers:
-            self._wire.send(name, SchedulerReport(decided))
+            self._wire.send(name, SchedulerReport(decided, stats))

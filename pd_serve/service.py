@@ -5,6 +5,7 @@ import gc
 import logging
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -231,6 +232,9 @@ class Service:
         from pd_serve.api.core import ClusterCore
         from pd_serve.api.engine_client import ClusterAsyncLLM
         from pd_serve.fleet import Fleet
+        from pd_serve.observe.exposition import show_metrics
+        from pd_serve.observe.recorder import RequestRecorder
+        from pd_serve.observe.request_metrics import RequestMetrics
         from pd_serve.request_router import RequestRouter
 
         assert self._wire is not None
@@ -242,6 +246,7 @@ class Service:
         codec = VllmCodec()
         outputs: asyncio.Queue[Any] = asyncio.Queue()
         config = self._config
+        recorder = RequestRecorder([RequestMetrics()], unix_offset_s=time.time() - time.monotonic())
         self.router = RequestRouter(
             self._wire.name,
             self._wire,
@@ -253,6 +258,7 @@ class Service:
             on_decided=lambda report: self.fleet.on_decided(report),
             on_silent=self._on_silent,
             book=LoadBook(config.policies, clock=asyncio.get_running_loop().time),
+            recorder=recorder,
         )
         self.fleet = Fleet(
             self.router,
@@ -288,6 +294,7 @@ class Service:
             admin_key=config.admin_key,
             max_body_bytes=config.max_body_bytes,
         )
+        show_metrics(self._app, self.router.reports)
 
     def _on_lost(self, instance_id: str) -> None:
         self._console.warn(f"{instance_id} has died; its requests are recomputed elsewhere")

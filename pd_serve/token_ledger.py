@@ -18,6 +18,7 @@ class TokenLedger:
         owner: The instance that spoke with it.
         finished: The last output has been delivered.
         last_token_at: Time of the last delivery, in seconds.
+        longest_gap_s: Between any two deliveries.
         last_gap_s: Between the last token of the former owner and the first of the present one.
         num_moves: Changes of owner.
     """
@@ -27,15 +28,16 @@ class TokenLedger:
     token_ids: list[int] = field(default_factory=list)
     finished: bool = False
     last_token_at: float = 0.0
+    longest_gap_s: float = 0.0
     last_gap_s: float = 0.0
     num_moves: int = 0
     _epoch_begin: int = 0
     _early: dict[int, tuple[int, Any]] = field(default_factory=dict)
 
-    def extend(self, source: str, epoch: int, index: int, output: Any, now: float) -> bool:
+    def extend(self, source: str, epoch: int, index: int, output: Any, now: float) -> float | None:
         """Takes what nearly every output is: the next one, from the owner, not its first and not the last.
 
-        Returns: whether it was that; if not, nothing has happened, and it is for `accept`.
+        Returns: the time of the last delivery before; None if nothing has happened, and it is for `accept`.
         """
         token_ids = self.token_ids
         if (
@@ -47,10 +49,12 @@ class TokenLedger:
             or self.finished
             or output.finish_reason is not None
         ):
-            return False
+            return None
         token_ids += output.new_token_ids
-        self.last_token_at = now
-        return True
+        before, self.last_token_at = self.last_token_at, now
+        if now - before > self.longest_gap_s:
+            self.longest_gap_s = now - before
+        return before
 
     def accept(self, source: str, epoch: int, index: int, output: Any, now: float) -> tuple[list[Any], bool]:
         """Takes one output of vLLM's (`EngineCoreOutput`), whose first new token has this index.
@@ -92,6 +96,11 @@ class TokenLedger:
         return len(self.token_ids) > self._epoch_begin
 
     @property
+    def heard_epoch(self) -> int:
+        """Of the last owner of whom a token has been delivered, if it is the present one; else -1."""
+        return self.epoch if self.owner_has_spoken else -1
+
+    @property
     def has_gap(self) -> bool:
         """Whether the present owner has been heard, but not all that its predecessors said before."""
         return len(self.token_ids) < self._epoch_begin
@@ -113,8 +122,11 @@ class TokenLedger:
             return False
         if known > 0:
             _keep(output, known, len(output.new_token_ids))
-        if self.num_moves and index == self._epoch_begin and self.last_token_at:
-            self.last_gap_s = now - self.last_token_at
+        if self.last_token_at:
+            gap_s = now - self.last_token_at
+            self.longest_gap_s = max(self.longest_gap_s, gap_s)
+            if self.num_moves and index == self._epoch_begin:
+                self.last_gap_s = gap_s
         self.token_ids.extend(output.new_token_ids)
         self.last_token_at = now
         self.finished = output.finish_reason is not None

@@ -69,6 +69,22 @@ def dispatch_freeness(load: InstanceLoad, *, high_priority: bool = False) -> flo
     return (_unclaimed(load) + kept) / max(_requests(load), 1)
 
 
+def fragmented_blocks(head_of_line: Iterable[int], free_blocks: int) -> int:
+    """Blocks that are free, would do for queued requests, and help none of them where they are.
+
+    The demands of the first request in each queue, smallest first, as far as all free blocks of the cluster
+    together could hold them.
+
+    Source: Llumnix (OSDI 2024), section 6.3, figure 12.
+    """
+    useless = 0
+    for demand in sorted(head_of_line):
+        if useless + demand > free_blocks:
+            break
+        useless += demand
+    return useless
+
+
 def pooled_freeness(
     loads: Iterable[InstanceLoad], more_blocks: float = 0, waiting: Demand = NO_DEMAND
 ) -> float:

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse, Response
 
+from pd_serve import metrics
 from pd_serve.api.cluster_view import MigrationRefusedError, UnknownTargetError
 from pd_serve.api.errors import error_response
 
@@ -33,6 +34,16 @@ class DrainRequest(BaseModel):
 async def cluster(request: Request) -> JSONResponse:
     """All instances, who waits for one, and how many migrations were committed and aborted, by reason."""
     return JSONResponse(_finite(request.app.state.cluster.snapshot()))
+
+
+@router.get("/requests/{request_id:path}")
+async def request_timeline(request_id: str, request: Request) -> Response:
+    """Where a request has been and when, while it runs and for some time after; several for n > 1."""
+    found = request.app.state.cluster.find_requests(request_id)
+    if not found:
+        message = f"no request {request_id!r} is running, or has ended lately, at this API server"
+        return error_response(404, message, param="request_id")
+    return JSONResponse({"id": request_id, "requests": found})
 
 
 @router.post("/migrate")
@@ -71,6 +82,8 @@ async def drain(body: DrainRequest, request: Request) -> Response:
 async def integrity(request: Request) -> JSONResponse:
     """Whether every invariant holds, and which do not."""
     violations = await request.app.state.cluster.check_integrity()
+    metrics.INTEGRITY_CHECKS.inc()
+    metrics.INTEGRITY_VIOLATIONS.inc(len(violations))
     return JSONResponse({"ok": not violations, "violations": violations})
 
 

@@ -53,6 +53,11 @@ class ClusterView(Protocol):
         """Body of `GET /cluster`: `{"instances": [...], "waiting_line": {...}, "migrations": {...}, ...}`."""
         ...
 
+    def find_requests(self, name: str) -> list[dict[str, Any]]:
+        """Timelines of the requests, running or ended not long ago, that somebody calls so; see
+        `pd_serve.observe.recorder.RequestRecorder.find`. Empty: there is none."""
+        ...
+
     async def migrate(self, request_id: str, destination: str) -> MigrationReport:
         """Move one running request to the instance `destination`.
 

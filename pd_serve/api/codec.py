@@ -3,7 +3,13 @@
 from collections.abc import Sequence
 
 import msgspec
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.engine import (
+    EngineCoreEventType,
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    EngineCoreRequest,
+    FinishReason,
+)
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from pd_serve.messages import TokenHeader
@@ -22,6 +28,11 @@ class VllmCodec:
 
     def decode(self, frames: Sequence[bytes]) -> tuple[TokenHeader, EngineCoreOutputs]:
         return self._header.decode(frames[0]), self._outputs.decode(frames[1:])
+
+    def prefill_s(self, batch: EngineCoreOutputs, output: EngineCoreOutput) -> float | None:
+        """From the engine's own events; both times are of its own clock."""
+        begun = [e.timestamp for e in output.events or () if e.type == EngineCoreEventType.SCHEDULED]
+        return batch.timestamp - begun[-1] if begun else None
 
     def failed(self, request_id: str) -> EngineCoreOutputs:
         output = EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR)

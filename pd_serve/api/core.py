@@ -38,7 +38,12 @@ class ClusterCore(EngineCoreClient):
         parameters = request.sampling_params
         max_tokens = parameters.max_tokens if parameters is not None else 0  # pooling
         self._router.submit(
-            request.request_id, self._codec.encode_request(request), new, max_tokens=max_tokens
+            request.request_id,
+            self._codec.encode_request(request),
+            new,
+            max_tokens=max_tokens,
+            name=request.external_req_id or request.request_id,
+            trace_headers=request.trace_headers,
         )
 
     async def get_output_async(self) -> EngineCoreOutputs:

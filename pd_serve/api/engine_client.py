@@ -7,7 +7,6 @@ n > 1) stays vLLM's. Only `engine_core`, the object behind which the engines are
 
 import asyncio
 import dis
-import re
 from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from typing import Any, Protocol
@@ -28,6 +27,7 @@ from vllm.v1.metrics.loggers import StatLoggerManager, load_stat_logger_plugin_f
 from migration.errors import EngineDeadError, InvalidRequestError, OverloadedError, PdServeError
 from pd_serve.api.cluster_view import ClusterView
 from pd_serve.api.overload import mark_submitted
+from pd_serve.observe.recorder import names
 
 _STATUS = {
     EngineDeadError: HTTPStatus.SERVICE_UNAVAILABLE,
@@ -208,7 +208,7 @@ class ClusterAsyncLLM(AsyncLLM):
         processor = self.output_processor
         if processor.has_request(request_id):
             return [request_id]
-        named = re.compile(rf"(?:(?:chat)?cmpl-|resp_)?{re.escape(request_id)}(?:[-_]\d+)?")
+        named = names(request_id)
         found: Iterable[list[str]] = (
             ids for name, ids in processor.external_req_ids.items() if named.fullmatch(name)
         )

@@ -21,10 +21,13 @@ class Sequence:
         digest: Sum over the contents of its blocks, as last read.
         epoch: Ownership epoch.
         rank: Arrival time of the request: within a priority, the latest is preempted first.
+        added_at, begun_at: When this engine got it, and when the first step with a part of its prompt began.
         hashes: Of its full blocks so far, each made of all contents up to there (prefix caching only).
     """
 
     __slots__ = (
+        "added_at",
+        "begun_at",
         "blocks",
         "client",
         "computed",
@@ -73,6 +76,8 @@ class Sequence:
         self.preemptions = 0
         self.preempted_at: float | None = None
         self.wants_handoff = False
+        self.added_at = 0.0
+        self.begun_at: float | None = None
         self.queue_key: tuple[int, int, float] = (priority, 1, rank)
 
     @property
@@ -82,6 +87,11 @@ class Sequence:
     @property
     def is_decoding(self) -> bool:
         return bool(self.output) and self.computed == self.num_tokens - 1
+
+    def times(self, now: float) -> tuple[float, float]:
+        """Seconds that it has waited here, and since then."""
+        begun_at = self.added_at if self.begun_at is None else self.begun_at
+        return begun_at - self.added_at, now - begun_at
 
     def content(self, block: int, num_tokens: int, block_tokens: int) -> int:
         """What block number `block` holds with its first `num_tokens` tokens computed."""
@@ -100,6 +110,11 @@ class Step:
     chunks: list[tuple[Sequence, int]]
     decodes: list[Sequence]
     duration_s: float
+
+    def begin(self, now: float) -> None:
+        for sequence, _ in self.chunks:
+            if sequence.begun_at is None:
+                sequence.begun_at = now
 
 
 class Batcher:

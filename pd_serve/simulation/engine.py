@@ -132,6 +132,7 @@ class SimulatedEngine:
         sequence.wants_handoff = handoff
         sequence.output = list(output_token_ids or ())
         sequence.emitted = len(sequence.output)
+        sequence.added_at = self._loop.time()
         most = self.batcher.num_blocks(sequence.prompt_tokens + sequence.max_tokens)
         if most > self.settings.num_blocks - self.batcher.watermark_blocks:
             raise InvalidRequestError(
@@ -377,9 +378,9 @@ class SimulatedEngine:
             if bucket is None:
                 bucket = by_client[sequence.client] = ([], [])
             emitted = sequence.emitted
-            bucket[0].append(
-                SimulatedOutput(sequence.request_id, output[emitted:], "length" if finished else None)
-            )
+            times = None if emitted else sequence.times(self._loop.time())
+            reason = "length" if finished else None
+            bucket[0].append(SimulatedOutput(sequence.request_id, output[emitted:], reason, times))
             bucket[1].append((sequence.epoch, emitted))
             sequence.emitted = len(output)
             if finished:
@@ -404,6 +405,7 @@ class SimulatedEngine:
             self._loop.call_soon(self._events.on_requests_ended, ended)
         self._report()
         if step is not None:
+            step.begin(self._loop.time())
             duration_s = step.duration_s
             if self._is_copying():
                 duration_s *= 1.0 + self.settings.migration_slowdown

@@ -3,11 +3,19 @@
 For load tests and demonstrations without a GPU: everything but the model is real.
 """
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 from vllm.sampling_params import SamplingParams
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.engine import (
+    EngineCoreEvent,
+    EngineCoreEventType,
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    EngineCoreRequest,
+    FinishReason,
+)
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder
 
@@ -64,14 +72,30 @@ def make_engine(
     """An engine on the running event loop whose outputs go to `publish` in vLLM's form."""
 
     def sink(client: str, outputs: list[SimulatedOutput], spans: list[tuple[int, int]]) -> None:
+        now = time.monotonic()
         batch = [
-            EngineCoreOutput(o.request_id, o.new_token_ids, finish_reason=_FINISH[o.finish_reason])
+            EngineCoreOutput(
+                o.request_id, o.new_token_ids, finish_reason=_FINISH[o.finish_reason], events=_events(o, now)
+            )
             for o in outputs
         ]
-        publish(client, EngineCoreOutputs(outputs=batch, scheduler_stats=_stats(engine)), spans)
+        stats = _stats(engine)
+        publish(client, EngineCoreOutputs(outputs=batch, scheduler_stats=stats, timestamp=now), spans)
 
     engine = SimulatedEngine(settings, decode_request, sink, events)
     return engine
+
+
+def _events(output: SimulatedOutput, now: float) -> list[EngineCoreEvent] | None:
+    """When its prefill began, as vLLM's engine says it with the first token."""
+    if output.times is None:
+        return None
+    queue_s, prefill_s = output.times
+    begun = now - prefill_s
+    return [
+        EngineCoreEvent(EngineCoreEventType.QUEUED, begun - queue_s),
+        EngineCoreEvent(EngineCoreEventType.SCHEDULED, begun),
+    ]
 
 
 def _stats(engine: SimulatedEngine) -> SchedulerStats:

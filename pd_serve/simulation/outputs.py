@@ -12,16 +12,27 @@ from pd_serve.simulation.contents import SegmentPrompt
 
 
 class SimulatedOutput:
-    """New tokens of one request; see `pd_serve.outputs.OutputBatch`."""
+    """New tokens of one request; see `pd_serve.outputs.OutputBatch`.
 
-    __slots__ = ("finish_reason", "new_token_ids", "request_id")
+    Attributes:
+        times: How many seconds it has waited, and its prefill has taken; with the first token only.
+    """
+
+    __slots__ = ("finish_reason", "new_token_ids", "request_id", "times")
 
     new_logprobs = None
 
-    def __init__(self, request_id: str, new_token_ids: list[int], finish_reason: str | None) -> None:
+    def __init__(
+        self,
+        request_id: str,
+        new_token_ids: list[int],
+        finish_reason: str | None,
+        times: tuple[float, float] | None = None,
+    ) -> None:
         self.request_id = request_id
         self.new_token_ids = new_token_ids
         self.finish_reason = finish_reason
+        self.times = times
 
 
 class SimulatedBatch:
@@ -76,6 +87,9 @@ class SimulatedCodec:
 
     def decode(self, frames: Sequence[Any]) -> tuple[TokenHeader, SimulatedBatch]:
         return frames[0], frames[1]
+
+    def prefill_s(self, batch: SimulatedBatch, output: SimulatedOutput) -> float | None:
+        return None if output.times is None else output.times[1]
 
     def failed(self, request_id: str) -> SimulatedBatch:
         return SimulatedBatch([SimulatedOutput(request_id, [], "error")])

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from pd_serve.simulation.config import RequestRecord, Sample, SimulationResult
+from router.freeness import fragmented_blocks
 
 #: Parts of a summary that are {"mean", "p50", "p99"} of seconds.
 LATENCIES = ("prefill_s", "decode_s", "request_s", "longest_gap_s")
@@ -77,19 +78,8 @@ def series(result: SimulationResult) -> dict[str, list[float]]:
 
 
 def fragmentation(sample: Sample) -> float:
-    """Share of the cluster's memory that is free, would do for queued requests, and helps none of them.
-
-    The demands of the first request in each queue, smallest first, as far as all free blocks of the cluster
-    together could hold them.
-
-    Source: Llumnix (OSDI 2024), section 6.3, figure 12.
-    """
-    useless = 0
-    for demand in sorted(sample.head_of_line):
-        if useless + demand > sample.free:
-            break
-        useless += demand
-    return useless / sample.total if sample.total else 0.0
+    """Share of the cluster's memory; see `fragmented_blocks`."""
+    return fragmented_blocks(sample.head_of_line, sample.free) / sample.total if sample.total else 0.0
 
 
 def _latencies(records: Sequence[RequestRecord]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 import msgspec
 import pytest
-from prometheus_client import REGISTRY
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
@@ -33,7 +32,7 @@ from pd_serve.request_router import MAX_RECOMPUTES, RequestRouter
 from pd_serve.route import Migrated
 from pd_serve.wire import Wire
 from router.load import InstanceLoad
-from router.request import NewRequest
+from router.request import Demand, NewRequest
 
 M = TypeVar("M")
 R = RequestId("r")
@@ -286,7 +285,7 @@ async def test_a_request_that_no_neutral_instance_has_room_for_waits_and_is_seen
 
     assert empty.sent(AddRequest) == []
     assert empty.router.snapshot()["waiting_line"] == {"requests": 2, "tokens": 64}
-    assert REGISTRY.get_sample_value("pd_serve_waiting_line_requests") == 2
+    assert empty.router.reports.waiting == Demand(2, 64)
     assert empty.router.num_waiting == 2
 
     empty.report("n1", free=2, running=1)

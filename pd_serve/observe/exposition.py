@@ -1,0 +1,54 @@
+"""`/metrics` with the instance's name on vLLM's metrics, which know engines by number only."""
+
+import re
+from collections.abc import Callable, Iterator
+
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry, make_asgi_app
+from prometheus_client.core import Metric
+from prometheus_client.registry import REGISTRY, Collector
+from starlette.routing import Mount
+
+from pd_serve.observe.cluster_metrics import ClusterMetrics
+from pd_serve.observe.reports import ClusterReports
+
+
+class WithInstances(Collector):
+    """Another registry's metrics; those with the label `engine` get `instance`, and go where there is none.
+
+    Args:
+        instances: Names by vLLM's number, at the moment. Numbers are used again.
+    """
+
+    def __init__(
+        self, instances: Callable[[], dict[str, str]], registry: CollectorRegistry = REGISTRY
+    ) -> None:
+        self._instances = instances
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        instances = self._instances()
+        for metric in self._registry.collect():
+            yield _named(metric, instances) if metric.name.startswith("vllm:") else metric
+
+
+def show_metrics(app: FastAPI, reports: ClusterReports, registry: CollectorRegistry = REGISTRY) -> None:
+    """Serves a registry's metrics so, and those of the cluster, in the place of vLLM's own `/metrics`."""
+    shown = CollectorRegistry(auto_describe=True)  # so that `?name[]=` finds them
+    shown.register(WithInstances(lambda: {str(slot): name for name, slot in reports.slots.items()}, registry))
+    shown.register(ClusterMetrics(reports))
+    route = Mount("/metrics", make_asgi_app(registry=shown))
+    route.path_regex = re.compile("^/metrics(?P<path>/?)$")  # without a redirect to a slash
+    app.router.routes.insert(0, route)
+
+
+def _named(metric: Metric, instances: dict[str, str]) -> Metric:
+    named = Metric(metric.name, metric.documentation, metric.type, metric.unit)
+    for sample in metric.samples:
+        engine = sample.labels.get("engine")
+        if engine is None:
+            named.samples.append(sample)
+        elif engine in instances:
+            labels = {**sample.labels, "instance": instances[engine]}
+            named.samples.append(sample._replace(labels=labels))
+    return named

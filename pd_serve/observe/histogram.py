@@ -1,0 +1,42 @@
+"""A histogram that takes many equal values at once."""
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+
+from prometheus_client.core import HistogramMetricFamily, Metric
+from prometheus_client.registry import REGISTRY, Collector, CollectorRegistry
+
+
+class BatchHistogram(Collector):
+    """What a step's tokens are counted with: most of them come after the same gap.
+
+    Lives on one event loop; a scrape on that loop reads it.
+
+    Args:
+        buckets: Upper bounds, ascending, without the infinite one.
+    """
+
+    def __init__(
+        self, name: str, text: str, buckets: Sequence[float], registry: CollectorRegistry = REGISTRY
+    ) -> None:
+        self._name = name
+        self._text = text
+        self._bounds = list(buckets)
+        self._counts = [0] * (len(self._bounds) + 1)
+        self._sum = 0.0
+        registry.register(self)
+
+    def observe(self, value: float, count: int = 1) -> None:
+        self._counts[bisect_left(self._bounds, value)] += count
+        self._sum += value * count
+
+    def describe(self) -> Iterator[Metric]:
+        yield HistogramMetricFamily(self._name, self._text)
+
+    def collect(self) -> Iterator[Metric]:
+        total, buckets = 0, []
+        for bound, count in zip([*self._bounds, math.inf], self._counts, strict=True):
+            total += count
+            buckets.append(("+Inf" if bound == math.inf else str(float(bound)), total))
+        yield HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self._sum)

@@ -1,0 +1,20 @@
+"""What this process uses, for the reports of instances and scheduler."""
+
+import resource
+import time
+from pathlib import Path
+
+from pd_serve.messages import ProcessStats
+
+_STARTED_AT = time.time()
+_STATM = Path("/proc/self/statm")
+
+
+def process_stats() -> ProcessStats:
+    """Costs some microseconds. Memory is the largest so far where there is no `/proc`."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    if _STATM.exists():
+        resident = int(_STATM.read_text().split()[1]) * resource.getpagesize()
+    else:
+        resident = used.ru_maxrss * 1024
+    return ProcessStats(used.ru_utime + used.ru_stime, float(resident), _STARTED_AT)

@@ -1,0 +1,189 @@
+"""Where a request has been and when: plain values, filled by `pd_serve.observe.recorder`.
+
+The words are those of the design: issued, dispatched, prefill begin and end, migration begin and end,
+decode begin and end. All times are seconds of the API server's clock.
+"""
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from migration.messages import CopyStage
+
+#: Of each kind of entry one request keeps the latest so many: it may move as often as it likes.
+MAX_ENTRIES = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A part of a request's life.
+
+    Attributes:
+        name: `dispatch` (until it is sent to an instance), `queue` (until its prefill begins), `prefill`
+            (until its first token), `handoff` (on the prefill instance, from the first token until another
+            instance speaks), `decode` (on one instance, until its last token there).
+    """
+
+    name: str
+    instance: str
+    begin: float
+    end: float
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.begin
+
+
+@dataclass(slots=True)
+class Stay:
+    """A request's time on one instance.
+
+    Attributes:
+        recompute: It has come here because its former instance died.
+        begin: When it was sent there, or its first token came from there.
+        spoke_at: Its first token from there. Until then what it has there is prefilled.
+        end: None while it is there.
+        gap_s: Without a token before it spoke, until it is known which migration that was.
+    """
+
+    instance: str
+    role: str
+    begin: float
+    recompute: bool = False
+    spoke_at: float | None = None
+    end: float | None = None
+    gap_s: float | None = None
+
+
+@dataclass(slots=True)
+class Migration:
+    """One attempt to move a request.
+
+    Attributes:
+        why: Why it did not happen; empty if committed.
+        copies: Its stages; the last one of a committed migration is the tail.
+        downtime_s: Between the last token from the source and the first from the destination.
+    """
+
+    reason: str
+    source: str
+    destination: str
+    committed: bool
+    why: str
+    begin: float
+    end: float
+    copies: tuple[CopyStage, ...]
+    stages: int
+    blocks: int
+    tokens: int
+    bytes_copied: int
+    downtime_s: float | None = None
+
+    @property
+    def outcome(self) -> str:
+        return "committed" if self.committed else "aborted"
+
+
+@dataclass(slots=True)
+class Timeline:
+    """One request as its API server has followed it.
+
+    Attributes:
+        request_id: As the engines know it.
+        name: As the client knows it: `X-Request-Id` with a prefix, the `id` of its answer.
+        outcome: `stop`, `length`, `abort` or `error`, as in vLLM; empty while it is running.
+        output_tokens: Known when it has ended.
+        trace_headers: The client's `traceparent` and the like.
+        trace: Belongs to the tracer.
+    """
+
+    request_id: str
+    name: str
+    issued_at: float
+    prompt_tokens: int
+    priority: int
+    trace_headers: Mapping[str, str] | None = None
+    first_token_at: float | None = None
+    ended_at: float | None = None
+    outcome: str = ""
+    output_tokens: int = 0
+    longest_gap_s: float = 0.0
+    recomputes: int = 0
+    waits_since: float = 0.0
+    trace: Any = None
+    stages: deque[Stage] = field(default_factory=lambda: deque(maxlen=MAX_ENTRIES))
+    stays: deque[Stay] = field(default_factory=lambda: deque(maxlen=MAX_ENTRIES))
+    migrations: deque[Migration] = field(default_factory=lambda: deque(maxlen=MAX_ENTRIES))
+
+    @property
+    def state(self) -> str:
+        """`waiting` for a place, `prefill`, `decode` or `ended`."""
+        if self.ended_at is not None:
+            return "ended"
+        if not self.stays or self.stays[-1].end is not None:
+            return "waiting"
+        return "prefill" if self.stays[-1].spoke_at is None else "decode"
+
+    def as_json(self, unix_offset_s: float = 0.0) -> dict[str, Any]:
+        """For `GET /cluster/requests/{id}`. Times are seconds since it was issued.
+
+        Args:
+            unix_offset_s: From the clock of all times here to Unix time.
+        """
+
+        def since(at: float | None) -> float | None:
+            return None if at is None else round(at - self.issued_at, 6)
+
+        return {
+            "id": self.request_id,
+            "name": self.name,
+            "state": self.state,
+            "outcome": self.outcome or None,
+            "issued_at": round(self.issued_at + unix_offset_s, 3),
+            "prompt_tokens": self.prompt_tokens,
+            "output_tokens": self.output_tokens,
+            "priority": self.priority,
+            "ttft_s": since(self.first_token_at),
+            "e2e_s": since(self.ended_at),
+            "longest_gap_s": round(self.longest_gap_s, 6),
+            "recomputes": self.recomputes,
+            "stages": [
+                {"stage": s.name, "instance": s.instance, "begin_s": since(s.begin), "end_s": since(s.end)}
+                for s in self.stages
+            ],
+            "instances": [
+                {
+                    "instance": stay.instance,
+                    "role": stay.role,
+                    "recompute": stay.recompute,
+                    "begin_s": since(stay.begin),
+                    "end_s": since(stay.end),
+                }
+                for stay in self.stays
+            ],
+            "migrations": [
+                {
+                    "reason": m.reason,
+                    "source": m.source,
+                    "destination": m.destination,
+                    "outcome": m.outcome,
+                    "why": m.why,
+                    "begin_s": since(m.begin),
+                    "end_s": since(m.end),
+                    "stages": [
+                        {
+                            "begin_s": since(m.begin + copy.begin_s),
+                            "end_s": since(m.begin + copy.end_s),
+                            "blocks": copy.blocks,
+                        }
+                        for copy in m.copies
+                    ],
+                    "blocks": m.blocks,
+                    "tokens": m.tokens,
+                    "bytes": m.bytes_copied,
+                    "downtime_s": None if m.downtime_s is None else round(m.downtime_s, 6),
+                }
+                for m in self.migrations
+            ],
+        }

@@ -1,0 +1,102 @@
+"""What has been reported is what a scrape shows."""
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from prometheus_client import CollectorRegistry, Gauge
+
+from migration.messages import RequestId
+from pd_serve.messages import InstanceStats, LoadReport, ProcessStats, SchedulerReport, SchedulerStats
+from pd_serve.observe.cluster_metrics import ClusterMetrics
+from pd_serve.observe.exposition import show_metrics
+from pd_serve.observe.reports import SCHEDULER_LEASE_S, ClusterReports
+from router.load import InstanceLoad
+from router.request import Demand
+
+PROCESS = ProcessStats(cpu_seconds=7.0, resident_bytes=1000.0, started_at=5.0)
+LOADS = [
+    InstanceLoad("p0", "prefill", 100, 30, running=2, head_of_line_blocks=40),
+    InstanceLoad("d0", "decode", 100, 60),
+]
+
+
+class World:
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.slots = {"p0": 0, "d0": 1}
+        self.reports = ClusterReports(
+            lambda: LOADS, lambda: Demand(3, 99), lambda: 5, lambda: self.slots, lambda: self.now
+        )
+        self.registry = CollectorRegistry()
+        self.registry.register(ClusterMetrics(self.reports))
+
+    def value(self, name: str, **labels: str) -> float | None:
+        return self.registry.get_sample_value(f"pd_serve_{name}", labels)
+
+
+def test_loads() -> None:
+    world = World()
+
+    assert world.value("instance_info", instance="d0", role="decode", engine="1") == 1
+    assert world.value("instance_free_blocks", instance="p0", role="prefill") == 30
+    assert world.value("instance_freeness", instance="p0", role="prefill") == (100 - 70 - 40) / 2
+    assert world.value("waiting_line_requests") == 3
+    assert world.value("running_requests") == 5
+    assert world.value("fragmented_blocks") == 40
+
+
+def test_what_instances_report_of_themselves() -> None:
+    world = World()
+    stats = InstanceStats(PROCESS, 4, 1, offers=9, refused_offers=2, bytes_received=77, protocol_errors=0)
+    labels: dict[str, Any] = {"instance": "d0", "role": "decode"}
+    assert world.value("instance_offers_total", **labels) is None
+
+    world.reports.on_load("d0", LoadReport(LOADS[1], [RequestId("r")], stats))
+    world.reports.on_load("d0", LoadReport(LOADS[1], [RequestId("r")]))
+
+    assert world.value("instance_offers_total", **labels) == 9
+    assert world.value("instance_received_bytes_total", **labels) == 77
+    assert world.value("instance_cpu_seconds_total", **labels) == 7.0
+    assert world.value("instance_stranded", **labels) == 1
+
+    world.reports.forget("d0")
+    assert world.value("instance_offers_total", **labels) is None
+
+
+def test_the_scheduler_until_it_is_silent() -> None:
+    world = World()
+    assert world.value("scheduler_up") == 0
+
+    world.reports.on_scheduler(SchedulerReport([], SchedulerStats(PROCESS, 2, {"balance": 4}, {"drain": 1})))
+    world.reports.on_scheduler(SchedulerReport(["d0 is drained: x"]))
+
+    assert world.value("scheduler_up") == 1
+    assert world.value("scheduler_moves_total", reason="balance") == 4
+    assert world.value("scheduler_decisions_total", decision="drain") == 1
+
+    world.now += 2 * SCHEDULER_LEASE_S
+    assert world.value("scheduler_up") == 0
+    assert world.value("scheduler_moves_total", reason="balance") is None
+
+
+def test_vllm_s_metrics_get_the_name_of_the_instance() -> None:
+    """Numbers that no instance has now are left out; a number may be another one's later."""
+    world, vllms, app = World(), CollectorRegistry(), FastAPI()
+    gauge = Gauge("vllm:running", "Running.", ["engine", "model_name"], registry=vllms)
+    for engine in ("0", "1", "2"):
+        gauge.labels(engine, "tiny").set(1)
+    Gauge("other", "Other.", ["engine"], registry=vllms).labels("0").set(1)
+    show_metrics(app, world.reports, vllms)
+
+    with TestClient(app) as client:
+        text = client.get("/metrics").text
+        assert 'vllm:running{engine="0",instance="p0",model_name="tiny"} 1.0' in text
+        assert 'engine="2"' not in text
+        assert 'other{engine="0"} 1.0' in text
+        assert 'pd_serve_instance_total_blocks{instance="p0",role="prefill"} 100.0' in text
+
+        world.slots = {"d7": 0}
+        assert 'vllm:running{engine="0",instance="d7",model_name="tiny"} 1.0' in client.get("/metrics").text
+        named = client.get("/metrics", params={"name[]": "pd_serve_scheduler_up"}).text
+        assert [line for line in named.splitlines() if line[0] != "#"] == ["pd_serve_scheduler_up 0.0"]
