@@ -8,7 +8,14 @@ from typing import Any, TypeVar
 import msgspec
 import pytest
 from vllm.sampling_params import SamplingParams
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.engine import (
+    EngineCoreEvent,
+    EngineCoreEventType,
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    EngineCoreRequest,
+    FinishReason,
+)
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from migration.errors import EngineDeadError
@@ -657,3 +664,73 @@ async def test_migrations_are_counted_by_reason_and_outcome(world: World) -> Non
         "handoff": {"committed": 0, "aborted": 0},
         "manual": {"committed": 1, "aborted": 1},
     }
+
+
+# ---- timelines
+
+
+async def test_a_request_s_timeline_is_kept(world: World) -> None:
+    """From what instances say, in the words of the recorder's own tests; while it runs and afterwards."""
+    world.clock.now = 100.0
+    world.submit()
+    world.clock.now = 101.0
+    world.tokens("p0", 0, 0, 10)
+    world.clock.now = 102.0
+    world.tokens("d0", 1, 1, 11)
+    world.hear("p0", ended("", "p0", "d0", True, duration_s=0.5, blocks=2))
+    world.clock.now = 105.0
+    world.tokens("d0", 1, 2, 12)
+
+    (running,) = world.router.find_requests("r")
+    assert (running["state"], running["output_tokens"], running["longest_gap_s"]) == ("decode", 3, 3.0)
+    world.tokens("d0", 1, 3, 13, finish=FinishReason.STOP)
+
+    (timeline,) = world.router.find_requests("r")
+    assert (timeline["state"], timeline["outcome"], timeline["output_tokens"]) == ("ended", "stop", 4)
+    assert [(s["stage"], s["instance"], s["begin_s"], s["end_s"]) for s in timeline["stages"]] == [
+        ("dispatch", "p0", 0.0, 0.0),
+        ("prefill", "p0", 0.0, 1.0),
+        ("handoff", "p0", 1.0, 2.0),
+        ("decode", "d0", 2.0, 5.0),
+    ]
+    assert [(m["begin_s"], m["downtime_s"]) for m in timeline["migrations"]] == [(1.5, 1.0)]
+    assert world.router.find_requests("s") == []
+
+
+async def test_token_gaps_are_counted_by_message(world: World) -> None:
+    """Two requests that are in the same steps have the same gaps."""
+    gaps: list[dict[float, int]] = []
+    world.router._recorder.token_gaps = gaps.append  # type: ignore[assignment,method-assign]
+    for now, index in [(100.0, 0), (101.0, 1), (101.5, 2)]:
+        world.clock.now = now
+        if index == 0:
+            world.submit("r")
+            world.submit("s")
+            world.tokens("p0", 0, 0, 10, of="s")
+            world.clock.now += 0.5
+        world.tokens("p0", 0, index, 10 + index)
+    assert gaps == [{0.5: 1}, {0.5: 1}]
+
+
+async def test_how_long_a_prefill_took_is_the_engine_s_word(world: World) -> None:
+    world.clock.now = 100.0
+    world.submit()
+    world.clock.now = 103.0
+    scheduled = EngineCoreEvent(EngineCoreEventType.SCHEDULED, 50.0)
+    output = EngineCoreOutput("r", [10], events=[scheduled])
+    batch = EngineCoreOutputs(outputs=[output], timestamp=52.0)
+    frames = [bytes(frame) for frame in MsgpackEncoder().encode(batch)]
+    world.wire.listeners[1]([msgspec.msgpack.encode(TokenHeader("p0", [(0, 0)])), *frames])
+
+    (timeline,) = world.router.find_requests("r")
+    assert [(s["stage"], s["begin_s"], s["end_s"]) for s in timeline["stages"][1:]] == [
+        ("queue", 0.0, 1.0),
+        ("prefill", 1.0, 3.0),
+    ]
+
+
+async def test_a_refused_request_has_ended(empty: World) -> None:
+    with pytest.raises(EngineDeadError):
+        empty.router.submit("r", [b"payload"], NewRequest(32))
+
+    assert [(r["state"], r["outcome"]) for r in empty.router.find_requests("r")] == [("ended", "error")]

@@ -90,7 +90,7 @@ def accept_all(ledger: TokenLedger, arrivals: list[Sent]) -> list[Output]:
     for now, sent in enumerate(arrivals, start=1):
         # Each arrival is a message of its own: the ledger may cut it.
         output = replace(sent.output, new_token_ids=list(sent.output.new_token_ids))
-        if ledger.extend(sent.source, sent.epoch, sent.index, output, float(now)):
+        if ledger.extend(sent.source, sent.epoch, sent.index, output, float(now)) is not None:
             delivered.append(output)
             continue
         ready, _ = ledger.accept(sent.source, sent.epoch, sent.index, output, float(now))
@@ -107,7 +107,7 @@ def test_the_short_way_for_plain_outputs_is_the_same_as_the_long_one(data: st.Da
     for now, sent in enumerate(merge(data.draw, streams), start=1):
         outputs = [replace(sent.output, new_token_ids=list(sent.output.new_token_ids)) for _ in range(2)]
         ready, stale = long_way.accept(sent.source, sent.epoch, sent.index, outputs[0], float(now))
-        if short_way.extend(sent.source, sent.epoch, sent.index, outputs[1], float(now)):
+        if short_way.extend(sent.source, sent.epoch, sent.index, outputs[1], float(now)) is not None:
             assert (ready, stale) == ([outputs[0]], False)
         else:
             short_way.accept(sent.source, sent.epoch, sent.index, outputs[1], float(now))
@@ -377,3 +377,27 @@ def test_a_request_that_is_recomputed_before_its_first_token_has_no_gap() -> Non
     ledger.accept("b", epoch, 0, out(10), 3.0)
 
     assert ledger.last_gap_s == 0.0
+
+
+def test_the_longest_gap_is_between_any_two_deliveries() -> None:
+    """Also where the owner changes, and when nothing but the end comes."""
+    ledger = TokenLedger("a")
+    ledger.accept("a", 0, 0, out(1), 10.0)
+    assert ledger.longest_gap_s == 0.0
+    assert ledger.extend("a", 0, 1, out(2), 10.5) == 10.0
+    assert ledger.longest_gap_s == 0.5
+    assert ledger.extend("a", 0, 2, out(3), 10.7) == 10.5
+    assert ledger.longest_gap_s == 0.5
+    ledger.accept("b", 1, 3, out(4), 13.0)
+    assert ledger.longest_gap_s == ledger.last_gap_s == pytest.approx(2.3)
+
+
+def test_the_epoch_under_which_the_present_owner_was_heard() -> None:
+    ledger = TokenLedger("a")
+    assert ledger.heard_epoch == -1
+    ledger.accept("b", 1, 1, out(2), 10.0)  # early: it speaks before its predecessor's token is there
+    assert ledger.heard_epoch == -1
+    ledger.accept("a", 0, 0, out(1), 11.0)
+    assert ledger.heard_epoch == 1
+    ledger.take_over("c")
+    assert ledger.heard_epoch == -1
