@@ -7,11 +7,11 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import aiohttp
 import psutil
@@ -90,33 +90,51 @@ async def running(name: str, settings: Settings) -> AsyncIterator[Server]:
     Raises:
         PdServeError: It did not come up.
     """
+    port = free_port()
+    with tempfile.TemporaryFile() as log:
+        async with started(name, settings.command(name, port), port, log, settings.environment) as server:
+            yield server
+
+
+@asynccontextmanager
+async def started(
+    name: str, command: list[str], port: int, log: IO[bytes], environment: Mapping[str, str]
+) -> AsyncIterator[Server]:
+    """Any server as a process of its own, ended on leaving. Entered when it is ready.
+
+    Args:
+        port: Where the command makes it serve.
+        log: Gets what it says; open for reading too.
+
+    Raises:
+        PdServeError: It did not come up.
+    """
+    url = f"http://127.0.0.1:{port}"
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=log, stderr=log, env=os.environ | environment, start_new_session=True
+    )
+    try:
+        if not await _is_up(url, process):
+            log.seek(0)
+            said = log.read().decode(errors="replace").strip().splitlines() or ["nothing"]
+            raise PdServeError(f"{name} did not come up; it said: {said[-1]}")
+        yield Server(url, psutil.Process(process.pid))
+    finally:
+        if process.returncode is None:
+            process.terminate()
+        try:
+            async with asyncio.timeout(STOP_S):
+                await process.wait()
+        except TimeoutError:
+            os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
+
+
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    with tempfile.TemporaryFile() as log:
-        process = await asyncio.create_subprocess_exec(
-            *settings.command(name, port),
-            stdout=log,
-            stderr=log,
-            env=os.environ | settings.environment,
-            start_new_session=True,
-        )
-        try:
-            if not await _is_up(url, process):
-                log.seek(0)
-                said = log.read().decode(errors="replace").strip().splitlines() or ["nothing"]
-                raise PdServeError(f"{name} did not come up; it said: {said[-1]}")
-            yield Server(url, psutil.Process(process.pid))
-        finally:
-            if process.returncode is None:
-                process.terminate()
-            try:
-                async with asyncio.timeout(STOP_S):
-                    await process.wait()
-            except TimeoutError:
-                os.killpg(process.pid, signal.SIGKILL)
-                await process.wait()
+    return port
 
 
 async def _is_up(url: str, process: asyncio.subprocess.Process) -> bool:

@@ -1,0 +1,200 @@
+"""One load test in greenlets: warm-up, then every planned request at its time, whatever the others do."""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import gevent
+from gevent.pool import Group, Pool
+
+from loadtests.arrival_plan import PlannedRequest, fitting
+from loadtests.load_options import LoadOptions
+from loadtests.outcome import Outcome, outcome
+from loadtests.served_model import ServedModel
+from loadtests.streamed_answer import Answer, StreamError, check_counts, check_whole
+from loadtests.streaming_client import StreamingClient
+from loadtests.token_check import Vocabulary, check_same, check_simulated, check_text, simulated_vocabulary
+
+logger = logging.getLogger(__name__)
+
+#: Of the requests before the load. Enough to tell a vocabulary from; see `loadtests.token_check`.
+WARM_UP_PROMPT_TOKENS, WARM_UP_TOKENS = 48, 64
+
+#: Requests at a time that are asked again after the load.
+REPEATED_AT_A_TIME = 4
+
+#: A failure of each kind is logged so often.
+MOST_LOGGED = 3
+
+
+@dataclass(slots=True)
+class LoadTest:
+    """Run it once.
+
+    Attributes:
+        planned: Set when it begins: what the model cannot hold is left out.
+        on_outcome: Called with each request that has ended.
+        outcomes: In the order in which they ended.
+        check: How tokens are checked: one of `CHECKS` but "auto", once that is known.
+        began_at: When the load began, in seconds since the epoch.
+    """
+
+    client: StreamingClient
+    options: LoadOptions
+    planned: list[PlannedRequest]
+    on_outcome: Callable[[Outcome], None]
+    outcomes: list[Outcome] = field(default_factory=list)
+    check: str = ""
+    began_at: float = 0.0
+    left_out: int = 0
+    _model: ServedModel = field(init=False)
+    _vocabulary: Vocabulary | None = None
+    _to_repeat: list[tuple[PlannedRequest, Answer, Outcome]] = field(default_factory=list)
+    _users: Group = field(default_factory=Group)
+
+    def run(self) -> None:
+        """Returns when all requests have ended.
+
+        Raises:
+            StreamError: It could not begin: the service does not answer, or not as `--check` wants.
+        """
+        self._model = ServedModel.ask(self.client, self.options.model, self.options.seed)
+        self._leave_out()
+        self._warm_up()
+        logger.info(
+            "load: %d requests in %.0f s to model %s; check: %s",
+            len(self.planned),
+            self.planned[-1].at_s,
+            self._model.name,
+            self.check,
+        )
+        try:
+            self._replay()
+        finally:
+            self._users.kill()
+        self._ask_again()
+
+    # ---- before the load
+
+    def _leave_out(self) -> None:
+        planned = fitting(self.planned, self._model.max_tokens)
+        self.left_out = len(self.planned) - len(planned)
+        if self.left_out:
+            logger.warning(
+                "%d requests are longer than the model's %d tokens and left out; see --max-prompt-tokens",
+                self.left_out,
+                self._model.max_tokens,
+            )
+        if not planned:
+            raise StreamError("no request fits the model")
+        self.planned = planned
+
+    def _warm_up(self) -> None:
+        wanted = self.options.check
+        for number in range(max(self.options.warm_up, 1)):
+            api = ("completions", "chat")[number % 2] if self.options.api == "both" else self.options.api
+            prompt_tokens = min(WARM_UP_PROMPT_TOKENS, self._model.max_tokens // 4)
+            tokens = min(WARM_UP_TOKENS, self._model.max_tokens // 2)
+            request = PlannedRequest(-1 - number, 0.0, api, prompt_tokens, tokens)
+            answer = Answer()
+            self.client.stream(api, json.dumps(self._model.body(request)), {}, answer)
+            if not number and wanted in ("auto", "simulated"):
+                self._vocabulary = simulated_vocabulary(answer)
+                if self._vocabulary is None and wanted == "simulated":
+                    raise StreamError("these are not the words of a simulated engine", answer.text[:60])
+            if not number:
+                self.check = self._chosen_check(wanted)
+            self._check(request, answer)
+
+    def _chosen_check(self, wanted: str) -> str:
+        if wanted != "auto":
+            return wanted
+        if self._vocabulary is not None:
+            return "simulated"
+        return "repeat" if self._model.name == "tiny" else "count"
+
+    # ---- the load
+
+    def _replay(self) -> None:
+        """Open loop: one greenlet starts all users, and waits for the next one's time only."""
+        prepared = self._prepared(self.planned[0])
+        self.began_at, zero = time.time(), time.perf_counter()
+        for number, request in enumerate(self.planned):
+            start = zero + request.at_s
+            gevent.sleep(max(0.0, start - time.perf_counter()))
+            self._users.spawn(self._use, request, prepared, start)
+            if number + 1 < len(self.planned):
+                gevent.sleep(0)  # its request is sent before the next one's is made
+                prepared = self._prepared(self.planned[number + 1])
+        self._users.join()
+
+    def _prepared(self, request: PlannedRequest) -> str:
+        return json.dumps(self._model.body(request))
+
+    def _use(self, request: PlannedRequest, payload: str, start_s: float) -> None:
+        answer, began, error = Answer(), time.perf_counter(), None
+        headers = {"X-Request-Id": f"load-{int(self.began_at)}-{request.number}"}
+        try:
+            self.client.stream(request.api, payload, headers, answer)
+            ended = time.perf_counter()
+            self._check(request, answer)
+        except StreamError as failure:
+            ended, error = time.perf_counter(), failure
+        result = outcome(request, answer, start_s, began, ended, error)
+        if self.check == "repeat" and error is None:
+            self._to_repeat.append((request, answer, result))
+        self._end(result)
+
+    def _check(self, request: PlannedRequest, answer: Answer) -> None:
+        check_whole(answer)
+        if self._vocabulary is not None:
+            check_simulated(answer, self._vocabulary, request.output_tokens)
+        check_counts(answer, request)
+
+    def _end(self, result: Outcome) -> None:
+        self.outcomes.append(result)
+        self.on_outcome(result)
+        if result.error is not None:
+            same = sum(one.error == result.error for one in self.outcomes)
+            if same <= MOST_LOGGED:
+                logger.error(
+                    "request %d (%s): %s: %s", result.number, result.api, result.error, result.detail
+                )
+
+    # ---- after it
+
+    def _ask_again(self) -> None:
+        """Greedy answers are the same each time: what differs now was wrong before, or is now."""
+        if not self._to_repeat:
+            return
+        logger.info("asking all %d again, to compare", len(self._to_repeat))
+        for done, _ in enumerate(Pool(REPEATED_AT_A_TIME).imap_unordered(self._compare, self._to_repeat), 1):
+            if not done % 50:
+                logger.info("compared %d of %d", done, len(self._to_repeat))
+
+    def _compare(self, once: tuple[PlannedRequest, Answer, Outcome]) -> None:
+        request, answer, result = once
+        again = Answer()
+        try:
+            self.client.stream(request.api, self._prepared(request), {}, again)
+            check_same(answer.token_ids, again.token_ids)
+            check_text(answer.text, again.text)
+        except StreamError as failure:
+            result.error, result.detail = failure.kind, failure.detail
+            logger.error("request %d: asked again, %s: %s", request.number, failure.kind, failure.detail)
+
+
+def report(test: LoadTest, summary: dict[str, Any]) -> dict[str, Any]:
+    """What `--report` writes, without what machine and command were."""
+    from loadtests.outcome import as_row
+
+    return {
+        "began_at": test.began_at,
+        "check": test.check,
+        "left_out": test.left_out,
+        "summary": summary,
+        "requests": [as_row(one) for one in sorted(test.outcomes, key=lambda one: one.number)],
+    }

@@ -1,0 +1,160 @@
+"""Load like that of many users of a language model, for Locust. docs/loadtests.md has the options.
+
+Arrivals are open loop: one Locust user, the dispatcher, starts each request at its time in a greenlet of its
+own. Locust's own numbers of users would be closed loops, whose users wait for the service and so spare it.
+"""
+
+import sys
+from argparse import Namespace
+from typing import Any
+
+from locust import LoadTestShape, User, events, task
+from locust.argument_parser import LocustArgumentParser
+from locust.env import Environment
+from locust.exception import StopUser
+
+from loadtests import load_options
+from loadtests.arrival_plan import PlannedRequest, plan
+from loadtests.load_options import LoadOptions
+from loadtests.load_test import LoadTest, report
+from loadtests.outcome import EXIT_FAILED, EXIT_USAGE, Outcome, exit_code, summarize
+from loadtests.streamed_answer import StreamError
+from loadtests.streaming_client import StreamingClient
+from loadtests.summary_text import summary_lines
+from migration.errors import InvalidRequestError
+from pd_serve.bench.report import provenance, write
+from pd_serve.simulation.traces import TraceSpec
+
+
+class Run:
+    """What the hooks of this process share.
+
+    Attributes:
+        planned: Made before anything starts, so that what cannot be is refused at once.
+        test: None before it begins.
+        failure: Why it could not begin.
+        over: The last request has ended, or there will be none.
+    """
+
+    options: LoadOptions
+    planned: list[PlannedRequest]
+    test: LoadTest | None = None
+    failure: str | None = None
+    over = False
+
+
+@events.init_command_line_parser.add_listener
+def add_options(parser: LocustArgumentParser) -> None:
+    load_options.add_to(parser)
+
+
+@events.init.add_listener
+def prepare(environment: Environment, **_: Any) -> None:
+    parsed = environment.parsed_options
+    assert parsed is not None
+    try:
+        _refuse_distributed(parsed)
+        Run.options = options = LoadOptions.from_parsed(parsed)
+        spec = TraceSpec(
+            options.trace,
+            rate=options.rate,
+            requests=options.requests,
+            arrivals=options.arrivals,
+            priority_fraction=options.high_priority,
+            seed=options.seed,
+        )
+        Run.planned = plan(
+            spec,
+            api=options.api,
+            shape=options.shape,
+            rate_scale=options.rate_scale,
+            max_tokens=options.max_tokens,
+            max_prompt_tokens=options.max_prompt_tokens,
+            until_s=options.run_time,
+            folder=options.traces,
+        )
+    except InvalidRequestError as error:
+        if not (parsed.worker and parsed.processes):  # of those that --processes makes, the first one says it
+            print(f"loadtests: error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+
+
+@events.quitting.add_listener
+def judge(environment: Environment, **_: Any) -> None:
+    if Run.test is None or Run.failure is not None:
+        environment.process_exit_code = EXIT_FAILED
+        return
+    summary = _summary(Run.test)
+    environment.process_exit_code = exit_code(summary, Run.options.goodput)
+    if Run.options.report is not None:
+        write(Run.options.report, provenance() | report(Run.test, summary))
+
+
+@events.quit.add_listener
+def show(exit_code: int, **_: Any) -> None:
+    if Run.failure is not None:
+        print(f"loadtests: error: {Run.failure}", file=sys.stderr)
+    elif Run.test is not None:
+        print("\n".join(summary_lines(_summary(Run.test), Run.options, Run.test.check)))
+        print(f"exit code {exit_code}")
+
+
+class UntilAllHaveEnded(LoadTestShape):
+    """The dispatcher alone, until the plan is through. Locust's --run-time cuts the plan; see `prepare`."""
+
+    use_common_options = True
+
+    def tick(self) -> tuple[int, float] | None:
+        return None if Run.over else (1, 1.0)
+
+
+class Dispatcher(User):
+    """Starts the users of the plan. Its own table rows are TTFT, TPOT, ITL, gap and E2E, by API."""
+
+    @task
+    def replay(self) -> None:
+        client = StreamingClient(self.host or "", Run.options.api_key)
+        Run.test = LoadTest(client, Run.options, Run.planned, self._show)
+        try:
+            Run.test.run()
+        except StreamError as error:
+            Run.failure = f"{error.kind}: {error.detail}"
+        finally:
+            Run.over = True
+        raise StopUser
+
+    def _show(self, outcome: Outcome) -> None:
+        for name, values in (
+            ("TTFT", [outcome.ttft_s]),
+            ("TPOT", [outcome.tpot_s]),
+            ("ITL", outcome.gaps_s),
+            ("gap", [outcome.longest_gap_s]),
+        ):
+            for value in values:
+                if value is not None:
+                    self._fire(name, outcome, value)
+        self._fire("E2E", outcome, outcome.e2e_s, StreamError(outcome.error) if outcome.error else None)
+
+    def _fire(self, name: str, outcome: Outcome, value_s: float, error: StreamError | None = None) -> None:
+        self.environment.events.request.fire(
+            request_type=name,
+            name=outcome.api,
+            response_time=value_s * 1e3,
+            response_length=outcome.tokens if name == "E2E" else 0,
+            exception=error,
+            context={},
+        )
+
+
+def _refuse_distributed(parsed: Namespace) -> None:
+    if parsed.master or parsed.worker or (parsed.processes or 1) != 1:
+        raise InvalidRequestError(
+            "one process makes all the load: arrivals of a plan are not shared among workers. Leave out "
+            "--processes, --master and --worker; for more load start several with other --seed"
+        )
+    if not parsed.host:
+        raise InvalidRequestError("give the service's address: --host http://127.0.0.1:8000")
+
+
+def _summary(test: LoadTest) -> dict[str, Any]:
+    return summarize(test.outcomes, Run.options.slo, len(test.planned))

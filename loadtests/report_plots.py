@@ -1,0 +1,178 @@
+"""The plots of a load test's report: panels over one time axis, as one picture or one each."""
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loadtests import cluster_samples
+from loadtests.cluster_samples import Sample
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+#: Of the medians and tails over time.
+WINDOW_S = 10.0
+
+#: An inch is as wide as a seventh of a phone's screen: its text can be read there.
+PANEL_INCHES = (5.2, 3.0)
+
+COLORS = ("#1f5fa8", "#d1702a", "#2f8f4e", "#7b4fa3", "#b8860b", "#008b8b", "#a83250", "#8c8c8c")
+STATES = {"starting": "#c9c9c9", "ready": "#2f8f4e", "draining": "#d1702a"}
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """What is plotted.
+
+    Attributes:
+        requests: Rows of the load test's report.
+        events: (seconds since the load began, what was done then).
+    """
+
+    requests: Sequence[dict[str, Any]]
+    samples: Sequence[Sample]
+    events: Sequence[tuple[float, str]]
+
+
+def latency(axes: "Axes", story: Story) -> None:
+    """Time to first token and longest gap of each request, at the time when it was to start."""
+    for name, label, color in (
+        ("ttft_s", "first token", COLORS[0]),
+        ("longest_gap_s", "longest gap", COLORS[1]),
+    ):
+        points = [(row["at_s"], row[name] * 1e3) for row in story.requests if row[name] is not None]
+        if not points:
+            continue
+        at, values = np.array(points).T
+        axes.plot(at, values, ".", color=color, alpha=0.25, markersize=3, markeredgewidth=0)
+        centres, p50, p99 = _windows(at, values)
+        axes.plot(centres, p50, color=color, linewidth=1.4, label=f"{label}, median")
+        axes.plot(centres, p99, color=color, linewidth=1.0, linestyle=":", label=f"{label}, P99")
+    axes.set_yscale("log")
+    axes.set_ylabel("ms")
+
+
+def throughput(axes: "Axes", story: Story) -> None:
+    """Requests that run, and that wait for their first step."""
+    at = [sample.at_s for sample in story.samples]
+    for what, color in (("running", COLORS[0]), ("waiting", COLORS[1])):
+        axes.plot(at, cluster_samples.totals(story.samples, what), color=color, linewidth=1.2, label=what)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("requests")
+
+
+def instances(axes: "Axes", story: Story) -> None:
+    """A bar for each instance, coloured by its state."""
+    names = cluster_samples.names(story.samples)
+    seen: set[str] = set()
+    for period in cluster_samples.periods(story.samples):
+        label = period.state if period.state not in seen else None
+        seen.add(period.state)
+        axes.barh(
+            names.index(period.instance),
+            period.end_s - period.begin_s,
+            left=period.begin_s,
+            height=0.6,
+            color=STATES.get(period.state, COLORS[-1]),
+            label=label,
+        )
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+
+
+def kv(axes: "Axes", story: Story) -> None:
+    """KV blocks in use, per instance."""
+    for number, name in enumerate(cluster_samples.names(story.samples)):
+        at, share = cluster_samples.used_share(story.samples, name)
+        style = "-" if number < len(COLORS) else "--"
+        axes.plot(
+            at, np.array(share) * 100, style, color=COLORS[number % len(COLORS)], linewidth=1.2, label=name
+        )
+    axes.set_ylim(0, 102)
+    axes.set_ylabel("% of KV blocks")
+
+
+def migrations(axes: "Axes", story: Story) -> None:
+    """How many there have been, by reason."""
+    at = [sample.at_s for sample in story.samples]
+    aborted = cluster_samples.migrations(story.samples, "aborted")
+    for number, (reason, counts) in enumerate(cluster_samples.migrations(story.samples, "committed").items()):
+        color = COLORS[number % len(COLORS)]
+        axes.plot(at, counts, color=color, linewidth=1.4, label=reason)
+        if aborted[reason][-1]:
+            axes.plot(
+                at, aborted[reason], color=color, linewidth=1.0, linestyle=":", label=f"{reason}, aborted"
+            )
+    axes.set_yscale("symlog", linthresh=10)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("so far")
+
+
+Panel = Callable[["Axes", Story], None]
+
+#: By title.
+PANELS: dict[str, Panel] = {
+    "Latency of requests": latency,
+    "Requests": throughput,
+    "Instances": instances,
+    "KV cache in use": kv,
+    "Migrations": migrations,
+}
+
+
+def svgs(story: Story) -> dict[str, str]:
+    """Each panel as an SVG document, by title."""
+    return {title: _svg(title, story) for title in PANELS}
+
+
+def picture(story: Story, path: Path) -> None:
+    """All panels below each other, as one PNG."""
+    wide, high = PANEL_INCHES
+    figure = _figure(wide * 1.5, high * 0.75 * len(PANELS))
+    for axes, title in zip(figure.subplots(len(PANELS), 1, sharex=True), PANELS, strict=True):
+        _draw(axes, title, story)
+        axes.set_title(title, fontsize=9, loc="left")
+    figure.savefig(path, dpi=100)
+
+
+def _svg(title: str, story: Story) -> str:
+    figure = _figure(*PANEL_INCHES)
+    axes = figure.subplots()
+    _draw(axes, title, story)
+    axes.set_xlabel("seconds since the load began", fontsize=8)
+    file = io.StringIO()
+    figure.savefig(file, format="svg")
+    return file.getvalue()
+
+
+def _figure(wide: float, high: float) -> "Figure":
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(wide, high), facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _draw(axes: "Axes", title: str, story: Story) -> None:
+    PANELS[title](axes, story)
+    for at_s, _ in story.events:
+        axes.axvline(at_s, color="#a83250", linewidth=0.9, linestyle="--")
+    axes.tick_params(which="both", labelsize=8)
+    axes.yaxis.label.set_fontsize(8)
+    axes.grid(True, color="#e4e4e4", linewidth=0.6)
+    axes.set_axisbelow(True)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7, frameon=False, ncols=2, loc="best")
+
+
+def _windows(at: "np.ndarray[Any, Any]", values: "np.ndarray[Any, Any]") -> tuple[list[float], ...]:
+    """(middles, medians, P99) of windows of `WINDOW_S` that hold anything."""
+    number = np.floor(at / WINDOW_S)
+    rows = [((n + 0.5) * WINDOW_S, *np.percentile(values[number == n], (50, 99))) for n in np.unique(number)]
+    return tuple([float(row[part]) for row in rows] for part in range(3))
