@@ -3,10 +3,10 @@ MODEL ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint bench lock clean
+.PHONY: help setup serve test lint bench loadtest lock clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## Make .venv from requirements.lock (done by the others when needed)
 	@deploy/setup_env.sh
@@ -27,6 +27,9 @@ bench: setup ## Measure migration, overhead and the simulator; writes results/be
 	.venv/bin/pd-serve bench migration --json results/bench-migration.json $(ARGS)
 	.venv/bin/pd-serve bench overhead --json results/bench-overhead.json $(ARGS)
 	.venv/bin/pd-serve bench simulator --json results/bench-simulator.json $(ARGS)
+
+loadtest: setup ## Load a cluster of simulated engines for two minutes; writes results/loadtest/report.html
+	.venv/bin/python -m loadtests.scenario $(ARGS)
 
 lock: ## Write requirements.lock anew from pyproject.toml: ARGS=--upgrade for newer versions
 	@deploy/make_lock.sh $(ARGS)

@@ -1,6 +1,7 @@
 """The plots of a load test's report: panels over one time axis, as one picture or one each."""
 
 import io
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,11 +50,13 @@ def latency(axes: "Axes", story: Story) -> None:
         if not points:
             continue
         at, values = np.array(points).T
-        axes.plot(at, values, ".", color=color, alpha=0.25, markersize=3, markeredgewidth=0)
+        axes.plot(at, values, ".", color=color, alpha=0.5, markersize=3.5, markeredgewidth=0)
         centres, p50, p99 = _windows(at, values)
         axes.plot(centres, p50, color=color, linewidth=1.4, label=f"{label}, median")
         axes.plot(centres, p99, color=color, linewidth=1.0, linestyle=":", label=f"{label}, P99")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
     axes.set_ylabel("ms")
 
 
@@ -98,17 +101,20 @@ def kv(axes: "Axes", story: Story) -> None:
 
 
 def migrations(axes: "Axes", story: Story) -> None:
-    """How many there have been, by reason."""
+    """How many there have been, by reason, where there were any."""
     at = [sample.at_s for sample in story.samples]
-    aborted = cluster_samples.migrations(story.samples, "aborted")
-    for number, (reason, counts) in enumerate(cluster_samples.migrations(story.samples, "committed").items()):
-        color = COLORS[number % len(COLORS)]
-        axes.plot(at, counts, color=color, linewidth=1.4, label=reason)
+    committed, aborted = (
+        cluster_samples.migrations(story.samples, what) for what in ("committed", "aborted")
+    )
+    reasons = [reason for reason in committed if committed[reason][-1] or aborted[reason][-1]]
+    for reason, color in zip(reasons, itertools.cycle(COLORS), strict=False):
+        axes.plot(at, committed[reason], color=color, linewidth=1.4, label=reason)
         if aborted[reason][-1]:
             axes.plot(
                 at, aborted[reason], color=color, linewidth=1.0, linestyle=":", label=f"{reason}, aborted"
             )
     axes.set_yscale("symlog", linthresh=10)
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_ylim(bottom=0)
     axes.set_ylabel("so far")
 

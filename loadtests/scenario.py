@@ -1,6 +1,6 @@
 """`make loadtest`: a cluster of simulated engines under a load that rises and falls, and a drain in it.
 
-    python -m loadtests.scenario [--out DIR] [--seconds 120] [--rate 5]
+    python -m loadtests.scenario [--layout disaggregated|neutral] [--seconds 120] [--rate 4] [--out DIR]
 
 Starts the cluster, runs Locust in a process of its own, looks at the cluster once a second, and writes
 `report.html`, `report.png`, `report.json`, `samples.json` and the logs. The exit code is 1 when a stream was
@@ -29,9 +29,15 @@ from pd_serve.bench.servers import free_port, started
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 
-#: The decode pool follows the load in seconds instead of minutes.
+#: (flags, the pool that is scaled and drained), by name.
+LAYOUTS = {
+    "disaggregated": ("--prefill 1 --decode 1 --autoscale-decode 1:3", "decode"),
+    "neutral": ("--neutral 1 --autoscale 1:3", "neutral"),
+}
+
+#: The pool follows the load in seconds instead of minutes.
 CLUSTER = (
-    "serve tiny --engine simulated --prefill 1 --decode 1 --neutral 1 --autoscale-decode 1:3 "
+    "serve tiny --engine simulated "
     "--set scale_interval_s=2 --set drain_after_s=5 --set scale_threshold=20 --set scale_margin=20"
 )
 
@@ -41,13 +47,13 @@ SLO = "ttft=5s,tpot=100ms"
 SAMPLE_S = 1.0
 SHOWN_EVERY = 5
 
-#: Of the load's time; about the peak of the day.
-DRAIN_AT = 0.5
+#: Of the load's time, from when Locust was started; with its start and warm-up about the peak of the day.
+DRAIN_AT = 0.6
 
 #: The last streams may go on for so long after the last has begun.
 LAST_STREAMS_S = 300.0
 
-#: A drain needs another decode instance; one may still be starting.
+#: A drain needs another instance of the pool; one may still be starting.
 DRAIN_BOUND_S = 60.0
 
 
@@ -56,10 +62,12 @@ class Scenario:
     """One run; everything is written to `out`.
 
     Attributes:
+        layout: One of `LAYOUTS`.
         seconds: How long requests arrive.
         rate: Mean requests/s.
     """
 
+    layout: str
     out: Path
     seconds: float
     rate: float
@@ -72,8 +80,9 @@ class Scenario:
         """Returns the exit code. Raises: PdServeError: The cluster did not come up."""
         self.out.mkdir(parents=True, exist_ok=True)
         port = free_port()
-        command = [str(Path(sys.executable).with_name("pd-serve")), *shlex.split(CLUSTER), f"--port={port}"]
-        say(f"starting a cluster: pd-serve {CLUSTER}")
+        flags = f"{CLUSTER} {LAYOUTS[self.layout][0]}"
+        command = [str(Path(sys.executable).with_name("pd-serve")), *shlex.split(flags), f"--port={port}"]
+        say(f"starting a cluster: pd-serve {flags}")
         with (self.out / "server.log").open("w+b") as log:
             async with (
                 started("pd-serve", command, port, log, {}) as server,
@@ -139,12 +148,13 @@ class Scenario:
             await asyncio.sleep(SAMPLE_S)
 
     async def _drain(self, http: httpx.AsyncClient) -> None:
-        """Empties and stops the busiest decode instance, as soon as there is another one."""
+        """Empties and stops the busiest instance of the pool, as soon as there is another one."""
+        role = LAYOUTS[self.layout][1]
         await asyncio.sleep(self.seconds * DRAIN_AT)
         deadline = time.monotonic() + DRAIN_BOUND_S
         while time.monotonic() < deadline:
             rows = self._seen[-1][1]["instances"]
-            ready = [row for row in rows if row["role"] == "decode" and row["state"] == "ready"]
+            ready = [row for row in rows if row["role"] == role and row["state"] == "ready"]
             if len(ready) > 1:
                 busiest = max(ready, key=lambda row: row["running"])
                 what = f"{busiest['id']} is drained and stopped; {busiest['running']} requests run on it"
@@ -154,7 +164,7 @@ class Scenario:
                     say(what)
                     return
             await asyncio.sleep(SAMPLE_S)
-        self.problems.append("nothing was drained: there was never a second decode instance")
+        self.problems.append(f"nothing was drained: there was never a second {role} instance")
 
     async def _integrity(self, http: httpx.AsyncClient) -> None:
         violations = (await http.get("/cluster/integrity")).json()["violations"]
@@ -191,6 +201,7 @@ def say(line: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="loadtest", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--layout", choices=LAYOUTS, default="disaggregated", help="Kind of the cluster.")
     parser.add_argument("--out", type=Path, default=Path("results/loadtest"), help="Where to write.")
     parser.add_argument("--seconds", type=float, default=120.0, help="How long requests arrive.")
     parser.add_argument(
@@ -198,7 +209,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     try:
-        code = asyncio.run(Scenario(options.out, options.seconds, options.rate).run())
+        code = asyncio.run(Scenario(options.layout, options.out, options.seconds, options.rate).run())
     except PdServeError as error:
         say(f"FAILED: {error}")
         code = EXIT_FAILED

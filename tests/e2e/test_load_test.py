@@ -1,0 +1,94 @@
+"""Locust in its own process against a cluster of simulated engines, while one of them is drained."""
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from completion_client import CompletionClient
+from conftest import run_cluster
+from server_process import ServerProcess
+
+ROOT = Path(__file__).parents[2]
+
+#: Steps of milliseconds, so that it is over in seconds.
+COST_MODEL = ROOT / "results" / "profile-tiny.csv"
+
+
+@pytest.fixture(scope="module")
+def server(logs: Path) -> Iterator[ServerProcess]:
+    flags = ("--engine", "simulated", "--cost-model", str(COST_MODEL), "--prefill", "1", "--decode", "2")
+    with run_cluster(logs / "load_test.log", *flags) as server:
+        yield server
+
+
+async def locust(server: ServerProcess, report: Path, *arguments: str) -> tuple[int, str]:
+    """(exit code, what it said)."""
+    command = ["-m", "locust", "-f", "loadtests/locustfile.py", "--headless", "--only-summary"]
+    load = ["--host", server.url, "--trace", "s-s", "--max-tokens", "80", "--report", str(report)]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *command,
+        *load,
+        *arguments,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    try:
+        async with asyncio.timeout(150):
+            said, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    return await process.wait(), said.decode()
+
+
+async def test_every_stream_is_right_while_requests_move(
+    server: ServerProcess, client: CompletionClient, tmp_path: Path
+) -> None:
+    async def drain_in_turns() -> None:
+        for name in ("decode-0", "decode-1", "decode-0"):
+            before = (await client.cluster())["migrations"]["handoff"]["committed"]
+            await client.until(lambda seen: seen["migrations"]["handoff"]["committed"] > before + 8, 60)  # noqa: B023
+            await client.drain(name)
+            await asyncio.sleep(0.5)
+            await client.drain(name, draining=False)
+
+    lengths = ("--trace", "s-l", "--max-tokens", "300")
+    arguments = (*lengths, "--rate", "8", "--requests", "60", "--shape", "spike", "--high-priority", "0.2")
+    drains = asyncio.create_task(drain_in_turns())
+    try:
+        code, said = await locust(server, tmp_path / "report.json", *arguments, "--check", "simulated")
+    finally:
+        drains.cancel()
+        await asyncio.wait([drains])
+    if not drains.cancelled():
+        drains.result()
+    assert code == 0, said
+    result = json.loads((tmp_path / "report.json").read_text())
+    assert (result["summary"]["ended"], result["summary"]["failed"]) == (60, 0)
+    assert {row["api"] for row in result["requests"]} == {"chat", "completions"}
+    assert all(row["ttft_s"] > 0 for row in result["requests"])
+    migrations = (await client.cluster())["migrations"]
+    assert migrations["handoff"]["committed"] >= 60
+    assert migrations["drain"]["committed"] > 0
+
+
+async def test_a_missed_slo_is_an_exit_code(
+    server: ServerProcess, client: CompletionClient, tmp_path: Path
+) -> None:
+    slo = ("--slo", "ttft=1ms,tpot=1ms", "--goodput", "0.5")
+    code, said = await locust(server, tmp_path / "report.json", "--rate", "20", "--requests", "5", *slo)
+    assert code == 3, said
+    result = json.loads((tmp_path / "report.json").read_text())
+    assert (result["check"], result["summary"]["failed"], result["summary"]["goodput"]["good"]) == (
+        "simulated",
+        0,
+        0,
+    )
