@@ -49,6 +49,7 @@ class Case:
     prefix_caching: bool = False
     autoscale: dict[str, tuple[int, int]] = field(default_factory=dict)
     max_migrations: int = 64
+    front_end_s: float = 0.0
     one_class: bool = False
     with_series: bool = False
     slo: Slo = field(default_factory=Slo)
@@ -101,6 +102,7 @@ def configure(case: Case, traces: Path | None = None) -> tuple[SimulationConfig,
         overrides=overrides,
         autoscale={role: ScaleBounds(*bounds) for role, bounds in case.autoscale.items()},
         max_migrations=case.max_migrations,
+        front_end_s=case.front_end_s,
         seed=case.trace.seed,
     )
     return config, high, left_out

@@ -12,8 +12,12 @@ SEGMENT_TOKENS = 512
 
 
 #: KV blocks of the paper's instances. Arithmetic gives 851; with what the engine keeps for itself when
-#: batches are large, this reproduces the paper's latencies best (docs/policies.md). The only fitted number.
+#: batches are large, this reproduces the paper's latencies best (docs/policies.md). Fitted once.
 FITTED_BLOCKS = 780
+
+#: What a request of the paper takes from its client to an engine and its first token back, besides queueing
+#: and computing. Fitted, once for all figures, to its prefill latencies where nothing queues.
+FITTED_FRONT_END_S = 0.13
 
 
 class TraceRequest(msgspec.Struct, frozen=True):
@@ -96,6 +100,7 @@ class SimulationConfig:
         engines: By role; "neutral" is the default of the others.
         autoscale: By role; empty for a fixed cluster.
         start_instance_s: How long a new instance takes until it serves.
+        front_end_s: How long requests take to the router; part of their latency.
         max_migrations: Per instance and direction, at a time.
     """
 
@@ -107,6 +112,7 @@ class SimulationConfig:
     network: NetworkSettings = NetworkSettings()
     autoscale: dict[str, ScaleBounds] = field(default_factory=dict)
     start_instance_s: float = 10.0
+    front_end_s: float = 0.0
     max_migrations: int = 64
     seed: int = 0
 

@@ -71,8 +71,9 @@ class Simulation:
         self._loop.set_exception_handler(self._on_exception)
         await cluster.start()
         self._zero = self._loop.time()
+        first = self._zero + self.config.front_end_s
         for number, request in enumerate(self.config.requests):
-            self._loop.call_at(self._zero + request.arrival_s, self._submit, number)
+            self._loop.call_at(first + request.arrival_s, self._submit, number)
         sampling = asyncio.ensure_future(self._sample())
         if self._left:
             await self._all_ended.wait()

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import math
 import random
 import time
 import uuid
@@ -108,6 +109,7 @@ class CompletionClient:
             _beside(meanwhile, progress) as answer.moves,
             self.open(body, progress.request_id, headers) as events,
         ):
+            progress.accepted_at = time.monotonic()
             async for event in events:
                 assert "error" not in event, event
                 answer.usage = event.get("usage") or answer.usage
@@ -197,6 +199,7 @@ class Progress:
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
         self.tokens = 0
+        self.accepted_at = math.inf
         self.times: list[float] = []
         self.ended = False
         self._changed = asyncio.Event()

@@ -27,6 +27,11 @@ class Stream:
         assert await self.progress.reached(tokens), "the request ended too early"
 
     @property
+    def accepted_at(self) -> float:
+        """When the server began to answer: it waits in a queue from about then on."""
+        return self.progress.accepted_at
+
+    @property
     def first_token_at(self) -> float:
         return self.progress.times[0]
 

@@ -46,9 +46,9 @@ async def test_pool_follows_the_load(client: CompletionClient, reference: Refere
             lambda cluster: all(row["running"] for row in cluster["instances"] if row["id"] in pool(cluster))
         )
     async with load(client, reference, BODIES[:2]):
+        await client.until(lambda cluster: "is stopped: drained and empty" in str(cluster["decisions"]))
         cluster = await client.until(lambda cluster: len(cluster["instances"]) == 2)
         assert len(pool(cluster)) == 1
-        assert "is stopped: drained and empty" in str(cluster["decisions"])
 
 
 async def test_there_is_always_one(client: CompletionClient, reference: Reference) -> None:

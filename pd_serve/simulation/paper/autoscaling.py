@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import rich.console
 
@@ -25,6 +26,7 @@ from pd_serve.simulation.paper.figure import (
     Metric,
     Options,
     Point,
+    paper_case,
 )
 from pd_serve.simulation.runs import Results
 from pd_serve.simulation.traces import TraceSpec
@@ -45,14 +47,8 @@ SWEEP_METRIC = Metric("Prefill P99", ("prefill_s", "p99"), log=True)
 
 
 def _case(spec: TraceSpec, policy: str, **overrides: float | int | str) -> Case:
-    return Case(
-        spec,
-        policy,
-        instances={"neutral": 8},
-        autoscale={"neutral": (1, 16)},
-        max_migrations=1,
-        overrides=overrides,
-    )
+    sizes: dict[str, Any] = {"instances": {"neutral": 8}, "autoscale": {"neutral": (1, 16)}}
+    return paper_case(spec, policy, overrides=overrides, **sizes)
 
 
 def _runs(options: Options) -> list[tuple[Place, Case]]:

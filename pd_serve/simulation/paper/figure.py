@@ -9,14 +9,21 @@ import rich.console
 
 from migration.errors import InvalidRequestError
 from pd_serve.simulation.case import Case
+from pd_serve.simulation.config import FITTED_FRONT_END_S
 from pd_serve.simulation.paper.reference import Reference
 from pd_serve.simulation.runs import Results
+from pd_serve.simulation.traces import TraceSpec
 
 T = TypeVar("T")
 
 #: The paper's names of what we call by the names of our policy sets.
 PAPER_NAMES = {"round-robin": "Round-Robin", "infaas++": "INFaaS++", "llumnix-paper": "Llumnix"}
 BASELINE, LLUMNIX = "INFaaS++", "Llumnix"
+
+
+def paper_case(trace: TraceSpec, policy: str, **changes: Any) -> Case:
+    """A run as in the paper: one migration at a time, and its front end."""
+    return Case(trace, policy, max_migrations=1, front_end_s=FITTED_FRONT_END_S, **changes)
 
 
 @dataclass(frozen=True, slots=True)

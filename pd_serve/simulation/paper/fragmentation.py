@@ -6,7 +6,16 @@ from collections.abc import Sequence
 import rich.console
 
 from pd_serve.simulation.case import Case
-from pd_serve.simulation.paper.figure import BASELINE, LLUMNIX, PAPER_NAMES, Figure, Metric, Options, Point
+from pd_serve.simulation.paper.figure import (
+    BASELINE,
+    LLUMNIX,
+    PAPER_NAMES,
+    Figure,
+    Metric,
+    Options,
+    Point,
+    paper_case,
+)
 from pd_serve.simulation.runs import Results
 from pd_serve.simulation.traces import TraceSpec
 
@@ -20,7 +29,7 @@ STRETCHES = 120
 def _runs(options: Options) -> dict[str, Case]:
     spec = TraceSpec("m-m", RATE, options.requests, "poisson", seed=options.seed)
     return {
-        PAPER_NAMES[policy]: Case(spec, policy, max_migrations=1, with_series=True)
+        PAPER_NAMES[policy]: paper_case(spec, policy, with_series=True)
         for policy in ("infaas++", "llumnix-paper")
     }
 

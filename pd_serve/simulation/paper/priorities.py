@@ -7,7 +7,7 @@ import rich.console
 from pd_serve.simulation.case import Case
 from pd_serve.simulation.paper.comparison import against_targets, factor_lines
 from pd_serve.simulation.paper.curves import Place, points_of
-from pd_serve.simulation.paper.figure import LATENCIES, LLUMNIX, Figure, Metric, Options, Point
+from pd_serve.simulation.paper.figure import LATENCIES, LLUMNIX, Figure, Metric, Options, Point, paper_case
 from pd_serve.simulation.runs import Results
 from pd_serve.simulation.traces import TraceSpec
 
@@ -25,7 +25,7 @@ def _runs(options: Options) -> list[tuple[float, str, Case]]:
     for cv in options.pick(CVS):
         spec = TraceSpec("s-s", RATE, options.requests, f"gamma:{cv:g}", HIGH_SHARE, options.seed)
         for series, one_class in ((BASE, True), (LLUMNIX, False)):
-            runs.append((cv, series, Case(spec, "llumnix-paper", max_migrations=1, one_class=one_class)))
+            runs.append((cv, series, paper_case(spec, "llumnix-paper", one_class=one_class)))
     return runs
 
 

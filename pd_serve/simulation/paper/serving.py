@@ -16,6 +16,7 @@ from pd_serve.simulation.paper.figure import (
     Metric,
     Options,
     Point,
+    paper_case,
 )
 from pd_serve.simulation.runs import Results
 from pd_serve.simulation.traces import TraceSpec
@@ -44,7 +45,7 @@ def _runs(options: Options) -> list[tuple[Place, Case]]:
         for rate in options.pick(known or rates):
             for policy, series in PAPER_NAMES.items():
                 spec = TraceSpec(trace, rate, options.requests, "poisson", seed=options.seed)
-                runs.append(((panel, series, rate), Case(spec, policy, max_migrations=1)))
+                runs.append(((panel, series, rate), paper_case(spec, policy)))
     return runs
 
 
