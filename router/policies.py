@@ -5,7 +5,7 @@ from typing import Any, Literal
 import msgspec
 
 DispatchName = Literal["round-robin", "queue", "p2c", "freest", "backlog", "prefix"]
-ReschedulingName = Literal["none", "paper", "guarded"]
+ReschedulingName = Literal["none", "pairs"]
 
 
 class PolicySet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -73,15 +73,18 @@ POLICY_SETS: dict[str, PolicySet] = {
         # Load-aware dispatch, no migration: the paper's strongest baseline.
         PolicySet("infaas++"),
         # The paper's settings, nothing else.
-        PolicySet("llumnix-paper", headroom=True, rescheduling="paper"),
+        PolicySet("llumnix-paper", headroom=True, rescheduling="pairs"),
         # Ours. What is not the paper's has its reason and its measured gain in docs/policies.md.
         PolicySet(
             "llumnix",
             late_binding=True,
             headroom=True,
-            rescheduling="guarded",
+            rescheduling="pairs",
             victim="guarded",
+            migration_threshold=10.0,
             max_moves=4,
+            scale_threshold=20.0,
+            scale_margin=10.0,
             drain_after_s=30.0,
         ),
     )

@@ -1,9 +1,9 @@
 """Whether a move is worth it: it has to leave the less free one of the pair freer than it was.
 
 Under constant load every such move makes the sorted list of all instances' room greater, so moves come to
-an end, and no request goes back and forth. (Those to one destination in one round count with an average
-size for each other: what that gets wrong, the next round sees.) The paper's rule has no such check: two
-instances on either side of the threshold can pass one request to each other for ever.
+an end, and no request goes back and forth. (What is on its way already counts with an average size: what
+that gets wrong, later rounds see.) The paper's rule has no such check: two instances on either side of the
+threshold can pass one request to each other for ever.
 """
 
 from router.freeness import freeness, virtual_usage

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import rich.console
@@ -21,6 +22,7 @@ from pd_serve.simulation.paper.figure import (
     BASELINE,
     LATENCIES,
     LLUMNIX,
+    OURS,
     PAPER_NAMES,
     Figure,
     Metric,
@@ -87,11 +89,13 @@ def _findings(points: Sequence[Point]) -> list[str]:
 
 def _sweep(options: Options) -> list[tuple[str, Case]]:
     spec = TraceSpec("l-l", SWEEP_RATE, options.requests, "poisson", seed=options.seed)
-    return [
-        (PAPER_NAMES[policy], _case(spec, policy, scale_threshold=threshold))
-        for policy in POLICIES
-        for threshold in options.pick(THRESHOLDS)
-    ]
+    runs = []
+    for threshold in options.pick(THRESHOLDS):
+        for policy in POLICIES:
+            runs.append((PAPER_NAMES[policy], _case(spec, policy, scale_threshold=threshold)))
+        case = _case(spec, "llumnix", scale_threshold=threshold)
+        runs.append((OURS, replace(case, max_migrations=64)))
+    return runs
 
 
 def _sweep_points(options: Options, results: Results, console: rich.console.Console) -> list[Point]:
@@ -109,17 +113,22 @@ def _sweep_points(options: Options, results: Results, console: rich.console.Cons
 
 def _sweep_findings(points: Sequence[Point]) -> list[str]:
     lines = []
-    sides: tuple[tuple[str, Value], ...] = (("ours", ours), ("paper's points", papers))
-    for who, value in sides:
-        levels = at_equal_y(points, SWEEP_METRIC.name, SWEEP_PANEL, BASELINE, LLUMNIX, value)
+    sides: tuple[tuple[str, str, Value], ...] = (
+        (LLUMNIX, "simulated", ours),
+        (LLUMNIX, "paper's points", papers),
+        (OURS, "simulated", ours),
+    )
+    for series, who, value in sides:
+        levels = at_equal_y(points, SWEEP_METRIC.name, SWEEP_PANEL, BASELINE, series, value)
         saved = [1 - under / over for _, over, under in levels]
+        what = f"instances at equal prefill P99, 1 - {series} / {BASELINE}: {who}"
         if saved:
             lines.append(
-                f"instances at equal prefill P99, 1 - {LLUMNIX} / {BASELINE}: {who} {min(saved):.0%} to "
-                f"{max(saved):.0%} for P99 from {levels[0][0]:.1f} to {levels[-1][0]:.1f} s"
+                f"{what} {min(saved):.0%} to {max(saved):.0%} for P99 from {levels[0][0]:.1f} to "
+                f"{levels[-1][0]:.1f} s"
             )
         else:
-            lines.append(f"instances at equal prefill P99: {who} have no P99 in common")
+            lines.append(f"{what} have no P99 in common")
     return lines
 
 

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 #: The paper's names of what we call by the names of our policy sets.
 PAPER_NAMES = {"round-robin": "Round-Robin", "infaas++": "INFaaS++", "llumnix-paper": "Llumnix"}
-BASELINE, LLUMNIX = "INFaaS++", "Llumnix"
+BASELINE, LLUMNIX, OURS = "INFaaS++", "Llumnix", "our defaults"
 
 
 def paper_case(trace: TraceSpec, policy: str, **changes: Any) -> Case:

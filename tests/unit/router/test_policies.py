@@ -21,7 +21,7 @@ def test_the_papers_settings() -> None:
 
     assert (paper.migration_threshold, paper.scale_threshold, paper.scale_margin) == (3, 10, 50)
     assert (paper.rescheduling_interval_s, paper.scale_interval_s, paper.max_moves) == (0.2, 10, 1)
-    assert (paper.dispatch, paper.rescheduling, paper.victim) == ("freest", "paper", "shortest")
+    assert (paper.dispatch, paper.rescheduling, paper.victim) == ("freest", "pairs", "shortest")
     assert (paper.headroom, paper.roles, paper.drain_after_s) == (True, False, 0)
 
 

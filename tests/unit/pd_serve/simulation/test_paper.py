@@ -66,7 +66,8 @@ def test_cases_differ_and_are_the_papers(figure: Figure) -> None:
     cases = figure.cases(options(10_000, ALL, Reference()))
 
     assert len({case.key for case in cases}) == len(cases)
-    assert all(case.max_migrations == 1 and case.cost_model == "a10-llama-7b" for case in cases)
+    papers = [case for case in cases if case.policy != "llumnix"]
+    assert all(case.max_migrations == 1 and case.cost_model == "a10-llama-7b" for case in papers)
     assert all(make_requests(case.trace)[0].arrival_s == 0 for case in cases[:1])
 
 
