@@ -24,7 +24,7 @@ def server(logs: Path) -> Iterator[ServerProcess]:
     """A decode instance has 71 usable blocks of 32 tokens."""
     flags = ("--prefill", "1", "--decode", "1", "--max-model-len", "2048", "--no-enable-prefix-caching")
     few_blocks = ("--decode-kv-cache-memory-bytes", str(72 * 2**17))
-    settings = {"scale_interval_s": 1, "drain_after_s": 2, "scale_margin": 5}
+    settings = {"scale_interval_s": 1, "drain_after_s": 2, "scale_threshold": 10, "scale_margin": 5}
     scaling = ["--autoscale-decode", "1:2"]
     for key, value in settings.items():
         scaling += ["--set", f"{key}={value}"]
