@@ -29,7 +29,6 @@ LOCAL_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_prestart_worker_first_driver": "0",
     "RAY_enable_worker_prestart": "0",
-    "RAY_DEDUP_LOGS": "0",
     "RAY_COLOR_PREFIX": "0",
     "RAY_worker_niceness": "0",  # the workers are the service, not batch jobs beside it
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

@@ -181,6 +181,8 @@ def process_environment(config: ServeConfig, model: str) -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several engines share the cores
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
+        # Read when Ray is imported. It would leave out what decode-1 says after decode-0.
+        "RAY_DEDUP_LOGS": "0",
         "GLOO_SOCKET_IFNAME": "lo",  # an engine's process groups do not leave its machine
     }
     if Path(model).is_dir():

@@ -8,7 +8,7 @@ import asyncio
 import json
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -102,9 +102,11 @@ def reference(logs: Path) -> Iterator[Reference]:
 
 
 @contextmanager
-def run_cluster(log: Path, *flags: str) -> Iterator[ServerProcess]:
+def run_cluster(
+    log: Path, *flags: str, environment: Mapping[str, str] | None = None
+) -> Iterator[ServerProcess]:
     """A cluster of pd-serve. When it is stopped nothing may be left of it."""
-    server = ServerProcess(pd_serve("serve", "tiny", "--port", "0", *flags), log)
+    server = ServerProcess(pd_serve("serve", "tiny", "--port", "0", *flags), log, environment=environment)
     try:
         server.wait_ready()
         yield server

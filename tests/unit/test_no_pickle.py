@@ -15,11 +15,14 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreReques
 from vllm.v1.serial_utils import CUSTOM_TYPE_CLOUDPICKLE, CUSTOM_TYPE_PICKLE, MsgpackDecoder
 
 from migration.messages import AnyMigrationMessage
-from pd_serve.messages import ToApiServer, ToInstance, TokenHeader
+from migration.transport.nixl import _Endpoint
+from pd_serve.messages import ToApiServer, ToInstance, TokenHeader, ToScheduler
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(
-    path for package in ("pd_serve", "migration", "router") for path in (ROOT / package).rglob("*.py")
+    path
+    for package in ("pd_serve", "migration", "router", "deploy", "loadtests")
+    for path in (ROOT / package).rglob("*.py")
 )
 
 #: Modules that turn bytes into objects of any class, and calls that turn text into code.
@@ -29,8 +32,10 @@ CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "np.load", "nump
 OUR_DECODERS = {
     "to an instance": msgspec.msgpack.Decoder(ToInstance),
     "to an API server": msgspec.msgpack.Decoder(ToApiServer),
+    "to the scheduler": msgspec.msgpack.Decoder(ToScheduler),
     "between llumlets": msgspec.msgpack.Decoder(AnyMigrationMessage),
     "header of tokens": msgspec.msgpack.Decoder(TokenHeader),
+    "where KV blocks are": msgspec.msgpack.Decoder(_Endpoint),
 }
 
 

@@ -1,0 +1,163 @@
+"""A running cluster, as somebody sees it who has none of its keys."""
+
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from conftest import run_cluster
+from open_ports import Port, ask_all, listening, processes
+from server_process import ServerProcess
+
+from pd_serve.api.keys import OPEN_PREFIXES
+
+API_KEY, ADMIN_KEY, SECRET = "sk-clients", "sk-admin", "a-secret-of-this-cluster-0123456789"
+
+#: Processes of Ray's own, and what stays open there: its metrics, which are counters to read.
+RAY_PROCESSES = {
+    "gcs_server",
+    "raylet",
+    "ray::DashboardAgent",
+    "ray::RuntimeEnvAgent",
+    "monitor.py",
+    "dashboard.py",
+}
+RAY_METRICS = {"ray::DashboardAgent", "monitor.py", "dashboard.py"}
+
+OUR_PROCESSES = {"pd-serve", "ray::InstanceActor", "ray::SchedulerActor"}
+
+
+@pytest.fixture(scope="module")
+def server(logs: Path) -> Iterator[ServerProcess]:
+    """Real engines, which have moved a request already: every socket that there will be is there."""
+    environment = {
+        "VLLM_API_KEY": API_KEY,
+        "PD_SERVE_ADMIN_KEY": ADMIN_KEY,
+        "PD_SERVE_CLUSTER_SECRET": SECRET,
+    }
+    flags = ("--prefill", "1", "--decode", "1")
+    with run_cluster(logs / "security.log", *flags, environment=environment) as server:
+        complete(server)
+        yield server
+
+
+def ask(server: ServerProcess, path: str, key: str | None = None, method: str = "GET") -> httpx.Response:
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return httpx.request(method, server.url + path, headers=headers, timeout=60)
+
+
+def complete(server: ServerProcess) -> None:
+    body = {"model": "tiny", "prompt": "Once upon a time", "max_tokens": 20, "ignore_eos": True}
+    headers = {"Authorization": f"Bearer {API_KEY}"}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=60)
+    assert answer.json()["usage"]["completion_tokens"] == 20
+
+
+def ports_by_protocol(server: ServerProcess) -> dict[str, list[Port]]:
+    found: dict[str, list[Port]] = {}
+    for port, protocol in ask_all(list(listening(server)), lambda port: port.speaks):
+        found.setdefault(protocol, []).append(port)
+    return found
+
+
+def test_nobody_answers_a_stranger(server: ServerProcess) -> None:
+    """All listening ports of all processes. Those that speak gRPC are Ray's, also in our processes."""
+    ports = ports_by_protocol(server)
+
+    assert {port.process for ports in ports.values() for port in ports} >= OUR_PROCESSES
+    assert {port.process for ports in ports.values() for port in ports} <= OUR_PROCESSES | RAY_PROCESSES
+    assert [port for ports in ports.values() for port in ports if not port.is_loopback] == []
+    assert set(ports) == {"http", "zeromq", "grpc", "nothing"}
+
+    # ZeroMQ: two of the API server (messages, tokens), one of everybody else.
+    assert Counter(port.process for port in ports["zeromq"]) == {
+        "pd-serve": 2,
+        "ray::InstanceActor": 2,
+        "ray::SchedulerActor": 1,
+    }
+    assert [port for port in ports["zeromq"] if port.lets_in("none") or port.lets_in("others")] == []
+
+    # NIXL (UCX) and gloo: not a byte.
+    assert {port.process for port in ports["nothing"]} == {"ray::InstanceActor"}
+    assert [port for port, silent in ask_all(ports["nothing"], Port.says_nothing) if not silent] == []
+
+    # HTTP: ours, below; and Ray's.
+    [ours] = [port for port in ports["http"] if port.process in OUR_PROCESSES]
+    assert ours.number == server.port
+    for port in set(ports["http"]) - {ours}:
+        allowed = {401, 404, 200} if port.process in RAY_METRICS else {401}
+        assert {port.get(path) for path in ("/", "/api/version", "/metrics", "/logs")} <= allowed, port
+
+    # gRPC: Ray's.
+    for port in ports["grpc"]:
+        codes = port.ask_ray()
+        assert codes <= {"UNAUTHENTICATED", "UNIMPLEMENTED"}, port
+        assert "UNAUTHENTICATED" in codes or port.process in RAY_PROCESSES, port
+
+
+def refusals(server: ServerProcess) -> list[str]:
+    """Names of the processes that have told of a stranger, as often as they have."""
+    return re.findall(r"(\S+): refused a peer at 127\.0\.0\.1, ", server.tail(10**6))
+
+
+def test_strangers_are_one_line_for_each_process_and_change_nothing(server: ServerProcess) -> None:
+    """They have said that decode-0 is lost."""
+    for port in ports_by_protocol(server)["zeromq"]:
+        assert not port.lets_in("none")
+
+    complete(server)
+
+    states = [instance["state"] for instance in ask(server, "/cluster", ADMIN_KEY).json()["instances"]]
+    assert states == ["ready", "ready"]
+    deadline = time.monotonic() + 60
+    while len(lines := refusals(server)) < 4 and time.monotonic() < deadline:
+        time.sleep(0.1)  # Ray passes the lines on
+    assert sorted(name.split("-")[0] for name in lines) == ["api", "decode", "prefill", "scheduler"]
+
+
+@pytest.mark.parametrize("key", [None, "wrong", ADMIN_KEY])
+def test_every_path_wants_the_api_key(server: ServerProcess, key: str | None) -> None:
+    """But for those that are open by design, and `/cluster`."""
+    paths = ask(server, "/openapi.json").json()["paths"]
+    answers = {
+        (method, path): ask(server, re.sub(r"\{[^}]*\}", "x", path), key, method.upper())
+        for path, methods in paths.items()
+        for method in methods
+        if path not in OPEN_PREFIXES and not (key == ADMIN_KEY and path.startswith("/cluster"))
+    }
+
+    assert len(answers) > 15
+    assert {what for what, answer in answers.items() if answer.status_code != 401} == set()
+    assert all(answer.json() == {"error": "Unauthorized"} for answer in answers.values())
+
+
+def test_the_keys_open_what_they_are_for(server: ServerProcess) -> None:
+    assert ask(server, "/v1/models", API_KEY).status_code == 200
+    assert ask(server, "/cluster", ADMIN_KEY).status_code == 200
+    assert ask(server, "/cluster", API_KEY).status_code == 401
+
+
+def test_no_secret_is_shown(server: ServerProcess) -> None:
+    """In no log and no command line; the cluster's secret in no other process's environment either."""
+    secrets = (API_KEY, ADMIN_KEY, SECRET)
+    log = server.tail(10**6)
+    lines = [" ".join(process.cmdline()) for process in processes(server)]
+
+    assert len(lines) > 8
+    assert [secret for secret in secrets if secret in log or any(secret in line for line in lines)] == []
+    for process in processes(server)[1:]:
+        assert "PD_SERVE_CLUSTER_SECRET" not in process.environ(), process
+
+
+def test_ray_s_token_is_of_this_run_only(server: ServerProcess) -> None:
+    [raylet] = [process for process in processes(server) if process.name() == "raylet"]
+    token = raylet.environ()["RAY_AUTH_TOKEN"]
+
+    assert len(token) == 64
+    kept = Path.home() / ".ray" / "auth_token"
+    assert not kept.exists() or kept.read_text().strip() != token
+    assert psutil.Process().environ().get("RAY_AUTH_TOKEN") != token
