@@ -92,7 +92,7 @@ class Port:
         return httpx.get(f"http://127.0.0.1:{self.number}{path}", timeout=20).status_code
 
     def lets_in(self, keys: str) -> bool:
-        """Whether a ZeroMQ peer without keys, or with others, may talk: it would say that decode-0 is lost."""
+        """Whether a ZeroMQ peer without keys, or with others, may talk: it would say decode-0 is lost."""
         with zmq.Context() as context, context.socket(zmq.PUSH) as stranger:
             stranger.linger = 0
             if keys == "others":
