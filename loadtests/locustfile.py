@@ -79,6 +79,12 @@ def prepare(environment: Environment, **_: Any) -> None:
         sys.exit(EXIT_USAGE)
 
 
+@events.test_stop.add_listener
+def let_begin_again(**_: Any) -> None:
+    """With Locust's web page, where a load can be started several times."""
+    Run.over = False
+
+
 @events.quitting.add_listener
 def judge(environment: Environment, **_: Any) -> None:
     if Run.test is None or Run.failure is not None:

@@ -42,6 +42,8 @@ class Story:
 
 def latency(axes: "Axes", story: Story) -> None:
     """Time to first token and longest gap of each request, at the time when it was to start."""
+    from matplotlib.ticker import LogLocator
+
     for name, label, color in (
         ("ttft_s", "first token", COLORS[0]),
         ("longest_gap_s", "longest gap", COLORS[1]),
@@ -55,12 +57,13 @@ def latency(axes: "Axes", story: Story) -> None:
         axes.plot(centres, p50, color=color, linewidth=1.4, label=f"{label}, median")
         axes.plot(centres, p99, color=color, linewidth=1.0, linestyle=":", label=f"{label}, P99")
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("")
+    axes.minorticks_off()
     axes.set_ylabel("ms")
 
 
-def throughput(axes: "Axes", story: Story) -> None:
+def in_progress(axes: "Axes", story: Story) -> None:
     """Requests that run, and that wait for their first step."""
     at = [sample.at_s for sample in story.samples]
     for what, color in (("running", COLORS[0]), ("waiting", COLORS[1])):
@@ -124,7 +127,7 @@ Panel = Callable[["Axes", Story], None]
 #: By title.
 PANELS: dict[str, Panel] = {
     "Latency of requests": latency,
-    "Requests": throughput,
+    "Requests in progress": in_progress,
     "Instances": instances,
     "KV cache in use": kv,
     "Migrations": migrations,
@@ -141,7 +144,7 @@ def picture(story: Story, path: Path) -> None:
     wide, high = PANEL_INCHES
     figure = _figure(wide * 1.5, high * 0.75 * len(PANELS))
     for axes, title in zip(figure.subplots(len(PANELS), 1, sharex=True), PANELS, strict=True):
-        _draw(axes, title, story)
+        _draw(axes, title, story, legend_columns=6)
         axes.set_title(title, fontsize=9, loc="left")
     figure.savefig(path, dpi=100)
 
@@ -149,7 +152,7 @@ def picture(story: Story, path: Path) -> None:
 def _svg(title: str, story: Story) -> str:
     figure = _figure(*PANEL_INCHES)
     axes = figure.subplots()
-    _draw(axes, title, story)
+    _draw(axes, title, story, legend_columns=3)
     axes.set_xlabel("seconds since the load began", fontsize=8)
     file = io.StringIO()
     figure.savefig(file, format="svg")
@@ -165,7 +168,7 @@ def _figure(wide: float, high: float) -> "Figure":
     return figure
 
 
-def _draw(axes: "Axes", title: str, story: Story) -> None:
+def _draw(axes: "Axes", title: str, story: Story, legend_columns: int) -> None:
     PANELS[title](axes, story)
     for at_s, _ in story.events:
         axes.axvline(at_s, color="#a83250", linewidth=0.9, linestyle="--")
@@ -173,8 +176,9 @@ def _draw(axes: "Axes", title: str, story: Story) -> None:
     axes.yaxis.label.set_fontsize(8)
     axes.grid(True, color="#e4e4e4", linewidth=0.6)
     axes.set_axisbelow(True)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=7, frameon=False, ncols=2, loc="best")
+    if axes.get_legend_handles_labels()[0]:  # above the axes: it covers nothing
+        corner = (1.0, 0.98)
+        axes.legend(fontsize=7, frameon=False, ncols=legend_columns, loc="lower right", bbox_to_anchor=corner)
 
 
 def _windows(at: "np.ndarray[Any, Any]", values: "np.ndarray[Any, Any]") -> tuple[list[float], ...]:

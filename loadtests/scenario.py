@@ -45,6 +45,8 @@ LOAD = "--trace m-m --max-tokens 250 --max-prompt-tokens 1000 --shape day --api 
 SLO = "ttft=5s,tpot=100ms"
 
 SAMPLE_S = 1.0
+
+#: Samples.
 SHOWN_EVERY = 5
 
 #: Of the load's time, from when Locust was started; with its start and warm-up about the peak of the day.
@@ -52,9 +54,6 @@ DRAIN_AT = 0.6
 
 #: The last streams may go on for so long after the last has begun.
 LAST_STREAMS_S = 300.0
-
-#: A drain needs another instance of the pool; one may still be starting.
-DRAIN_BOUND_S = 60.0
 
 
 @dataclass
@@ -65,6 +64,9 @@ class Scenario:
         layout: One of `LAYOUTS`.
         seconds: How long requests arrive.
         rate: Mean requests/s.
+        problems: Why it failed.
+        events: (time since the epoch, what was done).
+        seen: (time since the epoch, body of `GET /cluster`).
     """
 
     layout: str
@@ -73,7 +75,7 @@ class Scenario:
     rate: float
     problems: list[str] = field(default_factory=list)
     events: list[tuple[float, str]] = field(default_factory=list)
-    _seen: list[tuple[float, dict[str, Any]]] = field(default_factory=list)
+    seen: list[tuple[float, dict[str, Any]]] = field(default_factory=list)
     _zero: float = 0.0
 
     async def run(self) -> int:
@@ -101,7 +103,7 @@ class Scenario:
                 sampler.cancel()
                 with suppress(asyncio.CancelledError):
                     await sampler
-        return self._report([shlex.join(["pd-serve", *command[1:]]), shlex.join(load)])
+        return self.conclude([shlex.join(["pd-serve", *command[1:]]), shlex.join(load)])
 
     async def _load(self, url: str) -> list[str]:
         """Runs Locust to its end. Returns its command line."""
@@ -142,8 +144,8 @@ class Scenario:
             except httpx.HTTPError as error:
                 self.problems.append(f"GET /cluster failed: {error!r}")
                 return
-            self._seen.append((time.time(), response.json()))
-            if len(self._seen) % SHOWN_EVERY == 1:
+            self.seen.append((time.time(), response.json()))
+            if len(self.seen) % SHOWN_EVERY == 1:
                 say(cluster_samples.line(self._samples(self._zero)[-1]))
             await asyncio.sleep(SAMPLE_S)
 
@@ -151,9 +153,8 @@ class Scenario:
         """Empties and stops the busiest instance of the pool, as soon as there is another one."""
         role = LAYOUTS[self.layout][1]
         await asyncio.sleep(self.seconds * DRAIN_AT)
-        deadline = time.monotonic() + DRAIN_BOUND_S
-        while time.monotonic() < deadline:
-            rows = self._seen[-1][1]["instances"]
+        while True:
+            rows = self.seen[-1][1]["instances"]
             ready = [row for row in rows if row["role"] == role and row["state"] == "ready"]
             if len(ready) > 1:
                 busiest = max(ready, key=lambda row: row["running"])
@@ -164,7 +165,6 @@ class Scenario:
                     say(what)
                     return
             await asyncio.sleep(SAMPLE_S)
-        self.problems.append(f"nothing was drained: there was never a second {role} instance")
 
     async def _integrity(self, http: httpx.AsyncClient) -> None:
         violations = (await http.get("/cluster/integrity")).json()["violations"]
@@ -172,9 +172,10 @@ class Scenario:
         say("integrity: " + ("; ".join(violations) or "nothing is wrong"))
 
     def _samples(self, zero: float) -> list[Sample]:
-        return [Sample(at - zero, cluster) for at, cluster in self._seen]
+        return [Sample(at - zero, cluster) for at, cluster in self.seen]
 
-    def _report(self, commands: Sequence[str]) -> int:
+    def conclude(self, commands: Sequence[str]) -> int:
+        """Writes the report, says what was wrong, and returns the exit code."""
         path = self.out / "report.json"
         if not path.exists():
             say(f"FAILED: the load did not run; see {self.out / 'locust.log'}")
@@ -182,6 +183,8 @@ class Scenario:
         result = json.loads(path.read_text())
         samples = self._samples(result["began_at"])
         events = [(at - result["began_at"], what) for at, what in self.events]
+        if not events:
+            self.problems.append(f"nothing was drained: never two {LAYOUTS[self.layout][1]} instances")
         failures = result["summary"]["failures"]
         self.problems += [f"{count} requests: {kind}" for kind, count in failures.items()]
         rows = [{"at_s": round(sample.at_s, 3), **sample.cluster} for sample in samples]

@@ -34,7 +34,7 @@ def summary_lines(summary: dict[str, Any], options: LoadOptions, check: str) -> 
     late = summary["late_start_ms"]["p99"]
     if late is not None and late > LATE_S * 1e3:
         lines.append(
-            f"warning: 1 % of the requests started {late:.0f} ms late or more: the load generator is too slow"
+            f"warning: 1 % of the requests started {late:.0f} ms late or more: this machine is too busy"
         )
     return lines
 

@@ -1,5 +1,6 @@
-"""Samples of the cluster as series, and the report as one file that needs no other."""
+"""Samples of the cluster as series, the report as one file that needs no other, and how a scenario ends."""
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,6 +12,7 @@ from loadtests import cluster_samples, report_page
 from loadtests.cluster_samples import Period, Sample
 from loadtests.load_options import Limit
 from loadtests.outcome import Outcome, as_row, summarize
+from loadtests.scenario import Scenario
 
 
 def row(name: str, state: str = "ready", free: int = 75) -> dict[str, Any]:
@@ -125,3 +127,38 @@ def test_a_good_run_says_so() -> None:
     assert "every one right (simulated)" in html
     assert "95.2 %" not in html
     assert "Good (ttft ≤ 1 s): 47.6 %" in html
+
+
+@pytest.mark.parametrize(
+    ("drained", "problems", "failed", "says"),
+    [
+        (True, [], 0, []),
+        (True, ["integrity: a slot is not given back"], 0, ["integrity: a slot is not given back"]),
+        (True, [], 2, ["2 requests: a token is lost"]),
+        (False, [], 0, ["nothing was drained: never two decode instances"]),
+    ],
+)
+def test_how_a_scenario_ends(
+    drained: bool,
+    problems: list[str],
+    failed: int,
+    says: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    load = result() | {"began_at": 50.0}
+    load["summary"]["failures"] = {"a token is lost": failed} if failed else {}
+    (tmp_path / "report.json").write_text(json.dumps(load))
+    scenario = Scenario("disaggregated", tmp_path, 10.0, 2.0, problems=problems)
+    scenario.events = [(55.0, "decode-0 is drained")] if drained else []
+    scenario.seen = [(50.0 + sample.at_s, sample.cluster) for sample in SAMPLES]
+    assert scenario.conclude(["pd-serve", "locust"]) == (1 if says else 0)
+    shown = capsys.readouterr().out
+    for problem in says:
+        assert f"FAILED: {problem}" in shown
+        assert problem in (tmp_path / "report.html").read_text()
+    assert len(json.loads((tmp_path / "samples.json").read_text())["samples"]) == 4
+
+
+def test_a_scenario_without_load(tmp_path: Path) -> None:
+    assert Scenario("neutral", tmp_path, 10.0, 2.0).conclude([]) == 1
