@@ -12,7 +12,7 @@ from gevent.pool import Group, Pool
 
 from loadtests.arrival_plan import PlannedRequest, fitting
 from loadtests.load_options import LoadOptions
-from loadtests.outcome import Outcome, outcome
+from loadtests.outcome import Outcome, as_row, outcome
 from loadtests.served_model import ServedModel
 from loadtests.streamed_answer import Answer, StreamError, check_counts, check_whole
 from loadtests.streaming_client import StreamingClient
@@ -189,8 +189,6 @@ class LoadTest:
 
 def report(test: LoadTest, summary: dict[str, Any]) -> dict[str, Any]:
     """What `--report` writes, without what machine and command were."""
-    from loadtests.outcome import as_row
-
     return {
         "began_at": test.began_at,
         "check": test.check,

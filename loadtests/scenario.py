@@ -14,7 +14,6 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,19 +89,18 @@ class Scenario:
                 started("pd-serve", command, port, log, {}) as server,
                 httpx.AsyncClient(base_url=server.url, timeout=30) as http,
             ):
-                sampler = asyncio.create_task(self._sample(http))
-                drain = asyncio.create_task(self._drain(http))
+                sampler, drain = (asyncio.create_task(job) for job in (self._sample(http), self._drain(http)))
                 try:
                     load = await self._load(server.url)
-                finally:
                     drain.cancel()
-                    await asyncio.wait([drain])
-                if not drain.cancelled():
-                    drain.result()
-                await self._integrity(http)
-                sampler.cancel()
-                with suppress(asyncio.CancelledError):
-                    await sampler
+                    await self._integrity(http)
+                finally:
+                    for task in (sampler, drain):
+                        task.cancel()
+                    await asyncio.wait([sampler, drain])
+                for task in (sampler, drain):
+                    if not task.cancelled() and (error := task.exception()) is not None:
+                        self.problems.append(f"failed beside the load: {error!r}")
         return self.conclude([shlex.join(["pd-serve", *command[1:]]), shlex.join(load)])
 
     async def _load(self, url: str) -> list[str]:
@@ -167,7 +165,13 @@ class Scenario:
             await asyncio.sleep(SAMPLE_S)
 
     async def _integrity(self, http: httpx.AsyncClient) -> None:
-        violations = (await http.get("/cluster/integrity")).json()["violations"]
+        try:
+            response = await http.get("/cluster/integrity")
+            response.raise_for_status()
+        except httpx.HTTPError as error:
+            self.problems.append(f"GET /cluster/integrity failed: {error!r}")
+            return
+        violations = response.json()["violations"]
         self.problems += [f"integrity: {violation}" for violation in violations]
         say("integrity: " + ("; ".join(violations) or "nothing is wrong"))
 
@@ -216,6 +220,9 @@ def main() -> None:
     except PdServeError as error:
         say(f"FAILED: {error}")
         code = EXIT_FAILED
+    except KeyboardInterrupt:
+        say("interrupted; everything that was started has ended")
+        code = 130
     sys.exit(code)
 
 
