@@ -167,8 +167,8 @@ class Engine(Protocol):
     async def abort_client(self, client: str) -> None:
         """Ends all requests whose tokens go to an API server that is gone."""
 
-    async def live_requests(self) -> list[RequestId]:
-        """Every request that holds something here, arriving ones included."""
+    async def live_requests(self, client: str | None = None) -> list[RequestId]:
+        """Every request that holds something here, arriving ones included; of one client, or of all."""
 
     async def utility(self, method: str, *arguments: Any) -> Any:
         """One of the engine's own control methods, by the name that its front end knows."""

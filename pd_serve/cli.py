@@ -1,4 +1,4 @@
-"""The command line: `pd-serve serve`, `status`, `bench`, `simulate`."""
+"""The command line: `pd-serve serve`, `status`, `drain`, `scale`, `restart`, `bench`, `simulate`."""
 
 import asyncio
 import os
@@ -16,11 +16,7 @@ from pd_serve.config import (
     DEFAULT_POLICY,
     MAX_BODY_BYTES,
     MAX_CONNECTIONS,
-    ServeConfig,
-    instances_at_start,
-    parse_bounds,
-    parse_policies,
-    simulated_engine,
+    serve_config,
 )
 from pd_serve.console import Console
 from pd_serve.credentials import (
@@ -107,19 +103,37 @@ def serve(
     max_connections: Annotated[
         int, typer.Option(min=1, help="Connections of clients at a time; further ones get 503.")
     ] = MAX_CONNECTIONS,
+    prefill_resources: Annotated[
+        str | None, typer.Option(metavar="JSON", help="Custom resources of Ray for each prefill instance.")
+    ] = None,
+    decode_resources: Annotated[
+        str | None, typer.Option(metavar="JSON", help="The same for each decode instance.")
+    ] = None,
+    neutral_resources: Annotated[
+        str | None, typer.Option(metavar="JSON", help="The same for each neutral instance.")
+    ] = None,
+    accelerator_type: Annotated[
+        str | None, typer.Option(help="Only on machines with this accelerator, as Ray names it.")
+    ] = None,
+    replace: Annotated[
+        bool, typer.Option(help="Start another instance in the place of one that has died.")
+    ] = True,
 ) -> None:
     extra = list(context.args)
     model = extra.pop(0) if extra and not extra[0].startswith("-") else models.DEFAULT_MODEL
-    flags = {"prefill": autoscale_prefill, "decode": autoscale_decode, "neutral": autoscale}
-    bounds = {
-        role: parse_bounds("--autoscale" if role == "neutral" else f"--autoscale-{role}", text)
-        for role, text in flags.items()
-        if text is not None
-    }
     console = Console()
-    config = ServeConfig(
+    config = serve_config(
         model=model,
-        instances=instances_at_start(prefill, decode, neutral, bounds),
+        prefill=prefill,
+        decode=decode,
+        neutral=neutral,
+        policy=policy,
+        settings=settings or [],
+        autoscale_prefill=autoscale_prefill,
+        autoscale_decode=autoscale_decode,
+        autoscale=autoscale,
+        engine=engine,
+        cost_model=cost_model,
         host=host,
         port=port,
         served_model_name=served_model_name,
@@ -127,12 +141,14 @@ def serve(
         admin_key=None if admin_key is None else checked_key(admin_key),
         cluster_secret=read_cluster_secret(cluster_secret_file, console.warn),
         ray_address=ray_address,
-        policies=parse_policies(policy, settings or []),
-        autoscale=bounds,
-        max_waiting=max_waiting_requests,
+        max_waiting_requests=max_waiting_requests,
         max_body_bytes=max_body_bytes,
         max_connections=max_connections,
-        simulated=simulated_engine(cost_model) if engine == "simulated" else None,
+        prefill_resources=prefill_resources,
+        decode_resources=decode_resources,
+        neutral_resources=neutral_resources,
+        accelerator_type=accelerator_type,
+        replace=replace,
         engine_flags=extra,
     )
     from pd_serve import service
@@ -140,18 +156,56 @@ def serve(
     _run(service.run(config, console))
 
 
+Url = Annotated[str, typer.Option(help="Where the service is.")]
+Key = Annotated[str | None, typer.Option(help="Its key.", envvar="VLLM_API_KEY")]
+AdminKey = Annotated[
+    str | None, typer.Option(help="Its key for /cluster, if it has one.", envvar=ADMIN_VARIABLE)
+]
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
 @app.command()
-def status(
-    url: Annotated[str, typer.Option(help="Where the service is.")] = "http://127.0.0.1:8000",
-    api_key: Annotated[str | None, typer.Option(help="Its key.", envvar="VLLM_API_KEY")] = None,
-    admin_key: Annotated[
-        str | None, typer.Option(help="Its key for /cluster, if it has one.", envvar=ADMIN_VARIABLE)
-    ] = None,
-) -> None:
+def status(url: Url = DEFAULT_URL, api_key: Key = None, admin_key: AdminKey = None) -> None:
     """Show the instances and migrations of a running service."""
     from pd_serve.status import show
 
     show(url, admin_key or api_key)
+
+
+@app.command()
+def drain(
+    instance: Annotated[str, typer.Argument(help="Its id, as `pd-serve status` shows it.")],
+    stop: Annotated[bool, typer.Option("--stop", help="Stop it when it is empty.")] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Use it again.")] = False,
+    url: Url = DEFAULT_URL,
+    api_key: Key = None,
+    admin_key: AdminKey = None,
+) -> None:
+    """Let an instance take nothing new, and move away what it has."""
+    from pd_serve import control
+
+    control.drain(control.Service(url, admin_key or api_key), Console(), instance, stop=stop, undo=undo)
+
+
+@app.command()
+def scale(
+    sizes: Annotated[list[str], typer.Argument(metavar="ROLE=N...", help="Such as decode=4.")],
+    url: Url = DEFAULT_URL,
+    api_key: Key = None,
+    admin_key: AdminKey = None,
+) -> None:
+    """Start instances, or drain and stop them, until there are so many of a role."""
+    from pd_serve import control
+
+    control.scale(control.Service(url, admin_key or api_key), Console(), control.parse_sizes(sizes))
+
+
+@app.command()
+def restart(url: Url = DEFAULT_URL, api_key: Key = None, admin_key: AdminKey = None) -> None:
+    """Put a new instance in the place of each, one after another, while requests go on."""
+    from pd_serve import control
+
+    control.restart(control.Service(url, admin_key or api_key), Console())
 
 
 bench = typer.Typer(no_args_is_help=True, help="Measure on this machine, as ratios side by side in one run.")

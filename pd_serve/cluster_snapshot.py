@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pd_serve.instance import InstanceInfo
+from pd_serve.messages import InstanceInfo
 from router.freeness import freeness
 from router.load import InstanceLoad
 

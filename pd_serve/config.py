@@ -1,8 +1,10 @@
 """What one service is started with, and the defaults that depend on the machine."""
 
 import importlib.metadata
+import json
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +39,28 @@ class PoolBounds(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Placement:
+    """What an instance asks of the machine that it runs on.
+
+    Attributes:
+        num_gpus: For all of its tensor-parallel workers, which share a machine.
+        resources: Custom resources of Ray, by name.
+        accelerator_type: As `ray.util.accelerators` names it, such as "A10G".
+    """
+
+    num_gpus: float = 0.0
+    resources: Mapping[str, float] = field(default_factory=dict)
+    accelerator_type: str | None = None
+
+    def bundle(self) -> dict[str, float]:
+        """As a placement group's only bundle; empty if any machine will do."""
+        bundle = {"GPU": self.num_gpus, **self.resources}
+        if self.accelerator_type is not None:
+            bundle[f"accelerator_type:{self.accelerator_type}"] = 0.001
+        return {name: amount for name, amount in bundle.items() if amount}
+
+
+@dataclass(frozen=True, slots=True)
 class ServeConfig:
     """The service's own flags; vLLM's are in `engine_flags`.
 
@@ -50,6 +74,9 @@ class ServeConfig:
         max_body_bytes: Of one request to the API; longer ones get 413.
         max_connections: Of clients at a time; further ones get 503.
         ray_address: An existing Ray cluster, or None for a local one.
+        resources: Custom resources of Ray that each instance needs, by role.
+        accelerator_type: As Ray names it; every instance needs a machine with it.
+        replaces: Another instance is started in the place of one that has died.
         simulated: Simulated engines instead of vLLM's, and what they are like.
         engine_flags: The rest of the command line, for vLLM's parser.
     """
@@ -68,6 +95,9 @@ class ServeConfig:
     max_waiting: int = 512
     max_body_bytes: int = MAX_BODY_BYTES
     max_connections: int = MAX_CONNECTIONS
+    resources: dict[str, dict[str, float]] = field(default_factory=dict)
+    accelerator_type: str | None = None
+    replaces: bool = True
     simulated: EngineSettings | None = None
     engine_flags: list[str] = field(default_factory=list)
 
@@ -139,6 +169,20 @@ def parse_bounds(flag: str, text: str) -> PoolBounds:
     return bounds
 
 
+def parse_resources(flag: str, text: str) -> dict[str, float]:
+    """Custom resources of Ray from JSON: {"name": amount}. Raises: InvalidRequestError."""
+    try:
+        resources = json.loads(text)
+        if not isinstance(resources, dict):
+            raise ValueError(text)
+        found = {str(name): float(amount) for name, amount in resources.items()}
+    except (TypeError, ValueError):
+        raise InvalidRequestError(f'{flag} takes JSON such as {{"node_a": 1}}, not {text!r}') from None
+    if bad := sorted(name for name, amount in found.items() if amount <= 0 or name in ("CPU", "GPU")):
+        raise InvalidRequestError(f"{flag}: {bad[0]} has to be a custom resource of Ray, and above 0")
+    return found
+
+
 def instances_at_start(
     prefill: int | None, decode: int | None, neutral: int | None, autoscale: dict[str, PoolBounds]
 ) -> dict[str, int]:
@@ -151,6 +195,51 @@ def instances_at_start(
         least, most = autoscale.get(role, PoolBounds(0, sys.maxsize))
         numbers[role] = min(max(defaults.get(role, 0), least), most) if given is None else given
     return numbers
+
+
+def serve_config(
+    *,
+    model: str,
+    prefill: int | None,
+    decode: int | None,
+    neutral: int | None,
+    policy: str,
+    settings: list[str],
+    autoscale_prefill: str | None,
+    autoscale_decode: str | None,
+    autoscale: str | None,
+    engine: str,
+    cost_model: str,
+    prefill_resources: str | None,
+    decode_resources: str | None,
+    neutral_resources: str | None,
+    replace: bool,
+    max_waiting_requests: int,
+    **others: Any,
+) -> ServeConfig:
+    """From the flags of `pd-serve serve` as somebody has written them. Raises: InvalidRequestError."""
+    scaling = {"prefill": autoscale_prefill, "decode": autoscale_decode, "neutral": autoscale}
+    bounds = {
+        role: parse_bounds("--autoscale" if role == "neutral" else f"--autoscale-{role}", text)
+        for role, text in scaling.items()
+        if text is not None
+    }
+    resources = {"prefill": prefill_resources, "decode": decode_resources, "neutral": neutral_resources}
+    return ServeConfig(
+        model=model,
+        instances=instances_at_start(prefill, decode, neutral, bounds),
+        policies=parse_policies(policy, settings),
+        autoscale=bounds,
+        max_waiting=max_waiting_requests,
+        resources={
+            role: parse_resources(f"--{role}-resources", text)
+            for role, text in resources.items()
+            if text is not None
+        },
+        replaces=replace,
+        simulated=simulated_engine(cost_model) if engine == "simulated" else None,
+        **others,
+    )
 
 
 def is_cpu_build() -> bool:

@@ -8,7 +8,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from pd_serve.config import ServeConfig
-from pd_serve.instance import InstanceInfo
+from pd_serve.messages import InstanceInfo
 
 
 class Console:

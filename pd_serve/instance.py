@@ -12,7 +12,7 @@ from typing import Any
 from migration.bounds import MigrationBounds
 from migration.messages import InstanceId
 from pd_serve.config import is_cpu_build
-from pd_serve.messages import TokenHeader
+from pd_serve.messages import InstanceInfo, TokenHeader
 from pd_serve.simulation.config import EngineSettings
 from pd_serve.wire import CurveKeys, Wire
 
@@ -39,22 +39,6 @@ class InstanceConfig:
     environment: dict[str, str] = field(default_factory=dict)
     stage_bytes_per_s: float | None = None
     simulated: EngineSettings | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class InstanceInfo:
-    """A started instance."""
-
-    instance_id: str
-    role: str
-    address: str
-    node: str
-    pid: int
-    no_migration: str | None
-    supported_tasks: list[str]
-    max_model_len: int
-    num_blocks: int
-    block_tokens: int
 
 
 class Instance:

@@ -9,8 +9,7 @@ from typing import Any
 from migration.errors import EngineDeadError
 from migration.tasks import OwnedTasks
 from pd_serve.api.cluster_view import UnknownTargetError
-from pd_serve.instance import InstanceInfo
-from pd_serve.messages import Call, Hello, MigrationEnded, PeerLost, Reply
+from pd_serve.messages import Call, Hello, InstanceInfo, MigrationEnded, PeerLost, Reply
 from pd_serve.wire import Wire
 from router.request import NO_DEMAND, Demand
 
@@ -29,6 +28,7 @@ class InstanceDirectory:
     Args:
         address, token_endpoint: Where instances reach this API server.
         num_slots: Instances that may live at a time; vLLM's metrics tell them apart by slot.
+        owns: Whether instances are started and stopped here; the scheduler asks for it where that is so.
         waiting: Requests here that no instance has yet; the scheduler is told.
         on_silent: Told once of an instance that says nothing any more.
 
@@ -43,10 +43,13 @@ class InstanceDirectory:
         address: str,
         token_endpoint: str,
         num_slots: int,
+        *,
+        owns: bool = True,
         waiting: Callable[[], Demand] = lambda: NO_DEMAND,
         on_silent: Callable[[str], object] = lambda instance_id: None,
     ) -> None:
         self.slots = list(range(num_slots))
+        self._owns = owns
         self._waiting = waiting
         self._on_silent = on_silent
         self._heard_at: dict[str, float] = {}
@@ -58,6 +61,7 @@ class InstanceDirectory:
         self._infos: dict[str, InstanceInfo] = {}
         self._slot_of: dict[str, int] = {}
         self._scheduler: str | None = None
+        self._scheduler_address = ""
         self._calls: dict[str, tuple[str, asyncio.Future[Any]]] = {}
         self._call_ids = itertools.count()
         self._tasks = OwnedTasks()
@@ -89,9 +93,11 @@ class InstanceDirectory:
 
     def introduce_scheduler(self, name: str, address: str) -> None:
         """Keeps a scheduler told too. A new one takes the place of the last."""
+        if address == self._scheduler_address:
+            return
         if self._scheduler is not None:
             self._wire.disconnect(self._scheduler)
-        self._scheduler = name
+        self._scheduler, self._scheduler_address = name, address
         self._wire.connect(name, address)
         self.greet()
 
@@ -158,7 +164,7 @@ class InstanceDirectory:
     def greet(self) -> None:
         """Tells all of them, and the scheduler, who is there."""
         peers = {info.instance_id: info.address for info in self._infos.values()}
-        hello = Hello(self._address, self.token_endpoint, peers, self.starting, self._waiting())
+        hello = Hello(self._address, self.token_endpoint, peers, self.starting, self._waiting(), self._owns)
         if self._scheduler is not None:
             self._wire.send(self._scheduler, hello)
         for instance_id in self._infos:

@@ -60,9 +60,10 @@ MAX_FORWARDS = 10_000
 class ApiServer:
     """An API server as an instance sees it."""
 
-    def __init__(self, token_endpoint: str, now: float) -> None:
+    def __init__(self, token_endpoint: str) -> None:
         self.token_endpoint = token_endpoint
-        self.heard_at = now
+        self.heard_at = 0.0
+        self.peers: dict[str, str] = {}
 
 
 class Llumlet:
@@ -158,6 +159,8 @@ class Llumlet:
             case Hello():
                 self._on_hello(sender, message)
             case PeerLost(instance_id=instance_id):
+                for server in self._servers.values():
+                    server.peers.pop(instance_id, None)
                 self._on_peer_lost(instance_id)
             case Call():
                 self._tasks.start(self._answer(sender, message))
@@ -167,16 +170,22 @@ class Llumlet:
     def _on_hello(self, sender: str, message: Hello) -> None:
         server = self._servers.get(sender)
         if server is None:
-            server = self._servers[sender] = ApiServer(message.token_endpoint, self._loop.time())
+            server = self._servers[sender] = ApiServer(message.token_endpoint)
         server.heard_at = self._loop.time()
+        server.peers = dict(message.peers)
         self._wire.connect(sender, message.address)
-        for peer, address in message.peers.items():
-            if peer != self.name:
-                self._peers[peer] = address
-                self._wire.connect(peer, address)
-        for gone in set(self._peers) - set(message.peers):
-            self._on_peer_lost(gone)
+        self._update_peers()
         self._report()
+
+    def _update_peers(self) -> None:
+        """An instance is a peer as long as anybody knows it: one may hear of a new one before the others."""
+        peers = {name: address for s in self._servers.values() for name, address in s.peers.items()}
+        peers.pop(self.name, None)
+        for gone in set(self._peers) - set(peers):
+            self._on_peer_lost(gone)
+        for peer, address in peers.items():
+            self._peers[peer] = address
+            self._wire.connect(peer, address)
 
     def _on_peer_lost(self, instance_id: str) -> None:
         if self._peers.pop(instance_id, None) is not None:
@@ -365,7 +374,7 @@ class Llumlet:
             if message.method == "check_integrity":
                 value = await self.check_integrity()
             elif message.method == "live_requests":
-                value = await self.engine.live_requests()
+                value = await self.engine.live_requests(*message.arguments)
             else:
                 value = await self.engine.utility(message.method, *message.arguments)
             if isinstance(value, set):
@@ -463,6 +472,7 @@ class Llumlet:
                     del self._servers[name]
                     self._wire.disconnect(name)
                     await self.engine.abort_client(server.token_endpoint)
+                    self._update_peers()
             for name in [name for name, heard in self._schedulers.items() if now - heard > CLIENT_LEASE_S]:
                 logger.warning("%s: scheduler %s is gone", self.name, name)
                 del self._schedulers[name]

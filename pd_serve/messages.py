@@ -3,6 +3,7 @@
 Migration messages between instances travel on the same sockets: see `migration.messages`.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -34,6 +35,7 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
         peers: Every live instance's address, by id: the cluster's membership.
         starting: Instances that are coming, by role.
         waiting: Requests at the sender that no instance has yet, and the tokens of their prompts.
+        owns: Whether the sender starts and stops instances.
     """
 
     address: str
@@ -41,6 +43,23 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     peers: dict[str, str]
     starting: dict[str, int] = {}
     waiting: Demand = NO_DEMAND
+    owns: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceInfo:
+    """A started instance."""
+
+    instance_id: str
+    role: str
+    address: str
+    node: str
+    pid: int
+    no_migration: str | None
+    supported_tasks: list[str]
+    max_model_len: int
+    num_blocks: int
+    block_tokens: int
 
 
 class AddRequest(msgspec.Struct, frozen=True, tag=True):
@@ -173,7 +192,8 @@ class SchedulerReport(msgspec.Struct, frozen=True, tag=True):
 
 
 class Call(msgspec.Struct, frozen=True, tag=True):
-    """API server → instance: `check_integrity`, or one of vLLM's engine utilities."""
+    """API server → instance: `check_integrity`, or one of vLLM's engine utilities. Also between API servers
+    and the owner of the instances, for what is asked by hand."""
 
     call_id: str
     method: str
@@ -240,11 +260,45 @@ class MigrationEnded(msgspec.Struct, frozen=True, tag=True):
 
 
 class Reply(msgspec.Struct, frozen=True, tag=True):
-    """Instance → API server: answer to a `Call`."""
+    """Answer to a `Call`.
+
+    Attributes:
+        kind: The name of the error's class, where it matters.
+    """
 
     call_id: str
     value: Any = None
     error: str | None = None
+    kind: str = ""
+
+
+class Join(msgspec.Struct, frozen=True, tag=True):
+    """API server → owner of the instances: I am here. Sent as a heartbeat.
+
+    Attributes:
+        address: Where the sender takes messages of the owner.
+        clear: Instances of `Members.leaving` that the sender has no request at any more, nor will have.
+    """
+
+    address: str
+    clear: list[str]
+
+
+class Members(msgspec.Struct, frozen=True, tag=True):
+    """Owner of the instances → API servers: everything there is. Sent on a change and as a heartbeat.
+
+    Attributes:
+        address: Where the sender takes messages.
+        scheduler: The scheduler's address; "" if there is none.
+        leaving: Instances that are stopped as soon as they are empty.
+        state: What `GET /cluster` shows beside the instances; see `Fleet.state`.
+    """
+
+    address: str
+    instances: list[InstanceInfo]
+    scheduler: str
+    leaving: list[str]
+    state: dict[str, Any]
 
 
 MigrationWire = Offer | Refused | Pull | Stage | Final | KeepAlive | Withdraw | Query | Committed | Dropped
@@ -262,6 +316,8 @@ ToInstance = (
     | MigrationWire
 )
 ToApiServer = LoadReport | MigrationEnded | Reply | StartInstance | StopInstance | SchedulerReport
+ToOwner = Join | Call | Reply
+ToApiServerFromOwner = Members | Call | Reply
 ToScheduler = Hello | PeerLost | LoadReport
 
 

@@ -14,8 +14,6 @@ from typing import Any
 from migration.errors import EngineDeadError
 from migration.messages import RequestId
 from pd_serve.cluster_snapshot import instance_row
-from pd_serve.instance import InstanceInfo
-from pd_serve.instance_directory import InstanceDirectory
 from pd_serve.manual_migration import ManualMigration, MigrationMode
 from pd_serve.messages import (
     AbortRequests,
@@ -27,17 +25,16 @@ from pd_serve.messages import (
     SchedulerReport,
     StartInstance,
     StopInstance,
-    ToApiServer,
 )
 from pd_serve.observe.recorder import RequestRecorder
 from pd_serve.observe.reports import ClusterReports
 from pd_serve.outputs import OutputCodec
+from pd_serve.roster import Roster
 from pd_serve.route import Migrated, Route
 from pd_serve.token_ledger import TokenLedger
 from pd_serve.wire import Wire
 from router.book import LoadBook
 from router.dispatch import can_start
-from router.load import InstanceLoad
 from router.request import NewRequest
 from router.waiting_line import WaitingLine
 
@@ -50,18 +47,15 @@ MAX_RECOMPUTES = 3
 PLACE_AGAIN_S = 0.25
 
 
-class RequestRouter:
-    """Implements `ClusterView`. Instances come and go through `join` and `leave`.
+class RequestRouter(Roster):
+    """The requests of one API server.
 
     Args:
         codec: Knows the encoding of the engines' outputs.
         deliver: Takes batches of outputs, every token exactly once and in order.
         block_tokens: Tokens per KV block.
-        num_slots: Instances that may live at a time; vLLM's metrics tell them apart by slot.
+        num_slots, owns, on_scaling, on_decided, on_silent: See `Roster`.
         clock: The time that deliveries are measured by, in seconds.
-        on_scaling: Takes what the scheduler wants started or stopped.
-        on_decided: Takes what the scheduler has told instances.
-        on_silent: Told of an instance that reports nothing any more, in place of `leave`.
         book: Decides where requests start and are handed off to.
         recorder: Told what happens to every request.
     """
@@ -75,6 +69,7 @@ class RequestRouter:
         *,
         block_tokens: int,
         num_slots: int,
+        owns: bool = True,
         clock: Callable[[], float] = time.monotonic,
         on_scaling: Callable[[StartInstance | StopInstance], None] = lambda wanted: None,
         on_decided: Callable[[SchedulerReport], None] = lambda report: None,
@@ -82,33 +77,32 @@ class RequestRouter:
         book: LoadBook | None = None,
         recorder: RequestRecorder | None = None,
     ) -> None:
+        super().__init__(
+            name,
+            wire,
+            on_tokens=self._on_tokens,
+            num_slots=num_slots,
+            owns=owns,
+            waiting=lambda: self._line.demand,
+            is_claimed=self._has_requests_at,
+            on_scaling=on_scaling,
+            on_decided=on_decided,
+            on_silent=on_silent,
+            book=book,
+        )
         self._codec = codec
         self._recorder = recorder or RequestRecorder()
         self._deliver = deliver
         self._clock = clock
-        self._on_scaling = on_scaling
-        self._on_decided = on_decided
         #: Told (request, instance, tokens so far, time in s) at every delivery; for measurements.
         self.observer: Callable[[RequestId, str, int, float], None] | None = None
         self._block_tokens = block_tokens
         self._loop = asyncio.get_running_loop()
-        address, token_endpoint = wire.listen(self._on_message), wire.listen(self._on_tokens)
-        self._book = book or LoadBook()
         self._line = WaitingLine(self._book)
-        self.instances = InstanceDirectory(
-            name,
-            wire,
-            address,
-            token_endpoint,
-            num_slots,
-            waiting=lambda: self._line.demand,
-            on_silent=on_silent or self.leave,
-        )
         self._routes: dict[RequestId, Route] = {}
         self._by_hand = ManualMigration(self._routes, self.instances)
         self._num_waiting = 0
         self._migrations: dict[str, Counter[str]] = {"handoff": Counter(), "manual": Counter()}
-        self._decode_message = wire.decoder(ToApiServer)
         self.reports = ClusterReports(
             lambda: self._book,
             lambda: self._line.demand,
@@ -117,19 +111,10 @@ class RequestRouter:
             self._loop.time,
         )
 
-    async def close(self) -> None:
-        await self.instances.close()
-
-    # ---- membership
-
-    def join(self, info: InstanceInfo) -> None:
-        self.instances.join(info)
-
-    def leave(self, instance_id: str) -> None:
+    def leave(self, instance_id: str) -> bool:
         """An instance is dead or stopped: its requests are recomputed elsewhere."""
-        if not self.instances.leave(instance_id):
-            return
-        self._book.remove(instance_id)
+        if not super().leave(instance_id):
+            return False
         self.reports.forget(instance_id)
         for route in list(self._routes.values()):
             # With a gap, tokens of a former owner may have been lost with it.
@@ -139,33 +124,10 @@ class RequestRouter:
             for request_id in list(self._line):
                 logger.error("request %s: there is no instance left that it could wait for", request_id)
                 self._fail(self._routes[RequestId(request_id)])
+        return True
 
-    def load_of(self, instance_id: str) -> InstanceLoad | None:
-        """Its last report."""
-        return self._book.get(instance_id)
-
-    def is_empty(self, instance_id: str) -> bool:
-        """Whether no request is there, or on its way there, by all that is known here."""
-        load = self._book.get(instance_id)
-        if load is not None and (load.running or load.waiting or load.migrating_in or load.migrating_out):
-            return False
-        return not any(
-            instance_id in (route.ledger.owner, route.committed_to) for route in self._routes.values()
-        )
-
-    def last_of_its_kind(self, instance_id: str) -> str | None:
-        """Why this instance cannot be done without; None if it can."""
-        others = [load for load in self._book if load.instance_id != instance_id and not load.draining]
-        if not any(map(can_start, others)):
-            return f"{instance_id} is the last instance that takes new requests"
-        if any(load.role == "prefill" for load in others) and not any(o.role == "decode" for o in others):
-            return f"{instance_id} is the last decode instance"
-        return None
-
-    async def wait_for_reports(self) -> None:
-        """Returns when every instance that has joined has reported its load."""
-        while not all(info.instance_id in self._book for info in self.instances):  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+    def _has_requests_at(self, instance_id: str) -> bool:
+        return any(instance_id in (route.ledger.owner, route.committed_to) for route in self._routes.values())
 
     # ---- requests
 
@@ -375,23 +337,18 @@ class RequestRouter:
 
     # ---- messages from instances
 
-    def _on_message(self, frames: list[bytes]) -> None:
-        sender, message = frames[0].decode(), self._decode_message(frames[1])
+    def _on_load(self, instance_id: str, report: LoadReport) -> None:
+        self.reports.on_load(instance_id, report)
+        if self._line:
+            self._place_waiting(instance_id)
+        for request_id in report.stranded:
+            self._place_stranded(instance_id, request_id)
+
+    def _on_message(self, sender: str, message: Any) -> None:
         match message:
-            case StartInstance() | StopInstance():
-                self._on_scaling(message)
             case SchedulerReport():
                 self.reports.on_scheduler(message)
-                self._on_decided(message)
-            case LoadReport():
-                if sender in self.instances:
-                    self.instances.heard(sender)
-                    self.reports.on_load(sender, message)
-                    self._book.report(message.load)
-                    if self._line:
-                        self._place_waiting(sender)
-                    for request_id in message.stranded:
-                        self._place_stranded(sender, request_id)
+                super()._on_message(sender, message)
             case MigrationEnded(call_id=""):
                 outcome = "committed" if message.committed else "aborted"
                 self._migrations.setdefault(message.reason, Counter())[outcome] += 1
@@ -408,6 +365,8 @@ class RequestRouter:
                         self._fail(route)
                 else:
                     self.instances.answered(message)
+            case _:
+                super()._on_message(sender, message)
 
     def _on_committed(self, message: MigrationEnded) -> None:
         """The request has left an instance. Until it speaks from the next one, that may die unnoticed."""
@@ -484,7 +443,8 @@ class RequestRouter:
         problems: list[str] = []
         for found in (await self.instances.call_all("check_integrity")).values():
             problems += found
-        for instance_id, live in (await self.instances.call_all("live_requests")).items():
+        ours = self.instances.token_endpoint
+        for instance_id, live in (await self.instances.call_all("live_requests", ours)).items():
             if orphans := sorted(set(live) - set(self._routes)):
                 problems.append(f"{instance_id}: holds requests that nobody waits for: {orphans}")
         if self._num_waiting != sum(not route.ledger.token_ids for route in self._routes.values()):

@@ -84,6 +84,7 @@ class Server:
         members: Live instances' addresses, by id.
         starting: Instances that it is starting, by role.
         waiting: Its requests that no instance has yet.
+        owns: Whether it starts and stops instances.
         asked: Instances asked for and not in `starting` yet, by role.
     """
 
@@ -91,6 +92,7 @@ class Server:
     members: dict[str, str]
     starting: Mapping[str, int]
     waiting: Demand
+    owns: bool = True
     asked: Counter[str] = field(default_factory=Counter)
 
 
@@ -162,7 +164,11 @@ class SchedulerProcess:
                 news = sender not in self._servers
                 self._wire.connect(sender, message.address)
                 self._servers[sender] = Server(
-                    self._loop.time(), dict(message.peers), message.starting, message.waiting
+                    self._loop.time(),
+                    dict(message.peers),
+                    message.starting,
+                    message.waiting,
+                    message.owns,
                 )
                 if news:
                     self._tell([])
@@ -228,9 +234,9 @@ class SchedulerProcess:
         self._tell([f"{instance_id} is {'drained' if draining else 'used again'}: {reason}"])
 
     def start(self, role: str, reason: str) -> None:
-        """One API server is asked, the first by name, so that not each of several starts one."""
+        """One is asked, the first by name, so that not each of several starts one."""
         self._scaling["start"] += 1
-        for name in sorted(self._servers)[:1]:
+        for name in sorted(name for name, server in self._servers.items() if server.owns)[:1]:
             self._servers[name].asked[role] += 1
             self._wire.send(name, StartInstance(role, reason))
 

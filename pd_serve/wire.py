@@ -44,6 +44,11 @@ class CurveKeys:
         return cls(*zmq.curve_keypair())
 
     @classmethod
+    def of(cls, cluster_secret: bytes | None) -> "CurveKeys":
+        """The pair of a given secret, or one made up."""
+        return cls.generate() if cluster_secret is None else cls.derive(cluster_secret)
+
+    @classmethod
     def derive(cls, cluster_secret: bytes) -> "CurveKeys":
         """The pair that belongs to a secret, which should be as hard to guess as a key of 32 bytes."""
         hashed = hashlib.blake2b(cluster_secret, digest_size=32, person=b"pd-serve CURVE").digest()

@@ -314,8 +314,10 @@ class VllmEngine:
 
         return await self._steps.call(check)
 
-    async def live_requests(self) -> list[RequestId]:
-        return await self._steps.call(lambda: [RequestId(request_id) for request_id in self._live])
+    async def live_requests(self, client: str | None = None) -> list[RequestId]:
+        return await self._steps.call(
+            lambda: [RequestId(name) for name, live in self._live.items() if client in (None, live.client)]
+        )
 
     async def utility(self, method: str, *arguments: Any) -> Any:
         if method not in UTILITIES:

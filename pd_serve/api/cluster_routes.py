@@ -1,12 +1,14 @@
 """`/cluster`: look at the instances, move a request or empty an instance by hand, check the invariants."""
 
 import math
+from collections.abc import Awaitable
 from typing import Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, StrictInt
 from starlette.responses import JSONResponse, Response
 
+from migration.errors import EngineDeadError, InvalidRequestError
 from pd_serve import metrics
 from pd_serve.api.cluster_view import MigrationRefusedError, UnknownTargetError
 from pd_serve.api.errors import error_response
@@ -69,13 +71,35 @@ async def migrate(body: MigrateRequest, request: Request) -> Response:
 @router.post("/drain")
 async def drain(body: DrainRequest, request: Request) -> Response:
     """Begin to empty an instance, with "stop" until it is gone; or use it again ("draining": false)."""
+    drained = request.app.state.cluster.drain(body.instance, draining=body.draining, stop=body.stop)
+    return await _asked(drained, body.model_dump())
+
+
+@router.post("/scale")
+async def scale(body: dict[str, StrictInt], request: Request) -> Response:
+    """Begin to give pools another number of instances: {"decode": 4}."""
+    return await _asked(request.app.state.cluster.scale(body), body)
+
+
+@router.post("/restart")
+async def restart(request: Request) -> Response:
+    """Begin to put a new instance in the place of each; `GET /cluster` shows how far it is."""
+    return await _asked(request.app.state.cluster.restart(), {})
+
+
+async def _asked(work: Awaitable[None], body: dict[str, Any]) -> Response:
+    """202 with `body` when what somebody wants has begun, or why it has not."""
     try:
-        request.app.state.cluster.drain(body.instance, draining=body.draining, stop=body.stop)
+        await work
     except UnknownTargetError as error:
         return error_response(404, str(error))
     except MigrationRefusedError as error:
         return error_response(409, str(error))
-    return JSONResponse(body.model_dump(), status_code=202)
+    except InvalidRequestError as error:
+        return error_response(400, str(error))
+    except (EngineDeadError, TimeoutError):
+        return error_response(503, "The owner of the instances is not there; try again in a moment.")
+    return JSONResponse(body, status_code=202)
 
 
 @router.get("/integrity")

@@ -71,7 +71,7 @@ class ClusterView(Protocol):
         """
         ...
 
-    def drain(self, instance_id: str, *, draining: bool = True, stop: bool = False) -> None:
+    async def drain(self, instance_id: str, *, draining: bool = True, stop: bool = False) -> None:
         """Let an instance take nothing new, and move away what it has; or use it again.
 
         Args:
@@ -80,6 +80,23 @@ class ClusterView(Protocol):
         Raises:
             UnknownTargetError: No such instance.
             MigrationRefusedError: It cannot be done without, and why.
+        """
+        ...
+
+    async def scale(self, sizes: dict[str, int]) -> None:
+        """Begin to give pools, by role, another number of instances.
+
+        Raises:
+            InvalidRequestError: No such role, or nothing could be served with so few.
+            MigrationRefusedError: The scheduler scales this pool, and within other bounds.
+        """
+        ...
+
+    async def restart(self) -> None:
+        """Begin to put a new instance in the place of each, one after another.
+
+        Raises:
+            MigrationRefusedError: It is under way already.
         """
         ...
 

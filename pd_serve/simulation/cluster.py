@@ -10,9 +10,8 @@ from migration.messages import InstanceId
 from migration.transport.local import LocalTransport
 from pd_serve.config import ROLES
 from pd_serve.fleet import Fleet
-from pd_serve.instance import InstanceInfo
 from pd_serve.llumlet import Llumlet
-from pd_serve.messages import StartInstance, StopInstance, TokenHeader
+from pd_serve.messages import InstanceInfo, StartInstance, StopInstance, TokenHeader
 from pd_serve.request_router import RequestRouter
 from pd_serve.scheduler_process import SCHEDULER, SchedulerProcess
 from pd_serve.simulation.config import SimulationConfig

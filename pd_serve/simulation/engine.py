@@ -311,9 +311,10 @@ class SimulatedEngine:
 
     # ---- the rest
 
-    async def live_requests(self) -> list[RequestId]:
+    async def live_requests(self, client: str | None = None) -> list[RequestId]:
         def live() -> list[RequestId]:
-            return [RequestId(s.request_id) for s in (*self._live.values(), *self._arriving.values())]
+            here = (*self._live.values(), *self._arriving.values())
+            return [RequestId(sequence.request_id) for sequence in here if client in (None, sequence.client)]
 
         return await self._call(live)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-READY_S = 120.0
+READY_S = 240.0
 STOP_S = 10.0
 SHM = Path("/dev/shm")
 

@@ -21,6 +21,7 @@ from test_same_output import assert_same
 def server(logs: Path) -> Iterator[ServerProcess]:
     """A decode instance has 71 usable blocks of 32 tokens; a request takes up to 64."""
     flags = ("--prefill", "1", "--decode", "3", "--max-model-len", "2048", "--enable-prefix-caching")
+    flags += ("--no-replace",)
     few_blocks = ("--decode-kv-cache-memory-bytes", str(72 * 2**17))
     with run_cluster(logs / "scarcity.log", *flags, *few_blocks) as server:
         yield server

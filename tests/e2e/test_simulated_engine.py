@@ -18,7 +18,7 @@ MESSAGES = [{"role": "user", "content": "Hello!"}]
 
 @pytest.fixture(scope="module")
 def server(logs: Path) -> Iterator[ServerProcess]:
-    flags = ("--engine", "simulated", "--prefill", "1", "--decode", "2")
+    flags = ("--engine", "simulated", "--prefill", "1", "--decode", "2", "--no-replace")
     with run_cluster(logs / "simulated.log", *flags) as server:
         yield server
 

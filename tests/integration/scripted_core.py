@@ -8,6 +8,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreReques
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.metrics.stats import SchedulerStats
 
+from migration.errors import EngineDeadError, InvalidRequestError
 from pd_serve.api.cluster_view import MigrationRefusedError, UnknownTargetError
 
 
@@ -96,6 +97,8 @@ class ScriptedCluster:
         self.violations: list[str] = []
         self.moved: list[tuple[str, str]] = []
         self.drained: list[tuple[str, bool, bool]] = []
+        self.sizes: dict[str, int] = {}
+        self.restarts = 0
 
     def snapshot(self) -> dict[str, Any]:
         instance = {"id": "d0", "role": "decode", "state": "live", "freeness": float("inf")}
@@ -111,12 +114,26 @@ class ScriptedCluster:
         self.moved.append((request_id, destination))
         return SimpleNamespace(downtime_ms=8.5, stages=2, blocks=4, tokens=120)
 
-    def drain(self, instance_id: str, *, draining: bool = True, stop: bool = False) -> None:
+    async def drain(self, instance_id: str, *, draining: bool = True, stop: bool = False) -> None:
         if instance_id == "p0":
             raise MigrationRefusedError("p0 is the last instance that takes new requests")
         if instance_id != "d0":
             raise UnknownTargetError(f"no instance {instance_id}")
         self.drained.append((instance_id, draining, stop))
+
+    async def scale(self, sizes: dict[str, int]) -> None:
+        if "prefill" in sizes:
+            raise MigrationRefusedError("the scheduler scales prefill instances within 1:2")
+        if "neutral" in sizes:
+            raise EngineDeadError("owner is not there")
+        if sizes.keys() - {"decode"}:
+            raise InvalidRequestError("no such role")
+        self.sizes = sizes
+
+    async def restart(self) -> None:
+        self.restarts += 1
+        if self.restarts > 1:
+            raise MigrationRefusedError("a restart is under way")
 
     async def check_integrity(self) -> list[str]:
         return self.violations

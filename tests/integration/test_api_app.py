@@ -371,6 +371,29 @@ class TestClusterRoutes:
         assert service.cluster.drained.pop() == asked
         assert answer.json() == {"draining": True, "stop": False, **body}
 
+    @pytest.mark.parametrize(
+        ("body", "status"),
+        [
+            ({"decode": 4}, 202),
+            ({"encode": 4}, 400),
+            ({"decode": "many"}, 400),
+            ({"prefill": 4}, 409),
+            ({"neutral": 1}, 503),
+        ],
+    )
+    async def test_scale(self, service: Service, body: dict[str, object], status: int) -> None:
+        answer = await service.http.post("/cluster/scale", json=body)
+        assert answer.status_code == status
+        if status == 202:
+            assert service.cluster.sizes == answer.json() == body
+        else:
+            assert answer.json()["error"]["code"] == status
+
+    async def test_restart_once_at_a_time(self, service: Service) -> None:
+        service.cluster.restarts = 0
+        answers = [await service.http.post("/cluster/restart") for _ in range(2)]
+        assert [answer.status_code for answer in answers] == [202, 409]
+
     @pytest.mark.parametrize(("instance", "status"), [("p0", 409), ("d7", 404), ("", 400)])
     async def test_drain_refused(self, service: Service, instance: str, status: int) -> None:
         answer = await service.http.post("/cluster/drain", json={"instance": instance})

@@ -319,7 +319,7 @@ class FakeEngine:
 
     # ---- the rest
 
-    async def live_requests(self) -> list[RequestId]:
+    async def live_requests(self, client: str | None = None) -> list[RequestId]:
         return await self._call(
             lambda: [r.request_id for r in [*self._live(), *self.arriving.values()]],
         )

@@ -121,7 +121,7 @@ class World:
 
     @property
     def decisions(self) -> list[str]:
-        return [decision["what"] for decision in self.fleet.snapshot()["decisions"]]
+        return [decision["what"] for decision in self.fleet.state()["decisions"]]
 
 
 @asynccontextmanager
@@ -139,12 +139,12 @@ class TestStarting:
         async with a_world() as world:
             world.want_one()
             assert world.router.instances.greetings == [{"decode": 1}]
-            row = world.fleet.snapshot()["instances"][-1]
+            (row,) = world.fleet.state()["coming"]
             assert (row["id"], row["role"], row["state"]) == ("decode-2", "decode", "starting")
             await asyncio.sleep(START_S + 1)
             assert world.names == ["decode-0", "decode-1", "decode-2"]
             assert Counter(world.router.instances.starting) == {"decode": 1}
-            assert len(world.fleet.snapshot()["instances"]) == 3
+            assert not world.fleet.state()["coming"]
             world.router.report("decode-2")
             await asyncio.sleep(1)
             assert not world.router.instances.starting
@@ -324,7 +324,7 @@ class TestTheScheduler:
         async with a_world() as world:
 
             def state() -> str:
-                return str(world.fleet.snapshot()["scheduler"]["state"])
+                return str(world.fleet.state()["scheduler"]["state"])
 
             assert state() == "absent"
             world.fleet.scheduler_started("tcp://s", 7)
@@ -338,6 +338,6 @@ class TestTheScheduler:
             world.fleet.scheduler_lost()
             assert state() == "absent"
             world.fleet.scheduler_started("tcp://next", 8)
-            scheduler = world.fleet.snapshot()["scheduler"]
+            scheduler = world.fleet.state()["scheduler"]
             assert (scheduler["pid"], scheduler["restarts"]) == (8, 1)
             assert world.router.instances.scheduler == "tcp://next"

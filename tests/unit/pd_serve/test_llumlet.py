@@ -153,7 +153,7 @@ class FakeEngine:
             for rank, request_id in enumerate(sorted(self.running))
         ]
 
-    async def live_requests(self) -> list[RequestId]:
+    async def live_requests(self, client: str | None = None) -> list[RequestId]:
         return [RequestId(request_id) for request_id in sorted(self.running)]
 
     async def utility(self, method: str, *arguments: Any) -> Any:

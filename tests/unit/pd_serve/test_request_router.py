@@ -23,11 +23,11 @@ from migration.messages import RequestId
 from pd_serve import request_router
 from pd_serve.api.cluster_view import MigrationRefusedError, UnknownTargetError
 from pd_serve.api.codec import VllmCodec
-from pd_serve.instance import InstanceInfo
 from pd_serve.messages import (
     AbortRequests,
     AddRequest,
     Hello,
+    InstanceInfo,
     LoadReport,
     MigrateRequest,
     MigrationEnded,

@@ -1,0 +1,1 @@
+"""Running on a Ray cluster with Ray Serve, and setting up the environment."""

@@ -1,0 +1,117 @@
+"""One API server: the application, and behind it the request router and the link to the instances' owner."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from pd_serve.config import ServeConfig
+from pd_serve.wire import Wire
+
+#: Instances beyond those asked for at the start that vLLM's metrics can tell apart.
+SPARE_SLOTS = 4
+
+
+class FrontEnd:
+    """Lives on one event loop, until `close`.
+
+    Args:
+        wire: Closed by `close`.
+        find_owner: Gives the address of the owner; see `OwnerLink`.
+        flags: From `pd_serve.preparation.parse`.
+        engine_config: vLLM's resolved configuration of an instance.
+
+    Attributes:
+        app: The FastAPI application, once `start` has returned. So `router` and `client`.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        wire: Wire,
+        find_owner: Callable[[], Awaitable[str]],
+        flags: Any,
+        engine_config: Any,
+    ) -> None:
+        from pd_serve.owner_link import OwnerLink
+
+        self._config = config
+        self._wire = wire
+        self._server = flags.server
+        self._engine_config = engine_config
+        self._link = OwnerLink(wire, find_owner)
+        self.app: Any = None
+        self.router: Any = None
+        self.client: Any = None
+
+    async def start(self) -> None:
+        """Returns when there are instances, and all of them have reported."""
+        from pd_serve.api.app import create_app
+        from pd_serve.api.codec import VllmCodec
+        from pd_serve.api.core import ClusterCore
+        from pd_serve.api.engine_client import ClusterAsyncLLM
+        from pd_serve.observe.exposition import show_metrics
+        from pd_serve.observe.recorder import RequestRecorder
+        from pd_serve.observe.request_metrics import RequestMetrics
+        from pd_serve.request_router import RequestRouter
+        from router.book import LoadBook
+
+        config = self._config
+        infos = await self._link.instances()
+        # What an instance found out when it made its KV cache, as vLLM's own front end takes it over.
+        self._engine_config.cache_config.num_gpu_blocks = infos[0].num_blocks
+        self._engine_config.cache_config.block_size = infos[0].block_tokens
+        self._engine_config.model_config.max_model_len = min(info.max_model_len for info in infos)
+        codec = VllmCodec()
+        outputs: asyncio.Queue[Any] = asyncio.Queue()
+        self.router = RequestRouter(
+            self._wire.name,
+            self._wire,
+            codec,
+            outputs.put_nowait,
+            block_tokens=infos[0].block_tokens,
+            num_slots=config.max_instances + SPARE_SLOTS,
+            owns=False,
+            recorder=RequestRecorder([RequestMetrics()], unix_offset_s=time.time() - time.monotonic()),
+            book=LoadBook(config.policies, clock=asyncio.get_running_loop().time),
+        )
+        self._link.attach(self.router)
+        async with asyncio.timeout(30):
+            await self.router.wait_for_reports()
+        core = ClusterCore(self.router, outputs, codec, tuple(infos[0].supported_tasks))
+        check: Any = None
+        if config.simulated is not None:
+            from pd_serve.simulation.live import check_parameters
+
+            check = check_parameters
+        self.client = ClusterAsyncLLM(
+            self._engine_config,
+            core,
+            log_requests=self._server.enable_log_requests,
+            log_stats=not self._server.disable_log_stats,
+            check=check,
+        )
+        self._link.internal_ids = self.client.internal_ids
+        self.app = await create_app(
+            self._server,
+            self.client,
+            self._link,
+            max_waiting=config.max_waiting,
+            admin_key=config.admin_key,
+            max_body_bytes=config.max_body_bytes,
+        )
+        show_metrics(self.app, self.router.reports)
+
+    async def close(self) -> None:
+        await self._link.close()
+        if self.router is not None:
+            await self.router.close()
+        await self._wire.close()
+
+
+def import_all() -> None:
+    """What `FrontEnd.start` imports: seconds, for a thread while others start."""
+    import pd_serve.api.app
+    import pd_serve.api.codec
+    import pd_serve.api.core
+    import pd_serve.request_router  # noqa: F401
