@@ -53,6 +53,9 @@ STATS_INTERVAL_S = 1.0
 #: An API server that has said nothing for so long is gone, and its requests with it.
 CLIENT_LEASE_S = 30.0
 
+#: Nobody will come any more: an instance that outlives its owner ends itself when it was greeted so long ago.
+ORPHAN_S = 120.0
+
 #: How many requests' next owners are remembered, to pass aborts on.
 MAX_FORWARDS = 10_000
 
@@ -108,6 +111,7 @@ class Llumlet:
         self._moves_decided = 0
         self._reported_at = 0.0
         self._stats_at = -STATS_INTERVAL_S
+        self._greeted_at = self._loop.time()
         self._report_due: asyncio.TimerHandle | None = None
         self.engine: Engine = None  # type: ignore[assignment]
         self.coordinator: MigrationCoordinator = None  # type: ignore[assignment]
@@ -115,6 +119,7 @@ class Llumlet:
     def start(self, engine: Engine) -> None:
         """Begins to serve with an engine that is ready."""
         self.engine = engine
+        self._greeted_at = self._loop.time()
         self.coordinator = MigrationCoordinator(
             self.name,
             engine,
@@ -171,7 +176,7 @@ class Llumlet:
         server = self._servers.get(sender)
         if server is None:
             server = self._servers[sender] = ApiServer(message.token_endpoint)
-        server.heard_at = self._loop.time()
+        server.heard_at = self._greeted_at = self._loop.time()
         server.peers = dict(message.peers)
         self._wire.connect(sender, message.address)
         self._update_peers()
@@ -466,6 +471,8 @@ class Llumlet:
             await asyncio.sleep(HEARTBEAT_S)
             self._report()
             now = self._loop.time()
+            if now - self._greeted_at > ORPHAN_S:
+                raise EngineDeadError(f"nobody has greeted {self.name} for {ORPHAN_S:.0f} s")
             for name, server in list(self._servers.items()):
                 if now - server.heard_at > CLIENT_LEASE_S:
                     logger.warning("%s: API server %s is gone, ending its requests", self.name, name)

@@ -15,6 +15,7 @@ import msgspec
 from migration.errors import EngineDeadError, InvalidRequestError, PdServeError
 from migration.tasks import OwnedTasks
 from pd_serve.api.cluster_view import MigrationRefusedError, UnknownTargetError
+from pd_serve.config import ROLES
 from pd_serve.fleet import Fleet
 from pd_serve.messages import Call, InstanceInfo, Join, Members, Reply, ToApiServerFromOwner, ToOwner
 from pd_serve.request_router import RequestRouter
@@ -151,7 +152,8 @@ class OwnerDesk:
         assert self._roster is not None
         state = self.fleet.state() | {"api_servers": sorted(self._servers)}
         leaving = sorted(self.fleet.leaving)
-        return Members(self.address, list(self._roster.instances), self._scheduler, leaving, state)
+        instances = sorted(self._roster.instances, key=_by_role_and_number)
+        return Members(self.address, instances, self._scheduler, leaving, state)
 
     def _on_frames(self, frames: list[bytes]) -> None:
         sender, message = frames[0].decode(), self._decode(frames[1])
@@ -191,6 +193,11 @@ class OwnerDesk:
             except UnknownTargetError:
                 continue
         raise UnknownTargetError(f"no running request {request_id!r}")
+
+
+def _by_role_and_number(info: InstanceInfo) -> tuple[int, int]:
+    """Not by who was ready first: as people read a list."""
+    return ROLES.index(info.role), int(info.instance_id.rpartition("-")[2])
 
 
 class OwnerLink:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from migration.errors import EngineDeadError
 from migration.tasks import OwnedTasks
 from pd_serve.config import PoolBounds
 from pd_serve.messages import (
@@ -47,6 +48,9 @@ HEARTBEAT_S = 1.0
 
 #: A new scheduler hears all instances before it decides, but waits no longer for the first ones than this.
 FIRST_LOOK_S = 2.0
+
+#: Without any for so long it ends: whoever has started it is gone, too.
+ORPHAN_S = 120.0
 
 #: An API server that has said nothing for so long is gone; what only it knew is no member any more.
 SERVER_LEASE_S = 10.0
@@ -129,6 +133,7 @@ class SchedulerProcess:
         self._all_heard = asyncio.Event()
         self._moves: Counter[str] = Counter()
         self._scaling: Counter[str] = Counter()
+        self._greeted_at = self._loop.time()
         self._tasks.start(self._decide())
         self._tasks.start(self._heartbeat())
 
@@ -162,6 +167,7 @@ class SchedulerProcess:
                     self._heard(sender)
             case Hello():
                 news = sender not in self._servers
+                self._greeted_at = self._loop.time()
                 self._wire.connect(sender, message.address)
                 self._servers[sender] = Server(
                     self._loop.time(),
@@ -210,6 +216,8 @@ class SchedulerProcess:
             for name in self._members:
                 self._wire.send(name, Subscribe(self.address))
             self._tell([], self.stats())
+            if self._loop.time() - self._greeted_at > ORPHAN_S:
+                raise EngineDeadError(f"nobody has greeted {self.name} for {ORPHAN_S:.0f} s")
             oldest = self._loop.time() - SERVER_LEASE_S
             for name in [name for name, server in self._servers.items() if server.heard_at < oldest]:
                 logger.warning("API server %s is gone", name)
