@@ -12,7 +12,9 @@ from vllm.v1.engine import (
 )
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
+from migration.errors import InvalidRequestError
 from pd_serve.messages import TokenHeader
+from pd_serve.wire import MAX_FRAME_BYTES
 
 
 class VllmCodec:
@@ -24,7 +26,13 @@ class VllmCodec:
         self._encoder = MsgpackEncoder()
 
     def encode_request(self, request: EngineCoreRequest) -> list[bytes]:
-        return [bytes(frame) for frame in self._encoder.encode(request)]
+        """Raises: InvalidRequestError: no instance would take a message of this length."""
+        frames = [bytes(frame) for frame in self._encoder.encode(request)]
+        if max(map(len, frames)) > MAX_FRAME_BYTES:
+            raise InvalidRequestError(
+                f"The request takes more than {MAX_FRAME_BYTES} bytes on its way to an engine."
+            )
+        return frames
 
     def decode(self, frames: Sequence[bytes]) -> tuple[TokenHeader, EngineCoreOutputs]:
         return self._header.decode(frames[0]), self._outputs.decode(frames[1:])

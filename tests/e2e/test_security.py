@@ -1,9 +1,11 @@
 """A running cluster, as somebody sees it who has none of its keys."""
 
 import re
+import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -39,7 +41,7 @@ def server(logs: Path) -> Iterator[ServerProcess]:
         "PD_SERVE_ADMIN_KEY": ADMIN_KEY,
         "PD_SERVE_CLUSTER_SECRET": SECRET,
     }
-    flags = ("--prefill", "1", "--decode", "1")
+    flags = ("--prefill", "1", "--decode", "1", "--max-body-bytes", "100000", "--max-connections", "30")
     with run_cluster(logs / "security.log", *flags, environment=environment) as server:
         complete(server)
         yield server
@@ -99,6 +101,13 @@ def test_nobody_answers_a_stranger(server: ServerProcess) -> None:
         assert "UNAUTHENTICATED" in codes or port.process in RAY_PROCESSES, port
 
 
+def wait_for(condition: Callable[[], bool], bound_s: float = 60.0) -> None:
+    deadline = time.monotonic() + bound_s
+    while not condition():
+        assert time.monotonic() < deadline, "it does not come"
+        time.sleep(0.1)
+
+
 def refusals(server: ServerProcess) -> list[str]:
     """Names of the processes that have told of a stranger, as often as they have."""
     return re.findall(r"(\S+): refused a peer at 127\.0\.0\.1, ", server.tail(10**6))
@@ -113,10 +122,9 @@ def test_strangers_are_one_line_for_each_process_and_change_nothing(server: Serv
 
     states = [instance["state"] for instance in ask(server, "/cluster", ADMIN_KEY).json()["instances"]]
     assert states == ["ready", "ready"]
-    deadline = time.monotonic() + 60
-    while len(lines := refusals(server)) < 4 and time.monotonic() < deadline:
-        time.sleep(0.1)  # Ray passes the lines on
-    assert sorted(name.split("-")[0] for name in lines) == ["api", "decode", "prefill", "scheduler"]
+    wait_for(lambda: len(refusals(server)) >= 4)  # Ray passes the lines on
+    names = sorted(name.split("-")[0] for name in refusals(server))
+    assert names == ["api", "decode", "prefill", "scheduler"]
 
 
 @pytest.mark.parametrize("key", [None, "wrong", ADMIN_KEY])
@@ -139,6 +147,22 @@ def test_the_keys_open_what_they_are_for(server: ServerProcess) -> None:
     assert ask(server, "/v1/models", API_KEY).status_code == 200
     assert ask(server, "/cluster", ADMIN_KEY).status_code == 200
     assert ask(server, "/cluster", API_KEY).status_code == 401
+
+
+def test_the_limits_of_the_command_line_hold(server: ServerProcess) -> None:
+    headers = {"Authorization": f"Bearer {API_KEY}"}
+    body = {"model": "tiny", "prompt": "x" * 100_000}
+    assert httpx.post(f"{server.url}/v1/completions", json=body, headers=headers).status_code == 413
+
+    with ExitStack() as open_connections:
+        for _ in range(29):
+            open_connections.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+        statuses = []
+        for _ in range(5):
+            client = open_connections.enter_context(httpx.Client(base_url=server.url, timeout=60))
+            statuses.append(client.get("/health").status_code)
+    assert statuses[-1] == 503
+    wait_for(lambda: ask(server, "/health").status_code == 200)
 
 
 def test_no_secret_is_shown(server: ServerProcess) -> None:
