@@ -75,9 +75,9 @@ def test_nobody_answers_a_stranger(server: ServerProcess) -> None:
     assert [port for ports in ports.values() for port in ports if not port.is_loopback] == []
     assert set(ports) == {"http", "zeromq", "grpc", "nothing"}
 
-    # ZeroMQ: two of the API server (messages, tokens), one of everybody else.
+    # ZeroMQ: three of the API server (messages, tokens, owner), two of the owner, one of everybody else.
     assert Counter(port.process for port in ports["zeromq"]) == {
-        "pd-serve": 2,
+        "pd-serve": 5,
         "ray::InstanceActor": 2,
         "ray::SchedulerActor": 1,
     }
@@ -122,9 +122,9 @@ def test_strangers_are_one_line_for_each_process_and_change_nothing(server: Serv
 
     states = [instance["state"] for instance in ask(server, "/cluster", ADMIN_KEY).json()["instances"]]
     assert states == ["ready", "ready"]
-    wait_for(lambda: len(refusals(server)) >= 4)  # Ray passes the lines on
+    wait_for(lambda: len(refusals(server)) >= 5)  # Ray passes the lines on
     names = sorted(name.split("-")[0] for name in refusals(server))
-    assert names == ["api", "decode", "prefill", "scheduler"]
+    assert names == ["api", "decode", "owner", "prefill", "scheduler"]
 
 
 @pytest.mark.parametrize("key", [None, "wrong", ADMIN_KEY])
