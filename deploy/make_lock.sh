@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Write requirements.lock anew from pyproject.toml. Versions already locked are kept as far as they still fit;
-# give --upgrade to take the newest ones.
+# Write requirements.lock and deploy/docker/requirements-cuda.lock anew from pyproject.toml. Versions already locked
+# are kept as far as they still fit; give --upgrade to take the newest ones.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -32,4 +32,12 @@ if ! grep -q '^torch==.*+cpu$' "$tools/requirements.lock"; then
     exit 1
 fi
 cp "$tools/requirements.lock" requirements.lock
+
+# --no-config: what [tool.uv] leaves out, the CUDA build needs. No places of wheels: they may have torch for a CPU.
+echo "lock: resolving for CUDA"
+cp deploy/docker/requirements-cuda.lock "$tools/requirements-cuda.lock"
+env -u UV_FIND_LINKS "$tools/bin/uv" pip compile --no-config pyproject.toml --extra cuda --python-version 3.11 \
+    --python-platform x86_64-manylinux_2_28 --no-annotate --no-header --quiet \
+    --output-file "$tools/requirements-cuda.lock" "$@"
+cp "$tools/requirements-cuda.lock" deploy/docker/requirements-cuda.lock
 echo "lock: requirements.lock holds $(wc -l <requirements.lock) packages"

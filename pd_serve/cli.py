@@ -174,7 +174,11 @@ def status(url: Url = DEFAULT_URL, api_key: Key = None, admin_key: AdminKey = No
 
 @app.command()
 def drain(
-    instance: Annotated[str, typer.Argument(help="Its id, as `pd-serve status` shows it.")],
+    instance: Annotated[str | None, typer.Argument(help="Its id, as `pd-serve status` shows it.")] = None,
+    node: Annotated[
+        str | None, typer.Option(help="All instances of the machine with this host name, instead of one.")
+    ] = None,
+    wait: Annotated[float, typer.Option(help="With --node: seconds to wait until they are empty.")] = 0.0,
     stop: Annotated[bool, typer.Option("--stop", help="Stop it when it is empty.")] = False,
     undo: Annotated[bool, typer.Option("--undo", help="Use it again.")] = False,
     url: Url = DEFAULT_URL,
@@ -184,7 +188,13 @@ def drain(
     """Let an instance take nothing new, and move away what it has."""
     from pd_serve import control
 
-    control.drain(control.Service(url, admin_key or api_key), Console(), instance, stop=stop, undo=undo)
+    service = control.Service(url, admin_key or api_key)
+    if node is not None and instance is None and not (stop or undo):
+        control.drain_node(service, Console(), node, wait_s=wait)
+    elif instance is not None and node is None:
+        control.drain(service, Console(), instance, stop=stop, undo=undo)
+    else:
+        raise InvalidRequestError("give an instance, or --node alone")
 
 
 @app.command()

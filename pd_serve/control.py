@@ -14,6 +14,10 @@ POLL_S = 0.5
 TIMEOUT_S = 70.0
 
 
+class RefusedError(PdServeError):
+    """The service answers, and does not do it; the message says why."""
+
+
 class Service:
     """A running service, by its URL."""
 
@@ -36,7 +40,8 @@ class Service:
         except httpx.HTTPError as error:
             raise PdServeError(f"no service at {self._url}: {error}") from error
         if response.is_error:
-            raise PdServeError(_reason(response, self._url))
+            refused = response.status_code in (404, 409)
+            raise (RefusedError if refused else PdServeError)(_reason(response, self._url))
         answer: dict[str, Any] = response.json()
         return answer
 
@@ -65,6 +70,47 @@ def drain(service: Service, console: Console, instance: str, *, stop: bool, undo
     service.post("drain", {"instance": instance, "stop": stop, "draining": not undo})
     what = "is used again" if undo else "is drained, and stopped when it is empty" if stop else "is drained"
     console.step(f"{instance} {what}; see pd-serve status")
+
+
+def drain_node(service: Service, console: Console, node: str, *, wait_s: float) -> None:
+    """Drains all instances of a machine, before it goes away.
+
+    Returns when none of them has a request any more, or after `wait_s` seconds. What cannot be done without
+    is not drained.
+
+    Args:
+        node: The machine's host name, as `GET /cluster` has it.
+
+    Raises:
+        PdServeError: The service does not answer.
+    """
+    deadline = time.monotonic() + wait_s
+    ids = [row["id"] for row in service.get()["instances"] if row["node"] == node]
+    console.step(f"{node}: {', '.join(ids) or 'no instances'}")
+    drained = [instance for instance in ids if _is_drained(service, console, instance)]
+    while busy := _requests(service, drained):
+        if time.monotonic() > deadline:
+            console.warn(f"{node} still has {busy} requests")
+            return
+        time.sleep(POLL_S)
+    if drained:
+        console.step(f"{', '.join(drained)}: empty")
+
+
+def _is_drained(service: Service, console: Console, instance: str) -> bool:
+    try:
+        service.post("drain", {"instance": instance})
+    except RefusedError as refusal:
+        console.warn(f"{instance} is not drained: {refusal}")
+        return False
+    return True
+
+
+def _requests(service: Service, ids: list[str]) -> int:
+    if not ids:
+        return 0
+    rows = [row for row in service.get()["instances"] if row["id"] in ids]
+    return sum(row["running"] + row["waiting"] for row in rows)
 
 
 def scale(service: Service, console: Console, sizes: dict[str, int]) -> None:
