@@ -110,3 +110,15 @@ INTEGRITY_CHECKS = Counter("pd_serve_integrity_checks", "Times that GET /cluster
 INTEGRITY_VIOLATIONS = Counter(
     "pd_serve_integrity_violations", "What those checks have found wrong; at rest there should be nothing."
 )
+
+# What has not happened yet is a 0, not a gap: so a graph shows the first time it does.
+for _outcome in ("stop", "length", "abort", "error"):
+    REQUESTS.labels(_outcome)
+for _reason in ("handoff", "balance", "defragment", "drain", "manual"):
+    for _outcome in ("committed", "aborted"):
+        MIGRATIONS.labels(_reason, _outcome)
+    MIGRATED_BLOCKS.labels(_reason)
+    MIGRATED_BYTES.labels(_reason)
+for _action in ("start", "stop"):
+    for _role in ("prefill", "decode", "neutral"):
+        SCALED.labels(_action, _role)

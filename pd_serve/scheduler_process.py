@@ -131,8 +131,8 @@ class SchedulerProcess:
         self._members: dict[str, str] = {}
         self._unheard: set[str] = set()
         self._all_heard = asyncio.Event()
-        self._moves: Counter[str] = Counter()
-        self._scaling: Counter[str] = Counter()
+        self._moves = Counter(dict.fromkeys(("balance", "defragment", "drain"), 0))
+        self._scaling = Counter(dict.fromkeys(("start", "stop", "drain", "use_again", "set_role"), 0))
         self._greeted_at = self._loop.time()
         self._tasks.start(self._decide())
         self._tasks.start(self._heartbeat())
