@@ -211,6 +211,7 @@ class IncomingMigration:
         except DestinationRefusedError as error:
             self.feed(DestinationEvent.COMMIT_FAILED, str(error))
         else:
+            logger.debug("request %s: has come from %s", self.request_id, self.source)
             self.feed(DestinationEvent.ENTERED)
 
     async def _drop(self) -> None:

@@ -26,6 +26,7 @@ from pd_serve.credentials import (
     read_api_keys,
     read_cluster_secret,
 )
+from pd_serve.logs import choose_format, configure_logging
 from pd_serve.simulation.command import app as simulate
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -91,6 +92,9 @@ def serve(
             help=f"What the processes know each other by, or ${SECRET_VARIABLE}. [default: made up]"
         ),
     ] = None,
+    log_format: Annotated[
+        Literal["text", "json"], typer.Option(help="What lines of log are.", envvar="PD_SERVE_LOG_FORMAT")
+    ] = "text",
     ray_address: Annotated[
         str | None, typer.Option(help="Join this Ray cluster instead of a local one.")
     ] = None,
@@ -119,6 +123,7 @@ def serve(
         bool, typer.Option(help="Start another instance in the place of one that has died.")
     ] = True,
 ) -> None:
+    choose_format(log_format)
     extra = list(context.args)
     model = extra.pop(0) if extra and not extra[0].startswith("-") else models.DEFAULT_MODEL
     console = Console()
@@ -277,9 +282,7 @@ def bench_simulator(
 def _run(work: Coroutine[Any, Any, None]) -> None:
     import uvloop
 
-    from pd_serve.logs import configure_logging
-
-    configure_logging()
+    configure_logging("api")
     # Not closed: that would wait for threads which still start Ray or import vLLM. The process ends next.
     asyncio.Runner(loop_factory=uvloop.new_event_loop).run(work)
 

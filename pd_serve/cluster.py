@@ -46,7 +46,7 @@ class InstanceActor:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        configure_logging()
+        configure_logging(name)
         self._instance = Instance()
         self._started: asyncio.Task[InstanceInfo] | None = None
         self._notes: Any = None
@@ -82,7 +82,7 @@ class SchedulerActor:
     """The scheduler's process. It imports neither vLLM nor torch, and is ready in about a second."""
 
     def __init__(self) -> None:
-        configure_logging()
+        configure_logging(SCHEDULER)
         self._stopped = asyncio.Event()
 
     def __repr__(self) -> str:

@@ -20,6 +20,9 @@ PROCESS_BYTES = 600 * 2**20
 
 ROLES = ("prefill", "decode", "neutral")
 
+#: Set for the service, and so for the processes that Ray starts for it elsewhere.
+LOGGING_VARIABLES = ("PD_SERVE_LOG_FORMAT", "PD_SERVE_LOG_LEVEL", "VLLM_CONFIGURE_LOGGING")
+
 DEFAULT_POLICY = "llumnix"
 
 DEFAULT_COST_MODEL = "a10-llama-7b"
@@ -274,6 +277,7 @@ def process_environment(config: ServeConfig, model: str) -> dict[str, str]:
         "RAY_DEDUP_LOGS": "0",
         "GLOO_SOCKET_IFNAME": "lo",  # an engine's process groups do not leave its machine
     }
+    environment |= {name: os.environ[name] for name in LOGGING_VARIABLES if name in os.environ}
     if Path(model).is_dir():
         environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     if config.ray_address is None:

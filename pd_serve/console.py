@@ -1,6 +1,7 @@
 """What a person sees: steps with their time, warnings, the banner at the end of the start."""
 
 import json
+import logging
 import time
 
 import rich.console
@@ -8,20 +9,27 @@ from rich.panel import Panel
 from rich.table import Table
 
 from pd_serve.config import ServeConfig
+from pd_serve.logs import is_json
 from pd_serve.messages import InstanceInfo
+
+logger = logging.getLogger(__name__)
 
 
 class Console:
-    """Progress on stderr, so that stdout stays free for results."""
+    """Progress on stderr, so that stdout stays free for results. With JSON lines of log, lines of log."""
 
     def __init__(self) -> None:
         self._console = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
         self._begin = time.monotonic()
 
     def step(self, text: str) -> None:
+        if is_json():
+            return logger.info("%s", text)
         self._console.print(f"[dim]{time.monotonic() - self._begin:6.1f} s[/dim]  {text}")
 
     def warn(self, text: str) -> None:
+        if is_json():
+            return logger.warning("%s", text)
         self._console.print(f"[bold yellow]warning[/bold yellow]  {text}")
 
     def error(self, text: str) -> None:
@@ -30,6 +38,9 @@ class Console:
     def banner(self, config: ServeConfig, model: str, instances: list[InstanceInfo], *, tls: bool) -> None:
         """Endpoint, model, instances and a line to copy."""
         endpoint = f"http{'s' if tls else ''}://{config.host or '0.0.0.0'}:{config.port}"
+        if is_json():
+            seconds = time.monotonic() - self._begin
+            return logger.info("endpoint %s/v1 serves %s after %.1f s", endpoint, model, seconds)
         body = json.dumps(
             {"model": model, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 32}
         )

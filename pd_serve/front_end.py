@@ -1,7 +1,6 @@
 """One API server: the application, and behind it the request router and the link to the instances' owner."""
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -51,8 +50,7 @@ class FrontEnd:
         from pd_serve.api.core import ClusterCore
         from pd_serve.api.engine_client import ClusterAsyncLLM
         from pd_serve.observe.exposition import show_metrics
-        from pd_serve.observe.recorder import RequestRecorder
-        from pd_serve.observe.request_metrics import RequestMetrics
+        from pd_serve.observe.setup import make_recorder
         from pd_serve.request_router import RequestRouter
         from router.book import LoadBook
 
@@ -72,7 +70,10 @@ class FrontEnd:
             block_tokens=infos[0].block_tokens,
             num_slots=config.max_instances + SPARE_SLOTS,
             owns=False,
-            recorder=RequestRecorder([RequestMetrics()], unix_offset_s=time.time() - time.monotonic()),
+            recorder=make_recorder(
+                log_requests=self._server.enable_log_requests,
+                traced=self._server.otlp_traces_endpoint is not None,
+            ),
             book=LoadBook(config.policies, clock=asyncio.get_running_loop().time),
         )
         self._link.attach(self.router)

@@ -205,6 +205,7 @@ class Llumlet:
 
     async def _add(self, sender: str, message: AddRequest, payload: list[bytes]) -> None:
         request_id = message.request_id
+        logger.debug("request %s: is queued on %s", request_id, self.name)
         self._forwards.pop(request_id, None)
         if message.epoch:
             # Recomputed: an older copy, which nobody follows any more, may live here or be on its way here.

@@ -1,16 +1,102 @@
-"""Logs of the service's processes: one line per event, the request's id in it."""
+"""Logs of the service's processes: one line per event, the request's id in it; as text or as JSON.
+
+A message about a request begins with `request %s: `, its id the first argument. In JSON it has a field of
+its own, in every process that the request comes by.
+"""
 
 import logging
 import os
+import re
+import sys
+import threading
 import warnings
+from typing import Any, Literal, TextIO
+
+LogFormat = Literal["text", "json"]
+
+#: Ray's processes inherit it.
+FORMAT_VARIABLE = "PD_SERVE_LOG_FORMAT"
+
+#: What Ray puts in front of a line of another process. JSON lines name their process themselves.
+RAY_PREFIX = re.compile(r"^\([^()]*\bpid=\d+[^()]*\) (?=\{)", re.MULTILINE)
 
 
-def configure_logging() -> None:
-    """Level from `PD_SERVE_LOG_LEVEL` (default INFO; DEBUG adds a line per hand-off)."""
+def configure_logging(process: str = "") -> None:
+    """Level from `PD_SERVE_LOG_LEVEL` (default INFO; DEBUG adds a line per hand-off).
+
+    Args:
+        process: Named in JSON lines; in text Ray does it.
+    """
     level = os.environ.get("PD_SERVE_LOG_LEVEL", "INFO").upper()
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", force=True)
+    handler = logging.StreamHandler()
+    if is_json():
+        handler.setFormatter(_json_formatter(process))
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for ours in ("pd_serve", "migration", "router"):
         logging.getLogger(ours).setLevel(level)
     # Said on every start on a CPU, by libraries, about nothing that the user could change.
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\..*")
+
+
+def is_json() -> bool:
+    return os.environ.get(FORMAT_VARIABLE) == "json"
+
+
+def choose_format(log_format: LogFormat) -> None:
+    """For this process and those that it starts, before either configures its logging."""
+    os.environ[FORMAT_VARIABLE] = log_format
+    if log_format == "json":
+        os.environ["VLLM_CONFIGURE_LOGGING"] = "0"  # its loggers are children of the root then
+        sys.stdout, sys.stderr = _WithoutPrefix(sys.stdout), _WithoutPrefix(sys.stderr)
+
+
+def request_of(record: logging.LogRecord) -> str | None:
+    """The id of the request that a line is about."""
+    if isinstance(record.msg, str) and record.msg.startswith("request %s") and record.args:
+        return str(record.args[0]) if isinstance(record.args, tuple) else None
+    return None
+
+
+def _json_formatter(process: str) -> logging.Formatter:
+    from pythonjsonlogger.json import JsonFormatter
+
+    class JsonLines(JsonFormatter):
+        def add_fields(
+            self, log_data: dict[str, Any], record: logging.LogRecord, message_dict: dict[str, Any]
+        ) -> None:
+            super().add_fields(log_data, record, message_dict)
+            if (request_id := request_of(record)) is not None:
+                log_data["request_id"] = request_id
+
+    return JsonLines(
+        ["levelname", "name", "message"],
+        style=",",
+        rename_fields={"levelname": "level", "name": "logger"},
+        static_fields={"process": process or f"pid-{os.getpid()}"},
+        timestamp="time",
+    )
+
+
+class _WithoutPrefix:
+    """A stream that Ray writes other processes' lines to.
+
+    It does so from a thread of its own, and ends a line by another call: a line is passed on when it is
+    whole, so that no other comes in between.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._begun = threading.local()
+
+    def write(self, text: str) -> int:
+        whole, newline, rest = (getattr(self._begun, "line", "") + text).rpartition("\n")
+        self._begun.line = rest
+        if newline:
+            self._stream.write(RAY_PREFIX.sub("", whole) + newline)
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

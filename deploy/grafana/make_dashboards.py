@@ -98,7 +98,7 @@ OVERVIEW = Dashboard(
             ),
             Panel(
                 "Where the time goes",
-                "Mean time of each part of a request's life; decode is once per instance that it has been on.",
+                "Mean time of each part of a request's life; decode is per instance that it has been on.",
                 {"{{stage}}": mean("pd_serve_request_stage_seconds", "stage")},
                 "s",
                 stacked=True,

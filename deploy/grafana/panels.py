@@ -43,7 +43,7 @@ def quantiles(metric: str, *shares: float, by: str = "") -> dict[str, str]:
     group = f"le, {by}" if by else "le"
     name = f"{{{{{by}}}}} " if by else ""
     return {
-        f"{name}p{share * 100:g}": f"histogram_quantile({share}, sum by ({group}) (rate({metric}_bucket{RATE})))"
+        f"{name}p{share * 100:g}": f"histogram_quantile({share}, {rate(f'{metric}_bucket', group)})"
         for share in shares
     }
 

@@ -13,13 +13,14 @@ import socket
 from argparse import Namespace
 from collections.abc import Callable, Generator
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
 from migration.errors import EngineDeadError, InvalidRequestError
 from pd_serve.api.http_limits import HttpLimits, LimitedProtocol
 from pd_serve.config import MAX_CONNECTIONS
+from pd_serve.logs import is_json
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -137,6 +138,9 @@ def _config(app: "FastAPI", args: Namespace, max_connections: int) -> uvicorn.Co
     from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 
     log_config = get_uvicorn_log_config(args)
+    logs: dict[str, Any] = {"log_config": log_config} if log_config else {}
+    if is_json():
+        logs["log_config"] = None  # its loggers are children of the root then
     limits = HttpLimits(args.h11_max_incomplete_event_size, args.h11_max_header_count, max_connections)
     return uvicorn.Config(
         app,
@@ -150,7 +154,7 @@ def _config(app: "FastAPI", args: Namespace, max_connections: int) -> uvicorn.Co
         ssl_ca_certs=args.ssl_ca_certs,
         ssl_cert_reqs=args.ssl_cert_reqs,
         **({"ssl_ciphers": args.ssl_ciphers} if args.ssl_ciphers else {}),
-        **({"log_config": log_config} if log_config else {}),
+        **logs,
     )
 
 

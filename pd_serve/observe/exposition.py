@@ -1,13 +1,15 @@
 """`/metrics` with the instance's name on vLLM's metrics, which know engines by number only."""
 
-import re
 from collections.abc import Callable, Iterator
 
 from fastapi import FastAPI
-from prometheus_client import CollectorRegistry, make_asgi_app
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import REGISTRY, Collector
-from starlette.routing import Mount
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from pd_serve.observe.cluster_metrics import ClusterMetrics
 from pd_serve.observe.reports import ClusterReports
@@ -37,9 +39,15 @@ def show_metrics(app: FastAPI, reports: ClusterReports, registry: CollectorRegis
     shown = CollectorRegistry(auto_describe=True)  # so that `?name[]=` finds them
     shown.register(WithInstances(lambda: {str(slot): name for name, slot in reports.slots.items()}, registry))
     shown.register(ClusterMetrics(reports))
-    route = Mount("/metrics", make_asgi_app(registry=shown))
-    route.path_regex = re.compile("^/metrics(?P<path>/?)$")  # without a redirect to a slash
-    app.router.routes.insert(0, route)
+
+    async def metrics(request: Request) -> Response:
+        # On the event loop, where what is read here changes. In the plain format only: the library's other
+        # one makes `vllm_` of `vllm:`.
+        names = request.query_params.getlist("name[]")
+        chosen = shown.restricted_registry(names) if names else shown
+        return Response(generate_latest(chosen), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+
+    app.router.routes.insert(0, Route("/metrics", metrics))
 
 
 def _named(metric: Metric, instances: dict[str, str]) -> Metric:

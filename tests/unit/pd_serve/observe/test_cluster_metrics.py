@@ -89,7 +89,8 @@ def test_vllm_s_metrics_get_the_name_of_the_instance() -> None:
     Gauge("other", "Other.", ["engine"], registry=vllms).labels("0").set(1)
     show_metrics(app, world.reports, vllms)
 
-    with TestClient(app) as client:
+    accepts = {"Accept": "application/openmetrics-text;version=1.0.0,text/plain;q=0.5"}  # as Prometheus
+    with TestClient(app, headers=accepts) as client:
         text = client.get("/metrics").text
         assert 'vllm:running{engine="0",instance="p0",model_name="tiny"} 1.0' in text
         assert 'engine="2"' not in text

@@ -1,0 +1,119 @@
+"""OpenTelemetry spans of requests: children of the client's, one per stage of their lives."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.trace import SpanKind, StatusCode, Tracer
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from pd_serve.observe.recorder import Observer
+from pd_serve.observe.timeline import Migration, Stage, Timeline
+
+
+def traces_endpoint(environment: Mapping[str, str]) -> str | None:
+    """Where OpenTelemetry's own variables want spans to go; None: nowhere.
+
+    Source: OpenTelemetry specification, "OTLP exporter configuration".
+    """
+    if endpoint := environment.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"):
+        return endpoint
+    if endpoint := environment.get("OTEL_EXPORTER_OTLP_ENDPOINT"):
+        over_http = _protocol(environment).startswith("http")
+        return f"{endpoint.rstrip('/')}/v1/traces" if over_http else endpoint
+    return None
+
+
+def prepare_tracing() -> None:
+    """Sets what vLLM's exporter reads from the environment, where the user has not."""
+    os.environ.setdefault("OTEL_SERVICE_NAME", "pd-serve")
+    os.environ.setdefault("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", _protocol(os.environ))
+
+
+def _protocol(environment: Mapping[str, str]) -> str:
+    general = environment.get("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
+    return environment.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", general)
+
+
+class RequestTracer(Observer):
+    """Makes a span of each request, and within it one of each stage and migration once that is over.
+
+    Args:
+        unix_offset_s: From the recorder's clock to Unix time.
+        tracer: By default of the provider that vLLM has set up for its own spans.
+    """
+
+    def __init__(self, unix_offset_s: float, tracer: Tracer | None = None) -> None:
+        self._unix_offset_s = unix_offset_s
+        self._tracer = tracer or trace.get_tracer("pd_serve")
+        self._propagator = TraceContextTextMapPropagator()
+
+    def issued(self, request: Timeline) -> None:
+        parent = self._propagator.extract(request.trace_headers or {})
+        request.trace = self._tracer.start_span(
+            "request",
+            context=parent,
+            kind=SpanKind.SERVER,
+            start_time=self._ns(request.issued_at),
+            attributes={
+                "pd_serve.request.id": request.request_id,
+                "pd_serve.request.name": request.name,
+                "pd_serve.request.priority": request.priority,
+                "gen_ai.usage.input_tokens": request.prompt_tokens,
+            },
+        )
+
+    def stage(self, request: Timeline, stage: Stage) -> None:
+        self._span(request.trace, stage.name, stage.begin, stage.end, {"pd_serve.instance": stage.instance})
+
+    def migrated(self, request: Timeline, migration: Migration) -> None:
+        span = self._span(
+            request.trace,
+            "migration",
+            migration.begin,
+            migration.end,
+            {
+                "pd_serve.migration.reason": migration.reason,
+                "pd_serve.migration.source": migration.source,
+                "pd_serve.migration.destination": migration.destination,
+                "pd_serve.migration.outcome": migration.outcome,
+                "pd_serve.migration.why": migration.why,
+                "pd_serve.migration.blocks": migration.blocks,
+                "pd_serve.migration.bytes": migration.bytes_copied,
+            },
+        )
+        for number, copy in enumerate(migration.copies, 1):
+            is_tail = migration.committed and number == len(migration.copies)
+            self._span(
+                span,
+                "tail" if is_tail else "stage",
+                migration.begin + copy.begin_s,
+                migration.begin + copy.end_s,
+                {"pd_serve.migration.stage": number, "pd_serve.migration.blocks": copy.blocks},
+            )
+
+    def lost(self, request: Timeline, instance: str) -> None:
+        request.trace.add_event("lost", {"pd_serve.instance": instance})
+
+    def ended(self, request: Timeline) -> None:
+        assert request.ended_at is not None
+        span = request.trace
+        span.set_attribute("pd_serve.request.outcome", request.outcome)
+        span.set_attribute("pd_serve.request.longest_gap_s", request.longest_gap_s)
+        span.set_attribute("gen_ai.usage.output_tokens", request.output_tokens)
+        if request.outcome == "error":
+            span.set_status(StatusCode.ERROR)
+        span.end(self._ns(request.ended_at))
+
+    def _span(self, parent: Any, name: str, begin: float, end: float, attributes: dict[str, Any]) -> Any:
+        context = trace.set_span_in_context(parent, Context())
+        span = self._tracer.start_span(
+            name, context=context, start_time=self._ns(begin), attributes=attributes
+        )
+        span.end(self._ns(end))
+        return span
+
+    def _ns(self, at: float) -> int:
+        return int((at + self._unix_offset_s) * 1e9)
