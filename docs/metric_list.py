@@ -1,0 +1,64 @@
+"""Writes the list of our metrics into docs/metrics.md, from the code itself.
+
+`python -m docs.metric_list` rewrites the part between the markers; `tests/unit/test_docs.py` compares it.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from prometheus_client.core import Metric
+from prometheus_client.metrics import MetricWrapperBase
+
+from pd_serve import metrics
+from pd_serve.messages import InstanceStats, LoadReport, ProcessStats, SchedulerReport, SchedulerStats
+from pd_serve.observe.cluster_metrics import ClusterMetrics
+from pd_serve.observe.histogram import BatchHistogram
+from pd_serve.observe.reports import ClusterReports
+from router.load import InstanceLoad
+from router.request import NO_DEMAND
+
+PAGE = Path(__file__).with_name("metrics.md")
+BEGIN, END = "<!-- begin list -->\n", "<!-- end list -->\n"
+
+
+def updated(page: str) -> str:
+    """The page with the list as the code has it."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError("no markers for the list")
+    return f"{before}{begin}{_table()}{end}{after}"
+
+
+def _table() -> str:
+    rows = ["| metric | type | labels | |", "|---|---|---|---|"]
+    for title, found in (("each API server counts its own", _counted()), ("reported", _reported())):
+        rows.append(f"| **{title}** | | | |")
+        for metric, labels in found:
+            name = f"{metric.name}_total" if metric.type == "counter" else metric.name
+            shown = ", ".join(f"`{label}`" for label in labels)
+            rows.append(f"| `{name}` | {metric.type} | {shown} | {metric.documentation} |")
+    return "\n".join(rows) + "\n"
+
+
+def _counted() -> Iterable[tuple[Metric, list[str]]]:
+    for value in vars(metrics).values():
+        if isinstance(value, MetricWrapperBase):
+            yield next(iter(value.describe())), list(value._labelnames)
+        elif isinstance(value, BatchHistogram):
+            yield next(value.describe()), []
+
+
+def _reported() -> Iterable[tuple[Metric, list[str]]]:
+    load, process = InstanceLoad("decode-0", "decode", 100, 50), ProcessStats(1.0, 1.0, 1.0)
+    reports = ClusterReports(
+        lambda: [load], lambda: NO_DEMAND, lambda: 0, lambda: {"decode-0": 0}, lambda: 0.0
+    )
+    reports.on_load("decode-0", LoadReport(load, [], InstanceStats(process, 0, 0, 0, 0, 0, 0)))
+    reports.on_scheduler(SchedulerReport([], SchedulerStats(process, 1, {"drain": 1}, {"drain": 1})))
+    for metric in ClusterMetrics(reports).collect():
+        yield metric, list(metric.samples[0].labels)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
