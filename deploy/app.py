@@ -145,7 +145,7 @@ class InstanceOwner:
     Serve starts another owner when it dies, and that one finds them."""
 
     async def __init__(self, config: OwnerConfig) -> None:  # type: ignore[misc]
-        configure_logging()
+        configure_logging("owner")
         service = serve.get_replica_context().app_name
         self._cluster = RayCluster("auto", config.environment, service=service)
         self._owner = Owner(config, self._cluster, LogNotice())
@@ -171,7 +171,7 @@ class ApiServer:
     async def __init__(  # type: ignore[misc]
         self, config: ServeConfig, host: str, keys: CurveKeys, owner: DeploymentHandle
     ) -> None:
-        configure_logging()
+        configure_logging("api")
         model, environment = await asyncio.to_thread(find_model, config)
         prepared = await asyncio.to_thread(parse, config, model, environment)
         await asyncio.to_thread(import_all)

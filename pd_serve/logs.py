@@ -61,6 +61,7 @@ def request_of(record: logging.LogRecord) -> str | None:
 
 
 def _json_formatter(process: str) -> logging.Formatter:
+    from pythonjsonlogger.core import RESERVED_ATTRS
     from pythonjsonlogger.json import JsonFormatter
 
     class JsonLines(JsonFormatter):
@@ -77,6 +78,7 @@ def _json_formatter(process: str) -> logging.Formatter:
         rename_fields={"levelname": "level", "name": "logger"},
         static_fields={"process": process or f"pid-{os.getpid()}"},
         timestamp="time",
+        reserved_attrs=[*RESERVED_ATTRS, "vllm_process_name"],  # vLLM adds it to every record
     )
 
 

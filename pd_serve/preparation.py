@@ -88,7 +88,9 @@ def placements(config: ServeConfig, workers: float) -> dict[str, Placement]:
 def parse(config: ServeConfig, model: str, environment: dict[str, str]) -> Prepared:
     """Reads vLLM's flags; imports vLLM. Raises: InvalidRequestError."""
     from pd_serve.engine_flags import parse as parse_flags
+    from pd_serve.observe.tracing import prepare_tracing, traces_endpoint
 
+    prepare_tracing()
     defaults: dict[str, Any] = {
         "model": model,
         "served_model_name": [config.served_model_name or models.served_name(config.model)],
@@ -99,6 +101,8 @@ def parse(config: ServeConfig, model: str, environment: dict[str, str]) -> Prepa
         defaults["api_key"] = list(config.api_keys)
     if (dtype := models.default_dtype(config.model)) is not None:
         defaults["dtype"] = dtype
+    if (endpoint := traces_endpoint(os.environ)) is not None:
+        defaults["otlp_traces_endpoint"] = endpoint
     role_defaults: dict[str, dict[str, Any]] = {}
     if is_cpu_build():
         defaults |= cpu_engine_defaults()
