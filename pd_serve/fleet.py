@@ -12,7 +12,6 @@ from typing import Any
 
 from migration.errors import EngineDeadError, InvalidRequestError, PdServeError
 from migration.tasks import OwnedTasks
-from pd_serve import metrics
 from pd_serve.api.cluster_view import MigrationRefusedError, UnknownTargetError
 from pd_serve.messages import InstanceInfo, SchedulerReport, SetDraining, StartInstance, StopInstance
 from pd_serve.roster import Roster
@@ -96,6 +95,7 @@ class Fleet:
         self._scheduler_heard_at: float | None = None
         self._scheduler_pid: int | None = None
         self._scheduler_starts = 0
+        self._scaled: Counter[tuple[str, str]] = Counter()
         self._restart: asyncio.Task[None] | None = None
         self._restarted = ""
         self._tasks.start(self._pay())
@@ -107,8 +107,6 @@ class Fleet:
 
     def scheduler_started(self, address: str, pid: int) -> None:
         """A scheduler is there: the first, or one in the place of a dead one."""
-        if self._scheduler_starts:
-            metrics.SCHEDULER_RESTARTS.inc()
         self._scheduler_starts += 1
         self._scheduler_pid = pid
         self._roster.instances.introduce_scheduler(SCHEDULER, address)
@@ -270,7 +268,7 @@ class Fleet:
             return False
         else:
             self._retry_s = RETRY_S
-            metrics.SCALED.labels("start", role).inc()
+            self._scaled["start", role] += 1
             return True
         finally:
             del self._starting[name]
@@ -326,7 +324,7 @@ class Fleet:
             self._on_change()
             await self._stop(instance_id)
             self._decided(f"{instance_id} is stopped: {reason}")
-            metrics.SCALED.labels("stop", load.role).inc()
+            self._scaled["stop", load.role] += 1
         finally:
             self._stopping.discard(instance_id)
             self._by_hand.discard(instance_id)
@@ -451,6 +449,10 @@ class Fleet:
                 "pid": self._scheduler_pid,
                 "restarts": max(0, self._scheduler_starts - 1),
             },
+            "scaled": [
+                {"action": action, "role": role, "instances": number}
+                for (action, role), number in self._scaled.items()
+            ],
             "decisions": [
                 {"seconds_ago": round(now - at, 1), "what": line} for at, line in reversed(self._decisions)
             ],

@@ -100,12 +100,6 @@ MIGRATED_BYTES = Counter(
 
 # ---- the service
 
-SCHEDULER_RESTARTS = Counter("pd_serve_scheduler_restarts", "Schedulers started in the place of a dead one.")
-SCALED = Counter(
-    "pd_serve_scaled_instances",
-    "Instances started and stopped while serving, by action (start, stop) and role.",
-    ["action", "role"],
-)
 INTEGRITY_CHECKS = Counter("pd_serve_integrity_checks", "Times that GET /cluster/integrity was asked.")
 INTEGRITY_VIOLATIONS = Counter(
     "pd_serve_integrity_violations", "What those checks have found wrong; at rest there should be nothing."
@@ -119,6 +113,3 @@ for _reason in ("handoff", "balance", "defragment", "drain", "manual"):
         MIGRATIONS.labels(_reason, _outcome)
     MIGRATED_BLOCKS.labels(_reason)
     MIGRATED_BYTES.labels(_reason)
-for _action in ("start", "stop"):
-    for _role in ("prefill", "decode", "neutral"):
-        SCALED.labels(_action, _role)

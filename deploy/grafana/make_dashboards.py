@@ -318,7 +318,7 @@ SCALING = Dashboard(
                 "Carried out",
                 "Instances started and stopped, in the last five minutes.",
                 {
-                    "{{action}} {{role}}": "sum by (action, role) "
+                    "{{action}} {{role}}": "max by (action, role) "
                     "(increase(pd_serve_scaled_instances_total[5m]))"
                 },
             ),
@@ -333,7 +333,7 @@ SCALING = Dashboard(
                 "Whether it reports, and how often it was started again.",
                 {
                     "up": "max(pd_serve_scheduler_up)",
-                    "restarts": "sum(pd_serve_scheduler_restarts_total)",
+                    "restarts": "max(pd_serve_scheduler_restarts_total)",
                 },
             ),
             Panel(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from pd_serve.config import ROLES
 from pd_serve.messages import InstanceStats
 from pd_serve.observe.reports import ClusterReports
 from router.freeness import fragmented_blocks, freeness, virtual_usage
@@ -80,6 +81,7 @@ class ClusterMetrics(Collector):
         yield from self._instances()
         yield from self._pool()
         yield from self._scheduler()
+        yield from self._owner()
 
     def _instances(self) -> Iterator[Metric]:
         loads, stats, labels = self._reports.loads, self._reports.stats, ["instance", "role"]
@@ -170,3 +172,19 @@ class ClusterMetrics(Collector):
                 "Memory of the scheduler's process.",
                 stats.process.resident_bytes,
             )
+
+    def _owner(self) -> Iterator[Metric]:
+        yield CounterMetricFamily(
+            "pd_serve_scheduler_restarts",
+            "Schedulers started in the place of a dead one.",
+            self._reports.scheduler_restarts,
+        )
+        scaled = CounterMetricFamily(
+            "pd_serve_scaled_instances",
+            "Instances started and stopped while serving, by action (start, stop) and role.",
+            labels=["action", "role"],
+        )
+        for action in ("start", "stop"):
+            for role in ROLES:
+                scaled.add_metric([action, role], self._reports.scaled.get((action, role), 0))
+        yield scaled

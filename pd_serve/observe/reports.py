@@ -1,6 +1,7 @@
 """What instances and scheduler have reported last, beside the loads that decisions are made by."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from pd_serve.messages import InstanceStats, LoadReport, SchedulerReport, SchedulerStats
 from router.load import InstanceLoad
@@ -23,6 +24,8 @@ class ClusterReports:
     Attributes:
         stats: By instance.
         stranded: Requests that wait on an instance for another one to take them, by instance.
+        scheduler_restarts: Schedulers started in the place of a dead one.
+        scaled: Instances started and stopped while serving, by action (start, stop) and role.
     """
 
     def __init__(
@@ -40,6 +43,8 @@ class ClusterReports:
         self._clock = clock
         self.stats: dict[str, InstanceStats] = {}
         self.stranded: dict[str, int] = {}
+        self.scheduler_restarts = 0
+        self.scaled: dict[tuple[str, str], int] = {}
         self._scheduler: tuple[float, SchedulerStats] | None = None
 
     def on_load(self, instance_id: str, report: LoadReport) -> None:
@@ -50,6 +55,11 @@ class ClusterReports:
     def on_scheduler(self, report: SchedulerReport) -> None:
         if report.stats is not None:
             self._scheduler = (self._clock(), report.stats)
+
+    def on_owner(self, state: Mapping[str, Any]) -> None:
+        """Takes what the owner of the instances says of itself; see `Fleet.state`."""
+        self.scheduler_restarts = state["scheduler"]["restarts"]
+        self.scaled = {(row["action"], row["role"]): row["instances"] for row in state["scaled"]}
 
     def forget(self, instance_id: str) -> None:
         self.stats.pop(instance_id, None)

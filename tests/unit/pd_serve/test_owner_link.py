@@ -13,8 +13,10 @@ from virtual_time import in_virtual_time
 from migration.errors import EngineDeadError, InvalidRequestError
 from pd_serve.api.cluster_view import MigrationRefusedError, UnknownTargetError
 from pd_serve.messages import InstanceInfo
+from pd_serve.observe.reports import ClusterReports
 from pd_serve.owner_link import GRACE_S, HEARTBEAT_S, LEASE_S, OwnerDesk, OwnerLink
 from pd_serve.route import Migrated
+from router.request import NO_DEMAND
 
 
 def info(name: str, pid: int = 1) -> InstanceInfo:
@@ -70,6 +72,7 @@ class FakeRouter:
     num_waiting, num_live = 2, 3
 
     def __init__(self) -> None:
+        self.reports = ClusterReports(lambda: [], lambda: NO_DEMAND, lambda: 0, dict, lambda: 0.0)
         self.instances: Any = FakeInstances()
         self.left: list[str] = []
         self.busy: set[str] = set()
@@ -122,7 +125,10 @@ class FakeFleet:
 
     def state(self) -> dict[str, Any]:
         coming = [{"id": "decode-9", "role": "decode", "state": "waiting for resources: 1 GPU"}]
-        return {"coming": coming, "scheduler": {"state": "alive"}, "restart": {"running": True}}
+        return {"coming": coming, "scheduler": {"state": "alive", "restarts": 2}} | {
+            "restart": {"running": True},
+            "scaled": [],
+        }
 
     def drain(self, instance_id: str, *, draining: bool, stop: bool) -> None:
         if self.refusal is not None:

@@ -80,6 +80,18 @@ def test_the_scheduler_until_it_is_silent() -> None:
     assert world.value("scheduler_moves_total", reason="balance") is None
 
 
+def test_what_the_owner_has_done() -> None:
+    world = World()
+    assert world.value("scaled_instances_total", action="start", role="decode") == 0
+
+    scaled = [{"action": "start", "role": "decode", "instances": 3}]
+    world.reports.on_owner({"scheduler": {"restarts": 2}, "scaled": scaled})
+
+    assert world.value("scaled_instances_total", action="start", role="decode") == 3
+    assert world.value("scaled_instances_total", action="stop", role="decode") == 0
+    assert world.value("scheduler_restarts_total") == 2
+
+
 def test_vllm_s_metrics_get_the_name_of_the_instance() -> None:
     """Numbers that no instance has now are left out; a number may be another one's later."""
     world, vllms, app = World(), CollectorRegistry(), FastAPI()
