@@ -170,11 +170,21 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 @app.command()
-def status(url: Url = DEFAULT_URL, api_key: Key = None, admin_key: AdminKey = None) -> None:
-    """Show the instances and migrations of a running service."""
-    from pd_serve.status import show
+def status(
+    request: Annotated[
+        str | None, typer.Option(help="Show a request's way, by its X-Request-Id or the id of its answer.")
+    ] = None,
+    url: Url = DEFAULT_URL,
+    api_key: Key = None,
+    admin_key: AdminKey = None,
+) -> None:
+    """Show the instances and migrations of a running service, or where one of its requests has been."""
+    from pd_serve.status import show, show_request
 
-    show(url, admin_key or api_key)
+    if request is not None:
+        show_request(url, admin_key or api_key, request)
+    else:
+        show(url, admin_key or api_key)
 
 
 @app.command()

@@ -1,6 +1,7 @@
-"""`pd-serve status`: the cluster as a table."""
+"""`pd-serve status`: the cluster, or a request's way through it, as tables."""
 
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import rich.console
@@ -9,20 +10,39 @@ from rich.table import Table
 from migration.errors import PdServeError
 
 
+def show_request(url: str, key: str | None, request_id: str) -> None:
+    """Prints what `GET /cluster/requests/{id}` says. Raises: PdServeError: as `show`, or no such request."""
+    console = _console()
+    for request in _get(f"{url.rstrip('/')}/cluster/requests/{quote(request_id)}", key)["requests"]:
+        console.print(
+            f"{request['id']} ({request['name']}): {request['outcome'] or request['state']},"
+            f" {request['prompt_tokens']} + {request['output_tokens']} tokens,"
+            f" first one after {_seconds(request['ttft_s'])},"
+            f" longest gap {_seconds(request['longest_gap_s'])}"
+        )
+        stages = Table("stage", "instance", "from", "to")
+        for s in request["stages"]:
+            stages.add_row(s["stage"], s["instance"], _seconds(s["begin_s"]), _seconds(s["end_s"]))
+        console.print(stages)
+        migrations = Table("migration", "way", "outcome", "from", "to", "stages", "blocks", "downtime")
+        for m in request["migrations"]:
+            migrations.add_row(
+                m["reason"],
+                f"{m['source']} -> {m['destination']}",
+                m["why"] or m["outcome"],
+                _seconds(m["begin_s"]),
+                _seconds(m["end_s"]),
+                str(len(m["stages"])),
+                str(m["blocks"]),
+                _seconds(m["downtime_s"]),
+            )
+        console.print(migrations)
+
+
 def show(url: str, key: str | None) -> None:
     """Prints what `GET /cluster` says. Raises: PdServeError: no service there, or a wrong key."""
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    try:
-        response = httpx.get(f"{url.rstrip('/')}/cluster", headers=headers, timeout=5.0)
-    except httpx.HTTPError as error:
-        raise PdServeError(f"no service at {url}: {error}") from error
-    if response.status_code != 200:
-        hint = "; give --api-key, or --admin-key if it has one" if response.status_code == 401 else ""
-        raise PdServeError(f"{url} answers {response.status_code}{hint}")
-    cluster = response.json()
-    console = rich.console.Console()
-    if not console.is_terminal:
-        console.width = 200  # nothing to fit into: a script gets whole lines
+    cluster = _get(f"{url.rstrip('/')}/cluster", key)
+    console = _console()
     instances = Table(title="instances")
     columns = (
         "id",
@@ -65,6 +85,36 @@ def show(url: str, key: str | None) -> None:
     )
     for decision in cluster["decisions"]:
         console.print(f"{decision['seconds_ago']:8.0f} s ago  {decision['what']}", highlight=False)
+
+
+def _get(url: str, key: str | None) -> Any:
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        response = httpx.get(url, headers=headers, timeout=5.0)
+    except httpx.HTTPError as error:
+        raise PdServeError(f"no service at {url}: {error}") from error
+    if response.status_code != 200:
+        hint = "; give --api-key, or --admin-key if it has one" if response.status_code == 401 else ""
+        raise PdServeError(f"{url} answers {response.status_code}{_why(response)}{hint}")
+    return response.json()
+
+
+def _why(response: httpx.Response) -> str:
+    try:
+        return f": {response.json()['error']['message']}"
+    except (ValueError, KeyError, TypeError):  # not one of our errors
+        return ""
+
+
+def _console() -> rich.console.Console:
+    console = rich.console.Console()
+    if not console.is_terminal:
+        console.width = 200  # nothing to fit into: a script gets whole lines
+    return console
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f} s"
 
 
 def _is_empty(instance: dict[str, Any]) -> bool:

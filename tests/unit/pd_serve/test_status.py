@@ -6,7 +6,11 @@ import httpx
 import pytest
 
 from migration.errors import PdServeError
-from pd_serve.status import show
+from migration.messages import RequestId
+from pd_serve.messages import MigrationEnded
+from pd_serve.observe.recorder import RequestRecorder
+from pd_serve.status import show, show_request
+from router.request import NewRequest
 
 INSTANCE = {
     "id": "neutral-0",
@@ -60,3 +64,26 @@ def test_a_refusal_is_one_line(monkeypatch: pytest.MonkeyPatch, status: int, say
 
     with pytest.raises(PdServeError, match=says):
         show("http://there", "key")
+
+
+def test_a_request_s_way(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    recorder = RequestRecorder()
+    recorder.issued("cmpl-x-0-1", 10.0, NewRequest(7), name="cmpl-x-0")
+    recorder.dispatched("cmpl-x-0-1", "p0", "prefill", 10.0)
+    recorder.spoke("cmpl-x-0-1", "p0", "prefill", 10.5)
+    refused = MigrationEnded("", RequestId("cmpl-x-0-1"), "p0", "d0", "handoff", False, "refused: it is full")
+    recorder.migrated(refused, 11.0)
+    answer(monkeypatch, 200, {"id": "x", "requests": recorder.find("x")})
+
+    show_request("http://there", None, "x")
+
+    shown = capsys.readouterr().out
+    for text in ("cmpl-x-0-1 (cmpl-x-0): decode", "prefill", "0.500 s", "p0 -> d0", "refused: it is full"):
+        assert text in shown
+
+
+def test_no_such_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer(monkeypatch, 404, {"error": {"message": "no request 'x' is running"}})
+
+    with pytest.raises(PdServeError, match="no request 'x'"):
+        show_request("http://there", None, "x")
