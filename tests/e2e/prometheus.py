@@ -67,6 +67,14 @@ class Prometheus:
         assert answer["status"] == "success", f"{expression}: {answer}"
         return list(answer["data"]["result"])
 
+    def has_data(self, expression: str) -> bool:
+        """Asked again for a while: after a scrape that took too long there is nothing until the next one."""
+        for _ in range(20):
+            if self.query(expression):
+                return True
+            time.sleep(0.5)
+        return False
+
     def get(self, path: str) -> Any:
         return httpx.get(f"{self.url}/api/v1/{path}", timeout=30.0).json()["data"]
 
