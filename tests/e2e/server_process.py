@@ -45,8 +45,8 @@ class ServerProcess:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def wait_ready(self) -> None:
-        deadline = time.monotonic() + READY_S
+    def wait_ready(self, bound_s: float = READY_S) -> None:
+        deadline = time.monotonic() + bound_s
         while not self._answers():
             assert self.process.poll() is None, f"the server has ended:\n{self.tail()}"
             assert time.monotonic() < deadline, f"the server is not ready:\n{self.tail()}"
