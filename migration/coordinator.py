@@ -89,6 +89,11 @@ class MigrationCoordinator:
         return request_id in self._by_request or request_id in self._starting
 
     @property
+    def leaving(self) -> list[tuple[RequestId, InstanceId, str]]:
+        """Migrations under way from here: request, destination, reason."""
+        return [(m.description.request_id, m.destination, m.reason) for m in self._outgoing.values()]
+
+    @property
     def num_incoming(self) -> int:
         return sum(migration.holds_resources for migration in self._incoming.values())
 

@@ -6,7 +6,7 @@ out in order, between two engine steps; each is one visit to the engine.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -90,6 +90,18 @@ class RunningRequest:
     arrived_at: float
 
 
+class HeldBlocks(NamedTuple):
+    """KV blocks of one request in one engine; those that requests share count for each of them.
+
+    Attributes:
+        arriving: They are reserved for a request that is on its way here.
+    """
+
+    request_id: RequestId
+    blocks: int
+    arriving: bool
+
+
 @dataclass
 class EngineEvents:
     """What an engine reports on its own account, on the llumlet's event loop."""
@@ -169,6 +181,9 @@ class Engine(Protocol):
 
     async def live_requests(self, client: str | None = None) -> list[RequestId]:
         """Every request that holds something here, arriving ones included; of one client, or of all."""
+
+    async def held_blocks(self) -> list[HeldBlocks]:
+        """Which requests hold KV blocks here, and how many. For whoever watches; no decision needs it."""
 
     async def utility(self, method: str, *arguments: Any) -> Any:
         """One of the engine's own control methods, by the name that its front end knows."""

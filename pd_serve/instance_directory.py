@@ -142,17 +142,18 @@ class InstanceDirectory:
         finally:
             del self._calls[call_id]
 
+    async def ask(self, instance_id: str, method: str, *arguments: Any) -> Any:
+        """What one instance says to a `Call`. Raises: as `call`, and EngineDeadError: it failed."""
+        reply = await self.call(instance_id, lambda call_id: Call(call_id, method, list(arguments)))
+        if reply.error is not None:
+            raise EngineDeadError(f"{instance_id}: {reply.error}")
+        return reply.value
+
     async def call_all(self, method: str, *arguments: Any) -> dict[str, Any]:
         """Calls one of vLLM's engine utilities on every instance. Raises: EngineDeadError: one failed."""
 
-        async def call(instance_id: str) -> Any:
-            reply = await self.call(instance_id, lambda call_id: Call(call_id, method, list(arguments)))
-            if reply.error is not None:
-                raise EngineDeadError(f"{instance_id}: {reply.error}")
-            return reply.value
-
         names = list(self._infos)
-        values = await asyncio.gather(*map(call, names))
+        values = await asyncio.gather(*(self.ask(name, method, *arguments) for name in names))
         return dict(zip(names, values, strict=True))
 
     def answered(self, message: MigrationEnded | Reply) -> None:

@@ -23,6 +23,7 @@ from pd_serve.messages import (
     AddRequest,
     Call,
     Hello,
+    Holdings,
     InstanceStats,
     LoadReport,
     MigrateRequest,
@@ -381,6 +382,8 @@ class Llumlet:
                 value = await self.check_integrity()
             elif message.method == "live_requests":
                 value = await self.engine.live_requests(*message.arguments)
+            elif message.method == "holdings":
+                value = Holdings(await self.engine.held_blocks(), self.coordinator.leaving)
             else:
                 value = await self.engine.utility(message.method, *message.arguments)
             if isinstance(value, set):

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from migration.engine import HeldBlocks
 from migration.messages import (
     Committed,
     CopyStage,
@@ -192,12 +193,24 @@ class SchedulerReport(msgspec.Struct, frozen=True, tag=True):
 
 
 class Call(msgspec.Struct, frozen=True, tag=True):
-    """API server → instance: `check_integrity`, or one of vLLM's engine utilities. Also between API servers
-    and the owner of the instances, for what is asked by hand."""
+    """API server → instance: `check_integrity`, `live_requests`, `holdings` or a utility of vLLM's engine. Also
+    between API servers and the owner of the instances, for what is asked by hand."""
 
     call_id: str
     method: str
     arguments: list[Any] = []
+
+
+class Holdings(msgspec.Struct, frozen=True, array_like=True):
+    """Answer to the call `holdings`, which is made only while somebody watches the live page.
+
+    Attributes:
+        held: KV blocks by request.
+        leaving: Migrations under way from here: request, destination, reason.
+    """
+
+    held: list[HeldBlocks]
+    leaving: list[tuple[RequestId, str, str]]
 
 
 class PeerLost(msgspec.Struct, frozen=True, tag=True):

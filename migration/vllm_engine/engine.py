@@ -19,14 +19,14 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request
 from vllm.v1.serial_utils import MsgpackDecoder
 
-from migration.engine import EngineEvents, EngineFacts, Reservation, RunningRequest
+from migration.engine import EngineEvents, EngineFacts, HeldBlocks, Reservation, RunningRequest
 from migration.errors import DestinationRefusedError, InvalidRequestError, SourceGoneError
 from migration.messages import BlockRun, FinalState, MigrationId, RequestDescription, RequestId
 from migration.transport.base import KvRegion
 from migration.transport.regions import kv_regions
 from migration.vllm_engine import support, worker
 from migration.vllm_engine.executor import compile_nothing_if_eager, executor_class
-from migration.vllm_engine.load import read_load
+from migration.vllm_engine.load import read_held_blocks, read_load
 from migration.vllm_engine.scheduler import (
     MigratingAsyncScheduler,
     MigratingScheduler,
@@ -318,6 +318,9 @@ class VllmEngine:
         return await self._steps.call(
             lambda: [RequestId(name) for name, live in self._live.items() if client in (None, live.client)]
         )
+
+    async def held_blocks(self) -> list[HeldBlocks]:
+        return await self._steps.call(lambda: read_held_blocks(self.core.scheduler))
 
     async def utility(self, method: str, *arguments: Any) -> Any:
         if method not in UTILITIES:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from migration.engine import EngineLoad
+from migration.engine import EngineLoad, HeldBlocks
 
 
 def read_load(scheduler: Any) -> EngineLoad:
@@ -30,3 +30,14 @@ def read_load(scheduler: Any) -> EngineLoad:
         preempted=sum(r.num_preemptions > 0 for r in queued),
         high_priority=sum(r.priority < 0 for r in scheduler.running),
     )
+
+
+def read_held_blocks(scheduler: Any) -> list[HeldBlocks]:
+    """Args: `scheduler` is one of vLLM's, with or without migration."""
+    migration = getattr(scheduler, "migration", None)
+    arriving = [request.request_id for request in migration.arriving.values()] if migration else []
+    get_ids = scheduler.kv_cache_manager.get_block_ids
+    held = [(request_id, False) for request_id in scheduler.requests]
+    held += [(request_id, True) for request_id in arriving]
+    counted = [HeldBlocks(request_id, len(get_ids(request_id)[0]), comes) for request_id, comes in held]
+    return [entry for entry in counted if entry.blocks]

@@ -38,6 +38,9 @@ class Observer:
     def migrated(self, request: Timeline, migration: Migration) -> None:
         """A migration of it has ended, either way."""
 
+    def migration_ended(self, message: MigrationEnded) -> None:
+        """A migration has ended, of any API server's request."""
+
     def downtime(self, request: Timeline, migration: Migration) -> None:
         """The gap that a migration has made is known."""
 
@@ -139,6 +142,7 @@ class RequestRecorder:
 
     def migrated(self, message: MigrationEnded, now: float) -> None:
         """An instance has told how a migration ended; that may be later than its tokens do."""
+        self._tell(lambda observer: observer.migration_ended(message))
         request = self._running.get(message.request_id) or self._ended.get(message.request_id)
         if request is None:
             return

@@ -7,6 +7,8 @@ import bisect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from migration.engine import HeldBlocks
+from migration.messages import RequestId
 from pd_serve.simulation.block_pool import BlockPool
 from pd_serve.simulation.config import EngineSettings
 from pd_serve.simulation.contents import _NEXT, _POSITION, _TOKEN, MASK, Prompt, kv_of, token_after
@@ -101,6 +103,12 @@ class Sequence:
         for position in range(first + of_prompt, first + num_tokens):
             value += kv_of(position, self.output[position - self.prompt_tokens])
         return value & MASK
+
+
+def held_blocks(here: Iterable[Sequence], arriving: Iterable[Sequence]) -> list[HeldBlocks]:
+    """How many blocks each of these sequences holds, if any."""
+    known = [(sequence, False) for sequence in here] + [(sequence, True) for sequence in arriving]
+    return [HeldBlocks(RequestId(s.request_id), len(s.blocks), comes) for s, comes in known if s.blocks]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from migration.engine import EngineEvents, EngineFacts, EngineLoad, Reservation, RunningRequest
+from migration.engine import EngineEvents, EngineFacts, EngineLoad, HeldBlocks, Reservation, RunningRequest
 from migration.errors import (
     DestinationRefusedError,
     EngineDeadError,
@@ -19,7 +19,7 @@ from migration.errors import (
 )
 from migration.messages import BlockRun, FinalState, MigrationId, RequestDescription, RequestId
 from migration.transport.base import KvRegion
-from pd_serve.simulation.batcher import Batcher, Sequence, Step
+from pd_serve.simulation.batcher import Batcher, Sequence, Step, held_blocks
 from pd_serve.simulation.config import EngineSettings
 from pd_serve.simulation.outputs import SimulatedOutput
 
@@ -171,14 +171,13 @@ class SimulatedEngine:
     # ---- source
 
     async def running_requests(self) -> list[RunningRequest]:
-        def running() -> list[RunningRequest]:
-            return [
+        return await self._call(
+            lambda: [
                 RunningRequest(RequestId(s.request_id), s.priority, s.num_tokens, s.rank)
                 for s in self.batcher.running
                 if s.is_decoding
             ]
-
-        return await self._call(running)
+        )
 
     async def describe(self, request_id: RequestId) -> RequestDescription:
         def describe() -> RequestDescription:
@@ -317,6 +316,9 @@ class SimulatedEngine:
             return [RequestId(sequence.request_id) for sequence in here if client in (None, sequence.client)]
 
         return await self._call(live)
+
+    async def held_blocks(self) -> list[HeldBlocks]:
+        return await self._call(lambda: held_blocks(self._live.values(), self._arriving.values()))
 
     async def utility(self, method: str, *arguments: Any) -> Any:
         answers: dict[str, Any] = {

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from migration.engine import EngineEvents, EngineLoad, Reservation
+from migration.engine import EngineEvents, EngineLoad, HeldBlocks, Reservation
 from migration.errors import DestinationRefusedError, EngineDeadError, SourceGoneError
 from migration.messages import BlockRun, FinalState, MigrationId, RequestDescription, RequestId
 from migration.transport.base import KvRegion
@@ -323,6 +323,9 @@ class FakeEngine:
         return await self._call(
             lambda: [r.request_id for r in [*self._live(), *self.arriving.values()]],
         )
+
+    async def held_blocks(self) -> list[HeldBlocks]:
+        raise NotImplementedError
 
     async def utility(self, method: str, *arguments: Any) -> Any:
         raise NotImplementedError

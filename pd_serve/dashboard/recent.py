@@ -1,0 +1,154 @@
+"""What has just happened, kept for whoever opens the live page: latencies of the last minutes, moves.
+
+Latencies are counted in slots of some seconds, each a histogram of geometric buckets: a token costs a logarithm
+and an addition, and a quantile is right to within a few percent.
+"""
+
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from pd_serve.messages import MigrationEnded
+from pd_serve.observe.recorder import Observer
+from pd_serve.observe.timeline import Timeline
+
+#: Length of a slot, how many are kept, and over how many of them the present numbers are taken.
+SLOT_S = 5.0
+NUM_SLOTS = 60
+NUM_SUMMED = 12
+
+#: Buckets grow by this factor.
+GROWTH = 1.05
+_LOG_GROWTH = math.log(GROWTH)
+
+#: Migrations that are remembered.
+NUM_MOVES = 256
+
+
+def bucket_of(seconds: float) -> int:
+    return math.floor(math.log(max(seconds, 1e-6)) / _LOG_GROWTH)
+
+
+def quantile(counts: Mapping[int, int], share: float) -> float | None:
+    """The value that this share of them does not exceed, in seconds; None if there are none."""
+    left = math.ceil(share * sum(counts.values()))
+    for bucket in sorted(counts):
+        left -= counts[bucket]
+        if left <= 0:
+            return float(f"{GROWTH ** (bucket + 0.5):.4g}")
+    return None
+
+
+@dataclass(slots=True)
+class Slot:
+    """Some seconds of one API server. `number` times `SLOT_S` is when it began."""
+
+    number: int
+    first_tokens: Counter[int] = field(default_factory=Counter)
+    gaps: Counter[int] = field(default_factory=Counter)
+    tokens: int = 0
+
+    def row(self) -> tuple[int, int, float | None, float | None, float | None, float | None]:
+        """Number, tokens, P50 and P99 of TTFT and ITL in seconds."""
+        ttft, itl = self.first_tokens, self.gaps
+        return (
+            self.number,
+            self.tokens,
+            *(quantile(ttft, 0.5), quantile(ttft, 0.99)),
+            *(quantile(itl, 0.5), quantile(itl, 0.99)),
+        )
+
+
+class Move(NamedTuple):
+    """A migration that has ended.
+
+    Attributes:
+        number: Counts up.
+        ended_at: On the clock.
+    """
+
+    number: int
+    ended_at: float
+    request_id: str
+    source: str
+    destination: str
+    reason: str
+    committed: bool
+    why: str
+    blocks: int
+    duration_s: float
+
+
+class RecentEvents(Observer):
+    """Args: `clock` is in seconds, the same as the recorder's."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.moves: deque[Move] = deque(maxlen=NUM_MOVES)
+        self._num_moves = 0
+        self._slots: deque[Slot] = deque(maxlen=NUM_SLOTS)
+
+    def first_token(self, request: Timeline) -> None:
+        assert request.first_token_at is not None
+        slot = self._slot()
+        slot.first_tokens[bucket_of(request.first_token_at - request.issued_at)] += 1
+        slot.tokens += 1
+
+    def token_gaps(self, gaps: Mapping[float, int]) -> None:
+        slot = self._slot()
+        for gap_s, count in gaps.items():
+            slot.gaps[bucket_of(gap_s)] += count
+            slot.tokens += count
+
+    def migration_ended(self, message: MigrationEnded) -> None:
+        self._num_moves += 1
+        move = Move(
+            self._num_moves,
+            self.clock(),
+            message.request_id,
+            message.source,
+            message.destination,
+            message.reason,
+            message.committed,
+            message.why,
+            message.blocks,
+            round(message.duration_s, 4),
+        )
+        self.moves.append(move)
+
+    def slots(self, last: int = NUM_SLOTS) -> list[Slot]:
+        """The last ones in which something happened, oldest first."""
+        begin = self._now() - last
+        return [slot for slot in self._slots if slot.number > begin]
+
+    def summary(self) -> dict[str, float | None]:
+        """The last minute in one: quantiles in seconds, and tokens/s."""
+        slots = self.slots(NUM_SUMMED)
+        ttft, itl = _sum(s.first_tokens for s in slots), _sum(s.gaps for s in slots)
+        seconds = (NUM_SUMMED - 1) * SLOT_S + self.clock() % SLOT_S
+        return {
+            "ttft_p50": quantile(ttft, 0.5),
+            "ttft_p99": quantile(ttft, 0.99),
+            "itl_p50": quantile(itl, 0.5),
+            "itl_p99": quantile(itl, 0.99),
+            "tokens_per_s": round(sum(slot.tokens for slot in slots) / seconds, 1),
+        }
+
+    def _slot(self) -> Slot:
+        now = self._now()
+        if not self._slots or self._slots[-1].number != now:
+            self._slots.append(Slot(now))
+        return self._slots[-1]
+
+    def _now(self) -> int:
+        return int(self.clock() // SLOT_S)
+
+
+def _sum(counters: Iterable[Counter[int]]) -> Counter[int]:
+    total: Counter[int] = Counter()
+    for counter in counters:
+        total.update(counter)
+    return total

@@ -1,0 +1,62 @@
+"""`/dashboard`, static and open to all, and `/cluster/live`, which it gets its data from."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from fastapi import APIRouter, FastAPI, Request
+from starlette.responses import RedirectResponse, Response, StreamingResponse
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
+
+from pd_serve.api.errors import error_response
+from pd_serve.dashboard.live_view import MAX_WATCHERS, LiveView
+
+PAGE = Path(__file__).with_name("page")
+
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+router = APIRouter()
+
+
+@router.get("/dashboard", include_in_schema=False)
+async def dashboard() -> Response:
+    """To the folder that the page's files are relative to; this is relative, too, for whatever stands in front."""
+    return RedirectResponse("dashboard/", status_code=307)
+
+
+@router.get("/cluster/live", tags=["cluster"])
+async def live(request: Request) -> Response:
+    """Server-sent events for the live page, about two a second; see `pd_serve.dashboard.live_view`."""
+    state = request.app.state
+    view: LiveView = state.live
+    if view.is_full:
+        return error_response(503, f"{MAX_WATCHERS} pages watch this API server already; close one")
+
+    async def events() -> AsyncIterator[bytes]:
+        # A stream without an end would hold up the server's.
+        async for event in view.events(lambda: state.server.should_exit):
+            yield b"data: " + event + b"\n\n"
+
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(events(), media_type="text/event-stream", headers=headers)
+
+
+class PageFiles(StaticFiles):
+    """The page's files: nothing but them may be loaded by the page."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        response = await super().get_response(path, scope)
+        response.headers.update(HEADERS)
+        return response
+
+
+def show_dashboard(app: FastAPI, view: LiveView) -> None:
+    """Serves the page and its data."""
+    app.state.live = view
+    app.include_router(router)
+    app.mount("/dashboard", PageFiles(directory=PAGE, html=True), name="dashboard")
