@@ -42,6 +42,7 @@ class FrontEnd:
         self.app: Any = None
         self.router: Any = None
         self.client: Any = None
+        self._live: Any = None
 
     async def start(self) -> None:
         """Returns when there are instances, and all of them have reported."""
@@ -49,6 +50,9 @@ class FrontEnd:
         from pd_serve.api.codec import VllmCodec
         from pd_serve.api.core import ClusterCore
         from pd_serve.api.engine_client import ClusterAsyncLLM
+        from pd_serve.dashboard.live_view import LiveView
+        from pd_serve.dashboard.recent import RecentEvents
+        from pd_serve.dashboard.routes import show_dashboard
         from pd_serve.observe.exposition import show_metrics
         from pd_serve.observe.setup import make_recorder
         from pd_serve.request_router import RequestRouter
@@ -62,6 +66,7 @@ class FrontEnd:
         self._engine_config.model_config.max_model_len = min(info.max_model_len for info in infos)
         codec = VllmCodec()
         outputs: asyncio.Queue[Any] = asyncio.Queue()
+        recent = RecentEvents()
         self.router = RequestRouter(
             self._wire.name,
             self._wire,
@@ -71,6 +76,7 @@ class FrontEnd:
             num_slots=config.max_instances + SPARE_SLOTS,
             owns=False,
             recorder=make_recorder(
+                recent,
                 log_requests=self._server.enable_log_requests,
                 traced=self._server.otlp_traces_endpoint is not None,
             ),
@@ -102,8 +108,12 @@ class FrontEnd:
             max_body_bytes=config.max_body_bytes,
         )
         show_metrics(self.app, self.router.reports)
+        self._live = LiveView(self._wire.name, self._link.snapshot, self.router.instances, recent)
+        show_dashboard(self.app, self._live)
 
     async def close(self) -> None:
+        if self._live is not None:
+            await self._live.close()
         await self._link.close()
         if self.router is not None:
             await self.router.close()

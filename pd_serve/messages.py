@@ -14,6 +14,7 @@ from migration.messages import (
     CopyStage,
     Dropped,
     Final,
+    InstanceId,
     KeepAlive,
     Offer,
     Pull,
@@ -210,7 +211,7 @@ class Holdings(msgspec.Struct, frozen=True, array_like=True):
     """
 
     held: list[HeldBlocks]
-    leaving: list[tuple[RequestId, str, str]]
+    leaving: list[tuple[RequestId, InstanceId, str]]
 
 
 class PeerLost(msgspec.Struct, frozen=True, tag=True):

@@ -1,18 +1,19 @@
 """The cluster as the live page gets it: one event about twice a second, while somebody watches.
 
-Nobody keeps a subscription: each event is what makes instances be asked for the blocks that their requests hold, so
-that they are asked nothing when the last watcher is gone.
+Nobody keeps a subscription: each event is what makes instances be asked for the blocks that their requests
+hold, so that they are asked nothing when the last watcher is gone.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any, Protocol
 
 import msgspec
 
 from migration.errors import PdServeError
 from migration.tasks import OwnedTasks
 from pd_serve.dashboard.recent import SLOT_S, Move, RecentEvents
+from pd_serve.instance import InstanceInfo
 from pd_serve.messages import Holdings
 
 #: Time from one event to the next, and how long one waits for instances in the middle of a step.
@@ -29,30 +30,32 @@ MAX_MOVES = 64
 LATEST_SLOTS = 2
 
 
+class Instances(Protocol):
+    """The part of `InstanceDirectory` that is needed here."""
+
+    def __iter__(self) -> Iterator[InstanceInfo]: ...
+
+    async def ask(self, instance_id: str, method: str) -> Any: ...
+
+
 class LiveView:
     """One API server's view.
 
     Args:
         server: Its name.
-        block_tokens: Tokens per KV block.
         snapshot: Body of `GET /cluster`.
-        ask: Calls `holdings` on an instance.
-        instances: Ids of those that can be asked.
+        instances: Those that can be asked.
     """
 
     def __init__(
         self,
         server: str,
-        block_tokens: int,
         snapshot: Callable[[], dict[str, Any]],
-        ask: Callable[[str], Awaitable[Any]],
-        instances: Callable[[], Iterable[str]],
+        instances: Instances,
         recent: RecentEvents,
     ) -> None:
         self._server = server
-        self._block_tokens = block_tokens
         self._snapshot = snapshot
-        self._ask = ask
         self._instances = instances
         self._recent = recent
         self._holdings: dict[str, Holdings] = {}
@@ -94,7 +97,7 @@ class LiveView:
         now = self._recent.clock()
         if now - self._asked_at >= INTERVAL_S / 2:
             self._asked_at = now
-            for instance_id in self._instances():
+            for instance_id in (info.instance_id for info in self._instances):
                 if instance_id not in self._asked:
                     self._asked[instance_id] = self._tasks.start(self._ask_one(instance_id))
         if self._asked:
@@ -102,20 +105,22 @@ class LiveView:
 
     async def _ask_one(self, instance_id: str) -> None:
         try:
-            self._holdings[instance_id] = msgspec.convert(await self._ask(instance_id), Holdings)
+            self._holdings[instance_id] = msgspec.convert(
+                await self._instances.ask(instance_id, "holdings"), Holdings
+            )
         except (PdServeError, TimeoutError):
             self._holdings.pop(instance_id, None)  # it has died, or hangs
         finally:
             del self._asked[instance_id]
 
     def _event(self, moves: list[Move], *, is_first: bool) -> dict[str, Any]:
-        recent, here = self._recent, set(self._instances())
+        recent, here = self._recent, {info.instance_id: info for info in self._instances}
         self._holdings = {name: held for name, held in self._holdings.items() if name in here}
         self._renumber()
         now, slots = recent.clock(), recent.slots() if is_first else recent.slots(LATEST_SLOTS)
         return {
             "server": self._server,
-            "block_tokens": self._block_tokens,
+            "block_tokens": max((info.block_tokens for info in here.values()), default=0),
             "cluster": self._snapshot(),
             "blocks": {
                 name: [(self._number(h.request_id), h.blocks, int(h.arriving)) for h in holdings.held]
@@ -157,7 +162,7 @@ class LiveView:
 
     def _renumber(self) -> None:
         """Forgets the numbers of requests that no event will speak of again."""
-        spoken_of = {held.request_id for h in self._holdings.values() for held in h.held}
+        spoken_of: set[str] = {held.request_id for h in self._holdings.values() for held in h.held}
         spoken_of |= {request_id for h in self._holdings.values() for request_id, _, _ in h.leaving}
         spoken_of |= {move.request_id for move in self._recent.moves}
         for request_id in [name for name in self._numbers if name not in spoken_of]:

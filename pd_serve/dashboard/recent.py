@@ -1,7 +1,7 @@
 """What has just happened, kept for whoever opens the live page: latencies of the last minutes, moves.
 
-Latencies are counted in slots of some seconds, each a histogram of geometric buckets: a token costs a logarithm
-and an addition, and a quantile is right to within a few percent.
+Latencies are counted in slots of some seconds, each a histogram of geometric buckets: a token costs a
+logarithm and an addition, and a quantile is right to within a few percent.
 """
 
 import math

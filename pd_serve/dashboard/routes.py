@@ -14,7 +14,9 @@ from pd_serve.dashboard.live_view import MAX_WATCHERS, LiveView
 PAGE = Path(__file__).with_name("page")
 
 HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": (
+        "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
@@ -25,7 +27,7 @@ router = APIRouter()
 
 @router.get("/dashboard", include_in_schema=False)
 async def dashboard() -> Response:
-    """To the folder that the page's files are relative to; this is relative, too, for whatever stands in front."""
+    """To the folder of the page's files; relative, like all that the page asks for, for proxies in front."""
     return RedirectResponse("dashboard/", status_code=307)
 
 

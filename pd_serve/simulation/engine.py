@@ -98,8 +98,7 @@ class SimulatedEngine:
     @property
     def regions(self) -> list[KvRegion]:
         """The blocks' contents, for a transport: one number each."""
-        address, count = self.batcher.pool.content.buffer_info()
-        return [KvRegion(address, count, 8)]
+        return [KvRegion(*self.batcher.pool.content.buffer_info(), 8)]
 
     async def start(self) -> None:
         """Nothing is to be loaded; the first report of its load is on its way."""

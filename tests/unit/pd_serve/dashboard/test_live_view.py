@@ -1,0 +1,225 @@
+"""What a watcher of the live page gets, and that nobody is asked for it when there is none."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import msgspec
+import pytest
+
+from migration.engine import HeldBlocks
+from migration.errors import EngineDeadError
+from migration.messages import InstanceId, RequestId
+from pd_serve.dashboard import live_view
+from pd_serve.dashboard.live_view import MAX_MOVES, MAX_WATCHERS, LiveView
+from pd_serve.dashboard.recent import RecentEvents
+from pd_serve.instance import InstanceInfo
+from pd_serve.messages import Holdings, MigrationEnded
+
+
+class FakeInstances:
+    """Answers as over the wire: with lists.
+
+    Attributes:
+        asked: Who has been asked, in order.
+        held: Request, blocks and whether they are reserved, by instance.
+        silent: These do not answer; `dead` ones fail.
+    """
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.held: dict[str, list[tuple[str, int, bool]]] = {"decode-0": [], "decode-1": []}
+        self.leaving: dict[str, list[tuple[str, str, str]]] = {}
+        self.silent: set[str] = set()
+        self.dead: set[str] = set()
+
+    def __iter__(self) -> Iterator[InstanceInfo]:
+        for name in self.held:
+            yield InstanceInfo(name, "decode", "", "node", 1, None, [], 1000, 100, 16)
+
+    async def ask(self, instance_id: str, method: str) -> Any:
+        assert method == "holdings"
+        self.asked.append(instance_id)
+        if instance_id in self.silent:
+            await asyncio.Event().wait()
+        if instance_id in self.dead:
+            raise EngineDeadError("it has died")
+        held = [HeldBlocks(RequestId(r), blocks, comes) for r, blocks, comes in self.held[instance_id]]
+        leaving = [(RequestId(r), InstanceId(to), why) for r, to, why in self.leaving.get(instance_id, [])]
+        return msgspec.msgpack.decode(msgspec.msgpack.encode(Holdings(held, leaving)))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_view, "INTERVAL_S", 0.01)
+    monkeypatch.setattr(live_view, "PATIENCE_S", 0.05)
+
+
+@pytest.fixture
+def instances() -> FakeInstances:
+    return FakeInstances()
+
+
+@pytest.fixture
+def recent() -> RecentEvents:
+    return RecentEvents()
+
+
+@pytest.fixture
+async def view(instances: FakeInstances, recent: RecentEvents) -> AsyncIterator[LiveView]:
+    view = LiveView("api-1", lambda: {"instances": [{"freeness": float("inf")}]}, instances, recent)
+    yield view
+    await view.close()
+
+
+async def following(events: AsyncIterator[bytes]) -> dict[str, Any]:
+    event: dict[str, Any] = json.loads(await anext(events))
+    return event
+
+
+def moved(recent: RecentEvents, request: str, *, committed: bool = True) -> None:
+    why = "" if committed else "no 3 free KV blocks"
+    message = MigrationEnded(
+        "", RequestId(request), "decode-0", "decode-1", "balance", committed, why, blocks=3, duration_s=0.25
+    )
+    recent.migration_ended(message)
+
+
+async def test_an_event_tells_who_holds_what(view: LiveView, instances: FakeInstances) -> None:
+    instances.held = {"decode-0": [("a", 5, False), ("b", 2, False)], "decode-1": [("b", 3, True)]}
+    instances.leaving = {"decode-0": [("b", "decode-1", "balance")]}
+    event = await following(view.events())
+
+    a, b = (next(int(key) for key, name in event["names"].items() if name == wanted) for wanted in "ab")
+    assert event["blocks"] == {"decode-0": [[a, 5, 0], [b, 2, 0]], "decode-1": [[b, 3, 1]]}
+    assert event["leaving"] == [[b, "decode-0", "decode-1", "balance"]]
+    assert (event["server"], event["block_tokens"]) == ("api-1", 16)
+    assert event["cluster"] == {"instances": [{"freeness": None}]}, "JSON has no infinity"
+
+
+async def test_names_and_slots_are_told_once(
+    view: LiveView, instances: FakeInstances, recent: RecentEvents
+) -> None:
+    instances.held["decode-0"] = [("a", 5, False)]
+    events = view.events()
+    first = await following(events)
+    instances.held["decode-0"] += [("b", 1, False)]
+    second = await following(events)
+    third = await following(events)
+
+    assert list(first["names"].values()) == ["a"]
+    assert list(second["names"].values()) == ["b"]
+    assert third["names"] == {}
+    assert third["blocks"]["decode-0"] == second["blocks"]["decode-0"] != first["blocks"]["decode-0"]
+    other = await following(view.events())
+    assert sorted(other["names"].values()) == ["a", "b"]
+
+
+async def test_each_move_is_told_once_to_each_watcher(view: LiveView, recent: RecentEvents) -> None:
+    moved(recent, "before")
+    one, two = view.events(), view.events()
+    assert (await following(one))["moves"] == (await following(two))["moves"] == []
+    moved(recent, "a")
+    moved(recent, "b", committed=False)
+
+    for events in (one, two):
+        event = await following(events)
+        names = [event["names"][str(move["request"])] for move in event["moves"]]
+        assert names == ["a", "b"]
+        assert [(move["committed"], move["why"]) for move in event["moves"]] == [
+            (True, ""),
+            (False, "no 3 free KV blocks"),
+        ]
+        assert event["moves"][0] | {"request": 0, "seconds_ago": 0} == {
+            "request": 0,
+            "source": "decode-0",
+            "destination": "decode-1",
+            "reason": "balance",
+            "committed": True,
+            "why": "",
+            "blocks": 3,
+            "duration_s": 0.25,
+            "seconds_ago": 0,
+        }
+        assert (await following(events))["moves"] == []
+
+
+async def test_an_event_is_bounded(view: LiveView, recent: RecentEvents) -> None:
+    events = view.events()
+    await following(events)
+    for number in range(MAX_MOVES + 7):
+        moved(recent, f"r{number}")
+    event = await following(events)
+
+    assert (len(event["moves"]), event["moves_left_out"]) == (MAX_MOVES, 7)
+
+
+async def test_nobody_is_asked_while_nobody_watches(view: LiveView, instances: FakeInstances) -> None:
+    await asyncio.sleep(0.05)
+    assert instances.asked == []
+    events = view.events()
+    await following(events)
+    await following(events)
+    assert (view.num_watchers, set(instances.asked)) == (1, {"decode-0", "decode-1"})
+
+    await events.aclose()  # type: ignore[attr-defined]
+
+    asked = len(instances.asked)
+    await asyncio.sleep(0.1)
+    assert (view.num_watchers, len(instances.asked)) == (0, asked)
+
+
+async def test_two_watchers_cost_no_more_than_one(
+    view: LiveView, instances: FakeInstances, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_view, "INTERVAL_S", 60.0)
+    await following(view.events())
+    await following(view.events())
+
+    assert sorted(instances.asked) == ["decode-0", "decode-1"]
+
+
+async def test_one_that_does_not_answer_holds_up_nobody(view: LiveView, instances: FakeInstances) -> None:
+    instances.silent = {"decode-0"}
+    instances.held["decode-1"] = [("a", 5, False)]
+    events = view.events()
+    for _ in range(3):
+        event = await following(events)
+
+    assert list(event["blocks"]) == ["decode-1"]
+    assert instances.asked.count("decode-0") == 1, "it is not asked again before it has answered"
+
+
+async def test_what_has_died_or_left_is_not_shown_any_more(view: LiveView, instances: FakeInstances) -> None:
+    instances.held = {name: [("a", 5, False)] for name in ("decode-0", "decode-1", "decode-2")}
+    events = view.events()
+    assert len((await following(events))["blocks"]) == 3
+    instances.dead = {"decode-0"}
+    del instances.held["decode-1"]
+
+    assert list((await following(events))["blocks"]) == ["decode-2"]
+
+
+async def test_numbers_of_requests_that_are_gone_are_forgotten(
+    view: LiveView, instances: FakeInstances
+) -> None:
+    events = view.events()
+    for number in range(50):
+        instances.held["decode-0"] = [(f"r{number}", 1, False)]
+        await following(events)
+
+    assert len(view._numbers) <= 2
+
+
+async def test_it_ends_with_the_server_and_has_a_bound(view: LiveView) -> None:
+    ends = False
+    events = [view.events(lambda: ends) for _ in range(MAX_WATCHERS)]
+    for each in events:
+        await following(each)
+    assert view.is_full
+    ends = True
+    for each in events:
+        with pytest.raises(StopAsyncIteration):
+            await anext(each)
+    assert not view.is_full

@@ -1,0 +1,94 @@
+"""Latencies of the last minutes in slots, and the last moves."""
+
+import random
+
+import pytest
+
+from migration.messages import RequestId
+from pd_serve.dashboard.recent import GROWTH, NUM_MOVES, NUM_SLOTS, SLOT_S, RecentEvents, bucket_of, quantile
+from pd_serve.messages import MigrationEnded
+from pd_serve.observe.timeline import Timeline
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def recent(clock: Clock) -> RecentEvents:
+    return RecentEvents(clock)
+
+
+def ended(number: int, *, committed: bool = True) -> MigrationEnded:
+    return MigrationEnded(
+        "", RequestId(f"r{number}"), "decode-0", "decode-1", "balance", committed, "", blocks=number
+    )
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.9, 0.99, 1.0])
+def test_a_quantile_is_right_to_within_a_bucket(share: float) -> None:
+    values = sorted(random.Random(7).lognormvariate(-3, 1.5) for _ in range(999))
+    counts: dict[int, int] = {}
+    for value in values:
+        counts[bucket_of(value)] = counts.get(bucket_of(value), 0) + 1
+
+    found = quantile(counts, share)
+
+    exact = values[max(0, -(-int(share * 100) * 999 // 100) - 1)]
+    assert found == pytest.approx(exact, rel=GROWTH - 1)
+
+
+def test_of_nothing_there_is_no_quantile() -> None:
+    assert quantile({}, 0.5) is None
+
+
+def test_a_gap_of_nothing_counts_too(recent: RecentEvents) -> None:
+    recent.token_gaps({0.0: 3})
+
+    assert recent.slots()[0].tokens == 3
+
+
+def test_slots_have_tokens_and_latencies(recent: RecentEvents, clock: Clock) -> None:
+    request = Timeline("r", "r", clock.now - 0.2, 10, 0, first_token_at=clock.now)
+    recent.first_token(request)
+    recent.token_gaps({0.02: 98, 0.5: 2})
+    clock.now += SLOT_S
+    recent.token_gaps({0.03: 1})
+
+    first, second = (slot.row() for slot in recent.slots())
+
+    assert (first[0] + 1, first[1], second[1]) == (second[0], 101, 1)
+    assert first[2:] == pytest.approx((0.2, 0.2, 0.02, 0.5), rel=GROWTH - 1)
+    assert second[2:4] == (None, None)
+
+
+def test_the_summary_is_of_the_last_minute(recent: RecentEvents, clock: Clock) -> None:
+    recent.token_gaps({5.0: 1000})
+    clock.now += 60.0
+    recent.token_gaps({0.02: 600})
+
+    summary = recent.summary()
+
+    assert summary["itl_p99"] == pytest.approx(0.02, rel=GROWTH - 1)
+    assert summary["ttft_p50"] is None
+    assert summary["tokens_per_s"] == pytest.approx(600 / 55, abs=0.1)
+
+
+def test_what_is_long_ago_is_forgotten(recent: RecentEvents, clock: Clock) -> None:
+    for number in range(3 * NUM_MOVES):
+        clock.now += SLOT_S
+        recent.token_gaps({0.02: 1})
+        recent.migration_ended(ended(number))
+
+    assert len(recent.slots()) == NUM_SLOTS
+    assert [move.blocks for move in recent.moves] == list(range(2 * NUM_MOVES, 3 * NUM_MOVES))
+    clock.now += NUM_SLOTS * SLOT_S
+    assert recent.slots() == []
