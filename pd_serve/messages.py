@@ -194,8 +194,8 @@ class SchedulerReport(msgspec.Struct, frozen=True, tag=True):
 
 
 class Call(msgspec.Struct, frozen=True, tag=True):
-    """API server → instance: `check_integrity`, `live_requests`, `holdings` or a utility of vLLM's engine. Also
-    between API servers and the owner of the instances, for what is asked by hand."""
+    """API server → instance: `check_integrity`, `live_requests`, `holdings` or a utility of vLLM's engine.
+    Also between API servers and the owner of the instances, for what is asked by hand."""
 
     call_id: str
     method: str

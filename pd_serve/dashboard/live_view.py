@@ -13,8 +13,7 @@ import msgspec
 from migration.errors import PdServeError
 from migration.tasks import OwnedTasks
 from pd_serve.dashboard.recent import SLOT_S, Move, RecentEvents
-from pd_serve.instance import InstanceInfo
-from pd_serve.messages import Holdings
+from pd_serve.messages import Holdings, InstanceInfo
 
 #: Time from one event to the next, and how long one waits for instances in the middle of a step.
 INTERVAL_S = 0.5
@@ -65,12 +64,15 @@ class LiveView:
         self._numbers: dict[str, int] = {}  # of requests, for short events; ascending
         self._num_numbers = 0
         self.num_watchers = 0
+        self._closed = False
 
     @property
     def is_full(self) -> bool:
         return self.num_watchers >= MAX_WATCHERS
 
     async def close(self) -> None:
+        """Ends the events, too."""
+        self._closed = True
         await self._tasks.cancel()
 
     async def events(self, has_ended: Callable[[], bool] = lambda: False) -> AsyncIterator[bytes]:
@@ -80,7 +82,7 @@ class LiveView:
         seen = self._recent.moves[-1].number if self._recent.moves else 0
         is_first = True
         try:
-            while not has_ended():
+            while not (self._closed or has_ended()):
                 await self._look()
                 moves = [move for move in self._recent.moves if move.number > seen]
                 event = self._event(moves, is_first=is_first)

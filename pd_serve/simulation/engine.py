@@ -7,6 +7,7 @@ Like vLLM's it runs step after step and is visited between two of them.
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from migration.engine import EngineEvents, EngineFacts, EngineLoad, HeldBlocks, Reservation, RunningRequest
@@ -36,22 +37,14 @@ LOAD_INTERVAL_S = 0.1
 OutputSink = Callable[[str, list[SimulatedOutput], list[tuple[int, int]]], None]
 
 
+@dataclass(slots=True)
 class _Waiter:
     """Somebody waits for the next stage of a request's migration."""
 
-    __slots__ = ("answer", "blocks_done", "incarnation", "suspend")
-
-    def __init__(
-        self,
-        incarnation: int,
-        blocks_done: int,
-        suspend: bool,
-        answer: "asyncio.Future[BlockRun | FinalState]",
-    ) -> None:
-        self.incarnation = incarnation
-        self.blocks_done = blocks_done
-        self.suspend = suspend
-        self.answer = answer
+    incarnation: int
+    blocks_done: int
+    suspend: bool
+    answer: "asyncio.Future[BlockRun | FinalState]"
 
 
 class SimulatedEngine:

@@ -14,8 +14,7 @@ from migration.messages import InstanceId, RequestId
 from pd_serve.dashboard import live_view
 from pd_serve.dashboard.live_view import MAX_MOVES, MAX_WATCHERS, LiveView
 from pd_serve.dashboard.recent import RecentEvents
-from pd_serve.instance import InstanceInfo
-from pd_serve.messages import Holdings, MigrationEnded
+from pd_serve.messages import Holdings, InstanceInfo, MigrationEnded
 
 
 class FakeInstances:
