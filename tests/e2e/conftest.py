@@ -6,6 +6,7 @@ belong to a module each, are gone by then.
 
 import asyncio
 import json
+import os
 import socket
 import sys
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -17,6 +18,7 @@ import httpx
 import pytest
 from completion_client import Answer, Body, CompletionClient
 from server_process import ServerProcess, pd_serve
+from verdicts import Verdicts
 
 HERE = Path(__file__).parent
 TIMEOUT = httpx.Timeout(120.0)
@@ -48,12 +50,12 @@ class Reference:
     """Plain vLLM's answers, each asked for once and alone."""
 
     def __init__(self, url: str) -> None:
-        self._url = url
+        self.url = url
         self._known: dict[str, Answer] = {}
 
     @property
     def http(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=self._url, timeout=TIMEOUT)
+        return httpx.AsyncClient(base_url=self.url, timeout=TIMEOUT)
 
     async def __call__(self, body: Body) -> Answer:
         key = json.dumps(body, sort_keys=True)
@@ -99,6 +101,15 @@ def reference(logs: Path) -> Iterator[Reference]:
         server.signal_and_wait()
     finally:
         server.kill()
+
+
+@pytest.fixture(scope="session")
+def verdicts() -> Iterator[Verdicts]:
+    """Where tests say what plain vLLM and the cluster did; kept for `make compat`, forgotten otherwise."""
+    verdicts = Verdicts()
+    yield verdicts
+    if path := os.environ.get("PD_SERVE_COMPAT_JSON"):
+        verdicts.write(Path(path))
 
 
 @contextmanager

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import openai
 import pytest
 from completion_client import CompletionClient
-from conftest import Reference, run_cluster
+from conftest import TIMEOUT, Reference, run_cluster
 from prompts import token_ids
 from server_process import ServerProcess
 from test_same_output import assert_same
@@ -57,6 +58,36 @@ async def test_overload_is_refused_at_the_door(client: CompletionClient, referen
     assert 0 < sum(served) < 10
     body = {"prompt": token_ids(10), "max_tokens": 20}
     assert_same(await client.answer(body), await reference(body))
+
+
+async def test_a_client_that_tries_again_is_served(client: CompletionClient) -> None:
+    """openai-python does, and waits for as long as `Retry-After` says."""
+    statuses: list[int] = []
+
+    async def note(response: httpx.Response) -> None:
+        statuses.append(response.status_code)
+
+    http = httpx.AsyncClient(event_hooks={"response": [note]}, timeout=TIMEOUT)
+    async with openai.AsyncOpenAI(
+        base_url=f"{client.http.base_url}/v1", api_key="none", http_client=http, max_retries=50
+    ) as patient:
+
+        async def ask(number: int, asking: openai.AsyncOpenAI) -> int:
+            answer = await asking.completions.create(
+                model="tiny", prompt=token_ids(3000, number), max_tokens=20, extra_body={"ignore_eos": True}
+            )
+            return answer.usage.completion_tokens if answer.usage else 0
+
+        impatient = patient.with_options(max_retries=0)
+        refused = await asyncio.gather(*(ask(n, impatient) for n in range(10)), return_exceptions=True)
+        errors = [answer for answer in refused if answer != 20]
+        assert {type(error) for error in errors} == {openai.RateLimitError}
+        assert statuses.count(429) == len(errors)
+
+        statuses.clear()
+        assert await asyncio.gather(*(ask(number, patient) for number in range(10))) == [20] * 10
+        assert statuses.count(200) == 10
+        assert 429 in statuses
 
 
 @pytest.mark.parametrize(

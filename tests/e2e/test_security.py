@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
+import openai
 import psutil
 import pytest
 from conftest import run_cluster
@@ -147,6 +148,14 @@ def test_the_keys_open_what_they_are_for(server: ServerProcess) -> None:
     assert ask(server, "/v1/models", API_KEY).status_code == 200
     assert ask(server, "/cluster", ADMIN_KEY).status_code == 200
     assert ask(server, "/cluster", API_KEY).status_code == 401
+
+
+def test_a_client_of_openai_knows_what_a_wrong_key_is(server: ServerProcess) -> None:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="sk-wrong", max_retries=0)
+    with client, pytest.raises(openai.AuthenticationError):
+        client.models.list()
+    with client.with_options(api_key=API_KEY) as client:
+        assert [model.id for model in client.models.list()] == ["tiny"]
 
 
 def test_the_limits_of_the_command_line_hold(server: ServerProcess) -> None:

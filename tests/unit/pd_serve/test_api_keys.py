@@ -3,6 +3,8 @@
 import pytest
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
+from starlette.types import Receive, Scope, Send
+from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
 from pd_serve.api.keys import KeyMiddleware
 
@@ -90,3 +92,15 @@ def test_a_prefix_of_the_server_does_not_open() -> None:
 
     assert behind.get("/api/v1/models").status_code == 401
     assert behind.get("/api/health").status_code == 200
+
+
+def test_a_refusal_is_as_plain_vllm_s() -> None:
+    guarded = AuthenticationMiddleware(PlainTextResponse("in"), ["one"])
+
+    async def vllm(scope: Scope, receive: Receive, send: Send) -> None:
+        await guarded(scope, receive, send)
+
+    theirs, ours = TestClient(vllm).get("/v1/models"), client(["one"]).get("/v1/models")
+
+    assert (ours.status_code, ours.json()) == (theirs.status_code, theirs.json())
+    assert ours.status_code == 401

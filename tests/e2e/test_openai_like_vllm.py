@@ -1,0 +1,94 @@
+"""openai-python, unchanged: what it makes of the cluster is what it makes of plain vLLM."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import openai
+import pytest
+from completion_client import CompletionClient
+from conftest import Reference
+from openai import AsyncOpenAI, OpenAI
+from openai_session import CALLS, SETTINGS, WRONG, asynchronous, typed_error
+from server_process import ServerProcess
+from verdicts import Verdicts
+
+SUITE = "openai-python"
+OPTIONS: Any = {"api_key": "none", "max_retries": 0, "timeout": 120.0}
+
+Both = tuple[OpenAI, OpenAI]
+
+
+@pytest.fixture
+def server(cluster: ServerProcess) -> ServerProcess:
+    return cluster
+
+
+@pytest.fixture
+def both(server: ServerProcess, reference: Reference, verdicts: Verdicts) -> Iterator[Both]:
+    """Clients of plain vLLM and of the cluster."""
+    verdicts.tried(SUITE, openai.__version__)
+    with (
+        OpenAI(base_url=f"{reference.url}/v1", **OPTIONS) as theirs,
+        OpenAI(base_url=f"{server.url}/v1", **OPTIONS) as ours,
+    ):
+        yield theirs, ours
+
+
+async def handed_off(client: CompletionClient) -> int:
+    return int((await client.cluster())["migrations"]["handoff"]["committed"])
+
+
+@pytest.mark.parametrize("name", CALLS)
+async def test_call(client: CompletionClient, both: Both, verdicts: Verdicts, name: str) -> None:
+    """Every answer crosses a hand-off."""
+    theirs, ours = both
+    before = await handed_off(client)
+    verdicts.compare(SUITE, name, CALLS[name](theirs), await asyncio.to_thread(CALLS[name], ours))
+    assert await handed_off(client) == before + (name != "models")
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_typed_error(both: Both, verdicts: Verdicts, name: str) -> None:
+    theirs, ours = (typed_error(client, WRONG[name]) for client in both)
+    verdicts.compare(SUITE, f"error: {name}", theirs, ours)
+
+
+async def test_many_at_a_time(client: CompletionClient, reference: Reference, verdicts: Verdicts) -> None:
+    async with (
+        AsyncOpenAI(base_url=f"{reference.url}/v1", **OPTIONS) as theirs,
+        AsyncOpenAI(base_url=f"{client.http.base_url}/v1", **OPTIONS) as ours,
+    ):
+        expected = [await asynchronous(theirs, number) for number in range(8)]  # alone: batches may round
+        answers = await asyncio.gather(*(asynchronous(ours, number) for number in range(8)))
+    verdicts.compare(SUITE, "8 streams of AsyncOpenAI", expected, answers)
+
+
+LONG: Any = {
+    **SETTINGS,
+    "prompt": "x",
+    "max_tokens": 6000,
+    "stream": True,
+    "extra_body": {"ignore_eos": True},
+}
+
+
+@pytest.mark.parametrize("leave", [lambda stream: stream.close(), lambda stream: None], ids=["close", "drop"])
+async def test_leaving_a_stream(client: CompletionClient, leave: Callable[[Any], None]) -> None:
+    """`client` sees to it that every block is free again."""
+    with OpenAI(base_url=f"{client.http.base_url}/v1", **OPTIONS) as ours:
+        stream = ours.completions.create(**LONG)
+        for _ in range(20):
+            assert next(stream).choices[0].finish_reason is None
+        leave(stream)
+
+
+async def test_leaving_an_asynchronous_stream(client: CompletionClient) -> None:
+    async with AsyncOpenAI(base_url=f"{client.http.base_url}/v1", **OPTIONS) as ours:
+        async with await ours.completions.create(**LONG) as stream:
+            async for _ in stream:
+                break
+        task = asyncio.create_task(ours.completions.create(**LONG | {"stream": False}))
+        await client.until(lambda cluster: any(instance["running"] for instance in cluster["instances"]))
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
