@@ -5,11 +5,20 @@ from collections.abc import Awaitable
 from typing import Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, Field, StrictInt
 from starlette.responses import JSONResponse, Response
 
 from migration.errors import EngineDeadError, InvalidRequestError
 from pd_serve import metrics
+from pd_serve.api.cluster_models import (
+    Cluster,
+    DrainRequest,
+    Integrity,
+    Migrated,
+    MigrateRequest,
+    Sizes,
+    Timelines,
+    answers,
+)
 from pd_serve.api.cluster_view import MigrationRefusedError, UnknownTargetError
 from pd_serve.api.errors import error_response
 
@@ -17,28 +26,13 @@ PREFIX = "/cluster"
 router = APIRouter(prefix=PREFIX, tags=["cluster"])
 
 
-class MigrateRequest(BaseModel):
-    """Body of `POST /cluster/migrate`."""
-
-    request_id: str = Field(min_length=1)
-    destination: str = Field(min_length=1)
-
-
-class DrainRequest(BaseModel):
-    """Body of `POST /cluster/drain`."""
-
-    instance: str = Field(min_length=1)
-    draining: bool = True
-    stop: bool = False
-
-
-@router.get("")
+@router.get("", responses=answers(ok=Cluster))
 async def cluster(request: Request) -> JSONResponse:
     """All instances, who waits for one, and how many migrations were committed and aborted, by reason."""
     return JSONResponse(_finite(request.app.state.cluster.snapshot()))
 
 
-@router.get("/requests/{request_id:path}")
+@router.get("/requests/{request_id:path}", responses=answers(404, ok=Timelines))
 async def request_timeline(request_id: str, request: Request) -> Response:
     """Where a request has been and when, while it runs and for some time after; several for n > 1."""
     found = request.app.state.cluster.find_requests(request_id)
@@ -48,7 +42,7 @@ async def request_timeline(request_id: str, request: Request) -> Response:
     return JSONResponse({"id": request_id, "requests": found})
 
 
-@router.post("/migrate")
+@router.post("/migrate", responses=answers(400, 404, 409, ok=Migrated))
 async def migrate(body: MigrateRequest, request: Request) -> Response:
     """Move one running request to another instance and report what that cost."""
     state = request.app.state
@@ -68,20 +62,21 @@ async def migrate(body: MigrateRequest, request: Request) -> Response:
     return JSONResponse({name: getattr(report, name) for name in names})
 
 
-@router.post("/drain")
+@router.post("/drain", status_code=202, responses=answers(400, 404, 409, 503, begun=DrainRequest))
 async def drain(body: DrainRequest, request: Request) -> Response:
     """Begin to empty an instance, with "stop" until it is gone; or use it again ("draining": false)."""
     drained = request.app.state.cluster.drain(body.instance, draining=body.draining, stop=body.stop)
     return await _asked(drained, body.model_dump())
 
 
-@router.post("/scale")
-async def scale(body: dict[str, StrictInt], request: Request) -> Response:
+@router.post("/scale", status_code=202, responses=answers(400, 409, 503, begun=Sizes))
+async def scale(body: Sizes, request: Request) -> Response:
     """Begin to give pools another number of instances: {"decode": 4}."""
-    return await _asked(request.app.state.cluster.scale(body), body)
+    sizes: dict[str, int] = dict(body.items())
+    return await _asked(request.app.state.cluster.scale(sizes), sizes)
 
 
-@router.post("/restart")
+@router.post("/restart", status_code=202, responses=answers(409, 503, begun=dict[str, Any]))
 async def restart(request: Request) -> Response:
     """Begin to put a new instance in the place of each; `GET /cluster` shows how far it is."""
     return await _asked(request.app.state.cluster.restart(), {})
@@ -102,7 +97,7 @@ async def _asked(work: Awaitable[None], body: dict[str, Any]) -> Response:
     return JSONResponse(body, status_code=202)
 
 
-@router.get("/integrity")
+@router.get("/integrity", responses=answers(ok=Integrity))
 async def integrity(request: Request) -> JSONResponse:
     """Whether every invariant holds, and which do not."""
     violations = await request.app.state.cluster.check_integrity()

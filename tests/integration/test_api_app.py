@@ -377,6 +377,8 @@ class TestClusterRoutes:
             ({"decode": 4}, 202),
             ({"encode": 4}, 400),
             ({"decode": "many"}, 400),
+            ({"decode": -1}, 400),
+            ({"decode": 10**30}, 400),
             ({"prefill": 4}, 409),
             ({"neutral": 1}, 503),
         ],
