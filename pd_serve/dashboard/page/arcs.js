@@ -55,11 +55,14 @@ export class Arcs {
     if (!way) return;
     const path = makeSvg("path", { d: way.d, class: `reason ${move.reason}` });
     const group = makeSvg("g", { opacity: 0 }, path);
-    if (move.reason !== "handoff") { // which is what every request does
+    const key = `${move.source} ${move.destination} ${move.reason}`;
+    // A hand-off is what every request does, and of others one name for each way is enough.
+    if (move.reason !== "handoff" && !this.svg.querySelector(`g[data-key="${key}"] text`)) {
       const text = makeSvg("text", { x: way.middle.x, y: way.middle.y - 7 });
       text.textContent = together.length > 1 ? `${move.reason} ×${together.length}` : move.reason;
       group.append(text);
     }
+    group.dataset.key = key;
     group.dataset.way = `${move.source} ${move.destination}`;
     if (!reducedMotion.matches) {
       const size = Math.min(22, 9 + Math.sqrt(together.reduce((sum, m) => sum + m.blocks, 0)));

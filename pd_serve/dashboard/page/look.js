@@ -52,6 +52,7 @@ export function seconds(value) {
 
 export function number(value) {
   if (value === null || value === undefined) return "–";
+  if (Math.abs(value) < 10 && !Number.isInteger(value)) return value.toFixed(1);
   return Math.abs(value) >= 10000 ? `${(value / 1000).toFixed(1)} k` : Math.round(value).toLocaleString("en");
 }
 
