@@ -30,6 +30,9 @@ NAMESPACE = "pd_serve"
 #: How long instances may take to end by themselves before they are killed.
 STOP_S = 3.0
 
+#: What `ray.init` raises, beside a bare `Exception` when a node takes too long. Source: ray/_private/node.py.
+CONNECT_ERRORS = (ConnectionError, TimeoutError, ValueError, RuntimeError, ray.exceptions.RayError)
+
 #: A local cluster serves one purpose and ends with its owner: leave out what costs start-up time.
 LOCAL_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -144,7 +147,11 @@ class RayCluster:
         self._watchers = OwnedTasks()
 
     def connect(self) -> None:
-        """Starts or joins Ray. Blocks for seconds. Raises: PdServeError: no cluster at that address."""
+        """Starts or joins Ray. Blocks for seconds.
+
+        Raises:
+            PdServeError: No cluster at that address, or none that starts here.
+        """
         if self._service is not None:
             return
         local = self._address is None
@@ -163,9 +170,12 @@ class RayCluster:
                 # A local cluster's processes inherit this one's environment.
                 runtime_env=None if local else {"env_vars": self._environment},
             )
-        except (ConnectionError, TimeoutError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        except Exception as error:
+            if type(error) is not Exception and not isinstance(error, CONNECT_ERRORS):
+                raise
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise PdServeError(f"no Ray cluster at {self._address or 'this machine'}: {lines[0]}") from error
+            what = "Ray does not start" if local else f"no Ray cluster at {self._address}"
+            raise PdServeError(f"{what}: {lines[0]}") from error
 
     @staticmethod
     def node_address() -> str:
@@ -233,6 +243,7 @@ class RayCluster:
         while group is not None and not await asyncio.to_thread(group.wait, 1):
             amounts = ", ".join(f"{amount:g} {what}" for what, amount in group.bundle_specs[0].items())
             self._waits_for[name] = f"waiting for resources: {amounts}"
+        self._waits_for.pop(name, None)
 
     def _keep(self, info: InstanceInfo, actor: Any) -> None:
         self._actors[info.instance_id] = actor
