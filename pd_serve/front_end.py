@@ -63,7 +63,10 @@ class FrontEnd:
         # What an instance found out when it made its KV cache, as vLLM's own front end takes it over.
         self._engine_config.cache_config.num_gpu_blocks = infos[0].num_blocks
         self._engine_config.cache_config.block_size = infos[0].block_tokens
-        self._engine_config.model_config.max_model_len = min(info.max_model_len for info in infos)
+        lengths = [info.max_model_len for info in infos]
+        if config.simulated is not None and (given := self._server.max_model_len or 0) > 0:
+            lengths.append(given)  # a simulated engine has no limit but its memory
+        self._engine_config.model_config.max_model_len = min(lengths)
         codec = VllmCodec()
         outputs: asyncio.Queue[Any] = asyncio.Queue()
         recent = RecentEvents()
