@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 from server_process import ServerProcess
 
 from pd_serve.config import LOOPBACK
@@ -34,6 +35,7 @@ class RayCluster(ServerProcess):
             "RAY_prestart_worker_first_driver": "0",
             "RAY_enable_worker_prestart": "0",
             "RAY_DEDUP_LOGS": "0",
+            "RAY_worker_niceness": "0",  # Ray's 15 would have them wait for everything else on this machine
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "PYTHONPATH": str(ROOT),
@@ -65,8 +67,25 @@ class RayCluster(ServerProcess):
             assert time.monotonic() < deadline, done.stdout + done.stderr
             time.sleep(0.5)
 
+    def serve_run(self, *arguments: str) -> "subprocess.Popen[bytes]":
+        """Begins `serve run`, which goes on until it is terminated."""
+        command = [_script("serve"), "run", *arguments]
+        with self.log.open("ab") as output:
+            return subprocess.Popen(command, cwd=ROOT, env=self._environment(), stdout=output, stderr=output)
+
     def _environment(self) -> dict[str, str]:
         return os.environ | self.environment | {"RAY_ADDRESS": self.address()}
+
+    def processes(self, title: str) -> list[psutil.Process]:
+        """Ray's workers whose title has this in it."""
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                if title in " ".join(process.cmdline()):
+                    found.append(process)
+            except psutil.NoSuchProcess:
+                continue
+        return found
 
 
 @contextmanager

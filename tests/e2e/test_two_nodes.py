@@ -81,5 +81,6 @@ async def test_room_that_becomes_free_is_taken(client: CompletionClient) -> None
     (coming,) = [row["id"] for row in cluster["instances"] if not row["pid"]]
     os.kill(there["pid"], 9)
     await client.until(
-        lambda cluster: coming in [row["id"] for row in cluster["instances"] if row["state"] == "ready"], START_S
+        lambda cluster: coming in [row["id"] for row in cluster["instances"] if row["state"] == "ready"],
+        START_S,
     )
