@@ -67,7 +67,7 @@ async def test_moved_by_hand_whichever_server_is_asked(client: CompletionClient)
 
 
 async def test_who_leaves_is_aborted(client: CompletionClient) -> None:
-    async with client.open({"prompt": token_ids(50), "max_tokens": 5000}) as events:
+    async with client.open({"prompt": token_ids(50), "max_tokens": 4000}) as events:
         await anext(events)
         await client.until(lambda cluster: any(row["running"] for row in cluster["instances"]))
     await client.until(lambda cluster: not any(row["running"] for row in cluster["instances"]))
