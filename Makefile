@@ -3,7 +3,7 @@ MODEL ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint bench loadtest lock clean
+.PHONY: help setup serve test lint bench compare loadtest lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ bench: setup ## Measure migration, overhead and the simulator; writes results/be
 	.venv/bin/pd-serve bench migration --json results/bench-migration.json $(ARGS)
 	.venv/bin/pd-serve bench overhead --json results/bench-overhead.json $(ARGS)
 	.venv/bin/pd-serve bench simulator --json results/bench-simulator.json $(ARGS)
+
+compare: setup ## Measure ours beside plain vLLM, its NixlConnector and public routers (20 minutes)
+	.venv/bin/pd-serve bench compare --json results/bench-compare.json $(ARGS)
 
 loadtest: setup ## Load a cluster of simulated engines for two minutes; writes results/loadtest/report.html
 	.venv/bin/python -m loadtests.scenario $(ARGS)

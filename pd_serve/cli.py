@@ -289,6 +289,23 @@ def bench_simulator(
     _run(simulator.run(json_file, num_requests=requests, rate=rate, profile_s=seconds))
 
 
+@bench.command("compare")
+def bench_compare(
+    json_file: JsonFile = None,
+    engines: Annotated[
+        list[int] | None, typer.Option(min=2, help="How many; may be given several times. [default: 2, 3]")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each arm at each load.")] = 3,
+    requests: Annotated[int, typer.Option(min=8, help="Requests per load and round.")] = 40,
+    rate: Annotated[float, typer.Option(min=0.1, help="Requests/s of the steady load.")] = 3.0,
+) -> None:
+    """Ours beside plain vLLM, vLLM's NixlConnector, vllm-router and sglang-router, in one table."""
+    from pd_serve.bench import compare
+
+    work = compare.run(json_file, sizes=engines or [2, 3], rounds=rounds, rate=rate, num_requests=requests)
+    _run(work)
+
+
 def _run(work: Coroutine[Any, Any, None]) -> None:
     import uvloop
 

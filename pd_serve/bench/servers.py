@@ -1,4 +1,4 @@
-"""The two servers that `pd-serve bench overhead` compares, as processes with the same settings."""
+"""Servers to measure, as processes with the same settings: ours and vLLM's own."""
 
 import asyncio
 import os
@@ -7,8 +7,8 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self
@@ -24,26 +24,33 @@ from pd_serve.engine_flags import CHANGED_DEFAULTS
 MODEL = "tiny"
 OURS, STOCK = "pd-serve", "vllm"
 
-START_S = 180.0
+#: Several that start at a time wait for each other's imports; one that fails ends before.
+START_S = 600.0
 STOP_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What both servers are started with."""
+    """What all servers are started with."""
 
     model: str
     flags: list[str]
     environment: dict[str, str]
 
     @classmethod
-    def of_this_machine(cls) -> Self:
-        """The defaults of `pd-serve serve tiny --neutral 1`, written out for both command lines."""
+    def of_this_machine(cls, num_engines: int = 1, **changed: Any) -> Self:
+        """The defaults of `pd-serve serve tiny --neutral N`, written out for all command lines.
+
+        Args:
+            changed: Engine settings that are to be others.
+        """
         model = models.resolve(MODEL)
-        config = ServeConfig(MODEL, {"prefill": 0, "decode": 0, "neutral": 1})
+        config = ServeConfig(MODEL, {"prefill": 0, "decode": 0, "neutral": num_engines})
         values: dict[str, Any] = {"dtype": models.default_dtype(MODEL), "max_num_batched_tokens": 2048}
         values |= cpu_engine_defaults() if is_cpu_build() else {"gpu_memory_utilization": 0.4}
-        return cls(model, as_flags(values | dict(CHANGED_DEFAULTS)), process_environment(config, model))
+        return cls(
+            model, as_flags(values | dict(CHANGED_DEFAULTS) | changed), process_environment(config, model)
+        )
 
     def command(self, name: str, port: int) -> list[str]:
         """The command line of one of the two servers."""
@@ -91,8 +98,16 @@ async def running(name: str, settings: Settings) -> AsyncIterator[Server]:
         PdServeError: It did not come up.
     """
     port = free_port()
+    async with _logged(name, settings.command(name, port), port, settings.environment) as server:
+        yield server
+
+
+@asynccontextmanager
+async def _logged(
+    name: str, command: list[str], port: int, environment: Mapping[str, str]
+) -> AsyncIterator[Server]:
     with tempfile.TemporaryFile() as log:
-        async with started(name, settings.command(name, port), port, log, settings.environment) as server:
+        async with started(name, command, port, log, environment) as server:
             yield server
 
 
@@ -128,6 +143,26 @@ async def started(
         except TimeoutError:
             os.killpg(process.pid, signal.SIGKILL)
             await process.wait()
+
+
+Command = tuple[str, list[str], int, Mapping[str, str]]  # name, command line, port, environment
+
+
+@asynccontextmanager
+async def several(commands: Sequence[Command]) -> AsyncIterator[list[Server]]:
+    """Any servers, started at the same time, ended on leaving. Entered when all are ready.
+
+    Raises:
+        PdServeError: One did not come up; the others are ended.
+    """
+    async with AsyncExitStack() as stack:
+        try:
+            async with asyncio.TaskGroup() as group:
+                starts = [stack.enter_async_context(_logged(*command)) for command in commands]
+                tasks = [group.create_task(start) for start in starts]
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+        yield [task.result() for task in tasks]
 
 
 def free_port() -> int:

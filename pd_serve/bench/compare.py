@@ -1,0 +1,196 @@
+"""`pd-serve bench compare`: ours beside plain vLLM and vLLM's own disaggregation, here, in one run.
+
+For each number of engines all arms (`pd_serve.bench.arms`) run at the same time, and are idle but one: the
+same load goes to each in turn, another one first in every round, so that the machine's moods hit all. Then
+the routers alone (`pd_serve.bench.router_cost`).
+"""
+
+import asyncio
+import signal
+import subprocess
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+import rich.console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from migration.errors import PdServeError
+from pd_serve.bench import compare_tables, report, router_cost
+from pd_serve.bench.arms import PLAIN, TITLES, Arm, Peers, arms, shown
+from pd_serve.bench.clients import put_load
+from pd_serve.bench.seen import Load, Round, figures, ratios
+from pd_serve.bench.servers import Server, Settings, free_port, several
+
+#: Between two loads, so that the end of one is not part of the next.
+SETTLE_S = 1.0
+
+#: Equal everywhere: a cache that is scarce, as on a GPU with a real model (8,160 tokens), and prompts in
+#: chunks as ours computes them on a CPU, which is also what keeps a plain engine's decoding going.
+ENGINE = {"kv_cache_memory_bytes": 32 * 2**20, "max_model_len": 4096, "max_num_batched_tokens": 512}
+
+#: Of one arm's processes, by number of engines: measured, rounded up.
+ARM_BYTES, ENGINE_BYTES = 600 * 2**20, 900 * 2**20
+
+SETUP = Path(__file__).parents[2] / "deploy" / "setup_peers.sh"
+
+
+async def run(
+    json_path: Path | None,
+    *,
+    sizes: Sequence[int],
+    rounds: int,
+    rate: float,
+    num_requests: int,
+) -> None:
+    """Measures, shows tables and writes the numbers. About twenty minutes for two sizes.
+
+    Args:
+        sizes: Numbers of engines, each at least two.
+        rounds: Of each size; every arm has one turn at each load in each.
+        rate: Requests/s of the open loop.
+        num_requests: Of each load in each round.
+
+    Raises:
+        PdServeError: The peers could not be installed, a process did not come up, memory is short, or the
+            benchmark was stopped.
+    """
+    this = asyncio.current_task()
+    assert this is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)  # the processes end with it
+    about = report.provenance()
+    console = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
+    peers = Peers(await installed(console), free_port)
+    about["versions"] |= versions(peers)
+    loads = [Load("steady", num_requests, rate=rate), Load("full", num_requests, num_clients=16)]
+    about |= {"loads": [asdict(load) for load in loads], "engine": ENGINE, "sizes": {}}
+    try:
+        for size in sizes:
+            about["sizes"][str(size)] = found = await _size(size, loads, rounds, peers, console)
+            console.print(compare_tables.arms(size, found))
+        about["routers"] = await router_cost.run(peers, console)
+        console.print(compare_tables.routers(about["routers"]))
+    except asyncio.CancelledError:
+        raise PdServeError("stopped before the end: nothing was written") from None
+    if json_path is not None:
+        report.write(json_path, about)
+        console.print(f"written to {json_path}")
+
+
+async def installed(console: rich.console.Console) -> Path:
+    """The folder of the peers' environment, made if need be.
+
+    Raises:
+        PdServeError: Its script has failed, or is not here.
+    """
+    if not SETUP.is_file():
+        raise PdServeError("the peers are installed by deploy/setup_peers.sh, which comes with the sources")
+    with console.status("installing vllm-router and sglang-router"):
+        made = await asyncio.to_thread(subprocess.run, [str(SETUP)], capture_output=True, text=True)
+    if made.returncode:
+        raise PdServeError(f"deploy/setup_peers.sh has failed: {made.stderr.strip().splitlines()[-1:]}")
+    return SETUP.parents[1] / ".venv-peers"
+
+
+def versions(peers: Peers) -> dict[str, str]:
+    """Of the routers."""
+    lines = (SETUP.parent / "peers.lock").read_text().splitlines()
+    pinned = dict(line.split("==", 1) for line in lines if "==" in line)
+    return {name: pinned[name] for name in ("vllm-router", "sglang-router")}
+
+
+async def _size(
+    size: int, loads: Sequence[Load], rounds: int, peers: Peers, console: rich.console.Console
+) -> dict[str, Any]:
+    settings = Settings.of_this_machine(size, **ENGINE)
+    wanted = arms(size, settings, peers)
+    check_memory(size, len(wanted))
+    measured: dict[str, dict[str, list[Round]]] = {
+        arm.name: {load.name: [] for load in loads} for arm in wanted
+    }
+    async with AsyncExitStack() as stack:
+        with console.status(f"starting {len(wanted)} times {size} engines"):
+            servers = await stack.enter_async_context(running(wanted, settings))
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        # Drawn between loads only: it must not compete with what is measured.
+        progress = stack.enter_context(
+            Progress(*columns, console=console, auto_refresh=False, transient=True)
+        )
+        task = progress.add_task("warming up", total=rounds * len(wanted) * len(loads))
+        progress.refresh()
+        for arm in wanted:
+            await put_load(
+                servers[arm.name][-1].url, servers[arm.name], Load("warm-up", 8, num_clients=4), -1
+            )
+        for number in range(rounds):
+            for load in loads:
+                for arm in turns(wanted, number):
+                    progress.update(
+                        task, description=f"{size} engines, {load.name}: {arm.name}", refresh=True
+                    )
+                    await asyncio.sleep(SETTLE_S)
+                    seen = await put_load(servers[arm.name][-1].url, servers[arm.name], load, number)
+                    measured[arm.name][load.name].append(seen)
+                    progress.advance(task)
+    return {
+        "environment": settings.environment,
+        "flags": settings.flags,
+        "arms": {arm.name: _about(arm, settings, measured) for arm in wanted},
+    }
+
+
+def _about(arm: Arm, settings: Settings, measured: dict[str, dict[str, list[Round]]]) -> dict[str, Any]:
+    by_load = measured[arm.name]
+    errors = [answer.error for rounds in by_load.values() for one in rounds for answer in one.answers]
+    return {
+        "title": TITLES[arm.name],
+        "processes": [shown(process, settings) for process in arm.processes],
+        "figures": {name: figures(rounds) for name, rounds in by_load.items()},
+        "ratio_to_round_robin": {
+            name: ratios(rounds, measured[PLAIN][name]) for name, rounds in by_load.items()
+        },
+        "rounds": {
+            name: [{"load_average": one.load_average} | figures([one]) for one in rounds]
+            for name, rounds in by_load.items()
+        },
+        "errors": sorted({error for error in errors if error})[:5],
+    }
+
+
+def turns(wanted: Sequence[Arm], number: int) -> list[Arm]:
+    """Another one first each time, and the others in the opposite order every other time."""
+    at = number % len(wanted)
+    first, *others = [*wanted[at:], *wanted[:at]]
+    return [first, *(others if number % 2 == 0 else reversed(others))]
+
+
+def check_memory(size: int, num_arms: int) -> None:
+    """Raises: PdServeError: The processes would not fit into this machine's free memory."""
+    needed = num_arms * (ARM_BYTES + size * ENGINE_BYTES)
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise PdServeError(
+            f"{num_arms} times {size} engines need about {needed / 2**30:.1f} GiB of memory,"
+            f" and {available / 2**30:.1f} are free: give --engines {size - 1} or close something"
+        )
+
+
+@asynccontextmanager
+async def running(wanted: Sequence[Arm], settings: Settings) -> AsyncIterator[dict[str, list[Server]]]:
+    """All processes of all arms by the arm's name, the one that clients go to last. Ended on leaving.
+
+    Raises:
+        PdServeError: One did not come up.
+    """
+    async with AsyncExitStack() as stack:
+        engines = [process for arm in wanted for process in arm.engines]
+        fronts = [arm.front for arm in wanted if arm.front is not None]
+        servers: dict[str, Server] = {}
+        for processes in (engines, fronts):
+            commands = [process.as_command(settings) for process in processes]
+            for server in await stack.enter_async_context(several(commands)):
+                servers[server.url] = server
+        yield {arm.name: [servers[process.url] for process in arm.processes] for arm in wanted}

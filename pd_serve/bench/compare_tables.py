@@ -1,0 +1,50 @@
+"""The tables of `pd-serve bench compare`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+LATENCIES = {
+    "TTFT": ("ttft_p50_ms", "ttft_p99_ms"),
+    "TPOT": ("tpot_p50_ms", "tpot_p99_ms"),
+    "ITL": ("itl_p50_ms", "itl_p99_ms"),
+    "longest gap": ("longest_gap_p50_ms", "longest_gap_p99_ms"),
+}
+
+
+def arms(size: int, found: Mapping[str, Any]) -> Table:
+    """All arms of one number of engines, under every load."""
+    table = Table(title=f"{size} engines; ms as P50 / P99", title_justify="left")
+    table.add_column("load")
+    table.add_column("")
+    for column in (*LATENCIES, "tokens/s", "CPU ms/token", "failed"):
+        table.add_column(column, justify="right")
+    loads = next(iter(found["arms"].values()))["figures"]
+    for load in loads:
+        for arm in found["arms"].values():
+            figures = arm["figures"][load]
+            pairs = [" / ".join(_number(figures, name) for name in names) for names in LATENCIES.values()]
+            last = [_number(figures, name) for name in ("output_tokens_per_s", "cpu_ms_per_token")]
+            table.add_row(load, arm["title"], *pairs, *last, f"{figures['failures']}/{figures['requests']}")
+        table.add_section()
+    return table
+
+
+def routers(found: Mapping[str, Any]) -> Table:
+    """What is before the engines, alone."""
+    table = Table(title="before the engines: one process each", title_justify="left")
+    table.add_column("")
+    for column in ("TTFT ms", "added ms", "CPU ms/request", "requests/s per core"):
+        table.add_column(column, justify="right")
+    for name, figures in found["targets"].items():
+        keys = ("ttft_ms", "added_ttft_ms", "cpu_ms_per_request", "requests_per_s_per_core")
+        table.add_row(name, *(_number(figures, key) for key in keys))
+    return table
+
+
+def _number(figures: Mapping[str, float], name: str) -> str:
+    if name not in figures:
+        return "–"
+    value = figures[name]
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
