@@ -15,10 +15,10 @@ from pd_serve.bench.servers import MODEL, OURS, STOCK, Command, Settings
 PLAIN, NIXL, UNMOVED, DEFAULTS = "round-robin", "nixl", "ours-unmoved", "ours"
 
 TITLES = {
-    PLAIN: "plain vLLM, vllm-router round robin",
-    NIXL: "vLLM NixlConnector, vllm-router",
-    UNMOVED: "pd-serve without rescheduling",
-    DEFAULTS: "pd-serve",
+    PLAIN: "plain vLLM, round robin",
+    NIXL: "vLLM, NixlConnector",
+    UNMOVED: "ours, no rescheduling",
+    DEFAULTS: "ours",
 }
 
 HOST = "127.0.0.1"
@@ -113,8 +113,9 @@ def disaggregated(num_engines: int, settings: Settings, peers: Peers) -> Arm:
     decode = [_vllm_server(f"decode-{i}", settings, peers, "kv_consumer") for i in range(num_engines - 1)]
     flags = ["--vllm-pd-disaggregation", f"--prefill={prefill.url}"]
     flags += [f"--decode={server.url}" for server in decode]
-    # The better of two is aware of the load, and prefill has one place to go to anyway.
-    flags += ["--policy=round_robin", "--decode-policy=power_of_two"]
+    flags.append("--policy=round_robin")
+    if len(decode) > 1:
+        flags.append("--decode-policy=power_of_two")  # aware of the load; refused for a single one
     return Arm(NIXL, [prefill, *decode], peers.vllm_router(flags))
 
 

@@ -1,13 +1,14 @@
 """`pd-serve bench compare`: ours beside plain vLLM and vLLM's own disaggregation, here, in one run.
 
 For each number of engines all arms (`pd_serve.bench.arms`) run at the same time, and are idle but one: the
-same load goes to each in turn, another one first in every round, so that the machine's moods hit all. Then
-the routers alone (`pd_serve.bench.router_cost`).
+same load goes to each in turn, another one first in every round, so that the machine's moods hit all. Before
+that, the routers alone (`pd_serve.bench.router_cost`).
 """
 
 import asyncio
 import signal
 import subprocess
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict
@@ -17,6 +18,7 @@ from typing import Any
 import psutil
 import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from migration.errors import PdServeError
 from pd_serve.bench import compare_tables, report, router_cost
@@ -25,8 +27,11 @@ from pd_serve.bench.clients import put_load
 from pd_serve.bench.seen import Load, Round, figures, ratios
 from pd_serve.bench.servers import Server, Settings, free_port, several
 
-#: Between two loads, so that the end of one is not part of the next.
-SETTLE_S = 1.0
+WARM_UP = Load("warm-up", 8, num_clients=4)
+
+#: After its load an arm has as long to come to rest, which is below so many busy cores, so that it takes none
+#: from the next one. vLLM's NixlConnector polls for up to 30 s for what a decode server does not fetch.
+REST_S, REST_CORES = 40.0, 0.25
 
 #: Equal everywhere: a cache that is scarce, as on a GPU with a real model (8,160 tokens), and prompts in
 #: chunks as ours computes them on a CPU, which is also what keeps a plain engine's decoding going.
@@ -46,7 +51,7 @@ async def run(
     rate: float,
     num_requests: int,
 ) -> None:
-    """Measures, shows tables and writes the numbers. About twenty minutes for two sizes.
+    """Measures, shows tables and writes the numbers after each. About twenty minutes for two sizes.
 
     Args:
         sizes: Numbers of engines, each at least two.
@@ -63,21 +68,27 @@ async def run(
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)  # the processes end with it
     about = report.provenance()
     console = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 140  # of the tables, in a log
     peers = Peers(await installed(console), free_port)
-    about["versions"] |= versions(peers)
+    about["versions"] |= versions()
     loads = [Load("steady", num_requests, rate=rate), Load("full", num_requests, num_clients=16)]
     about |= {"loads": [asdict(load) for load in loads], "engine": ENGINE, "sizes": {}}
+
+    def keep(table: Table) -> None:
+        console.print(table)
+        if json_path is not None:
+            report.write(json_path, about)
+            console.print(f"written to {json_path}")
+
     try:
-        for size in sizes:
-            about["sizes"][str(size)] = found = await _size(size, loads, rounds, peers, console)
-            console.print(compare_tables.arms(size, found))
         about["routers"] = await router_cost.run(peers, console)
-        console.print(compare_tables.routers(about["routers"]))
+        keep(compare_tables.routers(about["routers"]))
+        for size in sizes:
+            about["sizes"][str(size)] = await _size(size, loads, rounds, peers, console)
+            keep(compare_tables.arms(size, about["sizes"][str(size)]))
     except asyncio.CancelledError:
-        raise PdServeError("stopped before the end: nothing was written") from None
-    if json_path is not None:
-        report.write(json_path, about)
-        console.print(f"written to {json_path}")
+        raise PdServeError("stopped before the end: what was not shown was not measured") from None
 
 
 async def installed(console: rich.console.Console) -> Path:
@@ -95,7 +106,7 @@ async def installed(console: rich.console.Console) -> Path:
     return SETUP.parents[1] / ".venv-peers"
 
 
-def versions(peers: Peers) -> dict[str, str]:
+def versions() -> dict[str, str]:
     """Of the routers."""
     lines = (SETUP.parent / "peers.lock").read_text().splitlines()
     pinned = dict(line.split("==", 1) for line in lines if "==" in line)
@@ -122,24 +133,33 @@ async def _size(
         task = progress.add_task("warming up", total=rounds * len(wanted) * len(loads))
         progress.refresh()
         for arm in wanted:
-            await put_load(
-                servers[arm.name][-1].url, servers[arm.name], Load("warm-up", 8, num_clients=4), -1
-            )
+            await put_load(servers[arm.name][-1].url, servers[arm.name], WARM_UP, seed=-1)
+            await at_rest(servers[arm.name])
         for number in range(rounds):
             for load in loads:
                 for arm in turns(wanted, number):
                     progress.update(
                         task, description=f"{size} engines, {load.name}: {arm.name}", refresh=True
                     )
-                    await asyncio.sleep(SETTLE_S)
                     seen = await put_load(servers[arm.name][-1].url, servers[arm.name], load, number)
                     measured[arm.name][load.name].append(seen)
                     progress.advance(task)
+                    await at_rest(servers[arm.name])
     return {
         "environment": settings.environment,
         "flags": settings.flags,
         "arms": {arm.name: _about(arm, settings, measured) for arm in wanted},
     }
+
+
+async def at_rest(servers: Sequence[Server]) -> None:
+    """Returns when they do nothing any more, or after `REST_S`."""
+    used, deadline = sum(server.cpu_s() for server in servers), time.monotonic() + REST_S
+    while time.monotonic() < deadline:
+        await asyncio.sleep(1.0)
+        before, used = used, sum(server.cpu_s() for server in servers)
+        if used - before < REST_CORES:
+            return
 
 
 def _about(arm: Arm, settings: Settings, measured: dict[str, dict[str, list[Round]]]) -> dict[str, Any]:
@@ -186,11 +206,10 @@ async def running(wanted: Sequence[Arm], settings: Settings) -> AsyncIterator[di
         PdServeError: One did not come up.
     """
     async with AsyncExitStack() as stack:
-        engines = [process for arm in wanted for process in arm.engines]
-        fronts = [arm.front for arm in wanted if arm.front is not None]
-        servers: dict[str, Server] = {}
-        for processes in (engines, fronts):
-            commands = [process.as_command(settings) for process in processes]
-            for server in await stack.enter_async_context(several(commands)):
-                servers[server.url] = server
-        yield {arm.name: [servers[process.url] for process in arm.processes] for arm in wanted}
+        servers: dict[str, list[Server]] = {}
+        for arm in wanted:  # one after another: Ray gives up where too much else starts
+            servers[arm.name] = []
+            for processes in (arm.engines, [arm.front] if arm.front else []):
+                commands = [process.as_command(settings) for process in processes]
+                servers[arm.name] += await stack.enter_async_context(several(commands))
+        yield servers

@@ -1,4 +1,4 @@
-"""The second half of `pd-serve bench compare`: what is before the engines alone, with engines that only wait.
+"""The first part of `pd-serve bench compare`: what is before the engines alone, with engines that only wait.
 
 The public routers stand before a stub that streams (`pd_serve.bench.stub_backend`): what they add is their
 time to the first token less that of the stub alone. Ours is no hop before servers, it is the server: HTTP,
