@@ -31,7 +31,7 @@ STUB, VLLM_ROUTER, SGLANG_ROUTER = "stub", "vllm-router", "sglang-router"
 #: Of all requests, so that nothing but what is measured differs.
 PROMPT_TOKENS, OUTPUT_TOKENS = 128, 32
 
-ROUNDS = 5
+ROUNDS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class EvenLoad(Load):
         return PROMPT_TOKENS, OUTPUT_TOKENS
 
 
-ONE, MANY = EvenLoad("one client", 40, num_clients=1), EvenLoad("16 clients", 160, num_clients=16)
+ONE, MANY = EvenLoad("one client", 20, num_clients=1), EvenLoad("16 clients", 96, num_clients=16)
 
 
 @dataclass(frozen=True, slots=True)
