@@ -2,13 +2,14 @@
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from msgspec.structs import replace
 
 from router import handoff
 from router.dispatch import DISPATCH_POLICIES, can_start, candidates
+from router.headroom import limit_headroom
 from router.load import InstanceLoad
 from router.policies import PolicySet, policy_set
 from router.request import NewRequest
@@ -168,18 +169,21 @@ class LoadBook:
             )
         if expected := self._expected.get(load.instance_id):
             load = load.after_taking(sum(expected.values()), len(expected))
-        return load if self.policies.headroom else replace(load, high_priority=0)
+        return load
 
     def _candidates(self) -> list[InstanceLoad]:
         return candidates(self._fresh()) or candidates(self._all())
 
     def _all(self) -> list[InstanceLoad]:
-        return [self.corrected(instance_id) for instance_id in self._loads]
+        return self._seen(self._loads)
 
     def _fresh(self) -> list[InstanceLoad]:
         """Instances that report. If none does any more, the fault is rather here: see the callers."""
         oldest = self._clock() - self.policies.max_report_age_s
-        return [self.corrected(name) for name, heard_at in self._heard_at.items() if heard_at >= oldest]
+        return self._seen(name for name, heard_at in self._heard_at.items() if heard_at >= oldest)
+
+    def _seen(self, names: Iterable[str]) -> list[InstanceLoad]:
+        return limit_headroom(map(self.corrected, names), self.policies.headroom)
 
 
 def _blocks(request: NewRequest, load: InstanceLoad) -> int:

@@ -18,7 +18,8 @@ class PolicySet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             `router.waiting_line`.
         bind_after_s: How long the first of them waits before it is bound to one that has no room yet.
         max_bound: Share of the instances that may make room for one that is bound to them, at a time.
-        headroom: Requests of high priority keep their instance's load low.
+        headroom: Share of a pool's instances that requests of high priority keep nearly empty; 1 as in the
+            paper, 0 for none. See `router.headroom`.
         max_report_age_s: Instances that have reported nothing for longer are not decided on.
 
         rescheduling: Who moves a request to whom.
@@ -44,7 +45,7 @@ class PolicySet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     late_binding: bool = False
     bind_after_s: float = 15.0
     max_bound: float = 0.0625
-    headroom: bool = False
+    headroom: float = 0.0
     max_report_age_s: float = 3.0
 
     rescheduling: ReschedulingName = "none"
@@ -73,12 +74,12 @@ POLICY_SETS: dict[str, PolicySet] = {
         # Load-aware dispatch, no migration: the paper's strongest baseline.
         PolicySet("infaas++"),
         # The paper's settings, nothing else.
-        PolicySet("llumnix-paper", headroom=True, rescheduling="pairs"),
+        PolicySet("llumnix-paper", headroom=1.0, rescheduling="pairs"),
         # Ours. What is not the paper's has its reason and its measured gain in docs/policies.md.
         PolicySet(
             "llumnix",
             late_binding=True,
-            headroom=True,
+            headroom=0.1,
             rescheduling="pairs",
             victim="guarded",
             migration_threshold=10.0,

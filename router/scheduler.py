@@ -12,6 +12,7 @@ from typing import Protocol
 
 from msgspec.structs import replace
 
+from router.headroom import limit_headroom
 from router.load import InstanceLoad
 from router.orders import Orders
 from router.policies import PolicySet
@@ -84,9 +85,8 @@ class Scheduler:
         self._news.set()
 
     def _as_policies_see(self, load: InstanceLoad) -> InstanceLoad:
-        if not self.policies.headroom and load.high_priority:
-            load = replace(load, high_priority=0)
-        if not self.policies.defragment and load.waiting:
+        # On a decode instance only preempted requests wait. Making room for them fills up the others.
+        if load.waiting and (load.role == "decode" or not self.policies.defragment):
             load = replace(load, head_of_line_blocks=0, preempted=0)
         return load
 
@@ -113,7 +113,8 @@ class Scheduler:
         self._forget_silent(now)
         if not self._loads:
             return
-        loads = self._orders.correct(list(self._loads.values()), now)
+        loads = limit_headroom(self._loads.values(), self.policies.headroom)
+        loads = self._orders.correct(loads, now)
         self._rng.shuffle(loads)
         for move in self._reschedule(loads, self.policies):
             self._orders.add(move, self._loads[move.source], now)
