@@ -15,7 +15,8 @@ POOL = [
 
 
 @pytest.mark.parametrize(
-    ("share", "kept"), [(0.0, []), (0.01, ["i9"]), (0.25, ["i8", "i9"]), (1.0, [f"i{n}" for n in range(1, 10)])]
+    ("share", "kept"),
+    [(0.0, []), (0.01, ["i9"]), (0.25, ["i8", "i9"]), (1.0, [f"i{n}" for n in range(1, 10)])],
 )
 def test_those_with_most_high_priority_keep_theirs(share: float, kept: list[str]) -> None:
     limited = limit_headroom(POOL, share)
