@@ -3,7 +3,7 @@ MODEL ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint bench compare loadtest lock clean
+.PHONY: help setup serve test lint bench compare loadtest compat lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,10 @@ compare: setup ## Measure ours beside plain vLLM, its NixlConnector and public r
 
 loadtest: setup ## Load a cluster of simulated engines for two minutes; writes results/loadtest/report.html
 	.venv/bin/python -m loadtests.scenario $(ARGS)
+
+compat: setup ## Try other clients and test suites at plain vLLM and at a cluster; writes results/compat.json
+	@deploy/setup_compat.sh
+	PD_SERVE_COMPAT_JSON=results/compat.json .venv/bin/python -m pytest -q tests/e2e/test_*_like_vllm.py $(ARGS)
 
 lock: ## Write requirements.lock anew from pyproject.toml: ARGS=--upgrade for newer versions
 	@deploy/make_lock.sh $(ARGS)
