@@ -5,13 +5,11 @@ All but vLLM's own benchmark live in an environment of their own, which `make co
 
 import asyncio
 import json
-import os
 from argparse import Namespace
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
+from compat_environment import COMPAT, SCRIPTS, needs_environment, output_of
 from completion_client import CompletionClient
 from conftest import Reference
 from server_process import ServerProcess
@@ -21,43 +19,17 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from pd_serve import models
 
-SCRIPTS = Path(__file__).parent / "other_clients"
-COMPAT = Path(__file__).parents[2] / ".venv-compat"
 CANARY = COMPAT / "node_modules" / "compatcanary"
 
-needs_environment = pytest.mark.skipif(
-    not (COMPAT / "bin" / "st").exists(), reason="no .venv-compat: `make compat` makes it"
-)
 needs_canary = pytest.mark.skipif(
     not CANARY.exists(),
     reason="no compatcanary in .venv-compat: `make compat` puts it there, with node and npm",
 )
 
-CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
-
-#: What schemathesis leaves alone: what changes the engines; and schemas that it takes minutes for.
-LEFT_OUT = "elastic_ep|/batch$|^/v1/responses$"
-
 
 @pytest.fixture
 def server(cluster: ServerProcess) -> ServerProcess:
     return cluster
-
-
-async def output_of(*command: str | Path, codes: Sequence[int] = (0,), **environment: str) -> str:
-    """What a command prints."""
-    pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(
-        *map(str, command), stdout=pipe, stderr=pipe, env=os.environ | environment
-    )
-    try:
-        out, err = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    assert process.returncode in codes, (out + err).decode()[-3000:]
-    return out.decode()
 
 
 async def test_vllm_s_benchmark(client: CompletionClient, reference: Reference, verdicts: Verdicts) -> None:
@@ -103,60 +75,3 @@ async def test_compatcanary(client: CompletionClient, reference: Reference, verd
     verdicts.tried("compatcanary", ours["scanner"]["version"])
     status = [{probe["id"]: probe["status"] for probe in report["results"]} for report in (theirs, ours)]
     verdicts.compare_all("compatcanary", *status)
-
-
-async def fuzz(document: Path, url: str, report: Path, *flags: str) -> None:
-    """Runs schemathesis, which writes its report."""
-    await output_of(
-        *(COMPAT / "bin" / "st", "run", document, "--url", url, *flags),
-        *("--generation-deterministic", "--phases", "coverage,fuzzing"),
-        *("--continue-on-failure", "--max-failures", "100000", "--no-shrink", "--request-timeout", "120"),
-        *("--report", "json", "--report-json-path", report),
-        codes=(0, 1),  # 1: something was found
-        SCHEMATHESIS_HOOKS="schemathesis_hooks",
-        PYTHONPATH=str(SCRIPTS),
-    )
-
-
-def found(report: dict[str, Any]) -> dict[str, Any]:
-    """What was found, by operation; and how much was tried."""
-    failures: dict[str, Any] = {"operations tested": report["operations"]["tested"]}
-    for failure in report["failures"] + report["errors"]:
-        for operation in failure.get("operations", ["?"]):
-            failures.setdefault(operation, []).append(failure["title"])
-    return {name: sorted(what) if isinstance(what, list) else what for name, what in failures.items()}
-
-
-@needs_environment
-@pytest.mark.timeout(1800)
-async def test_schemathesis(
-    client: CompletionClient, reference: Reference, verdicts: Verdicts, tmp_path: Path
-) -> None:
-    """Both are asked the same, by vLLM's document."""
-    document = tmp_path / "vllm.json"
-    async with reference.http as http:
-        document.write_text((await http.get("/openapi.json")).text)
-    flags = ("--checks", CHECKS, "--max-examples", "5", "--exclude-path-regex", LEFT_OUT)
-    reports = [tmp_path / "theirs.json", tmp_path / "found.json"]
-    urls = (reference.url, str(client.http.base_url))
-    await asyncio.gather(
-        *(fuzz(document, url, report, *flags) for url, report in zip(urls, reports, strict=True))
-    )
-    theirs, ours = [json.loads(report.read_text()) for report in reports]
-    verdicts.tried("schemathesis", ours["schemathesis_version"])
-    verdicts.compare_all("schemathesis", found(theirs), found(ours))
-
-
-@needs_environment
-@pytest.mark.timeout(900)
-async def test_schemathesis_on_the_routes_of_ours(client: CompletionClient, tmp_path: Path) -> None:
-    """`/cluster` keeps to its document, and nothing comes of nonsense. `client` asks for its integrity."""
-    document = tmp_path / "ours.json"
-    document.write_text((await client.http.get("/openapi.json")).text)
-    flags = ("--include-path-regex", "^/cluster", "--exclude-path", "/cluster/restart")
-    flags += ("--checks", f"{CHECKS},negative_data_rejection", "--max-examples", "50")
-    await fuzz(document, str(client.http.base_url), tmp_path / "report.json", *flags)
-
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert found(report) == {"operations tested": 6}
-    assert report["test_cases"]["generated"] > 100
