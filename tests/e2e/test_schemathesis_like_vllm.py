@@ -1,0 +1,65 @@
+"""schemathesis: vLLM's OpenAPI document, at plain vLLM and at the cluster."""
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from compat_environment import COMPAT, SCRIPTS, needs_environment, output_of
+from completion_client import CompletionClient
+from conftest import Reference
+from server_process import ServerProcess
+from verdicts import Verdicts
+
+CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+
+#: What schemathesis leaves alone: what changes the engines; and schemas that it takes minutes for.
+LEFT_OUT = "elastic_ep|/batch$|^/v1/responses$"
+
+
+@pytest.fixture
+def server(cluster: ServerProcess) -> ServerProcess:
+    return cluster
+
+
+async def fuzz(document: Path, url: str, report: Path, *flags: str) -> None:
+    """Runs schemathesis, which writes its report."""
+    await output_of(
+        *(COMPAT / "bin" / "st", "run", document, "--url", url, *flags),
+        *("--generation-deterministic", "--phases", "coverage,fuzzing"),
+        *("--continue-on-failure", "--max-failures", "100000", "--no-shrink", "--request-timeout", "120"),
+        *("--report", "json", "--report-json-path", report),
+        codes=(0, 1),  # 1: something was found
+        SCHEMATHESIS_HOOKS="schemathesis_hooks",
+        PYTHONPATH=str(SCRIPTS),
+    )
+
+
+def found(report: dict[str, Any]) -> dict[str, Any]:
+    """What was found, by operation; and how much was tried."""
+    failures: dict[str, Any] = {"operations tested": report["operations"]["tested"]}
+    for failure in report["failures"] + report["errors"]:
+        for operation in failure.get("operations", ["?"]):
+            failures.setdefault(operation, []).append(failure["title"])
+    return {name: sorted(what) if isinstance(what, list) else what for name, what in failures.items()}
+
+
+@needs_environment
+@pytest.mark.timeout(1800)
+async def test_schemathesis(
+    client: CompletionClient, reference: Reference, verdicts: Verdicts, tmp_path: Path
+) -> None:
+    """Both are asked the same, by vLLM's document."""
+    document = tmp_path / "vllm.json"
+    async with reference.http as http:
+        document.write_text((await http.get("/openapi.json")).text)
+    flags = ("--checks", CHECKS, "--max-examples", "5", "--exclude-path-regex", LEFT_OUT)
+    reports = [tmp_path / "theirs.json", tmp_path / "found.json"]
+    urls = (reference.url, str(client.http.base_url))
+    await asyncio.gather(
+        *(fuzz(document, url, report, *flags) for url, report in zip(urls, reports, strict=True))
+    )
+    theirs, ours = [json.loads(report.read_text()) for report in reports]
+    verdicts.tried("schemathesis", ours["schemathesis_version"])
+    verdicts.compare_all("schemathesis", found(theirs), found(ours))
