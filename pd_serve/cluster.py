@@ -39,6 +39,7 @@ LOCAL_SETTINGS = {
     "RAY_prestart_worker_first_driver": "0",
     "RAY_enable_worker_prestart": "0",
     "RAY_COLOR_PREFIX": "0",
+    "RAY_raylet_start_wait_time_s": "120",  # a busy machine needs more than Ray's 30
     "RAY_worker_niceness": "0",  # the workers are the service, not batch jobs beside it
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
