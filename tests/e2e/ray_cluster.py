@@ -35,6 +35,7 @@ class RayCluster(ServerProcess):
             "RAY_prestart_worker_first_driver": "0",
             "RAY_enable_worker_prestart": "0",
             "RAY_DEDUP_LOGS": "0",
+            "RAY_raylet_start_wait_time_s": "180",
             "RAY_worker_niceness": "0",  # Ray's 15 would have them wait for everything else on this machine
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),

@@ -1,6 +1,6 @@
-"""The service as a Ray Serve application with two API servers, behind HAProxy.
+"""The service as a Ray Serve application: several API servers, and what dies is found or made again.
 
-The engines are simulated: their words show what becomes of the KV cache.
+Simulated engines first, whose words show what becomes of the KV cache; at the end real ones, by `serve run`.
 """
 
 import asyncio
@@ -8,11 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
+import psutil
 import pytest
 import yaml
 from completion_client import Body, CompletionClient
+from conftest import TIMEOUT
 from prompts import token_ids
 from ray_cluster import RayCluster, ray_cluster
+from streams import answers, streaming
 from test_same_output import assert_same
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +29,7 @@ READY_S = 600.0
 
 pytestmark = pytest.mark.timeout(900)
 
-BODIES: list[Body] = [{"prompt": token_ids(150, i), "max_tokens": 400} for i in range(6)]
+BODIES: list[Body] = [{"prompt": token_ids(150, i), "max_tokens": 200} for i in range(6)]
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +53,10 @@ def server(head: RayCluster, logs: Path) -> RayCluster:
 
 async def wait_for_servers(client: CompletionClient, number: int) -> dict[str, Any]:
     return await client.until(lambda cluster: len(cluster["api_servers"]) == number, START_S)
+
+
+def pids(cluster: dict[str, Any]) -> dict[str, int]:
+    return {row["id"]: row["pid"] for row in cluster["instances"]}
 
 
 async def test_streams_through_two_servers(client: CompletionClient) -> None:
@@ -78,12 +86,14 @@ async def test_who_leaves_is_aborted(client: CompletionClient) -> None:
     [
         ({"model": "nope"}, 404, "NotFoundError", "model"),
         ({"max_tokens": -1}, 400, "BadRequestError", "max_tokens"),
+        ({"prompt": token_ids(5000)}, 400, "BadRequestError", "input_tokens"),
     ],
 )
+@pytest.mark.parametrize("stream", [False, True])
 async def test_errors_are_vllms(
-    client: CompletionClient, body: Body, status: int, kind: str, parameter: str
+    client: CompletionClient, body: Body, status: int, kind: str, parameter: str, stream: bool
 ) -> None:
-    request = {"model": "tiny", "prompt": "x", "max_tokens": 4, **body}
+    request = {"model": "tiny", "prompt": "x", "max_tokens": 4, "stream": stream, **body}
     response = await client.http.post("/v1/completions", json=request)
     error = response.json()["error"]
     assert (response.status_code, error["code"], error["type"], error["param"]) == (
@@ -92,3 +102,131 @@ async def test_errors_are_vllms(
         kind,
         parameter,
     )
+
+
+async def test_owner_dies(client: CompletionClient, server: RayCluster) -> None:
+    """The next one finds all instances; streams do not notice, nor does who comes meanwhile."""
+    expected = await asyncio.gather(*map(client.answer, BODIES))
+    before = await client.cluster()
+    async with streaming(client, BODIES, 20) as streams:
+        (owner,) = server.processes("InstanceOwner")
+        owner.kill()
+        late = await client.stream(BODIES[0])
+        ours = await answers(streams)
+    for answer, theirs in zip([*ours, late], [*expected, expected[0]], strict=True):
+        assert_same(answer, theirs)
+    async with asyncio.timeout(START_S):
+        while not [p for p in server.processes("InstanceOwner") if p.pid != owner.pid]:  # noqa: ASYNC110
+            await asyncio.sleep(0.2)
+    last = before["scheduler"]["pid"]
+    await client.until(
+        lambda cluster: cluster["owner"] == "alive" and cluster["scheduler"]["pid"] not in (last, None),
+        START_S,
+    )
+    after = await wait_for_servers(client, 2)
+    assert pids(after) == pids(before)
+    await client.drain("decode-1")
+    await client.until(lambda cluster: cluster["instances"][2]["draining"])
+    await client.drain("decode-1", draining=False)
+    await client.until(lambda cluster: not cluster["instances"][2]["draining"])
+
+
+async def test_scheduler_dies(client: CompletionClient) -> None:
+    expected = await client.answer(BODIES[1])
+    cluster = await client.until(lambda cluster: cluster["scheduler"]["state"] == "alive")
+    before = cluster["scheduler"]["pid"]
+    async with streaming(client, BODIES[1:2], 20) as streams:
+        psutil.Process(before).kill()
+        (ours,) = await answers(streams)
+    assert_same(ours, expected)
+    await client.until(
+        lambda cluster: cluster["scheduler"]["state"] == "alive" and cluster["scheduler"]["pid"] != before, 60
+    )
+
+
+async def test_api_server_dies(client: CompletionClient, server: RayCluster) -> None:
+    """Its own streams break, the others' go on, and Serve starts another one."""
+    expected = await asyncio.gather(*map(client.answer, BODIES))
+    before = await client.cluster()
+    async with streaming(client, BODIES, 20) as streams:
+        server.processes("ApiServer")[0].kill()
+        ours = await asyncio.gather(*(stream.answer for stream in streams), return_exceptions=True)
+    whole = [(answer, theirs) for answer, theirs in zip(ours, expected, strict=True) if not is_broken(answer)]
+    for answer, theirs in whole:
+        assert not isinstance(answer, BaseException)
+        assert_same(answer, theirs)
+    assert len(whole) < len(ours), "no stream was with the one that died"
+    assert_same(await retried(client, BODIES[0]), expected[0])
+    known = set(before["api_servers"])
+    after = await client.until(
+        lambda cluster: len(cluster["api_servers"]) == 2 and set(cluster["api_servers"]) != known, START_S
+    )
+    assert pids(after) == pids(before)
+    # Instances drop what the dead one had when they have not heard it for a while.
+    await client.until(lambda cluster: not any(row["running"] for row in cluster["instances"]), 60)
+
+
+def is_broken(answer: object) -> bool:
+    return isinstance(answer, httpx.HTTPError)
+
+
+async def retried(client: CompletionClient, body: Body) -> Any:
+    """As clients do after a dead API server, until the proxy knows."""
+    for _ in range(50):
+        try:
+            return await client.stream(body)
+        except httpx.HTTPError:
+            await asyncio.sleep(0.2)
+    return await client.stream(body)
+
+
+async def test_deployed_again(client: CompletionClient, head: RayCluster, logs: Path) -> None:
+    """With other arguments: other instances, an owner and API servers that know them."""
+    before = await client.cluster()
+    config = yaml.safe_load((logs / "serve.yaml").read_text())
+    config["applications"][0]["args"] |= {"decode": 1, "api_servers": 1}
+    path = logs / "other.yaml"
+    path.write_text(yaml.safe_dump(config))
+    head.deploy(path)
+    async with asyncio.timeout(READY_S):
+        while not await is_other(client, before):  # noqa: ASYNC110
+            await asyncio.sleep(0.2)
+    assert len((await client.stream(BODIES[0])).only.token_ids) == 200
+
+
+async def is_other(client: CompletionClient, before: dict[str, Any]) -> bool:
+    try:
+        after = await client.cluster()
+    except (httpx.HTTPError, AssertionError):  # nobody serves meanwhile
+        return False
+    return len(after["instances"]) == 2 and not set(pids(after).values()) & set(pids(before).values())
+
+
+async def test_deleted(head: RayCluster, server: RayCluster, logs: Path) -> None:
+    """Instances and scheduler end with the application."""
+    config = yaml.safe_load((logs / "serve.yaml").read_text()) | {"applications": []}
+    path = logs / "empty.yaml"
+    path.write_text(yaml.safe_dump(config))
+    head.deploy(path)
+    async with asyncio.timeout(60):
+        while head.processes("InstanceActor") or head.processes("SchedulerActor"):  # noqa: ASYNC110
+            await asyncio.sleep(0.2)
+
+
+async def test_real_engines_by_serve_run(head: RayCluster, server: RayCluster) -> None:
+    """The last test here: after `test_deleted`, with the port of the Serve that still runs."""
+    bodies: list[Body] = [{"prompt": token_ids(100, i), "max_tokens": 60} for i in range(3)]
+    arguments = ["model=tiny", "prefill=1", "decode=1", "flags=--no-enable-prefix-caching"]
+    process = head.serve_run("deploy.app:build", *arguments)
+    try:
+        head.wait_ready(READY_S)
+        async with httpx.AsyncClient(base_url=head.url, timeout=TIMEOUT) as http:
+            client = CompletionClient(http)
+            expected = await asyncio.gather(*map(client.answer, bodies))
+            ours = await asyncio.gather(*map(client.stream, bodies))
+            await client.until(lambda cluster: cluster["migrations"]["handoff"]["committed"] > 0)
+    finally:
+        process.terminate()
+        process.wait(60)
+    for answer, theirs in zip(ours, expected, strict=True):
+        assert_same(answer, theirs)
