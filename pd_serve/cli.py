@@ -258,6 +258,14 @@ def bench_overhead(json_file: JsonFile = None) -> None:
     _run(overhead.run(json_file))
 
 
+@bench.command("serve")
+def bench_serve(json_file: JsonFile = None) -> None:
+    """Alone, behind Ray Serve's proxy and behind its HAProxy: what each costs a token."""
+    from pd_serve.bench import ingress
+
+    _run(ingress.run(json_file))
+
+
 @bench.command("profile", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench_profile(
     context: typer.Context,
