@@ -21,7 +21,7 @@ def _no_simulation(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_run_shows_a_table_and_writes_numbers(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "out.json"
     arguments = f"run --trace s-s --rate 5 --requests 40 --prefill 2 --decode 3 --policy p2c --json {path}"
-    more = "--arrivals gamma:2 --priority-fraction 0.1 --autoscale decode=1:4 --set headroom=true --seed 7"
+    more = "--arrivals gamma:2 --priority-fraction 0.1 --autoscale decode=1:4 --set headroom=1 --seed 7"
 
     done = CliRunner().invoke(app, f"{arguments} {more}".split(), catch_exceptions=False)
 
