@@ -32,7 +32,7 @@ def test_run_shows_a_table_and_writes_numbers(tmp_path: Path) -> None:
     assert written["by_priority"]["high"]["requests"] == 4
     assert written["config"]["instances"] == {"prefill": 2, "decode": 3}
     assert written["config"]["autoscale"] == {"decode": [1, 4]}
-    assert written["config"]["overrides"] == {"headroom": "true"}
+    assert written["config"]["overrides"] == {"headroom": 1}
     assert {"command", "commit", "machine"} <= written.keys()
 
 
