@@ -6,6 +6,7 @@ from typing import Any
 import httpx
 
 from migration.errors import InvalidRequestError, PdServeError
+from pd_serve.config import ROLES
 from pd_serve.console import Console
 
 #: How often the progress of a restart is looked at.
@@ -62,6 +63,8 @@ def parse_sizes(texts: list[str]) -> dict[str, int]:
         role, _, size = text.partition("=")
         if not role or not size.isdecimal():
             raise InvalidRequestError(f"{text!r}: it has to be ROLE=N, such as decode=4")
+        if role not in ROLES:
+            raise InvalidRequestError(f"no role {role!r}; there are {', '.join(ROLES)}")
         sizes[role] = int(size)
     return sizes
 

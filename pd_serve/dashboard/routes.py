@@ -8,6 +8,7 @@ from starlette.responses import RedirectResponse, Response, StreamingResponse
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
+from pd_serve.api.cluster_models import answers
 from pd_serve.api.errors import error_response
 from pd_serve.dashboard.live_view import MAX_WATCHERS, LiveView
 
@@ -31,7 +32,12 @@ async def dashboard() -> Response:
     return RedirectResponse("dashboard/", status_code=307)
 
 
-@router.get("/cluster/live", tags=["cluster"])
+@router.get(
+    "/cluster/live",
+    tags=["cluster"],
+    response_class=StreamingResponse,
+    responses={200: {"content": {"text/event-stream": {}}}, **answers(503)},
+)
 async def live(request: Request) -> Response:
     """Server-sent events for the live page, about two a second; see `pd_serve.dashboard.live_view`."""
     state = request.app.state

@@ -96,7 +96,7 @@ async def test_a_dead_one_is_replaced(client: CompletionClient) -> None:
     ("arguments", "code", "says"),
     [
         (("scale", "decode=0"), 1, "prefill and decode instances need each other"),
-        (("scale", "encode=1"), 1, "no role 'encode'"),
+        (("scale", "encode=1"), 2, "no role 'encode'"),
         (("scale", "decode"), 2, "it has to be ROLE=N"),
         (("drain", "decode-99"), 1, "no instance 'decode-99'"),
         (("drain", "prefill-1"), 1, "the last instance that takes new requests"),
