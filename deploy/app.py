@@ -8,6 +8,7 @@ blocks never cross Serve, or Ray.
 """
 
 import asyncio
+import hashlib
 import logging
 import os
 import shlex
@@ -119,12 +120,13 @@ def build(args: Arguments) -> Application:
     address = str(ray.util.get_node_ip_address())
     keys = CurveKeys.of(config.cluster_secret)
     actor_options = {"num_cpus": 0, "runtime_env": {"env_vars": environment}}
-    owner = InstanceOwner.options(ray_actor_options=actor_options).bind(  # type: ignore[attr-defined]
-        prepared.owner_config(address, keys)
-    )
+    made_of = f"{args.model_dump_json()}{keys.public!r}"
+    version = hashlib.sha256(made_of.encode()).hexdigest()[:8]
+    owners = InstanceOwner.options(ray_actor_options=actor_options)  # type: ignore[attr-defined]
     servers = ApiServer.options(  # type: ignore[attr-defined]
         num_replicas=args.api_servers, ray_actor_options=actor_options
     )
+    owner = owners.bind(prepared.owner_config(address, keys), version)
     app: Application = servers.bind(config, address, keys, owner)
     return app
 
@@ -142,11 +144,16 @@ class LogNotice:
 @serve.deployment(num_replicas=1, health_check_period_s=HEALTH_PERIOD_S)
 class InstanceOwner:
     """Starts, keeps and ends the instances and the scheduler. They are actors with names, which outlive it:
-    Serve starts another owner when it dies, and that one finds them."""
+    Serve starts another owner when it dies, and that one finds them.
 
-    async def __init__(self, config: OwnerConfig) -> None:  # type: ignore[misc]
+    Args:
+        version: Of the application. A newer one's owner, which comes while this one still ends, leaves these
+            instances alone.
+    """
+
+    async def __init__(self, config: OwnerConfig, version: str) -> None:  # type: ignore[misc]
         configure_logging("owner")
-        service = serve.get_replica_context().app_name
+        service = f"{serve.get_replica_context().app_name}:{version}"
         self._cluster = RayCluster("auto", config.environment, service=service)
         self._owner = Owner(config, self._cluster, LogNotice())
         if not await self._owner.take_over():
