@@ -154,7 +154,7 @@ def test_a_client_of_openai_knows_what_a_wrong_key_is(server: ServerProcess) -> 
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="sk-wrong", max_retries=0)
     with client, pytest.raises(openai.AuthenticationError):
         client.models.list()
-    with client.with_options(api_key=API_KEY) as client:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=API_KEY) as client:
         assert [model.id for model in client.models.list()] == ["tiny"]
 
 
