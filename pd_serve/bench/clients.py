@@ -6,12 +6,12 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from string import ascii_lowercase
-from typing import Any, Protocol
+from typing import Protocol
 
 import aiohttp
 
+from pd_serve.bench.completion import complete, fault
 from pd_serve.bench.seen import Answer, Load, Round
-from pd_serve.bench.servers import MODEL
 from pd_serve.simulation.config import TraceRequest
 
 #: Of one request. Whatever takes longer has failed, not waited.
@@ -83,27 +83,8 @@ async def _closed(session: aiohttp.ClientSession, url: str, work: Work, num_clie
 
 
 async def _send(session: aiohttp.ClientSession, url: str, request: TraceRequest, prompt: str) -> Answer:
-    from vllm.benchmarks.lib.endpoint_request_func import RequestFuncInput, async_request_openai_completions
-
-    output = await async_request_openai_completions(
-        RequestFuncInput(
-            prompt=prompt,
-            api_url=f"{url}/v1/completions",
-            prompt_len=request.prompt_tokens,
-            output_len=request.output_tokens,
-            model=MODEL,
-            ignore_eos=True,
-            extra_body={"temperature": 0.0},
-        ),
-        session,
+    output = await complete(
+        session, url, prompt, prompt_tokens=request.prompt_tokens, output_tokens=request.output_tokens
     )
-    return Answer(output.ttft, tuple(output.itl), output.output_tokens or 0, _error(output, request))
-
-
-def _error(output: Any, request: TraceRequest) -> str:
-    if not output.success:
-        said: list[str] = output.error.strip().splitlines()
-        return said[-1] if said else "no answer"
-    if output.output_tokens != request.output_tokens:
-        return f"{output.output_tokens} tokens came instead of {request.output_tokens}"
-    return ""
+    wrong = fault(output, request.output_tokens)
+    return Answer(output.ttft, tuple(output.itl), output.output_tokens or 0, wrong)

@@ -6,7 +6,6 @@ that, the routers alone (`pd_serve.bench.router_cost`).
 """
 
 import asyncio
-import signal
 import subprocess
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -25,7 +24,7 @@ from pd_serve.bench import compare_tables, report, router_cost
 from pd_serve.bench.arms import PLAIN, TITLES, Arm, Peers, arms, shown
 from pd_serve.bench.clients import put_load
 from pd_serve.bench.seen import Load, Round, figures, ratios
-from pd_serve.bench.servers import Server, Settings, free_port, several
+from pd_serve.bench.servers import Server, Settings, end_on_sigterm, free_port, several
 
 WARM_UP = Load("warm-up", 8, num_clients=4)
 
@@ -63,9 +62,7 @@ async def run(
         PdServeError: The peers could not be installed, a process did not come up, memory is short, or the
             benchmark was stopped.
     """
-    this = asyncio.current_task()
-    assert this is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)  # the processes end with it
+    end_on_sigterm()
     about = report.provenance()
     console = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
     if not console.is_terminal:

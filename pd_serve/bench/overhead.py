@@ -8,7 +8,6 @@ over the paired rounds. The load is vLLM's own request function in a closed loop
 
 import asyncio
 import random
-import signal
 import statistics
 import time
 from contextlib import AsyncExitStack
@@ -23,7 +22,8 @@ from rich.table import Table
 
 from migration.errors import PdServeError
 from pd_serve.bench import report
-from pd_serve.bench.servers import MODEL, OURS, STOCK, Server, Settings, running
+from pd_serve.bench.completion import complete, fault
+from pd_serve.bench.servers import OURS, STOCK, Server, Settings, end_on_sigterm, running
 
 #: To reach, the second at one client.
 MIN_THROUGHPUT_RATIO = 0.95
@@ -79,9 +79,7 @@ async def run(json_path: Path | None = None) -> None:
     Raises:
         PdServeError: A server did not come up, a request failed, or the benchmark was stopped.
     """
-    this = asyncio.current_task()
-    assert this is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)  # the servers end with it
+    end_on_sigterm()
     provenance = report.provenance()
     console = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
     settings = Settings.of_this_machine()
@@ -140,26 +138,23 @@ async def put_load(server: Server, load: Load, seed: int) -> Measured:
     Raises:
         PdServeError: A request failed, or brought another number of tokens than asked for.
     """
-    from vllm.benchmarks.lib.endpoint_request_func import RequestFuncInput, async_request_openai_completions
-
     dice = random.Random(f"{load} {seed}")
-    requests = iter(
-        RequestFuncInput(
-            prompt=[dice.randrange(97, 123) for _ in range(load.prompt_tokens)],
-            api_url=f"{server.url}/v1/completions",
-            prompt_len=load.prompt_tokens,
-            output_len=load.output_tokens,
-            model=MODEL,
-            ignore_eos=True,
-            extra_body={"temperature": 0.0},
-        )
-        for _ in range(load.num_requests)
+    prompts = iter(
+        [dice.randrange(97, 123) for _ in range(load.prompt_tokens)] for _ in range(load.num_requests)
     )
     done: list[Any] = []
 
     async def client(session: aiohttp.ClientSession) -> None:
-        for request in requests:
-            done.append(await async_request_openai_completions(request, session))
+        for prompt in prompts:
+            done.append(
+                await complete(
+                    session,
+                    server.url,
+                    prompt,
+                    prompt_tokens=load.prompt_tokens,
+                    output_tokens=load.output_tokens,
+                )
+            )
 
     cpu_s, begin = server.cpu_s(), time.perf_counter()
     # New connections for every load: servers close those that were idle during the other one's turn.
@@ -172,9 +167,8 @@ async def put_load(server: Server, load: Load, seed: int) -> Measured:
     seconds, cpu_s = time.perf_counter() - begin, server.cpu_s() - cpu_s
     num_tokens = load.num_requests * load.output_tokens
     for output in done:
-        if not output.success or output.output_tokens != load.output_tokens:
-            why = output.error.strip().splitlines()[-1:] or [f"{output.output_tokens} tokens came"]
-            raise PdServeError(f"a request to {server.url} failed: {why[0]}")
+        if wrong := fault(output, load.output_tokens):
+            raise PdServeError(f"a request to {server.url} failed: {wrong}")
     return Measured(
         output_tokens_per_s=round(num_tokens / seconds, 2),
         ttft_ms=round(statistics.median(output.ttft for output in done) * 1e3, 3),

@@ -8,7 +8,6 @@ median over the rounds. All prompts are different, so nothing is found in the pr
 import asyncio
 import os
 import random
-import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -34,6 +33,7 @@ from pd_serve.bench.profile_points import (
     samples,
     write_csv,
 )
+from pd_serve.bench.servers import end_on_sigterm
 from pd_serve.config import ServeConfig, cpu_engine_defaults, is_cpu_build, process_environment
 from pd_serve.simulation import cost_table
 from pd_serve.simulation.cost_model import LinearCostModel
@@ -65,9 +65,7 @@ async def run(
     Raises:
         PdServeError: The engine does not start, or was stopped.
     """
-    this = asyncio.current_task()
-    assert this is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)
+    end_on_sigterm()
     provenance = report.provenance()
     console = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
     with console.status(f"starting an engine with {model}"):

@@ -12,7 +12,8 @@ from typing import Any
 import aiohttp
 
 from migration.errors import PdServeError
-from pd_serve.bench.servers import MODEL, Server, Settings
+from pd_serve.bench.completion import complete, fault
+from pd_serve.bench.servers import Server, Settings
 from pd_serve.bench.workload import Latencies
 from pd_serve.simulation.config import TraceRequest
 
@@ -72,21 +73,9 @@ async def observe(server: Server, requests: Sequence[TraceRequest], seed: int) -
 async def _send(
     server: Server, session: aiohttp.ClientSession, request: TraceRequest, prompt: list[int]
 ) -> Any:
-    from vllm.benchmarks.lib.endpoint_request_func import RequestFuncInput, async_request_openai_completions
-
-    output = await async_request_openai_completions(
-        RequestFuncInput(
-            prompt=prompt,
-            api_url=f"{server.url}/v1/completions",
-            prompt_len=request.prompt_tokens,
-            output_len=request.output_tokens,
-            model=MODEL,
-            ignore_eos=True,
-            extra_body={"temperature": 0.0},
-        ),
-        session,
+    output = await complete(
+        session, server.url, prompt, prompt_tokens=request.prompt_tokens, output_tokens=request.output_tokens
     )
-    if not output.success or output.output_tokens != request.output_tokens:
-        why = output.error.strip().splitlines()[-1:] or [f"{output.output_tokens} tokens came"]
-        raise PdServeError(f"a request to {server.url} failed: {why[0]}")
+    if wrong := fault(output, request.output_tokens):
+        raise PdServeError(f"a request to {server.url} failed: {wrong}")
     return output

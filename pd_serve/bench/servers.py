@@ -165,6 +165,13 @@ async def several(commands: Sequence[Command]) -> AsyncIterator[list[Server]]:
         yield [task.result() for task in tasks]
 
 
+def end_on_sigterm() -> None:
+    """SIGTERM cancels the task that calls this, so that what it has started ends with it."""
+    this = asyncio.current_task()
+    assert this is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -12,7 +12,6 @@ step take ten times as long: that is a property of the machine's load, and in no
 
 import asyncio
 import os
-import signal
 import tempfile
 from contextlib import AsyncExitStack
 from dataclasses import asdict
@@ -29,7 +28,7 @@ from pd_serve.bench.measured_engine import MeasuredEngine
 from pd_serve.bench.profile import measure, start_engine
 from pd_serve.bench.profile_points import Point, Row, StepSeen, points, relative_errors, rows, write_csv
 from pd_serve.bench.real import Cluster, Observed, observe
-from pd_serve.bench.servers import MODEL, OURS, running
+from pd_serve.bench.servers import MODEL, OURS, end_on_sigterm, running
 from pd_serve.bench.workload import FIGURES, PARTS, Latencies
 from pd_serve.simulation import cost_table
 from pd_serve.simulation.config import TraceRequest
@@ -65,9 +64,7 @@ async def run(
     Raises:
         PdServeError: A server did not come up, a request failed, or the benchmark was stopped.
     """
-    this = asyncio.current_task()
-    assert this is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)  # the servers end with it
+    end_on_sigterm()
     provenance = report.provenance()
     console = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
     environment = {"OMP_NUM_THREADS": str(threads(os.cpu_count() or 1))}
