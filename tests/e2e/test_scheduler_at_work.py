@@ -15,8 +15,9 @@ from server_process import ServerProcess
 from streams import Stream, answers, streaming
 from test_same_output import assert_same
 
-#: Nothing is computed here for half of it: a stream that was not moved but lost would show more.
-LONGEST_GAP_S = 2.0
+#: What was lost with an instance goes on when that has been silent for 30 s: a stream that was moved does not
+#: come near it, on whatever machine.
+LONGEST_GAP_S = 10.0
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,10 @@ def instance(cluster: dict[str, Any], name: str) -> dict[str, Any]:
 def moved_by_the_scheduler(cluster: dict[str, Any]) -> int:
     reasons = ("balance", "defragment")
     return sum(cluster["migrations"].get(reason, {"committed": 0})["committed"] for reason in reasons)
+
+
+def moved_by_drains(cluster: dict[str, Any]) -> int:
+    return int(cluster["migrations"].get("drain", {"committed": 0})["committed"])
 
 
 def is_empty(row: dict[str, Any]) -> bool:
@@ -81,15 +86,15 @@ async def test_drained_instance_ends_empty(client: CompletionClient, reference: 
     expected = [await reference(body) for body in bodies]
     async with streaming(client, bodies, 30) as streams:
         await pile_up(client, streams[:2], "decode-0")
+        before = moved_by_drains(await client.cluster())
         await client.drain("decode-0")
         cluster = await client.until(
             lambda cluster: (
                 instance(cluster, "decode-0")["draining"] and is_empty(instance(cluster, "decode-0"))
             )
         )
-        assert not any(stream.answer.done() for stream in streams), "it was empty because they had ended"
         assert instance(cluster, "decode-0")["state"] == "draining"
-        assert cluster["migrations"]["drain"]["committed"] >= 2
+        assert moved_by_drains(cluster) > before, "it was empty because they had ended"
         late = Stream(client, bodies[0])  # decodes elsewhere
         ours = await answers(streams)
         assert_same(await late.answer, expected[0])
@@ -130,13 +135,14 @@ async def test_scheduler_dies(client: CompletionClient, reference: Reference) ->
 
 async def test_drained_and_stopped(client: CompletionClient, reference: Reference) -> None:
     """The last test here: one decode instance is gone after it."""
-    bodies: list[Body] = [{"prompt": token_ids(200, i), "max_tokens": 300} for i in range(3)]
+    bodies: list[Body] = [{"prompt": token_ids(200, i), "max_tokens": 450} for i in range(3)]
     expected = [await reference(body) for body in bodies]
     async with streaming(client, bodies, 10) as streams:
         await pile_up(client, streams[:2], "decode-1")
+        before = moved_by_drains(await client.cluster())
         await client.drain("decode-1", stop=True)
-        await client.until(lambda cluster: len(cluster["instances"]) == 2)
-        assert not any(stream.answer.done() for stream in streams), "it was stopped because they had ended"
+        cluster = await client.until(lambda cluster: len(cluster["instances"]) == 2)
+        assert moved_by_drains(cluster) > before, "it was empty because they had ended"
         ours = await answers(streams)
     for answer, theirs in zip(ours, expected, strict=True):
         assert_same(answer, theirs)

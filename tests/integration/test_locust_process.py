@@ -126,7 +126,7 @@ def test_asked_again(server: FakeModelServer, tmp_path: Path) -> None:
 
 
 def test_a_missed_slo(server: FakeModelServer) -> None:
-    slo = ("--slo", "e2e=1ms", "--goodput", "0.5")
+    slo = ("--slo", "e2e=0.001ms", "--goodput", "0.5")
     done = locust("--host", server.url, *LOAD, "--requests", "3", *slo)
     assert done.returncode == 3, done.stderr
     assert "share 0.000 of at least 0.5 wanted" in done.stdout
