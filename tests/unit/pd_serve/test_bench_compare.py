@@ -143,6 +143,13 @@ def test_ratios_are_medians_over_pairs_of_rounds() -> None:
     assert found["output_tokens_per_s"] == 1.0
 
 
+def test_there_is_no_ratio_to_nothing() -> None:
+    one, bunched = (Round(1.0, 0.1, 1.0, [Answer(0.1, (gap_s,), 2)]) for gap_s in (0.01, 0.0))
+
+    assert "itl_p99_ms" not in ratios([one], [bunched])
+    assert ratios([bunched], [one])["itl_p99_ms"] == 0.0
+
+
 def test_routers_are_measured_against_the_stub_and_ours_against_a_step() -> None:
     def rounds(ttft_s: float, cpu_s: float) -> dict[str, list[Round]]:
         one = Round(1.0, cpu_s, 1.0, [Answer(ttft_s, (0.002,), 2)] * 4)
