@@ -22,7 +22,7 @@ from pd_serve.console import Console
 from pd_serve.credentials import (
     ADMIN_VARIABLE,
     SECRET_VARIABLE,
-    checked_key,
+    read_admin_key,
     read_api_keys,
     read_cluster_secret,
 )
@@ -86,6 +86,7 @@ def serve(
         str | None,
         typer.Option(help="Key for /cluster, which API keys do not open then.", envvar=ADMIN_VARIABLE),
     ] = None,
+    admin_key_file: Annotated[Path | None, typer.Option(help="File of that key.")] = None,
     cluster_secret_file: Annotated[
         Path | None,
         typer.Option(
@@ -143,7 +144,7 @@ def serve(
         port=port,
         served_model_name=served_model_name,
         api_keys=read_api_keys(api_key or [], api_key_file, console.warn),
-        admin_key=None if admin_key is None else checked_key(admin_key),
+        admin_key=read_admin_key(admin_key, admin_key_file, console.warn),
         cluster_secret=read_cluster_secret(cluster_secret_file, console.warn),
         ray_address=ray_address,
         max_waiting_requests=max_waiting_requests,

@@ -22,12 +22,25 @@ def read_api_keys(given: list[str], path: Path | None, warn: Callable[[str], Non
     """
     keys = list(given)
     if path is not None:
-        lines = (line.partition("#")[0].strip() for line in _read(path, "--api-key-file", warn).splitlines())
-        from_file = [line for line in lines if line]
-        if not from_file:
-            raise InvalidRequestError(f"--api-key-file: there is no key in {path}")
-        keys += from_file
+        keys += _keys_of(path, "--api-key-file", warn)
     return tuple(checked_key(key) for key in keys)
+
+
+def read_admin_key(given: str | None, path: Path | None, warn: Callable[[str], None]) -> str | None:
+    """The key of a file, else the one given, else PD_SERVE_ADMIN_KEY; None if there is none.
+
+    Raises:
+        InvalidRequestError: As for API keys, or a file with several keys.
+    """
+    if path is not None:
+        keys = _keys_of(path, "--admin-key-file", warn)
+        if len(keys) > 1:
+            raise InvalidRequestError(
+                f"--admin-key-file: there are {len(keys)} keys in {path}, and one is used"
+            )
+        given = keys[0]
+    key = given if given is not None else os.environ.get(ADMIN_VARIABLE)
+    return None if key is None else checked_key(key)
 
 
 def checked_key(key: str) -> str:
@@ -55,6 +68,14 @@ def read_cluster_secret(path: Path | None, warn: Callable[[str], None]) -> bytes
             " such as `openssl rand -hex 32` gives"
         )
     return secret
+
+
+def _keys_of(path: Path, flag: str, warn: Callable[[str], None]) -> list[str]:
+    lines = (line.partition("#")[0].strip() for line in _read(path, flag, warn).splitlines())
+    keys = [line for line in lines if line]
+    if not keys:
+        raise InvalidRequestError(f"{flag}: there is no key in {path}")
+    return keys
 
 
 def _read(path: Path, flag: str, warn: Callable[[str], None]) -> str:

@@ -7,7 +7,14 @@ import pytest
 
 from migration.errors import InvalidRequestError
 from pd_serve.config import ServeConfig
-from pd_serve.credentials import SECRET_VARIABLE, checked_key, read_api_keys, read_cluster_secret
+from pd_serve.credentials import (
+    ADMIN_VARIABLE,
+    SECRET_VARIABLE,
+    checked_key,
+    read_admin_key,
+    read_api_keys,
+    read_cluster_secret,
+)
 
 SECRET = "0123456789abcdef" * 2
 
@@ -26,6 +33,7 @@ def warnings() -> list[str]:
 @pytest.fixture(autouse=True)
 def no_secret_around(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(SECRET_VARIABLE, raising=False)
+    monkeypatch.delenv(ADMIN_VARIABLE, raising=False)
 
 
 # ---- API keys
@@ -70,6 +78,23 @@ def test_a_key_that_is_refused_is_not_told() -> None:
         checked_key("sk secret")
 
     assert "secret" not in str(caught.value)
+
+
+def test_the_admin_key_of_a_file_goes_before_others(
+    tmp_path: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = private(tmp_path / "key", "sk-from-file\n")
+    monkeypatch.setenv(ADMIN_VARIABLE, "sk-from-environment")
+
+    assert read_admin_key("sk-given", path, warnings.append) == "sk-from-file"
+    assert read_admin_key("sk-given", None, warnings.append) == "sk-given"
+    assert read_admin_key(None, None, warnings.append) == "sk-from-environment"
+    monkeypatch.delenv(ADMIN_VARIABLE)
+    assert read_admin_key(None, None, warnings.append) is None
+    with pytest.raises(InvalidRequestError, match="printable ASCII characters"):
+        read_admin_key("", None, warnings.append)
+    with pytest.raises(InvalidRequestError, match=r"--admin-key-file: .* has 2 keys"):
+        read_admin_key(None, private(tmp_path / "two", "sk-a\nsk-b\n"), warnings.append)
 
 
 def test_no_such_file_is_one_line(tmp_path: Path, warnings: list[str]) -> None:
