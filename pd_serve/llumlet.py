@@ -18,6 +18,7 @@ from migration.messages import InstanceId, MigrationMessage, RequestId
 from migration.outgoing import MigrationOutcome
 from migration.tasks import OwnedTasks
 from migration.transport.base import KvTransport
+from pd_serve.contacts import Contacts
 from pd_serve.messages import (
     AbortRequests,
     AddRequest,
@@ -51,23 +52,11 @@ HEARTBEAT_S = 0.5
 #: Least time between two reports of what only metrics need.
 STATS_INTERVAL_S = 1.0
 
-#: An API server that has said nothing for so long is gone, and its requests with it.
-CLIENT_LEASE_S = 30.0
-
 #: Nobody will come any more: an instance that outlives its owner ends itself when it was greeted so long ago.
 ORPHAN_S = 120.0
 
 #: How many requests' next owners are remembered, to pass aborts on.
 MAX_FORWARDS = 10_000
-
-
-class ApiServer:
-    """An API server as an instance sees it."""
-
-    def __init__(self, token_endpoint: str) -> None:
-        self.token_endpoint = token_endpoint
-        self.heard_at = 0.0
-        self.peers: dict[str, str] = {}
 
 
 class Llumlet:
@@ -101,9 +90,7 @@ class Llumlet:
         self._tasks = OwnedTasks(on_fatal)
         self._on_fatal = on_fatal
         self._decode = wire.decoder(ToInstance)
-        self._servers: dict[str, ApiServer] = {}
-        self._schedulers: dict[str, float] = {}  # when each was last heard
-        self._peers: dict[str, str] = {}
+        self._contacts = Contacts(name, wire, self._on_peer_lost)
         self._handoffs: dict[RequestId, list[str]] = {}
         self._stranded: set[RequestId] = set()
         self._forwards: OrderedDict[RequestId, InstanceId] = OrderedDict()
@@ -112,7 +99,6 @@ class Llumlet:
         self._moves_decided = 0
         self._reported_at = 0.0
         self._stats_at = -STATS_INTERVAL_S
-        self._greeted_at = self._loop.time()
         self._report_due: asyncio.TimerHandle | None = None
         self.engine: Engine = None  # type: ignore[assignment]
         self.coordinator: MigrationCoordinator = None  # type: ignore[assignment]
@@ -120,7 +106,7 @@ class Llumlet:
     def start(self, engine: Engine) -> None:
         """Begins to serve with an engine that is ready."""
         self.engine = engine
-        self._greeted_at = self._loop.time()
+        self._contacts.greeted_at = self._loop.time()
         self.coordinator = MigrationCoordinator(
             self.name,
             engine,
@@ -159,45 +145,20 @@ class Llumlet:
                 self.draining = draining or self._drained_by_hand
                 self._report()
             case Subscribe(address=address):
-                self._wire.connect(sender, address)
-                self._schedulers[sender] = self._loop.time()
+                self._contacts.on_subscribe(sender, address)
                 self._report()
             case Hello():
-                self._on_hello(sender, message)
+                self._contacts.on_hello(sender, message)
+                self._report()
             case PeerLost(instance_id=instance_id):
-                for server in self._servers.values():
-                    server.peers.pop(instance_id, None)
-                self._on_peer_lost(instance_id)
+                self._contacts.on_lost(instance_id)
             case Call():
                 self._tasks.start(self._answer(sender, message))
             case _:
                 self.coordinator.on_message(InstanceId(sender), message)
 
-    def _on_hello(self, sender: str, message: Hello) -> None:
-        server = self._servers.get(sender)
-        if server is None:
-            server = self._servers[sender] = ApiServer(message.token_endpoint)
-        server.heard_at = self._greeted_at = self._loop.time()
-        server.peers = dict(message.peers)
-        self._wire.connect(sender, message.address)
-        self._update_peers()
-        self._report()
-
-    def _update_peers(self) -> None:
-        """An instance is a peer as long as anybody knows it: one may hear of a new one before the others."""
-        peers = {name: address for s in self._servers.values() for name, address in s.peers.items()}
-        peers.pop(self.name, None)
-        for gone in set(self._peers) - set(peers):
-            self._on_peer_lost(gone)
-        for peer, address in peers.items():
-            self._peers[peer] = address
-            self._wire.connect(peer, address)
-
     def _on_peer_lost(self, instance_id: str) -> None:
-        if self._peers.pop(instance_id, None) is not None:
-            logger.info("%s: %s is gone", self.name, instance_id)
-            self._wire.disconnect(instance_id)
-            self.coordinator.peer_lost(InstanceId(instance_id))
+        self.coordinator.peer_lost(InstanceId(instance_id))
 
     def _send_to_peer(self, peer: InstanceId, message: MigrationMessage) -> None:
         self._wire.send(peer, message)
@@ -264,7 +225,7 @@ class Llumlet:
     async def _hand_off(self, request_id: RequestId, candidates: list[str]) -> None:
         """Moves a request to the first candidate that takes it; else it decodes here until told where to."""
         for candidate in candidates:
-            if candidate not in self._peers:
+            if not self._contacts.knows(candidate):
                 continue  # stopped or dead since: an answer would never come
             try:
                 outcome = await self.coordinator.migrate(request_id, InstanceId(candidate), "handoff")
@@ -350,7 +311,7 @@ class Llumlet:
             else f"did not happen: {outcome.why}",
         )
         ended = self._ended(outcome, "")
-        for server in self._servers:
+        for server in self._contacts.servers:
             self._send_to_server(server, ended)
         self._report()
 
@@ -464,7 +425,7 @@ class Llumlet:
         if self._reported_at - self._stats_at >= STATS_INTERVAL_S:
             self._stats_at, stats = self._reported_at, self.stats()
         report = LoadReport(self.load(), sorted(self._stranded), stats)
-        for listener in (*self._servers, *self._schedulers):
+        for listener in self._contacts:
             self._wire.send(listener, report)
 
     def _send_to_server(self, server: str, message: LoadReport | MigrationEnded | Reply) -> None:
@@ -474,17 +435,7 @@ class Llumlet:
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             self._report()
-            now = self._loop.time()
-            if now - self._greeted_at > ORPHAN_S:
+            if self._loop.time() - self._contacts.greeted_at > ORPHAN_S:
                 raise EngineDeadError(f"nobody has greeted {self.name} for {ORPHAN_S:.0f} s")
-            for name, server in list(self._servers.items()):
-                if now - server.heard_at > CLIENT_LEASE_S:
-                    logger.warning("%s: API server %s is gone, ending its requests", self.name, name)
-                    del self._servers[name]
-                    self._wire.disconnect(name)
-                    await self.engine.abort_client(server.token_endpoint)
-                    self._update_peers()
-            for name in [name for name, heard in self._schedulers.items() if now - heard > CLIENT_LEASE_S]:
-                logger.warning("%s: scheduler %s is gone", self.name, name)
-                del self._schedulers[name]
-                self._wire.disconnect(name)
+            for server in self._contacts.forget_silent():
+                await self.engine.abort_client(server.token_endpoint)

@@ -28,7 +28,8 @@ from migration.messages import (
 )
 from migration.transport.base import KvRegion
 from migration.transport.local import LocalFabric
-from pd_serve.llumlet import CLIENT_LEASE_S, HEARTBEAT_S, REPORT_INTERVAL_S, Llumlet
+from pd_serve.contacts import LEASE_S
+from pd_serve.llumlet import HEARTBEAT_S, REPORT_INTERVAL_S, Llumlet
 from pd_serve.messages import (
     AbortRequests,
     AddRequest,
@@ -527,7 +528,7 @@ class TestMembers:
         async with World() as world:
             world.hello("d0", "d1", server="other")
             for _ in range(3):
-                await asyncio.sleep(CLIENT_LEASE_S / 2)
+                await asyncio.sleep(LEASE_S / 2)
                 world.hello("d0", "d1", server="other")
             assert world.engine.called("abort_client") == [["tcp://api/tokens"]]
             assert "api" not in world.wire.peers
@@ -614,7 +615,7 @@ class TestScheduler:
         async with World() as world:
             world.hear("scheduler", Subscribe("tcp://scheduler"))
             for _ in range(5):
-                await asyncio.sleep(CLIENT_LEASE_S / 4)
+                await asyncio.sleep(LEASE_S / 4)
                 world.hello("d0", "d1")
             assert "scheduler" not in world.wire.peers
 
