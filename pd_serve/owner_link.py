@@ -182,17 +182,26 @@ class OwnerDesk:
                 self.fleet.restart()
             case "migrate", [request_id, destination]:
                 return await self._migrate(sender, request_id, destination)
+            case "find_requests", [name]:
+                return await self._find_requests(sender, name)
             case _:
                 raise InvalidRequestError(f"{call.method} is nothing that the owner does")
 
     async def _migrate(self, sender: str, request_id: str, destination: str) -> Any:
         """Asks the other API servers: it is the request of one of them."""
-        for name in [name for name in self._servers if name != sender]:
+        for server in self._others(sender):
             try:
-                return await self._caller.call(name, "migrate", request_id, destination)
+                return await self._caller.call(server, "migrate", request_id, destination)
             except UnknownTargetError:
                 continue
         raise UnknownTargetError(f"no running request {request_id!r}")
+
+    async def _find_requests(self, sender: str, name: str) -> list[Any]:
+        calls = (self._caller.call(server, "find_requests", name) for server in self._others(sender))
+        return list(itertools.chain.from_iterable(await asyncio.gather(*calls)))
+
+    def _others(self, sender: str) -> list[str]:
+        return [server for server in self._servers if server != sender]
 
 
 def _by_role_and_number(info: InstanceInfo) -> tuple[int, int]:
@@ -279,8 +288,8 @@ class OwnerLink:
                 if message.instances:
                     self._known.set()
                 self._update()
-            case Call(call_id, "migrate", [request_id, destination]):
-                self._tasks.start(self._answer(sender, call_id, request_id, destination))
+            case Call():
+                self._tasks.start(self._answer(sender, message))
             case Reply():
                 self._caller.answered(message)
 
@@ -337,8 +346,9 @@ class OwnerLink:
         value = await self._caller.call(OWNER, "migrate", request_id, destination)
         return msgspec.convert(value, Migrated)
 
-    def find_requests(self, name: str) -> list[dict[str, Any]]:
-        return self._requests.find_requests(name)
+    async def find_requests(self, name: str) -> list[dict[str, Any]]:
+        found = self._requests.find_requests(name)
+        return found or list(await self._caller.call(OWNER, "find_requests", name))
 
     async def check_integrity(self) -> list[str]:
         return await self._requests.check_integrity()
@@ -352,14 +362,21 @@ class OwnerLink:
     async def restart(self) -> None:
         await self._caller.call(OWNER, "restart")
 
-    async def _answer(self, sender: str, call_id: str, request_id: str, destination: str) -> None:
-        async def migrate() -> Migrated:
-            ids = self.internal_ids(request_id)
-            if len(ids) > 1:
-                raise MigrationRefusedError(f"{request_id} names {len(ids)} running requests")
-            return await self._requests.migrate(ids[0] if ids else request_id, destination)
+    async def _answer(self, sender: str, call: Call) -> None:
+        self._wire.send(sender, await answer(self._do(call), call.call_id))
 
-        self._wire.send(sender, await answer(migrate(), call_id))
+    async def _do(self, call: Call) -> Any:
+        """What another API server was asked, and does not have."""
+        match call.method, call.arguments:
+            case "migrate", [request_id, destination]:
+                ids = self.internal_ids(request_id)
+                if len(ids) > 1:
+                    raise MigrationRefusedError(f"{request_id} names {len(ids)} running requests")
+                return await self._requests.migrate(ids[0] if ids else request_id, destination)
+            case "find_requests", [name]:
+                return self._requests.find_requests(name)
+            case _:
+                raise InvalidRequestError(f"{call.method} is nothing that an API server does")
 
 
 def _blank(coming: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,9 @@ from pd_serve.api.cluster_view import MigrationRefusedError, UnknownTargetError
 from pd_serve.api.errors import error_response
 
 PREFIX = "/cluster"
+
+OWNER_AWAY = "The owner of the instances is not there; try again in a moment."
+
 router = APIRouter(prefix=PREFIX, tags=["cluster"])
 
 
@@ -32,12 +35,15 @@ async def cluster(request: Request) -> JSONResponse:
     return JSONResponse(_finite(request.app.state.cluster.snapshot()))
 
 
-@router.get("/requests/{request_id:path}", responses=answers(404, ok=Timelines))
+@router.get("/requests/{request_id:path}", responses=answers(404, 503, ok=Timelines))
 async def request_timeline(request_id: str, request: Request) -> Response:
     """Where a request has been and when, while it runs and for some time after; several for n > 1."""
-    found = request.app.state.cluster.find_requests(request_id)
+    try:
+        found = await request.app.state.cluster.find_requests(request_id)
+    except (EngineDeadError, TimeoutError):
+        return error_response(503, OWNER_AWAY)
     if not found:
-        message = f"no request {request_id!r} is running, or has ended lately, at this API server"
+        message = f"no request {request_id!r} is running, or has ended lately"
         return error_response(404, message, param="request_id")
     return JSONResponse({"id": request_id, "requests": found})
 
@@ -93,7 +99,7 @@ async def _asked(work: Awaitable[None], body: dict[str, Any]) -> Response:
     except InvalidRequestError as error:
         return error_response(400, str(error))
     except (EngineDeadError, TimeoutError):
-        return error_response(503, "The owner of the instances is not there; try again in a moment.")
+        return error_response(503, OWNER_AWAY)
     return JSONResponse(body, status_code=202)
 
 

@@ -53,9 +53,13 @@ class ClusterView(Protocol):
         """Body of `GET /cluster`: `{"instances": [...], "waiting_line": {...}, "migrations": {...}, ...}`."""
         ...
 
-    def find_requests(self, name: str) -> list[dict[str, Any]]:
+    async def find_requests(self, name: str) -> list[dict[str, Any]]:
         """Timelines of the requests, running or ended not long ago, that somebody calls so; see
-        `pd_serve.observe.recorder.RequestRecorder.find`. Empty: there is none."""
+        `pd_serve.observe.recorder.RequestRecorder.find`. Empty: no API server has one.
+
+        Raises:
+            EngineDeadError: There is none here, and others could not be asked.
+        """
         ...
 
     async def migrate(self, request_id: str, destination: str) -> MigrationReport:

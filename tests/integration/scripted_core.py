@@ -104,6 +104,11 @@ class ScriptedCluster:
         instance = {"id": "d0", "role": "decode", "state": "live", "freeness": float("inf")}
         return {"instances": [instance], "migrations": {"handoff": {"committed": 3, "aborted": 1}}}
 
+    async def find_requests(self, name: str) -> list[dict[str, Any]]:
+        if name == "elsewhere":
+            raise EngineDeadError("owner is not there")
+        return [{"id": "cmpl-mine-0", "name": "mine", "state": "decode"}] if name == "mine" else []
+
     async def migrate(self, request_id: str, destination: str) -> SimpleNamespace:
         if destination == "p0":
             raise MigrationRefusedError("p0 has 3 free blocks and the request needs 9")

@@ -99,6 +99,9 @@ class FakeRouter:
             raise UnknownTargetError(f"no running request {request_id!r}")
         return Migrated(8.5, 2, 4, 120)
 
+    def find_requests(self, name: str) -> list[dict[str, Any]]:
+        return [{"name": name, "outcome": None}] if name in self.requests else []
+
 
 class FakeInstances:
     def __init__(self) -> None:
@@ -308,6 +311,20 @@ async def test_a_request_of_another_server_is_moved_there() -> None:
             await world.links[0].migrate("x", "decode-0")
         with pytest.raises(UnknownTargetError):
             await world.links[0].migrate("x", "decode-7")
+
+
+@in_virtual_time
+async def test_a_request_is_found_whichever_server_has_it() -> None:
+    async with a_world() as world:
+        world.routers[1].requests.add("r")
+        for link in world.links:
+            assert await link.find_requests("r") == [{"name": "r", "outcome": None}]
+            assert await link.find_requests("x") == []
+        await world.lose_owner()
+        await asyncio.sleep(2 * LEASE_S)
+        assert len(await world.links[1].find_requests("r")) == 1
+        with pytest.raises((EngineDeadError, TimeoutError)):
+            await world.links[0].find_requests("r")
 
 
 @in_virtual_time
