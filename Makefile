@@ -28,7 +28,7 @@ bench: setup ## Measure migration, overhead and the simulator; writes results/be
 	.venv/bin/pd-serve bench overhead --json results/bench-overhead.json $(ARGS)
 	.venv/bin/pd-serve bench simulator --json results/bench-simulator.json $(ARGS)
 
-compare: setup ## Measure ours beside plain vLLM, its NixlConnector and public routers (20 minutes)
+compare: setup ## Measure ours beside plain vLLM, its NixlConnector and public routers (10 minutes)
 	.venv/bin/pd-serve bench compare --json results/bench-compare.json $(ARGS)
 
 loadtest: setup ## Load a cluster of simulated engines for two minutes; writes results/loadtest/report.html

@@ -302,7 +302,7 @@ def bench_simulator(
 def bench_compare(
     json_file: JsonFile = None,
     engines: Annotated[
-        list[int] | None, typer.Option(min=2, help="How many; may be given several times. [default: 2, 3]")
+        list[int] | None, typer.Option(min=2, help="How many; may be given several times. [default: 3]")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each arm at each load.")] = 3,
     requests: Annotated[int, typer.Option(min=8, help="Requests per load and round.")] = 40,
@@ -311,7 +311,7 @@ def bench_compare(
     """Ours beside plain vLLM, vLLM's NixlConnector, vllm-router and sglang-router, in one table."""
     from pd_serve.bench import compare
 
-    work = compare.run(json_file, sizes=engines or [2, 3], rounds=rounds, rate=rate, num_requests=requests)
+    work = compare.run(json_file, sizes=engines or [3], rounds=rounds, rate=rate, num_requests=requests)
     _run(work)
 
 

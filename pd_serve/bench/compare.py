@@ -50,7 +50,7 @@ async def run(
     rate: float,
     num_requests: int,
 ) -> None:
-    """Measures, shows tables and writes the numbers after each. About twenty minutes for two sizes.
+    """Measures, shows tables and writes the numbers after each. About ten minutes for each size.
 
     Args:
         sizes: Numbers of engines, each at least two.
