@@ -25,6 +25,9 @@ HOST = "127.0.0.1"
 
 OURS_SCRIPT = str(Path(sys.executable).with_name("pd-serve"))
 
+#: Without it each engine with a NixlConnector keeps a core busy while it is idle.
+CALM_NIXL = str(Path(__file__).with_name("calm_nixl"))
+
 #: What routers print of each request, they do not have to here.
 QUIET = "--log-level=error"
 
@@ -129,9 +132,13 @@ def ours(name: str, num_engines: int, settings: Settings, peers: Peers, flags: l
 
 def shown(process: Process, settings: Settings) -> dict[str, object]:
     """For the report: without paths of this machine."""
-    command = [part.replace(settings.model, MODEL) for part in process.command]
-    named = [Path(part).name if part.startswith("/") else part for part in command]
-    return {"name": process.name, "command": " ".join(named), "environment": process.environment}
+
+    def bare(text: str) -> str:
+        return Path(text).name if text.startswith("/") else text
+
+    command = " ".join(bare(part.replace(settings.model, MODEL)) for part in process.command)
+    environment = {name: bare(value) for name, value in process.environment.items()}
+    return {"name": process.name, "command": command, "environment": environment}
 
 
 def _vllm_server(name: str, settings: Settings, peers: Peers, kv_role: str | None = None) -> Process:
@@ -144,5 +151,7 @@ def _vllm_server(name: str, settings: Settings, peers: Peers, kv_role: str | Non
         environment = {
             "VLLM_NIXL_SIDE_CHANNEL_HOST": HOST,
             "VLLM_NIXL_SIDE_CHANNEL_PORT": str(peers.free_port()),
+            "UCX_RCACHE_MAX_UNRELEASED": "1024",  # vLLM's own, which it sets too late here
+            "PYTHONPATH": CALM_NIXL,
         }
     return Process(name, command, port, environment)
