@@ -145,7 +145,12 @@ def _vllm_server(name: str, settings: Settings, peers: Peers, kv_role: str | Non
     port = peers.free_port()
     command, environment = settings.command(STOCK, port), {}
     if kv_role is not None:
-        transfer = {"kv_connector": "NixlConnector", "kv_role": kv_role, "kv_buffer_device": "cpu"}
+        transfer = {
+            "kv_connector": "NixlConnector",
+            "kv_role": kv_role,
+            "kv_buffer_device": "cpu",
+            "kv_connector_extra_config": {"num_threads": 0},  # of NIXL's pool; none but the progress thread
+        }
         command = [*command, f"--kv-transfer-config={json.dumps(transfer, separators=(',', ':'))}"]
         # Its default, localhost, may be IPv6, where it does not listen.
         environment = {
