@@ -25,9 +25,6 @@ HOST = "127.0.0.1"
 
 OURS_SCRIPT = str(Path(sys.executable).with_name("pd-serve"))
 
-#: Without it each engine with a NixlConnector keeps a core busy while it is idle.
-CALM_NIXL = str(Path(__file__).with_name("calm_nixl"))
-
 #: What routers print of each request, they do not have to here.
 QUIET = "--log-level=error"
 
@@ -145,18 +142,11 @@ def _vllm_server(name: str, settings: Settings, peers: Peers, kv_role: str | Non
     port = peers.free_port()
     command, environment = settings.command(STOCK, port), {}
     if kv_role is not None:
-        transfer = {
-            "kv_connector": "NixlConnector",
-            "kv_role": kv_role,
-            "kv_buffer_device": "cpu",
-            "kv_connector_extra_config": {"num_threads": 0},  # of NIXL's pool; none but the progress thread
-        }
+        transfer = {"kv_connector": "NixlConnector", "kv_role": kv_role, "kv_buffer_device": "cpu"}
         command = [*command, f"--kv-transfer-config={json.dumps(transfer, separators=(',', ':'))}"]
         # Its default, localhost, may be IPv6, where it does not listen.
         environment = {
             "VLLM_NIXL_SIDE_CHANNEL_HOST": HOST,
             "VLLM_NIXL_SIDE_CHANNEL_PORT": str(peers.free_port()),
-            "UCX_RCACHE_MAX_UNRELEASED": "1024",  # vLLM's own, which it sets too late here
-            "PYTHONPATH": CALM_NIXL,
         }
     return Process(name, command, port, environment)

@@ -1,8 +1,9 @@
 """`pd-serve bench compare`: ours beside plain vLLM and vLLM's own disaggregation, here, in one run.
 
-For each number of engines all arms (`pd_serve.bench.arms`) run at the same time, and are idle but one: the
-same load goes to each in turn, another one first in every round, so that the machine's moods hit all. Before
-that, the routers alone (`pd_serve.bench.router_cost`).
+For each number of engines the same load goes to each arm (`pd_serve.bench.arms`) in turn, another one first in
+every round, so that the machine's moods hit all. An arm's processes live for its turn only: engines with a
+NixlConnector keep a core each busy while they are idle. Before that, the routers alone
+(`pd_serve.bench.router_cost`).
 """
 
 import asyncio
@@ -28,9 +29,8 @@ from pd_serve.bench.servers import Server, Settings, end_on_sigterm, free_port, 
 
 WARM_UP = Load("warm-up", 8, num_clients=4)
 
-#: After its load an arm has as long to come to rest, which is below so many busy cores, so that it takes none
-#: from the next one. vLLM's NixlConnector polls for up to 30 s for what a decode server does not fetch.
-REST_S, REST_CORES = 40.0, 0.25
+#: Before each load an arm has as long to come to rest, which is below so many busy cores.
+REST_S, REST_CORES = 15.0, 0.25
 
 #: Equal everywhere: a cache that is scarce, as on a GPU with a real model (8,160 tokens), and prompts in
 #: chunks as ours computes them on a CPU, which is also what keeps a plain engine's decoding going.
@@ -115,33 +115,26 @@ async def _size(
 ) -> dict[str, Any]:
     settings = Settings.of_this_machine(size, **ENGINE)
     wanted = arms(size, settings, peers)
-    check_memory(size, len(wanted))
+    check_memory(size)
     measured: dict[str, dict[str, list[Round]]] = {
         arm.name: {load.name: [] for load in loads} for arm in wanted
     }
-    async with AsyncExitStack() as stack:
-        with console.status(f"starting {len(wanted)} times {size} engines"):
-            servers = await stack.enter_async_context(running(wanted, settings))
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        # Drawn between loads only: it must not compete with what is measured.
-        progress = stack.enter_context(
-            Progress(*columns, console=console, auto_refresh=False, transient=True)
-        )
-        task = progress.add_task("warming up", total=rounds * len(wanted) * len(loads))
-        progress.refresh()
-        for arm in wanted:
-            await put_load(servers[arm.name][-1].url, servers[arm.name], WARM_UP, seed=-1)
-            await at_rest(servers[arm.name])
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    # Drawn between loads only: it must not compete with what is measured.
+    with Progress(*columns, console=console, auto_refresh=False, transient=True) as progress:
+        task = progress.add_task("", total=rounds * len(wanted))
         for number in range(rounds):
-            for load in loads:
-                for arm in turns(wanted, number):
-                    progress.update(
-                        task, description=f"{size} engines, {load.name}: {arm.name}", refresh=True
-                    )
-                    seen = await put_load(servers[arm.name][-1].url, servers[arm.name], load, number)
-                    measured[arm.name][load.name].append(seen)
-                    progress.advance(task)
-                    await at_rest(servers[arm.name])
+            for arm in turns(wanted, number):
+                progress.update(
+                    task, description=f"{size} engines, round {number + 1}: {arm.name}", refresh=True
+                )
+                async with running(arm, settings) as servers:
+                    await put_load(servers[-1].url, servers, WARM_UP, seed=-1)
+                    for load in loads:
+                        await at_rest(servers)
+                        seen = await put_load(servers[-1].url, servers, load, number)
+                        measured[arm.name][load.name].append(seen)
+                progress.advance(task)
     return {
         "environment": settings.environment,
         "flags": settings.flags,
@@ -184,29 +177,27 @@ def turns(wanted: Sequence[Arm], number: int) -> list[Arm]:
     return [first, *(others if number % 2 == 0 else reversed(others))]
 
 
-def check_memory(size: int, num_arms: int) -> None:
+def check_memory(size: int) -> None:
     """Raises: PdServeError: The processes would not fit into this machine's free memory."""
-    needed = num_arms * (ARM_BYTES + size * ENGINE_BYTES)
+    needed = ARM_BYTES + size * ENGINE_BYTES
     available = psutil.virtual_memory().available
     if needed > available:
         raise PdServeError(
-            f"{num_arms} times {size} engines need about {needed / 2**30:.1f} GiB of memory,"
+            f"{size} engines need about {needed / 2**30:.1f} GiB of memory,"
             f" and {available / 2**30:.1f} are free: give --engines {size - 1} or close something"
         )
 
 
 @asynccontextmanager
-async def running(wanted: Sequence[Arm], settings: Settings) -> AsyncIterator[dict[str, list[Server]]]:
-    """All processes of all arms by the arm's name, the one that clients go to last. Ended on leaving.
+async def running(arm: Arm, settings: Settings) -> AsyncIterator[list[Server]]:
+    """All processes of an arm, the one that clients go to last. Ended on leaving.
 
     Raises:
         PdServeError: One did not come up.
     """
     async with AsyncExitStack() as stack:
-        servers: dict[str, list[Server]] = {}
-        for arm in wanted:  # one after another: Ray gives up where too much else starts
-            servers[arm.name] = []
-            for processes in (arm.engines, [arm.front] if arm.front else []):
-                commands = [process.as_command(settings) for process in processes]
-                servers[arm.name] += await stack.enter_async_context(several(commands))
+        servers: list[Server] = []
+        for processes in (arm.engines, [arm.front] if arm.front else []):
+            commands = [process.as_command(settings) for process in processes]
+            servers += await stack.enter_async_context(several(commands))
         yield servers

@@ -200,7 +200,7 @@ async def test_a_server_that_is_not_there_is_a_failure_of_each_request() -> None
 
 def test_engines_that_do_not_fit_are_refused_before_anything_is_started() -> None:
     with pytest.raises(PdServeError, match="--engines 4999"):
-        compare.check_memory(5000, 4)
+        compare.check_memory(5000)
 
 
 def test_tables_show_a_dash_for_what_was_not_measured() -> None:
