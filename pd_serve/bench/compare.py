@@ -1,8 +1,8 @@
 """`pd-serve bench compare`: ours beside plain vLLM and vLLM's own disaggregation, here, in one run.
 
-For each number of engines the same load goes to each arm (`pd_serve.bench.arms`) in turn, another one first in
-every round, so that the machine's moods hit all. An arm's processes live for its turn only: engines with a
-NixlConnector keep a core each busy while they are idle. Before that, the routers alone
+For each number of engines the same load goes to each arm (`pd_serve.bench.arms`) in turn, another one first
+in every round, so that the machine's moods hit all. An arm's processes live for its turn only: engines with
+a NixlConnector keep a core each busy while they are idle. Before that, the routers alone
 (`pd_serve.bench.router_cost`).
 """
 
