@@ -10,7 +10,6 @@ blocks never cross Serve, or Ray.
 import asyncio
 import hashlib
 import logging
-import os
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +32,7 @@ from pd_serve.config import (
     ServeConfig,
     serve_config,
 )
-from pd_serve.credentials import ADMIN_VARIABLE, read_api_keys, read_cluster_secret
+from pd_serve.credentials import read_admin_key, read_api_keys, read_cluster_secret
 from pd_serve.front_end import FrontEnd, import_all
 from pd_serve.logs import configure_logging
 from pd_serve.owner import Owner, OwnerConfig
@@ -44,6 +43,9 @@ logger = logging.getLogger(__name__)
 
 #: Requests that Serve lets into one API server, which has bounds of its own: see `max_waiting_requests`.
 MAX_ONGOING_REQUESTS = 10_000
+
+#: Serve has a header X-Request-Id of its own in every answer, with the same id.
+REQUEST_ID_FLAG = "--no-enable-request-id-headers"
 
 #: How often Serve looks whether replicas are alive: a dead owner or API server is back so much later.
 HEALTH_PERIOD_S = 2.0
@@ -92,14 +94,13 @@ class Arguments(BaseModel):
         """Raises: InvalidRequestError."""
         own = ("api_servers", "set", "flags", "api_key_file", "admin_key_file", "cluster_secret_file")
         values = {name: value for name, value in self if name not in own}
-        admin_keys = read_api_keys([], _path(self.admin_key_file), logger.warning)
         return serve_config(
             **values,
             settings=self.set.split(),
-            engine_flags=shlex.split(self.flags),
+            engine_flags=[REQUEST_ID_FLAG, *shlex.split(self.flags)],
             ray_address="auto",
             api_keys=read_api_keys([], _path(self.api_key_file), logger.warning),
-            admin_key=admin_keys[0] if admin_keys else os.environ.get(ADMIN_VARIABLE),
+            admin_key=read_admin_key(None, _path(self.admin_key_file), logger.warning),
             cluster_secret=read_cluster_secret(_path(self.cluster_secret_file), logger.warning),
         )
 

@@ -104,6 +104,28 @@ async def test_errors_are_vllms(
     )
 
 
+async def test_found_whichever_server_is_asked(client: CompletionClient) -> None:
+    """A request has one id, in its answer once, and both servers tell its way."""
+    body = {"model": "tiny", "prompt": token_ids(20), "max_tokens": 4}
+    own = await client.http.post("/v1/completions", json=body, headers={"X-Request-Id": "asked-for"})
+    made_up = await client.http.post("/v1/completions", json=body)
+    assert own.headers.get_list("x-request-id") == ["asked-for"]
+    (given,) = made_up.headers.get_list("x-request-id")
+    for name in ["asked-for", given] * 4:
+        response = await client.http.get(f"/cluster/requests/{name}")
+        assert response.status_code == 200, response.text
+        (timeline,) = response.json()["requests"]
+        assert (timeline["outcome"], timeline["output_tokens"]) == ("length", 4)
+    assert (await client.http.get("/cluster/requests/nobody-s")).status_code == 404
+
+
+@pytest.mark.parametrize("headers", [{"X-Long": "x" * 40_000}, {f"X-{n}": "x" for n in range(200)}])
+async def test_headers_have_a_limit(client: CompletionClient, headers: dict[str, str]) -> None:
+    """HAProxy's."""
+    assert (await client.http.get("/v1/models", headers=headers)).status_code == 400
+    assert (await client.http.get("/v1/models")).status_code == 200
+
+
 async def test_owner_dies(client: CompletionClient, server: RayCluster) -> None:
     """The next one finds all instances; streams do not notice, nor does who comes meanwhile."""
     expected = await asyncio.gather(*map(client.answer, BODIES))

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from ray.serve import Application
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
-from deploy.app import Arguments, build
+from deploy.app import REQUEST_ID_FLAG, Arguments, build
 from migration.errors import InvalidRequestError
 
 
@@ -59,7 +59,8 @@ def test_flags_are_those_of_the_command_line() -> None:
     config = args.config()
     assert config.autoscale == {"decode": (1, 3)}
     assert (config.policies.scale_interval_s, config.policies.drain_after_s) == (1, 2)
-    assert config.engine_flags == ["--max-model-len", "512", "--served-model-name", "a b"]
+    assert config.engine_flags[1:] == ["--max-model-len", "512", "--served-model-name", "a b"]
+    assert config.engine_flags[0] == REQUEST_ID_FLAG
     assert config.resources == {"decode": {"node_b": 1}}
 
 
