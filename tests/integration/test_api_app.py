@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import httpx
+import openai
 import pytest
 import pytest_asyncio
 from fastapi import FastAPI
@@ -270,6 +271,24 @@ class TestOverload:
         assert answer.headers["Retry-After"]
         assert (await service.http.get("/v1/models")).status_code == 200
 
+    @pytest.mark.parametrize("refused", [{"num_live": 0}, {"num_waiting": 4}])
+    async def test_a_client_tries_again(self, service: Service, refused: dict[str, int]) -> None:
+        """openai-python does so by itself, as late as `Retry-After` says."""
+        for name, value in refused.items():
+            setattr(service.cluster, name, value)
+        codes: list[int] = []
+
+        async def seen(response: httpx.Response) -> None:
+            codes.append(response.status_code)
+            service.cluster.num_live, service.cluster.num_waiting = 2, 0
+
+        http = httpx.AsyncClient(event_hooks={"response": [seen]})
+        url = f"{service.http.base_url}/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", http_client=http) as client:
+            answer = await client.completions.create(model="tiny", prompt="x", max_tokens=1)
+        assert answer.choices[0].finish_reason == "length"
+        assert codes == [503 if "num_live" in refused else 429, 200]
+
     @pytest.mark.parametrize("n", [1, 2])
     @pytest.mark.parametrize(
         ("refusal", "code"), [(EngineDeadError("no instance"), 503), (OverloadedError("full"), 429)]
@@ -402,6 +421,13 @@ class TestClusterRoutes:
         assert answer.status_code == status
         assert error_of(answer)["code"] == status
         assert not service.cluster.drained
+
+    async def test_timeline(self, service: Service) -> None:
+        found = (await service.http.get("/cluster/requests/mine")).json()
+        assert (found["id"], [r["state"] for r in found["requests"]]) == ("mine", ["decode"])
+        unknown = error_of(await service.http.get("/cluster/requests/nobody-s"))
+        assert (unknown["code"], unknown["param"]) == (404, "request_id")
+        assert error_of(await service.http.get("/cluster/requests/elsewhere"))["code"] == 503
 
     async def test_integrity(self, service: Service) -> None:
         assert (await service.http.get("/cluster/integrity")).json() == {"ok": True, "violations": []}

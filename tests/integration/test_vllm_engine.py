@@ -109,6 +109,25 @@ async def test_who_can_be_moved(rig: Any) -> None:
     assert await rig.engine.running_requests() == []
 
 
+async def test_whose_blocks_are_held(rig: Any) -> None:
+    """Of what runs here, and of what is on its way here; the page counts both."""
+    from tests.integration.engine_rig import eventually, greedy
+
+    leaving = await rig.add("r", PROMPT[:40], greedy(200))
+    await eventually(lambda: leaving.tokens)
+    ((request_id, blocks, arriving),) = await rig.engine.held_blocks()
+    assert (request_id, arriving) == ("r", False)
+    assert 2 <= blocks <= -(-(40 + len(leaving.tokens) + 2) // 32)
+    baggage = await rig.leave("r")
+    assert await rig.engine.held_blocks() == []
+    await rig.engine.reserve(MigrationId("m"), baggage.description)
+    ((request_id, blocks, arriving),) = await rig.engine.held_blocks()
+    assert (request_id, arriving) == ("r", True)
+    assert blocks >= len(baggage.blocks)
+    await rig.engine.drop(MigrationId("m"))
+    assert await rig.engine.held_blocks() == []
+
+
 class TestSameTokens:
     @pytest.mark.parametrize("name", SAMPLINGS)
     async def test_out_and_in_again(self, rig: Any, name: str) -> None:
