@@ -1,10 +1,13 @@
 """`/cluster`: look at the instances, move a request or empty an instance by hand, check the invariants."""
 
 import math
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from fastapi import APIRouter, Request
+from fastapi.routing import APIRoute
+from starlette.convertors import PathConvertor, register_url_convertor
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from migration.errors import EngineDeadError, InvalidRequestError
@@ -26,7 +29,31 @@ PREFIX = "/cluster"
 
 OWNER_AWAY = "The owner of the instances is not there; try again in a moment."
 
-router = APIRouter(prefix=PREFIX, tags=["cluster"])
+
+class _Route(APIRoute):
+    """Bodies that are no text have FastAPI's own error; here it gets the shape of all others."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_or_refuse(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except HTTPException as error:
+                return error_response(error.status_code, str(error.detail))
+
+        return handle_or_refuse
+
+
+class _AnyText(PathConvertor):
+    """As `path`, which stops at the end of a line."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("text", _AnyText())
+
+router = APIRouter(prefix=PREFIX, tags=["cluster"], route_class=_Route)
 
 
 @router.get("", responses=answers(ok=Cluster))
@@ -35,7 +62,7 @@ async def cluster(request: Request) -> JSONResponse:
     return JSONResponse(_finite(request.app.state.cluster.snapshot()))
 
 
-@router.get("/requests/{request_id:path}", responses=answers(404, 503, ok=Timelines))
+@router.get("/requests/{request_id:text}", responses=answers(404, 503, ok=Timelines))
 async def request_timeline(request_id: str, request: Request) -> Response:
     """Where a request has been and when, while it runs and for some time after; several for n > 1."""
     try:

@@ -1,4 +1,4 @@
-"""schemathesis: vLLM's OpenAPI document, at plain vLLM and at the cluster."""
+"""schemathesis: vLLM's OpenAPI document at plain vLLM and at the cluster, and `/cluster` at ours."""
 
 import asyncio
 import json
@@ -63,3 +63,18 @@ async def test_schemathesis(
     theirs, ours = [json.loads(report.read_text()) for report in reports]
     verdicts.tried("schemathesis", ours["schemathesis_version"])
     verdicts.compare_all("schemathesis", found(theirs), found(ours))
+
+
+@needs_environment
+@pytest.mark.timeout(900)
+async def test_schemathesis_on_the_routes_of_ours(client: CompletionClient, tmp_path: Path) -> None:
+    """`/cluster` keeps to its document, and nothing comes of nonsense. `client` asks for its integrity."""
+    document = tmp_path / "ours.json"
+    document.write_text((await client.http.get("/openapi.json")).text)
+    flags = ("--include-path-regex", "^/cluster", "--exclude-path", "/cluster/restart")
+    flags += ("--checks", f"{CHECKS},negative_data_rejection", "--max-examples", "50")
+    await fuzz(document, str(client.http.base_url), tmp_path / "report.json", *flags)
+
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert found(report) == {"operations tested": 7}
+    assert report["test_cases"]["generated"] > 100

@@ -367,9 +367,9 @@ class TestClusterRoutes:
         assert (refused["code"], refused["message"]) == (409, "p0 has 3 free blocks and the request needs 9")
 
     @pytest.mark.parametrize(
-        "content", ["{", "[]", '{"request_id": "x"}', '{"request_id": 3, "destination": 4}']
+        "content", ["{", "[]", '{"request_id": "x"}', '{"request_id": 3, "destination": 4}', b"\x80"]
     )
-    async def test_migrate_bad_input(self, service: Service, content: str) -> None:
+    async def test_migrate_bad_input(self, service: Service, content: str | bytes) -> None:
         headers = {"Content-Type": "application/json"}
         answer = await service.http.post("/cluster/migrate", content=content, headers=headers)
         assert error_of(answer)["code"] == 400
@@ -428,6 +428,7 @@ class TestClusterRoutes:
         unknown = error_of(await service.http.get("/cluster/requests/nobody-s"))
         assert (unknown["code"], unknown["param"]) == (404, "request_id")
         assert error_of(await service.http.get("/cluster/requests/elsewhere"))["code"] == 503
+        assert error_of(await service.http.get("/cluster/requests/two%0Alines/and%20more"))["code"] == 404
 
     async def test_integrity(self, service: Service) -> None:
         assert (await service.http.get("/cluster/integrity")).json() == {"ok": True, "violations": []}
