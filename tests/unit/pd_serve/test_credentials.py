@@ -93,7 +93,7 @@ def test_the_admin_key_of_a_file_goes_before_others(
     assert read_admin_key(None, None, warnings.append) is None
     with pytest.raises(InvalidRequestError, match="printable ASCII characters"):
         read_admin_key("", None, warnings.append)
-    with pytest.raises(InvalidRequestError, match=r"--admin-key-file: .* has 2 keys"):
+    with pytest.raises(InvalidRequestError, match="--admin-key-file: there are 2 keys in"):
         read_admin_key(None, private(tmp_path / "two", "sk-a\nsk-b\n"), warnings.append)
 
 
