@@ -27,7 +27,7 @@ def read_api_keys(given: list[str], path: Path | None, warn: Callable[[str], Non
 
 
 def read_admin_key(given: str | None, path: Path | None, warn: Callable[[str], None]) -> str | None:
-    """The key of a file, else the one given, else PD_SERVE_ADMIN_KEY; None if there is none.
+    """The key of a file, else the one given, else PD_SERVE_ADMIN_KEY; None if there is none, or it is empty.
 
     Raises:
         InvalidRequestError: As for API keys, or a file with several keys.
@@ -39,7 +39,7 @@ def read_admin_key(given: str | None, path: Path | None, warn: Callable[[str], N
                 f"--admin-key-file: there are {len(keys)} keys in {path}, and one is used"
             )
         given = keys[0]
-    key = given if given is not None else os.environ.get(ADMIN_VARIABLE)
+    key = given if given is not None else os.environ.get(ADMIN_VARIABLE) or None
     return None if key is None else checked_key(key)
 
 

@@ -89,6 +89,8 @@ def test_the_admin_key_of_a_file_goes_before_others(
     assert read_admin_key("sk-given", path, warnings.append) == "sk-from-file"
     assert read_admin_key("sk-given", None, warnings.append) == "sk-given"
     assert read_admin_key(None, None, warnings.append) == "sk-from-environment"
+    monkeypatch.setenv(ADMIN_VARIABLE, "")
+    assert read_admin_key(None, None, warnings.append) is None
     monkeypatch.delenv(ADMIN_VARIABLE)
     assert read_admin_key(None, None, warnings.append) is None
     with pytest.raises(InvalidRequestError, match="printable ASCII characters"):
