@@ -18,9 +18,11 @@ from pathlib import Path
 import rich.console
 from rich.table import Table
 
+from migration.errors import PdServeError
 from pd_serve.bench import report
 from pd_serve.bench.overhead import Load, Measured, put_load
-from pd_serve.bench.servers import MODEL, Server, free_port, started
+from pd_serve.bench.router_cost import step_table
+from pd_serve.bench.servers import MODEL, Server, end_on_sigterm, free_port, started
 from pd_serve.config import LOOPBACK
 
 PLAIN, PROXY, HAPROXY = "pd-serve serve", "Serve, Python proxy", "Serve, HAProxy"
@@ -81,11 +83,8 @@ def _head(folder: Path) -> list[str]:
 
 def _cost_model(folder: Path) -> Path:
     """Of equal steps, whatever is in them."""
-    rows = ["phase,batch_size,new_tokens,context_tokens,ms"]
-    rows += [f"prefill,1,{tokens},0,{STEP_MS}" for tokens in (64, 128, 256)]
-    rows += [f"decode,{batch},{batch},{64 * batch},{STEP_MS}" for batch in (1, 8, 16)]
     path = folder / "steps.csv"
-    path.write_text("\n".join(rows) + "\n")
+    path.write_text(step_table(STEP_MS))
     return path
 
 
@@ -132,26 +131,15 @@ async def run(json_path: Path | None) -> None:
     """Measures all three in turns, shows a table, writes JSON. About five minutes on two cores.
 
     Raises:
-        PdServeError: One did not come up, or a request failed.
+        PdServeError: One did not come up, a request failed, or the benchmark was stopped.
     """
+    end_on_sigterm()
     console = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
     provenance = report.provenance()
-    rounds: dict[str, dict[Load, list[Measured]]]
-    async with AsyncExitStack() as stack:
-        names = (PLAIN, PROXY, HAPROXY)
-        console.print(f"starting: {'; '.join(names)}")
-        started_ones = [stack.enter_async_context(serving(name)) for name in names]
-        servers = dict(zip(names, await asyncio.gather(*started_ones), strict=True))
-        rounds = {name: {load: [] for load in LOADS} for name in names}
-        load_average = os.getloadavg()
-        for number in range(-1, ROUNDS):  # the first one is to warm up
-            console.print(f"round {number + 1} of {ROUNDS}")
-            for load in LOADS:
-                for name, server in servers.items():
-                    await asyncio.sleep(SETTLE_S)
-                    measured = await put_load(server, load, seed=number)
-                    if number >= 0:
-                        rounds[name][load].append(measured)
+    try:
+        rounds, load_average = await _measure(console)
+    except asyncio.CancelledError:
+        raise PdServeError("stopped before the end: nothing was written") from None
     result = summary(rounds)
     console.print(_table(result))
     if json_path is not None:
@@ -164,6 +152,28 @@ async def run(json_path: Path | None) -> None:
         }
         report.write(json_path, provenance | about | {"medians": result, "all": raw})
         console.print(f"written to {json_path}")
+
+
+async def _measure(
+    console: rich.console.Console,
+) -> tuple[dict[str, dict[Load, list[Measured]]], tuple[float, float, float]]:
+    """All rounds by what stands in front, and the machine's load when all had started."""
+    async with AsyncExitStack() as stack:
+        names = (PLAIN, PROXY, HAPROXY)
+        console.print(f"starting: {'; '.join(names)}")
+        started_ones = [stack.enter_async_context(serving(name)) for name in names]
+        servers = dict(zip(names, await asyncio.gather(*started_ones), strict=True))
+        rounds: dict[str, dict[Load, list[Measured]]] = {name: {load: [] for load in LOADS} for name in names}
+        load_average = os.getloadavg()
+        for number in range(-1, ROUNDS):  # the first one is to warm up
+            console.print(f"round {number + 1} of {ROUNDS}")
+            for load in LOADS:
+                for name, server in servers.items():
+                    await asyncio.sleep(SETTLE_S)
+                    measured = await put_load(server, load, seed=number)
+                    if number >= 0:
+                        rounds[name][load].append(measured)
+    return rounds, load_average
 
 
 def summary(rounds: dict[str, dict[Load, list[Measured]]]) -> dict[str, dict[str, dict[str, float]]]:

@@ -125,10 +125,10 @@ def _ms(seconds: float) -> float:
     return round(seconds * 1e3, 3)
 
 
-def step_table() -> str:
-    """For `--cost-model`: every step takes as long as the stub's."""
-    rows = [f"prefill,1,{n},0,{TOKEN_S * 1e3}" for n in (16, 128, 512)]
-    rows += [f"decode,{n},{n},{n * 100},{TOKEN_S * 1e3}" for n in (1, 8, 64)]
+def step_table(step_ms: float = TOKEN_S * 1e3) -> str:
+    """For `--cost-model`: every step takes as long, by default as the stub's."""
+    rows = [f"prefill,1,{n},0,{step_ms}" for n in (16, 128, 512)]
+    rows += [f"decode,{n},{n},{n * 100},{step_ms}" for n in (1, 8, 64)]
     return "\n".join(["phase,batch_size,new_tokens,context_tokens,ms", *rows]) + "\n"
 
 
