@@ -135,7 +135,9 @@ async def started(
             raise PdServeError(f"{name} did not come up; it said: {said[-1]}")
         yield Server(url, psutil.Process(process.pid))
     finally:
+        descendants = []
         if process.returncode is None:
+            descendants = psutil.Process(process.pid).children(recursive=True)
             process.terminate()
         try:
             async with asyncio.timeout(STOP_S):
@@ -143,6 +145,9 @@ async def started(
         except TimeoutError:
             os.killpg(process.pid, signal.SIGKILL)
             await process.wait()
+        for left in descendants:  # such as Serve's HAProxy, which outlives Ray
+            with suppress(psutil.NoSuchProcess):
+                left.kill()
 
 
 Command = tuple[str, list[str], int, Mapping[str, str]]  # name, command line, port, environment
