@@ -24,12 +24,12 @@ lint: setup ## Check style and types
 
 bench: setup ## Measure migration, overhead and the simulator; writes results/bench-*.json
 	@mkdir -p results
-	.venv/bin/pd-serve bench migration --json results/bench-migration.json $(ARGS)
-	.venv/bin/pd-serve bench overhead --json results/bench-overhead.json $(ARGS)
-	.venv/bin/pd-serve bench simulator --json results/bench-simulator.json $(ARGS)
+	.venv/bin/python -m loadtests.bench migration --json results/bench-migration.json $(ARGS)
+	.venv/bin/python -m loadtests.bench overhead --json results/bench-overhead.json $(ARGS)
+	.venv/bin/python -m loadtests.bench simulator --json results/bench-simulator.json $(ARGS)
 
 compare: setup ## Measure ours beside plain vLLM, its NixlConnector and public routers (10 minutes)
-	.venv/bin/pd-serve bench compare --json results/bench-compare.json $(ARGS)
+	.venv/bin/python -m loadtests.bench compare --json results/bench-compare.json $(ARGS)
 
 loadtest: setup ## Load a cluster of simulated engines for two minutes; writes results/loadtest/report.html
 	.venv/bin/python -m loadtests.scenario $(ARGS)

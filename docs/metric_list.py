@@ -9,11 +9,11 @@ from pathlib import Path
 from prometheus_client.core import Metric
 from prometheus_client.metrics import MetricWrapperBase
 
-from pd_serve import metrics
-from pd_serve.messages import InstanceStats, LoadReport, ProcessStats, SchedulerReport, SchedulerStats
+from pd_serve.comm.messages import InstanceStats, LoadReport, ProcessStats, SchedulerReport, SchedulerStats
+from pd_serve.observe import metrics
 from pd_serve.observe.cluster_metrics import ClusterMetrics
+from pd_serve.observe.cluster_reports import ClusterReports
 from pd_serve.observe.histogram import BatchHistogram
-from pd_serve.observe.reports import ClusterReports
 from router.load import InstanceLoad
 from router.request import NO_DEMAND
 

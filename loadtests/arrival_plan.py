@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from migration.errors import InvalidRequestError
+from pd_serve.errors import InvalidRequestError
 from pd_serve.simulation.config import TraceRequest
-from pd_serve.simulation.traces import TraceSpec, make_requests
+from pd_serve.simulation.workloads import TraceSpec, make_requests
 
 Curve = NDArray[np.float64]
 

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, BinaryIO
 
-from migration.errors import PdServeError
+from pd_serve.errors import PdServeError
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 

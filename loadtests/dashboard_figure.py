@@ -16,9 +16,9 @@ from pathlib import Path
 import httpx
 
 from loadtests import chromium
+from loadtests.bench.servers import free_port, started
 from loadtests.scenario import LOCUSTFILE, say
-from migration.errors import PdServeError
-from pd_serve.bench.servers import free_port, started
+from pd_serve.errors import PdServeError
 
 CLUSTER = (
     "serve tiny --engine simulated --prefill 1 --decode 3 --autoscale-decode 2:4 --set drain_after_s=600"

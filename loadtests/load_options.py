@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loadtests.arrival_plan import SHAPES
-from migration.errors import InvalidRequestError
+from pd_serve.errors import InvalidRequestError
 from pd_serve.simulation.arrivals import Arrivals
 from pd_serve.simulation.lengths import GENERATED
 from pd_serve.simulation.trace_files import FILES

@@ -21,9 +21,9 @@ from loadtests.outcome import EXIT_FAILED, EXIT_USAGE, Outcome, exit_code, summa
 from loadtests.streamed_answer import StreamError
 from loadtests.streaming_client import StreamingClient
 from loadtests.summary_text import summary_lines
-from migration.errors import InvalidRequestError
-from pd_serve.bench.report import provenance, write
-from pd_serve.simulation.traces import TraceSpec
+from pd_serve.errors import InvalidRequestError
+from pd_serve.observe.provenance import provenance, write
+from pd_serve.simulation.workloads import TraceSpec
 
 
 class Run:

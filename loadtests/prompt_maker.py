@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 from loadtests.arrival_plan import PlannedRequest
-from pd_serve.simulation.config import SEGMENT_TOKENS
+from pd_serve.simulated_engine.settings import SEGMENT_TOKENS
 
 #: Its tokens are what prompts are made of: ordinary ones, in any tokenizer.
 SAMPLE_TEXT = " the quick brown fox jumps over the lazy dog while seven bright wizards mix exact potions"

@@ -21,10 +21,10 @@ from typing import Any
 import httpx
 
 from loadtests import cluster_samples, report_page
+from loadtests.bench.servers import free_port, started
 from loadtests.cluster_samples import Sample
 from loadtests.outcome import EXIT_FAILED, EXIT_OK
-from migration.errors import PdServeError
-from pd_serve.bench.servers import free_port, started
+from pd_serve.errors import PdServeError
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 

@@ -1,7 +1,7 @@
 """Whether a stream says what the model says for its prompt, token by token.
 
-A simulated engine's words are a known function of the prompt's tokens (`pd_serve.simulation.contents`), so
-its streams are checked without asking anybody. A real model with greedy sampling is asked again, later.
+A simulated engine's words are a known function of the prompt's tokens (`pd_serve.simulated_engine.contents`),
+so its streams are checked without asking. A real model with greedy sampling is asked again, later.
 """
 
 import math
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loadtests.streamed_answer import Answer, StreamError
-from pd_serve.simulation.contents import TokenPrompt, expected_output
+from pd_serve.simulated_engine.contents import TokenPrompt, expected_output
 
 #: Tokens from which no vocabulary can be told reliably.
 FEWEST_TOKENS = 48
@@ -34,7 +34,7 @@ class Vocabulary:
     is_text: bool
 
 
-#: Where the words of simulated engines begin (see `pd_serve.service`): letters, or past what is special.
+#: Where the words of simulated engines begin (see `pd_serve.launch.serve`): letters, or past what is special.
 _FIRST = ((ord("a"), True), (1000, False))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from migration.bounds import MigrationBounds
 from migration.destination_table import DestinationEvent, DestinationState
-from migration.engine import Engine
+from migration.engine_interface import Engine
 from migration.errors import DestinationRefusedError, ProtocolError
 from migration.incoming import IncomingMigration
 from migration.messages import (
@@ -30,8 +30,8 @@ from migration.messages import (
 from migration.outgoing import MigrationOutcome, OutgoingMigration
 from migration.pacing import Pacer
 from migration.source_table import SourceEvent, SourceState
-from migration.tasks import OwnedTasks
-from migration.transport.base import KvTransport
+from migration.tasks import BackgroundTasks
+from migration.transport.kv_transport import KvTransport
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class MigrationCoordinator:
         self._send = send
         self._pacer = Pacer(self.bounds.stage_bytes_per_s)
         self._on_outcome = on_outcome
-        self._tasks = OwnedTasks(on_failure)
+        self._tasks = BackgroundTasks(on_failure)
         self._serial = itertools.count()
         self._life = uuid.uuid4().hex[:8]  # ids of an earlier life of this instance must not match
         self._outgoing: dict[MigrationId, OutgoingMigration] = {}

@@ -12,7 +12,7 @@ or committing (compiling a grammar, for one) would do so after the drop.
 
 from enum import StrEnum, auto
 
-from migration.machine import Table
+from migration.state_machine import Table
 
 
 class DestinationState(StrEnum):

@@ -11,9 +11,8 @@ from migration.destination_table import (
     DestinationEvent,
     DestinationState,
 )
-from migration.engine import Engine
+from migration.engine_interface import Engine
 from migration.errors import DestinationRefusedError, PeerLostError
-from migration.machine import Machine
 from migration.messages import (
     BlockRun,
     Committed,
@@ -33,8 +32,9 @@ from migration.messages import (
     Withdraw,
 )
 from migration.pacing import Pacer
-from migration.tasks import OwnedTasks
-from migration.transport.base import KvTransport
+from migration.state_machine import StateMachine
+from migration.tasks import BackgroundTasks
+from migration.transport.kv_transport import KvTransport
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +57,12 @@ class IncomingMigration:
         send: Callable[[InstanceId, MigrationMessage], None],
         bounds: MigrationBounds,
         pacer: Pacer,
-        tasks: OwnedTasks,
+        tasks: BackgroundTasks,
         on_close: Callable[["IncomingMigration"], None],
     ) -> None:
         self.migration_id = offer.migration_id
         self.source = source
-        self.machine = Machine(DESTINATION_TABLE, DestinationState.RESERVING)
+        self.machine = StateMachine(DESTINATION_TABLE, DestinationState.RESERVING)
         self.bytes_copied = 0
         self.was_refused = False
         self.ended = asyncio.Event()

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from migration.bounds import MigrationBounds
-from migration.engine import Engine
+from migration.engine_interface import Engine
 from migration.errors import SourceGoneError
-from migration.machine import Machine
 from migration.messages import (
     BlockRun,
     Committed,
@@ -32,7 +31,8 @@ from migration.messages import (
     Withdraw,
 )
 from migration.source_table import SOURCE_TABLE, SourceAction, SourceEvent, SourceState
-from migration.tasks import OwnedTasks
+from migration.state_machine import StateMachine
+from migration.tasks import BackgroundTasks
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class OutgoingMigration:
         kv_endpoint: bytes,
         send: Callable[[InstanceId, MigrationMessage], None],
         bounds: MigrationBounds,
-        tasks: OwnedTasks,
+        tasks: BackgroundTasks,
         on_close: Callable[["OutgoingMigration"], None],
         blocking: bool = False,
     ) -> None:
@@ -95,7 +95,7 @@ class OutgoingMigration:
         self.destination = destination
         self.reason = reason
         self.outcome: asyncio.Future[MigrationOutcome] = asyncio.get_running_loop().create_future()
-        self.machine = Machine(SOURCE_TABLE, SourceState.OFFERED)
+        self.machine = StateMachine(SOURCE_TABLE, SourceState.OFFERED)
         self._engine = engine
         self._send = send
         self._bounds = bounds

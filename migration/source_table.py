@@ -16,7 +16,7 @@ lost destination did, the front end follows this side (see `docs/migration.md`).
 
 from enum import StrEnum, auto
 
-from migration.machine import Table
+from migration.state_machine import Table
 
 
 class SourceState(StrEnum):

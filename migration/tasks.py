@@ -8,7 +8,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 
-class OwnedTasks:
+class BackgroundTasks:
     """A set of tasks that end with their owner, and whose failures are not lost.
 
     Args:

@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from migration.errors import InvalidRequestError
-from pd_serve.simulation.config import EngineSettings
+from pd_serve.errors import InvalidRequestError
+from pd_serve.simulated_engine.settings import EngineSettings
+from router.load import ROLES
 from router.policies import PolicySet, policy_set
 
 #: What an instance's process takes beside its weights and KV cache, in bytes (measured: 0.5-0.6 GB).
 PROCESS_BYTES = 600 * 2**20
-
-ROLES = ("prefill", "decode", "neutral")
 
 #: Set for the service, and so for the processes that Ray starts for it elsewhere.
 LOGGING_VARIABLES = ("PD_SERVE_LOG_FORMAT", "PD_SERVE_LOG_LEVEL", "VLLM_CONFIGURE_LOGGING")
@@ -155,7 +154,7 @@ def parse_policies(name: str, settings: list[str]) -> PolicySet:
 
 def simulated_engine(cost_model_name: str) -> EngineSettings:
     """An engine with this cost model, batching as vLLM does now. Raises: InvalidRequestError."""
-    from pd_serve.simulation.cost_table import cost_model
+    from pd_serve.simulated_engine.cost_table import cost_model
 
     return EngineSettings(cost_model(cost_model_name), chunk_tokens=2048, prefix_caching=True)
 

@@ -3,6 +3,9 @@
 import msgspec
 from msgspec.structs import replace
 
+#: What an instance is used for. "neutral" instances prefill and decode.
+ROLES = ("prefill", "decode", "neutral")
+
 
 class InstanceLoad(msgspec.Struct, frozen=True):
     """Load of one instance at a step boundary, as its llumlet reports it.

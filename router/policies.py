@@ -24,7 +24,7 @@ class PolicySet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
         rescheduling: Who moves a request to whom.
         defragment: Queued and preempted requests count: an instance gives others away to make room for them.
-        victim: Which request goes; see `router.victim`.
+        victim: Which request goes; see `router.rescheduling.selection`.
         rescheduling_interval_s: Least time between two rounds.
         migration_threshold: Less free instances give requests away, freer ones take them.
         max_moves: Migrations that rescheduling lets an instance have in flight.

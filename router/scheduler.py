@@ -14,12 +14,12 @@ from msgspec.structs import replace
 
 from router.headroom import limit_headroom
 from router.load import InstanceLoad
-from router.orders import Orders
+from router.pending_moves import PendingMoves
 from router.policies import PolicySet
 from router.request import NO_DEMAND, Demand
 from router.rescheduling import RESCHEDULING
-from router.roles import RoleExchange
 from router.scaling import Bounds, Decision, Drain, PoolScaler, Start, Stop
+from router.scaling.role_switch import RoleSwitch
 
 logger = logging.getLogger(__name__)
 
@@ -71,10 +71,10 @@ class Scheduler:
         self._scalers = {
             role: PoolScaler(role, bounds, policies) for role, bounds in (autoscale or {}).items()
         }
-        self._roles = RoleExchange(policies, autoscale or {}) if policies.roles else None
+        self._roles = RoleSwitch(policies, autoscale or {}) if policies.roles else None
         self._loads: dict[str, InstanceLoad] = {}
         self._heard_at: dict[str, float] = {}
-        self._orders = Orders()
+        self._orders = PendingMoves()
         self._news = asyncio.Event()
 
     def report(self, load: InstanceLoad) -> None:
@@ -134,7 +134,7 @@ class Scheduler:
             logger.warning("%s has not reported for %.1f s", name, now - self._heard_at[name])
             self.remove(name)
 
-    def _exchange_roles(self, roles: RoleExchange, loads: list[InstanceLoad], now: float) -> None:
+    def _exchange_roles(self, roles: RoleSwitch, loads: list[InstanceLoad], now: float) -> None:
         for exchange in roles.decide(loads, now):
             if isinstance(exchange, Drain):
                 self._carry_out(exchange)

@@ -11,7 +11,7 @@ import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from router.book import LoadBook
+from router.projected_loads import ProjectedLoads
 from router.request import Demand, NewRequest
 
 
@@ -32,7 +32,7 @@ class _Waiting:
 class WaitingLine:
     """In the order of priority, then arrival."""
 
-    def __init__(self, book: LoadBook) -> None:
+    def __init__(self, book: ProjectedLoads) -> None:
         self._book = book
         self._line: list[_Waiting] = []
         self._count = 0

@@ -15,7 +15,7 @@ from enum import Enum
 import msgspec
 
 from migration.errors import PeerLostError
-from migration.transport.base import KvRegion
+from migration.transport.kv_transport import KvRegion
 
 # What is copied between two visits to the event loop.
 CHUNK_BYTES = 4 << 20

@@ -34,7 +34,7 @@ import msgspec
 import numpy as np
 
 from migration.errors import MigrationError, PeerLostError
-from migration.transport.base import KvRegion
+from migration.transport.kv_transport import KvRegion
 from migration.transport.nixl_agent import NixlAgent, NixlFailure, memory_kind
 from migration.transport.nixl_reader import NixlReader, ReadJob
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from migration.transport.base import KvRegion
+from migration.transport.kv_transport import KvRegion
 
 # The safety net's period. Idle agents used 0.08 % of a core at 100 ms, 1.5 % at 1 ms.
 PROGRESS_PERIOD_US = 100_000

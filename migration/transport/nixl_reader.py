@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from migration.errors import PeerLostError
-from migration.transport.base import KvRegion
+from migration.transport.kv_transport import KvRegion
 from migration.transport.nixl_agent import Indices, NixlAgent, NixlFailure, memory_kind
 
 # A read moves in chunks, two of them under way, and the reads take turns: a long one cannot hold up a short

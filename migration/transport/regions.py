@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from migration.transport.base import KvRegion
+from migration.transport.kv_transport import KvRegion
 
 if TYPE_CHECKING:
     import torch

@@ -28,7 +28,7 @@ async def create_app(
     """Build the application, ready to be served.
 
     Args:
-        args: vLLM's API server namespace, from `pd_serve.engine_flags.parse`.
+        args: vLLM's API server namespace, from `pd_serve.launch.engine_flags.parse`.
         engine_client: Its `cluster` attribute is set here.
         cluster: Stands behind `/cluster`, `/health` and the refusals.
         max_waiting: Requests that may wait for a first token before others get 429; None for no limit.

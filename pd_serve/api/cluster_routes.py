@@ -10,8 +10,6 @@ from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from migration.errors import EngineDeadError, InvalidRequestError
-from pd_serve import metrics
 from pd_serve.api.cluster_models import (
     Cluster,
     DrainRequest,
@@ -22,8 +20,9 @@ from pd_serve.api.cluster_models import (
     Timelines,
     answers,
 )
-from pd_serve.api.cluster_view import MigrationRefusedError, UnknownTargetError
 from pd_serve.api.errors import error_response
+from pd_serve.errors import EngineDeadError, InvalidRequestError, MigrationRefusedError, UnknownTargetError
+from pd_serve.observe import metrics
 
 PREFIX = "/cluster"
 

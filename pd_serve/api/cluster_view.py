@@ -1,16 +1,6 @@
-"""What the HTTP layer asks of the cluster, and the two ways in which it says no."""
+"""What the HTTP layer asks of the cluster."""
 
 from typing import Any, Protocol
-
-from migration.errors import InvalidRequestError, PdServeError
-
-
-class UnknownTargetError(InvalidRequestError):
-    """The named request or instance is not there (any more). HTTP 404."""
-
-
-class MigrationRefusedError(PdServeError):
-    """The migration did not happen; the message says why, and the request goes on. HTTP 409."""
 
 
 class MigrationReport(Protocol):

@@ -12,13 +12,13 @@ from vllm.v1.engine import (
 )
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from migration.errors import InvalidRequestError
-from pd_serve.messages import TokenHeader
-from pd_serve.wire import MAX_FRAME_BYTES
+from pd_serve.comm.messages import TokenHeader
+from pd_serve.comm.wire import MAX_FRAME_BYTES
+from pd_serve.errors import InvalidRequestError
 
 
 class VllmCodec:
-    """See `pd_serve.outputs.OutputCodec`."""
+    """See `pd_serve.frontend.output_codec.OutputCodec`."""
 
     def __init__(self) -> None:
         self._header = msgspec.msgpack.Decoder(TokenHeader)

@@ -8,7 +8,7 @@ from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.core_client import EngineCoreClient
 
 from pd_serve.api.codec import VllmCodec
-from pd_serve.request_router import RequestRouter
+from pd_serve.frontend.request_tracker import RequestTracker
 from router.request import NewRequest, prefix_keys
 
 
@@ -17,7 +17,7 @@ class ClusterCore(EngineCoreClient):
 
     def __init__(
         self,
-        router: RequestRouter,
+        router: RequestTracker,
         outputs: "asyncio.Queue[EngineCoreOutputs]",
         codec: VllmCodec,
         supported_tasks: tuple[str, ...],

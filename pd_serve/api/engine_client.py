@@ -24,9 +24,9 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.metrics.loggers import StatLoggerManager, load_stat_logger_plugin_factories
 
-from migration.errors import EngineDeadError, InvalidRequestError, OverloadedError, PdServeError
 from pd_serve.api.cluster_view import ClusterView
 from pd_serve.api.overload import mark_submitted
+from pd_serve.errors import EngineDeadError, InvalidRequestError, OverloadedError, PdServeError
 from pd_serve.observe.recorder import names
 
 _STATUS = {

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from migration.errors import EngineDeadError, InvalidRequestError
 from pd_serve.api.http_limits import HttpLimits, LimitedProtocol
 from pd_serve.config import MAX_CONNECTIONS
-from pd_serve.logs import is_json
+from pd_serve.errors import EngineDeadError, InvalidRequestError
+from pd_serve.observe.logs import is_json
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

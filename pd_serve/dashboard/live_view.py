@@ -10,10 +10,10 @@ from typing import Any, Protocol
 
 import msgspec
 
-from migration.errors import PdServeError
-from migration.tasks import OwnedTasks
+from migration.tasks import BackgroundTasks
+from pd_serve.comm.messages import Holdings, InstanceInfo
 from pd_serve.dashboard.recent import SLOT_S, Move, RecentEvents
-from pd_serve.messages import Holdings, InstanceInfo
+from pd_serve.errors import PdServeError
 
 #: Time from one event to the next, and how long one waits for instances in the middle of a step.
 INTERVAL_S = 0.5
@@ -60,7 +60,7 @@ class LiveView:
         self._holdings: dict[str, Holdings] = {}
         self._asked: dict[str, asyncio.Task[None]] = {}
         self._asked_at = -INTERVAL_S
-        self._tasks = OwnedTasks()
+        self._tasks = BackgroundTasks()
         self._numbers: dict[str, int] = {}  # of requests, for short events; ascending
         self._num_numbers = 0
         self.num_watchers = 0

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pd_serve.messages import MigrationEnded
+from pd_serve.comm.messages import MigrationEnded
 from pd_serve.observe.recorder import Observer
 from pd_serve.observe.timeline import Timeline
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from migration.errors import PdServeError
+from pd_serve.errors import PdServeError
 from pd_serve.models.catalog import DEFAULT_MODEL, demo_names, resolve
 
 

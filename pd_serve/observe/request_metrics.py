@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from pd_serve import metrics
+from pd_serve.observe import metrics
 from pd_serve.observe.recorder import Observer
 from pd_serve.observe.timeline import Migration, Stage, Stay, Timeline
 

@@ -66,7 +66,13 @@ class RequestTracer(Observer):
         )
 
     def stage(self, request: Timeline, stage: Stage) -> None:
-        self._span(request.trace, stage.name, stage.begin, stage.end, {"pd_serve.instance": stage.instance})
+        self._span(
+            request.trace,
+            stage.name,
+            stage.begin,
+            stage.end,
+            {"pd_serve.instance.instance_process": stage.instance},
+        )
 
     def migrated(self, request: Timeline, migration: Migration) -> None:
         span = self._span(
@@ -95,7 +101,7 @@ class RequestTracer(Observer):
             )
 
     def lost(self, request: Timeline, instance: str) -> None:
-        request.trace.add_event("lost", {"pd_serve.instance": instance})
+        request.trace.add_event("lost", {"pd_serve.instance.instance_process": instance})
 
     def ended(self, request: Timeline) -> None:
         assert request.ended_at is not None

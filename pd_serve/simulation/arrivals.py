@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from migration.errors import InvalidRequestError
+from pd_serve.errors import InvalidRequestError
 
 Seconds = NDArray[np.float64]
 

@@ -5,15 +5,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from pd_serve.simulation.cost_model import CostModel
-
-#: Prompts say which contents they share in steps of so many tokens (as Mooncake's `hash_ids` do).
-SEGMENT_TOKENS = 512
-
-
-#: KV blocks of the paper's instances. Arithmetic gives 851; with what the engine keeps for itself when
-#: batches are large, this reproduces the paper's latencies best (docs/policies.md). Fitted once.
-FITTED_BLOCKS = 780
+from pd_serve.simulated_engine.settings import EngineSettings
 
 #: What a request of the paper takes from its client to an engine and its first token back, besides queueing
 #: and computing. Fitted, once for all figures, to its prefill latencies where nothing queues.
@@ -35,35 +27,6 @@ class TraceRequest(msgspec.Struct, frozen=True):
     output_tokens: int
     priority: int = 0
     segments: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class EngineSettings:
-    """One simulated instance.
-
-    Attributes:
-        num_blocks: KV blocks.
-        watermark: Share of them that admission leaves free.
-        chunk_tokens: Token budget of a step with prompts mixed with decodes (chunked prefill); None for
-            vLLM as in the paper: a step is prompts only or decodes only, prompts first.
-        max_prefill_tokens: Prompt tokens per step without chunks.
-        vocabulary: (first, number) of the tokens that it says.
-        kv_bytes_per_token: For the time that migrations take.
-        migration_slowdown: Share by which steps are slower that begin while KV is being copied; the mean of
-            what the paper measured.
-    """
-
-    cost_model: CostModel
-    num_blocks: int = FITTED_BLOCKS
-    block_tokens: int = 16
-    max_num_seqs: int = 256
-    watermark: float = 0.01
-    chunk_tokens: int | None = None
-    max_prefill_tokens: int = 6144
-    prefix_caching: bool = False
-    vocabulary: tuple[int, int] = (0, 1 << 16)
-    kv_bytes_per_token: int = 512 * 1024
-    migration_slowdown: float = 0.023
 
 
 @dataclass(frozen=True, slots=True)

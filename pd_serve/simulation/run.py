@@ -6,18 +6,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from migration.errors import PdServeError
-from pd_serve.simulation.cluster import SimulatedCluster
-from pd_serve.simulation.config import (
-    SEGMENT_TOKENS,
-    RequestRecord,
-    Sample,
-    SimulationConfig,
-    SimulationResult,
-    TraceRequest,
-)
-from pd_serve.simulation.contents import SegmentPrompt, expected_output
-from pd_serve.simulation.outputs import SimulatedBatch, SimulatedPayload
+from pd_serve.errors import PdServeError
+from pd_serve.simulated_engine.contents import SegmentPrompt, expected_output
+from pd_serve.simulated_engine.outputs import SimulatedBatch, SimulatedPayload
+from pd_serve.simulated_engine.settings import SEGMENT_TOKENS
+from pd_serve.simulation.config import RequestRecord, Sample, SimulationConfig, SimulationResult, TraceRequest
+from pd_serve.simulation.simulated_cluster import SimulatedCluster
 from pd_serve.simulation.virtual_time import VirtualLoop
 from router.request import PREFIX_TOKENS, NewRequest
 

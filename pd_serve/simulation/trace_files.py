@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from migration.errors import InvalidRequestError
+from pd_serve.errors import InvalidRequestError
 from pd_serve.simulation.arrivals import Seconds
 from pd_serve.simulation.lengths import Lengths
 

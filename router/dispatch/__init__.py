@@ -1,7 +1,7 @@
 """Where a new request starts. One policy per file, all behind `DispatchPolicy`."""
 
 from router.dispatch.backlog import LeastBacklog
-from router.dispatch.base import DispatchPolicy, can_start, candidates
+from router.dispatch.dispatch_policy import DispatchPolicy, can_start, candidates
 from router.dispatch.freest import Freest
 from router.dispatch.power_of_two import PowerOfTwo
 from router.dispatch.prefix import LongestPrefix

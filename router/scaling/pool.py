@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from router.load import InstanceLoad
 from router.policies import PolicySet
 from router.request import NO_DEMAND, Demand
-from router.scaling.base import Bounds, Decision, Drain, Signal, Start, Stop, Wanted
-from router.scaling.by_backlog import by_backlog
-from router.scaling.by_freeness import by_freeness
+from router.scaling.backlog_signal import by_backlog
+from router.scaling.decisions import Bounds, Decision, Drain, Signal, Start, Stop, Wanted
+from router.scaling.freeness_signal import by_freeness
 
 #: How long a drained instance stays empty before it is stopped: requests may have been on their way to it.
 EMPTY_S = 1.0

@@ -16,9 +16,10 @@ from typing import Any
 
 import httpx
 import pytest
-from completion_client import Answer, Body, CompletionClient
-from server_process import ServerProcess, pd_serve
-from verdicts import Verdicts
+
+from tests.e2e.completion_client import Answer, Body, CompletionClient
+from tests.e2e.server_process import ServerProcess, pd_serve
+from tests.e2e.verdicts import Verdicts
 
 HERE = Path(__file__).parent
 TIMEOUT = httpx.Timeout(120.0)

@@ -14,7 +14,7 @@ NO_SCHEMA = {"type": "json_schema", "json_schema": {"name": "x"}}
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class Scenario:
     """One request.
 
     Attributes:
@@ -36,57 +36,57 @@ class Case:
         return await http.request(self.method, self.path, json=self.body, headers=headers)
 
 
-def completion(**fields: Any) -> Case:
-    return Case(COMPLETIONS, {"model": "tiny", "prompt": "x", "max_tokens": 2} | fields)
+def completion(**fields: Any) -> Scenario:
+    return Scenario(COMPLETIONS, {"model": "tiny", "prompt": "x", "max_tokens": 2} | fields)
 
 
-def chat(**fields: Any) -> Case:
-    return Case(CHAT, {"model": "tiny", "messages": HELLO, "max_tokens": 2} | fields)
+def chat(**fields: Any) -> Scenario:
+    return Scenario(CHAT, {"model": "tiny", "messages": HELLO, "max_tokens": 2} | fields)
 
 
-def response(**fields: Any) -> Case:
-    return Case(RESPONSES, {"model": "tiny", "input": "x", "max_output_tokens": 16} | fields)
+def response(**fields: Any) -> Scenario:
+    return Scenario(RESPONSES, {"model": "tiny", "input": "x", "max_output_tokens": 16} | fields)
 
 
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
 
-ERROR_CASES: dict[str, Case] = {
+ERROR_CASES: dict[str, Scenario] = {
     # What is asked for is not there.
     "completions: unknown model": completion(model="other"),
     "chat: unknown model": chat(model="other"),
     "responses: unknown model": response(model="other"),
-    "tokenize: unknown model": Case("/tokenize", {"model": "other", "prompt": "x"}),
-    "models: unknown model": Case("/v1/models/other", method="GET"),
-    "responses: unknown id": Case("/v1/responses/resp_x", method="GET"),
-    "responses: cancel unknown id": Case("/v1/responses/resp_x/cancel"),
-    "unknown route": Case("/v1/nothing", method="GET"),
-    "unknown route, POST": Case("/v1/nothing", {}),
-    "root": Case("/", method="GET"),
-    "path with a slash at the end": Case("/v1/completions/", {"model": "tiny", "prompt": "x"}),
-    "completions: GET": Case(COMPLETIONS, method="GET"),
-    "chat: PUT": Case(CHAT, {}, method="PUT"),
-    "models: POST": Case("/v1/models", {}),
-    "health: POST": Case("/health"),
-    "embeddings of a model that has none": Case("/v1/embeddings", {"model": "tiny", "input": "x"}),
-    "score of a model that has none": Case("/score", {"model": "tiny", "text_1": "x", "text_2": "y"}),
-    "LoRA is off": Case("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "y"}),
-    "sleep is for developers": Case("/sleep"),
+    "tokenize: unknown model": Scenario("/tokenize", {"model": "other", "prompt": "x"}),
+    "models: unknown model": Scenario("/v1/models/other", method="GET"),
+    "responses: unknown id": Scenario("/v1/responses/resp_x", method="GET"),
+    "responses: cancel unknown id": Scenario("/v1/responses/resp_x/cancel"),
+    "unknown route": Scenario("/v1/nothing", method="GET"),
+    "unknown route, POST": Scenario("/v1/nothing", {}),
+    "root": Scenario("/", method="GET"),
+    "path with a slash at the end": Scenario("/v1/completions/", {"model": "tiny", "prompt": "x"}),
+    "completions: GET": Scenario(COMPLETIONS, method="GET"),
+    "chat: PUT": Scenario(CHAT, {}, method="PUT"),
+    "models: POST": Scenario("/v1/models", {}),
+    "health: POST": Scenario("/health"),
+    "embeddings of a model that has none": Scenario("/v1/embeddings", {"model": "tiny", "input": "x"}),
+    "score of a model that has none": Scenario("/score", {"model": "tiny", "text_1": "x", "text_2": "y"}),
+    "LoRA is off": Scenario("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "y"}),
+    "sleep is for developers": Scenario("/sleep"),
     # What cannot be read.
-    "malformed JSON": Case(COMPLETIONS, b'{"model": "tiny", '),
-    "no JSON at all": Case(COMPLETIONS, b"hello"),
-    "not UTF-8": Case(COMPLETIONS, b'{"model": "\xff"}'),
-    "empty body": Case(COMPLETIONS, b""),
-    "a list": Case(COMPLETIONS, [1, 2]),
-    "null": Case(CHAT, b"null"),
-    "a form": Case(
+    "malformed JSON": Scenario(COMPLETIONS, b'{"model": "tiny", '),
+    "no JSON at all": Scenario(COMPLETIONS, b"hello"),
+    "not UTF-8": Scenario(COMPLETIONS, b'{"model": "\xff"}'),
+    "empty body": Scenario(COMPLETIONS, b""),
+    "a list": Scenario(COMPLETIONS, [1, 2]),
+    "null": Scenario(CHAT, b"null"),
+    "a form": Scenario(
         COMPLETIONS, b"model=tiny", headers=(("Content-Type", "application/x-www-form-urlencoded"),)
     ),
-    "text": Case(CHAT, b"{}", headers=(("Content-Type", "text/plain"),)),
+    "text": Scenario(CHAT, b"{}", headers=(("Content-Type", "text/plain"),)),
     # Fields that are missing or of another type.
-    "completions: no fields": Case(COMPLETIONS, {}),
-    "chat: no fields": Case(CHAT, {}),
-    "responses: no fields": Case(RESPONSES, {}),
-    "completions: no prompt": Case(COMPLETIONS, {"model": "tiny"}),
+    "completions: no fields": Scenario(COMPLETIONS, {}),
+    "chat: no fields": Scenario(CHAT, {}),
+    "responses: no fields": Scenario(RESPONSES, {}),
+    "completions: no prompt": Scenario(COMPLETIONS, {"model": "tiny"}),
     "completions: prompt null": completion(prompt=None),
     "completions: prompt empty": completion(prompt=""),
     "completions: prompt without tokens": completion(prompt=[]),
@@ -109,9 +109,9 @@ ERROR_CASES: dict[str, Case] = {
     "stop is a number": completion(stop=3),
     "logit_bias is a list": completion(logit_bias=[1]),
     "priority is text": completion(priority="high"),
-    "tokenize: no fields": Case("/tokenize", {}),
-    "detokenize: no token": Case("/detokenize", {"model": "tiny", "tokens": [10**9]}),
-    "detokenize: text": Case("/detokenize", {"model": "tiny", "tokens": "x"}),
+    "tokenize: no fields": Scenario("/tokenize", {}),
+    "detokenize: no token": Scenario("/detokenize", {"model": "tiny", "tokens": [10**9]}),
+    "detokenize: text": Scenario("/detokenize", {"model": "tiny", "tokens": "x"}),
     # Values out of range.
     "completions: n = 0": completion(n=0),
     "completions: n negative": completion(n=-1),
@@ -134,8 +134,12 @@ ERROR_CASES: dict[str, Case] = {
     "truncation negative": completion(truncate_prompt_tokens=-5),
     "truncation too large": completion(truncate_prompt_tokens=10**6),
     "temperature negative": completion(temperature=-1),
-    "temperature infinite": Case(COMPLETIONS, b'{"model": "tiny", "prompt": "x", "temperature": Infinity}'),
-    "temperature is no number": Case(COMPLETIONS, b'{"model": "tiny", "prompt": "x", "temperature": NaN}'),
+    "temperature infinite": Scenario(
+        COMPLETIONS, b'{"model": "tiny", "prompt": "x", "temperature": Infinity}'
+    ),
+    "temperature is no number": Scenario(
+        COMPLETIONS, b'{"model": "tiny", "prompt": "x", "temperature": NaN}'
+    ),
     "top_p = 0": completion(top_p=0),
     "top_p above 1": completion(top_p=1.5),
     "top_k negative": completion(top_k=-2),
@@ -195,18 +199,20 @@ ERROR_CASES: dict[str, Case] = {
     "responses: tools of another kind": response(tools=[{"type": "telepathy"}]),
     "LoRA adapter as the model": completion(model="tiny:adapter"),
     # Other APIs of vLLM.
-    "messages: no fields": Case("/v1/messages", {}),
-    "messages: unknown model": Case("/v1/messages", {"model": "other", "max_tokens": 2, "messages": HELLO}),
-    "messages: too long": Case(
+    "messages: no fields": Scenario("/v1/messages", {}),
+    "messages: unknown model": Scenario(
+        "/v1/messages", {"model": "other", "max_tokens": 2, "messages": HELLO}
+    ),
+    "messages: too long": Scenario(
         "/v1/messages",
         {"model": "tiny", "max_tokens": 2, "messages": [{"role": "user", "content": "x" * 20_000}]},
     ),
-    "messages: count unknown": Case("/v1/messages/count_tokens", {"model": "other", "messages": HELLO}),
-    "invocations: no fields": Case("/invocations", {}),
-    "generate: no fields": Case("/inference/v1/generate", {}),
-    "generate: no token": Case(
+    "messages: count unknown": Scenario("/v1/messages/count_tokens", {"model": "other", "messages": HELLO}),
+    "invocations: no fields": Scenario("/invocations", {}),
+    "generate: no fields": Scenario("/inference/v1/generate", {}),
+    "generate: no token": Scenario(
         "/inference/v1/generate",
         {"model": "tiny", "token_ids": [10**6], "sampling_params": {"max_tokens": 1}},
     ),
-    "transcription": Case("/v1/audio/transcriptions", {}),
+    "transcription": Scenario("/v1/audio/transcriptions", {}),
 }

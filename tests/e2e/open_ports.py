@@ -14,10 +14,10 @@ import httpx
 import msgspec
 import psutil
 import zmq
-from server_process import ServerProcess
 from zmq.utils.monitor import parse_monitor_message
 
-from pd_serve.messages import PeerLost
+from pd_serve.comm.messages import PeerLost
+from tests.e2e.server_process import ServerProcess
 
 #: One method of each kind of gRPC server of Ray's.
 RAY_METHODS = (

@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from server_process import ServerProcess
 
 from pd_serve.config import LOOPBACK
+from tests.e2e.server_process import ServerProcess
 
-#: `deploy.app` is found from here.
+#: `pd_serve.launch.ray_serve` is found from here.
 ROOT = Path(__file__).parents[2]
 
 START_S = 180.0
 
 
-class RayCluster(ServerProcess):
+class RayLauncher(ServerProcess):
     """One node for each of `nodes`, options of Ray's; `port` is where Serve's HTTP will be."""
 
     def __init__(self, log: Path, *nodes: dict[str, Any]) -> None:
@@ -90,8 +90,8 @@ class RayCluster(ServerProcess):
 
 
 @contextmanager
-def ray_cluster(log: Path, *nodes: dict[str, Any]) -> Iterator[RayCluster]:
-    cluster = RayCluster(log, *nodes)
+def ray_cluster(log: Path, *nodes: dict[str, Any]) -> Iterator[RayLauncher]:
+    cluster = RayLauncher(log, *nodes)
     try:
         yield cluster
     finally:

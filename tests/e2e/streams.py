@@ -4,9 +4,10 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from completion_client import Answer, Body, CompletionClient, Move, Progress
 from conftest import Reference
-from test_same_output import assert_same
+
+from tests.e2e.completion_client import Answer, Body, CompletionClient, Move, Progress
+from tests.e2e.test_same_output import assert_same
 
 
 class Stream:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from completion_client import Body, CompletionClient
 from conftest import Reference, run_cluster
-from prompts import token_ids
-from server_process import ServerProcess
-from streams import load
+
+from tests.e2e.completion_client import Body, CompletionClient
+from tests.e2e.prompts import token_ids
+from tests.e2e.server_process import ServerProcess
+from tests.e2e.streams import load
 
 #: A new instance is a new process that imports vLLM.
 START_S = 90.0

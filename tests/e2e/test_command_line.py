@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from server_process import ServerProcess, pd_serve
+
+from tests.e2e.server_process import ServerProcess, pd_serve
 
 END_S = 60.0
 PROGRESS = re.compile(r"\s*\d+\.\d s  ")

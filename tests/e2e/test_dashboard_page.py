@@ -4,11 +4,11 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
-from completion_client import CompletionClient
-from prompts import token_ids
-from server_process import ServerProcess
 
 from loadtests import chromium
+from tests.e2e.completion_client import CompletionClient
+from tests.e2e.prompts import token_ids
+from tests.e2e.server_process import ServerProcess
 
 PATH = chromium.find()
 

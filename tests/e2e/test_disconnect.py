@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from completion_client import Body, CompletionClient
 from conftest import Reference, assert_at_rest
-from prompts import token_ids
-from server_process import ServerProcess
-from test_same_output import assert_same
+
+from tests.e2e.completion_client import Body, CompletionClient
+from tests.e2e.prompts import token_ids
+from tests.e2e.server_process import ServerProcess
+from tests.e2e.test_same_output import assert_same
 
 LONG: Body = {"prompt": token_ids(7000), "max_tokens": 100}
 

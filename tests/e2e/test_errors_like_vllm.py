@@ -4,11 +4,12 @@ from typing import Any
 
 import httpx
 import pytest
-from completion_client import CompletionClient
 from conftest import Reference
-from error_cases import ERROR_CASES
-from server_process import ServerProcess
-from verdicts import Verdicts
+
+from tests.e2e.completion_client import CompletionClient
+from tests.e2e.error_cases import ERROR_CASES
+from tests.e2e.server_process import ServerProcess
+from tests.e2e.verdicts import Verdicts
 
 #: Of the answer's headers: those that a client acts upon.
 HEADERS = ("allow", "content-type", "location", "retry-after", "www-authenticate")

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from completion_client import Answer, Body, CompletionClient
 from conftest import run_cluster
-from prompts import token_ids
-from server_process import ServerProcess, pd_serve
-from test_same_output import assert_same
+
+from tests.e2e.completion_client import Answer, Body, CompletionClient
+from tests.e2e.prompts import token_ids
+from tests.e2e.server_process import ServerProcess, pd_serve
+from tests.e2e.test_same_output import assert_same
 
 #: A new instance is a new process that imports vLLM, beside whatever else this machine does.
 START_S = 90.0

@@ -8,11 +8,12 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from completion_client import CompletionClient
 from conftest import TIMEOUT, Reference, run_cluster
-from prompts import token_ids
-from server_process import ServerProcess
-from test_same_output import assert_same
+
+from tests.e2e.completion_client import CompletionClient
+from tests.e2e.prompts import token_ids
+from tests.e2e.server_process import ServerProcess
+from tests.e2e.test_same_output import assert_same
 
 
 @pytest.fixture(scope="module")

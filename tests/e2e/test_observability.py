@@ -9,12 +9,13 @@ from typing import Any
 
 import httpx
 import pytest
-from completion_client import Body, CompletionClient
 from conftest import run_cluster
-from otlp_receiver import OtlpReceiver
-from prometheus import Prometheus, tool
-from prompts import token_ids
-from server_process import ServerProcess
+
+from tests.e2e.completion_client import Body, CompletionClient
+from tests.e2e.otlp_receiver import OtlpReceiver
+from tests.e2e.prometheus import Prometheus, tool
+from tests.e2e.prompts import token_ids
+from tests.e2e.server_process import ServerProcess
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 DASHBOARDS = sorted((DEPLOY / "grafana" / "dashboards").glob("*.json"))

@@ -6,12 +6,13 @@ from typing import Any
 
 import openai
 import pytest
-from completion_client import CompletionClient
 from conftest import Reference
 from openai import AsyncOpenAI, OpenAI
-from openai_session import CALLS, SETTINGS, WRONG, asynchronous, typed_error
-from server_process import ServerProcess
-from verdicts import Verdicts
+
+from tests.e2e.completion_client import CompletionClient
+from tests.e2e.openai_session import CALLS, SETTINGS, WRONG, asynchronous, typed_error
+from tests.e2e.server_process import ServerProcess
+from tests.e2e.verdicts import Verdicts
 
 SUITE = "openai-python"
 OPTIONS: Any = {"api_key": "none", "max_retries": 0, "timeout": 120.0}

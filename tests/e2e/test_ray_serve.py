@@ -12,12 +12,13 @@ import httpx
 import psutil
 import pytest
 import yaml
-from completion_client import Body, CompletionClient
 from conftest import TIMEOUT
-from prompts import token_ids
-from ray_cluster import RayCluster, ray_cluster
-from streams import answers, streaming
-from test_same_output import assert_same
+
+from tests.e2e.completion_client import Body, CompletionClient
+from tests.e2e.prompts import token_ids
+from tests.e2e.ray_cluster import RayLauncher, ray_cluster
+from tests.e2e.streams import answers, streaming
+from tests.e2e.test_same_output import assert_same
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,13 +34,13 @@ BODIES: list[Body] = [{"prompt": token_ids(150, i), "max_tokens": 200} for i in 
 
 
 @pytest.fixture(scope="module")
-def head(logs: Path) -> Iterator[RayCluster]:
+def head(logs: Path) -> Iterator[RayLauncher]:
     with ray_cluster(logs / "ray.log", {"include_dashboard": True}) as head:
         yield head
 
 
 @pytest.fixture(scope="module")
-def server(head: RayCluster, logs: Path) -> RayCluster:
+def server(head: RayLauncher, logs: Path) -> RayLauncher:
     """deploy/serve.yaml as it is, but for the port and the engines."""
     config = yaml.safe_load((ROOT / "deploy" / "serve.yaml").read_text())
     config["http_options"]["port"] = head.port
@@ -126,19 +127,19 @@ async def test_headers_have_a_limit(client: CompletionClient, headers: dict[str,
     assert (await client.http.get("/v1/models")).status_code == 200
 
 
-async def test_owner_dies(client: CompletionClient, server: RayCluster) -> None:
+async def test_owner_dies(client: CompletionClient, server: RayLauncher) -> None:
     """The next one finds all instances; streams do not notice, nor does who comes meanwhile."""
     expected = await asyncio.gather(*map(client.answer, BODIES))
     before = await client.cluster()
     async with streaming(client, BODIES, 20) as streams:
-        (owner,) = server.processes("InstanceOwner")
+        (owner,) = server.processes("InstanceManager")
         owner.kill()
         late = await client.stream(BODIES[0])
         ours = await answers(streams)
     for answer, theirs in zip([*ours, late], [*expected, expected[0]], strict=True):
         assert_same(answer, theirs)
     async with asyncio.timeout(START_S):
-        while not [p for p in server.processes("InstanceOwner") if p.pid != owner.pid]:  # noqa: ASYNC110
+        while not [p for p in server.processes("InstanceManager") if p.pid != owner.pid]:  # noqa: ASYNC110
             await asyncio.sleep(0.2)
     last = before["scheduler"]["pid"]
     await client.until(
@@ -166,7 +167,7 @@ async def test_scheduler_dies(client: CompletionClient) -> None:
     )
 
 
-async def test_api_server_dies(client: CompletionClient, server: RayCluster) -> None:
+async def test_api_server_dies(client: CompletionClient, server: RayLauncher) -> None:
     """Its own streams break, the others' go on, and Serve starts another one."""
     expected = await asyncio.gather(*map(client.answer, BODIES))
     before = await client.cluster()
@@ -202,7 +203,7 @@ async def retried(client: CompletionClient, body: Body) -> Any:
     return await client.stream(body)
 
 
-async def test_deployed_again(client: CompletionClient, head: RayCluster, logs: Path) -> None:
+async def test_deployed_again(client: CompletionClient, head: RayLauncher, logs: Path) -> None:
     """With other arguments: other instances, an owner and API servers that know them."""
     before = await client.cluster()
     config = yaml.safe_load((logs / "serve.yaml").read_text())
@@ -224,7 +225,7 @@ async def is_other(client: CompletionClient, before: dict[str, Any]) -> bool:
     return len(after["instances"]) == 2 and not set(pids(after).values()) & set(pids(before).values())
 
 
-async def test_deleted(head: RayCluster, server: RayCluster, logs: Path) -> None:
+async def test_deleted(head: RayLauncher, server: RayLauncher, logs: Path) -> None:
     """Instances and scheduler end with the application."""
     config = yaml.safe_load((logs / "serve.yaml").read_text()) | {"applications": []}
     path = logs / "empty.yaml"
@@ -235,11 +236,11 @@ async def test_deleted(head: RayCluster, server: RayCluster, logs: Path) -> None
             await asyncio.sleep(0.2)
 
 
-async def test_real_engines_by_serve_run(head: RayCluster, server: RayCluster) -> None:
+async def test_real_engines_by_serve_run(head: RayLauncher, server: RayLauncher) -> None:
     """The last test here: after `test_deleted`, with the port of the Serve that still runs."""
     bodies: list[Body] = [{"prompt": token_ids(100, i), "max_tokens": 60} for i in range(3)]
     arguments = ["model=tiny", "prefill=1", "decode=1", "flags=--no-enable-prefix-caching"]
-    process = head.serve_run("deploy.app:build", *arguments)
+    process = head.serve_run("pd_serve.launch.ray_serve:build", *arguments)
     try:
         head.wait_ready(READY_S)
         async with httpx.AsyncClient(base_url=head.url, timeout=TIMEOUT) as http:

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from completion_client import Body, CompletionClient
 from conftest import Reference, run_cluster
-from prompts import token_ids
-from server_process import ServerProcess
-from streams import load
+
+from tests.e2e.completion_client import Body, CompletionClient
+from tests.e2e.prompts import token_ids
+from tests.e2e.server_process import ServerProcess
+from tests.e2e.streams import load
 
 #: One token each: nearly nothing is left for the decode instances.
 PROMPTS: list[Body] = [{"prompt": token_ids(600, i), "max_tokens": 1} for i in range(20)]

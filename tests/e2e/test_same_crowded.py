@@ -4,11 +4,12 @@ import asyncio
 import random
 
 import pytest
-from completion_client import Body, CompletionClient, Move, Progress
 from conftest import Reference
-from prompts import token_ids
-from server_process import ServerProcess
-from test_same_output import assert_same
+
+from tests.e2e.completion_client import Body, CompletionClient, Move, Progress
+from tests.e2e.prompts import token_ids
+from tests.e2e.server_process import ServerProcess
+from tests.e2e.test_same_output import assert_same
 
 
 @pytest.fixture

@@ -4,10 +4,11 @@ import random
 from typing import Any
 
 import pytest
-from completion_client import Answer, CompletionClient
 from conftest import Reference
-from prompts import token_ids
-from server_process import ServerProcess
+
+from tests.e2e.completion_client import Answer, CompletionClient
+from tests.e2e.prompts import token_ids
+from tests.e2e.server_process import ServerProcess
 
 LENGTHS = [1, 2, 31, 32, 33, 64, 127, 500, 1000, 2500, 4000]
 

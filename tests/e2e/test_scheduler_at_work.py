@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from completion_client import Body, CompletionClient
 from conftest import Reference, run_cluster
-from prompts import token_ids
-from server_process import ServerProcess
-from streams import Stream, answers, streaming
-from test_same_output import assert_same
+
+from tests.e2e.completion_client import Body, CompletionClient
+from tests.e2e.prompts import token_ids
+from tests.e2e.server_process import ServerProcess
+from tests.e2e.streams import Stream, answers, streaming
+from tests.e2e.test_same_output import assert_same
 
 #: What was lost with an instance goes on when that has been silent for 30 s: a stream that was moved does not
 #: come near it, on whatever machine.

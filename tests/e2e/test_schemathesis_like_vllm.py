@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compat_environment import COMPAT, SCRIPTS, needs_environment, output_of
-from completion_client import CompletionClient
 from conftest import Reference
-from server_process import ServerProcess
-from verdicts import Verdicts
+
+from tests.e2e.compat_environment import COMPAT, SCRIPTS, needs_environment, output_of
+from tests.e2e.completion_client import CompletionClient
+from tests.e2e.server_process import ServerProcess
+from tests.e2e.verdicts import Verdicts
 
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 

@@ -13,10 +13,10 @@ import openai
 import psutil
 import pytest
 from conftest import run_cluster
-from open_ports import Port, ask_all, listening, processes
-from server_process import ServerProcess
 
 from pd_serve.api.keys import OPEN_PREFIXES
+from tests.e2e.open_ports import Port, ask_all, listening, processes
+from tests.e2e.server_process import ServerProcess
 
 API_KEY, ADMIN_KEY, SECRET = "sk-clients", "sk-admin", "a-secret-of-this-cluster-0123456789"
 

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from completion_client import Body, CompletionClient
 from conftest import run_cluster
-from prompts import token_ids
-from server_process import ServerProcess
-from test_same_output import assert_same
-from test_scarcity_and_loss import decoding, gone, kill
+
+from tests.e2e.completion_client import Body, CompletionClient
+from tests.e2e.prompts import token_ids
+from tests.e2e.server_process import ServerProcess
+from tests.e2e.test_same_output import assert_same
+from tests.e2e.test_scarcity_and_loss import decoding, gone, kill
 
 MESSAGES = [{"role": "user", "content": "Hello!"}]
 

@@ -9,15 +9,15 @@ from argparse import Namespace
 from typing import Any
 
 import pytest
-from compat_environment import COMPAT, SCRIPTS, needs_environment, output_of
-from completion_client import CompletionClient
 from conftest import Reference
-from server_process import ServerProcess
-from verdicts import Verdicts
 from vllm.benchmarks import serve as vllm_bench
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from pd_serve import models
+from tests.e2e.compat_environment import COMPAT, SCRIPTS, needs_environment, output_of
+from tests.e2e.completion_client import CompletionClient
+from tests.e2e.server_process import ServerProcess
+from tests.e2e.verdicts import Verdicts
 
 CANARY = COMPAT / "node_modules" / "compatcanary"
 

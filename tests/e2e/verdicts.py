@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pd_serve.bench import report
+from pd_serve.observe import provenance as report
 
 
 class Verdicts:

@@ -16,9 +16,9 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackEncoder
 
-from migration.engine import EngineEvents
+from migration.engine_interface import EngineEvents
 from migration.messages import FinalState, MigrationId, RequestDescription, RequestId
-from migration.vllm_engine.engine import TokenSpan, VllmEngine
+from migration.vllm_engine.adapter import TokenSpan, VllmEngine
 from pd_serve.config import cpu_engine_defaults
 from pd_serve.models import resolve
 

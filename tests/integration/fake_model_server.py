@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from pd_serve.simulation.contents import TokenPrompt, expected_output
+from pd_serve.simulated_engine.contents import TokenPrompt, expected_output
 
 Chunks = list[dict[str, Any]]
 

@@ -23,15 +23,15 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from migration.errors import DestinationRefusedError, SourceGoneError
 from migration.messages import BlockRun
-from migration.vllm_engine.scheduler import (
+from migration.vllm_engine.migrating_scheduler import (
     MigratingAsyncScheduler,
     MigratingScheduler,
     StageWaiter,
     Suspended,
 )
-from pd_serve import engine_flags
+from pd_serve.errors import DestinationRefusedError, SourceGoneError
+from pd_serve.launch import engine_flags
 from pd_serve.models import resolve
 
 VOCABULARY = 1000

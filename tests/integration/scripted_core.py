@@ -8,8 +8,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreReques
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.metrics.stats import SchedulerStats
 
-from migration.errors import EngineDeadError, InvalidRequestError
-from pd_serve.api.cluster_view import MigrationRefusedError, UnknownTargetError
+from pd_serve.errors import EngineDeadError, InvalidRequestError, MigrationRefusedError, UnknownTargetError
 
 
 class ScriptedCore(EngineCoreClient):

@@ -19,12 +19,12 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from migration.errors import EngineDeadError, InvalidRequestError, OverloadedError
-from pd_serve import engine_flags
 from pd_serve.api.app import create_app
 from pd_serve.api.engine_client import ClusterAsyncLLM, check_surface
 from pd_serve.api.server import bind, serve
 from pd_serve.config import MAX_BODY_BYTES, MAX_CONNECTIONS
+from pd_serve.errors import EngineDeadError, InvalidRequestError, OverloadedError
+from pd_serve.launch import engine_flags
 from pd_serve.models import resolve
 from tests.integration.scripted_core import ScriptedCluster, ScriptedCore
 
@@ -34,7 +34,7 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 
 @dataclass
-class Service:
+class LocalService:
     """A running server and the fakes behind it."""
 
     http: httpx.AsyncClient
@@ -74,7 +74,7 @@ async def running(
     admin_key: str | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
     max_connections: int = MAX_CONNECTIONS,
-) -> AsyncIterator[Service]:
+) -> AsyncIterator[LocalService]:
     args = engine_flags.parse(list(flags), {"model": resolve("tiny"), "served_model_name": ["tiny"]}).server
     core, cluster = ScriptedCore(), ScriptedCluster()
     client = ClusterAsyncLLM(vllm_config, core, log_requests=False, log_stats=True)
@@ -93,7 +93,7 @@ async def running(
     await asyncio.wait_for(ready.wait(), 5)
     try:
         async with httpx.AsyncClient(base_url=url, timeout=10) as http:
-            yield Service(http, core, cluster, client, app, serving)
+            yield LocalService(http, core, cluster, client, app, serving)
     finally:
         serving.cancel()
         await asyncio.wait({serving})
@@ -101,13 +101,13 @@ async def running(
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def shared(vllm_config) -> AsyncIterator[Service]:
+async def shared(vllm_config) -> AsyncIterator[LocalService]:
     async with running(vllm_config) as service:
         yield service
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def service(shared: Service) -> AsyncIterator[Service]:
+async def service(shared: LocalService) -> AsyncIterator[LocalService]:
     """The shared server, which must be left without requests."""
     shared.core.added.clear()
     shared.core.aborted.clear()
@@ -140,13 +140,13 @@ def events(text: str) -> list[dict]:
 
 
 class TestGeneration:
-    async def test_completion(self, service: Service) -> None:
+    async def test_completion(self, service: LocalService) -> None:
         answer = (await service.complete(max_tokens=30)).json()
         assert answer["choices"][0]["text"] == (ALPHABET * 2)[:30]
         assert answer["choices"][0]["finish_reason"] == "length"
         assert answer["usage"]["completion_tokens"] == 30
 
-    async def test_completion_stream(self, service: Service) -> None:
+    async def test_completion_stream(self, service: LocalService) -> None:
         options = {"include_usage": True}
         answer = await service.complete(max_tokens=30, stream=True, stream_options=options)
         chunks = events(answer.text)
@@ -155,7 +155,7 @@ class TestGeneration:
         assert chunks[-1]["usage"]["completion_tokens"] == 30
 
     @pytest.mark.parametrize("stream", [False, True])
-    async def test_chat(self, service: Service, stream: bool) -> None:
+    async def test_chat(self, service: LocalService, stream: bool) -> None:
         messages = [{"role": "user", "content": "hello"}]
         body = {"model": "tiny", "messages": messages, "max_tokens": 5, "stream": stream}
         answer = await service.http.post("/v1/chat/completions", json=body)
@@ -165,17 +165,17 @@ class TestGeneration:
             said = answer.json()["choices"][0]["message"]["content"]
         assert said == "abcde"
 
-    async def test_two_choices_are_two_requests_of_the_core(self, service: Service) -> None:
+    async def test_two_choices_are_two_requests_of_the_core(self, service: LocalService) -> None:
         answer = (await service.complete(max_tokens=4, n=2)).json()
         assert sorted(choice["text"] for choice in answer["choices"]) == ["ABCD", "abcd"]
         assert len(service.core.added) == 2
 
-    async def test_stop_string_ends_the_request_at_the_core(self, service: Service) -> None:
+    async def test_stop_string_ends_the_request_at_the_core(self, service: LocalService) -> None:
         answer = (await service.complete(max_tokens=1000, stop=["de"])).json()
         assert answer["choices"][0]["text"] == "abc"
         assert service.core.aborted == [service.core.added[0].request_id]
 
-    async def test_failure_of_a_request_is_an_error_to_its_client_only(self, service: Service) -> None:
+    async def test_failure_of_a_request_is_an_error_to_its_client_only(self, service: LocalService) -> None:
         service.core.fails_after = 3
         assert error_of(await service.complete(max_tokens=9))["code"] == 500
         service.core.fails_after = None
@@ -183,13 +183,13 @@ class TestGeneration:
 
     @pytest.mark.parametrize(("header", "body", "priority"), [({}, 7, 7), ({"X-Vllm-Priority": "-2"}, 7, -2)])
     async def test_priority_reaches_the_core(
-        self, service: Service, header: dict[str, str], body: int, priority: int
+        self, service: LocalService, header: dict[str, str], body: int, priority: int
     ) -> None:
         request = {"model": "tiny", "prompt": "x", "max_tokens": 1, "priority": body}
         assert (await service.http.post("/v1/completions", json=request, headers=header)).status_code == 200
         assert service.core.added[0].priority == priority
 
-    async def test_request_id_goes_in_and_out(self, service: Service) -> None:
+    async def test_request_id_goes_in_and_out(self, service: LocalService) -> None:
         headers = {"X-Request-Id": "my-id"}
         request = {"model": "tiny", "prompt": "x", "max_tokens": 1}
         answer = await service.http.post("/v1/completions", json=request, headers=headers)
@@ -201,29 +201,29 @@ class TestGeneration:
         "body",
         [{"max_tokens": -1}, {"temperature": "hot"}, {"prompt": None}, {"max_tokens": 10**6}, {"n": 0}],
     )
-    async def test_bad_input(self, service: Service, body: dict[str, object]) -> None:
+    async def test_bad_input(self, service: LocalService, body: dict[str, object]) -> None:
         answer = await service.complete(**body)
         assert answer.status_code == 400
         error_of(answer)
         assert not service.core.added
 
-    async def test_unknown_model(self, service: Service) -> None:
+    async def test_unknown_model(self, service: LocalService) -> None:
         assert error_of(await service.complete(model="other"))["code"] == 404
 
 
 class TestOtherRoutes:
-    async def test_models_version_ping_load(self, service: Service) -> None:
+    async def test_models_version_ping_load(self, service: LocalService) -> None:
         assert [m["id"] for m in (await service.http.get("/v1/models")).json()["data"]] == ["tiny"]
         assert (await service.http.get("/version")).json()["version"]
         assert (await service.http.get("/ping")).status_code == 200
 
-    async def test_tokenize_and_back(self, service: Service) -> None:
+    async def test_tokenize_and_back(self, service: LocalService) -> None:
         answer = await service.http.post("/tokenize", json={"model": "tiny", "prompt": "hello"})
         tokens = answer.json()["tokens"]
         answer = await service.http.post("/detokenize", json={"model": "tiny", "tokens": tokens})
         assert answer.json()["prompt"].endswith("hello")
 
-    async def test_load_counts_requests_in_progress(self, service: Service) -> None:
+    async def test_load_counts_requests_in_progress(self, service: LocalService) -> None:
         service.core.running.clear()
         request = service.start(max_tokens=1)
         await service.taken()
@@ -231,13 +231,13 @@ class TestOtherRoutes:
         service.core.running.set()
         await request
 
-    async def test_metrics_are_vllms(self, service: Service) -> None:
+    async def test_metrics_are_vllms(self, service: LocalService) -> None:
         await service.complete(max_tokens=3)
         text = (await service.http.get("/metrics")).text
         assert 'vllm:generation_tokens_total{engine="1",model_name="' in text
         assert 'http_requests_total{handler="/v1/completions"' in text
 
-    async def test_health_follows_the_instances(self, service: Service) -> None:
+    async def test_health_follows_the_instances(self, service: LocalService) -> None:
         assert (await service.http.get("/health")).status_code == 200
         service.cluster.num_live = 0
         assert (await service.http.get("/health")).status_code == 503
@@ -247,7 +247,7 @@ class TestOtherRoutes:
 
 
 class TestOverload:
-    async def test_too_many_waiting(self, service: Service) -> None:
+    async def test_too_many_waiting(self, service: LocalService) -> None:
         service.cluster.num_waiting = 4
         answer = await service.complete(max_tokens=1)
         assert error_of(answer)["code"] == 429
@@ -256,7 +256,9 @@ class TestOverload:
         service.cluster.num_waiting = 3
         assert (await service.complete(max_tokens=1)).status_code == 200
 
-    async def test_a_burst_counts_although_the_cluster_has_seen_none_of_it(self, service: Service) -> None:
+    async def test_a_burst_counts_although_the_cluster_has_seen_none_of_it(
+        self, service: LocalService
+    ) -> None:
         service.core.entrance.clear()
         burst = [service.start(max_tokens=1) for _ in range(20)]
         await eventually(lambda: sum(request.done() for request in burst) == 16)
@@ -264,7 +266,7 @@ class TestOverload:
         codes = [(await request).status_code for request in burst]
         assert (codes.count(200), codes.count(429)) == (4, 16)
 
-    async def test_no_live_instance(self, service: Service) -> None:
+    async def test_no_live_instance(self, service: LocalService) -> None:
         service.cluster.num_live = 0
         answer = await service.complete(max_tokens=1)
         assert error_of(answer)["code"] == 503
@@ -272,7 +274,7 @@ class TestOverload:
         assert (await service.http.get("/v1/models")).status_code == 200
 
     @pytest.mark.parametrize("refused", [{"num_live": 0}, {"num_waiting": 4}])
-    async def test_a_client_tries_again(self, service: Service, refused: dict[str, int]) -> None:
+    async def test_a_client_tries_again(self, service: LocalService, refused: dict[str, int]) -> None:
         """openai-python does so by itself, as late as `Retry-After` says."""
         for name, value in refused.items():
             setattr(service.cluster, name, value)
@@ -294,7 +296,7 @@ class TestOverload:
         ("refusal", "code"), [(EngineDeadError("no instance"), 503), (OverloadedError("full"), 429)]
     )
     async def test_refusal_by_the_core_leaves_nothing(
-        self, service: Service, refusal: Exception, code: int, n: int
+        self, service: LocalService, refusal: Exception, code: int, n: int
     ) -> None:
         service.core.refusal = refusal
         answer = await service.complete(max_tokens=1, n=n)
@@ -305,7 +307,7 @@ class TestOverload:
 class TestDisconnect:
     @pytest.mark.parametrize("n", [1, 2])
     @pytest.mark.parametrize("stream", [False, True])
-    async def test_ends_a_running_request(self, service: Service, stream: bool, n: int) -> None:
+    async def test_ends_a_running_request(self, service: LocalService, stream: bool, n: int) -> None:
         service.core.running.clear()
         request = service.start(max_tokens=50, stream=stream, n=n)
         await service.taken(n)
@@ -314,14 +316,14 @@ class TestDisconnect:
 
     @pytest.mark.parametrize("n", [1, 2])
     @pytest.mark.parametrize("stream", [False, True])
-    async def test_while_the_core_has_not_taken_it(self, service: Service, stream: bool, n: int) -> None:
+    async def test_while_the_core_has_not_taken_it(self, service: LocalService, stream: bool, n: int) -> None:
         service.core.entrance.clear()
         request = service.start(max_tokens=50, stream=stream, n=n)
         await eventually(lambda: len(service.engine_client.output_processor.request_states) == n)
         request.cancel()
         await eventually(lambda: len(service.core.aborted) >= n)
 
-    async def test_in_the_middle_of_a_stream(self, service: Service) -> None:
+    async def test_in_the_middle_of_a_stream(self, service: LocalService) -> None:
         body = {"model": "tiny", "prompt": "x", "max_tokens": 4000, "stream": True}
         async with service.http.stream("POST", "/v1/completions", json=body) as answer:
             async for _ in answer.aiter_lines():
@@ -330,13 +332,13 @@ class TestDisconnect:
 
 
 class TestClusterRoutes:
-    async def test_snapshot_has_no_infinity(self, service: Service) -> None:
+    async def test_snapshot_has_no_infinity(self, service: LocalService) -> None:
         answer = (await service.http.get("/cluster")).json()
         assert answer["instances"][0]["freeness"] is None
         assert answer["migrations"] == {"handoff": {"committed": 3, "aborted": 1}}
 
     @pytest.mark.parametrize("named", ["my-id", "cmpl-my-id", "cmpl-my-id-0"])
-    async def test_migrate_takes_any_name_of_a_request(self, service: Service, named: str) -> None:
+    async def test_migrate_takes_any_name_of_a_request(self, service: LocalService, named: str) -> None:
         service.core.running.clear()
         body = {"model": "tiny", "prompt": "x", "max_tokens": 2}
         headers = {"X-Request-Id": "my-id"}
@@ -348,7 +350,7 @@ class TestClusterRoutes:
         service.core.running.set()
         assert (await request).json()["choices"][0]["text"] == "ab"
 
-    async def test_migrate_of_two_choices_must_say_which(self, service: Service) -> None:
+    async def test_migrate_of_two_choices_must_say_which(self, service: LocalService) -> None:
         service.core.running.clear()
         request = service.start(max_tokens=1, n=2, request_id="pair")
         await service.taken(2)
@@ -360,7 +362,7 @@ class TestClusterRoutes:
         service.core.running.set()
         await request
 
-    async def test_migrate_unknown_or_refused(self, service: Service) -> None:
+    async def test_migrate_unknown_or_refused(self, service: LocalService) -> None:
         assert error_of(await migrate(service, "gone", "d0"))["code"] == 404
         assert error_of(await migrate(service, "x", "d7"))["code"] == 404
         refused = error_of(await migrate(service, "x", "p0"))
@@ -369,7 +371,7 @@ class TestClusterRoutes:
     @pytest.mark.parametrize(
         "content", ["{", "[]", '{"request_id": "x"}', '{"request_id": 3, "destination": 4}', b"\x80"]
     )
-    async def test_migrate_bad_input(self, service: Service, content: str | bytes) -> None:
+    async def test_migrate_bad_input(self, service: LocalService, content: str | bytes) -> None:
         headers = {"Content-Type": "application/json"}
         answer = await service.http.post("/cluster/migrate", content=content, headers=headers)
         assert error_of(answer)["code"] == 400
@@ -383,7 +385,7 @@ class TestClusterRoutes:
         ],
     )
     async def test_drain(
-        self, service: Service, body: dict[str, object], asked: tuple[str, bool, bool]
+        self, service: LocalService, body: dict[str, object], asked: tuple[str, bool, bool]
     ) -> None:
         answer = await service.http.post("/cluster/drain", json=body)
         assert answer.status_code == 202
@@ -402,7 +404,7 @@ class TestClusterRoutes:
             ({"neutral": 1}, 503),
         ],
     )
-    async def test_scale(self, service: Service, body: dict[str, object], status: int) -> None:
+    async def test_scale(self, service: LocalService, body: dict[str, object], status: int) -> None:
         answer = await service.http.post("/cluster/scale", json=body)
         assert answer.status_code == status
         if status == 202:
@@ -410,19 +412,19 @@ class TestClusterRoutes:
         else:
             assert answer.json()["error"]["code"] == status
 
-    async def test_restart_once_at_a_time(self, service: Service) -> None:
+    async def test_restart_once_at_a_time(self, service: LocalService) -> None:
         service.cluster.restarts = 0
         answers = [await service.http.post("/cluster/restart") for _ in range(2)]
         assert [answer.status_code for answer in answers] == [202, 409]
 
     @pytest.mark.parametrize(("instance", "status"), [("p0", 409), ("d7", 404), ("", 400)])
-    async def test_drain_refused(self, service: Service, instance: str, status: int) -> None:
+    async def test_drain_refused(self, service: LocalService, instance: str, status: int) -> None:
         answer = await service.http.post("/cluster/drain", json={"instance": instance})
         assert answer.status_code == status
         assert error_of(answer)["code"] == status
         assert not service.cluster.drained
 
-    async def test_timeline(self, service: Service) -> None:
+    async def test_timeline(self, service: LocalService) -> None:
         found = (await service.http.get("/cluster/requests/mine")).json()
         assert (found["id"], [r["state"] for r in found["requests"]]) == ("mine", ["decode"])
         unknown = error_of(await service.http.get("/cluster/requests/nobody-s"))
@@ -430,7 +432,7 @@ class TestClusterRoutes:
         assert error_of(await service.http.get("/cluster/requests/elsewhere"))["code"] == 503
         assert error_of(await service.http.get("/cluster/requests/two%0Alines/and%20more"))["code"] == 404
 
-    async def test_integrity(self, service: Service) -> None:
+    async def test_integrity(self, service: LocalService) -> None:
         assert (await service.http.get("/cluster/integrity")).json() == {"ok": True, "violations": []}
         service.cluster.violations = ["d0: 3 blocks belong to nobody"]
         answer = (await service.http.get("/cluster/integrity")).json()
@@ -438,7 +440,7 @@ class TestClusterRoutes:
         service.cluster.violations = []
 
 
-async def migrate(service: Service, request_id: str, destination: str) -> httpx.Response:
+async def migrate(service: LocalService, request_id: str, destination: str) -> httpx.Response:
     body = {"request_id": request_id, "destination": destination}
     return await service.http.post("/cluster/migrate", json=body)
 

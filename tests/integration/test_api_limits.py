@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 
 from pd_serve.api import http_limits
-from tests.integration.test_api_app import Service, error_of, eventually, running, vllm_config  # noqa: F401
+from tests.integration.test_api_app import LocalService, error_of, eventually, running, vllm_config  # noqa: F401
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module")]
 
@@ -24,14 +24,14 @@ COMPLETION = {"model": "tiny", "prompt": "x", "max_tokens": 3}
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def service(vllm_config: Any) -> AsyncIterator[Service]:  # noqa: F811
+async def service(vllm_config: Any) -> AsyncIterator[LocalService]:  # noqa: F811
     limits = {"max_body_bytes": BODY_BYTES, "max_connections": CONNECTIONS}
     async with running(vllm_config, *FLAGS, **limits) as service:
         yield service
 
 
 @pytest_asyncio.fixture(loop_scope="module", autouse=True)
-async def serves_on(service: Service) -> AsyncIterator[None]:
+async def serves_on(service: LocalService) -> AsyncIterator[None]:
     """Whatever happened: the next client is served."""
     yield
     await eventually(lambda: len(service.app.state.server.server_state.connections) <= 1)
@@ -39,7 +39,9 @@ async def serves_on(service: Service) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def connection(service: Service) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+async def connection(
+    service: LocalService,
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     reader, writer = await asyncio.open_connection("127.0.0.1", service.http.base_url.port)
     async with asyncio.timeout(30):
         yield reader, writer
@@ -67,7 +69,7 @@ async def in_chunks(data: bytes) -> AsyncIterator[bytes]:
 class TestBodies:
     @pytest.mark.parametrize("chunked", [False, True])
     @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize"])
-    async def test_too_long(self, service: Service, chunked: bool, path: str) -> None:
+    async def test_too_long(self, service: LocalService, chunked: bool, path: str) -> None:
         body = padded(BODY_BYTES + 1)
         content: Any = in_chunks(body) if chunked else body
         answer = await service.http.post(path, content=content, headers={"content-type": "application/json"})
@@ -76,13 +78,13 @@ class TestBodies:
         assert error_of(answer)["type"] == "Request Entity Too Large"
 
     @pytest.mark.parametrize("chunked", [False, True])
-    async def test_just_not_too_long(self, service: Service, chunked: bool) -> None:
+    async def test_just_not_too_long(self, service: LocalService, chunked: bool) -> None:
         content: Any = in_chunks(padded(BODY_BYTES)) if chunked else padded(BODY_BYTES)
         headers = {"content-type": "application/json"}
         answer = await service.http.post("/v1/completions", content=content, headers=headers)
         assert answer.json()["choices"][0]["text"] == "abc"
 
-    async def test_one_byte_chunks_are_a_body_like_others(self, service: Service) -> None:
+    async def test_one_byte_chunks_are_a_body_like_others(self, service: LocalService) -> None:
         """Their framing is no header, however much of it there is."""
         body = padded(8000)
         async with connection(service) as (reader, writer):
@@ -91,14 +93,14 @@ class TestBodies:
             writer.write(b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n")
             assert (await reader.read()).startswith(b"HTTP/1.1 200 ")
 
-    async def test_a_prompt_that_is_too_long(self, service: Service) -> None:
+    async def test_a_prompt_that_is_too_long(self, service: LocalService) -> None:
         answer = await service.complete(prompt=[1] * 20_000)
         assert answer.status_code == 400
         assert "maximum context length" in str(error_of(answer)["message"])
 
 
 class TestHeaders:
-    async def test_too_many(self, service: Service) -> None:
+    async def test_too_many(self, service: LocalService) -> None:
         async with connection(service) as (reader, writer):
             lines = "".join(f"x-{i}: 1\r\n" for i in range(HEADERS + 1))
             writer.write(f"GET /health HTTP/1.1\r\n{lines}\r\n".encode())
@@ -116,13 +118,13 @@ class TestHeaders:
         ],
         ids=["a value", "a name", "the path"],
     )
-    async def test_one_that_does_not_end(self, service: Service, begin: bytes) -> None:
+    async def test_one_that_does_not_end(self, service: LocalService, begin: bytes) -> None:
         async with connection(service) as (reader, writer):
             writer.write(begin + b"x" * 2 * HEADER_BYTES)
             status, _, error = await answer_of(reader)
         assert (status, error["message"]) == (431, "The headers of the request are longer than 20000 bytes.")
 
-    async def test_a_trailer_that_does_not_end(self, service: Service) -> None:
+    async def test_a_trailer_that_does_not_end(self, service: LocalService) -> None:
         """The request is with its handler, which is not done: the connection just ends."""
         async with connection(service) as (reader, writer):
             head = "POST /v1/completions HTTP/1.1\r\ncontent-type: application/json\r\n"
@@ -130,20 +132,22 @@ class TestHeaders:
             writer.write(b"x" * 2 * HEADER_BYTES)
             assert await reader.read() == b""
 
-    async def test_just_not_too_many(self, service: Service) -> None:
+    async def test_just_not_too_many(self, service: LocalService) -> None:
         async with connection(service) as (reader, writer):
             lines = "".join(f"x-{i}: {'v' * 400}\r\n" for i in range(HEADERS - 1))
             writer.write(f"GET /health HTTP/1.1\r\nConnection: close\r\n{lines}\r\n".encode())
             assert (await reader.read()).startswith(b"HTTP/1.1 200 ")
 
-    async def test_what_is_no_http(self, service: Service) -> None:
+    async def test_what_is_no_http(self, service: LocalService) -> None:
         async with connection(service) as (reader, writer):
             writer.write(b"\xff\x00\x00\x00\x00\x00\x00\x00\x01\x7f\r\n\r\n")
             status, _, error = await answer_of(reader)
         assert (status, error["code"], error["type"]) == (400, 400, "Bad Request")
 
     @pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nHost"])
-    async def test_slow_ones(self, service: Service, sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_slow_ones(
+        self, service: LocalService, sent: bytes, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """A connection is not kept for somebody who does not say what he wants."""
         start = http_limits.LimitedProtocol._start_timer
 
@@ -161,7 +165,7 @@ class TestHeaders:
 
 
 class TestConnections:
-    async def test_too_many(self, service: Service) -> None:
+    async def test_too_many(self, service: LocalService) -> None:
         await service.http.get("/health")  # has one of them, and keeps it
         others = [
             await asyncio.open_connection("127.0.0.1", service.http.base_url.port)
@@ -176,7 +180,7 @@ class TestConnections:
         assert error["message"] == "Too many connections; try again later."
 
     async def test_a_client_that_does_not_read_is_waited_for_and_not_written_for(
-        self, service: Service
+        self, service: LocalService
     ) -> None:
         """Its answer waits in the engine client; here are about 64 KiB of it, and what the kernel takes."""
         request = {"model": "tiny", "prompt": "x", "max_tokens": 4000, "stream": True, "n": 10}

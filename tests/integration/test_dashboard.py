@@ -13,7 +13,7 @@ import pytest_asyncio
 from pd_serve.dashboard.live_view import MAX_WATCHERS, LiveView
 from pd_serve.dashboard.recent import RecentEvents
 from pd_serve.dashboard.routes import PAGE, show_dashboard
-from tests.integration.test_api_app import Service, eventually, running, vllm_config  # noqa: F401
+from tests.integration.test_api_app import LocalService, eventually, running, vllm_config  # noqa: F401
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module")]
 
@@ -28,13 +28,13 @@ class NoInstances:
         raise AssertionError("there is nobody to ask")
 
 
-def view_of(service: Service) -> LiveView:
+def view_of(service: LocalService) -> LiveView:
     view: LiveView = service.app.state.live
     return view
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def service(vllm_config: Any) -> AsyncIterator[Service]:  # noqa: F811
+async def service(vllm_config: Any) -> AsyncIterator[LocalService]:  # noqa: F811
     async with running(vllm_config, "--api-key", "user", admin_key="admin") as service:
         view = LiveView("api-1", service.cluster.snapshot, NoInstances(), RecentEvents())
         show_dashboard(service.app, view)
@@ -53,7 +53,7 @@ class Links(HTMLParser):
         self.found += [value for name, value in attrs if name in ("src", "href") and value]
 
 
-async def test_the_page_is_open_and_loads_its_own_files_only(service: Service) -> None:
+async def test_the_page_is_open_and_loads_its_own_files_only(service: LocalService) -> None:
     page = await service.http.get("/dashboard", follow_redirects=True)
     assert (page.status_code, page.url.path) == (200, "/dashboard/")
     links = set(Links(page.text).found)
@@ -68,12 +68,12 @@ async def test_the_page_is_open_and_loads_its_own_files_only(service: Service) -
 
 
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer user"}])
-async def test_its_data_needs_the_admin_key(service: Service, headers: dict[str, str]) -> None:
+async def test_its_data_needs_the_admin_key(service: LocalService, headers: dict[str, str]) -> None:
     assert (await service.http.get("/cluster/live", headers=headers)).status_code == 401
     assert view_of(service).num_watchers == 0
 
 
-async def test_it_is_watched_until_the_client_goes(service: Service) -> None:
+async def test_it_is_watched_until_the_client_goes(service: LocalService) -> None:
     async with service.http.stream("GET", "/cluster/live", headers=ADMIN) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         lines = answer.aiter_lines()
@@ -91,7 +91,7 @@ async def test_it_is_watched_until_the_client_goes(service: Service) -> None:
     await eventually(lambda: view_of(service).num_watchers == 0)
 
 
-async def test_too_many_watchers_are_told_so(service: Service) -> None:
+async def test_too_many_watchers_are_told_so(service: LocalService) -> None:
     view_of(service).num_watchers += MAX_WATCHERS
     try:
         answer = await service.http.get("/cluster/live", headers=ADMIN)

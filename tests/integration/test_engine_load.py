@@ -2,8 +2,8 @@
 
 import pytest
 
-from migration.engine import EngineLoad
-from migration.vllm_engine.load import read_load
+from migration.engine_interface import EngineLoad
+from migration.vllm_engine.engine_load import read_load
 from tests.integration.scheduler_lab import KINDS, Kind, Move, Node
 
 pytestmark = pytest.mark.integration

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_model_server import Chunks, FakeModelServer
+
+from tests.integration.fake_model_server import Chunks, FakeModelServer
 
 ROOT = Path(__file__).parents[2]
 LOAD = ("--trace", "s-s", "--rate", "40", "--requests", "40", "--max-tokens", "30", "--warm-up", "2")

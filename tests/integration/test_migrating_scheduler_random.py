@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from vllm.v1.request import RequestStatus
 
-from migration.errors import SourceGoneError
+from pd_serve.errors import SourceGoneError
 from tests.integration.scheduler_lab import KINDS, Kind, Move, Node, undisturbed
 
 pytestmark = pytest.mark.integration

@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from migration.errors import PeerLostError
-from migration.transport.base import KvRegion
+from migration.transport.kv_transport import KvRegion
 from migration.transport.nixl import NixlTransport
+from pd_serve.errors import PeerLostError
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(60)]
 

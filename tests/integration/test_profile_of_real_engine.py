@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from pd_serve.bench import profile
-from pd_serve.bench.profile_points import DECODE_STEPS, WARM_UP_STEPS, Point, rows, write_csv
 from pd_serve.config import ServeConfig, process_environment
 from pd_serve.models import resolve
-from pd_serve.simulation import cost_table
+from pd_serve.profiling import engine_profile as profile
+from pd_serve.profiling.profile_points import DECODE_STEPS, WARM_UP_STEPS, Point, rows, write_csv
+from pd_serve.simulated_engine import cost_table
 
 pytestmark = pytest.mark.integration
 

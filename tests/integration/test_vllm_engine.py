@@ -10,9 +10,9 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from migration.errors import DestinationRefusedError, EngineDeadError, SourceGoneError
 from migration.messages import MigrationId, RequestId
 from pd_serve.config import ServeConfig, process_environment
+from pd_serve.errors import DestinationRefusedError, EngineDeadError, SourceGoneError
 from pd_serve.models import resolve
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module")]
@@ -81,7 +81,7 @@ SAMPLINGS = ["greedy", "penalties", "seeded", "seeded, top-k, min-p"]
 
 
 async def test_nothing_is_missing(rig: Any) -> None:
-    from migration.vllm_engine import support
+    from migration.vllm_engine import compatibility as support
 
     assert support.missing_names() == []
     assert support.missing_attributes(rig.engine.core) == []
@@ -289,7 +289,7 @@ class TestUnmovable:
     async def test_an_ordinary_request_moves(self) -> None:
         from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
-        from migration.vllm_engine.support import unmovable
+        from migration.vllm_engine.compatibility import unmovable
 
         assert unmovable(self.request()) is None
         assert unmovable(self.request(SamplingParams(max_tokens=5, seed=1, logprobs=3))) is None
@@ -303,7 +303,7 @@ class TestUnmovable:
         from vllm.pooling_params import PoolingParams
         from vllm.sampling_params import SamplingParams
 
-        from migration.vllm_engine.support import unmovable
+        from migration.vllm_engine.compatibility import unmovable
 
         image = MultiModalFeatureSpec(
             data=None, modality="image", identifier="i", mm_position=PlaceholderRange(offset=0, length=2)
@@ -353,7 +353,7 @@ async def test_a_vllm_that_we_do_not_know(
     """It serves, with vLLM's own scheduler, and says loudly that nothing will move."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    from migration.vllm_engine import support
+    from migration.vllm_engine import compatibility as support
     from tests.integration.engine_rig import CLIENT, EngineRig, eventually, greedy, payload
 
     name = "vllm.v1.core.sched.scheduler:Scheduler.gone_in_the_next_release"

@@ -16,7 +16,7 @@ from vllm.v1.serial_utils import CUSTOM_TYPE_CLOUDPICKLE, CUSTOM_TYPE_PICKLE, Ms
 
 from migration.messages import AnyMigrationMessage
 from migration.transport.nixl import _Endpoint
-from pd_serve.messages import ToApiServer, ToInstance, TokenHeader, ToScheduler
+from pd_serve.comm.messages import ToApiServer, ToInstance, TokenHeader, ToScheduler
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(

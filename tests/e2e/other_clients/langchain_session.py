@@ -10,7 +10,8 @@ os.environ["LANGSMITH_TRACING"] = "false"
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_openai import ChatOpenAI, OpenAI
 from pydantic import BaseModel
-from session import LONG_TOKENS, MAX_TOKENS, MODEL, SEEN, TOO_LONG, address, run
+
+from tests.e2e.other_clients.session import LONG_TOKENS, MAX_TOKENS, MODEL, SEEN, TOO_LONG, address, run
 
 SETTINGS: Any = {
     "model": MODEL,

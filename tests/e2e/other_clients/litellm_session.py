@@ -8,7 +8,17 @@ from typing import Any
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else it looks one up on the network
 
 import litellm
-from session import HELLO, LONG_TOKENS, MAX_TOKENS, MODEL, SEEN, TOO_LONG, address, run
+
+from tests.e2e.other_clients.session import (
+    HELLO,
+    LONG_TOKENS,
+    MAX_TOKENS,
+    MODEL,
+    SEEN,
+    TOO_LONG,
+    address,
+    run,
+)
 
 litellm.suppress_debug_info = True  # it goes to stdout
 

@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 import yaml
 from jsonschema import ValidationError
-from manifests import (
+from ray.serve.schema import ServeDeploySchema
+
+from pd_serve.launch import ray_serve
+from tests.unit.deploy.manifests import (
     KUBERNETES,
     ROOT,
     VERSIONS,
@@ -23,9 +26,6 @@ from manifests import (
     render,
     selected,
 )
-from ray.serve.schema import ServeDeploySchema
-
-from deploy import app
 
 OVERLAYS = ("overlays/cpu", "overlays/gpu")
 RENDERED = [(folder, manifest) for folder in OVERLAYS for manifest in render(folder)]
@@ -75,9 +75,9 @@ def serve_config(service: Manifest) -> dict[str, Any]:
     return config
 
 
-def arguments(service: Manifest) -> app.Arguments:
+def arguments(service: Manifest) -> ray_serve.Arguments:
     (application,) = serve_config(service)["applications"]
-    return app.Arguments.model_validate(application["args"])
+    return ray_serve.Arguments.model_validate(application["args"])
 
 
 def test_the_application_is_that_of_serve_yaml(service: Manifest) -> None:
@@ -94,7 +94,7 @@ def test_ray_serve_and_the_builder_take_the_configuration(service: Manifest) -> 
     schema = ServeDeploySchema.model_validate(serve_config(service))
 
     overridden = {deployment.name for deployment in schema.applications[0].deployments}
-    assert overridden <= {app.ApiServer.name, app.InstanceOwner.name}
+    assert overridden <= {ray_serve.ApiServerDeployment.name, ray_serve.InstanceManager.name}
     assert arguments(service).model == serve_config(service)["applications"][0]["args"]["model"]
 
 

@@ -4,7 +4,18 @@ import json
 
 import pytest
 import yaml
-from manifests import ROOT, VERSIONS, Manifest, check, named_ports, one, pod_templates, render, selected
+
+from tests.unit.deploy.manifests import (
+    ROOT,
+    VERSIONS,
+    Manifest,
+    check,
+    named_ports,
+    one,
+    pod_templates,
+    render,
+    selected,
+)
 
 FOLDER = "monitoring"
 GRAFANA = ROOT / "deploy" / "grafana" / "dashboards"

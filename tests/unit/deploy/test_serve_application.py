@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from ray.serve import Application
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
-from deploy.app import REQUEST_ID_FLAG, Arguments, build
-from migration.errors import InvalidRequestError
+from pd_serve.errors import InvalidRequestError
+from pd_serve.launch.ray_serve import REQUEST_ID_FLAG, Arguments, build
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,11 @@ def test_what_is_built_is_in_serves_schema() -> None:
     assert isinstance(application, Application)
     deployment: Any = application._bound_deployment
     assert (deployment.name, deployment.num_replicas) == ("ApiServer", 3)
-    schema = {"import_path": "deploy.app:build", "args": args, "deployments": [{"name": deployment.name}]}
+    schema = {
+        "import_path": "pd_serve.launch.ray_serve:build",
+        "args": args,
+        "deployments": [{"name": deployment.name}],
+    }
     ServeApplicationSchema.model_validate(schema)
 
 

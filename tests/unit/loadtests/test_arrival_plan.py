@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loadtests.arrival_plan import SHAPES, fitting, plan, warped
-from migration.errors import InvalidRequestError
-from pd_serve.simulation.traces import TraceSpec
+from pd_serve.errors import InvalidRequestError
+from pd_serve.simulation.workloads import TraceSpec
 
 SPEC = TraceSpec("s-s", rate=10.0, requests=2000)
 

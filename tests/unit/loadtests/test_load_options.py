@@ -5,7 +5,7 @@ import argparse
 import pytest
 
 from loadtests.load_options import Limit, LoadOptions, add_to, parse_slo, slo_text
-from migration.errors import InvalidRequestError
+from pd_serve.errors import InvalidRequestError
 
 
 def parsed(*arguments: str) -> LoadOptions:

@@ -15,7 +15,7 @@ from loadtests.token_check import (
     check_text,
     simulated_vocabulary,
 )
-from pd_serve.simulation.contents import TokenPrompt, expected_output
+from pd_serve.simulated_engine.contents import TokenPrompt, expected_output
 
 PROMPT = list(range(40, 90))
 LETTERS = Vocabulary(ord("a"), 26, is_text=True)

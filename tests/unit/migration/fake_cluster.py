@@ -10,19 +10,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from fake_engine import FakeEngine, Output, Payload, expected_output
-
 from migration.bounds import MigrationBounds
 from migration.coordinator import MigrationCoordinator
 from migration.destination_table import DestinationState
-from migration.engine import EngineEvents
-from migration.errors import DestinationRefusedError, SourceGoneError
+from migration.engine_interface import EngineEvents
 from migration.messages import AnyMigrationMessage, InstanceId, MigrationMessage, RequestId
 from migration.outgoing import MigrationOutcome
 from migration.source_table import SourceState
-from migration.tasks import OwnedTasks
+from migration.tasks import BackgroundTasks
 from migration.transport.local import LocalFabric
-from pd_serve.token_ledger import TokenLedger
+from pd_serve.errors import DestinationRefusedError, SourceGoneError
+from pd_serve.frontend.token_ledger import TokenLedger
+from tests.unit.migration.fake_engine import FakeEngine, Output, Payload, expected_output
 
 LATENCY_S = 0.001
 COPY_S = 0.02
@@ -149,7 +148,7 @@ class Cluster:
         self.fabric = LocalFabric(latency_s=COPY_S, timeout_s=60.0)
         self.nodes = {name: self._node(InstanceId(name), bounds, engine_options) for name in names}
         self.routes: dict[str, Route] = {}
-        self._tasks = OwnedTasks(self._failed)
+        self._tasks = BackgroundTasks(self._failed)
         self._failures: list[BaseException] = []
 
     async def __aenter__(self) -> "Cluster":

@@ -18,10 +18,10 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from migration.engine import EngineEvents, EngineLoad, HeldBlocks, Reservation
-from migration.errors import DestinationRefusedError, EngineDeadError, SourceGoneError
+from migration.engine_interface import EngineEvents, EngineLoad, HeldBlocks, Reservation
 from migration.messages import BlockRun, FinalState, MigrationId, RequestDescription, RequestId
-from migration.transport.base import KvRegion
+from migration.transport.kv_transport import KvRegion
+from pd_serve.errors import DestinationRefusedError, EngineDeadError, SourceGoneError
 
 T = TypeVar("T")
 
@@ -115,7 +115,7 @@ class Waiter:
 
 
 class FakeEngine:
-    """Implements `migration.engine.Engine`.
+    """Implements `migration.engine_interface.Engine`.
 
     Attributes:
         refusal: Said to every reservation, if set.

@@ -17,10 +17,10 @@ from migration.destination_table import (
     DestinationEvent,
     DestinationState,
 )
-from migration.errors import ProtocolError
-from migration.machine import Machine
 from migration.source_table import SOURCE_TABLE, SourceAction, SourceEvent, SourceState
-from pd_serve.token_ledger import TokenLedger
+from migration.state_machine import StateMachine
+from pd_serve.errors import ProtocolError
+from pd_serve.frontend.token_ledger import TokenLedger
 
 SS, SE, SA = SourceState, SourceEvent, SourceAction
 DS, DE, DA = DestinationState, DestinationEvent, DestinationAction
@@ -81,7 +81,7 @@ class Source:
     """The source's machine with what its driver and its coordinator keep."""
 
     def __init__(self) -> None:
-        self.machine: Machine[SS, SE, SA] = Machine(SOURCE_TABLE, SS.OFFERED)
+        self.machine: StateMachine[SS, SE, SA] = StateMachine(SOURCE_TABLE, SS.OFFERED)
         self.open = True
         self.preempted = False
         self.stage_asked = False
@@ -101,7 +101,7 @@ class Destination:
     """The destination's machine with what its driver and its engine keep."""
 
     def __init__(self) -> None:
-        self.machine: Machine[DS, DE, DA] = Machine(DESTINATION_TABLE, DS.RESERVING)
+        self.machine: StateMachine[DS, DE, DA] = StateMachine(DESTINATION_TABLE, DS.RESERVING)
         self.reserved = False
         self.engine_call: str | None = "reserve"
         self.copying = False

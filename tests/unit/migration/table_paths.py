@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator
 from enum import StrEnum
 from typing import NamedTuple, TypeVar
 
-from migration.machine import Table
+from migration.state_machine import Table
 
 S = TypeVar("S", bound=StrEnum)
 E = TypeVar("E", bound=StrEnum)

@@ -10,9 +10,6 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 import pytest
-from fake_cluster import BOUNDS, Cluster
-from fake_engine import BLOCK_TOKENS, blocks_for
-from virtual_time import in_virtual_time
 
 from migration.destination_table import DestinationState as DS
 from migration.messages import (
@@ -32,6 +29,9 @@ from migration.messages import (
 )
 from migration.outgoing import MigrationOutcome
 from migration.source_table import SourceState as SS
+from tests.unit.migration.fake_cluster import BOUNDS, Cluster
+from tests.unit.migration.fake_engine import BLOCK_TOKENS, blocks_for
+from tests.virtual_time import in_virtual_time
 
 PROMPT = [7, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9]
 A, B = InstanceId("a"), InstanceId("b")

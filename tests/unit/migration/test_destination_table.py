@@ -5,7 +5,6 @@ flight, and a commit is announced only when the request is in the batch.
 """
 
 import pytest
-from table_paths import exits, reachable, steps, steps_with
 
 from migration.destination_table import (
     DESTINATION_TABLE,
@@ -13,6 +12,7 @@ from migration.destination_table import (
     DestinationEvent,
     DestinationState,
 )
+from tests.unit.migration.table_paths import exits, reachable, steps, steps_with
 
 S, E, A = DestinationState, DestinationEvent, DestinationAction
 

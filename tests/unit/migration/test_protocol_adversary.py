@@ -8,7 +8,8 @@ on at once. See `protocol_world` for the model and for what must hold.
 import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from protocol_world import (
+
+from tests.unit.migration.protocol_world import (
     DESTINATION,
     DS,
     FRESH,

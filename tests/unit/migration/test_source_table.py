@@ -5,9 +5,9 @@ not depend on the destination.
 """
 
 import pytest
-from table_paths import exits, reachable, steps, steps_with
 
 from migration.source_table import SOURCE_TABLE, SourceAction, SourceEvent, SourceState
+from tests.unit.migration.table_paths import exits, reachable, steps, steps_with
 
 S, E, A = SourceState, SourceEvent, SourceAction
 

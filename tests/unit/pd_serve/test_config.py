@@ -2,7 +2,6 @@
 
 import pytest
 
-from migration.errors import InvalidRequestError
 from pd_serve.config import (
     PoolBounds,
     ServeConfig,
@@ -10,6 +9,7 @@ from pd_serve.config import (
     parse_bounds,
     parse_policies,
 )
+from pd_serve.errors import InvalidRequestError
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,11 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from made_loads import loads, scaled
 from msgspec.structs import replace
 
 from router.freeness import dispatch_freeness, freeness, headroom, virtual_usage
 from router.load import InstanceLoad
+from tests.unit.router.made_loads import loads, scaled
 
 LOAD = InstanceLoad("d0", "decode", total_blocks=100, free_blocks=60, running=4)
 PAPER = InstanceLoad("i0", "neutral", total_blocks=851, free_blocks=811, running=2)

@@ -2,12 +2,12 @@
 
 from hypothesis import given
 from hypothesis import strategies as st
-from made_loads import clusters, decode, neutral, prefill, scaled
 from msgspec.structs import replace
 
 from router.freeness import freeness
 from router.handoff import destinations
 from router.load import InstanceLoad
+from tests.unit.router.made_loads import clusters, decode, neutral, prefill, scaled
 
 
 def names(loads: list[InstanceLoad], num_blocks: int) -> list[str]:

@@ -3,11 +3,11 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from made_loads import clusters
 from msgspec.structs import replace
 
 from router.headroom import limit_headroom
 from router.load import InstanceLoad
+from tests.unit.router.made_loads import clusters
 
 POOL = [
     InstanceLoad(f"i{number}", "decode", 100, 50, running=5, high_priority=number) for number in range(10)

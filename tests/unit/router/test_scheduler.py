@@ -12,7 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 from router.load import InstanceLoad
-from router.orders import LOST_AFTER_S
+from router.pending_moves import LOST_AFTER_S
 from router.policies import policy_set
 from router.request import NO_DEMAND, Demand
 from router.scheduler import Scheduler

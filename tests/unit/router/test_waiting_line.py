@@ -2,13 +2,13 @@
 
 from hypothesis import given
 from hypothesis import strategies as st
-from made_loads import neutral
 
-from router.book import LoadBook
 from router.load import InstanceLoad
 from router.policies import policy_set
+from router.projected_loads import ProjectedLoads
 from router.request import Demand, NewRequest
 from router.waiting_line import WaitingLine
+from tests.unit.router.made_loads import neutral
 
 LATE = policy_set("llumnix", late_binding=True, bind_after_s=0.5, max_bound=0.125)
 BLOCK_TOKENS = 16
@@ -22,8 +22,8 @@ def with_free(name: str, free_blocks: int, **other: int) -> InstanceLoad:
     return InstanceLoad(name, "neutral", 100, free_blocks, running=4, **other)
 
 
-def line_of(*loads: InstanceLoad) -> tuple[WaitingLine, LoadBook]:
-    book = LoadBook(LATE)
+def line_of(*loads: InstanceLoad) -> tuple[WaitingLine, ProjectedLoads]:
+    book = ProjectedLoads(LATE)
     for load in loads:
         book.report(load)
     return WaitingLine(book), book
@@ -53,7 +53,7 @@ def test_without_leave_to_wait_it_goes_somewhere() -> None:
 
 
 def test_other_policies_let_nothing_wait() -> None:
-    book = LoadBook(policy_set("infaas++"))
+    book = ProjectedLoads(policy_set("infaas++"))
     book.report(with_free("i0", 0))
 
     assert book.dispatch(blocks(10), may_wait=True) == "i0"
@@ -61,7 +61,7 @@ def test_other_policies_let_nothing_wait() -> None:
 
 def test_prefill_instances_queue_themselves() -> None:
     """They are short of time, not of room."""
-    book = LoadBook(LATE)
+    book = ProjectedLoads(LATE)
     book.report(InstanceLoad("p0", "prefill", 100, 0, running=4))
 
     assert book.dispatch(blocks(10), may_wait=True) == "p0"

@@ -8,8 +8,8 @@ from msgspec.structs import replace
 from router.load import InstanceLoad
 from router.policies import PolicySet
 from router.request import NO_DEMAND, Demand
+from router.rescheduling.selection import select_request
 from router.scheduler import Scheduler
-from router.victim import choose_victim
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class ToyCluster:
             gone = leaving.setdefault(source, [])
             load = replace(instance.load(source), migrating_out=len(gone))
             stay = [request for request in instance.requests if request not in gone]
-            chosen = choose_victim(victim, stay, load, destination)
+            chosen = select_request(victim, stay, load, destination)
             room = self.free(destination.instance_id) - sum(
                 request.blocks for name, request in arriving if name == destination.instance_id
             )

@@ -8,13 +8,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from migration.engine import HeldBlocks
-from migration.errors import EngineDeadError
+from migration.engine_interface import HeldBlocks
 from migration.messages import InstanceId, RequestId
+from pd_serve.comm.messages import Holdings, InstanceInfo, MigrationEnded
 from pd_serve.dashboard import live_view
 from pd_serve.dashboard.live_view import MAX_MOVES, MAX_WATCHERS, LiveView
 from pd_serve.dashboard.recent import RecentEvents
-from pd_serve.messages import Holdings, InstanceInfo, MigrationEnded
+from pd_serve.errors import EngineDeadError
 
 
 class FakeInstances:

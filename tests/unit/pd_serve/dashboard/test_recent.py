@@ -5,8 +5,8 @@ import random
 import pytest
 
 from migration.messages import RequestId
+from pd_serve.comm.messages import MigrationEnded
 from pd_serve.dashboard.recent import GROWTH, NUM_MOVES, NUM_SLOTS, SLOT_S, RecentEvents, bucket_of, quantile
-from pd_serve.messages import MigrationEnded
 from pd_serve.observe.timeline import Timeline
 
 

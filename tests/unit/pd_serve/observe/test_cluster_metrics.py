@@ -7,10 +7,10 @@ from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry, Gauge
 
 from migration.messages import RequestId
-from pd_serve.messages import InstanceStats, LoadReport, ProcessStats, SchedulerReport, SchedulerStats
+from pd_serve.comm.messages import InstanceStats, LoadReport, ProcessStats, SchedulerReport, SchedulerStats
 from pd_serve.observe.cluster_metrics import ClusterMetrics
+from pd_serve.observe.cluster_reports import SCHEDULER_LEASE_S, ClusterReports
 from pd_serve.observe.exposition import show_metrics
-from pd_serve.observe.reports import SCHEDULER_LEASE_S, ClusterReports
 from router.load import InstanceLoad
 from router.request import Demand
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from migration.messages import CopyStage, RequestId
-from pd_serve.messages import MigrationEnded
+from pd_serve.comm.messages import MigrationEnded
 from pd_serve.observe.recorder import Observer, RequestRecorder, names
 from pd_serve.observe.timeline import MAX_ENTRIES, Migration, Stage, Stay, Timeline
 from router.request import NewRequest

@@ -7,7 +7,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import StatusCode
 
 from migration.messages import CopyStage, RequestId
-from pd_serve.messages import MigrationEnded
+from pd_serve.comm.messages import MigrationEnded
 from pd_serve.observe.recorder import RequestRecorder
 from pd_serve.observe.tracing import RequestTracer, traces_endpoint
 from router.request import NewRequest

@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from made_results import record, result
 
 from pd_serve.simulation.config import RequestRecord, Sample, TraceRequest
 from pd_serve.simulation.summary import Slo, fragmentation, series, summarize
+from tests.unit.loadtests.experiments.made_results import record, result
 
 
 def sample(free: int, heads: list[int], total: int = 100, at_s: float = 0.0) -> Sample:

@@ -1,0 +1,239 @@
+"""`pd-serve bench migration`: what moving a running request costs, against what it could cost.
+
+One cluster (1 prefill, 2 decode instances) and one run for everything. A request of each length is handed
+off, then moved between the decode instances: live, with a blocking copy, and by recompute. Gaps are seen
+where the client's tokens are put in order. The source's step time is taken from the moving request's own
+tokens, before and while its blocks are being copied.
+"""
+
+import asyncio
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import rich.console
+from rich.progress import Progress
+from rich.table import Table
+
+from pd_serve.config import ServeConfig
+from pd_serve.launch.console import Console
+from pd_serve.launch.serve import LocalService
+from pd_serve.observe import provenance as report
+
+LENGTHS = (256, 512, 1024, 2048, 4096)
+
+#: More than a request generates before it has been moved often enough; then it is aborted.
+MORE_TOKENS = 2048
+
+#: Tokens between two moves: enough of them undisturbed to tell the normal step time.
+TOKENS_BETWEEN = 10
+
+
+@dataclass
+class TokenLog:
+    """Arrival times of one request's tokens, with the instance that sent each."""
+
+    times: list[float] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+
+    def gaps_ms(self, begin: int, end: int) -> list[float]:
+        """Gaps before the tokens begin..end-1, those across two instances left out."""
+        return [
+            (self.times[i] - self.times[i - 1]) * 1e3
+            for i in range(max(begin, 1), min(end, len(self.times)))
+            if self.sources[i] == self.sources[i - 1]
+        ]
+
+
+@dataclass
+class Samples:
+    """Everything measured at one length, in milliseconds."""
+
+    normal: list[float] = field(default_factory=list)
+    during: list[float] = field(default_factory=list)
+    gaps: dict[str, list[float]] = field(
+        default_factory=lambda: {"live": [], "blocking": [], "recompute": []}
+    )
+    stages: list[int] = field(default_factory=list)
+    handoff: list[float] = field(default_factory=list)
+    ttft: list[float] = field(default_factory=list)
+
+
+class MigrationBench:
+    """Args: `service` has been started."""
+
+    def __init__(self, service: LocalService) -> None:
+        self._client = service.client
+        self._router = service.router
+        self._logs: dict[str, TokenLog] = {}
+        self._serial = 0
+        self._router.observer = self._observe
+
+    def _observe(self, request_id: str, instance: str, count: int, now: float) -> None:
+        log = self._logs.setdefault(request_id, TokenLog())
+        while len(log.times) < count:
+            log.times.append(now)
+            log.sources.append(instance)
+
+    async def handoff(self, length: int, samples: Samples) -> None:
+        """One short request: first to second token is the hand-off gap."""
+        begin = time.monotonic()
+        name, generating = self._generate(length, max_tokens=8)
+        request_id = await self._internal_id(name)
+        await generating
+        log = self._logs[request_id]
+        samples.ttft.append((log.times[0] - begin) * 1e3)
+        samples.handoff.append((log.times[1] - log.times[0]) * 1e3)
+
+    async def moves(self, length: int, modes: Sequence[str], samples: Samples) -> None:
+        """One long request, moved once in each mode in turn."""
+        name, generating = self._generate(length, max_tokens=MORE_TOKENS)
+        request_id = await self._internal_id(name)
+        log = await self._tokens(request_id, 4)
+        for mode in modes:
+            begin = len(log.times)
+            await self._tokens(request_id, begin + TOKENS_BETWEEN)
+            here = log.sources[-1]
+            there = "decode-1" if here == "decode-0" else "decode-0"
+            at, started = len(log.times), time.monotonic()
+            # The first tokens after a move belong to a new batch: leave them out.
+            samples.normal += log.gaps_ms(begin + 3, at)
+            migrated = await self._router.migrate(request_id, there, mode)
+            samples.gaps[mode].append(migrated.downtime_ms)
+            if mode == "live":
+                samples.stages.append(migrated.stages)
+                samples.during += [
+                    gap
+                    for i in range(at, len(log.times))
+                    if log.sources[i] == here and log.times[i - 1] >= started
+                    for gap in log.gaps_ms(i, i + 1)
+                ]
+        await self._client.abort(name)
+        await asyncio.gather(generating, return_exceptions=True)
+
+    def _generate(self, length: int, max_tokens: int) -> tuple[str, "asyncio.Task[None]"]:
+        from vllm.inputs import TokensPrompt
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        self._serial += 1
+        prompt = TokensPrompt(prompt_token_ids=[(i * 31 + self._serial * 17) % 250 for i in range(length)])
+        params = SamplingParams(
+            max_tokens=max_tokens, ignore_eos=True, temperature=0.0, output_kind=RequestOutputKind.DELTA
+        )
+        name = f"bench-{self._serial}"
+
+        async def run() -> None:
+            async for _ in self._client.generate(prompt, params, name):
+                pass
+
+        return name, asyncio.ensure_future(run())
+
+    async def _internal_id(self, name: str) -> str:
+        while not (ids := self._client.internal_ids(name)):  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        return str(ids[0])
+
+    async def _tokens(self, request_id: str, count: int) -> TokenLog:
+        """Waits until a request has so many tokens. Raises: TimeoutError: it has stopped."""
+        async with asyncio.timeout(120):
+            while True:
+                log = self._logs.get(request_id)
+                if log is not None and len(log.times) >= count:
+                    return log
+                await asyncio.sleep(0.002)
+
+
+def _row(length: int, samples: Samples) -> dict[str, Any]:
+    itl = statistics.median(samples.normal)
+    during = statistics.median(samples.during) if samples.during else None
+    return {
+        "tokens": length,
+        "itl_ms": round(itl, 3),
+        "live_ms": round(statistics.median(samples.gaps["live"]), 3),
+        "blocking_ms": round(statistics.median(samples.gaps["blocking"]), 3),
+        "recompute_ms": round(statistics.median(samples.gaps["recompute"]), 3),
+        "source_step_ratio": round(during / itl, 3) if during is not None else None,
+    }
+
+
+async def _measure(service: LocalService, rounds: int, console: rich.console.Console) -> dict[str, Any]:
+    bench = MigrationBench(service)
+    modes = ["live", "blocking", "live", "recompute", "live", "blocking", "live"]
+    results = {length: Samples() for length in LENGTHS}
+    await bench.moves(LENGTHS[0], modes, Samples())  # connections, caches
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("measuring", total=rounds * len(LENGTHS))
+        for _ in range(rounds):
+            for length, samples in results.items():
+                progress.update(task, description=f"{length} tokens")
+                await bench.handoff(length, samples)
+                await bench.moves(length, modes, samples)
+                progress.advance(task)
+    problems = await service.router.check_integrity()
+    if problems:
+        raise RuntimeError(f"the cluster is not clean after the benchmark: {problems}")
+    rows = [_row(length, samples) for length, samples in results.items()]
+    handoff = [
+        {
+            "tokens": length,
+            "gap_ms": round(statistics.median(samples.handoff), 3),
+            "itl_ms": row["itl_ms"],
+            "ttft_ms": round(statistics.median(samples.ttft), 3),
+        }
+        for (length, samples), row in zip(results.items(), rows, strict=True)
+    ]
+    spread = {
+        length: {mode: [round(gap, 2) for gap in gaps] for mode, gaps in samples.gaps.items()}
+        for length, samples in results.items()
+    }
+    return {"rows": rows, "handoff": handoff, "verdict": _verdict(rows, handoff), "samples": spread}
+
+
+def _verdict(rows: list[dict[str, Any]], handoff: list[dict[str, Any]]) -> dict[str, Any]:
+    """The ratios that the project holds itself to."""
+    ratios = [row["source_step_ratio"] for row in rows if row["source_step_ratio"] is not None]
+    return {
+        "worst_live_over_itl": round(max(row["live_ms"] / row["itl_ms"] for row in rows), 2),
+        "live_longest_over_shortest": round(rows[-1]["live_ms"] / rows[0]["live_ms"], 2),
+        "worst_handoff_over_itl": round(max(row["gap_ms"] / row["itl_ms"] for row in handoff), 2),
+        "handoff_longest_over_shortest": round(handoff[-1]["gap_ms"] / handoff[0]["gap_ms"], 2),
+        "source_step_ratio": round(statistics.median(ratios), 3) if ratios else None,
+    }
+
+
+def _show(result: dict[str, Any], console: rich.console.Console) -> None:
+    table = Table(title="gap between two tokens of a request that is moved, ms (median)")
+    for column in ("tokens", "ITL", "live", "blocking copy", "recompute", "hand-off", "source step ratio"):
+        table.add_column(column, justify="right")
+    for row, handoff in zip(result["rows"], result["handoff"], strict=True):
+        keys = ("tokens", "itl_ms", "live_ms", "blocking_ms", "recompute_ms")
+        shown = [f"{row[key]:.1f}" if key != "tokens" else str(row[key]) for key in keys]
+        table.add_row(*shown, f"{handoff['gap_ms']:.1f}", str(row["source_step_ratio"]))
+    console.print(table)
+    for name, value in result["verdict"].items():
+        console.print(f"  {name}: {value}")
+
+
+async def run(json_path: Path | None, rounds: int) -> None:
+    """Starts a cluster, measures, shows a table, writes JSON. About a minute a round."""
+    console = rich.console.Console()
+    flags = [
+        "--no-enable-prefix-caching",
+        "--max-num-seqs=8",
+        f"--max-model-len={max(LENGTHS) + MORE_TOKENS}",
+    ]
+    config = ServeConfig("bench", {"prefill": 1, "decode": 2, "neutral": 0}, engine_flags=flags)
+    service = LocalService(config, Console(), lambda: None)
+    before = report.provenance()
+    try:
+        await service.start()
+        result = await _measure(service, rounds, console)
+    finally:
+        await service.stop()
+    _show(result, console)
+    if json_path is not None:
+        report.write(json_path, {**before, **result})
+        console.print(f"written to {json_path}")

@@ -1,0 +1,475 @@
+"""Stock vLLM as a migrating `Engine`.
+
+Every operation is one closure that runs on the step thread between two steps. Outputs are handed over on
+that thread too, so that a token's way out does not wait for the event loop.
+"""
+
+import asyncio
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from vllm.config import VllmConfig
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.request import Request
+from vllm.v1.serial_utils import MsgpackDecoder
+
+from migration.engine_interface import EngineEvents, EngineFacts, HeldBlocks, Reservation, RunningRequest
+from migration.errors import DestinationRefusedError, InvalidRequestError, SourceGoneError
+from migration.messages import BlockRun, FinalState, MigrationId, RequestDescription, RequestId
+from migration.transport.kv_transport import KvRegion
+from migration.transport.regions import kv_regions
+from migration.vllm_engine import compatibility as support
+from migration.vllm_engine import worker
+from migration.vllm_engine.engine_load import read_held_blocks, read_load
+from migration.vllm_engine.executor import compile_nothing_if_eager, executor_class
+from migration.vllm_engine.migrating_scheduler import (
+    MigratingAsyncScheduler,
+    MigratingScheduler,
+    StageWaiter,
+    Suspended,
+)
+from migration.vllm_engine.step_loop import StepLoop
+
+logger = logging.getLogger(__name__)
+
+#: Least time between two load reports of a busy engine.
+LOAD_INTERVAL_S = 0.02
+
+
+#: How long a grammar may take to compile before a migration goes on without this destination.
+GRAMMAR_S = 30.0
+
+
+@dataclass(slots=True)
+class LiveRequest:
+    """What the step thread knows of a request beside vLLM's own `Request`.
+
+    Attributes:
+        payload: The request as it came, to be sent on unchanged.
+        client: Endpoint that takes its tokens.
+        epoch: Ownership epoch; tokens carry it.
+        emitted: Output tokens handed to the client so far, by any owner: the next token's index.
+    """
+
+    payload: list[bytes]
+    client: str
+    epoch: int
+    emitted: int
+
+
+#: Methods of `EngineCore` that vLLM's front end may call by name.
+UTILITIES = frozenset(
+    {
+        "get_supported_tasks",
+        "reset_mm_cache",
+        "reset_prefix_cache",
+        "reset_encoder_cache",
+        "is_sleeping",
+        "is_scheduler_paused",
+        "list_loras",
+        "get_weight_version",
+    }
+)
+
+#: (request's ownership epoch, index of the first new token), one per output, in the outputs' order.
+TokenSpan = tuple[int, int]
+OutputSink = Callable[[str, EngineCoreOutputs, list[TokenSpan]], None]
+
+
+class VllmEngine:
+    """See `migration.engine_interface.Engine` for the contract of the calls.
+
+    Args:
+        make_config: Builds the engine's configuration. Runs on the step thread, as all of vLLM does.
+        sink: Takes (client, outputs, spans) after every step; called on the step thread, must not block.
+    """
+
+    def __init__(self, make_config: Callable[[], VllmConfig], sink: OutputSink, events: EngineEvents) -> None:
+        self._make_config = make_config
+        self._sink = sink
+        self._events = events
+        self._steps = StepLoop(
+            self._build,
+            on_outputs=self._emit,
+            on_boundary=self._at_boundary,
+            on_idle=self._report_load,
+            on_death=events.on_death,
+        )
+        self._live: dict[str, LiveRequest] = {}
+        self._request_decoder = MsgpackDecoder(EngineCoreRequest)
+        self._last_load_at = 0.0
+        self.core: EngineCore = None
+        self.scheduler: MigratingScheduler = None  # type: ignore[assignment]
+        self.regions: list[KvRegion] = []
+        self.compatibility: dict[str, str] = {}
+        self.no_migration: str | None = None
+
+    async def start(self) -> None:
+        """Loads the model. Raises: whatever vLLM raises."""
+        await self._steps.start()
+
+    @property
+    def facts(self) -> EngineFacts:
+        config = self.core.vllm_config
+        return EngineFacts(
+            no_migration=self.no_migration,
+            max_model_len=config.model_config.max_model_len,
+            num_blocks=config.cache_config.num_gpu_blocks,
+            block_tokens=self.scheduler.block_size,
+        )
+
+    async def stop(self) -> None:
+        """Ends the step thread after the step it is in."""
+        await self._steps.stop()
+
+    # ---- requests
+
+    async def add(
+        self,
+        payload: list[bytes],
+        client: str,
+        *,
+        epoch: int = 0,
+        output_token_ids: list[int] | None = None,
+        handoff: bool = False,
+    ) -> None:
+        request = self._decode(payload)
+        done = output_token_ids or []
+
+        def add() -> None:
+            if done:
+                self._check_migration()
+                self._replay(request, done)
+                self.scheduler.continue_by_recompute(request)
+                self._install(request, 0, None)
+            else:
+                self.core.add_request(request)
+            self._live[request.request_id] = LiveRequest(payload, client, epoch, len(done))
+            if handoff and self.no_migration is None and support.unmovable(request) is None:
+                self.scheduler.handoff_ids.add(request.request_id)
+
+        if done:
+            await self._grammar(request)
+        await self._steps.call(add)
+
+    async def abort(self, request_ids: list[RequestId], below_epoch: int | None = None) -> list[RequestId]:
+        def abort() -> list[RequestId]:
+            known = [request_id for request_id in request_ids if request_id in self.core.scheduler.requests]
+            ended = [
+                request_id
+                for request_id in known
+                if below_epoch is None or self._live[request_id].epoch < below_epoch
+            ]
+            self.core.abort_requests(ended)
+            self._forget(ended)
+            return [request_id for request_id in request_ids if request_id not in known]
+
+        return await self._steps.call(abort)
+
+    async def abort_client(self, client: str) -> None:
+        def abort() -> None:
+            ids = [request_id for request_id, live in self._live.items() if live.client == client]
+            self.core.abort_requests(ids)
+            self._forget(ids)
+
+        await self._steps.call(abort)
+
+    # ---- source
+
+    async def running_requests(self) -> list[RunningRequest]:
+        def running() -> list[RunningRequest]:
+            if self.no_migration is not None:
+                return []
+            return [
+                RunningRequest(RequestId(r.request_id), r.priority, r.num_tokens, float(rank))
+                for rank, r in enumerate(self.scheduler.running)
+                if r.num_output_tokens and not r.is_prefill_chunk and support.unmovable(r) is None
+            ]
+
+        return await self._steps.call(running)
+
+    async def describe(self, request_id: RequestId) -> RequestDescription:
+        def describe() -> RequestDescription:
+            self._check_migration()
+            request = self.scheduler.running_request(request_id)
+            if (why := support.unmovable(request)) is not None:
+                raise DestinationRefusedError(f"a request with {why} cannot move")
+            live = self._live[request_id]
+            return RequestDescription(
+                request_id=request_id,
+                payload=live.payload,
+                client=live.client,
+                epoch=live.epoch,
+                incarnation=request.num_preemptions,
+                output_token_ids=list(request.output_token_ids),
+                num_prompt_tokens=request.num_prompt_tokens,
+                max_total_tokens=request.num_prompt_tokens + request.max_tokens,
+                compatibility=self.compatibility,
+            )
+
+        return await self._steps.call(describe)
+
+    async def next_stage(
+        self, request_id: RequestId, incarnation: int, blocks_done: int, *, suspend: bool
+    ) -> BlockRun | FinalState:
+        self._check_migration()
+        future: asyncio.Future[BlockRun | FinalState] = asyncio.get_running_loop().create_future()
+
+        def answer(result: BlockRun | Suspended | SourceGoneError) -> None:
+            if isinstance(result, Suspended):
+                result = self._final_state(result)  # type: ignore[assignment]
+            self._steps.settle(future, result)
+
+        waiter = StageWaiter(request_id, incarnation, blocks_done, suspend, answer)
+        self._steps.submit(lambda: self.scheduler.wait_for_stage(waiter))
+        return await future
+
+    async def resume(self, request_id: RequestId, epoch: int) -> None:
+        def resume() -> None:
+            self.scheduler.resume(request_id)
+            if (live := self._live.get(request_id)) is not None:
+                live.epoch = max(live.epoch, epoch)
+
+        await self._steps.call(resume)
+
+    async def release(self, request_id: RequestId) -> None:
+        def release() -> None:
+            if self.scheduler.release(request_id):
+                self._live.pop(request_id, None)
+
+        await self._steps.call(release)
+
+    # ---- destination
+
+    async def reserve(self, migration_id: MigrationId, request: RequestDescription) -> Reservation:
+        self._check_migration()
+        if (why := support.mismatch(request.compatibility, self.compatibility)) is not None:
+            raise DestinationRefusedError(why)
+        if request.max_total_tokens > self.scheduler.max_model_len:
+            raise DestinationRefusedError(
+                f"{request.max_total_tokens} tokens do not fit this instance's {self.scheduler.max_model_len}"
+            )
+        try:
+            arriving = self._decode(request.payload)
+        except (msgspec.MsgspecError, ValueError, TypeError, LookupError) as error:
+            raise DestinationRefusedError(f"the request cannot be read: {error}") from error
+        await self._grammar(arriving)
+
+        def reserve() -> Reservation:
+            self._replay(arriving, request.output_token_ids)
+            blocks, present = self.scheduler.reserve(migration_id, arriving)
+            self._live[arriving.request_id] = LiveRequest(request.payload, request.client, request.epoch, 0)
+            return Reservation(blocks, present)
+
+        return await self._steps.call(reserve)
+
+    async def grow(self, migration_id: MigrationId, num_blocks: int) -> list[int]:
+        return await self._steps.call(lambda: self.scheduler.grow(migration_id, num_blocks))
+
+    async def commit(self, migration_id: MigrationId, state: FinalState) -> None:
+        def commit() -> None:
+            arriving = self.scheduler.migration.arriving.get(migration_id)
+            if arriving is None:
+                raise DestinationRefusedError("nothing is reserved for this migration")
+            live = self._live.get(arriving.request_id)
+            if live is None:
+                raise DestinationRefusedError("the request's client has gone")
+            self._replay(arriving, state.output_token_ids[arriving.num_output_tokens :])
+            request = self.scheduler.commit(migration_id, state.num_computed_tokens)
+            live.epoch, live.emitted = state.epoch + 1, len(state.output_token_ids)
+            self._install(request, state.num_computed_tokens, state.rng_state)
+
+        await self._steps.call(commit)
+
+    async def drop(self, migration_id: MigrationId) -> None:
+        def drop() -> None:
+            arriving = self.scheduler.migration.arriving.get(migration_id)
+            request_id = arriving.request_id if arriving is not None else None
+            committed_id = self.scheduler.drop(migration_id)
+            self._live.pop(request_id or committed_id or "", None)
+
+        await self._steps.call(drop)
+
+    # ---- state
+
+    async def check_integrity(self) -> list[str]:
+        def check() -> list[str]:
+            known = set(self.core.scheduler.requests)
+            problems = []
+            if self.no_migration is None:
+                problems += self.scheduler.check_integrity()
+                known |= {r.request_id for r in self.scheduler.migration.arriving.values()}
+            if lost := set(self._live) - known:
+                problems.append(f"bookkeeping for requests that are gone: {sorted(lost)}")
+            if not known and not self.core.scheduler.has_requests():
+                kept = self.core.collective_rpc(worker.num_requests)[0]
+                if kept:
+                    problems.append(f"the model runner keeps state of {kept} requests at rest")
+            return problems
+
+        return await self._steps.call(check)
+
+    async def live_requests(self, client: str | None = None) -> list[RequestId]:
+        return await self._steps.call(
+            lambda: [RequestId(name) for name, live in self._live.items() if client in (None, live.client)]
+        )
+
+    async def held_blocks(self) -> list[HeldBlocks]:
+        return await self._steps.call(lambda: read_held_blocks(self.core.scheduler))
+
+    async def utility(self, method: str, *arguments: Any) -> Any:
+        if method not in UTILITIES:
+            raise InvalidRequestError(f"{method} is not a utility of the engine")
+        return await self._steps.call(lambda: getattr(self.core, method)(*arguments))
+
+    # ---- on the step thread
+
+    def _build(self) -> EngineCore:
+        config = self._make_config()
+        scheduling = config.scheduler_config
+        missing = support.missing_names()
+        if not missing:
+            # The class has to match: a synchronous scheduler under an asynchronous configuration loses
+            # the overlap of scheduling and execution.
+            scheduling.scheduler_cls = (
+                MigratingAsyncScheduler if scheduling.async_scheduling else MigratingScheduler
+            )
+        compile_nothing_if_eager(config)
+        self.core = EngineCore(config, executor_class(config), log_stats=True)
+        self.scheduler = self.core.scheduler
+        if not missing:
+            missing = support.missing_attributes(self.core)
+        if missing:
+            self.no_migration = "this vLLM lacks " + ", ".join(missing)
+        else:
+            self.no_migration = support.unsupported_engine(config, self.core.scheduler.kv_cache_config)
+        if self.no_migration is None:
+            self._map_kv_memory(config)
+        if self.no_migration is not None:
+            logger.error("SERVING WITHOUT MIGRATION: %s", self.no_migration)
+        else:
+            self.scheduler.on_prefill_started = self._prefill_started
+        return self.core
+
+    def _map_kv_memory(self, config: VllmConfig) -> None:
+        tensors = self.core.collective_rpc(worker.kv_caches)[0]
+        num_blocks = self.core.scheduler.kv_cache_config.num_blocks
+        try:
+            self.regions = kv_regions(tensors, num_blocks)
+        except ValueError as error:
+            self.no_migration = str(error)
+            return
+        sizes = [(region.num_blocks, region.block_bytes) for region in self.regions]
+        self.compatibility = support.compatibility(config, sizes)
+
+    def _at_boundary(self) -> None:
+        if self.no_migration is None:
+            self.scheduler.settle_stages()
+        if time.monotonic() - self._last_load_at >= LOAD_INTERVAL_S:
+            self._report_load()
+
+    def _emit(self, outputs: dict[int, EngineCoreOutputs]) -> None:
+        by_client: dict[str, tuple[list[Any], list[TokenSpan]]] = defaultdict(lambda: ([], []))
+        ended: list[str] = []
+        stats = None
+        for batch in outputs.values():
+            stats = batch.scheduler_stats or stats
+            for output in batch.outputs:
+                live = self._live.get(output.request_id)
+                if live is None:
+                    continue
+                items, spans = by_client[live.client]
+                items.append(output)
+                spans.append((live.epoch, live.emitted))
+                live.emitted += len(output.new_token_ids)
+                if output.finish_reason is not None:
+                    ended.append(output.request_id)
+        for client, (items, spans) in by_client.items():
+            self._sink(client, EngineCoreOutputs(outputs=items, scheduler_stats=stats), spans)
+            stats = None
+        if ended:
+            self._forget(ended)
+
+    def _forget(self, ended: list[Any]) -> None:
+        for request_id in ended:
+            self._live.pop(request_id, None)
+        self._steps.notify(self._events.on_requests_ended, ended)
+
+    def _report_load(self) -> None:
+        self._last_load_at = time.monotonic()
+        self._steps.notify(self._events.on_load, read_load(self.core.scheduler))
+
+    def _prefill_started(self, request_ids: list[RequestId]) -> None:
+        self._steps.notify(self._events.on_prefill_started, request_ids)
+
+    def _final_state(self, suspended: Suspended) -> FinalState:
+        request = suspended.request
+        live = self._live[request.request_id]
+        return FinalState(
+            tail=suspended.tail,
+            epoch=live.epoch,
+            output_token_ids=list(request.output_token_ids),
+            num_computed_tokens=request.num_computed_tokens,
+            rng_state=self.core.collective_rpc(worker.rng_state, args=(request.request_id,))[0],
+        )
+
+    def _replay(self, request: Request, token_ids: list[int]) -> None:
+        """Appends output tokens as decoding did, so that a grammar takes the same way."""
+        manager = self.core.structured_output_manager
+        if not request.use_structured_output:
+            request.append_output_token_ids(token_ids)
+            return
+        for token_id in token_ids:
+            request.append_output_token_ids(token_id)
+            if not manager.accept_tokens(request, [token_id]):
+                raise DestinationRefusedError("the grammar does not accept the tokens so far")
+
+    def _install(self, request: Request, num_computed_tokens: int, rng_state: bytes | None) -> None:
+        if self.scheduler.use_v2_model_runner:
+            return
+        self.core.collective_rpc(
+            worker.install_request,
+            args=(
+                request.request_id,
+                request.prompt_token_ids,
+                list(request.output_token_ids),
+                request.sampling_params,
+                num_computed_tokens,
+                rng_state,
+            ),
+        )
+
+    # ---- between the threads
+
+    def _decode(self, payload: list[bytes]) -> Request:
+        message: EngineCoreRequest = self._request_decoder.decode(payload)
+        message.client_index = 0  # clients are told apart by their endpoint
+        request, _ = self.core.preprocess_add_request(message)
+        return request
+
+    async def _grammar(self, request: Request) -> None:
+        """Waits until a structured request's grammar is compiled.
+
+        Raises: DestinationRefusedError: it cannot be.
+        """
+        structured = request.structured_output_request
+        if structured is None:
+            return
+        try:
+            async with asyncio.timeout(GRAMMAR_S):
+                while not structured.is_grammar_ready:  # noqa: ASYNC110 - vLLM offers nothing to wait on
+                    await asyncio.sleep(0.002)
+        except TimeoutError:
+            raise DestinationRefusedError(f"the grammar does not compile within {GRAMMAR_S} s") from None
+        if isinstance(structured.grammar, Exception):
+            raise DestinationRefusedError(f"the grammar does not compile: {structured.grammar}")
+
+    def _check_migration(self) -> None:
+        if self.no_migration is not None:
+            raise DestinationRefusedError(f"migration is off here: {self.no_migration}")

@@ -1,0 +1,43 @@
+"""An engine's load, read from its scheduler between two steps."""
+
+from typing import Any
+
+from migration.engine_interface import EngineLoad, HeldBlocks
+
+
+def read_load(scheduler: Any) -> EngineLoad:
+    """Args: `scheduler` is one of vLLM's, with or without migration."""
+    pool = scheduler.kv_cache_manager.block_pool
+    queued = [*scheduler.kv_holding_waiting, *scheduler.waiting]
+    backlog = sum(r.num_tokens - r.num_computed_tokens for r in queued)
+    backlog += sum(r.num_tokens - r.num_computed_tokens for r in scheduler.running if r.is_prefill_chunk)
+    migration = getattr(scheduler, "migration", None)
+    arriving = migration.arriving.values() if migration else ()
+    block_tokens = scheduler.block_size
+    get_ids = scheduler.kv_cache_manager.get_block_ids
+    return EngineLoad(
+        total_blocks=pool.num_gpu_blocks - 1,  # block 0 is the null block
+        free_blocks=pool.get_num_free_blocks(),
+        reserved_blocks=sum(len(get_ids(r.request_id)[0]) for r in arriving),
+        running=len(scheduler.running),
+        suspended=len(migration.suspended) if migration else 0,
+        waiting=len(queued),
+        waiting_tokens=backlog,
+        head_of_line_blocks=-(-queued[0].num_tokens // block_tokens) if queued else 0,
+        block_tokens=block_tokens,
+        waiting_blocks=sum(-(-r.num_tokens // block_tokens) for r in queued),
+        watermark_blocks=scheduler.kv_cache_manager.watermark_blocks,
+        preempted=sum(r.num_preemptions > 0 for r in queued),
+        high_priority=sum(r.priority < 0 for r in scheduler.running),
+    )
+
+
+def read_held_blocks(scheduler: Any) -> list[HeldBlocks]:
+    """Args: `scheduler` is one of vLLM's, with or without migration."""
+    migration = getattr(scheduler, "migration", None)
+    arriving = [request.request_id for request in migration.arriving.values()] if migration else []
+    get_ids = scheduler.kv_cache_manager.get_block_ids
+    held = [(request_id, False) for request_id in scheduler.requests]
+    held += [(request_id, True) for request_id in arriving]
+    counted = [HeldBlocks(request_id, len(get_ids(request_id)[0]), comes) for request_id, comes in held]
+    return [entry for entry in counted if entry.blocks]

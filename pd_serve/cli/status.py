@@ -1,0 +1,121 @@
+"""`pd-serve status`: the cluster, or a request's way through it, as tables."""
+
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+import rich.console
+from rich.table import Table
+
+from pd_serve.errors import PdServeError
+
+
+def show_request(url: str, key: str | None, request_id: str) -> None:
+    """Prints what `GET /cluster/requests/{id}` says. Raises: PdServeError: as `show`, or no such request."""
+    console = _console()
+    for request in _get(f"{url.rstrip('/')}/cluster/requests/{quote(request_id)}", key)["requests"]:
+        console.print(
+            f"{request['id']} ({request['name']}): {request['outcome'] or request['state']},"
+            f" {request['prompt_tokens']} + {request['output_tokens']} tokens,"
+            f" first one after {_seconds(request['ttft_s'])},"
+            f" longest gap {_seconds(request['longest_gap_s'])}"
+        )
+        stages = Table("stage", "instance", "from", "to")
+        for s in request["stages"]:
+            stages.add_row(s["stage"], s["instance"], _seconds(s["begin_s"]), _seconds(s["end_s"]))
+        console.print(stages)
+        migrations = Table("migration", "way", "outcome", "from", "to", "stages", "blocks", "downtime")
+        for m in request["migrations"]:
+            migrations.add_row(
+                m["reason"],
+                f"{m['source']} -> {m['destination']}",
+                m["why"] or m["outcome"],
+                _seconds(m["begin_s"]),
+                _seconds(m["end_s"]),
+                str(len(m["stages"])),
+                str(m["blocks"]),
+                _seconds(m["downtime_s"]),
+            )
+        console.print(migrations)
+
+
+def show(url: str, key: str | None) -> None:
+    """Prints what `GET /cluster` says. Raises: PdServeError: no service there, or a wrong key."""
+    cluster = _get(f"{url.rstrip('/')}/cluster", key)
+    console = _console()
+    instances = Table(title="instances")
+    columns = (
+        "id",
+        "role",
+        "state",
+        "node",
+        "pid",
+        "blocks free/total",
+        "running",
+        "waiting",
+        "freeness",
+        "in/out",
+    )
+    for column in columns:
+        # Where the table is too narrow, names that one may have to copy are the last to be cut.
+        instances.add_column(column, no_wrap=column in ("id", "state", "pid"))
+    for i in cluster["instances"]:
+        instances.add_row(
+            i["id"],
+            i["role"],
+            "empty" if i["draining"] and _is_empty(i) else i["state"],
+            i["node"],
+            str(i["pid"] or ""),
+            f"{i['free_blocks']}/{i['total_blocks']}",
+            str(i["running"]),
+            str(i["waiting"]),
+            "-inf" if i["freeness"] is None else f"{i['freeness']:.1f}",
+            f"{i['migrating_in']}/{i['migrating_out']}",
+        )
+    console.print(instances)
+    line = cluster["waiting_line"]
+    console.print(f"{line['requests']} requests in line for an instance with room, {line['tokens']} tokens")
+    migrations = Table("reason", "committed", "aborted", title="migrations")
+    for reason, counts in cluster["migrations"].items():
+        migrations.add_row(reason, str(counts["committed"]), str(counts["aborted"]))
+    console.print(migrations)
+    scheduler = cluster["scheduler"]
+    console.print(
+        f"scheduler: {scheduler['state']}, policy {scheduler['policy']}, {scheduler['restarts']} restarts"
+    )
+    for decision in cluster["decisions"]:
+        console.print(f"{decision['seconds_ago']:8.0f} s ago  {decision['what']}", highlight=False)
+
+
+def _get(url: str, key: str | None) -> Any:
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        response = httpx.get(url, headers=headers, timeout=5.0)
+    except httpx.HTTPError as error:
+        raise PdServeError(f"no service at {url}: {error}") from error
+    if response.status_code != 200:
+        hint = "; give --api-key, or --admin-key if it has one" if response.status_code == 401 else ""
+        raise PdServeError(f"{url} answers {response.status_code}{_why(response)}{hint}")
+    return response.json()
+
+
+def _why(response: httpx.Response) -> str:
+    try:
+        return f": {response.json()['error']['message']}"
+    except (ValueError, KeyError, TypeError):  # not one of our errors
+        return ""
+
+
+def _console() -> rich.console.Console:
+    console = rich.console.Console()
+    if not console.is_terminal:
+        console.width = 200  # nothing to fit into: a script gets whole lines
+    return console
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f} s"
+
+
+def _is_empty(instance: dict[str, Any]) -> bool:
+    return not any(instance[count] for count in ("running", "waiting", "migrating_in", "migrating_out"))

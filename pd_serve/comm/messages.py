@@ -1,0 +1,346 @@
+"""What API servers and instances say to each other. One-way; msgpack on the wire, never pickle.
+
+Migration messages between instances travel on the same sockets: see `migration.messages`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from migration.engine_interface import HeldBlocks
+from migration.messages import (
+    Committed,
+    CopyStage,
+    Dropped,
+    Final,
+    InstanceId,
+    KeepAlive,
+    Offer,
+    Pull,
+    Query,
+    Refused,
+    RequestId,
+    Stage,
+    Withdraw,
+)
+from router.load import InstanceLoad
+from router.request import NO_DEMAND, Demand
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    """API server → instance or scheduler: I am here. Sent on joining and as a heartbeat.
+
+    Attributes:
+        address: Where the sender takes messages.
+        token_endpoint: Where it takes tokens.
+        peers: Every live instance's address, by id: the cluster's membership.
+        starting: Instances that are coming, by role.
+        waiting: Requests at the sender that no instance has yet, and the tokens of their prompts.
+        owns: Whether the sender starts and stops instances.
+    """
+
+    address: str
+    token_endpoint: str
+    peers: dict[str, str]
+    starting: dict[str, int] = {}
+    waiting: Demand = NO_DEMAND
+    owns: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceInfo:
+    """A started instance."""
+
+    instance_id: str
+    role: str
+    address: str
+    node: str
+    pid: int
+    no_migration: str | None
+    supported_tasks: list[str]
+    max_model_len: int
+    num_blocks: int
+    block_tokens: int
+
+
+class AddRequest(msgspec.Struct, frozen=True, tag=True):
+    """API server → instance. The engine's encoding of the request follows in further frames.
+
+    Attributes:
+        handoff: Decode instances to move to after the first step, best first. Empty: there are none now, so
+            it is stranded until there are. None: it stays.
+        output_token_ids: What was generated before its former owner died.
+    """
+
+    request_id: RequestId
+    client: str
+    epoch: int
+    handoff: list[str] | None
+    output_token_ids: list[int]
+
+
+class AbortRequests(msgspec.Struct, frozen=True, tag=True):
+    """API server → instance, or passed on by an instance that the request has left.
+
+    Attributes:
+        below_epoch: Ends only what is owned under a lower epoch: a copy that nobody follows any more, and
+            not the one that replaced it, which this message may meet on its way. None: whatever is there.
+    """
+
+    request_ids: list[RequestId]
+    below_epoch: int | None = None
+
+
+class MigrateRequest(msgspec.Struct, frozen=True, tag=True):
+    """API server → instance: move a request. Answered by `MigrationEnded` with the same call id."""
+
+    call_id: str
+    request_id: RequestId
+    destination: str
+    reason: str
+    blocking: bool = False
+
+
+class MoveOut(msgspec.Struct, frozen=True, tag=True):
+    """Scheduler → instance: move one request of your choice.
+
+    Attributes:
+        destination: Its load as the scheduler sees it.
+        victim: Name of the rule to choose by; see `router.rescheduling.selection`.
+    """
+
+    destination: InstanceLoad
+    reason: str
+    victim: str
+
+
+class SetRole(msgspec.Struct, frozen=True, tag=True):
+    """Scheduler → instance: what it is used for from now on."""
+
+    role: str
+
+
+class SetDraining(msgspec.Struct, frozen=True, tag=True):
+    """Scheduler, or somebody by way of an API server → instance: take nothing new, or take it again.
+
+    Attributes:
+        by_hand: What is drained by hand is not to be used again because the scheduler says so.
+    """
+
+    draining: bool
+    by_hand: bool = False
+
+
+class Subscribe(msgspec.Struct, frozen=True, tag=True):
+    """Scheduler → instance: send load reports here. Repeated as a heartbeat."""
+
+    address: str
+
+
+class StartInstance(msgspec.Struct, frozen=True, tag=True):
+    """Scheduler → service: one more instance of this role."""
+
+    role: str
+    reason: str
+
+
+class StopInstance(msgspec.Struct, frozen=True, tag=True):
+    """Scheduler → service: this instance is drained and empty."""
+
+    instance_id: str
+    reason: str
+
+
+class ProcessStats(msgspec.Struct, frozen=True):
+    """What a process has used.
+
+    Attributes:
+        cpu_seconds: Of all its threads, since its start.
+        resident_bytes: Of memory, now.
+        started_at: Unix time.
+    """
+
+    cpu_seconds: float
+    resident_bytes: float
+    started_at: float
+
+
+class SchedulerStats(msgspec.Struct, frozen=True):
+    """What only the scheduler knows; for `/metrics`. Counts are since its start.
+
+    Attributes:
+        instances: That it has heard.
+        moves: Orders to move a request, by reason.
+        scaling: Decisions about instances by kind: start, stop, drain, use_again, set_role.
+    """
+
+    process: ProcessStats
+    instances: int
+    moves: dict[str, int]
+    scaling: dict[str, int]
+
+
+class SchedulerReport(msgspec.Struct, frozen=True, tag=True):
+    """Scheduler → API server, on decisions and as a heartbeat.
+
+    Attributes:
+        decided: What it has told instances since the last report, one line each that begins with an id.
+        stats: With a heartbeat.
+    """
+
+    decided: list[str]
+    stats: SchedulerStats | None = None
+
+
+class Call(msgspec.Struct, frozen=True, tag=True):
+    """API server → instance: `check_integrity`, `live_requests`, `holdings` or a utility of vLLM's engine.
+    Also between API servers and the owner of the instances, for what is asked by hand."""
+
+    call_id: str
+    method: str
+    arguments: list[Any] = []
+
+
+class Holdings(msgspec.Struct, frozen=True, array_like=True):
+    """Answer to the call `holdings`, which is made only while somebody watches the live page.
+
+    Attributes:
+        held: KV blocks by request.
+        leaving: Migrations under way from here: request, destination, reason.
+    """
+
+    held: list[HeldBlocks]
+    leaving: list[tuple[RequestId, InstanceId, str]]
+
+
+class PeerLost(msgspec.Struct, frozen=True, tag=True):
+    """API server → instance: this instance is dead."""
+
+    instance_id: str
+
+
+class InstanceStats(msgspec.Struct, frozen=True):
+    """What only an instance knows and no decision needs; for `/metrics`. Counts are since its start.
+
+    Attributes:
+        reserved_blocks: KV blocks held for arriving requests.
+        suspended: Requests out of the batch while their last blocks move.
+        offers: Requests that others wanted to move here, and `refused_offers` of them.
+        bytes_received: KV copied into this instance's memory, for migrations that came to nothing too.
+        protocol_errors: Messages of a migration that made no sense. There should be none.
+    """
+
+    process: ProcessStats
+    reserved_blocks: int
+    suspended: int
+    offers: int
+    refused_offers: int
+    bytes_received: int
+    protocol_errors: int
+
+
+class LoadReport(msgspec.Struct, frozen=True, tag=True):
+    """Instance → API servers and scheduler.
+
+    Attributes:
+        stranded: Requests that wait here for a decode instance to take them.
+        stats: About once a second.
+    """
+
+    load: InstanceLoad
+    stranded: list[RequestId]
+    stats: InstanceStats | None = None
+
+
+class MigrationEnded(msgspec.Struct, frozen=True, tag=True):
+    """Instance → API servers: one outgoing migration has ended; see `MigrationOutcome`."""
+
+    call_id: str
+    request_id: RequestId
+    source: str
+    destination: str
+    reason: str
+    committed: bool
+    why: str
+    stages: int = 0
+    blocks: int = 0
+    tokens: int = 0
+    suspended_ms: float = 0.0
+    not_here: bool = False
+    duration_s: float = 0.0
+    bytes_copied: int = 0
+    copies: tuple[CopyStage, ...] = ()
+
+
+class Reply(msgspec.Struct, frozen=True, tag=True):
+    """Answer to a `Call`.
+
+    Attributes:
+        kind: The name of the error's class, where it matters.
+    """
+
+    call_id: str
+    value: Any = None
+    error: str | None = None
+    kind: str = ""
+
+
+class Join(msgspec.Struct, frozen=True, tag=True):
+    """API server → owner of the instances: I am here. Sent as a heartbeat.
+
+    Attributes:
+        address: Where the sender takes messages of the owner.
+        clear: Instances of `Members.leaving` that the sender has no request at any more, nor will have.
+    """
+
+    address: str
+    clear: list[str]
+
+
+class Members(msgspec.Struct, frozen=True, tag=True):
+    """Owner of the instances → API servers: everything there is. Sent on a change and as a heartbeat.
+
+    Attributes:
+        address: Where the sender takes messages.
+        scheduler: The scheduler's address; "" if there is none.
+        leaving: Instances that are stopped as soon as they are empty.
+        state: What `GET /cluster` shows beside the instances; see `Fleet.state`.
+    """
+
+    address: str
+    instances: list[InstanceInfo]
+    scheduler: str
+    leaving: list[str]
+    state: dict[str, Any]
+
+
+MigrationWire = Offer | Refused | Pull | Stage | Final | KeepAlive | Withdraw | Query | Committed | Dropped
+ToInstance = (
+    Hello
+    | AddRequest
+    | AbortRequests
+    | MigrateRequest
+    | MoveOut
+    | SetRole
+    | SetDraining
+    | Subscribe
+    | Call
+    | PeerLost
+    | MigrationWire
+)
+ToApiServer = LoadReport | MigrationEnded | Reply | StartInstance | StopInstance | SchedulerReport
+ToOwner = Join | Call | Reply
+ToApiServerFromOwner = Members | Call | Reply
+ToScheduler = Hello | PeerLost | LoadReport
+
+
+class TokenHeader(msgspec.Struct, frozen=True, array_like=True):
+    """First frame of a step's tokens; vLLM's encoding of its `EngineCoreOutputs` follows.
+
+    Attributes:
+        spans: (ownership epoch, index of the first new token) per output, in order.
+    """
+
+    instance_id: str
+    spans: list[tuple[int, int]]

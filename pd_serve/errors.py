@@ -1,0 +1,48 @@
+"""Errors of pd-serve, as one tree. What the engines and the migration raise is defined in `migration.errors`.
+
+PdServeError
+├── InvalidRequestError        the caller asked for something that cannot be done; HTTP 400
+│   └── UnknownTargetError     the named request or instance does not exist (any more); HTTP 404
+├── MigrationRefusedError      the service answers, and does not do it; the message says why; HTTP 409
+├── OverloadedError            too many requests are waiting already; HTTP 429
+├── EngineDeadError            no live instance, or this one's engine has stopped; HTTP 503
+└── MigrationError             a migration ended without moving the request; never reaches a client
+    ├── DestinationRefusedError   the destination cannot take the request; nothing was reserved
+    ├── PeerLostError             the other side, or the path to it, is gone
+    ├── SourceGoneError           the request finished, was aborted or was preempted at the source
+    └── ProtocolError             an event that the state table does not allow
+"""
+
+from migration.errors import (
+    DestinationRefusedError,
+    EngineDeadError,
+    InvalidRequestError,
+    MigrationError,
+    OverloadedError,
+    PdServeError,
+    PeerLostError,
+    ProtocolError,
+    SourceGoneError,
+)
+
+__all__ = [
+    "DestinationRefusedError",
+    "EngineDeadError",
+    "InvalidRequestError",
+    "MigrationError",
+    "MigrationRefusedError",
+    "OverloadedError",
+    "PdServeError",
+    "PeerLostError",
+    "ProtocolError",
+    "SourceGoneError",
+    "UnknownTargetError",
+]
+
+
+class UnknownTargetError(InvalidRequestError):
+    """The named request or instance does not exist (any more). HTTP 404."""
+
+
+class MigrationRefusedError(PdServeError):
+    """A migration or an operation was refused; the message says why, and requests go on. HTTP 409."""

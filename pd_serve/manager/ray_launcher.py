@@ -1,0 +1,393 @@
+"""Starting, watching and stopping processes. The only place of the service that knows Ray."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import psutil
+import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from migration.tasks import BackgroundTasks
+from pd_serve.comm.messages import InstanceInfo
+from pd_serve.comm.wire import Wire, is_local
+from pd_serve.config import Placement
+from pd_serve.errors import EngineDeadError, PdServeError
+from pd_serve.instance.instance_process import Instance, InstanceConfig
+from pd_serve.observe.logs import configure_logging
+from pd_serve.scheduler.scheduler_process import SCHEDULER, SchedulerConfig, SchedulerProcess
+
+logger = logging.getLogger(__name__)
+
+#: Where Ray knows actors that outlive their owner, by the service's name and their own.
+NAMESPACE = "pd_serve"
+
+#: How long instances may take to end by themselves before they are killed.
+STOP_S = 3.0
+
+#: What `ray.init` raises, beside a bare `Exception` when a node takes too long. Source: ray/_private/node.py.
+CONNECT_ERRORS = (ConnectionError, TimeoutError, ValueError, RuntimeError, ray.exceptions.RayError)
+
+#: A local cluster serves one purpose and ends with its owner: leave out what costs start-up time.
+LOCAL_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_enable_worker_prestart": "0",
+    "RAY_COLOR_PREFIX": "0",
+    "RAY_raylet_start_wait_time_s": "120",  # a busy machine needs more than Ray's 30
+    "RAY_worker_niceness": "0",  # the workers are the service, not batch jobs beside it
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+class InstanceActor:
+    """Ray's view of an instance: an async actor, one process."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        configure_logging(name)
+        self._instance = Instance()
+        self._started: asyncio.Task[InstanceInfo] | None = None
+        self._notes: Any = None
+
+    def __repr__(self) -> str:
+        return self._name  # Ray puts it in front of every line of log
+
+    async def load(self) -> None:
+        await self._instance.load()
+
+    async def start(self, config: InstanceConfig) -> InstanceInfo:
+        config = replace(config, host=_own_address(config.host))
+        self._started = asyncio.ensure_future(self._instance.start(config))
+        return await self._started
+
+    async def found(self) -> tuple[InstanceInfo | None, Any]:
+        """For the next owner: what it is, once it is ready, and the last one's notes. None: never started."""
+        return (await self._started if self._started is not None else None), self._notes
+
+    async def note(self, notes: Any) -> None:
+        """Keeps what the next owner has to know."""
+        self._notes = notes
+
+    async def wait(self) -> None:
+        """Returns when the instance was stopped; fails at once when its process dies."""
+        await self._instance.wait()
+
+    async def stop(self) -> None:
+        await self._instance.stop()
+
+
+class SchedulerActor:
+    """The scheduler's process. It imports neither vLLM nor torch, and is ready in about a second."""
+
+    def __init__(self) -> None:
+        configure_logging(SCHEDULER)
+        self._stopped = asyncio.Event()
+
+    def __repr__(self) -> str:
+        return SCHEDULER
+
+    async def start(self, config: SchedulerConfig) -> tuple[str, int]:
+        """Returns its address and its process id."""
+        self._wire = Wire(SCHEDULER, _own_address(config.host), config.keys)
+        self._scheduler = SchedulerProcess(
+            SCHEDULER,
+            self._wire,
+            config.policies,
+            autoscale=config.autoscale or None,
+            on_failure=self._die,
+        )
+        return self._scheduler.address, os.getpid()
+
+    async def wait(self) -> None:
+        """Returns when the scheduler was stopped; fails at once when its process dies."""
+        await self._stopped.wait()
+
+    async def stop(self) -> None:
+        await self._scheduler.close()
+        await self._wire.close()
+        self._stopped.set()
+
+    def _die(self, error: BaseException) -> None:
+        logger.critical("the scheduler ends: %s", error, exc_info=error)
+        os._exit(1)
+
+
+class RayLauncher:
+    """The instances of one service, and its scheduler.
+
+    Args:
+        address: An existing cluster's address; None starts a local one that ends with this process.
+        environment: What every instance's process finds in its environment.
+        on_lost: Called with the id of an instance whose process has died.
+        service: With a name, actors outlive this process, and the next one of that name finds them; Ray has
+            been joined already, and goes on.
+    """
+
+    def __init__(
+        self,
+        address: str | None,
+        environment: dict[str, str],
+        on_lost: Callable[[str], None] = lambda instance_id: None,
+        service: str | None = None,
+    ) -> None:
+        self._address = address
+        self._environment = environment
+        self._service = service
+        self.on_lost = on_lost
+        self._actors: dict[str, Any] = {}
+        self._groups: dict[str, Any] = {}
+        self._waits_for: dict[str, str] = {}
+        self._scheduler: Any = None
+        self._pids: dict[str, int] = {}
+        self._watchers = BackgroundTasks()
+
+    def connect(self) -> None:
+        """Starts or joins Ray. Blocks for seconds.
+
+        Raises:
+            PdServeError: No cluster at that address, or none that starts here.
+        """
+        if self._service is not None:
+            return
+        local = self._address is None
+        if local:
+            for name, value in LOCAL_SETTINGS.items():
+                os.environ.setdefault(name, value)
+            if not os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
+                # Ray's ports ask for it. Ray's own way is one token for ever, in a file that others can read.
+                os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        try:
+            ray.init(
+                address=self._address or "local",
+                include_dashboard=False if local else None,
+                logging_level=logging.ERROR,
+                object_store_memory=80 * 2**20 if local else None,
+                # A local cluster's processes inherit this one's environment.
+                runtime_env=None if local else {"env_vars": self._environment},
+            )
+        except Exception as error:
+            if type(error) is not Exception and not isinstance(error, CONNECT_ERRORS):
+                raise
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            what = "Ray does not start" if local else f"no Ray cluster at {self._address}"
+            raise PdServeError(f"{what}: {lines[0]}") from error
+
+    @staticmethod
+    def node_address() -> str:
+        """This machine's address as the other machines of the cluster know it."""
+        return str(ray.util.get_node_ip_address())
+
+    # ---- instances
+
+    def launch(self, name: str, placement: Placement) -> None:
+        """Starts an instance's process, which begins to import what it needs. Again: nothing."""
+        if name in self._actors:
+            return
+        options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 1000, **self._lasting(name)}
+        if bundle := placement.bundle():
+            group = self._groups[name] = ray.util.placement_group(
+                [bundle], strategy="STRICT_PACK", **self._lasting(name, runtime_env=False)
+            )
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, 0)
+            options["num_gpus"] = placement.num_gpus
+            options["resources"] = {name: amount for name, amount in bundle.items() if name != "GPU"}
+        actor = self._actors[name] = ray.remote(InstanceActor).options(**options).remote(name)
+        actor.load.remote()
+
+    def _lasting(self, name: str, *, runtime_env: bool = True) -> dict[str, Any]:
+        """Ray's options for what is to outlive this process."""
+        if self._service is None:
+            return {}
+        lasting: dict[str, Any] = {"name": f"{self._service}:{name}", "lifetime": "detached"}
+        if runtime_env:
+            lasting |= {"namespace": NAMESPACE, "runtime_env": {"env_vars": self._environment}}
+        return lasting
+
+    def waits_for(self, name: str) -> str:
+        """What an instance waits for that is launched and not placed, in words; else ""."""
+        return self._waits_for.get(name, "")
+
+    async def start(self, config: InstanceConfig) -> InstanceInfo:
+        """Gives a launched instance its model and waits until it is ready.
+
+        Raises:
+            EngineDeadError: It did not come up; the message says why.
+        """
+        name = config.instance_id
+        actor = self._actors[name]
+        try:
+            await self._placed(name)
+            info: InstanceInfo = await actor.start.remote(config)
+        except ray.exceptions.RayTaskError as error:
+            self._discard(name)
+            raise EngineDeadError(f"{name} does not start: {error.cause}") from error
+        except ray.exceptions.RayError as error:
+            self._discard(name)
+            raise EngineDeadError(f"{name}: its process ended while starting: {error}") from error
+        except asyncio.CancelledError:
+            self._discard(name)
+            raise
+        finally:
+            self._waits_for.pop(name, None)
+        self._keep(info, actor)
+        return info
+
+    async def _placed(self, name: str) -> None:
+        """Returns when the cluster has the resources."""
+        group = self._groups.get(name)
+        while group is not None and not await asyncio.to_thread(group.wait, 1):
+            amounts = ", ".join(f"{amount:g} {what}" for what, amount in group.bundle_specs[0].items())
+            self._waits_for[name] = f"waiting for resources: {amounts}"
+        self._waits_for.pop(name, None)
+
+    def _keep(self, info: InstanceInfo, actor: Any) -> None:
+        self._actors[info.instance_id] = actor
+        self._pids[info.instance_id] = info.pid
+        self._watchers.start(self._watch(info.instance_id, actor))
+
+    async def stop_instance(self, name: str) -> None:
+        """Stops one instance that nobody needs any more, by force if it does not end by itself."""
+        actor = self._actors.pop(name, None)
+        if actor is None:
+            return
+        await asyncio.wait([asyncio.ensure_future(_settled(actor.stop.remote()))], timeout=STOP_S)
+        ray.kill(actor)
+        self._free(name)
+
+    def _discard(self, name: str) -> None:
+        """Ends an instance that is not up, and what it may hold already."""
+        if (actor := self._actors.pop(name, None)) is not None and ray.is_initialized():
+            ray.kill(actor)
+            self._free(name)
+
+    def _free(self, name: str) -> None:
+        if (group := self._groups.pop(name, None)) is not None:
+            ray.util.remove_placement_group(group)
+
+    # ---- the next owner
+
+    async def find(self) -> tuple[list[InstanceInfo], Any]:
+        """The running instances of the service, and the notes that they keep. Ends those never started."""
+        infos, notes = [], None
+        for name, actor in (await asyncio.to_thread(self._named_actors)).items():
+            if name == SCHEDULER:
+                ray.kill(actor)  # it keeps nothing, and is there again in a second
+                continue
+            try:
+                info, kept = await actor.found.remote()
+            except ray.exceptions.RayError:
+                continue
+            with contextlib.suppress(ValueError):
+                self._groups[name] = await asyncio.to_thread(
+                    ray.util.get_placement_group, f"{self._service}:{name}"
+                )
+            if info is None:
+                self._actors[name] = actor
+                self._discard(name)
+                continue
+            self._keep(info, actor)
+            infos.append(info)
+            notes = max(notes, kept, key=lambda kept: kept["version"] if kept else 0)
+        return infos, notes
+
+    def _named_actors(self) -> dict[str, Any]:
+        prefix = f"{self._service}:"
+        found = {}
+        for row in ray.util.list_named_actors(all_namespaces=True):
+            if row["namespace"] == NAMESPACE and row["name"].startswith(prefix):
+                with contextlib.suppress(ValueError):  # it has died since
+                    found[row["name"].removeprefix(prefix)] = ray.get_actor(row["name"], NAMESPACE)
+        return found
+
+    def note(self, notes: Any) -> None:
+        """Has every instance keep what the next owner has to know."""
+        for actor in self._actors.values():
+            actor.note.remote(notes)
+
+    # ---- the scheduler
+
+    async def start_scheduler(self, config: SchedulerConfig) -> tuple[str, int]:
+        """Starts the scheduler's process. Returns its address and process id. Raises: EngineDeadError."""
+        options = {"num_cpus": 0, "max_concurrency": 10, **self._lasting(SCHEDULER)}
+        try:
+            actor = self._scheduler = ray.remote(SchedulerActor).options(**options).remote()
+        except ValueError as error:  # the last one's name is not free yet
+            raise EngineDeadError(f"the scheduler does not start: {error}") from error
+        try:
+            address, pid = await actor.start.remote(config)
+        except ray.exceptions.RayError as error:
+            ray.kill(actor)
+            raise EngineDeadError(f"the scheduler does not start: {error}") from error
+        self._pids[SCHEDULER] = pid
+        return address, pid
+
+    async def scheduler_ended(self) -> None:
+        """Returns when the process of the scheduler that was started last is dead."""
+        with contextlib.suppress(ray.exceptions.RayError):
+            await self._scheduler.wait.remote()
+
+    # ---- the end
+
+    async def stop(self) -> None:
+        """Stops all instances, by force after a while, and a local Ray with them."""
+        await self._watchers.cancel()
+        if ray.is_initialized():
+            await self._stop_instances()
+            if self._service is None:
+                await asyncio.to_thread(ray.shutdown)
+        if self._service is None:
+            await asyncio.to_thread(_end_children)
+
+    async def _stop_instances(self) -> None:
+        actors = [*self._actors.values(), *([self._scheduler] if self._scheduler is not None else [])]
+        stops = [asyncio.ensure_future(_settled(actor.stop.remote())) for actor in actors]
+        if stops:
+            await asyncio.wait(stops, timeout=STOP_S)
+        for actor in actors:
+            ray.kill(actor)
+        self._actors.clear()
+        for name in list(self._groups):
+            self._free(name)
+        if self._address is None and self._service is None:
+            # The raylet reaps its workers; ended before that, it would leave them as zombies.
+            deadline = asyncio.get_running_loop().time() + STOP_S
+            while any(map(psutil.pid_exists, self._pids.values())):
+                await asyncio.sleep(0.02)
+                if asyncio.get_running_loop().time() > deadline:
+                    break
+
+    async def _watch(self, instance_id: str, actor: Any) -> None:
+        try:
+            await actor.wait.remote()
+        except ray.exceptions.RayError:
+            self._pids.pop(instance_id, None)
+            if self._actors.pop(instance_id, None) is not None:  # else it was stopped
+                self._free(instance_id)
+                self.on_lost(instance_id)
+
+
+def _own_address(host: str) -> str:
+    """Where an actor's sockets are: on loopback as the service is, or on the machine that Ray has chosen."""
+    return host if is_local(host) else str(ray.util.get_node_ip_address())
+
+
+def _end_children() -> None:
+    """Ends what Ray left behind, as when it was interrupted while starting. All of it is our own."""
+    children = psutil.Process().children(recursive=True)
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    psutil.wait_procs(children, timeout=STOP_S)
+
+
+async def _settled(reference: Any) -> None:
+    try:
+        await reference
+    except ray.exceptions.RayError as error:
+        logger.debug("an instance did not stop by itself: %s", error)

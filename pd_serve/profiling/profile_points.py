@@ -1,0 +1,156 @@
+"""What `pd-serve bench profile` measures, and what it makes of it: no engine, no clock."""
+
+import csv
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from pd_serve.simulated_engine.cost_model import CostModel
+from pd_serve.simulated_engine.cost_table import COLUMNS
+
+Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+
+PROMPTS = (16, 32, 64, 128, 256, 512, 1024, 2048)
+PROMPT_BATCHES = ((2, 64), (4, 64), (2, 256), (4, 256), (8, 128), (4, 512))
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+CONTEXTS = (32, 256, 1024)
+
+#: Tokens of context of a batch together: what it takes to fill them is not measured, and costs time.
+MAX_CONTEXT_TOKENS = 8192
+
+#: Steps of a decoding batch: the first are not counted, nor the last, in which the requests end.
+DECODE_STEPS = 24
+WARM_UP_STEPS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What an engine can do.
+
+    Attributes:
+        step_tokens: Tokens of one step (`max_num_batched_tokens`).
+        batch_size: Requests of one step (`max_num_seqs`).
+        model_tokens: Tokens of one request.
+        cache_tokens: Tokens of KV cache.
+    """
+
+    step_tokens: int
+    batch_size: int
+    model_tokens: int
+    cache_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A kind of step: over `batch_size` prompts of `tokens` each, or one token each for `batch_size` requests
+    that begin with `tokens` of context each."""
+
+    phase: Phase
+    batch_size: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepSeen:
+    """A step of a real engine; what it did as the cost models take it.
+
+    Attributes:
+        chunks: (new tokens, tokens already in the cache) per prompt.
+        context_tokens: Of the `decodes` requests together, before the step.
+        ms: From its beginning to the next one's.
+    """
+
+    chunks: tuple[tuple[int, int], ...]
+    decodes: int
+    context_tokens: int
+    ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of the CSV file; see `pd_serve.simulated_engine.cost_table`."""
+
+    phase: Phase
+    batch_size: int
+    new_tokens: int
+    context_tokens: int
+    ms: float
+
+    def model_ms(self, model: CostModel) -> float:
+        """What a cost model says to it."""
+        if self.phase == "prefill":
+            return model.prefill_s([(self.new_tokens, 0)] * self.batch_size) * 1e3
+        return model.decode_s(self.batch_size, self.context_tokens) * 1e3
+
+
+def points(limits: Limits) -> list[Point]:
+    """All that this engine can do, the shortest first."""
+    prompts = [(1, tokens) for tokens in PROMPTS]
+    found = [
+        Point("prefill", batch, tokens)
+        for batch, tokens in [*prompts, *PROMPT_BATCHES]
+        if batch * tokens <= min(limits.step_tokens, limits.cache_tokens)
+        and batch <= limits.batch_size
+        and tokens + 2 <= limits.model_tokens
+    ]
+    most = min(MAX_CONTEXT_TOKENS, limits.cache_tokens // 2)
+    found += [
+        Point("decode", batch, tokens)
+        for batch in BATCHES
+        for tokens in CONTEXTS
+        if batch <= limits.batch_size
+        and batch * tokens <= most
+        and tokens + DECODE_STEPS <= limits.model_tokens
+    ]
+    return sorted(found, key=lambda point: (point.batch_size * point.tokens, point.phase))
+
+
+def samples(point: Point, steps: Sequence[StepSeen]) -> list[StepSeen]:
+    """The steps that are of this kind: not those that fill the cache for it, or empty it again."""
+    if point.phase == "prefill":
+        chunks = ((point.tokens, 0),) * point.batch_size
+        return [step for step in steps if step.chunks == chunks and not step.decodes]
+    pure = [step for step in steps if not step.chunks and step.decodes == point.batch_size]
+    return pure[WARM_UP_STEPS:-1]
+
+
+def rows(measured: Mapping[Point, Sequence[StepSeen]]) -> list[Row]:
+    """Medians. Points without a sample are left out."""
+    return [
+        Row(
+            point.phase,
+            point.batch_size,
+            point.tokens if point.phase == "prefill" else 1,
+            round(statistics.median(step.context_tokens for step in steps)),
+            round(statistics.median(step.ms for step in steps), 4),
+        )
+        for point, steps in sorted(measured.items(), key=lambda item: _order(item[0]))
+        if steps
+    ]
+
+
+def write_csv(path: Path, table: Iterable[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows([getattr(row, name) for name in COLUMNS] for row in table)
+
+
+def relative_errors(table: Iterable[Row], model: CostModel) -> dict[str, dict[str, float]]:
+    """{"prefill" and "decode": {"median", "max"}} of |fitted / measured − 1|."""
+    errors: dict[Phase, list[float]] = {phase: [] for phase in PHASES}
+    for row in table:
+        errors[row.phase].append(abs(row.model_ms(model) / row.ms - 1))
+    return {
+        phase: {"median": round(statistics.median(found), 4), "max": round(max(found), 4)}
+        for phase, found in errors.items()
+        if found
+    }
+
+
+def _order(point: Point) -> tuple[int, int, int]:
+    return PHASES.index(point.phase), point.batch_size, point.tokens

@@ -1,0 +1,95 @@
+"""A simulated engine's outputs and requests, as they travel in a simulation."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from pd_serve.comm.messages import TokenHeader
+from pd_serve.simulated_engine import batcher
+from pd_serve.simulated_engine.contents import SegmentPrompt
+from pd_serve.simulated_engine.settings import SEGMENT_TOKENS
+
+
+class SimulatedOutput:
+    """New tokens of one request; see `pd_serve.frontend.output_codec.OutputBatch`.
+
+    Attributes:
+        times: How many seconds it has waited, and its prefill has taken; with the first token only.
+    """
+
+    __slots__ = ("finish_reason", "new_token_ids", "request_id", "times")
+
+    new_logprobs = None
+
+    def __init__(
+        self,
+        request_id: str,
+        new_token_ids: list[int],
+        finish_reason: str | None,
+        times: tuple[float, float] | None = None,
+    ) -> None:
+        self.request_id = request_id
+        self.new_token_ids = new_token_ids
+        self.finish_reason = finish_reason
+        self.times = times
+
+
+class SimulatedBatch:
+    """A step's outputs for one client."""
+
+    __slots__ = ("engine_index", "outputs")
+
+    scheduler_stats = None
+
+    def __init__(self, outputs: list[SimulatedOutput]) -> None:
+        self.outputs = outputs
+        self.engine_index = 0
+
+
+class SimulatedPayload(msgspec.Struct, frozen=True, array_like=True):
+    """A request without its tokens: what its prompt contains, not what it says.
+
+    Attributes:
+        segments: See `TraceRequest`.
+        seed: Stands for the rest of the prompt.
+    """
+
+    request_id: str
+    prompt_tokens: int
+    max_tokens: int
+    priority: int
+    arrival_s: float
+    segments: tuple[int, ...]
+    seed: int
+
+    def encode(self) -> list[bytes]:
+        return [msgspec.msgpack.encode(self)]
+
+    @property
+    def prompt(self) -> SegmentPrompt:
+        return SegmentPrompt(self.prompt_tokens, self.segments, SEGMENT_TOKENS, self.seed)
+
+
+_payload_decoder = msgspec.msgpack.Decoder(SimulatedPayload)
+
+
+def decode_payload(payload: list[bytes]) -> batcher.Sequence:
+    """What a simulated engine makes of a request."""
+    request = _payload_decoder.decode(payload[0])
+    return batcher.Sequence(
+        request.request_id, request.prompt, request.max_tokens, request.priority, request.arrival_s, payload
+    )
+
+
+class SimulatedCodec:
+    """Outputs are handed over as they are; see `pd_serve.frontend.output_codec.OutputCodec`."""
+
+    def decode(self, frames: Sequence[Any]) -> tuple[TokenHeader, SimulatedBatch]:
+        return frames[0], frames[1]
+
+    def prefill_s(self, batch: SimulatedBatch, output: SimulatedOutput) -> float | None:
+        return None if output.times is None else output.times[1]
+
+    def failed(self, request_id: str) -> SimulatedBatch:
+        return SimulatedBatch([SimulatedOutput(request_id, [], "error")])

@@ -1,0 +1,42 @@
+"""What a simulated engine is like: plain values."""
+
+from dataclasses import dataclass
+
+from pd_serve.simulated_engine.cost_model import CostModel
+
+#: Prompts say which contents they share in steps of so many tokens (as Mooncake's `hash_ids` do).
+SEGMENT_TOKENS = 512
+
+
+#: KV blocks of the paper's instances. Arithmetic gives 851; with what the engine keeps for itself when
+#: batches are large, this reproduces the paper's latencies best (docs/policies.md). Fitted once.
+FITTED_BLOCKS = 780
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """One simulated instance.
+
+    Attributes:
+        num_blocks: KV blocks.
+        watermark: Share of them that admission leaves free.
+        chunk_tokens: Token budget of a step with prompts mixed with decodes (chunked prefill); None for
+            vLLM as in the paper: a step is prompts only or decodes only, prompts first.
+        max_prefill_tokens: Prompt tokens per step without chunks.
+        vocabulary: (first, number) of the tokens that it says.
+        kv_bytes_per_token: For the time that migrations take.
+        migration_slowdown: Share by which steps are slower that begin while KV is being copied; the mean of
+            what the paper measured.
+    """
+
+    cost_model: CostModel
+    num_blocks: int = FITTED_BLOCKS
+    block_tokens: int = 16
+    max_num_seqs: int = 256
+    watermark: float = 0.01
+    chunk_tokens: int | None = None
+    max_prefill_tokens: int = 6144
+    prefix_caching: bool = False
+    vocabulary: tuple[int, int] = (0, 1 << 16)
+    kv_bytes_per_token: int = 512 * 1024
+    migration_slowdown: float = 0.023

@@ -1,0 +1,145 @@
+"""One simulation as data: what `simulate run` is told, and what experiments are lists of."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from pd_serve.errors import InvalidRequestError
+from pd_serve.simulated_engine.cost_table import cost_model
+from pd_serve.simulated_engine.settings import FITTED_BLOCKS, EngineSettings
+from pd_serve.simulation.config import ScaleBounds, SimulationConfig, SimulationResult
+from pd_serve.simulation.summary import Slo, series, summarize
+from pd_serve.simulation.workloads import TraceSpec, fitting, make_requests
+from router.policies import paper_threshold, policy_set
+
+Simulate = Callable[[SimulationConfig, Callable[[int, int], None] | None], SimulationResult]
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """Attributes:
+    instances: Number by role at the beginning.
+    autoscale: Least and greatest number by role.
+    one_class: Schedules all requests as if they were of normal priority, and reports them by the priority
+        they would have had.
+    with_series: The summary also holds the cluster over time.
+
+    The others are as in `SimulationConfig` and `EngineSettings`.
+    """
+
+    trace: TraceSpec
+    policy: str
+    instances: dict[str, int] = field(default_factory=lambda: {"neutral": 16})
+    overrides: dict[str, float | int | str] = field(default_factory=dict)
+    cost_model: str = "a10-llama-7b"
+    num_blocks: int = FITTED_BLOCKS
+    chunk_tokens: int | None = None
+    prefix_caching: bool = False
+    autoscale: dict[str, tuple[int, int]] = field(default_factory=dict)
+    max_migrations: int = 64
+    front_end_s: float = 0.0
+    one_class: bool = False
+    with_series: bool = False
+    slo: Slo = field(default_factory=Slo)
+
+    @property
+    def key(self) -> str:
+        """Equal for equal cases only, in every process."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def __str__(self) -> str:
+        trace = self.trace
+        at = f" at {trace.rate:g}/s" if trace.rate else ""
+        arrivals = f" {trace.arrivals}," if trace.arrivals else ""
+        return f"{self.policy} on {trace.name}{at},{arrivals} seed {trace.seed}"
+
+
+def configure(case: Scenario, traces: Path | None = None) -> tuple[SimulationConfig, list[bool], int]:
+    """The simulation of a case, which of its requests to report as of high priority, and how many requests of
+    the trace are left out because no instance could ever hold them.
+
+    Raises:
+        InvalidRequestError: Something of the case cannot be.
+    """
+    overrides = dict(case.overrides)
+    if case.policy == "llumnix-paper":
+        overrides.setdefault("migration_threshold", paper_threshold(case.trace.name.upper()))
+    try:
+        policy_set(case.policy, **overrides)
+    except ValueError as error:
+        raise InvalidRequestError(str(error)) from error
+    engine = EngineSettings(
+        cost_model(case.cost_model),
+        num_blocks=case.num_blocks,
+        chunk_tokens=case.chunk_tokens,
+        prefix_caching=case.prefix_caching,
+    )
+    wanted = make_requests(case.trace, traces)
+    room = int(engine.num_blocks * (1 - engine.watermark)) * engine.block_tokens
+    requests = fitting(wanted, room)
+    left_out = len(wanted) - len(requests)
+    high = [request.priority < 0 for request in requests]
+    if case.one_class:
+        requests = [msgspec.structs.replace(request, priority=0) for request in requests]
+    config = SimulationConfig(
+        requests=requests,
+        instances=case.instances,
+        policy=case.policy,
+        engines={"neutral": engine},
+        overrides=overrides,
+        autoscale={role: ScaleBounds(*bounds) for role, bounds in case.autoscale.items()},
+        max_migrations=case.max_migrations,
+        front_end_s=case.front_end_s,
+        seed=case.trace.seed,
+    )
+    return config, high, left_out
+
+
+def run_scenario(
+    case: Scenario,
+    traces: Path | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+    simulate: Simulate | None = None,
+) -> dict[str, Any]:
+    """Runs it; see `summary.summarize` for what it returns.
+
+    Args:
+        simulate: In place of the simulation itself.
+
+    Raises:
+        InvalidRequestError: Something of the case cannot be.
+    """
+    config, high, left_out = configure(case, traces)
+    with _quiet():
+        result = (simulate or _simulate())(config, on_progress)
+    summary = summarize(result, case.slo, high)
+    summary |= {"seed": case.trace.seed, "left_out": left_out, "config": asdict(case)}
+    if case.with_series:
+        summary["series"] = series(result)
+    return summary
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The control plane logs as on a real cluster, where an instance that ends is worth a warning."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _simulate() -> Simulate:
+    """Imported when first needed: building a case needs none of it."""
+    from pd_serve.simulation.run import simulate
+
+    return simulate

@@ -1,0 +1,146 @@
+"""What connects the parts of a simulated cluster: messages with latency, KV copies that share links.
+
+`SimulatedWire` has the interface of `pd_serve.comm.wire.Wire`, `SimulatedFabric` that of the KV transport.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from migration.transport.local import LocalFabric
+from pd_serve.simulation.config import NetworkSettings
+
+OnFrames = Callable[[list[Any]], None]
+
+#: What a control message without payload takes on a link.
+MESSAGE_BYTES = 300
+
+
+class SimulatedNetwork:
+    """Who listens where, and how long it takes to get there. Messages of one sender stay in order.
+
+    A message shares its sender's link with the copies that are leaving there.
+    """
+
+    def __init__(self, settings: NetworkSettings, kv_bytes_per_byte: float) -> None:
+        self.settings = settings
+        self.fabric = SimulatedFabric(settings, kv_bytes_per_byte)
+        self.num_messages = 0
+        self._loop = asyncio.get_running_loop()
+        self._listeners: dict[str, OnFrames] = {}
+        self._cut: set[str] = set()
+        self._arrives: dict[str, float] = {}  # when the last message of a sender arrives
+
+    def listen(self, address: str, on_message: OnFrames) -> None:
+        self._listeners[address] = on_message
+
+    def silence(self, address: str) -> None:
+        self._listeners.pop(address, None)
+
+    def cut(self, name: str) -> None:
+        """Breaks a node off: nothing reaches it or leaves it, and reads of its KV fail."""
+        self._cut.add(name)
+        self.fabric.fail(name)
+
+    def restore(self, name: str) -> None:
+        """Ends `cut`."""
+        self._cut.discard(name)
+        self.fabric.restore(name)
+
+    def deliver(self, sender: str, address: str, frames: list[Any]) -> None:
+        """Sends frames to whoever listens at an address when they arrive; lost if nobody does."""
+        if sender in self._cut:
+            return
+        self.num_messages += 1
+        settings = self.settings
+        copies = self.fabric.leaving.get(sender)
+        delay_s = settings.message_latency_s
+        if copies:
+            delay_s += MESSAGE_BYTES * (copies + 1) / settings.kv_bytes_per_s
+        now = self._loop.time()
+        arrives = self._arrives[sender] = max(now + delay_s, self._arrives.get(sender, 0.0))
+        self._loop.call_at(arrives, self._arrive, address, frames)
+
+    def _arrive(self, address: str, frames: list[Any]) -> None:
+        on_message = self._listeners.get(address)
+        if on_message is not None and not (self._cut and _node(address) in self._cut):
+            on_message(frames)
+
+
+class SimulatedWire:
+    """One process's end of the network. Messages are handed over as they are, not encoded."""
+
+    def __init__(self, name: str, network: SimulatedNetwork) -> None:
+        self.name = name
+        self._sender = name.encode()
+        self._network = network
+        self._peers: dict[str, str] = {}
+        self._bound: list[str] = []
+
+    @staticmethod
+    def decoder(kind: Any) -> Callable[[Any], Any]:
+        return lambda message: message
+
+    def listen(self, on_message: OnFrames) -> str:
+        address = f"{self.name}/{len(self._bound)}"
+        self._bound.append(address)
+        self._network.listen(address, on_message)
+        return address
+
+    def connect(self, peer: str, address: str) -> None:
+        self._peers[peer] = address
+
+    def disconnect(self, peer: str) -> None:
+        self._peers.pop(peer, None)
+
+    def send(self, peer: str, message: object, payload: Sequence[bytes] = ()) -> bool:
+        address = self._peers.get(peer)
+        if address is None:
+            return False
+        self._network.deliver(self.name, address, [self._sender, message, *payload])
+        return True
+
+    def send_to(self, address: str, frames: list[Any]) -> None:
+        """To an address that is not a named peer: a step's tokens to the API server that they are for."""
+        self._network.deliver(self.name, address, frames)
+
+    async def close(self) -> None:
+        for address in self._bound:
+            self._network.silence(address)
+
+
+class SimulatedFabric(LocalFabric):
+    """Copies between instances take the time that their KV would take.
+
+    Each instance has one link, as fast in both directions as `kv_bytes_per_s`. A copy runs at its share of
+    the busier of the two links, as it is when the copy begins.
+
+    Args:
+        kv_bytes_per_byte: Bytes of KV that one copied byte of simulated contents stands for.
+    """
+
+    def __init__(self, settings: NetworkSettings, kv_bytes_per_byte: float) -> None:
+        super().__init__(latency_s=settings.kv_latency_s, timeout_s=120.0)
+        self.leaving: Counter[str] = Counter()
+        self.entering: Counter[str] = Counter()
+        self.bytes_copied = 0.0
+        self._settings = settings
+        self._scale = kv_bytes_per_byte
+
+    def begin_read(self, source: str, destination: str) -> None:
+        self.leaving[source] += 1
+        self.entering[destination] += 1
+
+    def end_read(self, source: str, destination: str) -> None:
+        self.leaving[source] -= 1
+        self.entering[destination] -= 1
+
+    def copy_s(self, source: str, destination: str, num_bytes: int) -> float:
+        self.bytes_copied += num_bytes * self._scale
+        share = max(self.leaving[source], self.entering[destination], 1)
+        return num_bytes * self._scale * share / self._settings.kv_bytes_per_s
+
+
+def _node(address: str) -> str:
+    return address.rsplit("/", 1)[0]

@@ -1,0 +1,76 @@
+"""Draining a machine: which instances, for how long, and what of it may fail."""
+
+from typing import Any
+
+import pytest
+
+from pd_serve.cli import operate as control
+from pd_serve.errors import PdServeError
+from pd_serve.launch.console import Console
+
+
+class FakeService(control.ServiceClient):
+    """Answers as the API does. Each drained instance loses a request whenever it is looked at."""
+
+    def __init__(self, *rows: tuple[str, str, int], refused: str = "") -> None:
+        super().__init__("http://127.0.0.1:1", None)
+        self._refused = refused
+        self.rows = [{"id": i, "node": node, "running": n, "waiting": 0} for i, node, n in rows]
+        self.drained: list[str] = []
+
+    def get(self) -> dict[str, Any]:
+        for row in self.rows:
+            if row["id"] in self.drained:
+                row["running"] = max(0, row["running"] - 1)  # type: ignore[call-overload]
+        return {"instances": self.rows}
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        if body["instance"] == self._refused:
+            raise control.RefusedError("the last one of its kind")
+        self.drained.append(body["instance"])
+        return {}
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "POLL_S", 0.0)
+
+
+def test_a_machine_is_drained_until_its_instances_are_empty() -> None:
+    service = FakeService(("decode-0", "a", 3), ("decode-1", "b", 5), ("prefill-0", "a", 0))
+
+    control.drain_node(service, Console(), "a", wait_s=60)
+
+    assert service.drained == ["decode-0", "prefill-0"]
+    assert [row["running"] for row in service.rows] == [0, 5, 0]
+
+
+def test_what_cannot_be_done_without_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    service = FakeService(("decode-0", "a", 1), ("prefill-0", "a", 4), refused="prefill-0")
+
+    control.drain_node(service, Console(), "a", wait_s=60)
+
+    assert service.drained == ["decode-0"]
+    assert "prefill-0 is not drained: the last one of its kind" in capsys.readouterr().err
+
+
+def test_it_waits_no_longer_than_told(capsys: pytest.CaptureFixture[str]) -> None:
+    service = FakeService(("decode-0", "a", 10**9))
+
+    control.drain_node(service, Console(), "a", wait_s=0)
+
+    assert "a still has" in capsys.readouterr().err
+
+
+def test_a_machine_without_instances_is_done_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    service = FakeService(("decode-0", "a", 1))
+
+    control.drain_node(service, Console(), "c", wait_s=60)
+
+    assert service.drained == []
+    assert "no instances" in capsys.readouterr().err
+
+
+def test_a_service_that_does_not_answer_is_an_error() -> None:
+    with pytest.raises(PdServeError, match="no service at"):
+        control.drain_node(control.ServiceClient("http://127.0.0.1:1", None), Console(), "a", wait_s=60)

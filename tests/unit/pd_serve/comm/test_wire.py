@@ -1,0 +1,426 @@
+"""Real sockets on loopback: what arrives, in which order, and from whom."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import msgspec
+import pytest
+import zmq
+import zmq.asyncio
+from zmq.utils.monitor import recv_monitor_message
+
+from migration.messages import RequestId
+from pd_serve.comm.messages import AbortRequests, PeerLost, ToInstance
+from pd_serve.comm.rejected_peers import RejectedPeerLog
+from pd_serve.comm.wire import CurveKeys, Wire, is_local
+
+decode = msgspec.msgpack.Decoder(ToInstance).decode
+
+MakeWire = Callable[..., Wire]
+
+KEYS = CurveKeys.generate()
+
+
+class Inbox:
+    """Takes the messages of a wire, as a llumlet does, and what it cannot make sense of it lets out."""
+
+    def __init__(self) -> None:
+        self.messages: list[tuple[str, object, list[bytes]]] = []
+        self._arrived = asyncio.Event()
+
+    def on_message(self, frames: list[bytes]) -> None:
+        self.messages.append((frames[0].decode(), decode(frames[1]), frames[2:]))
+        self._arrived.set()
+
+    async def wait_for(self, count: int) -> None:
+        async with asyncio.timeout(30):
+            while len(self.messages) < count:
+                self._arrived.clear()
+                await self._arrived.wait()
+
+    @property
+    def said(self) -> list[tuple[str, str]]:
+        """(sender, instance id) of the `PeerLost` messages, which the tests count with."""
+        return [(sender, getattr(message, "instance_id", "")) for sender, message, _ in self.messages]
+
+
+@pytest.fixture
+async def make_wire() -> AsyncIterator[MakeWire]:
+    wires: list[Wire] = []
+
+    def make(name: str, keys: CurveKeys = KEYS) -> Wire:
+        wires.append(Wire(name, "127.0.0.1", keys))
+        return wires[-1]
+
+    yield make
+    for wire in wires:
+        await wire.close()
+
+
+# ---- delivery
+
+
+async def test_a_message_arrives_with_its_sender_and_its_payload_frames(make_wire: MakeWire) -> None:
+    a, b, inbox = make_wire("a"), make_wire("b"), Inbox()
+    a.connect("b", b.listen(inbox.on_message))
+    message = AbortRequests([RequestId("r")], 7)
+
+    assert a.send("b", message, [b"", b"\x00\xff" * 40_000])
+    await inbox.wait_for(1)
+
+    assert inbox.messages == [("a", message, [b"", b"\x00\xff" * 40_000])]
+
+
+async def test_messages_of_one_sender_arrive_in_order(make_wire: MakeWire) -> None:
+    """Two senders at once: their messages mix, but neither overtakes itself."""
+    receiver, inbox = make_wire("r"), Inbox()
+    address = receiver.listen(inbox.on_message)
+    senders = [make_wire("a"), make_wire("b")]
+    for sender in senders:
+        sender.connect("r", address)
+
+    for number in range(300):
+        for sender in senders:
+            assert sender.send("r", PeerLost(str(number)))
+    await inbox.wait_for(600)
+
+    for name in ("a", "b"):
+        assert [text for sender, text in inbox.said if sender == name] == [str(n) for n in range(300)]
+
+
+async def test_both_directions(make_wire: MakeWire) -> None:
+    a, b, to_a, to_b = make_wire("a"), make_wire("b"), Inbox(), Inbox()
+    a.connect("b", b.listen(to_b.on_message))
+    b.connect("a", a.listen(to_a.on_message))
+    a.send("b", PeerLost("1"))
+    b.send("a", PeerLost("2"))
+
+    await to_a.wait_for(1)
+    await to_b.wait_for(1)
+
+    assert (to_a.said, to_b.said) == ([("b", "2")], [("a", "1")])
+
+
+async def test_what_is_sent_before_the_peer_listens_waits_for_it(make_wire: MakeWire) -> None:
+    """Instances are told of each other at once, in any order."""
+    a, b, inbox = make_wire("a"), make_wire("b"), Inbox()
+    address = b.listen(inbox.on_message)
+    a.connect("b", address)
+    for number in range(10):
+        assert a.send("b", PeerLost(str(number)))  # without a turn of the loop in between
+
+    await inbox.wait_for(10)
+
+    assert [text for _, text in inbox.said] == [str(number) for number in range(10)]
+
+
+async def test_sockets_for_another_thread_send_to_the_same_place(make_wire: MakeWire) -> None:
+    """The step thread's tokens."""
+    a, b, inbox = make_wire("a"), make_wire("b"), Inbox()
+    address = b.listen(inbox.on_message)
+
+    def publish() -> None:
+        socket = a.publisher(address)
+        socket.send_multipart([b"thread", msgspec.msgpack.encode(PeerLost("1"))])
+        socket.close(linger=10_000)
+
+    await asyncio.to_thread(publish)
+    await inbox.wait_for(1)
+
+    assert inbox.said == [("thread", "1")]
+
+
+# ---- peers
+
+
+async def test_a_message_to_an_unknown_peer_is_not_sent(make_wire: MakeWire) -> None:
+    a, b, inbox = make_wire("a"), make_wire("b"), Inbox()
+    assert not a.send("b", PeerLost("1"))
+
+    a.connect("b", b.listen(inbox.on_message))
+    assert a.send("b", PeerLost("2"))
+    a.disconnect("b")
+    a.disconnect("b")
+
+    assert not a.send("b", PeerLost("3"))
+
+
+async def test_a_new_address_replaces_the_old_one(make_wire: MakeWire) -> None:
+    """An instance was started anew under its name: the old process hears nothing more."""
+    a, before, after = make_wire("a"), Inbox(), Inbox()
+    old, new = make_wire("old"), make_wire("new")
+    a.connect("b", old.listen(before.on_message))
+    a.send("b", PeerLost("1"))
+    await before.wait_for(1)
+
+    a.connect("b", new.listen(after.on_message))
+    a.send("b", PeerLost("2"))
+    await after.wait_for(1)
+
+    assert (before.said, after.said) == ([("a", "1")], [("a", "2")])
+
+
+async def test_the_same_address_again_keeps_what_is_on_its_way(make_wire: MakeWire) -> None:
+    """Every heartbeat names all addresses."""
+    a, b, inbox = make_wire("a"), make_wire("b"), Inbox()
+    address = b.listen(inbox.on_message)
+    for number in range(20):
+        a.connect("b", address)
+        a.send("b", PeerLost(str(number)))
+
+    await inbox.wait_for(20)
+
+    assert [text for _, text in inbox.said] == [str(number) for number in range(20)]
+
+
+async def test_a_peer_that_does_not_read_is_not_waited_for(
+    make_wire: MakeWire, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody is at the address: a bounded number of messages waits, more are dropped."""
+    monkeypatch.setattr("pd_serve.comm.wire.HIGH_WATER_MARK", 5)
+    a = make_wire("a")
+    a.connect("b", "tcp://127.0.0.1:1")
+
+    sent = [a.send("b", PeerLost(str(number))) for number in range(20)]
+
+    assert not all(sent)
+    assert "b does not read: a PeerLost is dropped" in caplog.text
+
+
+# ---- what makes no sense
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [b"x", b"\xc1"],
+        [b"x", b""],
+        [b"x", msgspec.msgpack.encode({"type": "NoSuchMessage"})],
+        [b"x", msgspec.msgpack.encode({"type": "PeerLost"})],
+        [b"x", msgspec.msgpack.encode({"type": "PeerLost", "instance_id": 5})],
+        [b"\xff\xfe", msgspec.msgpack.encode(PeerLost("1"))],
+        [b"x"],
+        [b""],
+    ],
+    ids=[
+        "no msgpack",
+        "empty",
+        "unknown tag",
+        "field missing",
+        "wrong type",
+        "no text",
+        "one frame",
+        "nothing",
+    ],
+)
+async def test_garbage_is_ignored_and_what_follows_is_heard(make_wire: MakeWire, frames: list[bytes]) -> None:
+    a, b, inbox = make_wire("a"), make_wire("b"), Inbox()
+
+    with a.publisher(b.listen(inbox.on_message)) as stranger:
+        stranger.send_multipart(frames)
+        stranger.send_multipart([b"a", msgspec.msgpack.encode(PeerLost("1"))])
+        await inbox.wait_for(1)
+
+    assert inbox.said == [("a", "1")]
+
+
+async def test_a_handler_that_fails_does_not_end_the_receiving(
+    make_wire: MakeWire, caplog: pytest.LogCaptureFixture
+) -> None:
+    a, b, inbox = make_wire("a"), make_wire("b"), Inbox()
+
+    def fail_once(frames: list[bytes]) -> None:
+        if not caplog.records:
+            raise RuntimeError("a bug")
+        inbox.on_message(frames)
+
+    a.connect("b", b.listen(fail_once))
+    with caplog.at_level(logging.ERROR):
+        a.send("b", PeerLost("1"))
+        a.send("b", PeerLost("2"))
+        await inbox.wait_for(1)
+
+    assert inbox.said == [("a", "2")]
+    assert "a bug" in caplog.text
+
+
+# ---- who may talk
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [
+        ("127.0.0.1", True),
+        ("localhost", True),
+        ("::1", True),
+        ("0.0.0.0", False),
+        ("10.0.0.1", False),
+        ("", False),
+    ],
+)
+def test_only_loopback_is_local(host: str, local: bool) -> None:
+    assert is_local(host) is local
+
+
+def test_the_same_secret_makes_the_same_keys() -> None:
+    """However it came to a process."""
+    keys = CurveKeys.derive(b"s" * 32)
+
+    assert keys == CurveKeys.derive(b"s" * 32)
+    assert keys.secret != CurveKeys.derive(b"t" * 32).secret
+    assert keys.public == zmq.curve_public(keys.secret)
+
+
+def test_keys_are_not_shown() -> None:
+    shown = repr(KEYS)
+
+    assert KEYS.secret.decode() not in shown
+    assert KEYS.public.decode() not in shown
+
+
+async def test_derived_keys_are_heard(make_wire: MakeWire) -> None:
+    inbox = Inbox()
+    a, b = (make_wire(name, keys=CurveKeys.derive(b"s" * 32)) for name in "ab")
+    a.connect("b", b.listen(inbox.on_message))
+
+    a.send("b", PeerLost("1"))
+    await inbox.wait_for(1)
+
+    assert inbox.said == [("a", "1")]
+
+
+@contextmanager
+def stranger(address: str, has: str) -> Iterator[None]:
+    """Somebody on the machine who says that an instance is lost, and tries again every millisecond."""
+    others = CurveKeys.generate()
+    with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
+        socket.linger, socket.reconnect_ivl = 0, 1
+        if has != "no keys":
+            guessed = KEYS if has == "the cluster's public key" else others
+            socket.curve_serverkey = guessed.public
+            socket.curve_publickey, socket.curve_secretkey = others.public, others.secret
+        socket.connect(address)
+        socket.send_multipart([b"stranger", msgspec.msgpack.encode(PeerLost("1"))], zmq.NOBLOCK)
+        yield
+
+
+def refusals(caplog: pytest.LogCaptureFixture, by: str) -> list[str]:
+    return [
+        message for message in caplog.messages if message.startswith(f"{by}: refused a peer at 127.0.0.1,")
+    ]
+
+
+async def refused(caplog: pytest.LogCaptureFixture, by: str) -> None:
+    """Returns when there is a line about it."""
+    async with asyncio.timeout(30):
+        while not refusals(caplog, by):  # noqa: ASYNC110 - nothing else tells
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("has", ["no keys", "keys of its own", "the cluster's public key"])
+async def test_a_stranger_is_not_heard(
+    make_wire: MakeWire, caplog: pytest.LogCaptureFixture, has: str
+) -> None:
+    """Its message waits for a handshake that fails; then a peer talks, and is all that is heard."""
+    inbox = Inbox()
+    b, peer = make_wire("b"), make_wire("peer")
+    address = b.listen(inbox.on_message)
+
+    with stranger(address, has):
+        await refused(caplog, "b")
+        peer.connect("b", address)
+        peer.send("b", PeerLost("2"))
+        await inbox.wait_for(1)
+
+    assert inbox.said == [("peer", "2")]
+
+
+async def test_strangers_who_try_on_are_one_line(
+    make_wire: MakeWire, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted = 0
+    note = RejectedPeerLog._note
+
+    def count(log: RejectedPeerLog, peer: str) -> None:
+        nonlocal noted
+        noted += 1
+        note(log, peer)
+
+    monkeypatch.setattr(RejectedPeerLog, "_note", count)
+    address = make_wire("b").listen(Inbox().on_message)
+
+    with stranger(address, "no keys"), stranger(address, "keys of its own"):
+        async with asyncio.timeout(30):
+            while noted < 20:  # noqa: ASYNC110 - nothing else tells
+                await asyncio.sleep(0.01)
+
+    assert len(refusals(caplog, "b")) == 1
+
+
+async def test_what_is_no_zeromq_at_all_gets_nothing(make_wire: MakeWire) -> None:
+    """But for the greeting, which ZeroMQ says to whoever comes."""
+    b, inbox = make_wire("b"), Inbox()
+    host, port = b.listen(inbox.on_message).removeprefix("tcp://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+
+    writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" + b"x" * 100)
+    async with asyncio.timeout(30):
+        with suppress(ConnectionResetError):
+            assert len(await reader.read()) <= 64
+    writer.close()
+
+    assert inbox.messages == []
+
+
+async def test_a_frame_that_is_too_long_is_not_kept(
+    make_wire: MakeWire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends the connection; what is sent on the next one is heard."""
+    monkeypatch.setattr("pd_serve.comm.wire.MAX_FRAME_BYTES", 10_000)
+    a, b, inbox = make_wire("a"), make_wire("b"), Inbox()
+    a.connect("b", b.listen(inbox.on_message))
+
+    a.send("b", PeerLost("1"), [bytes(20_000)])
+    async with asyncio.timeout(30):
+        while not inbox.messages:
+            a.send("b", PeerLost("2"))
+            await asyncio.sleep(0.01)
+
+    assert ("a", "1") not in inbox.said
+
+
+async def test_a_wire_with_other_keys_is_not_heard(
+    make_wire: MakeWire, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two clusters, and an address that was one's and is the other's now."""
+    inbox = Inbox()
+    a, b = make_wire("a", keys=CurveKeys.generate()), make_wire("b")
+
+    a.connect("b", b.listen(inbox.on_message))
+    a.send("b", PeerLost("1"))
+    await refused(caplog, "b")
+
+    assert inbox.said == []
+
+
+async def test_a_listener_without_keys_does_not_read_the_cluster_s_messages(make_wire: MakeWire) -> None:
+    """Somebody listens at an address that an instance had: the sender wants the cluster's key there too."""
+    a = make_wire("a")
+    with zmq.asyncio.Context() as context, context.socket(zmq.PULL) as impostor:
+        failures = zmq.Event.HANDSHAKE_FAILED_NO_DETAIL | zmq.Event.HANDSHAKE_FAILED_PROTOCOL
+        with impostor.get_monitor_socket(failures) as handshakes:
+            port = impostor.bind_to_random_port("tcp://127.0.0.1")
+            a.connect("impostor", f"tcp://127.0.0.1:{port}")
+            a.send("impostor", PeerLost("1"))
+            async with asyncio.timeout(30):
+                await recv_monitor_message(handshakes)
+            assert await impostor.poll(100) == 0
+
+
+async def test_of_a_key_pair_the_public_half_is_checked(make_wire: MakeWire) -> None:
+    wire = make_wire("a")
+
+    assert wire.callback("", KEYS.public)
+    assert not wire.callback("", CurveKeys.generate().public)

@@ -1,0 +1,403 @@
+"""Tokens of one request from several owners, late and twice: each index is delivered once, in order."""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pd_serve.frontend.token_ledger import TokenLedger
+
+
+class Logprobs(NamedTuple):
+    """As vLLM's `LogprobsLists`: one row per token, and a field that may be absent."""
+
+    token_ids: list[list[int]]
+    logprobs: list[list[float]]
+    cumulative: list[int] | None = None
+
+
+@dataclass
+class Output:
+    """As vLLM's `EngineCoreOutput`, as far as the ledger looks at it."""
+
+    request_id: str
+    new_token_ids: list[int]
+    finish_reason: str | None = None
+    new_logprobs: Logprobs | None = None
+
+
+@dataclass(frozen=True)
+class Sent:
+    """One output on its way: who says it, under which epoch, from which index on."""
+
+    source: str
+    epoch: int
+    index: int
+    output: Output
+
+
+def out(*token_ids: int, finish: str | None = None) -> Output:
+    return Output("r", list(token_ids), finish)
+
+
+def tokens(outputs: list[Output]) -> list[int]:
+    return [token for output in outputs for token in output.new_token_ids]
+
+
+def chunks(draw: st.DrawFn, begin: int, end: int) -> list[tuple[int, int]]:
+    """Cuts [begin, end) into steps of 1 to 3 tokens."""
+    spans = []
+    while begin < end:
+        size = min(draw(st.integers(1, 3)), end - begin)
+        spans.append((begin, begin + size))
+        begin += size
+    return spans
+
+
+@st.composite
+def journeys(draw: st.DrawFn) -> tuple[int, list[list[Sent]]]:
+    """A request that 1 to 5 owners decode in turn: the number of its tokens, and every owner's outputs.
+
+    Epochs rise from owner to owner; an instance may own the request more than once.
+    """
+    lengths = draw(st.lists(st.integers(1, 6), min_size=1, max_size=5))
+    owners: list[list[Sent]] = []
+    begin = epoch = 0
+    source = "a"
+    for length in lengths:
+        sent = []
+        for first, end in chunks(draw, begin, begin + length):
+            finish = "stop" if end == sum(lengths) else None
+            sent.append(Sent(source, epoch, first, out(*range(first, end), finish=finish)))
+        owners.append(sent)
+        begin += length
+        epoch += draw(st.integers(1, 3))
+        source = draw(st.sampled_from([name for name in "abc" if name != source]))
+    return begin, owners
+
+
+def merge(draw: st.DrawFn, streams: list[list[Sent]]) -> list[Sent]:
+    """Any interleaving that keeps each stream's order: one stream is one socket."""
+    positions = [i for i, stream in enumerate(streams) for _ in stream]
+    waiting = [list(stream) for stream in streams]
+    return [waiting[i].pop(0) for i in draw(st.permutations(positions))]
+
+
+def accept_all(ledger: TokenLedger, arrivals: list[Sent]) -> list[Output]:
+    delivered = []
+    for now, sent in enumerate(arrivals, start=1):
+        # Each arrival is a message of its own: the ledger may cut it.
+        output = replace(sent.output, new_token_ids=list(sent.output.new_token_ids))
+        if ledger.extend(sent.source, sent.epoch, sent.index, output, float(now)) is not None:
+            delivered.append(output)
+            continue
+        ready, _ = ledger.accept(sent.source, sent.epoch, sent.index, output, float(now))
+        delivered += ready
+    return delivered
+
+
+@given(st.data())
+def test_the_short_way_for_plain_outputs_is_the_same_as_the_long_one(data: st.DataObject) -> None:
+    """`extend` takes only what `accept` would have taken, and does with it what that would have done."""
+    _, streams = data.draw(journeys())
+    long_way = TokenLedger("a")
+    short_way = TokenLedger("a")
+    for now, sent in enumerate(merge(data.draw, streams), start=1):
+        outputs = [replace(sent.output, new_token_ids=list(sent.output.new_token_ids)) for _ in range(2)]
+        ready, stale = long_way.accept(sent.source, sent.epoch, sent.index, outputs[0], float(now))
+        if short_way.extend(sent.source, sent.epoch, sent.index, outputs[1], float(now)) is not None:
+            assert (ready, stale) == ([outputs[0]], False)
+        else:
+            short_way.accept(sent.source, sent.epoch, sent.index, outputs[1], float(now))
+        assert long_way == short_way
+
+
+@given(st.data())
+def test_any_interleaving_of_owners_delivers_each_index_once_in_order(data: st.DataObject) -> None:
+    """Owners overtake each other at will: tokens of a later one arrive before those of earlier ones."""
+    num_tokens, owners = data.draw(journeys())
+    arrivals = merge(data.draw, owners)
+    ledger = TokenLedger("a")
+
+    delivered = accept_all(ledger, arrivals)
+
+    assert tokens(delivered) == ledger.token_ids == list(range(num_tokens))
+    assert [bool(output.finish_reason) for output in delivered] == [False] * (len(delivered) - 1) + [True]
+    assert ledger.finished
+    assert not ledger.has_gap
+
+
+@given(st.data())
+def test_duplicates_are_not_delivered_again(data: st.DataObject) -> None:
+    """A part of every owner's outputs comes a second time, at any later moment."""
+    num_tokens, owners = data.draw(journeys())
+    again = [[sent for sent in stream if data.draw(st.booleans())] for stream in owners]
+    arrivals = merge(data.draw, owners + again)
+    ledger = TokenLedger("a")
+
+    delivered = accept_all(ledger, arrivals)
+
+    assert tokens(delivered) == ledger.token_ids == list(range(num_tokens))
+    assert sum(output.finish_reason is not None for output in delivered) == 1
+
+
+@given(st.data())
+def test_outputs_in_any_order_at_all_are_delivered_once_in_order(data: st.DataObject) -> None:
+    """Even an owner's own outputs overtake each other, as over sockets that were made anew."""
+    num_tokens, owners = data.draw(journeys())
+    arrivals = data.draw(st.permutations([sent for stream in owners for sent in stream]))
+    ledger = TokenLedger("a")
+
+    assert tokens(accept_all(ledger, arrivals)) == list(range(num_tokens))
+    assert ledger.finished
+
+
+@given(st.data())
+def test_what_is_delivered_is_always_a_beginning_of_what_was_generated(data: st.DataObject) -> None:
+    """Some outputs never arrive: what follows them is held back, nothing is skipped."""
+    num_tokens, owners = data.draw(journeys())
+    arrivals = [sent for sent in merge(data.draw, owners) if data.draw(st.booleans())]
+    ledger = TokenLedger("a")
+
+    delivered = accept_all(ledger, arrivals)
+
+    assert tokens(delivered) == ledger.token_ids == list(range(len(ledger.token_ids)))
+    assert not ledger.finished or len(ledger.token_ids) == num_tokens
+
+
+@given(st.data())
+def test_an_owner_that_lives_on_after_it_was_given_up_adds_nothing(data: st.DataObject) -> None:
+    """A dead owner was not dead: it decodes on, other tokens, while the next one continues.
+
+    The request is recomputed from what had been delivered, and only the new owner's tokens follow.
+    """
+    num_before, num_after = data.draw(st.integers(0, 5)), data.draw(st.integers(1, 5))
+    spans = chunks(data.draw, 0, num_before) + chunks(data.draw, num_before, num_before + 5)
+    ledger = TokenLedger("a")
+    old = [Sent("a", 0, i, out(*range(i, end))) for i, end in spans if end <= num_before]
+    zombie = [Sent("a", 0, i, out(*[-1] * (end - i))) for i, end in spans if end > num_before]
+    zombie.append(Sent("a", 0, num_before + 5, out(finish="abort")))
+    delivered = accept_all(ledger, old)
+    epoch = ledger.take_over("b")
+    total = num_before + num_after
+    new = [
+        Sent("b", epoch, i, out(*range(i, end), finish="stop" if end == total else None))
+        for i, end in chunks(data.draw, num_before, total)
+    ]
+
+    delivered += accept_all(ledger, merge(data.draw, [new, zombie, old]))
+
+    assert tokens(delivered) == ledger.token_ids == list(range(total))
+    assert [output.finish_reason for output in delivered if output.finish_reason] == ["stop"]
+
+
+def test_an_early_output_waits_for_those_before_it() -> None:
+    """The destination's first token overtakes the source's last one."""
+    ledger = TokenLedger("a")
+    assert ledger.accept("a", 0, 0, out(10), 1.0) == ([out(10)], False)
+
+    assert ledger.accept("b", 1, 2, out(12), 2.0) == ([], False)
+    assert (ledger.owner, ledger.has_gap, ledger.owner_has_spoken) == ("b", True, False)
+
+    assert ledger.accept("a", 0, 1, out(11), 3.0) == ([out(11), out(12)], False)
+    assert (ledger.token_ids, ledger.has_gap, ledger.owner_has_spoken) == ([10, 11, 12], False, True)
+
+
+def test_an_early_end_ends_nothing_before_its_time() -> None:
+    """The destination has finished the request before the source's last token is here."""
+    ledger = TokenLedger("a")
+    ledger.accept("b", 1, 1, out(11, finish="length"), 1.0)
+    assert not ledger.finished
+
+    ready, _ = ledger.accept("a", 0, 0, out(10), 2.0)
+
+    assert [output.finish_reason for output in ready] == [None, "length"]
+    assert ledger.finished
+
+
+def test_nothing_follows_the_end() -> None:
+    ledger = TokenLedger("a")
+    ledger.accept("a", 0, 0, out(10, finish="stop"), 1.0)
+
+    assert ledger.accept("a", 0, 1, out(11), 2.0)[0] == []
+    assert ledger.accept("a", 0, 0, out(10, finish="stop"), 3.0)[0] == []
+    assert ledger.token_ids == [10]
+
+
+def test_a_former_owner_that_decodes_on_is_reported() -> None:
+    """Its token has an index that belongs to the present owner: it holds a copy that nobody follows."""
+    ledger = TokenLedger("a")
+    ledger.accept("a", 0, 0, out(10), 1.0)
+    ledger.accept("b", 1, 1, out(11), 2.0)
+
+    assert ledger.accept("a", 0, 1, out(99), 3.0) == ([], True)
+    assert ledger.token_ids == [10, 11]
+
+
+def test_a_late_token_of_a_former_owner_is_no_reason_to_report_it() -> None:
+    ledger = TokenLedger("a")
+    ledger.accept("b", 1, 1, out(11), 1.0)
+
+    assert ledger.accept("a", 0, 0, out(10), 2.0)[1] is False
+
+
+def test_an_older_epoch_of_the_owner_itself_is_no_reason_to_report_it() -> None:
+    """The request has come back to an instance whose older tokens are still on their way."""
+    ledger = TokenLedger("a")
+    ledger.accept("a", 2, 1, out(11), 1.0)
+
+    assert ledger.accept("a", 0, 1, out(99), 2.0) == ([], False)
+
+
+def test_of_two_owners_with_one_epoch_the_first_to_be_heard_stays() -> None:
+    """A migration is taken back at the source while its destination has moved the request on."""
+    ledger = TokenLedger("a")
+    ledger.accept("b", 2, 0, out(10), 1.0)
+
+    assert ledger.accept("c", 2, 1, out(99), 2.0) == ([], True)
+    assert (ledger.owner, ledger.token_ids) == ("b", [10])
+
+
+def test_take_over_continues_from_what_was_delivered_above_all_former_epochs() -> None:
+    """What had arrived early from the dead owner is forgotten: its predecessor's token will not come."""
+    ledger = TokenLedger("a")
+    ledger.accept("a", 0, 0, out(10), 1.0)
+    ledger.accept("b", 7, 2, out(12), 2.0)
+
+    epoch = ledger.take_over("c")
+
+    assert epoch > 7
+    assert (ledger.owner, ledger.epoch, ledger.has_gap, ledger.owner_has_spoken) == ("c", epoch, False, False)
+    assert ledger.accept("c", epoch, 1, out(21), 3.0) == ([out(21)], False)
+    assert ledger.accept("b", 7, 3, out(13), 4.0) == ([], True)
+    assert ledger.token_ids == [10, 21]
+
+
+def test_the_new_owner_may_be_the_instance_that_held_an_older_copy() -> None:
+    """Its tokens under the old epoch do not count, those under the new one do."""
+    ledger = TokenLedger("a")
+    ledger.accept("a", 0, 0, out(10), 1.0)
+    epoch = ledger.take_over("a")
+
+    assert ledger.accept("a", 0, 1, out(98), 2.0) == ([], False)
+    assert ledger.accept("a", epoch, 1, out(11), 3.0) == ([out(11)], False)
+
+
+def test_a_former_owner_s_end_ends_nothing_that_another_has_continued() -> None:
+    """A copy that nobody follows is aborted, behind what a later owner has begun with."""
+    ledger = TokenLedger("a")
+    ledger.accept("a", 0, 0, out(10, 11, 12), 1.0)
+    ledger.accept("b", 1, 3, out(13), 2.0)
+
+    assert ledger.accept("a", 0, 2, out(finish="abort"), 3.0)[0] == []
+    assert not ledger.finished
+
+
+def test_a_former_owner_s_end_that_came_early_ends_nothing_either() -> None:
+    """It waited for a token before it; then the owner that has continued was heard."""
+    ledger = TokenLedger("a")
+    ledger.accept("a", 0, 1, out(11, finish="stop"), 1.0)
+    ledger.accept("b", 1, 2, out(12), 2.0)
+
+    ready, _ = ledger.accept("a", 0, 0, out(10), 3.0)
+
+    assert (tokens(ready), ledger.finished) == ([10, 11, 12], False)
+
+
+def test_a_former_owner_s_output_counts_up_to_where_the_present_one_began() -> None:
+    """It was computed in one step that went on beyond the hand-over."""
+    ledger = TokenLedger("a")
+    ledger.accept("b", 1, 2, out(12), 1.0)
+    logprobs = Logprobs([[10], [11], [99]], [[-0.1], [-0.2], [-0.3]])
+
+    ready, _ = ledger.accept("a", 0, 0, Output("r", [10, 11, 99], None, logprobs), 2.0)
+
+    assert ready == [Output("r", [10, 11], None, Logprobs([[10], [11]], [[-0.1], [-0.2]])), out(12)]
+
+
+@pytest.mark.parametrize(("index", "left"), [(0, [12, 13]), (1, [12, 13]), (2, [12, 13])])
+def test_of_an_output_that_is_partly_known_the_rest_is_delivered(index: int, left: list[int]) -> None:
+    ledger = TokenLedger("a")
+    ledger.accept("a", 0, 0, out(10, 11), 1.0)
+
+    ready, is_stale = ledger.accept("a", 0, index, out(*range(10 + index, 14)), 2.0)
+
+    assert (tokens(ready), is_stale) == (left, False)
+    assert ledger.token_ids == [10, 11, 12, 13]
+
+
+def test_logprobs_are_cut_with_the_tokens_that_they_belong_to() -> None:
+    ledger = TokenLedger("a")
+    ledger.accept("a", 0, 0, out(10, 11), 1.0)
+    logprobs = Logprobs([[11, 1], [12, 2], [13, 3]], [[-0.1], [-0.2], [-0.3]])
+
+    ready, _ = ledger.accept("a", 0, 1, Output("r", [11, 12, 13], "stop", logprobs), 2.0)
+
+    assert ready == [Output("r", [12, 13], "stop", Logprobs([[12, 2], [13, 3]], [[-0.2], [-0.3]]))]
+
+
+def test_a_known_output_that_ends_the_request_is_delivered_without_its_tokens() -> None:
+    """The end came with a token that had been delivered before."""
+    ledger = TokenLedger("a")
+    ledger.accept("a", 0, 0, out(10), 1.0)
+
+    assert ledger.accept("a", 0, 0, out(10, finish="stop"), 2.0)[0] == [out(finish="stop")]
+    assert ledger.finished
+
+
+def test_the_gap_is_that_between_two_owners() -> None:
+    ledger = TokenLedger("a")
+    ledger.accept("a", 0, 0, out(10), 1.0)
+    ledger.accept("a", 0, 1, out(11), 5.0)
+    assert ledger.last_gap_s == 0.0
+
+    ledger.accept("b", 1, 2, out(12), 5.5)
+    ledger.accept("b", 1, 3, out(13), 9.0)
+    assert (ledger.last_gap_s, ledger.num_moves) == (0.5, 1)
+
+    ledger.accept("a", 2, 4, out(14), 9.25)
+    assert (ledger.last_gap_s, ledger.num_moves) == (0.25, 2)
+
+
+def test_the_gap_ends_when_the_new_owner_s_token_can_be_delivered() -> None:
+    """It arrived before the former owner's last one, with which it is delivered."""
+    ledger = TokenLedger("a")
+    ledger.accept("a", 0, 0, out(10), 1.0)
+    ledger.accept("b", 1, 2, out(12), 2.0)
+    ledger.accept("a", 0, 1, out(11), 4.0)
+
+    assert ledger.last_gap_s == 0.0
+
+
+def test_a_request_that_is_recomputed_before_its_first_token_has_no_gap() -> None:
+    ledger = TokenLedger("a")
+    epoch = ledger.take_over("b")
+    ledger.accept("b", epoch, 0, out(10), 3.0)
+
+    assert ledger.last_gap_s == 0.0
+
+
+def test_the_longest_gap_is_between_any_two_deliveries() -> None:
+    """Also where the owner changes, and when nothing but the end comes."""
+    ledger = TokenLedger("a")
+    ledger.accept("a", 0, 0, out(1), 10.0)
+    assert ledger.longest_gap_s == 0.0
+    assert ledger.extend("a", 0, 1, out(2), 10.5) == 10.0
+    assert ledger.longest_gap_s == 0.5
+    assert ledger.extend("a", 0, 2, out(3), 10.7) == 10.5
+    assert ledger.longest_gap_s == 0.5
+    ledger.accept("b", 1, 3, out(4), 13.0)
+    assert ledger.longest_gap_s == ledger.last_gap_s == pytest.approx(2.3)
+
+
+def test_the_epoch_under_which_the_present_owner_was_heard() -> None:
+    ledger = TokenLedger("a")
+    assert ledger.heard_epoch == -1
+    ledger.accept("b", 1, 1, out(2), 10.0)  # early: it speaks before its predecessor's token is there
+    assert ledger.heard_epoch == -1
+    ledger.accept("a", 0, 0, out(1), 11.0)
+    assert ledger.heard_epoch == 1
+    ledger.take_over("c")
+    assert ledger.heard_epoch == -1

@@ -1,0 +1,701 @@
+"""One instance's event loop, between a wire that keeps what is sent and an engine that does as it is told."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+import msgspec
+import pytest
+
+from migration.bounds import MigrationBounds
+from migration.engine_interface import EngineLoad, Reservation, RunningRequest
+from migration.messages import (
+    BlockRun,
+    Committed,
+    Final,
+    FinalState,
+    MigrationId,
+    MigrationMessage,
+    Offer,
+    Pull,
+    Refused,
+    RequestDescription,
+    RequestId,
+    Withdraw,
+)
+from migration.transport.kv_transport import KvRegion
+from migration.transport.local import LocalFabric
+from pd_serve.comm.messages import (
+    AbortRequests,
+    AddRequest,
+    Call,
+    Hello,
+    LoadReport,
+    MigrateRequest,
+    MigrationEnded,
+    MoveOut,
+    PeerLost,
+    Reply,
+    SetDraining,
+    SetRole,
+    Subscribe,
+)
+from pd_serve.comm.wire import Wire
+from pd_serve.errors import DestinationRefusedError, EngineDeadError, SourceGoneError
+from pd_serve.instance.llumlet import HEARTBEAT_S, REPORT_INTERVAL_S, Llumlet
+from pd_serve.instance.peers import LEASE_S
+from router.load import InstanceLoad
+from tests.virtual_time import in_virtual_time
+
+M = TypeVar("M")
+R = RequestId("r")
+
+
+class FakeWire:
+    """Keeps what is sent to connected peers. Has the methods of `Wire` that a llumlet uses."""
+
+    def __init__(self) -> None:
+        self.on_message: Callable[[list[bytes]], None] = lambda frames: None
+        self.peers: dict[str, str] = {}
+        self.sent: list[tuple[str, Any]] = []
+
+    decoder = staticmethod(Wire.decoder)
+
+    def listen(self, on_message: Callable[[list[bytes]], None]) -> str:
+        self.on_message = on_message
+        return "tcp://p0"
+
+    def connect(self, peer: str, address: str) -> None:
+        self.peers[peer] = address
+
+    def disconnect(self, peer: str) -> None:
+        self.peers.pop(peer, None)
+
+    def send(self, peer: str, message: object, payload: Sequence[bytes] = ()) -> bool:
+        if peer in self.peers:
+            self.sent.append((peer, message))
+        return peer in self.peers
+
+
+class FakeEngine:
+    """Requests without tokens. `calls` tells what was asked, in order.
+
+    Attributes:
+        running: Requests that can be described, and moved.
+        priorities: Of those that have another one than 0.
+        fail: Raised by the next call of that name.
+        held: Calls of these names wait until the event is set.
+    """
+
+    def __init__(self) -> None:
+        self.llumlet: Llumlet
+        self.calls: list[tuple[Any, ...]] = []
+        self.running: set[str] = set()
+        self.priorities: dict[str, int] = {}
+        self.fail: dict[str, Exception] = {}
+        self.held: dict[str, asyncio.Event] = {}
+
+    async def _visit(self, name: str, *arguments: Any) -> None:
+        self.calls.append((name, *arguments))
+        if (event := self.held.get(name)) is not None:
+            await event.wait()
+        if (error := self.fail.pop(name, None)) is not None:
+            raise error
+
+    def called(self, name: str) -> list[tuple[Any, ...]]:
+        return [arguments for called, *arguments in self.calls if called == name]  # type: ignore[misc]
+
+    def end(self, request_id: str) -> None:
+        self.running.discard(request_id)
+        self.llumlet.events.on_requests_ended([RequestId(request_id)])
+
+    async def add(self, payload: list[bytes], client: str, **options: Any) -> None:
+        await self._visit("add", payload, client, options)
+
+    async def abort(self, request_ids: list[RequestId], below_epoch: int | None = None) -> list[RequestId]:
+        await self._visit("abort", request_ids, below_epoch)
+        known = [request_id for request_id in request_ids if request_id in self.running]
+        for request_id in known:
+            self.end(request_id)
+        return [request_id for request_id in request_ids if request_id not in known]
+
+    async def abort_client(self, client: str) -> None:
+        await self._visit("abort_client", client)
+
+    async def describe(self, request_id: RequestId) -> RequestDescription:
+        await self._visit("describe", request_id)
+        if request_id not in self.running:
+            raise SourceGoneError("not running here")
+        return RequestDescription(request_id, [b"payload"], "client", 0, 0, [1], 10, 100, {})
+
+    async def next_stage(self, request_id: RequestId, *arguments: Any, suspend: bool) -> FinalState:
+        await self._visit("next_stage", request_id)
+        return FinalState(BlockRun(0, [1, 2]), 0, [1, 2, 3], 12)
+
+    async def resume(self, request_id: RequestId, epoch: int) -> None:
+        await self._visit("resume", request_id, epoch)
+
+    async def release(self, request_id: RequestId) -> None:
+        await self._visit("release", request_id)
+        self.running.discard(request_id)
+
+    async def reserve(self, migration_id: MigrationId, request: RequestDescription) -> Reservation:
+        await self._visit("reserve", migration_id)
+        return Reservation([1, 2, 3], 0)
+
+    async def drop(self, migration_id: MigrationId) -> None:
+        await self._visit("drop", migration_id)
+
+    async def running_requests(self) -> list[RunningRequest]:
+        await self._visit("running_requests")
+        return [
+            RunningRequest(RequestId(request_id), self.priorities.get(request_id, 0), 10, float(rank))
+            for rank, request_id in enumerate(sorted(self.running))
+        ]
+
+    async def live_requests(self, client: str | None = None) -> list[RequestId]:
+        return [RequestId(request_id) for request_id in sorted(self.running)]
+
+    async def utility(self, method: str, *arguments: Any) -> Any:
+        await self._visit("utility", method, *arguments)
+        return {3, 1, 2}
+
+    async def check_integrity(self) -> list[str]:
+        return []
+
+
+class World:
+    """The llumlet p0, an API server and two decode instances, all of them in the hands of the test."""
+
+    def __init__(self, bounds: MigrationBounds | None = None) -> None:
+        self.wire, self.engine = FakeWire(), FakeEngine()
+        self.fatal: list[BaseException] = []
+        transport = LocalFabric().transport("p0")
+        transport.register([KvRegion(0, 8, 64)])
+        self.llumlet = self.engine.llumlet = Llumlet(
+            "p0",  # type: ignore[arg-type]
+            "prefill",
+            self.wire,  # type: ignore[arg-type]
+            transport,
+            bounds=bounds,
+            on_fatal=self.fatal.append,
+        )
+        self.llumlet.start(self.engine)  # type: ignore[arg-type]
+        self.hello("d0", "d1")
+
+    async def __aenter__(self) -> "World":
+        await self.settle()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.llumlet.close()
+
+    async def settle(self) -> None:
+        """Everything that is ready has happened, reports included."""
+        await asyncio.sleep(REPORT_INTERVAL_S)
+        for _ in range(20):
+            await asyncio.sleep(0)
+
+    def hear(self, sender: str, message: object, *payload: bytes) -> None:
+        self.wire.on_message([sender.encode(), msgspec.msgpack.encode(message), *payload])
+
+    def hello(self, *peers: str, server: str = "api") -> None:
+        addresses = {peer: f"tcp://{peer}" for peer in ("p0", *peers)}
+        self.hear(server, Hello(f"tcp://{server}", f"tcp://{server}/tokens", addresses))
+
+    def add(self, request_id: str = "r", handoff: Sequence[str] | None = None, epoch: int = 0) -> None:
+        candidates = None if handoff is None else list(handoff)
+        message = AddRequest(RequestId(request_id), "api/tokens", epoch, candidates, [])
+        self.hear("api", message, b"one", b"two")
+
+    async def start_prefill(self, request_id: str = "r") -> None:
+        """The engine schedules the request's first step, after it has been added."""
+        await self.settle()
+        self.engine.running.add(request_id)
+        self.llumlet.events.on_prefill_started([RequestId(request_id)])
+        await self.settle()
+
+    def sent(self, kind: type[M], to: str | None = None) -> list[M]:
+        return [m for peer, m in self.wire.sent if isinstance(m, kind) and to in (None, peer)]
+
+    def reports(self) -> list[LoadReport]:
+        return self.sent(LoadReport, "api")
+
+    async def answer(self, peer: str, make: Callable[[MigrationId], MigrationMessage]) -> None:
+        """`peer` says something about the latest migration."""
+        self.hear(peer, make(self.sent(Offer)[-1].migration_id))
+        await self.settle()
+
+    async def move(self, peer: str) -> None:
+        """`peer` takes what it has been offered."""
+        await self.answer(peer, lambda migration_id: Pull(migration_id, 0))
+        assert self.sent(Final, peer)
+        await self.answer(peer, Committed)
+
+
+class TestRequests:
+    @in_virtual_time
+    async def test_are_added_as_they_came(self) -> None:
+        async with World() as world:
+            message = AddRequest(R, "api/tokens", 0, ["d0"], [])
+            world.hear("api", message, b"one", b"two")
+            await world.settle()
+            options = {"epoch": 0, "output_token_ids": [], "handoff": True}
+            assert world.engine.called("add") == [[[b"one", b"two"], "api/tokens", options]]
+            assert not world.engine.called("abort")
+            assert world.llumlet.load().requests_added == 1
+
+    @in_virtual_time
+    async def test_one_that_the_engine_cannot_take_is_answered(self) -> None:
+        """It must not take the instance down, nor be waited for."""
+        async with World() as world:
+            world.engine.fail["add"] = ValueError("nonsense")
+            world.add(handoff=["d0"])
+            await world.settle()
+            assert world.sent(Reply, "api") == [Reply("add:r", error="ValueError: nonsense")]
+            assert not world.fatal
+            assert await world.llumlet.check_integrity() == []
+
+    @in_virtual_time
+    async def test_count_as_added_when_the_engine_has_them(self) -> None:
+        """A report in between must not say of a request that its load is in it. One that fails counts too."""
+        async with World() as world:
+            world.engine.held["add"] = asyncio.Event()
+            world.add()
+            await asyncio.sleep(HEARTBEAT_S)
+            assert world.reports()[-1].load.requests_added == 0
+            world.engine.fail["add"] = ValueError("nonsense")
+            world.engine.held["add"].set()
+            await asyncio.sleep(HEARTBEAT_S)
+            assert world.reports()[-1].load.requests_added == 1
+
+    @in_virtual_time
+    async def test_a_dead_engine_ends_the_instance(self) -> None:
+        async with World() as world:
+            world.engine.fail["add"] = EngineDeadError("gone")
+            world.add()
+            await world.settle()
+            assert [type(error) for error in world.fatal] == [EngineDeadError]
+
+    @in_virtual_time
+    async def test_a_recompute_ends_an_older_copy_first(self) -> None:
+        """It lives here from before, under a lower epoch; its end does not touch the new one."""
+        async with World() as world:
+            world.engine.running.add("r")
+            world.add(handoff=["d0"], epoch=1000)
+            await world.settle()
+            assert [call[0] for call in world.engine.calls] == ["abort", "add"]
+            assert world.engine.called("abort") == [[[R], 1000]]
+            await world.start_prefill()
+            assert len(world.sent(Offer, "d0")) == 1
+
+    @in_virtual_time
+    async def test_a_recompute_waits_for_the_end_of_an_arriving_copy(self) -> None:
+        """Both would hold blocks under one id, and the drop of the one free those of the other."""
+        async with World() as world:
+            description = RequestDescription(R, [b"payload"], "client", 0, 0, [1], 10, 100, {})
+            world.hear("d0", Offer(MigrationId("m"), "test", description, b""))
+            await world.settle()
+            assert world.sent(Pull, "d0")
+            world.engine.held["drop"] = asyncio.Event()
+            world.add(epoch=1000)
+            await world.settle()
+            assert world.engine.called("drop") == [["m"]]
+            assert not world.engine.called("add")
+            world.engine.held["drop"].set()
+            await world.settle()
+            assert len(world.engine.called("add")) == 1
+
+
+class TestAborts:
+    @in_virtual_time
+    async def test_reach_the_engine(self) -> None:
+        async with World() as world:
+            world.engine.running.add("r")
+            world.hear("api", AbortRequests([R], 7))
+            await world.settle()
+            assert world.engine.called("abort") == [[[R], 7]]
+            assert not world.sent(AbortRequests)
+
+    @in_virtual_time
+    async def test_follow_a_request_that_has_left_once(self) -> None:
+        async with World() as world:
+            world.add(handoff=["d1"])
+            await world.start_prefill()
+            await world.move("d1")
+            for _ in range(2):
+                world.hear("api", AbortRequests([R, RequestId("unknown")], 7))
+                await world.settle()
+            assert world.sent(AbortRequests, "d1") == [AbortRequests([R], 7)]
+
+    @in_virtual_time
+    async def test_do_not_follow_to_where_it_came_back_from(self) -> None:
+        """It was given to this instance anew: where it once went is nobody's business."""
+        async with World() as world:
+            world.add(handoff=["d1"])
+            await world.start_prefill()
+            await world.move("d1")
+            world.add(epoch=1000)
+            await world.settle()
+            world.hear("api", AbortRequests([R]))
+            await world.settle()
+            assert not world.sent(AbortRequests)
+
+
+class TestHandOff:
+    @in_virtual_time
+    async def test_begins_with_the_first_prefill_step(self) -> None:
+        async with World() as world:
+            world.add(handoff=["d1", "d0"])
+            await world.settle()
+            assert not world.sent(Offer)
+            await world.start_prefill()
+            assert [offer.reason for offer in world.sent(Offer, "d1")] == ["handoff"]
+            await world.move("d1")
+            assert world.engine.called("release") == [[R]]
+            (ended,) = world.sent(MigrationEnded, "api")
+            assert (ended.committed, ended.destination, ended.call_id) == (True, "d1", "")
+            assert not world.sent(Offer, "d0")
+            assert await world.llumlet.check_integrity() == []
+
+    @in_virtual_time
+    async def test_goes_through_the_candidates(self) -> None:
+        """Then the request stays, and says so in the reports until it is moved."""
+        async with World() as world:
+            world.add(handoff=["d1", "d0"])
+            await world.start_prefill()
+            await world.answer("d1", lambda migration_id: Refused(migration_id, "full"))
+            assert not world.reports()[-1].stranded
+            await world.answer("d0", lambda migration_id: Refused(migration_id, "full"))
+            assert world.reports()[-1].stranded == ["r"]
+            assert [ended.why for ended in world.sent(MigrationEnded)] == ["refused: full"] * 2
+            world.hear("api", MigrateRequest("", R, "d0", "handoff"))
+            await world.settle()
+            await world.move("d0")
+            assert world.reports()[-1].stranded == []
+            # One word for each migration, though the last one was asked for.
+            assert [ended.committed for ended in world.sent(MigrationEnded)] == [False, False, True]
+
+    @in_virtual_time
+    async def test_with_nobody_to_go_to_it_waits_for_one(self) -> None:
+        """The decode pool was empty when the request came, and is not for ever."""
+        async with World() as world:
+            world.add(handoff=[])
+            await world.start_prefill()
+            assert not world.sent(Offer)
+            assert world.reports()[-1].stranded == ["r"]
+            world.hear("api", MigrateRequest("", R, "d1", "handoff"))
+            await world.settle()
+            await world.move("d1")
+            assert world.reports()[-1].stranded == []
+            assert await world.llumlet.check_integrity() == []
+
+    @in_virtual_time
+    async def test_of_a_request_that_stays(self) -> None:
+        async with World() as world:
+            world.add(handoff=None)
+            await world.start_prefill()
+            assert [options["handoff"] for _, _, options in world.engine.called("add")] == [False]
+            assert world.reports()[-1].stranded == []
+
+    @in_virtual_time
+    async def test_a_stranded_request_that_ends_is_forgotten(self) -> None:
+        async with World() as world:
+            world.add(handoff=["d1"])
+            await world.start_prefill()
+            await world.answer("d1", lambda migration_id: Refused(migration_id, "full"))
+            assert await world.llumlet.check_integrity() == ["p0: requests wait for a hand-off: ['r']"]
+            world.engine.end("r")
+            await world.settle()
+            await asyncio.sleep(HEARTBEAT_S)
+            assert world.reports()[-1].stranded == []
+            assert await world.llumlet.check_integrity() == []
+
+    @in_virtual_time
+    async def test_one_that_ends_while_it_is_asked_about_is_not_stranded(self) -> None:
+        """The answer "it runs" and the end of the request wait on the loop, the end is handled first."""
+        async with World() as world:
+            world.add(handoff=["d1"])
+            await world.start_prefill()
+            world.engine.held["describe"] = asyncio.Event()
+            await world.answer("d1", lambda migration_id: Refused(migration_id, "full"))
+            world.llumlet.events.on_requests_ended([R])  # still described as running
+            world.engine.held["describe"].set()
+            await world.settle()
+            assert await world.llumlet.check_integrity() == []
+
+    @in_virtual_time
+    async def test_beyond_the_limit_waits_its_turn(self) -> None:
+        """Too many are leaving already: the request asks again by way of the reports."""
+        async with World(MigrationBounds(max_outgoing=1)) as world:
+            for request_id in ("r", "s"):
+                world.add(request_id, handoff=["d1"])
+                await world.start_prefill(request_id)
+            assert len(world.sent(Offer)) == 1
+            assert world.reports()[-1].stranded == ["s"]
+
+    @pytest.mark.parametrize(
+        "error",
+        [SourceGoneError("preempted"), DestinationRefusedError("a request with an image cannot move")],
+    )
+    @in_virtual_time
+    async def test_what_cannot_move_stays_without_a_word(self, error: Exception) -> None:
+        async with World() as world:
+            world.add(handoff=["d1"])
+            await world.settle()
+            world.engine.fail["describe"] = error
+            world.llumlet.events.on_prefill_started([R])
+            await world.settle()
+            assert not world.sent(Offer)
+            assert await world.llumlet.check_integrity() == []
+
+    @in_virtual_time
+    async def test_of_a_request_that_never_starts(self) -> None:
+        async with World() as world:
+            world.add(handoff=["d1"])
+            await world.settle()
+            world.engine.end("r")
+            await world.start_prefill()
+            assert not world.sent(Offer)
+
+
+class TestMigrateRequest:
+    @in_virtual_time
+    async def test_is_answered_with_its_call_id(self) -> None:
+        async with World() as world:
+            world.engine.running.add("r")
+            world.hear("api", MigrateRequest("call", R, "d0", "manual"))
+            await world.settle()
+            await world.move("d0")
+            ended = world.sent(MigrationEnded, "api")
+            assert sorted(message.call_id for message in ended) == ["", "call"]
+            assert all(message.committed and message.tokens == 12 for message in ended)
+
+    @in_virtual_time
+    async def test_of_a_request_that_is_not_here(self) -> None:
+        async with World() as world:
+            world.hear("api", MigrateRequest("call", R, "d0", "manual"))
+            await world.settle()
+            (ended,) = world.sent(MigrationEnded, "api")
+            assert (ended.call_id, ended.committed, ended.not_here) == ("call", False, True)
+            assert ended.why == "not running here"
+
+    @in_virtual_time
+    async def test_to_itself_is_refused(self) -> None:
+        async with World() as world:
+            world.engine.running.add("r")
+            world.hear("api", MigrateRequest("call", R, "p0", "manual"))
+            await world.settle()
+            (ended,) = world.sent(MigrationEnded, "api")
+            assert (ended.committed, ended.not_here) == (False, False)
+            assert ended.why == "the request is on p0 already"
+
+
+class TestMembers:
+    @in_virtual_time
+    async def test_come_with_hello(self) -> None:
+        async with World() as world:
+            assert world.wire.peers == {"api": "tcp://api", "d0": "tcp://d0", "d1": "tcp://d1"}
+
+    @pytest.mark.parametrize("silent", [False, True])
+    @in_virtual_time
+    async def test_that_go_end_their_migrations(self, silent: bool) -> None:
+        """Told so, or missing from the next hello."""
+        async with World() as world:
+            world.add(handoff=["d1", "d0"])
+            await world.start_prefill()
+            if silent:
+                world.hello("d0")
+            else:
+                world.hear("api", PeerLost("d1"))
+            await world.settle()
+            assert "d1" not in world.wire.peers
+            assert [ended.why for ended in world.sent(MigrationEnded)] == ["d1 died"]
+            assert len(world.sent(Offer, "d0")) == 1  # the next candidate
+
+    @in_virtual_time
+    async def test_unknown_ones_cannot_go(self) -> None:
+        async with World() as world:
+            world.hear("api", PeerLost("d7"))
+            await world.settle()
+            assert not world.fatal
+
+    @in_virtual_time
+    async def test_an_api_server_that_falls_silent_takes_its_requests_with_it(self) -> None:
+        async with World() as world:
+            world.hello("d0", "d1", server="other")
+            for _ in range(3):
+                await asyncio.sleep(LEASE_S / 2)
+                world.hello("d0", "d1", server="other")
+            assert world.engine.called("abort_client") == [["tcp://api/tokens"]]
+            assert "api" not in world.wire.peers
+            assert "other" in world.wire.peers
+
+
+class TestCalls:
+    @in_virtual_time
+    async def test_are_answered(self) -> None:
+        async with World() as world:
+            world.engine.running |= {"b", "a"}
+            world.hear("api", Call("1", "check_integrity"))
+            world.hear("api", Call("2", "live_requests"))
+            world.hear("api", Call("3", "list_loras", ["x"]))
+            await world.settle()
+            values = {reply.call_id: reply.value for reply in world.sent(Reply, "api")}
+            assert values == {"1": [], "2": ["a", "b"], "3": [1, 2, 3]}
+            assert world.engine.called("utility") == [["list_loras", "x"]]
+
+    @in_virtual_time
+    async def test_that_fail_are_answered_too(self) -> None:
+        async with World() as world:
+            world.engine.fail["utility"] = ValueError("no such thing")
+            world.hear("api", Call("1", "anything"))
+            await world.settle()
+            assert world.sent(Reply) == [Reply("1", None, "ValueError: no such thing")]
+
+
+class TestReports:
+    @in_virtual_time
+    async def test_follow_the_engine_but_not_faster_than_so(self) -> None:
+        async with World() as world:
+            before = len(world.reports())
+            for free in range(100):
+                world.llumlet.events.on_load(EngineLoad(100, free, 3, 5, 2, 4, 70, 6, 16))
+            await asyncio.sleep(2.5 * REPORT_INTERVAL_S)
+            assert len(world.reports()) == before + 1
+            load = world.reports()[-1].load
+            assert (load.instance_id, load.role) == ("p0", "prefill")
+            assert (load.total_blocks, load.free_blocks, load.head_of_line_blocks) == (100, 99, 6)
+            assert (load.running, load.waiting, load.waiting_tokens) == (7, 4, 70)  # suspended ones count
+
+    @in_virtual_time
+    async def test_come_without_a_cause_too(self) -> None:
+        async with World() as world:
+            before = len(world.reports())
+            await asyncio.sleep(3.5 * HEARTBEAT_S)
+            assert len(world.reports()) == before + 3
+
+    @in_virtual_time
+    async def test_count_migrations_under_way(self) -> None:
+        async with World() as world:
+            world.add(handoff=["d1"])
+            await world.start_prefill()
+            assert world.llumlet.load().migrating_out == 1
+            description = RequestDescription(R, [b"payload"], "client", 0, 0, [1], 10, 100, {})
+            world.hear("d0", Offer(MigrationId("m"), "test", description, b""))
+            await world.settle()
+            assert world.llumlet.load().migrating_in == 1
+            world.hear("d0", Withdraw(MigrationId("m"), "enough"))
+            await world.settle()
+            assert world.llumlet.load().migrating_in == 0
+
+
+class TestScheduler:
+    """What a scheduler says. Its loads and its choices are the router's."""
+
+    @staticmethod
+    def move_out(world: World, victim: str = "shortest", reason: str = "balance") -> None:
+        destination = InstanceLoad("d0", "decode", 100, 100)
+        world.hear("scheduler", MoveOut(destination, reason, victim))
+
+    @in_virtual_time
+    async def test_gets_every_report_from_its_first_word_on(self) -> None:
+        async with World() as world:
+            world.hear("scheduler", Subscribe("tcp://scheduler"))
+            await world.settle()
+            assert world.sent(LoadReport, "scheduler") == world.reports()[-1:]
+            world.hear("scheduler", Subscribe("tcp://its-successor"))
+            assert world.wire.peers["scheduler"] == "tcp://its-successor"
+
+    @in_virtual_time
+    async def test_that_is_silent_for_long_is_forgotten(self) -> None:
+        async with World() as world:
+            world.hear("scheduler", Subscribe("tcp://scheduler"))
+            for _ in range(5):
+                await asyncio.sleep(LEASE_S / 4)
+                world.hello("d0", "d1")
+            assert "scheduler" not in world.wire.peers
+
+    @in_virtual_time
+    async def test_has_a_request_moved_that_the_instance_chooses(self) -> None:
+        async with World() as world:
+            world.engine.running |= {"high", "normal"}
+            world.engine.priorities["high"] = -1
+            self.move_out(world)
+            await world.settle()
+            assert world.llumlet.load().moves_decided == 1
+            assert world.reports()[-1].load.migrating_out == 1
+            await world.move("d0")
+            (ended,) = world.sent(MigrationEnded, "api")
+            assert (ended.request_id, ended.destination, ended.reason) == ("normal", "d0", "balance")
+            assert ended.committed
+
+    @in_virtual_time
+    async def test_has_each_request_moved_once(self) -> None:
+        async with World() as world:
+            world.engine.running |= {"a", "b"}
+            for _ in range(3):
+                self.move_out(world)
+            await world.settle()
+            assert {offer.request.request_id for offer in world.sent(Offer, "d0")} == {"a", "b"}
+            assert world.llumlet.load().moves_decided == 3
+
+    @in_virtual_time
+    async def test_moves_even_high_priority_to_empty_an_instance(self) -> None:
+        async with World() as world:
+            world.engine.running.add("high")
+            world.engine.priorities["high"] = -1
+            self.move_out(world)
+            await world.settle()
+            assert not world.sent(Offer)
+            self.move_out(world, "drain", "drain")
+            await world.settle()
+            assert len(world.sent(Offer, "d0")) == 1
+
+    @in_virtual_time
+    async def test_hears_of_a_move_that_did_not_happen_by_the_loads_only(self) -> None:
+        async with World() as world:
+            world.engine.running.add("r")
+            self.move_out(world)
+            await world.settle()
+            await world.answer("d0", lambda migration_id: Refused(migration_id, "full"))
+            assert world.llumlet.load().migrating_out == 0
+            assert "r" in world.engine.running
+            assert world.fatal == []
+
+    @in_virtual_time
+    async def test_changes_the_role(self) -> None:
+        async with World() as world:
+            world.hear("scheduler", SetRole("decode"))
+            await world.settle()
+            assert world.reports()[-1].load.role == "decode"
+
+    @in_virtual_time
+    async def test_drains_and_uses_again(self) -> None:
+        async with World() as world:
+            for draining in (True, False):
+                world.hear("scheduler", SetDraining(draining))
+                await world.settle()
+                assert world.reports()[-1].load.draining is draining
+
+    @in_virtual_time
+    async def test_does_not_use_again_what_is_drained_by_hand(self) -> None:
+        async with World() as world:
+            world.hear("api", SetDraining(True, by_hand=True))
+            world.hear("scheduler", SetDraining(False))
+            await world.settle()
+            assert world.reports()[-1].load.draining
+            world.hear("api", SetDraining(False, by_hand=True))
+            await world.settle()
+            assert not world.reports()[-1].load.draining
+
+    @in_virtual_time
+    async def test_hand_offs_to_instances_that_were_stopped_are_not_tried(self) -> None:
+        async with World() as world:
+            world.add(handoff=["d7", "d1"])
+            await world.start_prefill()
+            assert not world.sent(Offer, "d7")
+            assert len(world.sent(Offer, "d1")) == 1

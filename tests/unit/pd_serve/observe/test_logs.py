@@ -1,0 +1,109 @@
+"""A line per event: in JSON with the request's id as a field, whichever process it comes from."""
+
+import io
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from pd_serve.observe.logs import FORMAT_VARIABLE, LogFormat, choose_format, configure_logging, request_of
+
+
+@contextmanager
+def captured(log_format: LogFormat, process: str = "") -> Iterator[io.StringIO]:
+    """Logging configured so, and what is written then. Everything is undone."""
+    root, stream = logging.getLogger(), io.StringIO()
+    handlers, level = root.handlers[:], root.level
+    root.handlers.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        patch.setattr(sys, "stderr", stream)
+        for name in (FORMAT_VARIABLE, "VLLM_CONFIGURE_LOGGING", "PD_SERVE_LOG_LEVEL"):
+            patch.setenv(name, "")  # so that it is taken back
+            patch.delenv(name)
+        choose_format(log_format)
+        configure_logging(process)
+        try:
+            yield stream
+        finally:
+            root.handlers[:] = handlers
+            root.setLevel(level)
+
+
+def test_text() -> None:
+    with captured("text", "decode-0") as stderr:
+        logging.getLogger("pd_serve.x").info("request %s: is here", "r1")
+
+    assert stderr.getvalue().endswith(" INFO request r1: is here\n")
+
+
+def test_json() -> None:
+    with captured("json", "decode-0") as stderr:
+        logging.getLogger("pd_serve.x").info("request %s: is %s", "r1", "here", extra={"event": "queued"})
+        logging.getLogger("elsewhere").warning("no request")
+
+    first, second = map(json.loads, stderr.getvalue().splitlines())
+    del first["time"], second["time"]
+    assert first == {
+        "level": "INFO",
+        "logger": "pd_serve.x",
+        "message": "request r1: is here",
+        "process": "decode-0",
+        "request_id": "r1",
+        "event": "queued",
+    }
+    assert second == {
+        "level": "WARNING",
+        "logger": "elsewhere",
+        "message": "no request",
+        "process": "decode-0",
+    }
+
+
+def test_an_exception_is_one_line_too() -> None:
+    with captured("json") as stderr:
+        try:
+            raise ValueError("two\nlines")
+        except ValueError:
+            logging.getLogger("pd_serve.x").exception("it failed")
+
+    (line,) = stderr.getvalue().splitlines()
+    assert "ValueError: two" in json.loads(line)["exc_info"]
+
+
+def test_what_ray_puts_in_front_of_json_is_taken_away() -> None:
+    """And a line comes out whole, however it is written."""
+    with captured("json") as stderr:
+        print('(decode-0 pid=123) {"a": 1}', file=sys.stderr)
+        print('(decode-0 pid=123, ip=10.0.0.7) {"b": 2}')
+        sys.stderr.write("(decode-0 pid=123) not")
+        assert "not" not in stderr.getvalue()
+        sys.stderr.write(' JSON\n{"c": 3}\n')
+
+    assert stderr.getvalue().splitlines() == [
+        '{"a": 1}',
+        '{"b": 2}',
+        "(decode-0 pid=123) not JSON",
+        '{"c": 3}',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments", "request_id"),
+    [
+        ("request %s: ended", ("r",), "r"),
+        ("request %s: %s -> %s", ("r", "a", "b"), "r"),
+        ("requests of %s", ("r",), None),
+        ("request r: no argument", (), None),
+        ("migration %s: odd", ("m",), None),
+    ],
+)
+def test_which_request_a_line_is_about(
+    message: str, arguments: tuple[str, ...], request_id: str | None
+) -> None:
+    record = logging.LogRecord("x", logging.INFO, "file", 1, message, arguments, None)
+
+    assert request_of(record) == request_id

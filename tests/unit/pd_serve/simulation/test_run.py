@@ -1,0 +1,280 @@
+"""Whole simulations: real llumlets, router, scheduler and migrations on simulated parts, in virtual time."""
+
+import asyncio
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pd_serve.simulated_engine.cost_model import COST_MODELS
+from pd_serve.simulated_engine.settings import EngineSettings
+from pd_serve.simulation.config import (
+    NetworkSettings,
+    ScaleBounds,
+    SimulationConfig,
+    SimulationResult,
+    TraceRequest,
+)
+from pd_serve.simulation.run import Simulation, simulate
+from pd_serve.simulation.virtual_time import VirtualLoop
+
+ROOT = Path(__file__).parents[4]
+
+ENGINE = EngineSettings(COST_MODELS["a10-llama-7b"], num_blocks=120)
+
+
+def workload(count: int, rate: float, seed: int = 0, high: float = 0.0) -> list[TraceRequest]:
+    dice = random.Random(seed)
+    requests, now = [], 0.0
+    for _ in range(count):
+        now += dice.expovariate(rate)
+        prompt, output = (min(700, 1 + int(dice.expovariate(1 / mean))) for mean in (120, 60))
+        segments = (dice.randrange(3),) if prompt > 300 else ()
+        requests.append(TraceRequest(now, prompt, output, -1 if dice.random() < high else 0, segments))
+    return requests
+
+
+def config(**changes: Any) -> SimulationConfig:
+    base: dict[str, Any] = {
+        "requests": workload(120, 8.0),
+        "instances": {"prefill": 1, "decode": 2},
+        "policy": "llumnix",
+        "engines": {"neutral": ENGINE},
+    }
+    return SimulationConfig(**(base | changes))
+
+
+def assert_nothing_is_lost(result: SimulationResult) -> None:
+    assert sum(record.lost for record in result.records) == 0
+    assert sum(record.duplicated for record in result.records) == 0
+    assert sum(record.wrong for record in result.records) == 0
+    assert not any(record.failed for record in result.records)
+    assert (result.leaked_blocks, result.integrity) == (0, [])
+
+
+def moved(result: SimulationResult, reason: str) -> int:
+    return result.migrations.get(reason, {}).get("committed", 0)
+
+
+def test_disaggregated() -> None:
+    result = simulate(config())
+
+    assert_nothing_is_lost(result)
+    assert moved(result, "handoff") > 90
+
+
+def test_aggregated_with_balancing() -> None:
+    result = simulate(config(instances={"neutral": 3}, requests=workload(200, 12.0)))
+
+    assert_nothing_is_lost(result)
+    assert sum(outcomes["committed"] for outcomes in result.migrations.values()) > 0
+
+
+@pytest.mark.parametrize("policy", ["round-robin", "queue", "p2c", "infaas++", "llumnix-paper", "llumnix"])
+@pytest.mark.parametrize("instances", [{"neutral": 3}, {"prefill": 1, "decode": 2}], ids=["neutral", "pd"])
+def test_every_policy_set(policy: str, instances: dict[str, int]) -> None:
+    result = simulate(config(policy=policy, instances=instances, requests=workload(60, 10.0, high=0.2)))
+
+    assert_nothing_is_lost(result)
+
+
+@given(
+    st.integers(0, 1 << 16),
+    st.sampled_from([{"neutral": 2}, {"prefill": 1, "decode": 2}, {"prefill": 2, "decode": 1, "neutral": 1}]),
+    st.sampled_from([None, 128]),
+    st.booleans(),
+    st.integers(60, 200),
+    st.floats(2.0, 30.0),
+)
+@settings(max_examples=15)
+def test_nothing_is_ever_lost(
+    seed: int,
+    instances: dict[str, int],
+    chunk_tokens: int | None,
+    prefix_caching: bool,
+    num_blocks: int,
+    rate: float,
+) -> None:
+    engine = replace(ENGINE, num_blocks=num_blocks, chunk_tokens=chunk_tokens, prefix_caching=prefix_caching)
+
+    result = simulate(
+        config(requests=workload(50, rate, seed, high=0.1), instances=instances, engines={"neutral": engine})
+    )
+
+    assert_nothing_is_lost(result)
+
+
+def test_a_request_that_no_instance_can_hold_fails_alone() -> None:
+    requests = [TraceRequest(0.0, 50, 5), TraceRequest(0.1, 100_000, 5), TraceRequest(0.2, 50, 5)]
+
+    result = simulate(config(requests=requests))
+
+    assert [record.failed for record in result.records] == [False, True, False]
+    assert (result.leaked_blocks, result.integrity) == (0, [])
+
+
+def test_a_run_is_a_function_of_its_seed_whatever_python_hashes_with() -> None:
+    code = """
+import sys
+sys.path[:0] = ["tests/unit/pd_serve/simulation"]
+from tests.unit.pd_serve.simulation.test_run import config, simulate, workload
+result = simulate(config(requests=workload(80, 10.0, 3, high=0.1)))
+print([(r.first_token_s, r.last_token_s, r.longest_gap_s) for r in result.records], result.migrations)
+"""
+
+    def run(hash_seed: str) -> str:
+        environment = os.environ | {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout
+
+    first, second = run("1"), run("2")
+    assert len(first) > 1000
+    assert first == second
+
+
+def test_another_seed_is_another_run() -> None:
+    ends = [
+        [record.last_token_s for record in simulate(config(requests=workload(40, 8.0, seed))).records]
+        for seed in (1, 2)
+    ]
+
+    assert ends[0] != ends[1]
+
+
+# ---- faults
+
+
+def simulate_with(
+    wanted: SimulationConfig, fault: Callable[[Simulation], Coroutine[Any, Any, None]]
+) -> SimulationResult:
+    """Runs with something done to the cluster meanwhile."""
+
+    async def run() -> SimulationResult:
+        simulation = Simulation(wanted)
+        running = asyncio.ensure_future(simulation.run())
+        faults = asyncio.ensure_future(fault(simulation))
+        result = await running
+        await faults
+        return result
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        return runner.run(run())
+
+
+@pytest.mark.parametrize("victim", ["decode-1", "prefill-0"])
+def test_an_instance_dies(victim: str) -> None:
+    """Its requests are computed again elsewhere, from the tokens that their clients have."""
+
+    async def fault(simulation: Simulation) -> None:
+        await asyncio.sleep(4.0)
+        await simulation.cluster.kill_instance(victim)
+
+    result = simulate_with(config(instances={"prefill": 2, "decode": 2}), fault)
+
+    assert_nothing_is_lost(result)
+
+
+@pytest.mark.parametrize("broken_s", [0.3, 5.0, 40.0])
+def test_kv_of_an_instance_cannot_be_read_for_a_while(broken_s: float) -> None:
+    """Hand-offs to it fail and go elsewhere; what it has, it decodes."""
+
+    async def fault(simulation: Simulation) -> None:
+        await asyncio.sleep(4.0)
+        fabric = simulation.cluster.network.fabric
+        fabric.fail("decode-1")
+        await asyncio.sleep(broken_s)
+        fabric.restore("decode-1")
+
+    result = simulate_with(config(), fault)
+
+    assert_nothing_is_lost(result)
+
+
+@pytest.mark.parametrize("victim", ["decode-1", "prefill-0"])
+def test_an_instance_goes_silent_for_ever(victim: str) -> None:
+    """It hangs, or its network is gone: nobody says that it is dead, but nothing comes from it."""
+
+    async def fault(simulation: Simulation) -> None:
+        await asyncio.sleep(4.0)
+        simulation.cluster.network.cut(victim)
+        await asyncio.sleep(40.0)
+        await simulation.cluster.instances.pop(victim).stop()
+
+    result = simulate_with(config(instances={"prefill": 2, "decode": 2}), fault)
+
+    assert_nothing_is_lost(result)
+    assert max(record.longest_gap_s for record in result.records) < 60
+
+
+def test_the_scheduler_dies_and_another_takes_over() -> None:
+    alive: list[int] = []
+
+    async def fault(simulation: Simulation) -> None:
+        cluster = simulation.cluster
+        await asyncio.sleep(3.0)
+        await cluster.kill_scheduler()
+        moved_by_then = _num_moved(cluster)
+        await asyncio.sleep(6.0)
+        alive.append(_num_moved(cluster) - moved_by_then)
+        cluster.start_scheduler()
+
+    def _num_moved(cluster: Any) -> int:
+        counts = cluster.router.snapshot()["migrations"]
+        return sum(outcomes["committed"] for reason, outcomes in counts.items() if reason != "handoff")
+
+    wanted = config(instances={"neutral": 3}, requests=workload(240, 12.0))
+    result = simulate_with(wanted, fault)
+
+    assert_nothing_is_lost(result)
+    assert alive[0] <= 1  # what had been on its way
+    assert sum(o["committed"] for reason, o in result.migrations.items() if reason != "handoff") > alive[0]
+
+
+# ---- scaling
+
+
+def test_the_pool_grows_and_shrinks_with_the_load() -> None:
+    burst = workload(150, 25.0)
+    tail = [TraceRequest(burst[-1].arrival_s + 5.0 * n, 20, 20) for n in range(1, 60)]
+
+    result = simulate(
+        config(
+            requests=burst + tail,
+            instances={"neutral": 1},
+            autoscale={"neutral": ScaleBounds(1, 5)},
+            policy="llumnix-paper",
+            start_instance_s=3.0,
+        )
+    )
+
+    assert_nothing_is_lost(result)
+    counts = [sample.instances for sample in result.samples]
+    assert max(counts) >= 3
+    assert counts[-1] < max(counts)
+    assert len(result.scaling) >= 3
+    assert all(reason.count(": ") for _, reason in result.scaling)
+
+
+def test_slow_links_slow_hand_offs_down_and_nothing_else() -> None:
+    slow = NetworkSettings(kv_bytes_per_s=0.05e9)
+
+    fast_run, slow_run = simulate(config()), simulate(config(network=slow))
+
+    assert_nothing_is_lost(slow_run)
+    gaps = [sum(record.longest_gap_s for record in run.records) for run in (fast_run, slow_run)]
+    assert gaps[0] < gaps[1]

@@ -1,0 +1,97 @@
+"""Which request goes."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router.load import InstanceLoad
+from router.rescheduling.gain import MIN_GAIN, room, settled
+from router.rescheduling.selection import SELECTION_RULES, select_request
+from tests.unit.router.toy_cluster import Request
+
+FULL = InstanceLoad("full", "neutral", 100, 2, running=6)
+FREE = InstanceLoad("free", "neutral", 100, 50, running=2)
+
+LONG = Request("long", 40, arrived_at=1.0)
+MIDDLE = Request("middle", 20, arrived_at=3.0)
+SHORT = Request("short", 5, arrived_at=2.0)
+LOW = Request("low", 10, priority=1, arrived_at=0.0)
+HIGH = Request("high", 1, priority=-1, arrived_at=9.0)
+ALL = [LONG, MIDDLE, SHORT, HIGH]
+
+
+@pytest.mark.parametrize(
+    ("rule", "victim"),
+    [("shortest", SHORT), ("latest", MIDDLE), ("guarded", SHORT), ("levelling", MIDDLE), ("drain", SHORT)],
+)
+def test_each_rule_chooses_its_own(rule: str, victim: Request) -> None:
+    assert select_request(rule, ALL, FULL, FREE) == victim
+
+
+@pytest.mark.parametrize("rule", SELECTION_RULES)
+def test_lower_priority_goes_first(rule: str) -> None:
+    assert select_request(rule, [*ALL, LOW], FULL, FREE) == LOW
+
+
+@pytest.mark.parametrize("rule", SELECTION_RULES)
+def test_high_priority_goes_in_a_drain_only(rule: str) -> None:
+    assert select_request(rule, [HIGH], FULL, FREE) == (HIGH if rule == "drain" else None)
+
+
+@pytest.mark.parametrize("rule", SELECTION_RULES)
+def test_nobody_is_none(rule: str) -> None:
+    assert select_request(rule, [], FULL, FREE) is None
+
+
+@pytest.mark.parametrize("rule", ["guarded", "levelling"])
+def test_none_is_better_than_one_for_the_worse(rule: str) -> None:
+    """The only request that could go would leave the destination as full as the source is."""
+    assert select_request(rule, [Request("huge", 49)], FULL, FREE) is None
+    assert select_request(rule, [Request("big", 40)], FULL, FREE) is not None
+
+
+def test_a_drain_leaves_who_finds_no_space_for_another_destination() -> None:
+    assert select_request("drain", [Request("huge", 51)], FULL, FREE) is None
+    assert select_request("drain", [Request("huge", 50)], FULL, FREE) is not None
+
+
+@st.composite
+def pairs(draw: st.DrawFn) -> tuple[list[Request], InstanceLoad, InstanceLoad]:
+    requests = [
+        Request(f"r{number}", draw(st.integers(1, 40)), draw(st.sampled_from([-1, 0, 1])))
+        for number in range(draw(st.integers(0, 8)))
+    ]
+    used = sum(request.blocks for request in requests)
+    source = InstanceLoad(
+        "source",
+        "neutral",
+        400,
+        400 - used,
+        running=len(requests),
+        head_of_line_blocks=draw(st.integers(0, 400)),
+        high_priority=sum(request.priority < 0 for request in requests),
+    )
+    free = draw(st.integers(0, 400))
+    return (
+        requests,
+        source,
+        InstanceLoad("destination", "neutral", 400, free, running=draw(st.integers(1, 9))),
+    )
+
+
+@pytest.mark.parametrize("rule", ["guarded", "levelling"])
+@given(pair=pairs())
+def test_the_pair_is_never_left_worse(
+    rule: str, pair: tuple[list[Request], InstanceLoad, InstanceLoad]
+) -> None:
+    requests, source, destination = pair
+    chosen = select_request(rule, requests, source, destination)
+    if chosen is None:
+        return
+    before = min(room(source), room(destination))
+    after = min(
+        room(settled(source).after_giving(chosen.blocks)), room(destination.after_taking(chosen.blocks))
+    )
+    assert after >= before + MIN_GAIN
+    assert chosen.blocks <= destination.free_blocks
+    assert chosen.priority >= 0

@@ -1,0 +1,260 @@
+"""How many instances a pool has."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from router.freeness import pooled_freeness
+from router.load import InstanceLoad
+from router.policies import policy_set
+from router.scaling import Decision, Drain, PoolScaler, Start, Stop
+from router.scaling.backlog_signal import by_backlog
+from router.scaling.freeness_signal import MAX_CHANGE, by_freeness
+from tests.unit.router.made_loads import clusters, scaled
+
+PAPER = policy_set("llumnix-paper")
+
+
+def load(name: str, free: int = 400, running: int = 10, role: str = "neutral", **other: int) -> InstanceLoad:
+    return InstanceLoad(name, role, 851, free, running=running, **other)
+
+
+def pool(count: int, free: int, running: int) -> list[InstanceLoad]:
+    return [load(f"i{number}", free, running) for number in range(count)]
+
+
+# ---- freeness
+
+
+def test_average_freeness_below_t_asks_for_more_until_it_is_not() -> None:
+    """4 x 80 free for 4 x 20 requests are 4 each; another 851 make it 14."""
+    crowded = pool(4, 80, 20)
+
+    assert by_freeness(crowded, 0, PAPER).change == 1
+    assert by_freeness(pool(4, 0, 60), 0, PAPER).change == 3
+    assert by_freeness(pool(16, 0, 80), 0, PAPER).change == MAX_CHANGE
+    assert by_freeness(pool(4, 220, 20), 0, PAPER).change == 0
+
+
+def test_what_is_starting_counts_as_idle() -> None:
+    assert by_freeness(pool(4, 80, 20), 1, PAPER).change == 0
+    assert by_freeness(pool(4, 0, 60), 1, PAPER).change == 2
+
+
+def test_average_freeness_without_one_above_t_and_margin_asks_for_one_less() -> None:
+    """(4 x 600 - 851) / 20 = 77 > 60; with 26 requests it is 59.6."""
+    assert by_freeness(pool(4, 600, 5), 0, PAPER).change == -1
+    assert by_freeness([*pool(3, 600, 5), load("i3", 600, 11)], 0, PAPER).change == 0
+    assert by_freeness(pool(4, 600, 5), 1, PAPER).change == 0
+
+
+def test_an_idle_instance_does_not_hide_that_the_others_are_full() -> None:
+    """The mean of the instances' own freeness would be above 170."""
+    assert by_freeness([*pool(4, 0, 40), load("i4", 851, 0)], 0, PAPER).change == 1
+
+
+def test_the_whole_queue_counts() -> None:
+    assert by_freeness(pool(1, 200, 10), 0, PAPER).change == 0
+    queue = load("i0", 200, 10, waiting=5, head_of_line_blocks=50, waiting_blocks=250)
+    assert by_freeness([queue], 0, PAPER).change == 1
+
+
+def test_the_reason_is_one_line_with_the_numbers() -> None:
+    assert by_freeness(pool(4, 80, 20), 0, PAPER).reason == "average freeness 4.0 < 10"
+    assert by_freeness(pool(4, 600, 5), 0, PAPER).reason == "average freeness without it 77.5 > 60"
+
+
+@given(clusters("neutral", least=1), st.integers(0, 3))
+def test_growing_and_shrinking_are_far_apart(cluster: list[InstanceLoad], starting: int) -> None:
+    """Right after a pool has grown by what it asked for, it does not ask to shrink, and the reverse."""
+    serving = [replace(one, draining=False, total_blocks=1000) for one in cluster]
+    wanted = by_freeness(serving, starting, PAPER)
+    idle = [InstanceLoad(f"new {n}", "neutral", 1000, 1000) for n in range(starting + max(wanted.change, 0))]
+    if wanted.change > 0:
+        assert pooled_freeness(serving, 1000 * starting) < PAPER.scale_threshold
+        assert wanted.change == MAX_CHANGE or by_freeness([*serving, *idle], 0, PAPER).change <= 0
+    if wanted.change < 0:
+        assert pooled_freeness(serving, -1000) > PAPER.scale_threshold + PAPER.scale_margin
+
+
+@given(clusters("neutral", least=1), st.integers(2, 5))
+def test_freeness_scales_with_its_thresholds(cluster: list[InstanceLoad], factor: int) -> None:
+    serving = [replace(one, draining=False) for one in cluster]
+    larger = policy_set("llumnix-paper", scale_threshold=10.0 * factor, scale_margin=50.0 * factor)
+
+    assert (
+        by_freeness([scaled(one, factor) for one in serving], 0, larger).change
+        == by_freeness(serving, 0, PAPER).change
+    )
+
+
+# ---- backlog
+
+
+@pytest.mark.parametrize(
+    ("tokens", "starting", "change"),
+    [(9000, 0, 1), (8000, 0, 0), (9000, 1, 0), (600, 0, 0), (400, 0, -1), (400, 1, 0)],
+)
+def test_a_prefill_pool_goes_by_the_prompt_tokens_that_wait(tokens: int, starting: int, change: int) -> None:
+    """Of two instances: as many tokens each."""
+    prefill = [load(f"p{n}", role="prefill", waiting_tokens=tokens) for n in range(2)]
+
+    assert by_backlog(prefill, starting, PAPER).change == change
+
+
+# ---- a pool
+
+
+@dataclass(frozen=True)
+class Bounds:
+    least: int
+    most: int
+
+
+class Pool:
+    """A scaler, looked at once per second."""
+
+    def __init__(self, least: int, most: int, policy: str = "llumnix-paper", **overrides: float) -> None:
+        self.scaler = PoolScaler("neutral", Bounds(least, most), policy_set(policy, **overrides))
+        self.now = 0.0
+
+    def look(self, loads: Sequence[InstanceLoad], seconds: float = 1.0, starting: int = 0) -> list[Decision]:
+        decisions: list[Decision] = []
+        for _ in range(round(seconds)):
+            self.now += 1.0
+            decisions += self.scaler.decide(loads, starting, self.now)
+        return decisions
+
+
+IDLE = [load(f"i{number}", 851, 0) for number in range(3)]
+FULL = pool(3, 0, 90)
+
+
+def test_a_pool_that_has_just_changed_is_left_alone_for_a_while() -> None:
+    scaled_pool = Pool(1, 8)
+
+    assert scaled_pool.look(FULL, 9) == []
+    assert len(scaled_pool.look(FULL, 2)) == 4
+    assert scaled_pool.look([*FULL, load("i9", 0, 90)], 9) == []
+
+
+def test_a_pool_that_has_not_reported_yet_is_waited_for() -> None:
+    """The scheduler has just begun: nobody is started in the place of who is there."""
+    scaled_pool = Pool(2, 8)
+
+    assert scaled_pool.look([]) == []
+    assert scaled_pool.look(IDLE[:2], 12) == []
+    assert len(Pool(2, 8).look([], 11)) == 2
+
+
+def test_it_never_grows_above_its_bounds_nor_shrinks_below() -> None:
+    assert [type(decision) for decision in Pool(1, 5).look(FULL, 11)] == [Start, Start]
+    assert Pool(1, 5).look(FULL, 11, starting=2) == []
+    assert Pool(1, 3).look(FULL, 30) == []
+    assert Pool(3, 5).look(IDLE, 30) == []
+
+
+def test_below_its_least_it_grows_and_above_its_most_it_shrinks_whatever_the_load() -> None:
+    assert Pool(5, 8).look(IDLE, 11) == [Start("neutral", "3 of at least 5")] * 2
+    assert Pool(5, 8).look(IDLE, 11, starting=2) == []
+    assert Pool(1, 2).look(FULL, 11) == [Drain("i0", "3 of at most 2")]
+
+
+def test_one_drains_at_a_time_the_one_that_is_empty_soonest_and_serves_no_high_priority() -> None:
+    busy = [load("i0", 800, 3), load("i1", 840, 1, high_priority=1), load("i2", 820, 2), load("i3", 840, 4)]
+    scaled_pool = Pool(1, 8)
+    (decision,) = scaled_pool.look([replace(one, high_priority=0) for one in busy], 11)
+    assert decision == Drain("i1", decision.reason)
+
+    (decision,) = Pool(1, 8, scale_threshold=-100.0, scale_margin=1.0).look(busy, 11)
+    assert decision == Drain("i2", decision.reason)
+
+    drains = [*busy[:3], replace(busy[3], draining=True)]
+    assert scaled_pool.look([replace(one, high_priority=0) for one in drains], 30) == []
+
+
+def test_a_drain_that_somebody_else_wants_and_that_does_not_end_holds_nothing_up() -> None:
+    """It may be meant to last, or its requests cannot move. What drains to be stopped does end, later."""
+    by_hand = replace(load("i9", 800, 1), draining=True)
+    scaled_pool = Pool(1, 8)
+    assert scaled_pool.look([*IDLE, by_hand], 55) == []
+    (decision,) = scaled_pool.look([*IDLE, by_hand], 15)
+    assert isinstance(decision, Drain)
+
+    ours = [replace(one, draining=one.instance_id == decision.instance_id) for one in IDLE]
+    ours = [replace(one, running=int(one.draining)) for one in ours]
+    assert scaled_pool.look([*ours, by_hand], 300) == []
+
+    left = [one for one in IDLE if one.instance_id != decision.instance_id]
+    assert len(scaled_pool.look([*left, by_hand])) == 1
+
+
+def test_a_pool_has_to_be_too_large_for_a_while() -> None:
+    scaled_pool = Pool(1, 8, drain_after_s=30)
+    assert scaled_pool.look(IDLE, 25) == []
+    assert scaled_pool.look(pool(3, 300, 10)) == []
+    assert scaled_pool.look(IDLE, 25) == []
+    assert len(scaled_pool.look(IDLE, 15)) == 1
+
+
+def test_what_drains_is_taken_back_before_anything_is_started() -> None:
+    """The fullest first: it has most to lose."""
+    drains = [load("i3", 500, 5), load("i4", 500, 9), load("i5", 851, 0)]
+    drains = [replace(one, draining=True) for one in drains]
+    decisions = Pool(1, 6).look([*FULL, *drains[:2]], 11)
+
+    assert [d.instance_id for d in decisions if isinstance(d, Drain) and not d.draining] == ["i4", "i3"]
+    assert [type(decision) for decision in decisions] == [Drain, Drain, Start]
+
+
+def test_what_goes_on_draining_is_somebody_elses() -> None:
+    """Drained by hand stays drained: others are started instead."""
+    scaled_pool = Pool(1, 4)
+    by_hand = replace(load("i3", 500, 5), draining=True)
+    assert [type(decision) for decision in scaled_pool.look([*FULL, by_hand], 11)] == [Drain]
+
+    assert [type(decision) for decision in scaled_pool.look([*FULL, by_hand], 10)] == [Start]
+
+
+def test_what_is_drained_and_empty_is_stopped_once_after_a_moment() -> None:
+    scaled_pool = Pool(1, 8)
+    busy, half = pool(2, 300, 10), replace(load("i9", 851, 0), draining=True)
+
+    assert scaled_pool.look([*busy, replace(half, migrating_out=1)], 30) == []
+    assert scaled_pool.look([*busy, half]) == []
+    assert scaled_pool.look([*busy, replace(half, waiting=1)]) == []
+    assert scaled_pool.look([*busy, half]) == []
+    assert scaled_pool.look([*busy, half]) == [Stop("i9", "drained and empty")]
+    assert scaled_pool.look([*busy, half], 30) == []
+
+
+def test_what_was_told_to_stop_is_not_taken_back() -> None:
+    scaled_pool = Pool(1, 8)
+    empty = replace(load("i9", 851, 0), draining=True)
+    assert scaled_pool.look([*pool(2, 300, 10), empty], 3) == [Stop("i9", "drained and empty")]
+
+    assert all(isinstance(decision, Start) for decision in scaled_pool.look([*pool(2, 0, 90), empty], 20))
+
+
+@given(st.integers(0, 200), st.integers(1, 4), st.integers(4, 8))
+def test_under_constant_demand_the_size_settles(requests: int, least: int, most: int) -> None:
+    """Requests of 20 blocks, spread evenly; what is asked for is there at the next look."""
+    names = [f"i{number}" for number in range(least)]
+    scaled_pool = Pool(least, most)
+    sizes: list[int] = []
+    for _ in range(40):
+        each = requests // len(names)
+        loads = [load(name, max(0, 851 - 20 * each), each) for name in names]
+        for decision in scaled_pool.look(loads, 20):
+            if isinstance(decision, Start):
+                names.append(f"i{len(names) + len(sizes)}.{len(names)}")
+            elif isinstance(decision, Drain):
+                names.remove(decision.instance_id)
+        sizes.append(len(names))
+
+    assert least <= min(sizes) <= max(sizes) <= most
+    assert len(set(sizes[-15:])) == 1
