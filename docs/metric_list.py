@@ -35,10 +35,18 @@ def _table() -> str:
     for title, found in (("each API server counts its own", _counted()), ("reported", _reported())):
         rows.append(f"| **{title}** | | | |")
         for metric, labels in found:
-            name = f"{metric.name}_total" if metric.type == "counter" else metric.name
             shown = ", ".join(f"`{label}`" for label in labels)
-            rows.append(f"| `{name}` | {metric.type} | {shown} | {metric.documentation} |")
+            rows.append(f"| `{_name(metric)}` | {metric.type} | {shown} | {metric.documentation} |")
     return "\n".join(rows) + "\n"
+
+
+def metric_names() -> set[str]:
+    """Names of all metrics, as queries use them: counters end in `_total`."""
+    return {_name(metric) for metric, _ in (*_counted(), *_reported())}
+
+
+def _name(metric: Metric) -> str:
+    return f"{metric.name}_total" if metric.type == "counter" else metric.name
 
 
 def _counted() -> Iterable[tuple[Metric, list[str]]]:

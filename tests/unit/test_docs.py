@@ -7,8 +7,6 @@ from types import ModuleType
 
 import pytest
 
-from deploy.grafana import make_dashboards
-from deploy.grafana.panels import rendered
 from docs import metric_list
 
 ROOT = Path(__file__).parents[2]
@@ -35,26 +33,6 @@ def test_metrics_are_those_of_the_code() -> None:
     page = metric_list.PAGE.read_text(encoding="utf-8")
 
     assert metric_list.updated(page) == page, "run: python -m docs.metric_list"
-
-
-def test_dashboards_are_those_of_the_code() -> None:
-    written = {path.stem: path.read_text(encoding="utf-8") for path in make_dashboards.FOLDER.glob("*.json")}
-
-    assert written == {d.name: rendered(d) for d in make_dashboards.DASHBOARDS}, (
-        "run: python -m deploy.grafana.make_dashboards"
-    )
-
-
-def test_queries_ask_for_metrics_that_there_are() -> None:
-    """Alerts too, which no traffic in a test would set off."""
-    alerts = (ROOT / "deploy" / "prometheus" / "alerts.yml").read_text(encoding="utf-8")
-    asked = set(re.findall(r"pd_serve_\w+", alerts))
-    for path in make_dashboards.FOLDER.glob("*.json"):
-        asked |= set(re.findall(r"pd_serve_\w+", path.read_text(encoding="utf-8")))
-    known = set(re.findall(r"`(pd_serve_\w+)`", metric_list.PAGE.read_text(encoding="utf-8")))
-
-    assert asked
-    assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in asked} - known == set()
 
 
 def test_a_page_without_a_marker_is_not_written() -> None:
