@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 
@@ -15,6 +15,7 @@ from pd_serve.errors import InvalidRequestError
 from pd_serve.simulated_engine.settings import EngineSettings
 from router.load import ROLES
 from router.policies import PolicySet, policy_set
+from router.scaling import PoolBounds
 
 #: What an instance's process takes beside its weights and KV cache, in bytes (measured: 0.5-0.6 GB).
 PROCESS_BYTES = 600 * 2**20
@@ -31,13 +32,6 @@ DEFAULT_COST_MODEL = "a10-llama-7b"
 MAX_BODY_BYTES = 32 * 2**20
 
 MAX_CONNECTIONS = 10_000
-
-
-class PoolBounds(NamedTuple):
-    """Least and greatest number of instances of a role."""
-
-    least: int
-    most: int
 
 
 @dataclass(frozen=True, slots=True)

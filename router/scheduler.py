@@ -18,7 +18,7 @@ from router.pending_moves import PendingMoves
 from router.policies import PolicySet
 from router.request import NO_DEMAND, Demand
 from router.rescheduling import RESCHEDULING
-from router.scaling import Bounds, Decision, Drain, PoolScaler, Start, Stop
+from router.scaling import Decision, Drain, PoolBounds, PoolScaler, Start, Stop
 from router.scaling.role_switch import RoleSwitch
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class Scheduler:
         policies: PolicySet,
         actions: SchedulerActions,
         *,
-        autoscale: Mapping[str, Bounds] | None = None,
+        autoscale: Mapping[str, PoolBounds] | None = None,
         rng: random.Random | None = None,
         clock: Callable[[], float] | None = None,
     ) -> None:

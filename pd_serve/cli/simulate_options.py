@@ -2,7 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 
+from pd_serve.config import parse_bounds
 from pd_serve.errors import InvalidRequestError
+from router.scaling import PoolBounds
 
 DEFAULT_INSTANCES = 16
 
@@ -23,21 +25,18 @@ def instances(neutral: int | None, prefill: int, decode: int) -> dict[str, int]:
     return {role: count for role, count in counts.items() if count}
 
 
-def bounds(texts: Iterable[str], roles: Sequence[str]) -> dict[str, tuple[int, int]]:
+def bounds(texts: Iterable[str], roles: Sequence[str]) -> dict[str, PoolBounds]:
     """`MIN:MAX` for every role that there is, or `ROLE=MIN:MAX` for one.
 
     Raises:
         InvalidRequestError: It is neither, or there is no such role.
     """
-    found: dict[str, tuple[int, int]] = {}
+    found: dict[str, PoolBounds] = {}
     for text in texts:
         role, equals, span = text.rpartition("=")
         if equals and role not in roles:
             raise InvalidRequestError(f"--autoscale {text}: there are no {role} instances")
-        least, _, most = span.partition(":")
-        if not (least.isdecimal() and most.isdecimal() and 1 <= int(least) <= int(most)):
-            raise InvalidRequestError(f"--autoscale {text}: must be MIN:MAX with 1 <= MIN <= MAX")
-        found |= dict.fromkeys([role] if equals else roles, (int(least), int(most)))
+        found |= dict.fromkeys([role] if equals else roles, parse_bounds("--autoscale", span))
     return found
 
 

@@ -21,7 +21,7 @@ from pd_serve.errors import (
     UnknownTargetError,
 )
 from pd_serve.scheduler.scheduler_process import SCHEDULER
-from router.scaling import Bounds
+from router.scaling import PoolBounds
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class InstancePool:
         *,
         max_instances: int,
         instances: Mapping[str, int],
-        autoscale: Mapping[str, Bounds] | None = None,
+        autoscale: Mapping[str, PoolBounds] | None = None,
         policy: str = "",
         replaces: bool = False,
         waits_for: Callable[[str], str] = lambda name: "",

@@ -30,13 +30,12 @@ from pd_serve.comm.messages import (
     ToScheduler,
 )
 from pd_serve.comm.wire import CurveKeys
-from pd_serve.config import PoolBounds
 from pd_serve.errors import EngineDeadError
 from pd_serve.observe.process_stats import process_stats
 from router.load import InstanceLoad
 from router.policies import PolicySet
 from router.request import Demand
-from router.scaling import Bounds
+from router.scaling import PoolBounds
 from router.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -116,7 +115,7 @@ class SchedulerProcess:
         wire: MessageWire,
         policies: PolicySet,
         *,
-        autoscale: Mapping[str, Bounds] | None = None,
+        autoscale: Mapping[str, PoolBounds] | None = None,
         seed: int = 0,
         on_failure: Callable[[BaseException], None] | None = None,
     ) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from pd_serve.simulated_engine.settings import EngineSettings
+from router.scaling import PoolBounds
 
 #: What a request of the paper takes from its client to an engine and its first token back, besides queueing
 #: and computing. Fitted, once for all figures, to its prefill latencies where nothing queues.
@@ -45,14 +46,6 @@ class NetworkSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class ScaleBounds:
-    """Least and greatest number of instances of a pool."""
-
-    least: int
-    most: int
-
-
-@dataclass(frozen=True, slots=True)
 class SimulationConfig:
     """One run. The result is a function of it.
 
@@ -73,7 +66,7 @@ class SimulationConfig:
     engines: dict[str, EngineSettings]
     overrides: dict[str, float | int | str] = field(default_factory=dict)
     network: NetworkSettings = NetworkSettings()
-    autoscale: dict[str, ScaleBounds] = field(default_factory=dict)
+    autoscale: dict[str, PoolBounds] = field(default_factory=dict)
     start_instance_s: float = 10.0
     front_end_s: float = 0.0
     max_migrations: int = 64

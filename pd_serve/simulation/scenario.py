@@ -14,10 +14,11 @@ import msgspec
 from pd_serve.errors import InvalidRequestError
 from pd_serve.simulated_engine.cost_table import cost_model
 from pd_serve.simulated_engine.settings import FITTED_BLOCKS, EngineSettings
-from pd_serve.simulation.config import ScaleBounds, SimulationConfig, SimulationResult
+from pd_serve.simulation.config import SimulationConfig, SimulationResult
 from pd_serve.simulation.summary import Slo, series, summarize
 from pd_serve.simulation.workloads import TraceSpec, fitting, make_requests
 from router.policies import paper_threshold, policy_set
+from router.scaling import PoolBounds
 
 Simulate = Callable[[SimulationConfig, Callable[[int, int], None] | None], SimulationResult]
 
@@ -42,7 +43,7 @@ class Scenario:
     num_blocks: int = FITTED_BLOCKS
     chunk_tokens: int | None = None
     prefix_caching: bool = False
-    autoscale: dict[str, tuple[int, int]] = field(default_factory=dict)
+    autoscale: dict[str, PoolBounds] = field(default_factory=dict)
     max_migrations: int = 64
     front_end_s: float = 0.0
     one_class: bool = False
@@ -95,7 +96,7 @@ def configure(case: Scenario, traces: Path | None = None) -> tuple[SimulationCon
         policy=case.policy,
         engines={"neutral": engine},
         overrides=overrides,
-        autoscale={role: ScaleBounds(*bounds) for role, bounds in case.autoscale.items()},
+        autoscale=case.autoscale,
         max_migrations=case.max_migrations,
         front_end_s=case.front_end_s,
         seed=case.trace.seed,
@@ -140,6 +141,6 @@ def _quiet() -> Iterator[None]:
 
 def _simulate() -> Simulate:
     """Imported when first needed: building a case needs none of it."""
-    from pd_serve.simulation.run import simulate
+    from pd_serve.simulation.simulate import simulate
 
     return simulate

@@ -1,6 +1,6 @@
 """How many instances a pool has. One signal per kind of pool, and one scaler that acts on it."""
 
-from router.scaling.decisions import Bounds, Decision, Drain, Start, Stop
+from router.scaling.decisions import Decision, Drain, PoolBounds, Start, Stop
 from router.scaling.pool import PoolScaler
 
-__all__ = ["Bounds", "Decision", "Drain", "PoolScaler", "Start", "Stop"]
+__all__ = ["Decision", "Drain", "PoolBounds", "PoolScaler", "Start", "Stop"]

@@ -2,20 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from router.load import InstanceLoad
 from router.policies import PolicySet
 from router.request import Demand
 
 
-class Bounds(Protocol):
+class PoolBounds(NamedTuple):
     """Least and greatest number of instances of a pool."""
 
-    @property
-    def least(self) -> int: ...
-    @property
-    def most(self) -> int: ...
+    least: int
+    most: int
 
 
 class Wanted(NamedTuple):

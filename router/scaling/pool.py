@@ -7,7 +7,7 @@ from router.load import InstanceLoad
 from router.policies import PolicySet
 from router.request import NO_DEMAND, Demand
 from router.scaling.backlog_signal import by_backlog
-from router.scaling.decisions import Bounds, Decision, Drain, Signal, Start, Stop, Wanted
+from router.scaling.decisions import Decision, Drain, PoolBounds, Signal, Start, Stop, Wanted
 from router.scaling.freeness_signal import by_freeness
 
 #: How long a drained instance stays empty before it is stopped: requests may have been on their way to it.
@@ -28,7 +28,7 @@ class PoolScaler:
     that drains is taken back before a new one is started.
     """
 
-    def __init__(self, role: str, bounds: Bounds, policies: PolicySet) -> None:
+    def __init__(self, role: str, bounds: PoolBounds, policies: PolicySet) -> None:
         self.role = role
         self._bounds = bounds
         self._policies = policies

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from router.load import InstanceLoad
 from router.policies import PolicySet
-from router.scaling import Bounds, Drain
+from router.scaling import Drain, PoolBounds
 from router.scaling.backlog_signal import by_backlog
 from router.scaling.freeness_signal import by_freeness
 
@@ -32,7 +32,7 @@ class RoleSwitch:
         bounds: Of the pools that have any.
     """
 
-    def __init__(self, policies: PolicySet, bounds: Mapping[str, Bounds]) -> None:
+    def __init__(self, policies: PolicySet, bounds: Mapping[str, PoolBounds]) -> None:
         self._policies = policies
         self._bounds = bounds
         self._donor = ""

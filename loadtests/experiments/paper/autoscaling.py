@@ -32,6 +32,7 @@ from loadtests.experiments.paper.figure import (
 from loadtests.experiments.runs import Results
 from pd_serve.simulation.scenario import Scenario
 from pd_serve.simulation.workloads import TraceSpec
+from router.scaling import PoolBounds
 
 REFERENCE = "fig14_autoscaling_L-L"
 SWEEP_REFERENCE = "fig15_autoscaling_threshold_sweep"
@@ -49,7 +50,7 @@ SWEEP_METRIC = Metric("Prefill P99", ("prefill_s", "p99"), log=True)
 
 
 def _case(spec: TraceSpec, policy: str, **overrides: float | int | str) -> Scenario:
-    sizes: dict[str, Any] = {"instances": {"neutral": 8}, "autoscale": {"neutral": (1, 16)}}
+    sizes: dict[str, Any] = {"instances": {"neutral": 8}, "autoscale": {"neutral": PoolBounds(1, 16)}}
     return paper_case(spec, policy, overrides=overrides, **sizes)
 
 

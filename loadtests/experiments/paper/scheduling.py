@@ -10,12 +10,12 @@ import rich.console
 
 from loadtests.experiments.paper.figure import Figure, Metric, Options, Point
 from loadtests.experiments.runs import Results
-from pd_serve.simulation.config import ScaleBounds
 from pd_serve.simulation.scenario import Scenario
 from router.load import InstanceLoad
 from router.policies import PolicySet, policy_set
 from router.projected_loads import ProjectedLoads
 from router.request import NO_DEMAND, Demand, NewRequest
+from router.scaling import PoolBounds
 from router.scheduler import Scheduler
 
 SIZES = (64, 128, 256, 512, 1024)
@@ -99,7 +99,7 @@ def dispatch_ms(count: int, policies: PolicySet, repeats: int = REPEATS) -> floa
 def round_ms(count: int, policies: PolicySet, repeats: int = REPEATS) -> float:
     """One round over all instances after each has reported: who moves what to whom, and the pool's size."""
     dice = random.Random(count)
-    bounds = {"neutral": ScaleBounds(1, 2 * count)}
+    bounds = {"neutral": PoolBounds(1, 2 * count)}
     schedulers: list[Scheduler] = []
 
     def report() -> None:

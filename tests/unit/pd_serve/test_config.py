@@ -3,13 +3,13 @@
 import pytest
 
 from pd_serve.config import (
-    PoolBounds,
     ServeConfig,
     instances_at_start,
     parse_bounds,
     parse_policies,
 )
 from pd_serve.errors import InvalidRequestError
+from router.scaling import PoolBounds
 
 
 @pytest.mark.parametrize(

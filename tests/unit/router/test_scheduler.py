@@ -15,6 +15,7 @@ from router.load import InstanceLoad
 from router.pending_moves import LOST_AFTER_S
 from router.policies import policy_set
 from router.request import NO_DEMAND, Demand
+from router.scaling import PoolBounds
 from router.scheduler import Scheduler
 
 FULL = InstanceLoad("full", "neutral", 851, 0, running=2)
@@ -53,18 +54,12 @@ class Clock:
         return self.now
 
 
-@dataclass(frozen=True)
-class Bounds:
-    least: int
-    most: int
-
-
 @dataclass
 class Run:
     """A scheduler at a clock that stands still."""
 
     policy: str = "llumnix-paper"
-    autoscale: Mapping[str, Bounds] = field(default_factory=dict)
+    autoscale: Mapping[str, PoolBounds] = field(default_factory=dict)
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -185,7 +180,7 @@ def test_a_scheduler_that_starts_again_goes_on_with_the_next_reports() -> None:
 
 
 def test_a_pool_grows_and_instances_that_are_starting_count() -> None:
-    run = Run(autoscale={"neutral": Bounds(1, 4)})
+    run = Run(autoscale={"neutral": PoolBounds(1, 4)})
     crowded = replace(FULL, running=80)
 
     assert run.round(crowded) == []
@@ -195,7 +190,7 @@ def test_a_pool_grows_and_instances_that_are_starting_count() -> None:
 
 
 def test_requests_that_wait_for_room_count_for_the_pool() -> None:
-    run = Run(autoscale={"neutral": Bounds(1, 4)})
+    run = Run(autoscale={"neutral": PoolBounds(1, 4)})
     half = InstanceLoad("i0", "neutral", 851, 400, running=20)
     run.round(half)
     assert run.round(half, after=10) == []
@@ -206,7 +201,7 @@ def test_requests_that_wait_for_room_count_for_the_pool() -> None:
 
 
 def test_a_pool_shrinks_by_draining_and_stops_what_is_empty() -> None:
-    run = Run(autoscale={"neutral": Bounds(1, 4)})
+    run = Run(autoscale={"neutral": PoolBounds(1, 4)})
     idle = InstanceLoad("idle", "neutral", 851, 851)
 
     assert run.round(idle, FREE) == []
@@ -272,7 +267,7 @@ def test_a_round_over_1024_instances_takes_milliseconds(policy: str) -> None:
     ]
     took = []
     for _ in range(3):
-        run = Run(policy, autoscale={"neutral": Bounds(1, 2000)}, overrides={"migration_threshold": 20})
+        run = Run(policy, autoscale={"neutral": PoolBounds(1, 2000)}, overrides={"migration_threshold": 20})
         for load in loads:
             run.scheduler.report(load)
         start = time.perf_counter()

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from pd_serve.config import PoolBounds
 from pd_serve.errors import EngineDeadError, InvalidRequestError, MigrationRefusedError
 from pd_serve.manager.instance_pool import LIFE_S, RETRY_S, InstancePool
 from router.load import InstanceLoad
+from router.scaling import PoolBounds
 from tests.unit.pd_serve.manager.test_instance_pool import START_S, FakeRouter
 from tests.virtual_time import in_virtual_time
 

@@ -19,10 +19,10 @@ from pd_serve.comm.messages import (
     Subscribe,
 )
 from pd_serve.comm.wire import Wire
-from pd_serve.config import PoolBounds
 from pd_serve.scheduler.scheduler_process import FIRST_LOOK_S, HEARTBEAT_S, SERVER_LEASE_S, SchedulerProcess
 from router.load import InstanceLoad
 from router.policies import policy_set
+from router.scaling import PoolBounds
 from tests.virtual_time import in_virtual_time
 
 M = TypeVar("M")

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from pd_serve.errors import InvalidRequestError
-from pd_serve.simulation.config import ScaleBounds
 from pd_serve.simulation.scenario import Scenario, configure, run_scenario
 from pd_serve.simulation.workloads import TraceSpec
+from router.scaling import PoolBounds
 from tests.unit.loadtests.experiments.made_results import stand_in
 
 CASE = Scenario(TraceSpec("s-s", rate=5, requests=40, priority_fraction=0.25), "infaas++")
@@ -23,12 +23,12 @@ def test_keys_tell_cases_apart() -> None:
 
 
 def test_a_case_becomes_a_configuration() -> None:
-    case = replace(CASE, instances={"neutral": 4}, autoscale={"neutral": (1, 8)}, num_blocks=700)
+    case = replace(CASE, instances={"neutral": 4}, autoscale={"neutral": PoolBounds(1, 8)}, num_blocks=700)
 
     config, high, left_out = configure(case)
 
     assert config.instances == {"neutral": 4}
-    assert config.autoscale == {"neutral": ScaleBounds(1, 8)}
+    assert config.autoscale == {"neutral": PoolBounds(1, 8)}
     assert config.engines["neutral"].num_blocks == 700
     assert sum(high) == sum(request.priority < 0 for request in config.requests) == 10
     assert left_out == 0

@@ -1,7 +1,6 @@
 """How many instances a pool has."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import pytest
 from hypothesis import given
@@ -11,7 +10,7 @@ from msgspec.structs import replace
 from router.freeness import pooled_freeness
 from router.load import InstanceLoad
 from router.policies import policy_set
-from router.scaling import Decision, Drain, PoolScaler, Start, Stop
+from router.scaling import Decision, Drain, PoolBounds, PoolScaler, Start, Stop
 from router.scaling.backlog_signal import by_backlog
 from router.scaling.freeness_signal import MAX_CHANGE, by_freeness
 from tests.unit.router.made_loads import clusters, scaled
@@ -109,17 +108,11 @@ def test_a_prefill_pool_goes_by_the_prompt_tokens_that_wait(tokens: int, startin
 # ---- a pool
 
 
-@dataclass(frozen=True)
-class Bounds:
-    least: int
-    most: int
-
-
 class Pool:
     """A scaler, looked at once per second."""
 
     def __init__(self, least: int, most: int, policy: str = "llumnix-paper", **overrides: float) -> None:
-        self.scaler = PoolScaler("neutral", Bounds(least, most), policy_set(policy, **overrides))
+        self.scaler = PoolScaler("neutral", PoolBounds(least, most), policy_set(policy, **overrides))
         self.now = 0.0
 
     def look(self, loads: Sequence[InstanceLoad], seconds: float = 1.0, starting: int = 0) -> list[Decision]:

@@ -1,26 +1,19 @@
 """Which instance changes sides."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from msgspec.structs import replace
 
 from router.load import InstanceLoad
 from router.policies import policy_set
-from router.scaling import Drain
+from router.scaling import Drain, PoolBounds
 from router.scaling.role_switch import RoleSwitch, SwitchRole
-
-
-@dataclass(frozen=True)
-class Bounds:
-    least: int
-    most: int
 
 
 class Roles:
     """Looked at once per second."""
 
-    def __init__(self, bounds: Mapping[str, Bounds] | None = None) -> None:
+    def __init__(self, bounds: Mapping[str, PoolBounds] | None = None) -> None:
         self.roles = RoleSwitch(policy_set("llumnix", roles=1), bounds or {})
         self.now = 0.0
 
@@ -83,9 +76,9 @@ def test_a_pool_is_never_emptied() -> None:
 def test_bounds_of_both_pools_hold() -> None:
     loads = BEHIND, decode("d0"), decode("d1")
 
-    assert Roles({"decode": Bounds(2, 4)}).look(*loads, seconds=60) == []
-    assert Roles({"prefill": Bounds(1, 1)}).look(*loads, seconds=60) == []
-    assert Roles({"decode": Bounds(1, 4), "prefill": Bounds(1, 2)}).look(*loads, seconds=11)
+    assert Roles({"decode": PoolBounds(2, 4)}).look(*loads, seconds=60) == []
+    assert Roles({"prefill": PoolBounds(1, 1)}).look(*loads, seconds=60) == []
+    assert Roles({"decode": PoolBounds(1, 4), "prefill": PoolBounds(1, 2)}).look(*loads, seconds=11)
 
 
 def test_both_short_or_both_ample_is_no_reason() -> None:
@@ -119,7 +112,7 @@ def test_what_somebody_else_drains_is_not_ours_unless_scaling_does() -> None:
     loads = BEHIND, decode("d0", 700, 1), replace(decode("d1"), draining=True), decode("d2", 700, 1)
 
     assert Roles().look(*loads, seconds=30) == []
-    scaled = Roles({"decode": Bounds(1, 4)})
+    scaled = Roles({"decode": PoolBounds(1, 4)})
     assert said(scaled.look(*loads, seconds=11)) == [("d1", "prefill"), ("d1", False)]
 
 

@@ -18,13 +18,13 @@ from pd_serve.simulated_engine.cost_model import COST_MODELS
 from pd_serve.simulated_engine.settings import EngineSettings
 from pd_serve.simulation.config import (
     NetworkSettings,
-    ScaleBounds,
     SimulationConfig,
     SimulationResult,
     TraceRequest,
 )
-from pd_serve.simulation.run import Simulation, simulate
+from pd_serve.simulation.simulate import Simulation, simulate
 from pd_serve.simulation.virtual_time import VirtualLoop
+from router.scaling import PoolBounds
 
 ROOT = Path(__file__).parents[4]
 
@@ -125,7 +125,7 @@ def test_a_run_is_a_function_of_its_seed_whatever_python_hashes_with() -> None:
     code = """
 import sys
 sys.path[:0] = ["tests/unit/pd_serve/simulation"]
-from tests.unit.pd_serve.simulation.test_run import config, simulate, workload
+from tests.unit.pd_serve.simulation.test_simulate import config, simulate, workload
 result = simulate(config(requests=workload(80, 10.0, 3, high=0.1)))
 print([(r.first_token_s, r.last_token_s, r.longest_gap_s) for r in result.records], result.migrations)
 """
@@ -256,7 +256,7 @@ def test_the_pool_grows_and_shrinks_with_the_load() -> None:
         config(
             requests=burst + tail,
             instances={"neutral": 1},
-            autoscale={"neutral": ScaleBounds(1, 5)},
+            autoscale={"neutral": PoolBounds(1, 5)},
             policy="llumnix-paper",
             start_instance_s=3.0,
         )
