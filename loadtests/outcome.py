@@ -11,6 +11,7 @@ import numpy as np
 from loadtests.arrival_plan import PlannedRequest
 from loadtests.load_options import LIMITS, Limit
 from loadtests.streamed_answer import Answer, StreamError
+from router.priority import PriorityClass, priority_class
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_SLO_MISSED = 0, 1, 2, 3
 
@@ -107,8 +108,8 @@ def summarize(outcomes: Sequence[Outcome], slo: Sequence[Limit], num_planned: in
         "output_tokens_per_s": _per_s(sum(one.tokens for one in served), duration_s),
         "latencies_ms": _latencies(served),
         "by_priority_ms": {
-            "high": _latencies([one for one in served if one.priority < 0]),
-            "normal": _latencies([one for one in served if one.priority >= 0]),
+            wanted.label: _latencies([one for one in served if priority_class(one.priority) is wanted])
+            for wanted in PriorityClass
         },
         "goodput": {
             "slo_s": {limit.name: limit.most_s for limit in slo},

@@ -56,7 +56,7 @@ class EngineLoad(msgspec.Struct, frozen=True):
         waiting_blocks: Blocks that all waiting requests need.
         watermark_blocks: Blocks kept free when a request is admitted.
         preempted: Waiting requests that have lost their blocks.
-        high_priority: Running requests of high priority (a negative one, as lower is earlier).
+        high_priority: Running requests of high priority; see `router.priority`.
     """
 
     total_blocks: int

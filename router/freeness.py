@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable
 
 from router.load import InstanceLoad
+from router.priority import PriorityClass, priority_class
 from router.request import NO_DEMAND, Demand
 
 #: High priority keeps the real load of its instance near so many tokens; the rest is headroom.
@@ -51,21 +52,21 @@ def freeness(load: InstanceLoad) -> float:
     return (load.total_blocks - virtual_usage(load)) / max(load.running + load.expected_requests, 1)
 
 
-def dispatch_freeness(load: InstanceLoad, *, high_priority: bool = False) -> float:
+def dispatch_freeness(load: InstanceLoad, priority: int = 0) -> float:
     """F as dispatch sees it: all queued requests count, in blocks and in the batch.
 
     With the head of the line only, as in `freeness`, a burst would pile up on the instance that was
     freest when it began.
 
     Args:
-        high_priority: For a request of high priority. Headroom is kept for those, not from them: they share
+        priority: The request's. Headroom is kept for requests of high priority, not from them: they share
             the few instances whose real load it keeps low, instead of claiming every instance.
 
     Source: Llumnix (OSDI 2024), section 6.1 (the load that INFaaS++ dispatches by) and its artifact.
     """
     if load.draining:
         return -math.inf
-    kept = headroom(load) if high_priority else 0
+    kept = headroom(load) if priority_class(priority) is PriorityClass.HIGH else 0
     return (_unclaimed(load) + kept) / max(_requests(load), 1)
 
 

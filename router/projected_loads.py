@@ -105,10 +105,10 @@ class ProjectedLoads:
         self._corrected.pop(chosen.instance_id, None)
         return chosen.instance_id
 
-    def destinations(self, num_blocks: int, *, high_priority: bool = False) -> list[str]:
+    def destinations(self, num_blocks: int, priority: int = 0) -> list[str]:
         """Hand-off candidates for a request of this size, best first."""
-        ranked = handoff.destinations(self._fresh(), num_blocks, high_priority=high_priority)
-        ranked = ranked or handoff.destinations(self._all(), num_blocks, high_priority=high_priority)
+        ranked = handoff.destinations(self._fresh(), num_blocks, priority)
+        ranked = ranked or handoff.destinations(self._all(), num_blocks, priority)
         return [load.instance_id for load in ranked]
 
     @property

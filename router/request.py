@@ -22,7 +22,7 @@ NO_DEMAND = Demand()
 class NewRequest(msgspec.Struct, frozen=True):
     """Attributes:
     prompt_tokens: Tokens to prefill.
-    priority: As in vLLM: lower is earlier, 0 is normal, below it is high.
+    priority: As in vLLM: lower is earlier; see `router.priority` for its class.
     prefix_keys: One number per whole `PREFIX_TOKENS` of the prompt, made of all tokens up to there: two
         prompts with the same i-th key begin with the same (i + 1) * PREFIX_TOKENS tokens.
     """

@@ -3,6 +3,7 @@
 from typing import Any
 
 from migration.engine_interface import EngineLoad, HeldBlocks
+from router.priority import PriorityClass, priority_class
 
 
 def read_load(scheduler: Any) -> EngineLoad:
@@ -28,7 +29,7 @@ def read_load(scheduler: Any) -> EngineLoad:
         waiting_blocks=sum(-(-r.num_tokens // block_tokens) for r in queued),
         watermark_blocks=scheduler.kv_cache_manager.watermark_blocks,
         preempted=sum(r.num_preemptions > 0 for r in queued),
-        high_priority=sum(r.priority < 0 for r in scheduler.running),
+        high_priority=sum(priority_class(r.priority) is PriorityClass.HIGH for r in scheduler.running),
     )
 
 

@@ -195,7 +195,7 @@ class RequestTracker(InstanceRegistry):
         handoff: list[str] | None = None
         if self._book[instance_id].role == "prefill" and not route.ends_with_prefill:
             num_blocks = self._blocks_of(route)
-            handoff = self._book.destinations(num_blocks, high_priority=request.priority < 0)
+            handoff = self._book.destinations(num_blocks, request.priority)
             if handoff:
                 route.destination = handoff[0]
                 self._book.expect(handoff[0], route.request_id, num_blocks)
@@ -388,8 +388,7 @@ class RequestTracker(InstanceRegistry):
         ):
             return
         num_blocks = self._blocks_of(route)
-        high_priority = route.request.priority < 0
-        for destination in self._book.destinations(num_blocks, high_priority=high_priority)[:1]:
+        for destination in self._book.destinations(num_blocks, route.request.priority)[:1]:
             if self._book.free_blocks(destination) > num_blocks:
                 route.placed_at = self._loop.time()
                 self._book.settled(route.destination, request_id)

@@ -30,6 +30,7 @@ from pd_serve.errors import (
 from pd_serve.simulated_engine.batcher import Batcher, Sequence, Step, held_blocks
 from pd_serve.simulated_engine.outputs import SimulatedOutput
 from pd_serve.simulated_engine.settings import EngineSettings
+from router.priority import PriorityClass, priority_class
 
 T = TypeVar("T")
 
@@ -365,7 +366,7 @@ class SimulatedEngine:
             waiting_blocks=batcher.waiting_blocks,
             watermark_blocks=batcher.watermark_blocks,
             preempted=batcher.num_preempted,
-            high_priority=sum([s.priority < 0 for s in batcher.running]),
+            high_priority=sum(priority_class(s.priority) is PriorityClass.HIGH for s in batcher.running),
         )
 
     # ---- steps

@@ -18,6 +18,7 @@ from pd_serve.simulation.config import SimulationConfig, SimulationResult
 from pd_serve.simulation.summary import Slo, series, summarize
 from pd_serve.simulation.workloads import TraceSpec, fitting, make_requests
 from router.policies import paper_threshold, policy_set
+from router.priority import PriorityClass, priority_class
 from router.scaling import PoolBounds
 
 Simulate = Callable[[SimulationConfig, Callable[[int, int], None] | None], SimulationResult]
@@ -63,9 +64,11 @@ class Scenario:
         return f"{self.policy} on {trace.name}{at},{arrivals} seed {trace.seed}"
 
 
-def configure(case: Scenario, traces: Path | None = None) -> tuple[SimulationConfig, list[bool], int]:
-    """The simulation of a case, which of its requests to report as of high priority, and how many requests of
-    the trace are left out because no instance could ever hold them.
+def configure(
+    case: Scenario, traces: Path | None = None
+) -> tuple[SimulationConfig, list[PriorityClass], int]:
+    """The simulation of a case, the priority class to report each request under, and the number of requests
+    that are left out because no instance could ever hold them.
 
     Raises:
         InvalidRequestError: Something of the case cannot be.
@@ -87,7 +90,7 @@ def configure(case: Scenario, traces: Path | None = None) -> tuple[SimulationCon
     room = int(engine.num_blocks * (1 - engine.watermark)) * engine.block_tokens
     requests = fitting(wanted, room)
     left_out = len(wanted) - len(requests)
-    high = [request.priority < 0 for request in requests]
+    classes = [priority_class(request.priority) for request in requests]
     if case.one_class:
         requests = [msgspec.structs.replace(request, priority=0) for request in requests]
     config = SimulationConfig(
@@ -101,7 +104,7 @@ def configure(case: Scenario, traces: Path | None = None) -> tuple[SimulationCon
         front_end_s=case.front_end_s,
         seed=case.trace.seed,
     )
-    return config, high, left_out
+    return config, classes, left_out
 
 
 def run_scenario(
@@ -118,10 +121,10 @@ def run_scenario(
     Raises:
         InvalidRequestError: Something of the case cannot be.
     """
-    config, high, left_out = configure(case, traces)
+    config, classes, left_out = configure(case, traces)
     with _quiet():
         result = (simulate or _simulate())(config, on_progress)
-    summary = summarize(result, case.slo, high)
+    summary = summarize(result, case.slo, classes)
     summary |= {"seed": case.trace.seed, "left_out": left_out, "config": asdict(case)}
     if case.with_series:
         summary["series"] = series(result)

@@ -8,6 +8,7 @@ import numpy as np
 
 from pd_serve.simulation.config import RequestRecord, Sample, SimulationResult
 from router.freeness import fragmented_blocks
+from router.priority import PriorityClass, priority_class
 
 #: Parts of a summary that are {"mean", "p50", "p99"} of seconds.
 LATENCIES = ("prefill_s", "decode_s", "request_s", "longest_gap_s")
@@ -25,7 +26,7 @@ class Slo:
 
 
 def summarize(
-    result: SimulationResult, slo: Slo, high_priority: Sequence[bool] | None = None
+    result: SimulationResult, slo: Slo, classes: Sequence[PriorityClass] | None = None
 ) -> dict[str, Any]:
     """All numbers of a run. Times in seconds; None where nothing was measured.
 
@@ -33,10 +34,10 @@ def summarize(
     time from the first arrival to the last token, `attainment` their share.
 
     Args:
-        high_priority: Which requests to report as such, if not those that were scheduled so.
+        classes: The class to report each request under; by default the one it was scheduled with.
     """
     records = result.records
-    high = high_priority or [record.request.priority < 0 for record in records]
+    classes = classes or [priority_class(record.request.priority) for record in records]
     return {
         "requests": len(records),
         **_latencies(records),
@@ -45,10 +46,7 @@ def summarize(
         "fragmentation": _rounded(np.mean([fragmentation(s) for s in result.samples] or [0.0])),
         "migrations": result.migrations,
         "avg_instances": _rounded(result.instance_s / result.duration_s) if result.duration_s else None,
-        "by_priority": {
-            "high": _of_class(records, high, True),
-            "normal": _of_class(records, high, False),
-        },
+        "by_priority": {wanted.label: _of_class(records, classes, wanted) for wanted in PriorityClass},
         "slo": {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s},
         "goodput": _rounded(sum(map(slo.met_by, records)) / result.duration_s) if result.duration_s else 0.0,
         "attainment": _rounded(sum(map(slo.met_by, records)) / len(records)) if records else None,
@@ -94,8 +92,10 @@ def _latencies(records: Sequence[RequestRecord]) -> dict[str, Any]:
     }
 
 
-def _of_class(records: Sequence[RequestRecord], high: Sequence[bool], wanted: bool) -> dict[str, Any]:
-    chosen = [record for record, is_high in zip(records, high, strict=True) if is_high == wanted]
+def _of_class(
+    records: Sequence[RequestRecord], classes: Sequence[PriorityClass], wanted: PriorityClass
+) -> dict[str, Any]:
+    chosen = [record for record, its_class in zip(records, classes, strict=True) if its_class is wanted]
     return {"requests": len(chosen), **_latencies(chosen)}
 
 

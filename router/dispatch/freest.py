@@ -15,6 +15,6 @@ class Freest:
         self, loads: Sequence[InstanceLoad], request: NewRequest, rng: random.Random
     ) -> InstanceLoad | None:
         def preference(load: InstanceLoad) -> tuple[float, str]:
-            return -dispatch_freeness(load, high_priority=request.priority < 0), load.instance_id
+            return -dispatch_freeness(load, request.priority), load.instance_id
 
         return min(loads, key=preference, default=None)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 from router.load import InstanceLoad
+from router.priority import PriorityClass, priority_class
 from router.rescheduling.gain import has_space, improves, room, settled
 
 
@@ -91,7 +92,7 @@ def blocks_of(request: Movable, source: InstanceLoad) -> int:
 
 
 def _normal(requests: Sequence[Movable]) -> list[Movable]:
-    return [request for request in requests if request.priority >= 0]
+    return [r for r in requests if priority_class(r.priority) is not PriorityClass.HIGH]
 
 
 def _worth_it(requests: Sequence[Movable], source: InstanceLoad, destination: InstanceLoad) -> list[Movable]:

@@ -32,7 +32,7 @@ FLOORS = (
 #: Sub-packages of the two lowest floors, in the same way.
 FLOORS_INSIDE = {
     "router": (
-        ("router.load", "router.request"),
+        ("router.load", "router.request", "router.priority"),
         ("router.freeness", "router.headroom", "router.policies"),
         ("router.handoff", "router.dispatch", "router.rescheduling", "router.scaling"),
         ("router.pending_moves", "router.projected_loads"),

@@ -92,5 +92,5 @@ def test_high_priority_shares_an_instance_and_others_keep_away_from_it() -> None
     other = InstanceLoad("other", "decode", 851, 600, running=5)
 
     assert [load.instance_id for load in destinations([hosts, other], 10)] == ["other", "hosts"]
-    ranked = destinations([hosts, other], 10, high_priority=True)
+    ranked = destinations([hosts, other], 10, priority=-1)
     assert [load.instance_id for load in ranked] == ["hosts", "other"]

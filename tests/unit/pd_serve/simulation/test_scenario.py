@@ -8,6 +8,7 @@ import pytest
 from pd_serve.errors import InvalidRequestError
 from pd_serve.simulation.scenario import Scenario, configure, run_scenario
 from pd_serve.simulation.workloads import TraceSpec
+from router.priority import PriorityClass, priority_class
 from router.scaling import PoolBounds
 from tests.unit.loadtests.experiments.made_results import stand_in
 
@@ -25,12 +26,13 @@ def test_keys_tell_cases_apart() -> None:
 def test_a_case_becomes_a_configuration() -> None:
     case = replace(CASE, instances={"neutral": 4}, autoscale={"neutral": PoolBounds(1, 8)}, num_blocks=700)
 
-    config, high, left_out = configure(case)
+    config, classes, left_out = configure(case)
 
     assert config.instances == {"neutral": 4}
     assert config.autoscale == {"neutral": PoolBounds(1, 8)}
     assert config.engines["neutral"].num_blocks == 700
-    assert sum(high) == sum(request.priority < 0 for request in config.requests) == 10
+    assert classes == [priority_class(request.priority) for request in config.requests]
+    assert classes.count(PriorityClass.HIGH) == 10
     assert left_out == 0
 
 
@@ -47,11 +49,11 @@ def test_the_papers_threshold_is_the_default_of_the_papers_policy(trace: str, th
 def test_one_class_is_scheduled_alike_and_reported_apart() -> None:
     case = replace(CASE, one_class=True)
 
-    config, high, _ = configure(case)
+    config, classes, _ = configure(case)
     summary = run_scenario(case, simulate=stand_in)
 
     assert {request.priority for request in config.requests} == {0}
-    assert sum(high) == 10
+    assert classes.count(PriorityClass.HIGH) == 10
     assert summary["by_priority"]["high"]["requests"] == 10
 
 

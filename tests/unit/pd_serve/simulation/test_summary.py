@@ -6,6 +6,7 @@ import pytest
 
 from pd_serve.simulation.config import RequestRecord, Sample, TraceRequest
 from pd_serve.simulation.summary import Slo, fragmentation, series, summarize
+from router.priority import PriorityClass
 from tests.unit.loadtests.experiments.made_results import record, result
 
 
@@ -56,7 +57,7 @@ def test_priorities_are_reported_as_scheduled_or_as_told() -> None:
     records = [record(1, 0.1, priority=-1), record(3, 0.1), record(5, 0.1)]
 
     scheduled = summarize(result(records), Slo())["by_priority"]
-    told = summarize(result(records), Slo(), [False, True, True])["by_priority"]
+    told = summarize(result(records), Slo(), [PriorityClass.NORMAL, *[PriorityClass.HIGH] * 2])["by_priority"]
 
     assert (scheduled["high"]["requests"], scheduled["high"]["prefill_s"]["mean"]) == (1, 1)
     assert (told["high"]["requests"], told["high"]["prefill_s"]["mean"]) == (2, 4)
