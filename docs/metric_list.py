@@ -58,11 +58,14 @@ def _counted() -> Iterable[tuple[Metric, list[str]]]:
 
 
 def _reported() -> Iterable[tuple[Metric, list[str]]]:
-    load, process = InstanceLoad("decode-0", "decode", 100, 50), ProcessStats(1.0, 1.0, 1.0)
+    load, process = (
+        InstanceLoad("decode-0", "decode", total_blocks=100, free_blocks=50),
+        ProcessStats(1.0, 1.0, 1.0),
+    )
     reports = ClusterReports(
         lambda: [load], lambda: NO_DEMAND, lambda: 0, lambda: {"decode-0": 0}, lambda: 0.0
     )
-    reports.on_load("decode-0", LoadReport(load, [], InstanceStats(process, 0, 0, 0, 0, 0, 0)))
+    reports.on_load("decode-0", LoadReport(load, [], InstanceStats(process, 0, 0, 0, 0)))
     reports.on_scheduler(SchedulerReport([], SchedulerStats(process, 1, {"drain": 1}, {"drain": 1})))
     for metric in ClusterMetrics(reports).collect():
         yield metric, list(metric.samples[0].labels)

@@ -8,9 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-import msgspec
-
 from migration.messages import BlockRun, FinalState, MigrationId, RequestDescription, RequestId
+from router.load import EngineLoad
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,39 +38,6 @@ class EngineFacts:
     max_model_len: int
     num_blocks: int
     block_tokens: int
-
-
-class EngineLoad(msgspec.Struct, frozen=True):
-    """One engine's load, read between two steps.
-
-    Attributes:
-        total_blocks: KV blocks that requests can use.
-        free_blocks: Blocks free or evictable now.
-        reserved_blocks: Blocks held for arriving migrations (not free).
-        running: Requests in the batch; `suspended` ones counted apart.
-        waiting: Requests not yet in the batch.
-        waiting_tokens: Prompt tokens still to be computed by waiting and prefilling requests.
-        head_of_line_blocks: Blocks that the first waiting request needs; 0 without one.
-        block_tokens: Tokens per block.
-        waiting_blocks: Blocks that all waiting requests need.
-        watermark_blocks: Blocks kept free when a request is admitted.
-        preempted: Waiting requests that have lost their blocks.
-        high_priority: Running requests of high priority; see `router.priority`.
-    """
-
-    total_blocks: int
-    free_blocks: int
-    reserved_blocks: int
-    running: int
-    suspended: int
-    waiting: int
-    waiting_tokens: int
-    head_of_line_blocks: int
-    block_tokens: int
-    waiting_blocks: int = 0
-    watermark_blocks: int = 0
-    preempted: int = 0
-    high_priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)

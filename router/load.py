@@ -1,66 +1,72 @@
-"""What the scheduler knows of an instance: one flat value of plain numbers."""
+"""What the scheduler knows of an instance: one flat record of plain numbers."""
+
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 from msgspec.structs import replace
 
 #: What an instance is used for. "neutral" instances prefill and decode.
 ROLES = ("prefill", "decode", "neutral")
 
 
-class InstanceLoad(msgspec.Struct, frozen=True):
-    """Load of one instance at a step boundary, as its llumlet reports it.
+class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """Load of one engine, read between two steps: the engine's part of an `InstanceLoad`.
+
+    The description of each field is its meaning in metrics, too.
+    """
+
+    total_blocks: Annotated[int, Meta(description="KV blocks that requests can use.")] = 0
+    free_blocks: Annotated[int, Meta(description="KV blocks free or evictable now.")] = 0
+    reserved_blocks: Annotated[int, Meta(description="KV blocks held for arriving requests; not free.")] = 0
+    waiting_blocks: Annotated[int, Meta(description="KV blocks that all queued requests need.")] = 0
+    head_of_line_blocks: Annotated[
+        int, Meta(description="KV blocks that the first queued request needs.")
+    ] = 0
+    watermark_blocks: Annotated[
+        int, Meta(description="KV blocks that the engine keeps free when it admits a request.")
+    ] = 0
+    block_tokens: Annotated[int, Meta(description="Tokens per KV block.")] = 16
+    running: Annotated[int, Meta(description="Requests in the batch, suspended ones included.")] = 0
+    suspended: Annotated[
+        int,
+        Meta(description="Requests out of the batch while their last blocks are copied to another instance."),
+    ] = 0
+    high_priority: Annotated[int, Meta(description="Requests of high priority in the batch.")] = 0
+    waiting: Annotated[int, Meta(description="Requests queued for the batch.")] = 0
+    waiting_tokens: Annotated[int, Meta(description="Prompt tokens still to be computed.")] = 0
+    preempted: Annotated[int, Meta(description="Queued requests that have lost their blocks.")] = 0
+
+
+class InstanceLoad(EngineLoad, frozen=True):
+    """Load of one instance as its llumlet reports it: its engine's load, and what the llumlet adds.
 
     Attributes:
-        instance_id: Who.
-        role: "prefill", "decode" or "neutral". A scheduling fact: it may change while the instance runs.
-        total_blocks, free_blocks: KV blocks that requests can use, and those free or evictable now.
-            Blocks reserved for arriving migrations are not free.
-        running: Batch size; requests suspended by a migration included.
-        waiting: Requests queued for the batch.
-        waiting_tokens: Prompt tokens still to be computed (prefill backlog).
-        head_of_line_blocks: Blocks that the first queued request needs.
-        migrating_in, migrating_out: Migrations in flight.
-        draining: Takes nothing new; what it has is moved away.
-        requests_added: New requests received since the start; tells which dispatches a report has seen.
-        waiting_blocks: Blocks that all queued requests need, the first one's included.
-        watermark_blocks: Blocks that the engine keeps free when it admits a request.
-        preempted: Queued requests that had been running here and lost their blocks.
-        high_priority: Requests of high priority in the batch.
-        expected_blocks: Demand decided on and not in the report yet; added by whoever decided.
-        block_tokens: Tokens per block.
-        expected_requests: Requests whose demand that is.
-        moves_decided: Orders of the scheduler to move a request, answered since the start by a choice (of
-            nothing, maybe); tells which orders a report has seen.
+        role: One of `ROLES`. It may change while the instance runs.
+        requests_added: Requests received since the start; tells which dispatches a report has seen.
+        moves_decided: Orders of the scheduler to move a request that were carried out since the start (an
+            order may choose no request); tells which orders a report has seen.
+        expected_blocks, expected_requests: Demand that was decided on and is not in the report yet. Added by
+            the process that decided.
     """
 
     instance_id: str
     role: str
-    total_blocks: int = 0
-    free_blocks: int = 0
-    running: int = 0
-    waiting: int = 0
-    waiting_tokens: int = 0
-    head_of_line_blocks: int = 0
-    migrating_in: int = 0
-    migrating_out: int = 0
-    draining: bool = False
+    migrating_in: Annotated[int, Meta(description="Migrations arriving.")] = 0
+    migrating_out: Annotated[int, Meta(description="Migrations leaving.")] = 0
+    draining: Annotated[bool, Meta(description="1 while it takes nothing new.")] = False
     requests_added: int = 0
-    waiting_blocks: int = 0
-    watermark_blocks: int = 0
-    preempted: int = 0
-    high_priority: int = 0
-    expected_blocks: int = 0
-    block_tokens: int = 16
-    expected_requests: int = 0
     moves_decided: int = 0
+    expected_blocks: int = 0
+    expected_requests: int = 0
 
     @property
     def is_empty(self) -> bool:
-        """Nothing runs, waits, comes or goes here."""
+        """No request runs or waits, and no migration is under way."""
         return not (self.running or self.waiting or self.migrating_in or self.migrating_out)
 
     def after_taking(self, num_blocks: int, requests: int = 1) -> "InstanceLoad":
-        """As it will be once it has taken requests of so many blocks."""
+        """The load after requests that need `num_blocks` blocks together have arrived."""
         return replace(
             self,
             expected_blocks=self.expected_blocks + num_blocks,
@@ -68,7 +74,7 @@ class InstanceLoad(msgspec.Struct, frozen=True):
         )
 
     def after_giving(self, num_blocks: int, requests: int = 1) -> "InstanceLoad":
-        """As it will be once running requests of so many blocks have left it."""
+        """The load after running requests that hold `num_blocks` blocks together have left."""
         return replace(
             self,
             free_blocks=min(self.free_blocks + num_blocks, self.total_blocks),

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from migration.engine_interface import EngineLoad, HeldBlocks
+from migration.engine_interface import HeldBlocks
+from router.load import EngineLoad
 from router.priority import PriorityClass, priority_class
 
 
@@ -14,14 +15,15 @@ def read_load(scheduler: Any) -> EngineLoad:
     backlog += sum(r.num_tokens - r.num_computed_tokens for r in scheduler.running if r.is_prefill_chunk)
     migration = getattr(scheduler, "migration", None)
     arriving = migration.arriving.values() if migration else ()
+    suspended = len(migration.suspended) if migration else 0
     block_tokens = scheduler.block_size
     get_ids = scheduler.kv_cache_manager.get_block_ids
     return EngineLoad(
         total_blocks=pool.num_gpu_blocks - 1,  # block 0 is the null block
         free_blocks=pool.get_num_free_blocks(),
         reserved_blocks=sum(len(get_ids(r.request_id)[0]) for r in arriving),
-        running=len(scheduler.running),
-        suspended=len(migration.suspended) if migration else 0,
+        running=len(scheduler.running) + suspended,
+        suspended=suspended,
         waiting=len(queued),
         waiting_tokens=backlog,
         head_of_line_blocks=-(-queued[0].num_tokens // block_tokens) if queued else 0,

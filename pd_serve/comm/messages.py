@@ -224,16 +224,12 @@ class InstanceStats(msgspec.Struct, frozen=True):
     """What only an instance knows and no decision needs; for `/metrics`. Counts are since its start.
 
     Attributes:
-        reserved_blocks: KV blocks held for arriving requests.
-        suspended: Requests out of the batch while their last blocks move.
         offers: Requests that others wanted to move here, and `refused_offers` of them.
         bytes_received: KV copied into this instance's memory, for migrations that came to nothing too.
         protocol_errors: Messages of a migration that made no sense. There should be none.
     """
 
     process: ProcessStats
-    reserved_blocks: int
-    suspended: int
     offers: int
     refused_offers: int
     bytes_received: int

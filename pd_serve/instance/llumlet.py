@@ -10,9 +10,11 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+from msgspec.structs import asdict
+
 from migration.bounds import MigrationBounds
 from migration.coordinator import MigrationCoordinator
-from migration.engine_interface import Engine, EngineEvents, EngineLoad
+from migration.engine_interface import Engine, EngineEvents
 from migration.messages import InstanceId, MigrationMessage, RequestId
 from migration.outgoing import MigrationOutcome
 from migration.tasks import BackgroundTasks
@@ -39,7 +41,7 @@ from pd_serve.comm.wire import Wire
 from pd_serve.errors import DestinationRefusedError, EngineDeadError, MigrationError, SourceGoneError
 from pd_serve.instance.peers import Peers
 from pd_serve.observe.process_stats import process_stats
-from router.load import InstanceLoad
+from router.load import EngineLoad, InstanceLoad
 from router.rescheduling.selection import select_request
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,9 @@ logger = logging.getLogger(__name__)
 REPORT_INTERVAL_S = 0.02
 PROGRESS_INTERVAL_S = 0.1
 HEARTBEAT_S = 0.5
+
+#: A change of these is reported at once; a change of other numbers with the next report.
+REPORTED_ON_CHANGE = ("total_blocks", "running", "suspended", "waiting", "waiting_tokens", "reserved_blocks")
 
 #: Least time between two reports of what only metrics need.
 STATS_INTERVAL_S = 1.0
@@ -94,7 +99,7 @@ class Llumlet:
         self._handoffs: dict[RequestId, list[str]] = {}
         self._stranded: set[RequestId] = set()
         self._forwards: OrderedDict[RequestId, InstanceId] = OrderedDict()
-        self._load: EngineLoad | None = None
+        self._load = EngineLoad(block_tokens=1)  # until the engine reports
         self._requests_added = 0
         self._moves_decided = 0
         self._reported_at = 0.0
@@ -365,45 +370,26 @@ class Llumlet:
 
     def _on_load(self, load: EngineLoad) -> None:
         before, self._load = self._load, load
-        if (
-            before is None
-            or load.running != before.running
-            or load.waiting != before.waiting
-            or load.waiting_tokens != before.waiting_tokens
-            or load.reserved_blocks != before.reserved_blocks
-            or self._loop.time() - self._reported_at >= PROGRESS_INTERVAL_S
-        ):
+        changed = any(getattr(load, name) != getattr(before, name) for name in REPORTED_ON_CHANGE)
+        if changed or self._loop.time() - self._reported_at >= PROGRESS_INTERVAL_S:
             self._report()
 
     def load(self) -> InstanceLoad:
-        engine = self._load or EngineLoad(0, 0, 0, 0, 0, 0, 0, 0, 1)
         return InstanceLoad(
             instance_id=self.name,
             role=self.role,
-            total_blocks=engine.total_blocks,
-            free_blocks=engine.free_blocks,
-            running=engine.running + engine.suspended,
-            waiting=engine.waiting,
-            waiting_tokens=engine.waiting_tokens,
-            head_of_line_blocks=engine.head_of_line_blocks,
             migrating_in=self.coordinator.num_incoming,
             migrating_out=self.coordinator.num_outgoing,
             draining=self.draining,
             requests_added=self._requests_added,
-            waiting_blocks=engine.waiting_blocks,
-            watermark_blocks=engine.watermark_blocks,
-            preempted=engine.preempted,
-            high_priority=engine.high_priority,
-            block_tokens=engine.block_tokens,
             moves_decided=self._moves_decided,
+            **asdict(self._load),
         )
 
     def stats(self) -> InstanceStats:
-        engine, coordinator = self._load, self.coordinator
+        coordinator = self.coordinator
         return InstanceStats(
             process=process_stats(),
-            reserved_blocks=engine.reserved_blocks if engine else 0,
-            suspended=engine.suspended if engine else 0,
             offers=coordinator.num_offers,
             refused_offers=coordinator.num_refused,
             bytes_received=coordinator.bytes_received,

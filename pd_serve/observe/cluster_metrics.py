@@ -27,19 +27,11 @@ _LOAD: dict[str, tuple[str, Callable[[InstanceLoad], float]]] = {
     "draining": ("1 while it takes nothing new.", lambda load: load.draining),
     "migrating_in": ("Migrations arriving.", lambda load: load.migrating_in),
     "migrating_out": ("Migrations leaving.", lambda load: load.migrating_out),
+    "reserved_blocks": ("KV blocks held for arriving requests.", lambda load: load.reserved_blocks),
+    "suspended": ("Requests whose last blocks are moving away.", lambda load: load.suspended),
 }
 
 _STATS: dict[str, tuple[type[Metric], str, Callable[[InstanceStats], float]]] = {
-    "reserved_blocks": (
-        GaugeMetricFamily,
-        "KV blocks held for arriving requests.",
-        lambda stats: stats.reserved_blocks,
-    ),
-    "suspended": (
-        GaugeMetricFamily,
-        "Requests whose last blocks are moving away.",
-        lambda stats: stats.suspended,
-    ),
     "offers": (CounterMetricFamily, "Requests that others wanted to move here.", lambda stats: stats.offers),
     "refused_offers": (CounterMetricFamily, "Offers refused here.", lambda stats: stats.refused_offers),
     "received_bytes": (

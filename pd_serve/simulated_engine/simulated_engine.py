@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 from migration.engine_interface import (
     EngineEvents,
     EngineFacts,
-    EngineLoad,
     HeldBlocks,
     Reservation,
     RunningRequest,
@@ -30,6 +29,7 @@ from pd_serve.errors import (
 from pd_serve.simulated_engine.batcher import Batcher, Sequence, Step, held_blocks
 from pd_serve.simulated_engine.outputs import SimulatedOutput
 from pd_serve.simulated_engine.settings import EngineSettings
+from router.load import EngineLoad
 from router.priority import PriorityClass, priority_class
 
 T = TypeVar("T")
@@ -357,7 +357,7 @@ class SimulatedEngine:
             total_blocks=self.settings.num_blocks,
             free_blocks=batcher.pool.num_free,
             reserved_blocks=sum(len(s.blocks) for s in self._arriving.values()) if self._arriving else 0,
-            running=len(batcher.running),
+            running=len(batcher.running) + len(self._suspended),
             suspended=len(self._suspended),
             waiting=len(batcher.waiting),
             waiting_tokens=batcher.waiting_tokens + prefilling,

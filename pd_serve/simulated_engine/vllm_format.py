@@ -102,7 +102,7 @@ def _stats(engine: SimulatedEngine) -> SchedulerStats:
     """As vLLM's front end shows them on `/metrics`."""
     load = engine.load()
     return SchedulerStats(
-        num_running_reqs=load.running,
+        num_running_reqs=load.running - load.suspended,
         num_waiting_reqs=load.waiting,
         kv_cache_usage=1.0 - load.free_blocks / load.total_blocks,
     )

@@ -2,8 +2,8 @@
 
 import pytest
 
-from migration.engine_interface import EngineLoad
 from migration.vllm_engine.engine_load import read_load
+from router.load import EngineLoad
 from tests.integration.scheduler_lab import KINDS, Kind, Move, Node
 
 pytestmark = pytest.mark.integration
@@ -31,7 +31,7 @@ def make(kind: Kind, **settings: object) -> Node:
 
 def test_at_rest(kind: Kind) -> None:
     node = make(kind, num_blocks=21)
-    assert load_of(node) == EngineLoad(20, 20, 0, 0, 0, 0, 0, 0, BLOCK)
+    assert load_of(node) == EngineLoad(total_blocks=20, free_blocks=20, block_tokens=BLOCK)
 
 
 def test_who_waits_counts_with_what_it_needs(kind: Kind) -> None:
@@ -89,7 +89,7 @@ def test_who_moves_counts_on_both_sides(kind: Kind) -> None:
     assert arriving.free_blocks == free - arriving.reserved_blocks
     assert arriving.running == arriving.waiting == 0
     move.advance()
-    assert load_of(source).running + load_of(source).suspended == 1
+    assert load_of(source).running == 1
     move.finish()
     arrived = load_of(destination)
     assert arrived.reserved_blocks == 0

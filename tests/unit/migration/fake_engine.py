@@ -18,10 +18,11 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from migration.engine_interface import EngineEvents, EngineLoad, HeldBlocks, Reservation
+from migration.engine_interface import EngineEvents, HeldBlocks, Reservation
 from migration.messages import BlockRun, FinalState, MigrationId, RequestDescription, RequestId
 from migration.transport.kv_transport import KvRegion
 from pd_serve.errors import DestinationRefusedError, EngineDeadError, SourceGoneError
+from router.load import EngineLoad
 
 T = TypeVar("T")
 
@@ -357,7 +358,7 @@ class FakeEngine:
             total_blocks=self.num_blocks,
             free_blocks=len(self.free),
             reserved_blocks=sum(len(r.blocks) for r in self.arriving.values()),
-            running=len(self.running),
+            running=len(self.running) + len(self.suspended),
             suspended=len(self.suspended),
             waiting=len(self.waiting),
             waiting_tokens=sum(len(r.tokens) - r.computed for r in self.waiting),

@@ -9,15 +9,17 @@ ROLES = ("prefill", "decode", "neutral")
 
 
 def neutral(name: str, free: int = 100, running: int = 1, *, total: int = 100, **other: int) -> InstanceLoad:
-    return InstanceLoad(name, "neutral", total, free, running, **other)
+    return InstanceLoad(name, "neutral", total_blocks=total, free_blocks=free, running=running, **other)
 
 
 def prefill(name: str, waiting_tokens: int = 0, **other: int | bool) -> InstanceLoad:
-    return InstanceLoad(name, "prefill", 100, 100, waiting_tokens=waiting_tokens, **other)
+    return InstanceLoad(
+        name, "prefill", total_blocks=100, free_blocks=100, waiting_tokens=waiting_tokens, **other
+    )
 
 
 def decode(name: str, free: int = 100, running: int = 1, *, total: int = 100, **other: int) -> InstanceLoad:
-    return InstanceLoad(name, "decode", total, free, running, **other)
+    return InstanceLoad(name, "decode", total_blocks=total, free_blocks=free, running=running, **other)
 
 
 @st.composite

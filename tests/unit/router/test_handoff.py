@@ -88,8 +88,8 @@ def test_the_order_of_the_reports_does_not_matter(cluster: list[InstanceLoad]) -
 
 def test_high_priority_shares_an_instance_and_others_keep_away_from_it() -> None:
     """Two thirds free, but headroom claims more than that."""
-    hosts = InstanceLoad("hosts", "decode", 851, 800, running=2, high_priority=2)
-    other = InstanceLoad("other", "decode", 851, 600, running=5)
+    hosts = InstanceLoad("hosts", "decode", total_blocks=851, free_blocks=800, running=2, high_priority=2)
+    other = InstanceLoad("other", "decode", total_blocks=851, free_blocks=600, running=5)
 
     assert [load.instance_id for load in destinations([hosts, other], 10)] == ["other", "hosts"]
     ranked = destinations([hosts, other], 10, priority=-1)

@@ -10,7 +10,8 @@ from router.load import InstanceLoad
 from tests.unit.router.made_loads import clusters
 
 POOL = [
-    InstanceLoad(f"i{number}", "decode", 100, 50, running=5, high_priority=number) for number in range(10)
+    InstanceLoad(f"i{number}", "decode", total_blocks=100, free_blocks=50, running=5, high_priority=number)
+    for number in range(10)
 ]
 
 

@@ -18,8 +18,8 @@ from router.request import NO_DEMAND, Demand
 from router.scaling import PoolBounds
 from router.scheduler import Scheduler
 
-FULL = InstanceLoad("full", "neutral", 851, 0, running=2)
-FREE = InstanceLoad("free", "neutral", 851, 700, running=1)
+FULL = InstanceLoad("full", "neutral", total_blocks=851, free_blocks=0, running=2)
+FREE = InstanceLoad("free", "neutral", total_blocks=851, free_blocks=700, running=1)
 
 
 @dataclass
@@ -191,7 +191,7 @@ def test_a_pool_grows_and_instances_that_are_starting_count() -> None:
 
 def test_requests_that_wait_for_room_count_for_the_pool() -> None:
     run = Run(autoscale={"neutral": PoolBounds(1, 4)})
-    half = InstanceLoad("i0", "neutral", 851, 400, running=20)
+    half = InstanceLoad("i0", "neutral", total_blocks=851, free_blocks=400, running=20)
     run.round(half)
     assert run.round(half, after=10) == []
 
@@ -202,7 +202,7 @@ def test_requests_that_wait_for_room_count_for_the_pool() -> None:
 
 def test_a_pool_shrinks_by_draining_and_stops_what_is_empty() -> None:
     run = Run(autoscale={"neutral": PoolBounds(1, 4)})
-    idle = InstanceLoad("idle", "neutral", 851, 851)
+    idle = InstanceLoad("idle", "neutral", total_blocks=851, free_blocks=851)
 
     assert run.round(idle, FREE) == []
     assert run.round(idle, FREE, after=10) == [("draining", "idle", True)]
@@ -214,8 +214,10 @@ def test_a_pool_shrinks_by_draining_and_stops_what_is_empty() -> None:
 
 def test_an_idle_instance_changes_sides() -> None:
     run = Run("llumnix", overrides={"roles": 1})
-    behind = InstanceLoad("p0", "prefill", 851, 400, running=8, waiting=20, waiting_tokens=50_000)
-    idle = [InstanceLoad(f"d{number}", "decode", 851, 851) for number in range(2)]
+    behind = InstanceLoad(
+        "p0", "prefill", total_blocks=851, free_blocks=400, running=8, waiting=20, waiting_tokens=50_000
+    )
+    idle = [InstanceLoad(f"d{number}", "decode", total_blocks=851, free_blocks=851) for number in range(2)]
 
     assert run.round(behind, *idle) == []
     assert run.round(behind, *idle, after=10) == [("role", "d0", "prefill")]
@@ -262,7 +264,13 @@ async def test_rounds_are_apart_and_the_last_report_is_not_missed() -> None:
 def test_a_round_over_1024_instances_takes_milliseconds(policy: str) -> None:
     rng = random.Random(0)
     loads = [
-        InstanceLoad(f"i{number}", "neutral", 851, rng.randint(0, 851), running=rng.randint(1, 40))
+        InstanceLoad(
+            f"i{number}",
+            "neutral",
+            total_blocks=851,
+            free_blocks=rng.randint(0, 851),
+            running=rng.randint(1, 40),
+        )
         for number in range(1024)
     ]
     took = []
@@ -280,9 +288,16 @@ def test_a_round_over_1024_instances_takes_milliseconds(policy: str) -> None:
 
 def test_without_de_fragmentation_a_queue_is_no_reason_to_move() -> None:
     queued = InstanceLoad(
-        "full", "neutral", 851, 100, running=5, waiting=1, head_of_line_blocks=300, waiting_blocks=300
+        "full",
+        "neutral",
+        total_blocks=851,
+        free_blocks=100,
+        running=5,
+        waiting=1,
+        head_of_line_blocks=300,
+        waiting_blocks=300,
     )
-    free = InstanceLoad("free", "neutral", 851, 700, running=5)
+    free = InstanceLoad("free", "neutral", total_blocks=851, free_blocks=700, running=5)
 
     assert Run("llumnix").round(queued, free)
     assert Run("llumnix", overrides={"defragment": 0}).round(queued, free) == []

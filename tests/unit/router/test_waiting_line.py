@@ -19,7 +19,7 @@ def blocks(count: int, priority: int = 0) -> NewRequest:
 
 
 def with_free(name: str, free_blocks: int, **other: int) -> InstanceLoad:
-    return InstanceLoad(name, "neutral", 100, free_blocks, running=4, **other)
+    return InstanceLoad(name, "neutral", total_blocks=100, free_blocks=free_blocks, running=4, **other)
 
 
 def line_of(*loads: InstanceLoad) -> tuple[WaitingLine, ProjectedLoads]:
@@ -33,7 +33,9 @@ def line_of(*loads: InstanceLoad) -> tuple[WaitingLine, ProjectedLoads]:
 
 
 def test_it_goes_where_there_is_room_even_if_another_one_is_freer_per_request() -> None:
-    _, book = line_of(with_free("many", 30), InstanceLoad("few", "neutral", 100, 20, running=1))
+    _, book = line_of(
+        with_free("many", 30), InstanceLoad("few", "neutral", total_blocks=100, free_blocks=20, running=1)
+    )
 
     assert book.dispatch(blocks(10), may_wait=True) == "few"
     assert book.dispatch(blocks(25), may_wait=True) == "many"
@@ -62,7 +64,7 @@ def test_other_policies_let_nothing_wait() -> None:
 def test_prefill_instances_queue_themselves() -> None:
     """They are short of time, not of room."""
     book = ProjectedLoads(LATE)
-    book.report(InstanceLoad("p0", "prefill", 100, 0, running=4))
+    book.report(InstanceLoad("p0", "prefill", total_blocks=100, free_blocks=0, running=4))
 
     assert book.dispatch(blocks(10), may_wait=True) == "p0"
 
@@ -111,10 +113,12 @@ def test_few_instances_make_room_at_a_time() -> None:
 
 def test_room_is_room_also_beside_high_priority() -> None:
     """Headroom makes an instance the last to be chosen, not one that lets others wait."""
-    line, book = line_of(InstanceLoad("i0", "neutral", 300, 0, running=4, high_priority=1))
+    line, book = line_of(
+        InstanceLoad("i0", "neutral", total_blocks=300, free_blocks=0, running=4, high_priority=1)
+    )
     line.add("normal", blocks(8), now=0.0)
-    book.report(InstanceLoad("i0", "neutral", 300, 60, running=4, high_priority=1))
-    book.report(InstanceLoad("i1", "neutral", 300, 40, running=4))
+    book.report(InstanceLoad("i0", "neutral", total_blocks=300, free_blocks=60, running=4, high_priority=1))
+    book.report(InstanceLoad("i1", "neutral", total_blocks=300, free_blocks=40, running=4))
 
     assert line.take("i0", now=0.1) == ["normal"]
     assert book.dispatch(blocks(8), may_wait=True) == "i1"
@@ -123,8 +127,8 @@ def test_room_is_room_also_beside_high_priority() -> None:
 def test_nothing_goes_to_who_takes_nothing() -> None:
     line, book = line_of(with_free("i0", 0))
     line.add("a", blocks(1), now=0.0)
-    book.report(InstanceLoad("i0", "neutral", 100, 100, draining=True))
-    book.report(InstanceLoad("d0", "decode", 100, 100))
+    book.report(InstanceLoad("i0", "neutral", total_blocks=100, free_blocks=100, draining=True))
+    book.report(InstanceLoad("d0", "decode", total_blocks=100, free_blocks=100))
 
     assert line.take("i0", now=0.1) == line.take("d0", now=0.1) == []
 

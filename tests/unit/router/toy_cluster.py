@@ -37,8 +37,8 @@ class Instance:
         return InstanceLoad(
             name,
             self.role,
-            self.total_blocks,
-            self.total_blocks - sum(request.blocks for request in self.requests),
+            total_blocks=self.total_blocks,
+            free_blocks=self.total_blocks - sum(request.blocks for request in self.requests),
             running=len(self.requests),
             waiting=int(self.head_of_line_blocks > 0),
             head_of_line_blocks=self.head_of_line_blocks,

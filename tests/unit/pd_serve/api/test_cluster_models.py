@@ -41,7 +41,10 @@ def test_every_body_says_what_it_takes(paths: dict[str, Any]) -> None:
 
 def test_instances_are_as_described() -> None:
     info = InstanceInfo("d0", "decode", "", "node", 1, None, ["generate"], 8192, 10, 16)
-    starting, idle = instance_row(info, None), instance_row(info, InstanceLoad("d0", "decode", 10, 10))
+    starting, idle = (
+        instance_row(info, None),
+        instance_row(info, InstanceLoad("d0", "decode", total_blocks=10, free_blocks=10)),
+    )
 
     for row in (starting, idle | {"freeness": None}):  # as the route writes an infinity
         assert Instance.model_validate(row).model_extra == {}

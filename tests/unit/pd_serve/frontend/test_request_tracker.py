@@ -106,7 +106,10 @@ class World:
 
     def report(self, name: str, *, stranded: Sequence[str] = (), free: int = 100, **load: Any) -> None:
         role = self.router.instances[name].role if name in self.router.instances else "prefill"
-        report = LoadReport(InstanceLoad(name, role, 100, free, **load), [RequestId(r) for r in stranded])
+        report = LoadReport(
+            InstanceLoad(name, role, total_blocks=100, free_blocks=free, **load),
+            [RequestId(r) for r in stranded],
+        )
         self.hear(name, report)
 
     def hear(self, sender: str, message: object) -> None:

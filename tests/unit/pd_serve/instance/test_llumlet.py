@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from migration.bounds import MigrationBounds
-from migration.engine_interface import EngineLoad, Reservation, RunningRequest
+from migration.engine_interface import Reservation, RunningRequest
 from migration.messages import (
     BlockRun,
     Committed,
@@ -45,7 +45,7 @@ from pd_serve.comm.wire import Wire
 from pd_serve.errors import DestinationRefusedError, EngineDeadError, SourceGoneError
 from pd_serve.instance.llumlet import HEARTBEAT_S, REPORT_INTERVAL_S, Llumlet
 from pd_serve.instance.peers import LEASE_S
-from router.load import InstanceLoad
+from router.load import EngineLoad, InstanceLoad
 from tests.virtual_time import in_virtual_time
 
 M = TypeVar("M")
@@ -563,13 +563,24 @@ class TestReports:
         async with World() as world:
             before = len(world.reports())
             for free in range(100):
-                world.llumlet.events.on_load(EngineLoad(100, free, 3, 5, 2, 4, 70, 6, 16))
+                load = EngineLoad(
+                    total_blocks=100,
+                    free_blocks=free,
+                    running=7,
+                    suspended=2,
+                    waiting=4,
+                    waiting_tokens=70,
+                    head_of_line_blocks=6,
+                )
+                world.llumlet.events.on_load(load)
             await asyncio.sleep(2.5 * REPORT_INTERVAL_S)
             assert len(world.reports()) == before + 1
-            load = world.reports()[-1].load
-            assert (load.instance_id, load.role) == ("p0", "prefill")
-            assert (load.total_blocks, load.free_blocks, load.head_of_line_blocks) == (100, 99, 6)
-            assert (load.running, load.waiting, load.waiting_tokens) == (7, 4, 70)  # suspended ones count
+            reported = world.reports()[-1].load
+            assert (reported.instance_id, reported.role) == ("p0", "prefill")
+            assert (reported.total_blocks, reported.free_blocks) == (100, 99)
+            assert [getattr(reported, name) for name in load.__struct_fields__] == [
+                getattr(load, name) for name in load.__struct_fields__
+            ]
 
     @in_virtual_time
     async def test_come_without_a_cause_too(self) -> None:
@@ -598,7 +609,7 @@ class TestScheduler:
 
     @staticmethod
     def move_out(world: World, victim: str = "shortest", reason: str = "balance") -> None:
-        destination = InstanceLoad("d0", "decode", 100, 100)
+        destination = InstanceLoad("d0", "decode", total_blocks=100, free_blocks=100)
         world.hear("scheduler", MoveOut(destination, reason, victim))
 
     @in_virtual_time

@@ -16,8 +16,8 @@ from router.request import Demand
 
 PROCESS = ProcessStats(cpu_seconds=7.0, resident_bytes=1000.0, started_at=5.0)
 LOADS = [
-    InstanceLoad("p0", "prefill", 100, 30, running=2, head_of_line_blocks=40),
-    InstanceLoad("d0", "decode", 100, 60),
+    InstanceLoad("p0", "prefill", total_blocks=100, free_blocks=30, running=2, head_of_line_blocks=40),
+    InstanceLoad("d0", "decode", total_blocks=100, free_blocks=60),
 ]
 
 
@@ -48,7 +48,7 @@ def test_loads() -> None:
 
 def test_what_instances_report_of_themselves() -> None:
     world = World()
-    stats = InstanceStats(PROCESS, 4, 1, offers=9, refused_offers=2, bytes_received=77, protocol_errors=0)
+    stats = InstanceStats(PROCESS, offers=9, refused_offers=2, bytes_received=77, protocol_errors=0)
     labels: dict[str, Any] = {"instance": "d0", "role": "decode"}
     assert world.value("instance_offers_total", **labels) is None
 

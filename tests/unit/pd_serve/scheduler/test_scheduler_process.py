@@ -27,8 +27,8 @@ from tests.virtual_time import in_virtual_time
 
 M = TypeVar("M")
 
-FULL = InstanceLoad("d0", "decode", 100, 5, running=10, block_tokens=32)
-IDLE = InstanceLoad("d1", "decode", 100, 100, block_tokens=32)
+FULL = InstanceLoad("d0", "decode", total_blocks=100, free_blocks=5, running=10, block_tokens=32)
+IDLE = InstanceLoad("d1", "decode", total_blocks=100, free_blocks=100, block_tokens=32)
 
 
 class FakeWire:

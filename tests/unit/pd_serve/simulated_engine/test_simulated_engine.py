@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from migration.engine_interface import EngineEvents, EngineLoad
+from migration.engine_interface import EngineEvents
 from migration.messages import FinalState, MigrationId, RequestId
 from pd_serve.errors import DestinationRefusedError, InvalidRequestError, SourceGoneError
 from pd_serve.simulated_engine.contents import expected_output
@@ -16,6 +16,7 @@ from pd_serve.simulated_engine.outputs import SimulatedOutput, SimulatedPayload,
 from pd_serve.simulated_engine.settings import EngineSettings
 from pd_serve.simulated_engine.simulated_engine import SimulatedEngine
 from pd_serve.simulation.virtual_time import VirtualLoop
+from router.load import EngineLoad
 from tests.virtual_time import in_virtual_time
 
 MODEL = LinearCostModel((5.0, 1.0, 0.0), (10.0, 1.0, 0.0))

@@ -30,7 +30,7 @@ def choose(policy: str, *loads: InstanceLoad) -> str | None:
 
 @pytest.mark.parametrize(("role", "starts"), [("prefill", True), ("neutral", True), ("decode", False)])
 def test_new_requests_go_to_prefill_and_neutral_instances(role: str, starts: bool) -> None:
-    load = InstanceLoad("i0", role, 100, 100)
+    load = InstanceLoad("i0", role, total_blocks=100, free_blocks=100)
 
     assert can_start(load) is starts
     assert candidates([load]) == ([load] if starts else [])

@@ -21,10 +21,10 @@ OURS = policy_set("llumnix")
 BOTH = pytest.mark.parametrize("policies", [PAPER, OURS], ids=["paper", "ours"])
 
 #: Real values: an A10 with LLaMA-7B has 851 blocks.
-FULL = InstanceLoad("full", "neutral", 851, 20, running=30, watermark_blocks=8)
-FREE = InstanceLoad("free", "neutral", 851, 600, running=10, watermark_blocks=8)
+FULL = InstanceLoad("full", "neutral", total_blocks=851, free_blocks=20, running=30, watermark_blocks=8)
+FREE = InstanceLoad("free", "neutral", total_blocks=851, free_blocks=600, running=10, watermark_blocks=8)
 QUEUED = replace(FULL, waiting=1, head_of_line_blocks=150, waiting_blocks=150)
-HALF = InstanceLoad("half", "neutral", 851, 400, running=20, watermark_blocks=8)
+HALF = InstanceLoad("half", "neutral", total_blocks=851, free_blocks=400, running=20, watermark_blocks=8)
 
 
 def moves(policies: object, *loads: InstanceLoad) -> list[Move]:
@@ -148,7 +148,9 @@ def test_the_least_free_is_paired_with_the_freest(policies: PolicySet, cluster: 
 
 def test_what_drains_goes_where_there_is_space_if_nobody_is_freer() -> None:
     leaving = replace(FULL, instance_id="leaving", draining=True)
-    tight = InstanceLoad("tight", "neutral", 851, 100, running=40, watermark_blocks=8)
+    tight = InstanceLoad(
+        "tight", "neutral", total_blocks=851, free_blocks=100, running=40, watermark_blocks=8
+    )
     assert freeness(tight) < PAPER.migration_threshold
 
     assert pairs(moves(PAPER, leaving, tight, FULL)) == [("leaving", "tight")]
@@ -179,9 +181,11 @@ def test_less_on_an_instance_is_never_less_room(free: int, running: int, blocks:
     """Also where blocks are missing: the batch must not hide how many."""
     blocks = min(blocks, 851 - free)
     for load in (
-        InstanceLoad("i0", "neutral", 851, free, running),
-        InstanceLoad("i0", "neutral", 851, free, running, head_of_line_blocks=800),
-        InstanceLoad("i0", "neutral", 851, free, running, high_priority=1),
+        InstanceLoad("i0", "neutral", total_blocks=851, free_blocks=free, running=running),
+        InstanceLoad(
+            "i0", "neutral", total_blocks=851, free_blocks=free, running=running, head_of_line_blocks=800
+        ),
+        InstanceLoad("i0", "neutral", total_blocks=851, free_blocks=free, running=running, high_priority=1),
     ):
         assert room(load.after_giving(blocks)) >= room(load)
         assert room(load.after_taking(blocks)) <= room(load)

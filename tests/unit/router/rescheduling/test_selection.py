@@ -9,8 +9,8 @@ from router.rescheduling.gain import MIN_GAIN, room, settled
 from router.rescheduling.selection import SELECTION_RULES, select_request
 from tests.unit.router.toy_cluster import Request
 
-FULL = InstanceLoad("full", "neutral", 100, 2, running=6)
-FREE = InstanceLoad("free", "neutral", 100, 50, running=2)
+FULL = InstanceLoad("full", "neutral", total_blocks=100, free_blocks=2, running=6)
+FREE = InstanceLoad("free", "neutral", total_blocks=100, free_blocks=50, running=2)
 
 LONG = Request("long", 40, arrived_at=1.0)
 MIDDLE = Request("middle", 20, arrived_at=3.0)
@@ -65,8 +65,8 @@ def pairs(draw: st.DrawFn) -> tuple[list[Request], InstanceLoad, InstanceLoad]:
     source = InstanceLoad(
         "source",
         "neutral",
-        400,
-        400 - used,
+        total_blocks=400,
+        free_blocks=400 - used,
         running=len(requests),
         head_of_line_blocks=draw(st.integers(0, 400)),
         high_priority=sum(request.priority < 0 for request in requests),
@@ -75,7 +75,9 @@ def pairs(draw: st.DrawFn) -> tuple[list[Request], InstanceLoad, InstanceLoad]:
     return (
         requests,
         source,
-        InstanceLoad("destination", "neutral", 400, free, running=draw(st.integers(1, 9))),
+        InstanceLoad(
+            "destination", "neutral", total_blocks=400, free_blocks=free, running=draw(st.integers(1, 9))
+        ),
     )
 
 

@@ -19,7 +19,7 @@ PAPER = policy_set("llumnix-paper")
 
 
 def load(name: str, free: int = 400, running: int = 10, role: str = "neutral", **other: int) -> InstanceLoad:
-    return InstanceLoad(name, role, 851, free, running=running, **other)
+    return InstanceLoad(name, role, total_blocks=851, free_blocks=free, running=running, **other)
 
 
 def pool(count: int, free: int, running: int) -> list[InstanceLoad]:
@@ -72,7 +72,10 @@ def test_growing_and_shrinking_are_far_apart(cluster: list[InstanceLoad], starti
     """Right after a pool has grown by what it asked for, it does not ask to shrink, and the reverse."""
     serving = [replace(one, draining=False, total_blocks=1000) for one in cluster]
     wanted = by_freeness(serving, starting, PAPER)
-    idle = [InstanceLoad(f"new {n}", "neutral", 1000, 1000) for n in range(starting + max(wanted.change, 0))]
+    idle = [
+        InstanceLoad(f"new {n}", "neutral", total_blocks=1000, free_blocks=1000)
+        for n in range(starting + max(wanted.change, 0))
+    ]
     if wanted.change > 0:
         assert pooled_freeness(serving, 1000 * starting) < PAPER.scale_threshold
         assert wanted.change == MAX_CHANGE or by_freeness([*serving, *idle], 0, PAPER).change <= 0

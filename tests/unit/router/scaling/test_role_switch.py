@@ -27,11 +27,19 @@ class Roles:
 
 def prefill(name: str, waiting_tokens: int = 0, **other: int) -> InstanceLoad:
     waiting = int(waiting_tokens > 0)
-    return InstanceLoad(name, "prefill", 851, 851, waiting=waiting, waiting_tokens=waiting_tokens, **other)
+    return InstanceLoad(
+        name,
+        "prefill",
+        total_blocks=851,
+        free_blocks=851,
+        waiting=waiting,
+        waiting_tokens=waiting_tokens,
+        **other,
+    )
 
 
 def decode(name: str, free: int = 851, running: int = 0, **other: int) -> InstanceLoad:
-    return InstanceLoad(name, "decode", 851, free, running=running, **other)
+    return InstanceLoad(name, "decode", total_blocks=851, free_blocks=free, running=running, **other)
 
 
 BEHIND = prefill("p0", 50_000)
