@@ -1,4 +1,4 @@
-"""When requests arrive. Everything is a function of its arguments and the random generator given."""
+"""Arrival times of requests."""
 
 from dataclasses import dataclass
 
@@ -12,9 +12,11 @@ Seconds = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Arrivals:
-    """Attributes:
-    kind: "poisson", "gamma", or "recorded": the trace file's own times.
-    cv: Coefficient of variation of the gaps, for "gamma".
+    """How arrival times are made.
+
+    Attributes:
+        kind: "poisson", "gamma", or "recorded" for the times of the trace file.
+        cv: Coefficient of variation of the gaps, for "gamma".
     """
 
     kind: str
@@ -25,7 +27,7 @@ class Arrivals:
         """From `poisson`, `gamma:CV` or `recorded`.
 
         Raises:
-            InvalidRequestError: It is none of them.
+            InvalidRequestError: The text is none of these.
         """
         kind, _, parameter = text.partition(":")
         if kind in ("poisson", "recorded") and not parameter:
@@ -42,26 +44,29 @@ class Arrivals:
 
 
 def drawn(arrivals: Arrivals, rate: float, count: int, dice: np.random.RandomState) -> Seconds:
-    """Arrival times of a Poisson process, or of one with Gamma gaps of shape 1/CV² and mean 1/rate.
+    """Arrival times with Gamma-distributed gaps of shape 1/CV² and mean 1/rate; Poisson has CV 1.
 
     The first request arrives at 0.
     """
-    shape = 1.0 if arrivals.kind == "poisson" else arrivals.cv**-2
+    shape = arrivals.cv**-2
     times = np.cumsum(dice.gamma(shape, 1 / (rate * shape), count))
     return np.asarray(times - times[0])
 
 
 def recorded(times: Seconds, rate: float | None) -> Seconds:
-    """A file's own times, from 0 on; stretched or squeezed to a mean rate, or as they are.
+    """The times of a file, shifted to begin at 0 and scaled to a mean rate.
+
+    Args:
+        rate: Mean requests/s; None keeps the rate of the file.
 
     Raises:
-        InvalidRequestError: There is no time between the first and the last request to stretch.
+        InvalidRequestError: All requests arrive at once, so that there is no rate to scale.
     """
     times = times - times[0]
     if rate is None:
         return times
     if times[-1] <= 0:
-        raise InvalidRequestError("these requests all arrive at once: their recorded times have no rate")
+        raise InvalidRequestError("all requests of the trace arrive at once: their recorded times have no rate")
     return np.asarray(times * (recorded_rate(times) / rate))
 
 

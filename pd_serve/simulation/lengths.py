@@ -1,8 +1,8 @@
-"""Prompt and output lengths made up from what the Llumnix paper says of its workloads. No file is needed.
+"""Prompt and output lengths as in the workloads of the Llumnix paper, generated without any file.
 
-The distributions that the paper calls Short, Medium and Long are made exactly as its artifact makes them.
-Of ShareGPT and BurstGPT as the paper sampled them only four quantiles and the mean are known: those are
-drawn from a curve through them, prompt and output independently of each other.
+The distributions that the paper calls Short, Medium and Long are generated exactly as in its artifact.
+For ShareGPT and BurstGPT the paper gives only four quantiles and the mean: lengths are drawn from a curve
+through them, prompt and output independently of each other.
 
 Source: Llumnix (OSDI 2024), table 1; its artifact's trace generator.
 """
@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 
 Lengths = NDArray[np.int64]
 
-#: Of the paper's artifact: gives the very lengths of the paper.
+#: Seed of the paper's artifact: reproduces the lengths of the paper.
 PAPER_SEED = 0xCADE
 
-#: Longest prompt, and longest output, of the paper.
+#: Longest prompt and longest output in the paper.
 LONGEST_TOKENS = 6144
 
 
 @dataclass(frozen=True, slots=True)
 class PowerLaw:
-    """Rank r in 1..2 mean - 1 with a probability that falls as r^-alpha, stretched to the mean."""
+    """Ranks r in 1..2*mean-1 with probability proportional to r^-alpha, scaled to the mean."""
 
     mean: int
     alpha: float
@@ -41,8 +41,8 @@ class PowerLaw:
 class Quantiles:
     """A curve from 1 through P50, P80, P95 and P99 to `longest`.
 
-    Between two of them lengths grow geometrically; below the median the curve is bent by an exponent, the
-    one with which the mean comes out.
+    Lengths grow geometrically between two quantiles. Below the median an exponent bends the curve such that
+    its mean is `mean`.
     """
 
     mean: float
@@ -69,7 +69,7 @@ class Quantiles:
 
     def _bend(self) -> float:
         u = (np.arange(20_000) + 0.5) / 20_000
-        low, high = 0.02, 50.0  # more bend: more short ones
+        low, high = 0.02, 50.0  # a larger exponent gives more short lengths
         for _ in range(30):
             middle = (low * high) ** 0.5
             low, high = (middle, high) if self._curve(u, middle).mean() > self.mean else (low, middle)
@@ -80,7 +80,7 @@ Distribution = PowerLaw | Quantiles
 
 SHORT, MEDIUM, LONG = PowerLaw(128, 2.0), PowerLaw(256, 1.5), PowerLaw(512, 1.15)
 
-#: By name of the trace: (prompts, outputs).
+#: Distributions of prompt and output lengths, by name of the trace.
 GENERATED: dict[str, tuple[Distribution, Distribution]] = {
     "s-s": (SHORT, SHORT),
     "m-m": (MEDIUM, MEDIUM),
@@ -99,9 +99,10 @@ GENERATED: dict[str, tuple[Distribution, Distribution]] = {
 
 
 def generate(name: str, count: int, seed: int = 0) -> tuple[Lengths, Lengths]:
-    """Prompt and output lengths of a generated trace; seed 0 gives the paper's own.
+    """Prompt and output lengths of a generated trace.
 
-    All prompts are drawn before all outputs, as in the paper's artifact.
+    Args:
+        seed: 0 gives the lengths of the paper, whose artifact draws all prompts before all outputs.
     """
     dice = np.random.RandomState(PAPER_SEED + seed)
     prompts, outputs = GENERATED[name]

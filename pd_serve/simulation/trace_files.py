@@ -1,44 +1,64 @@
 """Reading request traces: Azure's CSV, Mooncake's JSON lines, lengths only as CSV.
 
-The files are not part of this project. They are looked for in a folder that is given, or named by the
-environment variable PD_SERVE_TRACES, or is `../shared/traces` beside the project.
+The files are not part of this project. They are looked for in the folder given, in the folder that the
+environment variable PD_SERVE_TRACES names, or in `../shared/traces` beside the project.
 """
 
+import csv
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pd_serve.errors import InvalidRequestError
 from pd_serve.simulation.arrivals import Seconds
-from pd_serve.simulation.lengths import Lengths
+from pd_serve.simulation.lengths import GENERATED, Lengths
 
 ENVIRONMENT_VARIABLE = "PD_SERVE_TRACES"
 
-#: By name of the trace.
+#: By name of the trace: the name of the file here, and the file to download.
 FILES = {
-    "azure-conv": "AzureLLMInferenceTrace_conv.csv",  # Azure Public Dataset, 2023; CC-BY 4.0
-    "azure-code": "AzureLLMInferenceTrace_code.csv",
-    "mooncake": "mooncake_synthetic_trace.jsonl",  # Mooncake, FAST 2025; Apache-2.0
-    "sharegpt": "sharegpt_first_turn.csv",  # lengths of ShareGPT-GPT4, from sarathi-serve; Apache-2.0
+    # Azure Public Dataset, 2023; CC-BY 4.0
+    "azure-conv": (
+        "AzureLLMInferenceTrace_conv.csv",
+        "github.com/Azure/AzurePublicDataset, data/AzureLLMInferenceTrace_conv.csv",
+    ),
+    "azure-code": (
+        "AzureLLMInferenceTrace_code.csv",
+        "github.com/Azure/AzurePublicDataset, data/AzureLLMInferenceTrace_code.csv",
+    ),
+    # Mooncake, FAST 2025; Apache-2.0
+    "mooncake": (
+        "mooncake_synthetic_trace.jsonl",
+        "github.com/kvcache-ai/Mooncake, FAST25-release/traces/synthetic_trace.jsonl",
+    ),
+    # Lengths of ShareGPT-GPT4, from sarathi-serve; Apache-2.0
+    "sharegpt": (
+        "sharegpt_first_turn.csv",
+        "github.com/microsoft/sarathi-serve, "
+        "data/processed_traces/sharegpt_8k_filtered_stats_llama2_tokenizer.csv",
+    ),
 }
 
 #: Columns of a CSV file that hold prompt and output lengths.
-COLUMNS = (("ContextTokens", "GeneratedTokens"), ("input_tokens", "output_tokens"))
+COLUMNS = (
+    ("ContextTokens", "GeneratedTokens"),
+    ("input_tokens", "output_tokens"),
+    ("num_prefill_tokens", "num_decode_tokens"),
+)
 TIME_COLUMN = "TIMESTAMP"
 
 
 @dataclass(frozen=True, slots=True)
-class Recorded:
-    """What a file holds, one entry per request.
+class RecordedTrace:
+    """Contents of a trace file, one entry per request.
 
     Attributes:
         arrivals: In seconds; None if the file has lengths only.
-        segments: See `TraceRequest.segments`; None if the file says nothing of shared contents.
+        segments: See `TraceRequest.segments`; None if the file has no information on shared contents.
     """
 
     prompts: Lengths
@@ -51,43 +71,46 @@ def find(name: str, folder: Path | None = None) -> Path:
     """The file of a named trace, or the file of that path.
 
     Raises:
-        InvalidRequestError: There is none; the message says what to do.
+        InvalidRequestError: There is no such file; the message says where to get it.
     """
     if name not in FILES:
         path = Path(name)
         if path.is_file():
             return path
-        raise InvalidRequestError(f"trace {name!r}: neither a known trace nor a file; known: {_known()}")
+        known = ", ".join([*GENERATED, *FILES])
+        raise InvalidRequestError(f"trace {name!r}: neither a known trace nor a file; known: {known}")
+    file, source = FILES[name]
     folders = [folder] if folder is not None else _folders()
     for candidate in folders:
-        if (candidate / FILES[name]).is_file():
-            return candidate / FILES[name]
-    looked = " or ".join(str(candidate) for candidate in folders) or "no folder"
+        if (candidate / file).is_file():
+            return candidate / file
+    looked = f"not in {' or '.join(map(str, folders))}" if folders else "not part of pd-serve"
     raise InvalidRequestError(
-        f"trace {name!r} needs the file {FILES[name]}, which is not in {looked}: give its folder with "
-        f"--traces or ${ENVIRONMENT_VARIABLE}, or use a trace that needs no file ({', '.join(_generated())})"
+        f"trace {name!r} needs the file {file}, which is {looked}: download it ({source}) and give its "
+        f"folder with --traces or ${ENVIRONMENT_VARIABLE}, or use a trace that needs no file "
+        f"({', '.join(GENERATED)})"
     )
 
 
-def read(path: Path) -> Recorded:
+def read(path: Path) -> RecordedTrace:
     """Reads a trace.
 
     Raises:
-        InvalidRequestError: The file is not of a known shape.
+        InvalidRequestError: The format is not known, or the file has no requests.
     """
     try:
-        with path.open(encoding="utf-8") as file:
-            recorded = _read_jsonl(file) if path.suffix == ".jsonl" else _read_csv(file)
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+        with path.open(encoding="utf-8", newline="") as file:
+            trace = _read_jsonl(file) if path.suffix == ".jsonl" else _read_csv(file)
+    except (ValueError, KeyError, TypeError) as error:
         raise InvalidRequestError(f"{path.name} is not a trace that can be read: {error}") from error
-    if not len(recorded.prompts):
-        raise InvalidRequestError(f"{path.name} holds no requests")
-    return recorded
+    if not len(trace.prompts):
+        raise InvalidRequestError(f"{path.name} has no requests")
+    return trace
 
 
-def _read_jsonl(lines: Iterator[str]) -> Recorded:
+def _read_jsonl(lines: Iterable[str]) -> RecordedTrace:
     rows = [json.loads(line) for line in lines if line.strip()]
-    return Recorded(
+    return RecordedTrace(
         _positive(row["input_length"] for row in rows),
         _positive(row["output_length"] for row in rows),
         np.array([row["timestamp"] for row in rows], dtype=float) * 1e-3,
@@ -95,41 +118,28 @@ def _read_jsonl(lines: Iterator[str]) -> Recorded:
     )
 
 
-def _read_csv(lines: Iterator[str]) -> Recorded:
-    header = next(lines, "").strip().split(",")
+def _read_csv(lines: Iterable[str]) -> RecordedTrace:
+    table = csv.DictReader(lines)
+    header = table.fieldnames or ()
     pair = next((pair for pair in COLUMNS if set(pair) <= set(header)), None)
     if pair is None:
         raise ValueError(f"its first line must name the columns {' or '.join(map(','.join, COLUMNS))}")
-    rows = [line.strip().split(",") for line in lines if line.strip()]
-    prompt, output = (header.index(name) for name in pair)
+    rows = list(table)
     arrivals = None
     if TIME_COLUMN in header:
-        column = header.index(TIME_COLUMN)
-        stamps = np.array([row[column] for row in rows], dtype="datetime64[ns]")
+        stamps = np.array([row[TIME_COLUMN] for row in rows], dtype="datetime64[ns]")
         arrivals = (stamps - stamps[:1]).astype(np.int64) * 1e-9
-    return Recorded(
-        _positive(int(row[prompt]) for row in rows), _positive(int(row[output]) for row in rows), arrivals
-    )
+    prompts, outputs = (_positive(int(row[column]) for row in rows) for column in pair)
+    return RecordedTrace(prompts, outputs, arrivals)
 
 
-def _positive(values: Iterator[int]) -> NDArray[np.int64]:
-    """Every request has a prompt and an answer of at least one token."""
+def _positive(values: Iterable[int]) -> Lengths:
+    """At least one token, for prompts and outputs alike."""
     return np.maximum(np.array(list(values), dtype=np.int64), 1)
 
 
 def _folders() -> list[Path]:
-    configured = os.environ.get(ENVIRONMENT_VARIABLE)
-    if configured:
+    if configured := os.environ.get(ENVIRONMENT_VARIABLE):
         return [Path(configured)]
     beside = Path(__file__).resolve().parents[2].parent / "shared" / "traces"
     return [beside] if beside.is_dir() else []
-
-
-def _generated() -> list[str]:
-    from pd_serve.simulation.lengths import GENERATED
-
-    return list(GENERATED)
-
-
-def _known() -> str:
-    return ", ".join([*_generated(), *FILES])

@@ -1,5 +1,6 @@
-"""Workloads: lengths from a generator or a file, arrivals, priorities. The same specification and seed
-give the same list of requests, in every process.
+"""Workloads: lengths from a generator or a file, arrival times, priorities.
+
+The same specification and seed give the same list of requests in every process.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pd_serve.simulation import trace_files
 from pd_serve.simulation.arrivals import Arrivals, Seconds, drawn, recorded, recorded_rate
 from pd_serve.simulation.config import TraceRequest
 from pd_serve.simulation.lengths import GENERATED, generate
-from pd_serve.simulation.trace_files import Recorded
+from pd_serve.simulation.trace_files import RecordedTrace
 
 HIGH_PRIORITY = -1
 DEFAULT_REQUESTS = 10_000
@@ -20,14 +21,14 @@ DEFAULT_REQUESTS = 10_000
 
 @dataclass(frozen=True, slots=True)
 class TraceSpec:
-    """What a list of requests is made from.
+    """Specification of a workload.
 
     Attributes:
-        name: Of a generator (`lengths.GENERATED`), of a known file (`trace_files.FILES`), or a path.
-        rate: Mean requests/s; None for the rate that the file was recorded at.
-        requests: How many; None for all of a file, or `DEFAULT_REQUESTS` generated ones.
+        name: Name of a generator (`lengths.GENERATED`) or of a known file (`trace_files.FILES`), or a path.
+        rate: Mean requests/s; None for the rate of the file.
+        requests: Number of requests; None for all of a file, or `DEFAULT_REQUESTS` generated ones.
         arrivals: See `Arrivals.parse`; None for recorded times where the trace has them, Poisson otherwise.
-        priority_fraction: Share of the requests, chosen at random, that are of high priority.
+        priority_fraction: Share of the requests, chosen at random, that have high priority.
         seed: 0 gives the paper's own lengths.
     """
 
@@ -38,58 +39,61 @@ class TraceSpec:
     priority_fraction: float = 0.0
     seed: int = 0
 
+    def check(self) -> None:
+        """Raises: InvalidRequestError: A number is out of its range."""
+        if self.rate is not None and not 0 < self.rate < float("inf"):
+            raise InvalidRequestError(f"rate {self.rate}: must be above 0")
+        if self.requests is not None and self.requests < 1:
+            raise InvalidRequestError(f"{self.requests} requests: at least 1 is needed")
+        if not 0 <= self.priority_fraction <= 1:
+            raise InvalidRequestError(f"priority fraction {self.priority_fraction}: must be from 0 to 1")
+        if not 0 <= self.seed < 2**31:
+            raise InvalidRequestError(f"seed {self.seed}: must be from 0 to {2**31 - 1}")
+
 
 def make_requests(spec: TraceSpec, folder: Path | None = None) -> list[TraceRequest]:
-    """The workload, in the order of arrival.
+    """The requests of a workload, in the order of arrival.
 
     Args:
-        folder: Where trace files are; see `trace_files`.
+        folder: Folder of trace files; see `trace_files`.
 
     Raises:
-        InvalidRequestError: Something of it cannot be; the message says what to change.
+        InvalidRequestError: The specification is invalid; the message says what to change.
     """
-    _check(spec)
-    lengths = _lengths(spec, folder)
-    count = len(lengths.prompts)
-    # A stream of random numbers each, so that the lengths of a seed stay the same when arrivals change.
-    times = _arrivals(spec, lengths.arrivals, count, np.random.RandomState([spec.seed, 1]))
+    spec.check()
+    trace = _trace(spec, folder)
+    count = len(trace.prompts)
+    # Separate random streams: the lengths of a seed stay the same when the arrivals change.
+    times = _arrivals(spec, trace.arrivals, count, np.random.RandomState([spec.seed, 1]))
     dice = np.random.RandomState([spec.seed, 2])
-    high = np.zeros(count, dtype=bool)
-    high[dice.permutation(count)[: round(count * spec.priority_fraction)]] = True
-    segments = lengths.segments or [()] * count
-    order = np.argsort(times, kind="stable")
-    arrivals, prompts, outputs = times.tolist(), lengths.prompts.tolist(), lengths.outputs.tolist()
-    priorities = np.where(high, HIGH_PRIORITY, 0).tolist()
-    return [
-        TraceRequest(arrivals[i], prompts[i], outputs[i], priorities[i], segments[i]) for i in order.tolist()
-    ]
+    priorities = np.zeros(count, dtype=int)
+    priorities[dice.permutation(count)[: round(count * spec.priority_fraction)]] = HIGH_PRIORITY
+    columns = (column.tolist() for column in (times, trace.prompts, trace.outputs, priorities))
+    requests = [TraceRequest(*row) for row in zip(*columns, trace.segments or [()] * count, strict=True)]
+    return [requests[i] for i in np.argsort(times, kind="stable")]
 
 
 def fitting(requests: list[TraceRequest], most_tokens: int) -> list[TraceRequest]:
-    """The requests whose prompt and output together have at most so many tokens.
+    """The requests whose prompt and output have at most `most_tokens` tokens together.
 
-    Others can never be served by an instance that has no more room.
+    An instance with room for `most_tokens` could never serve the others.
     """
     return [r for r in requests if r.prompt_tokens + r.output_tokens <= most_tokens]
 
 
-def _lengths(spec: TraceSpec, folder: Path | None) -> Recorded:
+def _trace(spec: TraceSpec, folder: Path | None) -> RecordedTrace:
     if spec.name.lower() in GENERATED:
-        return Recorded(*generate(spec.name.lower(), spec.requests or DEFAULT_REQUESTS, spec.seed))
+        return RecordedTrace(*generate(spec.name.lower(), spec.requests or DEFAULT_REQUESTS, spec.seed))
     path = trace_files.find(spec.name, folder)
     file = trace_files.read(path)
     held, wanted = len(file.prompts), spec.requests or len(file.prompts)
-    if file.arrivals is None:  # lengths only: any sample of them is as good as another
+    if file.arrivals is None:  # lengths only: the order means nothing, so take a random sample
         rows = np.random.RandomState(spec.seed).choice(held, wanted, replace=wanted > held)
-        return Recorded(file.prompts[rows], file.outputs[rows])
+        return RecordedTrace(file.prompts[rows], file.outputs[rows])
     if wanted > held:
-        raise InvalidRequestError(f"{path.name} holds {held} requests: {wanted} are too many")
-    return Recorded(
-        file.prompts[:wanted],
-        file.outputs[:wanted],
-        file.arrivals[:wanted],
-        file.segments[:wanted] if file.segments else None,
-    )
+        raise InvalidRequestError(f"{path.name} has {held} requests: {wanted} are too many")
+    segments = file.segments[:wanted] if file.segments else None
+    return RecordedTrace(file.prompts[:wanted], file.outputs[:wanted], file.arrivals[:wanted], segments)
 
 
 def _arrivals(spec: TraceSpec, in_file: Seconds | None, count: int, dice: np.random.RandomState) -> Seconds:
@@ -103,14 +107,3 @@ def _arrivals(spec: TraceSpec, in_file: Seconds | None, count: int, dice: np.ran
     if arrivals.kind == "recorded":
         return recorded(in_file, spec.rate)
     return drawn(arrivals, spec.rate or recorded_rate(in_file), count, dice)
-
-
-def _check(spec: TraceSpec) -> None:
-    if spec.rate is not None and not 0 < spec.rate < float("inf"):
-        raise InvalidRequestError(f"rate {spec.rate}: must be above 0")
-    if spec.requests is not None and spec.requests < 1:
-        raise InvalidRequestError(f"{spec.requests} requests: at least 1 is needed")
-    if not 0 <= spec.priority_fraction <= 1:
-        raise InvalidRequestError(f"priority fraction {spec.priority_fraction}: must be from 0 to 1")
-    if not 0 <= spec.seed < 2**31:
-        raise InvalidRequestError(f"seed {spec.seed}: must be from 0 to {2**31 - 1}")

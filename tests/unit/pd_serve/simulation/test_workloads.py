@@ -107,7 +107,7 @@ def test_azure_file_keeps_its_times_or_takes_a_rate(tmp_path: Path) -> None:
     assert [r.arrival_s for r in make_requests(TraceSpec("azure-conv", requests=2), tmp_path)] == [0, 4]
     poisson = make_requests(TraceSpec("azure-conv", arrivals="poisson"), tmp_path)
     assert [r.prompt_tokens for r in poisson] == [374, 396, 879]
-    with pytest.raises(InvalidRequestError, match="holds 3 requests"):
+    with pytest.raises(InvalidRequestError, match="has 3 requests"):
         make_requests(TraceSpec("azure-conv", requests=4), tmp_path)
 
 
