@@ -10,7 +10,8 @@ from pd_serve.errors import PdServeError
 from pd_serve.simulated_engine.cost_model import CostModel
 from pd_serve.simulated_engine.outputs import SimulatedBatch
 from pd_serve.simulated_engine.settings import EngineSettings
-from pd_serve.simulation.config import NetworkSettings, SimulationConfig, SimulationResult, TraceRequest
+from pd_serve.simulation.config import NetworkSettings, SimulationConfig, TraceRequest
+from pd_serve.simulation.result import SimulationResult
 from pd_serve.simulation.simulate import Simulation
 from pd_serve.simulation.virtual_time import VirtualLoop
 

@@ -66,7 +66,7 @@ def recorded(times: Seconds, rate: float | None) -> Seconds:
     if rate is None:
         return times
     if times[-1] <= 0:
-        raise InvalidRequestError("all requests of the trace arrive at once: their recorded times have no rate")
+        raise InvalidRequestError("all requests of the trace arrive at once, so it has no rate")
     return np.asarray(times * (recorded_rate(times) / rate))
 
 

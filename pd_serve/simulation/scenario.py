@@ -1,4 +1,4 @@
-"""One simulation as data: what `simulate run` is told, and what experiments are lists of."""
+"""One simulation as data: the arguments of `simulate run`; experiments are lists of these."""
 
 import hashlib
 import json
@@ -14,7 +14,9 @@ import msgspec
 from pd_serve.errors import InvalidRequestError
 from pd_serve.simulated_engine.cost_table import cost_model
 from pd_serve.simulated_engine.settings import FITTED_BLOCKS, EngineSettings
-from pd_serve.simulation.config import SimulationConfig, SimulationResult
+from pd_serve.simulation.config import SimulationConfig
+from pd_serve.simulation.result import SimulationResult
+from pd_serve.simulation.simulate import simulate
 from pd_serve.simulation.summary import Slo, series, summarize
 from pd_serve.simulation.workloads import TraceSpec, fitting, make_requests
 from router.policies import paper_threshold, policy_set
@@ -26,14 +28,14 @@ Simulate = Callable[[SimulationConfig, Callable[[int, int], None] | None], Simul
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """Attributes:
-    instances: Number by role at the beginning.
-    autoscale: Least and greatest number by role.
-    one_class: Schedules all requests as if they were of normal priority, and reports them by the priority
-        they would have had.
-    with_series: The summary also holds the cluster over time.
+    """A workload, a cluster and a policy. Fields without a line here are as in the classes they go to.
 
-    The others are as in `SimulationConfig` and `EngineSettings`.
+    Attributes:
+        instances: Number by role at the beginning.
+        autoscale: Least and greatest number by role.
+        one_class: Schedules all requests with normal priority, and reports them by the priority of the trace.
+        with_series: The summary also has the cluster over time.
+        slo: Bounds of a good request.
     """
 
     trace: TraceSpec
@@ -53,7 +55,7 @@ class Scenario:
 
     @property
     def key(self) -> str:
-        """Equal for equal cases only, in every process."""
+        """A hash of all fields, equal in every process."""
         text = json.dumps(asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -71,7 +73,7 @@ def configure(
     that are left out because no instance could ever hold them.
 
     Raises:
-        InvalidRequestError: Something of the case cannot be.
+        InvalidRequestError: A field of the case is invalid.
     """
     overrides = dict(case.overrides)
     if case.policy == "llumnix-paper":
@@ -111,19 +113,19 @@ def run_scenario(
     case: Scenario,
     traces: Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
-    simulate: Simulate | None = None,
+    simulate: Simulate = simulate,
 ) -> dict[str, Any]:
-    """Runs it; see `summary.summarize` for what it returns.
+    """Runs a case and returns its summary; see `summary.summarize`.
 
     Args:
-        simulate: In place of the simulation itself.
+        simulate: Replaces the simulation, for tests.
 
     Raises:
-        InvalidRequestError: Something of the case cannot be.
+        InvalidRequestError: A field of the case is invalid.
     """
     config, classes, left_out = configure(case, traces)
     with _quiet():
-        result = (simulate or _simulate())(config, on_progress)
+        result = simulate(config, on_progress)
     summary = summarize(result, case.slo, classes)
     summary |= {"seed": case.trace.seed, "left_out": left_out, "config": asdict(case)}
     if case.with_series:
@@ -133,17 +135,10 @@ def run_scenario(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The control plane logs as on a real cluster, where an instance that ends is worth a warning."""
+    """Disables warnings of the control plane, such as that an instance has ended."""
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))
     try:
         yield
     finally:
         logging.disable(before)
-
-
-def _simulate() -> Simulate:
-    """Imported when first needed: building a case needs none of it."""
-    from pd_serve.simulation.simulate import simulate
-
-    return simulate

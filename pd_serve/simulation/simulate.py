@@ -1,4 +1,4 @@
-"""Runs one simulation: a workload's clients in front of a simulated cluster, in virtual time."""
+"""One run: the clients of a workload in front of a simulated cluster, in virtual time."""
 
 import asyncio
 import gc
@@ -10,29 +10,30 @@ from pd_serve.errors import PdServeError
 from pd_serve.simulated_engine.contents import SegmentPrompt, expected_output
 from pd_serve.simulated_engine.outputs import SimulatedBatch, SimulatedPayload
 from pd_serve.simulated_engine.settings import SEGMENT_TOKENS
-from pd_serve.simulation.config import RequestRecord, Sample, SimulationConfig, SimulationResult, TraceRequest
+from pd_serve.simulation.config import SimulationConfig, TraceRequest
+from pd_serve.simulation.result import RequestRecord, Sample, SimulationResult
 from pd_serve.simulation.simulated_cluster import SimulatedCluster
 from pd_serve.simulation.virtual_time import VirtualLoop
 from router.request import PREFIX_TOKENS, NewRequest
 
 SAMPLE_S = 1.0
 
-#: How long the cluster may take to come to rest after the last token: leases of lost messages have to end.
+#: Time for the cluster to come to rest after the last token: leases of lost messages have to expire.
 REST_S = 30.0
 
 OnProgress = Callable[[int, int], None]
 
 
 def simulate(config: SimulationConfig, on_progress: OnProgress | None = None) -> SimulationResult:
-    """Runs until every request has ended. Deterministic but for `wall_s`.
+    """Runs until every request has ended. Deterministic except for `wall_s`.
 
     Args:
-        on_progress: Told (requests ended, requests) now and then.
+        on_progress: Called with (requests ended, requests) after every few requests.
 
     Raises:
-        ValueError: The policy or one of its settings is not known.
+        ValueError: The policy or one of its settings is unknown.
     """
-    # Collecting garbage costs a third of the time, and little of it is cyclic.
+    # Garbage collection would take a third of the time, and little of the garbage is cyclic.
     gc.collect()
     gc.freeze()
     threshold = gc.get_threshold()
@@ -46,7 +47,7 @@ def simulate(config: SimulationConfig, on_progress: OnProgress | None = None) ->
 
 
 class Simulation:
-    """The clients of one run, and what they see."""
+    """The clients of one run, which record what they see."""
 
     def __init__(self, config: SimulationConfig, on_progress: OnProgress | None = None) -> None:
         self.config = config
@@ -96,7 +97,7 @@ class Simulation:
         )
 
     def _on_exception(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Whatever nobody handled: the first of its kind is shown, and it fails the integrity of the run."""
+        """An exception that no task handled fails the integrity of the run; each kind is logged once."""
         failure = repr(context.get("exception") or context["message"])
         if failure not in self.cluster.failures:
             self.cluster.failures.append(failure)
@@ -149,7 +150,7 @@ class Simulation:
             self._all_ended.set()
 
     def _check_tokens(self) -> None:
-        """Compares what each client got with what its prompt makes the model say."""
+        """Compares the tokens of each client with the output that its prompt determines."""
         engine = self.config.engines["neutral"]
         for number, record in enumerate(self.records):
             request, tokens = record.request, self._tokens[number]
@@ -181,7 +182,10 @@ class Simulation:
             await asyncio.sleep(SAMPLE_S)
 
     async def _rest(self) -> tuple[int, list[str]]:
-        """Waits until nothing is under way. Returns blocks that are not free then, and what is wrong."""
+        """Waits until nothing is in progress.
+
+        Returns: KV blocks that are not free then, and violated invariants.
+        """
         deadline = self._loop.time() + REST_S
         while True:
             leaked = self.cluster.num_leaked_blocks
@@ -192,7 +196,7 @@ class Simulation:
 
 
 def _prefix_keys(request: TraceRequest) -> tuple[int, ...]:
-    """As `router.request.prefix_keys`, from the contents of the segments."""
+    """Like `router.request.prefix_keys`, computed from the segments in place of the tokens."""
     keys = []
     key = 0
     for segment in request.segments[: request.prompt_tokens // SEGMENT_TOKENS]:

@@ -1,4 +1,4 @@
-"""What came out of a simulation, as plain numbers for JSON files, tables and plots."""
+"""Summary of a simulation: plain numbers for JSON files, tables and plots."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,17 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from pd_serve.simulation.config import RequestRecord, Sample, SimulationResult
+from pd_serve.simulation.arrivals import recorded_rate
+from pd_serve.simulation.result import RequestRecord, Sample, SimulationResult
 from router.freeness import fragmented_blocks
 from router.priority import PriorityClass, priority_class
 
-#: Parts of a summary that are {"mean", "p50", "p99"} of seconds.
+#: Keys of a summary whose values are {"mean", "p50", "p99"}, in seconds.
 LATENCIES = ("prefill_s", "decode_s", "request_s", "longest_gap_s")
 
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """Bounds that a request has to meet to count as good: first token, and mean time of the later ones."""
+    """Service level objective: bounds on the time to first token and on the mean time of later tokens."""
 
     ttft_s: float = 5.0
     tpot_s: float = 0.1
@@ -30,14 +31,15 @@ def summarize(
 ) -> dict[str, Any]:
     """All numbers of a run. Times in seconds; None where nothing was measured.
 
-    `preemption_loss_s` is per request, over all of them. `goodput` is requests/s that meet the SLO over the
-    time from the first arrival to the last token, `attainment` their share.
+    `preemption_loss_s` is the mean over all requests. `attainment` is the share of the requests that meet the
+    SLO, `goodput` that share times the arrival rate in requests/s.
 
     Args:
         classes: The class to report each request under; by default the one it was scheduled with.
     """
     records = result.records
     classes = classes or [priority_class(record.request.priority) for record in records]
+    good = sum(map(slo.met_by, records))
     return {
         "requests": len(records),
         **_latencies(records),
@@ -48,8 +50,8 @@ def summarize(
         "avg_instances": _rounded(result.instance_s / result.duration_s) if result.duration_s else None,
         "by_priority": {wanted.label: _of_class(records, classes, wanted) for wanted in PriorityClass},
         "slo": {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s},
-        "goodput": _rounded(sum(map(slo.met_by, records)) / result.duration_s) if result.duration_s else 0.0,
-        "attainment": _rounded(sum(map(slo.met_by, records)) / len(records)) if records else None,
+        "goodput": _rounded(good / len(records) * _arrival_rate(result)) if records else 0.0,
+        "attainment": _rounded(good / len(records)) if records else None,
         "failed": sum(record.failed for record in records),
         "lost_tokens": sum(record.lost for record in records),
         "duplicated_tokens": sum(record.duplicated for record in records),
@@ -76,12 +78,18 @@ def series(result: SimulationResult) -> dict[str, list[float]]:
 
 
 def fragmentation(sample: Sample) -> float:
-    """Share of the cluster's memory; see `fragmented_blocks`."""
+    """Fragmented share of the cluster's KV blocks; see `fragmented_blocks`."""
     return fragmented_blocks(sample.head_of_line, sample.free) / sample.total if sample.total else 0.0
 
 
+def _arrival_rate(result: SimulationResult) -> float:
+    """Requests/s over the span of the arrivals; over the whole run if all arrive at once."""
+    times = np.array([record.request.arrival_s for record in result.records])
+    return recorded_rate(times) if times[-1] > times[0] else len(times) / result.duration_s
+
+
 def _latencies(records: Sequence[RequestRecord]) -> dict[str, Any]:
-    """Over the requests that did not fail; times between tokens over those with more than one."""
+    """Latencies of the requests that did not fail; times between tokens of those with more than one."""
     served = [record for record in records if not record.failed and record.tokens]
     longer = [record for record in served if record.tokens > 1]
     return {
@@ -107,5 +115,5 @@ def _distribution(values: list[float]) -> dict[str, float | None]:
 
 
 def _rounded(value: Any) -> float:
-    """Six digits: a file that is compared with another shows no noise of floating point."""
+    """Six significant digits, so that equal results compare equal in files."""
     return float(f"{float(value):.6g}")

@@ -19,28 +19,14 @@ from pd_serve.simulation.lengths import GENERATED, Lengths
 
 ENVIRONMENT_VARIABLE = "PD_SERVE_TRACES"
 
-#: By name of the trace: the name of the file here, and the file to download.
+#: By name of the trace: the name of the file, and where to download it.
 FILES = {
-    # Azure Public Dataset, 2023; CC-BY 4.0
-    "azure-conv": (
-        "AzureLLMInferenceTrace_conv.csv",
-        "github.com/Azure/AzurePublicDataset, data/AzureLLMInferenceTrace_conv.csv",
-    ),
-    "azure-code": (
-        "AzureLLMInferenceTrace_code.csv",
-        "github.com/Azure/AzurePublicDataset, data/AzureLLMInferenceTrace_code.csv",
-    ),
-    # Mooncake, FAST 2025; Apache-2.0
-    "mooncake": (
-        "mooncake_synthetic_trace.jsonl",
-        "github.com/kvcache-ai/Mooncake, FAST25-release/traces/synthetic_trace.jsonl",
-    ),
-    # Lengths of ShareGPT-GPT4, from sarathi-serve; Apache-2.0
-    "sharegpt": (
-        "sharegpt_first_turn.csv",
-        "github.com/microsoft/sarathi-serve, "
-        "data/processed_traces/sharegpt_8k_filtered_stats_llama2_tokenizer.csv",
-    ),
+    "azure-conv": ("AzureLLMInferenceTrace_conv.csv", "github.com/Azure/AzurePublicDataset"),  # CC-BY 4.0
+    "azure-code": ("AzureLLMInferenceTrace_code.csv", "github.com/Azure/AzurePublicDataset"),
+    # FAST 2025; Apache-2.0
+    "mooncake": ("mooncake_synthetic_trace.jsonl", "github.com/kvcache-ai/Mooncake, synthetic_trace.jsonl"),
+    # lengths of ShareGPT-GPT4; Apache-2.0
+    "sharegpt": ("sharegpt_first_turn.csv", "github.com/microsoft/sarathi-serve, data/processed_traces"),
 }
 
 #: Columns of a CSV file that hold prompt and output lengths.

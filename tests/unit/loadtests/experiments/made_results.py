@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
-from pd_serve.simulation.config import RequestRecord, Sample, SimulationConfig, SimulationResult, TraceRequest
+from pd_serve.simulation.config import SimulationConfig, TraceRequest
+from pd_serve.simulation.result import RequestRecord, Sample, SimulationResult
 
 
 def record(

@@ -1,21 +1,23 @@
 """`pd-serve simulate` from its arguments to its files, on a simulation that takes no time."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from pd_serve.cli import simulate_options as options
+from pd_serve.cli import simulate_output
 from pd_serve.cli.simulate import app
 from pd_serve.errors import InvalidRequestError
-from pd_serve.simulation import scenario as case
+from pd_serve.simulation.scenario import run_scenario
 from tests.unit.loadtests.experiments.made_results import stand_in
 
 
 @pytest.fixture
 def _no_simulation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(case, "_simulate", lambda: stand_in)
+    monkeypatch.setattr(simulate_output, "run_scenario", partial(run_scenario, simulate=stand_in))
 
 
 @pytest.mark.usefixtures("_no_simulation")

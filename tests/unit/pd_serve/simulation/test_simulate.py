@@ -16,12 +16,8 @@ from hypothesis import strategies as st
 
 from pd_serve.simulated_engine.cost_model import COST_MODELS
 from pd_serve.simulated_engine.settings import EngineSettings
-from pd_serve.simulation.config import (
-    NetworkSettings,
-    SimulationConfig,
-    SimulationResult,
-    TraceRequest,
-)
+from pd_serve.simulation.config import NetworkSettings, SimulationConfig, TraceRequest
+from pd_serve.simulation.result import SimulationResult
 from pd_serve.simulation.simulate import Simulation, simulate
 from pd_serve.simulation.virtual_time import VirtualLoop
 from router.scaling import PoolBounds

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from pd_serve.simulation.config import RequestRecord, Sample, TraceRequest
+from pd_serve.simulation.config import TraceRequest
+from pd_serve.simulation.result import RequestRecord, Sample
 from pd_serve.simulation.summary import Slo, fragmentation, series, summarize
 from router.priority import PriorityClass
 from tests.unit.loadtests.experiments.made_results import record, result
@@ -49,8 +50,17 @@ def test_goodput_counts_requests_that_meet_both_bounds() -> None:
     records = [record(1, 0.05), record(6, 0.05), record(1, 0.2), record(4.9, 0.099), record(1, 0, tokens=1)]
     summary = summarize(result(records, duration_s=2), Slo(ttft_s=5, tpot_s=0.1))
 
-    assert summary["goodput"] == 1.5
+    assert summary["goodput"] == 1.5  # all arrive at once: per second of the run
     assert summary["attainment"] == pytest.approx(3 / 5)
+
+
+def test_goodput_is_per_second_of_the_arrivals_and_not_of_the_last_requests_tail() -> None:
+    records = [record(1, 0.05, arrival_s=0.5 * number) for number in range(9)]
+    records[4] = record(6, 0.05, arrival_s=2.0)
+
+    summaries = [summarize(result(records, duration_s=duration_s), Slo()) for duration_s in (5.0, 500.0)]
+
+    assert [summary["goodput"] for summary in summaries] == pytest.approx([2 * 8 / 9] * 2, rel=1e-5)
 
 
 def test_priorities_are_reported_as_scheduled_or_as_told() -> None:

@@ -125,9 +125,12 @@ def test_mooncake_file_says_what_prompts_share(tmp_path: Path) -> None:
     assert (second.arrival_s, second.output_tokens) == (1.5, 1)
 
 
-def test_a_file_of_lengths_is_sampled(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "header", ["input_tokens,output_tokens", "num_prefill_tokens,num_decode_tokens"], ids=["ours", "sarathi"]
+)
+def test_a_file_of_lengths_is_sampled(header: str, tmp_path: Path) -> None:
     path = tmp_path / "lengths.csv"
-    path.write_text("input_tokens,output_tokens\n" + "\n".join(f"{i},{i + 1000}" for i in range(1, 41)))
+    path.write_text(f"{header}\n" + "\n".join(f"{i},{i + 1000}" for i in range(1, 41)))
 
     few = make_requests(TraceSpec(str(path), rate=1, requests=40))
     many = make_requests(TraceSpec(str(path), rate=1, requests=100))
@@ -163,7 +166,10 @@ def test_what_cannot_be_is_said(spec: TraceSpec, message: str) -> None:
 def test_a_missing_file_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(trace_files.ENVIRONMENT_VARIABLE, str(tmp_path))
 
-    with pytest.raises(InvalidRequestError, match=r"sharegpt_first_turn.csv.*--traces or \$PD_SERVE_TRACES"):
+    with pytest.raises(
+        InvalidRequestError,
+        match=r"sharegpt_first_turn.csv.*download it \(github.com/.*--traces or \$PD_SERVE_TRACES",
+    ):
         make_requests(TraceSpec("sharegpt", rate=1))
 
 
