@@ -1,7 +1,7 @@
 """Writes the modules of each package into the table of docs/architecture.md.
 
-`python -m docs.module_list` rewrites the last column between the markers and adds a row for a new package, whose
-description is then to be written by hand; `tests/unit/test_docs.py` compares it.
+`python -m docs.module_list` rewrites the last column between the markers and adds a row for a new package, to
+be described by hand; `tests/unit/test_docs.py` compares the table with the code.
 """
 
 import re
@@ -10,6 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
 PACKAGES = ("pd_serve", "migration", "router")
+UNDESCRIBED = "(describe it)"
 BEGIN, END = "<!-- begin modules -->\n", "<!-- end modules -->\n"
 
 
@@ -22,8 +23,15 @@ def updated(page: str) -> str:
     described = dict(re.findall(r"^\| `([\w/]+/)` \| (.*?) \| .*\|$", table, re.MULTILINE))
     found = modules()
     packages = [name for name in described if name in found] + [n for n in found if n not in described]
-    rows = [f"| `{name}` | {described.get(name, 'TODO')} | {', '.join(found[name])} |" for name in packages]
-    return before + begin + "\n".join(["| package | what it is | modules |", "|---|---|---|", *rows]) + f"\n{end}{after}"
+    rows = [
+        f"| `{name}` | {described.get(name, UNDESCRIBED)} | {', '.join(found[name])} |" for name in packages
+    ]
+    return (
+        before
+        + begin
+        + "\n".join(["| package | what it is | modules |", "|---|---|---|", *rows])
+        + f"\n{end}{after}"
+    )
 
 
 def modules() -> dict[str, list[str]]:

@@ -109,7 +109,8 @@ class PlayedRunner:
     Like the real ones it takes the scheduler's word when a step is dispatched, and reads and writes blocks
     some time later: in `complete`. It checks what a real one relies on.
 
-    Source: `_update_states` in v1/worker/gpu_model_runner.py; v1/worker/gpu/model_runner.py and states.py.
+    Source: `_update_states` in vllm/v1/worker/gpu_model_runner.py; model_runner.py and states.py in
+    vllm/v1/worker/gpu.
     """
 
     kind: Kind
@@ -228,7 +229,7 @@ class Node:
     """One scheduler with its played runner, stepped as vLLM's `EngineCore` steps them.
 
     Overlapped, a step is scheduled before the output of the one before it is looked at, and between two
-    steps one is in flight. Source: v1/engine/core.py, `step` and `step_with_batch_queue`.
+    steps one is in flight. Source: vllm/v1/engine/core.py, `step` and `step_with_batch_queue`.
 
     Attributes:
         streams: Output tokens by request, whoever emitted them; may be shared between nodes.
