@@ -27,6 +27,6 @@ def destinations(loads: Iterable[InstanceLoad], num_blocks: int, priority: int =
         if without_headroom:
             load = replace(load, high_priority=0)
         fits = load.free_blocks - load.expected_blocks >= num_blocks
-        return not fits, -freeness(load.after_taking(num_blocks)), load.instance_id
+        return not fits, -freeness(load.with_arrivals(num_blocks)), load.instance_id
 
     return sorted((load for load in loads if load.role == "decode" and not load.draining), key=preference)

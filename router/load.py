@@ -65,7 +65,12 @@ class InstanceLoad(EngineLoad, frozen=True):
         """No request runs or waits, and no migration is under way."""
         return not (self.running or self.waiting or self.migrating_in or self.migrating_out)
 
-    def after_taking(self, num_blocks: int, requests: int = 1) -> "InstanceLoad":
+    @property
+    def mean_blocks(self) -> int:
+        """Blocks that a running request holds on average, rounded up."""
+        return -(-(self.total_blocks - self.free_blocks) // max(self.running, 1))
+
+    def with_arrivals(self, num_blocks: int, requests: int = 1) -> "InstanceLoad":
         """The load after requests that need `num_blocks` blocks together have arrived."""
         return replace(
             self,
@@ -73,7 +78,7 @@ class InstanceLoad(EngineLoad, frozen=True):
             expected_requests=self.expected_requests + requests,
         )
 
-    def after_giving(self, num_blocks: int, requests: int = 1) -> "InstanceLoad":
+    def with_departures(self, num_blocks: int, requests: int = 1) -> "InstanceLoad":
         """The load after running requests that hold `num_blocks` blocks together have left."""
         return replace(
             self,

@@ -1,194 +1,182 @@
-"""The latest loads, corrected by what has been decided since they were measured."""
+"""Load reports, corrected by the decisions that they do not show yet.
 
-import random
+Every process that decides keeps one `ProjectedLoads`: an API server adds its dispatches and hand-offs, the
+scheduler its moves. Without them a burst between two reports would herd onto one instance, and each round of
+the scheduler would repeat the moves of the last one. Nothing in it must survive: after one round of reports
+a new one is right again.
+"""
+
+import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from router import handoff
-from router.dispatch import DISPATCH_POLICIES, can_start, candidates
-from router.headroom import limit_headroom
 from router.load import InstanceLoad
-from router.policies import PolicySet, policy_set
-from router.request import NewRequest
+
+#: A move that its source has not confirmed for this long is lost, in seconds.
+LOST_AFTER_S = 1.0
 
 
-class Unseen(NamedTuple):
-    """A dispatch that no report has seen yet: the instance's count once it has it, and its size."""
+class PendingDispatch(NamedTuple):
+    """A request sent to an instance. `number` is the instance's `requests_added` once it has it."""
 
-    requests_added: int
+    number: int
     tokens: int
     blocks: int
 
 
+class PendingMove(NamedTuple):
+    """A move ordered from an instance. `number` is its `moves_decided` once it has carried out the order."""
+
+    number: int
+    decided_at: float
+    destination: str
+
+
 class ProjectedLoads:
-    """Decides dispatch and hand-off on reports plus what they have not seen, so that a burst that
-    arrives between two reports does not herd onto one instance. Holds no request state that matters:
-    a new book is right again after one round of reports.
+    """The latest report of each instance, and the decisions since.
 
     Args:
-        policies: Decides by these; by default `llumnix`.
-        clock: Seconds, to tell how old a report is. None: reports do not age.
+        clock: Seconds, for the age of reports and moves. None: neither ages.
+        max_report_age_s: Reports older than this are not `fresh`.
     """
 
-    def __init__(
-        self,
-        policies: PolicySet | None = None,
-        rng: random.Random | None = None,
-        clock: Callable[[], float] | None = None,
-    ) -> None:
-        self.policies = policies or policy_set("llumnix")
-        self._rng = rng or random.Random(0)
+    def __init__(self, clock: Callable[[], float] | None = None, max_report_age_s: float = math.inf) -> None:
         self._clock = clock or (lambda: 0.0)
-        self._dispatch = DISPATCH_POLICIES[self.policies.dispatch]()
-        self._prefill_dispatch = DISPATCH_POLICIES[self.policies.prefill_dispatch]()
-        self._loads: dict[str, InstanceLoad] = {}
-        self._heard_at: dict[str, float] = {}
-        self._unseen: dict[str, deque[Unseen]] = {}
-        self._expected: dict[str, dict[str, int]] = {}  # blocks by request on their way to an instance
-        self._corrected: dict[str, InstanceLoad] = {}  # what is worked out already
+        self._max_report_age_s = max_report_age_s
+        self._reports: dict[str, InstanceLoad] = {}
+        self._reported_at: dict[str, float] = {}
+        self._dispatches: dict[str, deque[PendingDispatch]] = {}
+        self._moves: dict[str, deque[PendingMove]] = {}  # by source
+        self._arrivals: dict[str, dict[str, int]] = {}  # blocks by request or move on its way to an instance
+        self._projected: dict[str, InstanceLoad] = {}  # cache
 
     # ---- reports
 
     def __iter__(self) -> Iterator[InstanceLoad]:
-        return iter(self._loads.values())
+        return iter(self._reports.values())
 
     def __getitem__(self, instance_id: str) -> InstanceLoad:
-        return self._loads[instance_id]
+        return self._reports[instance_id]
 
     def get(self, instance_id: str) -> InstanceLoad | None:
-        return self._loads.get(instance_id)
+        return self._reports.get(instance_id)
 
     def __contains__(self, instance_id: object) -> bool:
-        return instance_id in self._loads
+        return instance_id in self._reports
 
     def report(self, load: InstanceLoad) -> None:
-        """Takes a report; dispatches that it has seen need no correction any more."""
-        self._loads[load.instance_id] = load
-        self._heard_at[load.instance_id] = self._clock()
-        self._corrected.pop(load.instance_id, None)
-        unseen = self._unseen.get(load.instance_id)
-        while unseen and unseen[0].requests_added <= load.requests_added:
-            unseen.popleft()
+        """Takes a report; the decisions that it shows are no longer pending."""
+        name = load.instance_id
+        self._reports[name] = load
+        self._reported_at[name] = self._clock()
+        self._projected.pop(name, None)
+        dispatches = self._dispatches.get(name)
+        while dispatches and dispatches[0].number <= load.requests_added:
+            dispatches.popleft()
+        moves = self._moves.get(name)
+        while moves and moves[0].number <= load.moves_decided:
+            self._end_move(name, moves.popleft())
 
     def remove(self, instance_id: str) -> None:
-        self._loads.pop(instance_id, None)
-        self._heard_at.pop(instance_id, None)
-        self._unseen.pop(instance_id, None)
-        self._expected.pop(instance_id, None)
-        self._corrected.pop(instance_id, None)
+        """Forgets an instance and everything on its way there. Unknown instances are ignored."""
+        for move in self._moves.pop(instance_id, ()):
+            self._end_move(instance_id, move)
+        for known in (self._reports, self._reported_at, self._dispatches, self._arrivals, self._projected):
+            known.pop(instance_id, None)
 
     # ---- decisions
 
-    def dispatch(self, request: NewRequest, *, may_wait: bool = False) -> str | None:
-        """Chooses where a new request starts, and counts it there. None: nowhere.
+    def add_dispatch(self, instance_id: str, tokens: int, blocks: int) -> None:
+        """A new request with a prompt of this size has been sent to an instance."""
+        pending = self._dispatches.setdefault(instance_id, deque())
+        # The instance counts the requests of all API servers, so the count starts from its own report.
+        number = (pending[-1].number if pending else self._reports[instance_id].requests_added) + 1
+        pending.append(PendingDispatch(number, tokens, blocks))
+        self._projected.pop(instance_id, None)
 
-        Args:
-            may_wait: With late binding also None if there is no room for it now.
-        """
-        able = self._candidates()
-        if self.policies.late_binding and able and able[0].role == "neutral":
-            roomy = [load for load in able if _blocks(request, load) <= _room(load)]
-            if may_wait and not roomy:
-                return None
-            able = roomy or able
-        policy = self._prefill_dispatch if able and able[0].role == "prefill" else self._dispatch
-        chosen = policy.choose(able, request, self._rng)
-        if chosen is None:
-            return None
-        # The instance counts what anybody sends it, so the count starts from its own report.
-        blocks = _blocks(request, chosen)
-        unseen = Unseen(chosen.requests_added + 1, request.prompt_tokens, blocks)
-        self._unseen.setdefault(chosen.instance_id, deque()).append(unseen)
-        self._corrected.pop(chosen.instance_id, None)
-        return chosen.instance_id
+    def add_move(self, source: str, destination: str, blocks: int) -> None:
+        """One request, of an assumed size, has been ordered to move. Ends with the source's confirmation,
+        as the migration is in both reports from then on, or after `LOST_AFTER_S`."""
+        pending = self._moves.setdefault(source, deque())
+        number = (pending[-1].number if pending else self._reports[source].moves_decided) + 1
+        pending.append(PendingMove(number, self._clock(), destination))
+        self._projected.pop(source, None)
+        self.expect(destination, f"{source}:{number}", blocks)
 
-    def destinations(self, num_blocks: int, priority: int = 0) -> list[str]:
-        """Hand-off candidates for a request of this size, best first."""
-        ranked = handoff.destinations(self._fresh(), num_blocks, priority)
-        ranked = ranked or handoff.destinations(self._all(), num_blocks, priority)
-        return [load.instance_id for load in ranked]
+    def expect(self, instance_id: str, request_id: str, blocks: int) -> None:
+        """A request is on its way to an instance, and counts there until `settled`."""
+        self._arrivals.setdefault(instance_id, {})[request_id] = blocks
+        self._projected.pop(instance_id, None)
 
-    @property
-    def is_serving(self) -> bool:
-        """Whether there is anybody to take new requests."""
-        return bool(self._candidates())
+    def settled(self, instance_id: str, request_id: str) -> None:
+        """A request has arrived, and is in the reports, or will not arrive."""
+        if self._arrivals.get(instance_id, {}).pop(request_id, None) is not None:
+            self._projected.pop(instance_id, None)
 
-    @property
-    def may_bind(self) -> bool:
-        """Whether one more instance may let everybody wait for the sake of a large request. What is
-        preempted waits there anyway."""
-        able = self._candidates()
-        binding = sum(load.waiting > load.preempted for load in able)
-        return binding < max(1, int(len(able) * self.policies.max_bound))
+    def _end_move(self, source: str, move: PendingMove) -> None:
+        self._projected.pop(source, None)
+        self.settled(move.destination, f"{source}:{move.number}")
 
-    def room(self, instance_id: str) -> int:
-        """Blocks that a new request could have there at once; none where no new requests go."""
-        load = self.corrected(instance_id)
-        return _room(load) if can_start(load) else 0
+    # ---- projections
 
-    def blocks_of(self, instance_id: str, request: NewRequest) -> int:
-        """Blocks that the prompt of a request takes there."""
-        return _blocks(request, self._loads[instance_id])
+    def all(self) -> list[InstanceLoad]:
+        """Every instance's projected load."""
+        self._expire_moves()
+        return [self.projected(name) for name in self._reports]
 
-    # ---- what reports have not seen
+    def fresh(self) -> list[InstanceLoad]:
+        """The projected loads of the instances whose last report is not too old."""
+        oldest = self._clock() - self._max_report_age_s
+        return [self.projected(name) for name, at in self._reported_at.items() if at >= oldest]
+
+    def silent(self) -> dict[str, float]:
+        """Seconds since the last report, by instance, where that report is too old."""
+        now = self._clock()
+        return {name: now - at for name, at in self._reported_at.items() if at < now - self._max_report_age_s}
+
+    def projected(self, instance_id: str) -> InstanceLoad:
+        """The latest report of an instance with every pending decision counted in."""
+        known = self._projected.get(instance_id)
+        if known is None:
+            known = self._projected[instance_id] = self._project(self._reports[instance_id])
+        return known
 
     def free_blocks(self, instance_id: str) -> int:
         """Free blocks of an instance, less what is on its way there."""
-        load = self.corrected(instance_id)
+        load = self.projected(instance_id)
         return load.free_blocks - load.expected_blocks
 
-    def expect(self, instance_id: str, request_id: str, num_blocks: int) -> None:
-        """A request is on its way to an instance; it counts there until `settled`."""
-        self._expected.setdefault(instance_id, {})[request_id] = num_blocks
-        self._corrected.pop(instance_id, None)
-
-    def settled(self, instance_id: str, request_id: str) -> None:
-        """It has arrived (and is in the reports), or will not."""
-        if self._expected.get(instance_id, {}).pop(request_id, None) is not None:
-            self._corrected.pop(instance_id, None)
-
-    def corrected(self, instance_id: str) -> InstanceLoad:
-        """The latest report of an instance with everything decided since counted in."""
-        known = self._corrected.get(instance_id)
-        if known is None:
-            known = self._corrected[instance_id] = self._correct(self._loads[instance_id])
-        return known
-
-    def _correct(self, load: InstanceLoad) -> InstanceLoad:
-        unseen = self._unseen.get(load.instance_id)
-        if unseen:
+    def _project(self, load: InstanceLoad) -> InstanceLoad:
+        name = load.instance_id
+        if dispatches := self._dispatches.get(name):
             load = replace(
                 load,
-                requests_added=unseen[-1].requests_added,
-                waiting=load.waiting + len(unseen),
-                waiting_tokens=load.waiting_tokens + sum(dispatched.tokens for dispatched in unseen),
-                waiting_blocks=load.waiting_blocks + sum(dispatched.blocks for dispatched in unseen),
+                requests_added=dispatches[-1].number,
+                waiting=load.waiting + len(dispatches),
+                waiting_tokens=load.waiting_tokens + sum(pending.tokens for pending in dispatches),
+                waiting_blocks=load.waiting_blocks + sum(pending.blocks for pending in dispatches),
             )
-        if expected := self._expected.get(load.instance_id):
-            load = load.after_taking(sum(expected.values()), len(expected))
+        if moves := self._moves.get(name):
+            load = replace(load, migrating_out=load.migrating_out + len(moves))
+        if arrivals := self._arrivals.get(name):
+            load = replace(load, migrating_in=load.migrating_in + len(arrivals))
+            load = load.with_arrivals(sum(arrivals.values()), len(arrivals))
         return load
 
-    def _candidates(self) -> list[InstanceLoad]:
-        return candidates(self._fresh()) or candidates(self._all())
-
-    def _all(self) -> list[InstanceLoad]:
-        return self._seen(self._loads)
-
-    def _fresh(self) -> list[InstanceLoad]:
-        """Instances that report. If none does any more, the fault is rather here: see the callers."""
-        oldest = self._clock() - self.policies.max_report_age_s
-        return self._seen(name for name, heard_at in self._heard_at.items() if heard_at >= oldest)
-
-    def _seen(self, names: Iterable[str]) -> list[InstanceLoad]:
-        return limit_headroom(map(self.corrected, names), self.policies.headroom)
+    def _expire_moves(self) -> None:
+        oldest = self._clock() - LOST_AFTER_S
+        for source, moves in self._moves.items():
+            while moves and moves[0].decided_at < oldest:
+                self._end_move(source, moves.popleft())
 
 
-def _blocks(request: NewRequest, load: InstanceLoad) -> int:
-    return -(-request.prompt_tokens // load.block_tokens)
+def after_departures(load: InstanceLoad) -> InstanceLoad:
+    """The load once its outgoing migrations have ended.
 
-
-def _room(load: InstanceLoad) -> int:
-    return load.free_blocks - load.watermark_blocks - load.waiting_blocks - load.expected_blocks
+    A report does not say which requests are leaving: they count as requests of average size.
+    """
+    leaving = min(load.migrating_out, load.running)
+    return load.with_departures(leaving * load.mean_blocks, leaving) if leaving else load

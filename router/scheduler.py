@@ -14,8 +14,8 @@ from msgspec.structs import replace
 
 from router.headroom import limit_headroom
 from router.load import InstanceLoad
-from router.pending_moves import PendingMoves
 from router.policies import PolicySet
+from router.projected_loads import ProjectedLoads
 from router.request import NO_DEMAND, Demand
 from router.rescheduling import RESCHEDULING
 from router.scaling import Decision, Drain, PoolBounds, PoolScaler, Start, Stop
@@ -72,16 +72,12 @@ class Scheduler:
             role: PoolScaler(role, bounds, policies) for role, bounds in (autoscale or {}).items()
         }
         self._roles = RoleSwitch(policies, autoscale or {}) if policies.roles else None
-        self._loads: dict[str, InstanceLoad] = {}
-        self._heard_at: dict[str, float] = {}
-        self._orders = PendingMoves()
+        self._loads = ProjectedLoads(self._clock, policies.max_report_age_s)
         self._news = asyncio.Event()
 
     def report(self, load: InstanceLoad) -> None:
         """Takes an instance's latest load; an instance is there from its first report on."""
-        self._loads[load.instance_id] = self._as_policies_see(load)
-        self._heard_at[load.instance_id] = self._clock()
-        self._orders.seen(load)
+        self._loads.report(self._as_policies_see(load))
         self._news.set()
 
     def _as_policies_see(self, load: InstanceLoad) -> InstanceLoad:
@@ -92,9 +88,7 @@ class Scheduler:
 
     def remove(self, instance_id: str) -> None:
         """It is gone. Unknown ones are ignored."""
-        self._loads.pop(instance_id, None)
-        self._heard_at.pop(instance_id, None)
-        self._orders.remove(instance_id)
+        self._loads.remove(instance_id)
 
     async def run(self) -> None:
         """Decides whenever there is news, at most once per `rescheduling_interval_s`, until cancelled."""
@@ -110,14 +104,13 @@ class Scheduler:
 
     def decide(self, now: float) -> None:
         """One round."""
-        self._forget_silent(now)
-        if not self._loads:
+        self._forget_silent()
+        loads = limit_headroom(self._loads.all(), self.policies.headroom)
+        if not loads:
             return
-        loads = limit_headroom(self._loads.values(), self.policies.headroom)
-        loads = self._orders.correct(loads, now)
         self._rng.shuffle(loads)
         for move in self._reschedule(loads, self.policies):
-            self._orders.add(move, self._loads[move.source], now)
+            self._loads.add_move(move.source, move.destination.instance_id, move.num_blocks)
             self._actions.move(move.source, move.destination, move.reason, move.victim)
         if self._roles is not None:
             self._exchange_roles(self._roles, loads, now)
@@ -127,11 +120,10 @@ class Scheduler:
             for decision in scaler.decide(pool, self._actions.starting.get(role, 0), now, waiting):
                 self._carry_out(decision)
 
-    def _forget_silent(self, now: float) -> None:
-        """Who stops reporting is gone, until it reports again."""
-        oldest = now - self.policies.max_report_age_s
-        for name in [name for name, heard_at in self._heard_at.items() if heard_at < oldest]:
-            logger.warning("%s has not reported for %.1f s", name, now - self._heard_at[name])
+    def _forget_silent(self) -> None:
+        """An instance that stops reporting takes no part until it reports again."""
+        for name, age in self._loads.silent().items():
+            logger.warning("%s has not reported for %.1f s", name, age)
             self.remove(name)
 
     def _exchange_roles(self, roles: RoleSwitch, loads: list[InstanceLoad], now: float) -> None:

@@ -11,7 +11,7 @@ import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from router.projected_loads import ProjectedLoads
+from router.dispatcher import Dispatcher
 from router.request import Demand, NewRequest
 
 
@@ -32,8 +32,8 @@ class _Waiting:
 class WaitingLine:
     """In the order of priority, then arrival."""
 
-    def __init__(self, book: ProjectedLoads) -> None:
-        self._book = book
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
         self._line: list[_Waiting] = []
         self._count = 0
 
@@ -60,15 +60,15 @@ class WaitingLine:
         """Who goes now that this instance has reported: whoever fits there; and the first in line, if it has
         waited for long and not too many are bound already."""
         taken: list[_Waiting] = []
-        room = self._book.room(instance_id)
+        room = self._dispatcher.admissible_blocks(instance_id)
         if room <= 0 and not self._is_overdue(now):
             return []
         for waiting in self._line:
-            num_blocks = self._book.blocks_of(instance_id, waiting.request)
+            num_blocks = self._dispatcher.prompt_blocks(instance_id, waiting.request)
             if num_blocks <= room:
                 taken.append(waiting)
                 room -= num_blocks
-        if not taken and self._is_overdue(now) and self._book.may_bind:
+        if not taken and self._is_overdue(now) and self._dispatcher.may_bind:
             taken = self._line[:1]
         if taken:
             gone = {waiting.place for waiting in taken}
@@ -76,4 +76,4 @@ class WaitingLine:
         return [waiting.request_id for waiting in taken]
 
     def _is_overdue(self, now: float) -> bool:
-        return bool(self._line) and now - self._line[0].since >= self._book.policies.bind_after_s
+        return bool(self._line) and now - self._line[0].since >= self._dispatcher.policies.bind_after_s

@@ -34,7 +34,7 @@ from pd_serve.frontend.tracked_request import Migrated, TrackedRequest
 from pd_serve.observe.cluster_reports import ClusterReports
 from pd_serve.observe.recorder import RequestRecorder
 from router.dispatch import can_start
-from router.projected_loads import ProjectedLoads
+from router.dispatcher import Dispatcher
 from router.request import NewRequest
 from router.waiting_line import WaitingLine
 
@@ -56,7 +56,7 @@ class RequestTracker(InstanceRegistry):
         block_tokens: Tokens per KV block.
         num_slots, owns, on_scaling, on_decided, on_silent: See `Roster`.
         clock: The time that deliveries are measured by, in seconds.
-        book: Decides where requests start and are handed off to.
+        dispatcher: Decides where requests start and are handed off to.
         recorder: Told what happens to every request.
     """
 
@@ -74,9 +74,10 @@ class RequestTracker(InstanceRegistry):
         on_scaling: Callable[[StartInstance | StopInstance], None] = lambda wanted: None,
         on_decided: Callable[[SchedulerReport], None] = lambda report: None,
         on_silent: Callable[[str], object] | None = None,
-        book: ProjectedLoads | None = None,
+        dispatcher: Dispatcher | None = None,
         recorder: RequestRecorder | None = None,
     ) -> None:
+        self._dispatcher = dispatcher or Dispatcher()
         super().__init__(
             name,
             wire,
@@ -88,7 +89,7 @@ class RequestTracker(InstanceRegistry):
             on_scaling=on_scaling,
             on_decided=on_decided,
             on_silent=on_silent,
-            book=book,
+            book=self._dispatcher.loads,
         )
         self._codec = codec
         self._recorder = recorder or RequestRecorder()
@@ -98,7 +99,7 @@ class RequestTracker(InstanceRegistry):
         self.observer: Callable[[RequestId, str, int, float], None] | None = None
         self._block_tokens = block_tokens
         self._loop = asyncio.get_running_loop()
-        self._line = WaitingLine(self._book)
+        self._line = WaitingLine(self._dispatcher)
         self._routes: dict[RequestId, TrackedRequest] = {}
         self._by_hand = ManualMigration(self._routes, self.instances)
         self._num_waiting = 0
@@ -120,7 +121,7 @@ class RequestTracker(InstanceRegistry):
             # With a gap, tokens of a former owner may have been lost with it.
             if instance_id in (route.ledger.owner, route.committed_to) or route.ledger.has_gap:
                 self._recompute(route, instance_id)
-        if self._line and not self._book.is_serving:
+        if self._line and not self._dispatcher.is_serving:
             for request_id in list(self._line):
                 logger.error("request %s: there is no instance left that it could wait for", request_id)
                 self._fail(self._routes[RequestId(request_id)])
@@ -185,9 +186,9 @@ class RequestTracker(InstanceRegistry):
         if route.ledger.token_ids:  # computed again, with what has been generated
             num_tokens = request.prompt_tokens + len(route.ledger.token_ids)
             request = NewRequest(num_tokens, request.priority, request.prefix_keys)
-        instance_id = self._book.dispatch(request, may_wait=may_wait)
+        instance_id = self._dispatcher.dispatch(request, may_wait=may_wait)
         if instance_id is None:
-            if may_wait and self._book.is_serving:
+            if may_wait and self._dispatcher.is_serving:
                 return False
             raise EngineDeadError("no live instance takes new requests; see GET /cluster")
         route.ledger.owner = instance_id
@@ -195,7 +196,7 @@ class RequestTracker(InstanceRegistry):
         handoff: list[str] | None = None
         if self._book[instance_id].role == "prefill" and not route.ends_with_prefill:
             num_blocks = self._blocks_of(route)
-            handoff = self._book.destinations(num_blocks, request.priority)
+            handoff = self._dispatcher.destinations(num_blocks, request.priority)
             if handoff:
                 route.destination = handoff[0]
                 self._book.expect(handoff[0], route.request_id, num_blocks)
@@ -388,7 +389,7 @@ class RequestTracker(InstanceRegistry):
         ):
             return
         num_blocks = self._blocks_of(route)
-        for destination in self._book.destinations(num_blocks, route.request.priority)[:1]:
+        for destination in self._dispatcher.destinations(num_blocks, route.request.priority)[:1]:
             if self._book.free_blocks(destination) > num_blocks:
                 route.placed_at = self._loop.time()
                 self._book.settled(route.destination, request_id)

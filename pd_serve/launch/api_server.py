@@ -56,7 +56,7 @@ class ApiServer:
         from pd_serve.frontend.request_tracker import RequestTracker
         from pd_serve.observe.exposition import show_metrics
         from pd_serve.observe.setup import make_recorder
-        from router.projected_loads import ProjectedLoads
+        from router.dispatcher import Dispatcher
 
         config = self._config
         infos = await self._link.instances()
@@ -83,7 +83,7 @@ class ApiServer:
                 log_requests=self._server.enable_log_requests,
                 traced=self._server.otlp_traces_endpoint is not None,
             ),
-            book=ProjectedLoads(config.policies, clock=asyncio.get_running_loop().time),
+            dispatcher=Dispatcher(config.policies, clock=asyncio.get_running_loop().time),
         )
         self._link.attach(self.router)
         async with asyncio.timeout(30):

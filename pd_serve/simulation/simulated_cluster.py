@@ -17,9 +17,9 @@ from pd_serve.simulated_engine.outputs import SimulatedBatch, SimulatedCodec, Si
 from pd_serve.simulated_engine.simulated_engine import SimulatedEngine
 from pd_serve.simulation.config import SimulationConfig
 from pd_serve.simulation.simulated_network import SimulatedNetwork, SimulatedWire
+from router.dispatcher import Dispatcher
 from router.load import ROLES
 from router.policies import policy_set
-from router.projected_loads import ProjectedLoads
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ class SimulatedCluster:
             clock=self._loop.time,
             on_scaling=self._on_scaling,
             on_decided=lambda report: self.fleet.on_decided(report),
-            book=ProjectedLoads(self._policies, random.Random(config.seed), self._loop.time),
+            dispatcher=Dispatcher(self._policies, random.Random(config.seed), self._loop.time),
         )
         self.fleet = InstancePool(
             self.router,

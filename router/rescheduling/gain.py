@@ -8,7 +8,6 @@ threshold can pass one request to each other for ever.
 
 from router.freeness import freeness, virtual_usage
 from router.load import InstanceLoad
-from router.rescheduling.move import mean_blocks
 
 #: How much freer, in blocks per request. Half a block is filled by eight decode steps: by less, moving
 #: would be undone soon.
@@ -28,14 +27,8 @@ def has_space(load: InstanceLoad, num_blocks: int) -> bool:
     return load.free_blocks - load.expected_blocks - load.watermark_blocks >= num_blocks
 
 
-def settled(load: InstanceLoad) -> InstanceLoad:
-    """As it will be when what is leaving has left. Who leaves is not reported: requests of average size."""
-    leaving = min(load.migrating_out, load.running)
-    return load.after_giving(leaving * mean_blocks(load), leaving) if leaving else load
-
-
 def improves(source: InstanceLoad, destination: InstanceLoad, num_blocks: int) -> bool:
     """Whether a request of so many blocks makes the pair better off by going."""
     before = min(room(source), room(destination))
-    after = min(room(source.after_giving(num_blocks)), room(destination.after_taking(num_blocks)))
+    after = min(room(source.with_departures(num_blocks)), room(destination.with_arrivals(num_blocks)))
     return has_space(destination, num_blocks) and after >= before + MIN_GAIN

@@ -38,11 +38,6 @@ def pools(loads: Iterable[InstanceLoad]) -> list[list[InstanceLoad]]:
     return list(by_role.values())
 
 
-def mean_blocks(load: InstanceLoad) -> int:
-    """What a running request holds here, on average."""
-    return -(-(load.total_blocks - load.free_blocks) // max(load.running, 1))
-
-
 def move(source: InstanceLoad, destination: InstanceLoad, policies: PolicySet) -> Move:
     """The move, with the reason for it."""
     reason, victim = "balance", policies.victim
@@ -50,4 +45,4 @@ def move(source: InstanceLoad, destination: InstanceLoad, policies: PolicySet) -
         reason, victim = "drain", "drain"
     elif source.preempted or source.head_of_line_blocks > source.free_blocks - source.watermark_blocks:
         reason = "defragment"
-    return Move(source.instance_id, destination, reason, victim, mean_blocks(source))
+    return Move(source.instance_id, destination, reason, victim, source.mean_blocks)

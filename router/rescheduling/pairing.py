@@ -10,7 +10,7 @@ from router.freeness import freeness
 from router.load import InstanceLoad
 from router.policies import PolicySet
 from router.rescheduling.gain import has_space
-from router.rescheduling.move import Move, mean_blocks, move, pools
+from router.rescheduling.move import Move, move, pools
 
 
 def in_flight(load: InstanceLoad) -> int:
@@ -46,4 +46,4 @@ def moves(loads: Sequence[InstanceLoad], policies: PolicySet) -> list[Move]:
 
 
 def _may_drain(source: InstanceLoad, taker: InstanceLoad) -> bool:
-    return source.draining and has_space(taker, mean_blocks(source))
+    return source.draining and has_space(taker, source.mean_blocks)

@@ -8,7 +8,8 @@ from typing import Protocol, TypeVar
 
 from router.load import InstanceLoad
 from router.priority import PriorityClass, priority_class
-from router.rescheduling.gain import has_space, improves, room, settled
+from router.projected_loads import after_departures
+from router.rescheduling.gain import has_space, improves, room
 
 
 class Movable(Protocol):
@@ -49,11 +50,11 @@ def guarded(requests: Sequence[Movable], source: InstanceLoad, destination: Inst
 
 def levelling(requests: Sequence[Movable], source: InstanceLoad, destination: InstanceLoad) -> Movable | None:
     """Lower priority first, then the one whose move leaves the less free one of the pair freest."""
-    now = settled(source)
+    now = after_departures(source)
 
     def outcome(request: Movable) -> tuple[int, float, int]:
         num_blocks = blocks_of(request, source)
-        after = min(room(now.after_giving(num_blocks)), room(destination.after_taking(num_blocks)))
+        after = min(room(now.with_departures(num_blocks)), room(destination.with_arrivals(num_blocks)))
         return request.priority, after, -request.num_tokens
 
     return max(_worth_it(requests, source, destination), key=outcome, default=None)
@@ -96,5 +97,5 @@ def _normal(requests: Sequence[Movable]) -> list[Movable]:
 
 
 def _worth_it(requests: Sequence[Movable], source: InstanceLoad, destination: InstanceLoad) -> list[Movable]:
-    now = settled(source)
+    now = after_departures(source)
     return [r for r in _normal(requests) if improves(now, destination, blocks_of(r, source))]

@@ -33,9 +33,9 @@ FLOORS = (
 FLOORS_INSIDE = {
     "router": (
         ("router.load", "router.request", "router.priority"),
-        ("router.freeness", "router.headroom", "router.policies"),
+        ("router.freeness", "router.headroom", "router.policies", "router.projected_loads"),
         ("router.handoff", "router.dispatch", "router.rescheduling", "router.scaling"),
-        ("router.pending_moves", "router.projected_loads"),
+        ("router.dispatcher",),
         ("router.scheduler", "router.waiting_line"),
     ),
     "migration": (

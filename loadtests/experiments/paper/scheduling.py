@@ -11,9 +11,9 @@ import rich.console
 from loadtests.experiments.paper.figure import Figure, Metric, Options, Point
 from loadtests.experiments.runs import Results
 from pd_serve.simulation.scenario import Scenario
+from router.dispatcher import Dispatcher
 from router.load import InstanceLoad
 from router.policies import PolicySet, policy_set
-from router.projected_loads import ProjectedLoads
 from router.request import NO_DEMAND, Demand, NewRequest
 from router.scaling import PoolBounds
 from router.scheduler import Scheduler
@@ -80,18 +80,18 @@ def _median_ms(action: Callable[[], object], prepare: Callable[[], object], repe
 def dispatch_ms(count: int, policies: PolicySet, repeats: int = REPEATS) -> float:
     """One decision on where a request starts, in a stream of them with reports in between."""
     dice = random.Random(count)
-    book = ProjectedLoads(policies, rng=random.Random(0))
+    dispatcher = Dispatcher(policies, rng=random.Random(0))
     for load in synthetic_loads(count, dice):
-        book.report(load)
+        dispatcher.loads.report(load)
     request = NewRequest(128)
 
     def some() -> None:
         for _ in range(DISPATCHES_PER_ROUND):
-            book.dispatch(request)
+            dispatcher.dispatch(request)
 
     def report() -> None:
         for load in synthetic_loads(count, dice):
-            book.report(load)
+            dispatcher.loads.report(load)
 
     return _median_ms(some, report, repeats) / DISPATCHES_PER_ROUND
 

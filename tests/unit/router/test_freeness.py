@@ -39,15 +39,15 @@ def test_a_head_of_the_line_that_does_not_fit_makes_freeness_negative() -> None:
 
 
 def test_demand_on_its_way_counts_like_use() -> None:
-    assert virtual_usage(LOAD.after_taking(20)) == 60
-    assert freeness(LOAD.after_taking(20)) == (100 - 60) / 5
-    assert dispatch_freeness(LOAD.after_taking(20)) == (100 - 60) / 5
+    assert virtual_usage(LOAD.with_arrivals(20)) == 60
+    assert freeness(LOAD.with_arrivals(20)) == (100 - 60) / 5
+    assert dispatch_freeness(LOAD.with_arrivals(20)) == (100 - 60) / 5
 
 
 def test_giving_is_the_reverse_of_having_taken() -> None:
     taken = replace(LOAD, free_blocks=40, running=5)
 
-    assert freeness(taken.after_giving(20)) == freeness(LOAD)
+    assert freeness(taken.with_departures(20)) == freeness(LOAD)
 
 
 def test_a_draining_instance_holds_a_request_of_infinite_usage() -> None:
@@ -88,7 +88,7 @@ def test_an_idle_instance_is_the_freest_of_its_kind(load: InstanceLoad) -> None:
 @given(loads(), st.integers(1, 100))
 def test_more_demand_is_more_usage(load: InstanceLoad, blocks: int) -> None:
     if not load.draining:
-        assert virtual_usage(load.after_taking(blocks)) == virtual_usage(load) + blocks
+        assert virtual_usage(load.with_arrivals(blocks)) == virtual_usage(load) + blocks
         assert virtual_usage(replace(load, head_of_line_blocks=load.head_of_line_blocks + blocks)) == (
             virtual_usage(load) + blocks
         )

@@ -39,7 +39,7 @@ def test_what_is_on_its_way_counts() -> None:
     cluster = [decode("d0", 80), decode("d1", 60)]
 
     assert names(cluster, 10) == ["d0", "d1"]
-    assert names([cluster[0].after_taking(30), cluster[1]], 10) == ["d1", "d0"]
+    assert names([cluster[0].with_arrivals(30), cluster[1]], 10) == ["d1", "d0"]
 
 
 def test_full_instances_come_last_but_are_not_left_out() -> None:
@@ -52,8 +52,8 @@ def test_full_instances_come_last_but_are_not_left_out() -> None:
 def test_demand_on_its_way_makes_an_instance_full() -> None:
     cluster = [decode("d0", 30), decode("d1", 12, running=12)]
 
-    assert names([cluster[0].after_taking(19), cluster[1]], 10) == ["d0", "d1"]
-    assert names([cluster[0].after_taking(21), cluster[1]], 10) == ["d1", "d0"]
+    assert names([cluster[0].with_arrivals(19), cluster[1]], 10) == ["d0", "d1"]
+    assert names([cluster[0].with_arrivals(21), cluster[1]], 10) == ["d1", "d0"]
 
 
 @given(clusters("decode"), st.integers(1, 100))
@@ -66,7 +66,7 @@ def test_those_with_room_are_ranked_first_and_each_group_by_freeness(
         load.instance_id for load in cluster if not load.draining
     }
     order = [
-        (load.free_blocks < num_blocks, -freeness(load.after_taking(num_blocks)), load.instance_id)
+        (load.free_blocks < num_blocks, -freeness(load.with_arrivals(num_blocks)), load.instance_id)
         for load in ranked
     ]
     assert order == sorted(order)

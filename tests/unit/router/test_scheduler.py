@@ -12,8 +12,8 @@ import pytest
 from msgspec.structs import replace
 
 from router.load import InstanceLoad
-from router.pending_moves import LOST_AFTER_S
 from router.policies import policy_set
+from router.projected_loads import LOST_AFTER_S
 from router.request import NO_DEMAND, Demand
 from router.scaling import PoolBounds
 from router.scheduler import Scheduler

@@ -3,9 +3,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from router.dispatcher import Dispatcher
 from router.load import InstanceLoad
 from router.policies import policy_set
-from router.projected_loads import ProjectedLoads
 from router.request import Demand, NewRequest
 from router.waiting_line import WaitingLine
 from tests.unit.router.made_loads import neutral
@@ -22,71 +22,71 @@ def with_free(name: str, free_blocks: int, **other: int) -> InstanceLoad:
     return InstanceLoad(name, "neutral", total_blocks=100, free_blocks=free_blocks, running=4, **other)
 
 
-def line_of(*loads: InstanceLoad) -> tuple[WaitingLine, ProjectedLoads]:
-    book = ProjectedLoads(LATE)
+def line_of(*loads: InstanceLoad) -> tuple[WaitingLine, Dispatcher]:
+    dispatcher = Dispatcher(LATE)
     for load in loads:
-        book.report(load)
-    return WaitingLine(book), book
+        dispatcher.loads.report(load)
+    return WaitingLine(dispatcher), dispatcher
 
 
 # ---- dispatch with late binding
 
 
 def test_it_goes_where_there_is_room_even_if_another_one_is_freer_per_request() -> None:
-    _, book = line_of(
+    _, dispatcher = line_of(
         with_free("many", 30), InstanceLoad("few", "neutral", total_blocks=100, free_blocks=20, running=1)
     )
 
-    assert book.dispatch(blocks(10), may_wait=True) == "few"
-    assert book.dispatch(blocks(25), may_wait=True) == "many"
-    assert book.dispatch(blocks(11), may_wait=True) is None
+    assert dispatcher.dispatch(blocks(10), may_wait=True) == "few"
+    assert dispatcher.dispatch(blocks(25), may_wait=True) == "many"
+    assert dispatcher.dispatch(blocks(11), may_wait=True) is None
 
 
 def test_what_is_dispatched_takes_its_room_before_a_report_says_so() -> None:
-    _, book = line_of(with_free("i0", 20))
+    _, dispatcher = line_of(with_free("i0", 20))
 
-    assert [book.dispatch(blocks(10), may_wait=True) for _ in range(3)] == ["i0", "i0", None]
+    assert [dispatcher.dispatch(blocks(10), may_wait=True) for _ in range(3)] == ["i0", "i0", None]
 
 
 def test_without_leave_to_wait_it_goes_somewhere() -> None:
-    _, book = line_of(with_free("i0", 0))
+    _, dispatcher = line_of(with_free("i0", 0))
 
-    assert book.dispatch(blocks(10)) == "i0"
+    assert dispatcher.dispatch(blocks(10)) == "i0"
 
 
 def test_other_policies_let_nothing_wait() -> None:
-    book = ProjectedLoads(policy_set("infaas++"))
-    book.report(with_free("i0", 0))
+    dispatcher = Dispatcher(policy_set("infaas++"))
+    dispatcher.loads.report(with_free("i0", 0))
 
-    assert book.dispatch(blocks(10), may_wait=True) == "i0"
+    assert dispatcher.dispatch(blocks(10), may_wait=True) == "i0"
 
 
 def test_prefill_instances_queue_themselves() -> None:
     """They are short of time, not of room."""
-    book = ProjectedLoads(LATE)
-    book.report(InstanceLoad("p0", "prefill", total_blocks=100, free_blocks=0, running=4))
+    dispatcher = Dispatcher(LATE)
+    dispatcher.loads.report(InstanceLoad("p0", "prefill", total_blocks=100, free_blocks=0, running=4))
 
-    assert book.dispatch(blocks(10), may_wait=True) == "p0"
+    assert dispatcher.dispatch(blocks(10), may_wait=True) == "p0"
 
 
 # ---- the line
 
 
 def test_who_fits_goes_in_the_order_of_arrival() -> None:
-    line, book = line_of(with_free("i0", 0))
+    line, dispatcher = line_of(with_free("i0", 0))
     for name, size in (("a", 30), ("b", 8), ("c", 8), ("d", 8)):
         line.add(name, blocks(size), now=0.0)
-    book.report(with_free("i0", 20))
+    dispatcher.loads.report(with_free("i0", 20))
 
     assert line.take("i0", now=0.1) == ["b", "c"]
     assert list(line) == ["a", "d"]
 
 
 def test_high_priority_goes_first() -> None:
-    line, book = line_of(with_free("i0", 0))
+    line, dispatcher = line_of(with_free("i0", 0))
     for name, priority in (("normal", 0), ("later", 5), ("high", -1)):
         line.add(name, blocks(8, priority), now=0.0)
-    book.report(with_free("i0", 10))
+    dispatcher.loads.report(with_free("i0", 10))
 
     assert line.take("i0", now=0.1) == ["high"]
     assert list(line) == ["normal", "later"]
@@ -113,22 +113,22 @@ def test_few_instances_make_room_at_a_time() -> None:
 
 def test_room_is_room_also_beside_high_priority() -> None:
     """Headroom makes an instance the last to be chosen, not one that lets others wait."""
-    line, book = line_of(
+    line, dispatcher = line_of(
         InstanceLoad("i0", "neutral", total_blocks=300, free_blocks=0, running=4, high_priority=1)
     )
     line.add("normal", blocks(8), now=0.0)
-    book.report(InstanceLoad("i0", "neutral", total_blocks=300, free_blocks=60, running=4, high_priority=1))
-    book.report(InstanceLoad("i1", "neutral", total_blocks=300, free_blocks=40, running=4))
+    dispatcher.loads.report(neutral("i0", 60, 4, total=300, high_priority=1))
+    dispatcher.loads.report(neutral("i1", 40, 4, total=300))
 
     assert line.take("i0", now=0.1) == ["normal"]
-    assert book.dispatch(blocks(8), may_wait=True) == "i1"
+    assert dispatcher.dispatch(blocks(8), may_wait=True) == "i1"
 
 
 def test_nothing_goes_to_who_takes_nothing() -> None:
-    line, book = line_of(with_free("i0", 0))
+    line, dispatcher = line_of(with_free("i0", 0))
     line.add("a", blocks(1), now=0.0)
-    book.report(InstanceLoad("i0", "neutral", total_blocks=100, free_blocks=100, draining=True))
-    book.report(InstanceLoad("d0", "decode", total_blocks=100, free_blocks=100))
+    dispatcher.loads.report(InstanceLoad("i0", "neutral", total_blocks=100, free_blocks=100, draining=True))
+    dispatcher.loads.report(InstanceLoad("d0", "decode", total_blocks=100, free_blocks=100))
 
     assert line.take("i0", now=0.1) == line.take("d0", now=0.1) == []
 
@@ -152,11 +152,11 @@ def test_who_has_gone_is_not_in_the_line() -> None:
 def test_whoever_goes_fits_or_is_first_and_nobody_is_lost(
     sizes: list[tuple[int, int]], free_blocks: int, now: float
 ) -> None:
-    line, book = line_of(neutral("i0", 0))
+    line, dispatcher = line_of(neutral("i0", 0))
     for number, (size, priority) in enumerate(sizes):
         line.add(str(number), blocks(size, priority), now=0.0)
     before = list(line)
-    book.report(with_free("i0", free_blocks))
+    dispatcher.loads.report(with_free("i0", free_blocks))
 
     taken = line.take("i0", now)
 

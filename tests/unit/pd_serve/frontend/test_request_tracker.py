@@ -241,7 +241,7 @@ async def test_a_request_of_one_token_reserves_no_hand_off(
 
     [(_, add)] = world.sent(AddRequest)
     assert add.handoff == (["d0", "d1"] if leaves else None)
-    expected = world.router._book.corrected("d0").expected_blocks
+    expected = world.router._book.projected("d0").expected_blocks
     assert expected == (2 if leaves else 0)
 
 

@@ -12,7 +12,6 @@ from router.load import InstanceLoad
 from router.policies import PolicySet, policy_set
 from router.rescheduling import RESCHEDULING, Move
 from router.rescheduling.gain import improves, room
-from router.rescheduling.move import mean_blocks
 from tests.unit.router.made_loads import clusters, decode, neutral, prefill
 from tests.unit.router.toy_cluster import Instance, Request, ToyCluster
 
@@ -187,19 +186,19 @@ def test_less_on_an_instance_is_never_less_room(free: int, running: int, blocks:
         ),
         InstanceLoad("i0", "neutral", total_blocks=851, free_blocks=free, running=running, high_priority=1),
     ):
-        assert room(load.after_giving(blocks)) >= room(load)
-        assert room(load.after_taking(blocks)) <= room(load)
+        assert room(load.with_departures(blocks)) >= room(load)
+        assert room(load.with_arrivals(blocks)) <= room(load)
 
 
 def test_a_move_to_where_there_is_no_space_is_no_improvement() -> None:
     assert improves(FULL, FREE, 500)
     assert not improves(FULL, FREE, 593)
-    assert not improves(FULL, FREE.after_taking(100), 493)
+    assert not improves(FULL, FREE.with_arrivals(100), 493)
 
 
 def test_a_request_has_average_size_until_it_is_chosen() -> None:
-    assert mean_blocks(neutral("i0", 40, 4)) == 15
-    assert mean_blocks(decode("i0", 100, 0)) == 0
+    assert neutral("i0", 40, 4).mean_blocks == 15
+    assert decode("i0", 100, 0).mean_blocks == 0
 
 
 # ---- rounds under constant load

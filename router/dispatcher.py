@@ -1,0 +1,112 @@
+"""Where requests start, and where prefill instances hand them off to."""
+
+import random
+from collections.abc import Callable, Sequence
+
+from router import handoff
+from router.dispatch import DISPATCH_POLICIES, can_start, candidates
+from router.headroom import limit_headroom
+from router.load import InstanceLoad
+from router.policies import PolicySet, policy_set
+from router.projected_loads import ProjectedLoads
+from router.request import NewRequest
+
+
+class Dispatcher:
+    """Decides by the policies of a set, on projected loads.
+
+    Instances without a fresh report are left out. If no report is fresh, the fault is rather in this
+    process, and the last reports count: refusing everything would turn a stall into an outage.
+
+    Args:
+        policies: `llumnix` by default.
+        rng: For policies that draw.
+        clock: Seconds, for the age of reports. None: reports do not age.
+
+    Attributes:
+        loads: Takes the reports of the instances, and what becomes of hand-offs.
+    """
+
+    def __init__(
+        self,
+        policies: PolicySet | None = None,
+        rng: random.Random | None = None,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        self.policies = policies or policy_set("llumnix")
+        self.loads = ProjectedLoads(clock, self.policies.max_report_age_s)
+        self._rng = rng or random.Random(0)
+        self._dispatch = DISPATCH_POLICIES[self.policies.dispatch]()
+        self._prefill_dispatch = DISPATCH_POLICIES[self.policies.prefill_dispatch]()
+
+    def dispatch(self, request: NewRequest, *, may_wait: bool = False) -> str | None:
+        """Chooses the instance that a new request starts on, and counts the request there.
+
+        Args:
+            may_wait: With late binding, choose none if no instance has room now.
+
+        Returns: None if there is no instance to choose.
+        """
+        loads = self._candidates()
+        policy = self._dispatch
+        if loads and loads[0].role == "prefill":
+            policy = self._prefill_dispatch
+        elif self.policies.late_binding and loads:
+            with_room = [load for load in loads if _blocks(request, load) <= _admissible_blocks(load)]
+            if may_wait and not with_room:
+                return None
+            loads = with_room or loads
+        chosen = policy.choose(loads, request, self._rng)
+        if chosen is None:
+            return None
+        self.loads.add_dispatch(chosen.instance_id, request.prompt_tokens, _blocks(request, chosen))
+        return chosen.instance_id
+
+    def destinations(self, num_blocks: int, priority: int = 0) -> list[str]:
+        """Decode instances to hand a request of this size off to, best first."""
+        ranked = self._ranked(self.loads.fresh(), num_blocks, priority)
+        return ranked or self._ranked(self.loads.all(), num_blocks, priority)
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether any instance takes new requests."""
+        return bool(self._candidates())
+
+    @property
+    def may_bind(self) -> bool:
+        """Whether one more instance may hold up its queue to make room for a large request.
+
+        Preempted requests wait on their instance anyway, and do not count.
+        """
+        loads = self._candidates()
+        binding = sum(load.waiting > load.preempted for load in loads)
+        return binding < max(1, int(len(loads) * self.policies.max_bound))
+
+    def admissible_blocks(self, instance_id: str) -> int:
+        """Blocks that a new request would get at once; 0 if the instance takes no new requests."""
+        load = self.loads.projected(instance_id)
+        return _admissible_blocks(load) if can_start(load) else 0
+
+    def prompt_blocks(self, instance_id: str, request: NewRequest) -> int:
+        """Blocks that the prompt of a request takes on an instance."""
+        return _blocks(request, self.loads[instance_id])
+
+    def _ranked(self, loads: Sequence[InstanceLoad], num_blocks: int, priority: int) -> list[str]:
+        ranked = handoff.destinations(self._with_headroom(loads), num_blocks, priority)
+        return [load.instance_id for load in ranked]
+
+    def _candidates(self) -> list[InstanceLoad]:
+        return candidates(self._with_headroom(self.loads.fresh())) or candidates(
+            self._with_headroom(self.loads.all())
+        )
+
+    def _with_headroom(self, loads: Sequence[InstanceLoad]) -> list[InstanceLoad]:
+        return limit_headroom(loads, self.policies.headroom)
+
+
+def _blocks(request: NewRequest, load: InstanceLoad) -> int:
+    return -(-request.prompt_tokens // load.block_tokens)
+
+
+def _admissible_blocks(load: InstanceLoad) -> int:
+    return load.free_blocks - load.watermark_blocks - load.waiting_blocks - load.expected_blocks

@@ -1,0 +1,259 @@
+"""Decisions between two reports."""
+
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router.dispatcher import Dispatcher
+from router.load import InstanceLoad
+from router.policies import policy_set
+from router.request import NewRequest
+from tests.unit.router.made_loads import decode, neutral, prefill
+
+
+def dispatcher_of(*loads: InstanceLoad) -> Dispatcher:
+    dispatcher = Dispatcher()
+    for load in loads:
+        dispatcher.loads.report(load)
+    return dispatcher
+
+
+# ---- dispatch
+
+
+def test_a_burst_between_two_reports_does_not_herd() -> None:
+    """All of it is decided on one report, in which both instances look idle."""
+    dispatcher = dispatcher_of(prefill("p0"), prefill("p1"))
+
+    assert Counter(dispatcher.dispatch(NewRequest(100)) for _ in range(10)) == {"p0": 5, "p1": 5}
+
+
+def test_a_long_prompt_weighs_as_much_as_many_short_ones() -> None:
+    dispatcher = dispatcher_of(prefill("p0"), prefill("p1"))
+
+    chosen = [dispatcher.dispatch(NewRequest(tokens)) for tokens in (1000, 250, 250, 250, 250)]
+    assert chosen == ["p0", "p1", "p1", "p1", "p1"]
+
+
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=40))
+def test_a_burst_is_spread_to_within_its_longest_prompt(prompts: list[int]) -> None:
+    dispatcher = dispatcher_of(prefill("p0"), prefill("p1"), prefill("p2"))
+    backlog = Counter({"p0": 0, "p1": 0, "p2": 0})
+    for tokens in prompts:
+        backlog[dispatcher.dispatch(NewRequest(tokens))] += tokens
+
+    assert max(backlog.values()) - min(backlog.values()) <= max(prompts)
+
+
+def test_a_dispatch_that_a_report_has_seen_is_not_counted_twice() -> None:
+    """p0 has got its request and still has all of it to compute: its report says so."""
+    dispatcher = dispatcher_of(prefill("p0"), prefill("p1", waiting_tokens=150))
+    assert dispatcher.dispatch(NewRequest(100)) == "p0"
+
+    dispatcher.loads.report(prefill("p0", waiting_tokens=100, requests_added=1))
+
+    assert dispatcher.dispatch(NewRequest(100)) == "p0"
+
+
+def test_a_dispatch_that_a_report_has_not_seen_still_counts() -> None:
+    """The report was on its way when the request was sent."""
+    dispatcher = dispatcher_of(prefill("p0"), prefill("p1", waiting_tokens=50))
+    assert dispatcher.dispatch(NewRequest(100)) == "p0"
+
+    dispatcher.loads.report(prefill("p0", requests_added=0))
+
+    assert dispatcher.dispatch(NewRequest(100)) == "p1"
+
+
+def test_a_report_may_have_seen_a_part_of_the_dispatches() -> None:
+    dispatcher = dispatcher_of(prefill("p0"), prefill("p1", waiting_tokens=1000))
+    assert [dispatcher.dispatch(NewRequest(400)), dispatcher.dispatch(NewRequest(400))] == ["p0", "p0"]
+
+    dispatcher.loads.report(
+        prefill("p0", waiting_tokens=0, requests_added=1)
+    )  # the first is computed, the second not there yet
+    assert dispatcher.dispatch(NewRequest(500)) == "p0"  # 400 are pending
+
+    assert dispatcher.dispatch(NewRequest(1)) == "p0"  # 900
+    assert dispatcher.dispatch(NewRequest(200)) == "p0"  # 901
+    assert dispatcher.dispatch(NewRequest(1)) == "p1"  # 1101
+
+
+def test_counting_starts_from_what_the_instance_has_had() -> None:
+    """This API server is new, or not the only one."""
+    dispatcher = dispatcher_of(prefill("p0", requests_added=7), prefill("p1", waiting_tokens=50))
+    assert dispatcher.dispatch(NewRequest(100)) == "p0"
+    assert dispatcher.dispatch(NewRequest(100)) == "p1"
+
+    dispatcher.loads.report(prefill("p0", requests_added=8))
+
+    assert dispatcher.dispatch(NewRequest(10)) == "p0"
+
+
+def test_nowhere_to_start_is_none() -> None:
+    assert Dispatcher().dispatch(NewRequest(1)) is None
+    assert dispatcher_of(decode("d0")).dispatch(NewRequest(1)) is None
+
+
+# ---- hand-off
+
+
+def test_expected_requests_count_until_they_are_settled() -> None:
+    dispatcher = dispatcher_of(decode("d0"), decode("d1", 90))
+    assert dispatcher.destinations(10) == ["d0", "d1"]
+
+    dispatcher.loads.expect("d0", "r", 30)
+    assert dispatcher.destinations(10) == ["d1", "d0"]
+    assert (dispatcher.loads.free_blocks("d0"), dispatcher.loads.free_blocks("d1")) == (70, 90)
+
+    dispatcher.loads.settled("d0", "r")
+    assert dispatcher.destinations(10) == ["d0", "d1"]
+    assert dispatcher.loads.free_blocks("d0") == 100
+
+
+def test_a_burst_of_hand_offs_is_spread() -> None:
+    dispatcher = dispatcher_of(decode("d0"), decode("d1"))
+    chosen = []
+    for number in range(10):
+        chosen.append(dispatcher.destinations(5)[0])
+        dispatcher.loads.expect(chosen[-1], f"r{number}", 5)
+
+    assert Counter(chosen) == {"d0": 5, "d1": 5}
+
+
+def test_a_request_is_expected_once_with_its_latest_size() -> None:
+    dispatcher = dispatcher_of(decode("d0"))
+    dispatcher.loads.expect("d0", "r", 30)
+    dispatcher.loads.expect("d0", "r", 40)
+
+    assert dispatcher.loads.free_blocks("d0") == 60
+
+
+def test_settling_what_is_not_expected_changes_nothing() -> None:
+    dispatcher = dispatcher_of(decode("d0"))
+    dispatcher.loads.expect("d0", "r", 30)
+    dispatcher.loads.settled("d0", "another")
+    dispatcher.loads.settled("d9", "r")
+    dispatcher.loads.settled("", "r")
+
+    assert dispatcher.loads.free_blocks("d0") == 70
+
+
+# ---- reports
+
+
+def test_the_latest_report_counts() -> None:
+    dispatcher = dispatcher_of(decode("d0", 10), decode("d0", 20))
+
+    assert [load.free_blocks for load in dispatcher.loads] == [20]
+    assert "d0" in dispatcher.loads
+    assert dispatcher.loads["d0"] is dispatcher.loads.get("d0")
+
+
+def test_an_instance_that_is_removed_leaves_nothing_behind() -> None:
+    """One of the same name that joins later starts from its own report."""
+    dispatcher = dispatcher_of(prefill("p0"), decode("d0"))
+    dispatcher.dispatch(NewRequest(1000))
+    dispatcher.loads.expect("d0", "r", 50)
+
+    dispatcher.loads.remove("p0")
+    dispatcher.loads.remove("d0")
+
+    assert list(dispatcher.loads) == []
+    assert (dispatcher.loads.get("p0"), "d0" in dispatcher.loads) == (None, False)
+    assert (dispatcher.dispatch(NewRequest(1)), dispatcher.destinations(1)) == (None, [])
+    for load in (prefill("p0"), prefill("p1", waiting_tokens=1), decode("d0")):
+        dispatcher.loads.report(load)
+    assert dispatcher.dispatch(NewRequest(1)) == "p0"
+    assert dispatcher.loads.free_blocks("d0") == 100
+
+
+def test_removing_an_unknown_instance_changes_nothing() -> None:
+    dispatcher = dispatcher_of(decode("d0"))
+    dispatcher.loads.remove("d9")
+
+    assert "d0" in dispatcher.loads
+
+
+# ---- policies
+
+
+def test_a_burst_on_neutral_instances_spreads_by_freeness() -> None:
+    dispatcher = dispatcher_of(neutral("i0"), neutral("i1"))
+
+    assert Counter(dispatcher.dispatch(NewRequest(160)) for _ in range(10)) == {"i0": 5, "i1": 5}
+
+
+def test_what_is_dispatched_counts_like_what_is_reported() -> None:
+    dispatcher = dispatcher_of(neutral("i0", requests_added=4))
+    dispatcher.dispatch(NewRequest(33))
+    dispatcher.dispatch(NewRequest(16))
+    load = dispatcher.loads.projected("i0")
+
+    assert (load.waiting, load.waiting_tokens, load.waiting_blocks, load.requests_added) == (2, 49, 4, 6)
+    dispatcher.loads.report(load)
+    assert dispatcher.loads.projected("i0") == load
+
+
+def test_the_policy_set_decides() -> None:
+    """Freest is i1; the shortest queue is i0's."""
+    cluster = [neutral("i0", free=10), neutral("i1", waiting=1)]
+    chosen = {}
+    for name in ("queue", "infaas++"):
+        dispatcher = Dispatcher(policy_set(name))
+        for load in cluster:
+            dispatcher.loads.report(load)
+        chosen[name] = dispatcher.dispatch(NewRequest(16))
+
+    assert chosen == {"queue": "i0", "infaas++": "i1"}
+
+
+def test_headroom_counts_where_the_policy_set_says_so() -> None:
+    cluster = [neutral("i0", total=800, free=800, high_priority=1), neutral("i1", total=800, free=700)]
+    chosen = {}
+    for name in ("llumnix-paper", "infaas++"):
+        dispatcher = Dispatcher(policy_set(name))
+        for load in cluster:
+            dispatcher.loads.report(load)
+        chosen[name] = dispatcher.dispatch(NewRequest(16))
+
+    assert chosen == {"llumnix-paper": "i1", "infaas++": "i0"}
+
+
+# ---- old reports
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_who_has_not_reported_for_long_is_not_chosen() -> None:
+    clock = Clock()
+    dispatcher = Dispatcher(clock=clock)
+    for load in (prefill("p0"), prefill("p1", 900), decode("d0"), decode("d1", 1)):
+        dispatcher.loads.report(load)
+    clock.now = 2.5
+    dispatcher.loads.report(prefill("p1", 900))
+    dispatcher.loads.report(decode("d1", 1))
+    assert (dispatcher.dispatch(NewRequest(1)), dispatcher.destinations(1)[0]) == ("p0", "d0")
+
+    clock.now = 3.5
+    assert (dispatcher.dispatch(NewRequest(1)), dispatcher.destinations(1)) == ("p1", ["d1"])
+
+    dispatcher.loads.report(prefill("p0"))
+    assert dispatcher.dispatch(NewRequest(1)) == "p0"
+
+
+def test_where_all_reports_are_old_the_last_ones_count() -> None:
+    """Refusing everything would make an outage of a stall."""
+    clock = Clock()
+    dispatcher = Dispatcher(clock=clock)
+    for load in (prefill("p0"), prefill("p1", 900), decode("d0"), decode("d1", 1)):
+        dispatcher.loads.report(load)
+    clock.now = 100.0
+
+    assert (dispatcher.dispatch(NewRequest(1)), dispatcher.destinations(1)) == ("p0", ["d0", "d1"])
