@@ -1,4 +1,4 @@
-"""Writes the list of our metrics into docs/metrics.md, from the code itself.
+"""Writes the list of metrics into docs/metrics.md, from the code.
 
 `python -m docs.metric_list` rewrites the part between the markers; `tests/unit/test_docs.py` compares it.
 """
@@ -62,9 +62,7 @@ def _reported() -> Iterable[tuple[Metric, list[str]]]:
         InstanceLoad("decode-0", "decode", total_blocks=100, free_blocks=50),
         ProcessStats(1.0, 1.0, 1.0),
     )
-    reports = ClusterReports(
-        lambda: [load], lambda: NO_DEMAND, lambda: 0, lambda: {"decode-0": 0}, lambda: 0.0
-    )
+    reports = ClusterReports(lambda: NO_DEMAND, lambda: 0, lambda: 0.0)
     reports.on_load("decode-0", LoadReport(load, [], InstanceStats(process, 0, 0, 0, 0)))
     reports.on_scheduler(SchedulerReport([], SchedulerStats(process, 1, {"drain": 1}, {"drain": 1})))
     for metric in ClusterMetrics(reports).collect():

@@ -4,9 +4,10 @@ Migration messages between instances travel on the same sockets: see `migration.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from migration.engine_interface import HeldBlocks
 from migration.messages import (
@@ -152,33 +153,40 @@ class StopInstance(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
+#: Field of a report that counts up. Every field with a description is a metric; see
+#: `pd_serve.observe.cluster_metrics`.
+COUNTER = {"kind": "counter"}
+
+
 class ProcessStats(msgspec.Struct, frozen=True):
-    """What a process has used.
+    """Resources that a process has used."""
 
-    Attributes:
-        cpu_seconds: Of all its threads, since its start.
-        resident_bytes: Of memory, now.
-        started_at: Unix time.
-    """
-
-    cpu_seconds: float
-    resident_bytes: float
-    started_at: float
+    cpu_seconds: Annotated[float, Meta(description="CPU time of the process.", extra=COUNTER)]
+    resident_bytes: Annotated[
+        float, Meta(title="resident_memory_bytes", description="Resident memory of the process.")
+    ]
+    started_at: Annotated[
+        float, Meta(title="start_time_seconds", description="Unix time of the start of the process.")
+    ]
 
 
 class SchedulerStats(msgspec.Struct, frozen=True):
-    """What only the scheduler knows; for `/metrics`. Counts are since its start.
-
-    Attributes:
-        instances: That it has heard.
-        moves: Orders to move a request, by reason.
-        scaling: Decisions about instances by kind: start, stop, drain, use_again, set_role.
-    """
+    """Metrics of the scheduler. Counts are since its start."""
 
     process: ProcessStats
-    instances: int
-    moves: dict[str, int]
-    scaling: dict[str, int]
+    instances: Annotated[int, Meta(description="Instances that report to the scheduler.")]
+    moves: Annotated[
+        dict[str, int],
+        Meta(description="Orders to move a request, by reason.", extra=COUNTER | {"label": "reason"}),
+    ]
+    scaling: Annotated[
+        dict[str, int],
+        Meta(
+            title="decisions",
+            description="Decisions about instances (start, stop, drain, use_again, set_role).",
+            extra=COUNTER | {"label": "decision"},
+        ),
+    ]
 
 
 class SchedulerReport(msgspec.Struct, frozen=True, tag=True):
@@ -221,19 +229,22 @@ class PeerLost(msgspec.Struct, frozen=True, tag=True):
 
 
 class InstanceStats(msgspec.Struct, frozen=True):
-    """What only an instance knows and no decision needs; for `/metrics`. Counts are since its start.
-
-    Attributes:
-        offers: Requests that others wanted to move here, and `refused_offers` of them.
-        bytes_received: KV copied into this instance's memory, for migrations that came to nothing too.
-        protocol_errors: Messages of a migration that made no sense. There should be none.
-    """
+    """Metrics of an instance that no decision needs. Counts are since its start."""
 
     process: ProcessStats
-    offers: int
-    refused_offers: int
-    bytes_received: int
-    protocol_errors: int
+    offers: Annotated[int, Meta(description="Requests that peers offered to the instance.", extra=COUNTER)]
+    refused_offers: Annotated[int, Meta(description="Offers that the instance refused.", extra=COUNTER)]
+    bytes_received: Annotated[
+        int,
+        Meta(
+            title="received_bytes",
+            description="KV bytes copied to the instance, aborted migrations included.",
+            extra=COUNTER,
+        ),
+    ]
+    protocol_errors: Annotated[
+        int, Meta(description="Invalid migration messages; should be 0.", extra=COUNTER)
+    ]
 
 
 class LoadReport(msgspec.Struct, frozen=True, tag=True):

@@ -15,6 +15,7 @@ from migration.messages import RequestId
 from pd_serve.comm.messages import (
     AbortRequests,
     AddRequest,
+    InstanceInfo,
     LoadReport,
     MigrateRequest,
     MigrationEnded,
@@ -104,19 +105,17 @@ class RequestTracker(InstanceRegistry):
         self._by_hand = ManualMigration(self._routes, self.instances)
         self._num_waiting = 0
         self._migrations: dict[str, Counter[str]] = {"handoff": Counter(), "manual": Counter()}
-        self.reports = ClusterReports(
-            lambda: self._book,
-            lambda: self._line.demand,
-            lambda: len(self._routes),
-            lambda: {info.instance_id: self.instances.slot_of(info.instance_id) for info in self.instances},
-            self._loop.time,
-        )
+        self.reports = ClusterReports(lambda: self._line.demand, lambda: len(self._routes), self._loop.time)
+
+    def join(self, info: InstanceInfo) -> None:
+        super().join(info)
+        self.reports.joined(info, self.instances.slot_of(info.instance_id))
 
     def leave(self, instance_id: str) -> bool:
         """An instance is dead or stopped: its requests are recomputed elsewhere."""
         if not super().leave(instance_id):
             return False
-        self.reports.forget(instance_id)
+        self.reports.left(instance_id)
         for route in list(self._routes.values()):
             # With a gap, tokens of a former owner may have been lost with it.
             if instance_id in (route.ledger.owner, route.committed_to) or route.ledger.has_gap:

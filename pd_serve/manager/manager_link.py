@@ -302,7 +302,7 @@ class ManagerClient:
         router, members = self._router, self._members
         if router is None or members is None:
             return
-        router.reports.on_owner(members.state)
+        router.reports.on_manager(members.state)
         now = {info.instance_id: info for info in members.instances}
         for known in list(router.instances):
             if now.get(known.instance_id) != known:

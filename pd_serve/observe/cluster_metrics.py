@@ -1,117 +1,130 @@
-"""Metrics of instances and scheduler, read from their latest reports when somebody asks.
+"""Metrics of instances and scheduler, made at every scrape from their latest reports.
 
-Every API server exports the same; over several of them take the maximum by `instance`.
+Every API server exports the same values; with several of them take the maximum by `instance`.
+
+A field of `InstanceLoad`, `InstanceStats` or `SchedulerStats` with a description is a metric. Its name is the
+title in the field's `Meta`, or else the name of the field. `Meta` may also have
+
+    extra={"kind": "counter"}   the number counts up; without it, it is a gauge
+    extra={"label": "reason"}   the field is a dict, and its keys are values of this label
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, get_type_hints
 
+import msgspec
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from pd_serve.comm.messages import InstanceStats
+from pd_serve.comm.messages import InstanceStats, SchedulerStats
 from pd_serve.observe.cluster_reports import ClusterReports
 from router.freeness import fragmented_blocks, freeness, virtual_usage
 from router.load import ROLES, InstanceLoad
 
-_LOAD: dict[str, tuple[str, Callable[[InstanceLoad], float]]] = {
-    "freeness": ("Free blocks per running request; higher is freer.", freeness),
-    "virtual_usage_blocks": ("KV blocks used or claimed; infinite while draining.", virtual_usage),
-    "free_blocks": ("KV blocks free or evictable now.", lambda load: load.free_blocks),
-    "total_blocks": ("KV blocks that requests can use.", lambda load: load.total_blocks),
-    "waiting_blocks": ("KV blocks that all queued requests need.", lambda load: load.waiting_blocks),
-    "running": ("Requests in the batch.", lambda load: load.running),
-    "waiting": ("Requests queued for the batch.", lambda load: load.waiting),
-    "waiting_tokens": ("Prompt tokens still to be computed.", lambda load: load.waiting_tokens),
-    "preempted": ("Queued requests that have lost their blocks.", lambda load: load.preempted),
-    "high_priority": ("Requests of high priority in the batch.", lambda load: load.high_priority),
-    "draining": ("1 while it takes nothing new.", lambda load: load.draining),
-    "migrating_in": ("Migrations arriving.", lambda load: load.migrating_in),
-    "migrating_out": ("Migrations leaving.", lambda load: load.migrating_out),
-    "reserved_blocks": ("KV blocks held for arriving requests.", lambda load: load.reserved_blocks),
-    "suspended": ("Requests whose last blocks are moving away.", lambda load: load.suspended),
-}
+Family = GaugeMetricFamily | CounterMetricFamily
 
-_STATS: dict[str, tuple[type[Metric], str, Callable[[InstanceStats], float]]] = {
-    "offers": (CounterMetricFamily, "Requests that others wanted to move here.", lambda stats: stats.offers),
-    "refused_offers": (CounterMetricFamily, "Offers refused here.", lambda stats: stats.refused_offers),
-    "received_bytes": (
-        CounterMetricFamily,
-        "KV copied into its memory, aborted migrations included.",
-        lambda stats: stats.bytes_received,
-    ),
-    "protocol_errors": (
-        CounterMetricFamily,
-        "Migration messages that made no sense; there should be none.",
-        lambda stats: stats.protocol_errors,
-    ),
-    "cpu_seconds": (
-        CounterMetricFamily,
-        "CPU time of its process.",
-        lambda stats: stats.process.cpu_seconds,
-    ),
-    "resident_memory_bytes": (
-        GaugeMetricFamily,
-        "Memory of its process.",
-        lambda stats: stats.process.resident_bytes,
-    ),
-    "start_time_seconds": (
-        GaugeMetricFamily,
-        "Unix time at which its process began.",
-        lambda stats: stats.process.started_at,
-    ),
-}
+FAMILIES: dict[str, type[Family]] = {"gauge": GaugeMetricFamily, "counter": CounterMetricFamily}
+
+#: Labels of a sample and the report that it is made from.
+Row = tuple[Sequence[str], Any]
+
+
+@dataclass(frozen=True)
+class ReportedMetric:
+    """One metric of a report.
+
+    Attributes:
+        value: Takes the number from a report; with a label, a dict of numbers by its value.
+    """
+
+    name: str
+    description: str
+    value: Callable[[Any], Any]
+    kind: str = "gauge"
+    label: str | None = None
+
+    def family(self, prefix: str, labels: Sequence[str], rows: Iterable[Row]) -> Family:
+        """The metric with a sample for every row."""
+        extra = [] if self.label is None else [self.label]
+        family = FAMILIES[self.kind](f"{prefix}_{self.name}", self.description, labels=[*labels, *extra])
+        for values, report in rows:
+            value = self.value(report)
+            if self.label is None:
+                family.add_metric(values, value)
+            else:
+                for key, number in value.items():
+                    family.add_metric([*values, key], number)
+        return family
+
+
+def metrics_of(report: type[msgspec.Struct], path: str = "") -> Iterator[ReportedMetric]:
+    """The metrics of a report's fields, those of nested reports included."""
+    for name, hint in get_type_hints(report, include_extras=True).items():
+        found = [meta for meta in getattr(hint, "__metadata__", ()) if isinstance(meta, msgspec.Meta)]
+        if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
+            yield from metrics_of(hint, f"{path}{name}.")
+        elif found and found[0].description:
+            yield ReportedMetric(
+                found[0].title or name, found[0].description, attrgetter(path + name), **found[0].extra or {}
+            )
+
+
+_INSTANCE_LABELS = ("instance", "role")
+_LOAD = (
+    ReportedMetric("freeness", "Free blocks per running request; higher is freer.", freeness),
+    ReportedMetric("virtual_usage_blocks", "KV blocks used or claimed; +Inf while draining.", virtual_usage),
+    *metrics_of(InstanceLoad),
+)
+_STATS = tuple(metrics_of(InstanceStats))
+_SCHEDULER = tuple(metrics_of(SchedulerStats))
 
 
 class ClusterMetrics(Collector):
-    """Args: `reports` is what has been reported; read at every scrape."""
+    """Args: `reports` are read at every scrape."""
 
     def __init__(self, reports: ClusterReports) -> None:
         self._reports = reports
 
     def collect(self) -> Iterator[Metric]:
         yield from self._instances()
-        yield from self._pool()
+        yield from self._cluster()
         yield from self._scheduler()
-        yield from self._owner()
 
     def _instances(self) -> Iterator[Metric]:
-        loads, stats, labels = self._reports.loads, self._reports.stats, ["instance", "role"]
+        reports = self._reports
+        loads = [((load.instance_id, load.role), load) for load in reports.loads.values()]
         info = GaugeMetricFamily(
             "pd_serve_instance_info",
-            "1 for every instance; `engine` is what vLLM's metrics call it.",
-            labels=["instance", "role", "engine"],
+            "1 for every instance; `engine` is its number in vLLM's metrics.",
+            labels=[*_INSTANCE_LABELS, "engine"],
         )
-        slots = self._reports.slots
-        for load in loads:
-            info.add_metric([load.instance_id, load.role, str(slots.get(load.instance_id, ""))], 1)
+        slots = reports.slots
+        for labels, load in loads:
+            info.add_metric([*labels, str(slots.get(load.instance_id, ""))], 1)
         yield info
-        for name, (text, value) in _LOAD.items():
-            family = GaugeMetricFamily(f"pd_serve_instance_{name}", text, labels=labels)
-            for load in loads:
-                family.add_metric([load.instance_id, load.role], value(load))
-            yield family
-        stranded = GaugeMetricFamily(
-            "pd_serve_instance_stranded",
-            "Requests that wait there for another instance to take them.",
-            labels=labels,
+        for metric in _LOAD:
+            yield metric.family("pd_serve_instance", _INSTANCE_LABELS, loads)
+        stranded = ReportedMetric(
+            "stranded",
+            "Requests on a prefill instance that wait for a decode instance to take them.",
+            lambda load: reports.stranded.get(load.instance_id, 0),
         )
-        for load in loads:
-            stranded.add_metric(
-                [load.instance_id, load.role], self._reports.stranded.get(load.instance_id, 0)
-            )
-        yield stranded
-        for name, (kind, text, number) in _STATS.items():
-            reported = kind(f"pd_serve_instance_{name}", text, labels=labels)  # type: ignore[call-arg]
-            for load in loads:
-                if (said := stats.get(load.instance_id)) is not None:
-                    reported.add_metric([load.instance_id, load.role], number(said))  # type: ignore[attr-defined]
-            yield reported
+        yield stranded.family("pd_serve_instance", _INSTANCE_LABELS, loads)
+        stats = [
+            (labels, reports.stats[load.instance_id])
+            for labels, load in loads
+            if load.instance_id in reports.stats
+        ]
+        for metric in _STATS:
+            yield metric.family("pd_serve_instance", _INSTANCE_LABELS, stats)
 
-    def _pool(self) -> Iterator[Metric]:
-        loads = self._reports.loads
+    def _cluster(self) -> Iterator[Metric]:
+        loads = self._reports.loads.values()
         yield GaugeMetricFamily(
             "pd_serve_fragmented_blocks",
-            "KV blocks that are free, would do for queued requests, and help none of them where they are.",
+            "Free KV blocks that would suffice for queued requests if they were on one instance.",
             fragmented_blocks(
                 [load.head_of_line_blocks for load in loads], sum(load.free_blocks for load in loads)
             ),
@@ -132,42 +145,11 @@ class ClusterMetrics(Collector):
         yield GaugeMetricFamily(
             "pd_serve_scheduler_up", "1 while the scheduler reports.", float(stats is not None)
         )
-        yield GaugeMetricFamily(
-            "pd_serve_scheduler_instances",
-            "Instances that the scheduler has heard.",
-            stats.instances if stats is not None else 0,
-        )
-        moves = CounterMetricFamily(
-            "pd_serve_scheduler_moves", "Orders to move a request, by reason.", labels=["reason"]
-        )
-        decisions = CounterMetricFamily(
-            "pd_serve_scheduler_decisions",
-            "Decisions about instances (start, stop, drain, use_again, set_role).",
-            labels=["decision"],
-        )
-        if stats is not None:
-            for reason, count in stats.moves.items():
-                moves.add_metric([reason], count)
-            for decision, count in stats.scaling.items():
-                decisions.add_metric([decision], count)
-        yield moves
-        yield decisions
-        if stats is not None:
-            yield CounterMetricFamily(
-                "pd_serve_scheduler_cpu_seconds",
-                "CPU time of the scheduler's process.",
-                stats.process.cpu_seconds,
-            )
-            yield GaugeMetricFamily(
-                "pd_serve_scheduler_resident_memory_bytes",
-                "Memory of the scheduler's process.",
-                stats.process.resident_bytes,
-            )
-
-    def _owner(self) -> Iterator[Metric]:
+        for metric in _SCHEDULER:
+            yield metric.family("pd_serve_scheduler", (), [] if stats is None else [((), stats)])
         yield CounterMetricFamily(
             "pd_serve_scheduler_restarts",
-            "Schedulers started in the place of a dead one.",
+            "Schedulers started in place of one that died.",
             self._reports.scheduler_restarts,
         )
         scaled = CounterMetricFamily(

@@ -71,7 +71,7 @@ class FakeRouter:
     num_waiting, num_live = 2, 3
 
     def __init__(self) -> None:
-        self.reports = ClusterReports(lambda: [], lambda: NO_DEMAND, lambda: 0, dict, lambda: 0.0)
+        self.reports = ClusterReports(lambda: NO_DEMAND, lambda: 0, lambda: 0.0)
         self.instances: Any = FakeInstances()
         self.left: list[str] = []
         self.busy: set[str] = set()
