@@ -10,7 +10,7 @@ from collections.abc import Callable
 from migration.bounds import MigrationBounds
 from migration.destination_table import DestinationEvent, DestinationState
 from migration.engine_interface import Engine
-from migration.errors import DestinationRefusedError, ProtocolError
+from migration.errors import DestinationRefusedError, ProtocolError, Refusal, RefusalCode
 from migration.incoming import IncomingMigration
 from migration.messages import (
     AnyMigrationMessage,
@@ -27,8 +27,9 @@ from migration.messages import (
     ToSource,
     Withdraw,
 )
-from migration.outgoing import MigrationOutcome, OutgoingMigration
+from migration.outgoing import OutgoingMigration
 from migration.pacing import Pacer
+from migration.record import MigrationRecord
 from migration.source_table import SourceEvent, SourceState
 from migration.tasks import BackgroundTasks
 from migration.transport.kv_transport import KvTransport
@@ -46,7 +47,7 @@ class MigrationCoordinator:
     Args:
         name: This instance.
         send: Sends a message to a peer; must not block and may lose it.
-        on_outcome: Called once per outgoing migration when it has ended.
+        on_ended: Called once per outgoing migration when it has ended.
         on_failure: Called with what should never happen (a failed engine call); the instance is not
             to be trusted after it.
     """
@@ -59,7 +60,7 @@ class MigrationCoordinator:
         send: Callable[[InstanceId, MigrationMessage], None],
         *,
         bounds: MigrationBounds | None = None,
-        on_outcome: Callable[[MigrationOutcome], None] = lambda outcome: None,
+        on_ended: Callable[[MigrationRecord], None] = lambda record: None,
         on_failure: Callable[[BaseException], None] | None = None,
     ) -> None:
         self.name = name
@@ -68,7 +69,7 @@ class MigrationCoordinator:
         self._transport = transport
         self._send = send
         self._pacer = Pacer(self.bounds.stage_bytes_per_s)
-        self._on_outcome = on_outcome
+        self._on_ended = on_ended
         self._tasks = BackgroundTasks(on_failure)
         self._serial = itertools.count()
         self._life = uuid.uuid4().hex[:8]  # ids of an earlier life of this instance must not match
@@ -104,7 +105,7 @@ class MigrationCoordinator:
 
     async def migrate(
         self, request_id: RequestId, destination: InstanceId, reason: str, *, blocking: bool = False
-    ) -> MigrationOutcome:
+    ) -> MigrationRecord:
         """Moves a running request to `destination` and returns when that has ended, either way.
 
         Args:
@@ -115,21 +116,25 @@ class MigrationCoordinator:
             DestinationRefusedError: It is on its way already, cannot move, or too many are.
         """
         if destination == self.name:
-            raise DestinationRefusedError(f"the request is on {destination} already")
+            text = f"the request is on {destination} already"
+            raise DestinationRefusedError(RefusalCode.ALREADY_HERE, text)
         if self.is_leaving(request_id):
-            raise DestinationRefusedError("the request is being migrated already")
+            text = "the request is being migrated already"
+            raise DestinationRefusedError(RefusalCode.ALREADY_MIGRATING, text)
         if self.num_outgoing >= self.bounds.max_outgoing:
-            raise DestinationRefusedError(f"{self.bounds.max_outgoing} migrations are leaving already")
+            text = f"{self.bounds.max_outgoing} migrations are leaving already"
+            raise DestinationRefusedError(RefusalCode.TOO_MANY_MIGRATIONS, text)
         self._starting.add(request_id)
         try:
             description = await self._engine.describe(request_id)
         finally:
             self._starting.discard(request_id)
         if self._closed:
-            raise DestinationRefusedError("the instance is stopping")
+            raise DestinationRefusedError(RefusalCode.STOPPING, "the instance is stopping")
         migration = OutgoingMigration(
             MigrationId(f"{self.name}.{self._life}.{next(self._serial)}"),
             description,
+            self.name,
             destination,
             reason,
             engine=self._engine,
@@ -142,7 +147,7 @@ class MigrationCoordinator:
         )
         self._outgoing[migration.migration_id] = migration
         self._by_request[request_id] = migration
-        return await asyncio.shield(migration.outcome)  # it goes on even if nobody waits any more
+        return await asyncio.shield(migration.ended)  # it goes on even if nobody waits any more
 
     def on_message(self, peer: InstanceId, message: AnyMigrationMessage) -> None:
         """Takes a message from a peer. One that makes no sense is logged and changes nothing."""
@@ -163,12 +168,13 @@ class MigrationCoordinator:
         """The engine has finished or aborted these requests."""
         for request_id in request_ids:
             if (migration := self._by_request.get(request_id)) is not None:
-                migration.feed(SourceEvent.GONE, "the request ended at its source")
+                refusal = Refusal(RefusalCode.FINISHED, "the request ended at its source")
+                migration.feed(SourceEvent.GONE, refusal)
 
     def cancel(self, request_id: RequestId, why: str) -> None:
         """Stops moving a request, if it is being moved and still can be stopped."""
         if (migration := self._by_request.get(request_id)) is not None:
-            migration.feed(SourceEvent.CANCELLED, why)
+            migration.feed(SourceEvent.CANCELLED, Refusal(RefusalCode.CANCELLED, why))
 
     async def expel(self, request_id: RequestId) -> None:
         """Ends what is arriving of a request that this instance is about to get in another way.
@@ -176,20 +182,22 @@ class MigrationCoordinator:
         Returns when nothing of it is held by a migration any more.
         """
         arriving = [m for m in self._incoming.values() if m.request_id == request_id and m.holds_resources]
+        refusal = Refusal(RefusalCode.SUPERSEDED, "the request comes here by a recompute")
         for migration in arriving:
-            migration.feed(DestinationEvent.WITHDRAWN, "the request comes here in another way")
+            migration.feed(DestinationEvent.WITHDRAWN, refusal)
         for migration in arriving:
             await migration.ended.wait()
 
     def peer_lost(self, peer: InstanceId) -> None:
         """A peer is known to be dead (not merely silent)."""
         self._transport.forget(peer)
+        refusal = Refusal(RefusalCode.PEER_LOST, f"{peer} died")
         for outgoing in list(self._outgoing.values()):
             if outgoing.destination == peer:
-                outgoing.feed(SourceEvent.PEER_LOST, f"{peer} died")
+                outgoing.feed(SourceEvent.PEER_LOST, refusal)
         for incoming in list(self._incoming.values()):
             if incoming.source == peer:
-                incoming.feed(DestinationEvent.PEER_LOST, f"{peer} died")
+                incoming.feed(DestinationEvent.PEER_LOST, refusal)
 
     async def close(self) -> None:
         """Stops in the middle of whatever is under way; the peers find out by themselves."""
@@ -225,7 +233,8 @@ class MigrationCoordinator:
         elif isinstance(message, Pull | Committed) and message.migration_id in self._given_up:
             # An unknown one gets no answer: it may be a late word about a request that lives there. A
             # reservation ends with its lease, and whom the front end does not follow it tells to end.
-            self._send(peer, Withdraw(message.migration_id, "the source has given this migration up"))
+            refusal = Refusal(RefusalCode.CANCELLED, "the source has given this migration up")
+            self._send(peer, Withdraw(message.migration_id, refusal))
 
     def _on_message_to_destination(self, peer: InstanceId, message: ToDestination) -> None:
         migration = self._incoming.get(message.migration_id)
@@ -234,8 +243,9 @@ class MigrationCoordinator:
         elif isinstance(message, Offer):
             self.num_offers += 1
             if self.num_incoming >= self.bounds.max_incoming:
-                why = f"{self.bounds.max_incoming} migrations are arriving already"
-                self._send(peer, Refused(message.migration_id, why))
+                text = f"{self.bounds.max_incoming} migrations are arriving already"
+                refusal = Refusal(RefusalCode.TOO_MANY_MIGRATIONS, text)
+                self._send(peer, Refused(message.migration_id, refusal))
                 self.num_refused += 1
                 return
             self._incoming[message.migration_id] = IncomingMigration(
@@ -250,7 +260,8 @@ class MigrationCoordinator:
                 on_close=self._incoming_closed,
             )
         elif not isinstance(message, Withdraw):
-            self._send(peer, Dropped(message.migration_id, "unknown here"))
+            refusal = Refusal(RefusalCode.UNKNOWN_MIGRATION, "unknown here")
+            self._send(peer, Dropped(message.migration_id, refusal))
 
     def _outgoing_closed(self, migration: OutgoingMigration) -> None:
         if self._by_request.get(migration.request_id) is migration:
@@ -258,7 +269,7 @@ class MigrationCoordinator:
         self._outgoing.pop(migration.migration_id, None)
         if migration.machine.state is SourceState.ABORTED:
             self._given_up.append(migration.migration_id)
-        self._on_outcome(migration.outcome.result())
+        self._on_ended(migration.ended.result())
 
     def _incoming_closed(self, migration: IncomingMigration) -> None:
         if migration.machine.state is DestinationState.ENDED:

@@ -1,15 +1,62 @@
-"""Errors of pd-serve that migration can raise, as one tree.
+"""Errors of pd-serve that migration can raise, as one tree, and why migrations end without moving a request.
 
 PdServeError
-├── InvalidRequestError        the caller asked for something that cannot be
+├── InvalidRequestError        the caller asked for something that cannot be done
 ├── OverloadedError            too many requests are waiting already
 ├── EngineDeadError            no live instance, or this one's engine has stopped
-└── MigrationError             a migration ended without moving the request; never reaches a client
+├── ProtocolError              an event that the state table does not allow
+└── MigrationError             a migration ended without moving the request; has a code
     ├── DestinationRefusedError   the destination cannot take the request; nothing was reserved
     ├── PeerLostError             the other side, or the path to it, is gone
-    ├── SourceGoneError           the request finished, was aborted or was preempted at the source
-    └── ProtocolError             an event that the state table does not allow
+    └── SourceGoneError           the request finished, was aborted or was preempted at the source
 """
+
+from enum import StrEnum, auto
+
+import msgspec
+
+
+class RefusalCode(StrEnum):
+    """Why a migration was refused, or ended without moving its request. The request itself goes on."""
+
+    ALREADY_HERE = auto()  # the destination has the request
+    ALREADY_MIGRATING = auto()
+    AMBIGUOUS_REQUEST = auto()  # the id names several running requests
+    CANCELLED = auto()  # the source gave it up
+    COPY_FAILED = auto()
+    FINISHED = auto()  # the request ended, or its client left
+    GRAMMAR = auto()  # the destination cannot continue the request's structured output
+    INCOMPATIBLE = auto()  # model, version or KV layout differ
+    JUST_LEFT = auto()  # the request left the destination in the present step
+    NO_BATCH_SLOT = auto()
+    NO_FREE_BLOCKS = auto()
+    NOT_RUNNING = auto()  # waiting, preempted, suspended or unknown at the source
+    PEER_LOST = auto()  # an instance, or the path to its memory, is gone
+    PREEMPTED = auto()  # by its source, while it was being copied
+    STOPPING = auto()  # the instance shuts down
+    SUPERSEDED = auto()  # the destination gets the request by a recompute
+    TIMED_OUT = auto()
+    TOO_LONG = auto()  # for the destination's maximum length
+    TOO_MANY_MIGRATIONS = auto()
+    UNKNOWN_MIGRATION = auto()  # the destination holds nothing for it
+    UNSUPPORTED_ENGINE = auto()  # migration is off on this instance
+    UNSUPPORTED_REQUEST = auto()  # multimodal input, LoRA...
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """Why a migration did not move its request.
+
+    Attributes:
+        code: For programs: metrics, logs, the 409 body of `POST /cluster/migrate`.
+        text: For people.
+    """
+
+    code: RefusalCode
+    text: str
+
+    def prefixed(self, prefix: str) -> "Refusal":
+        """The same refusal as seen from the other side."""
+        return Refusal(self.code, f"{prefix}: {self.text}")
 
 
 class PdServeError(Exception):
@@ -28,8 +75,20 @@ class EngineDeadError(PdServeError):
     """There is no live instance, or this instance's engine has stopped."""
 
 
+class ProtocolError(PdServeError):
+    """An event arrived that the state table does not allow; nothing was changed."""
+
+
 class MigrationError(PdServeError):
-    """A migration ended without moving the request. The request itself goes on."""
+    """A migration ended without moving the request. The request itself goes on.
+
+    Attributes:
+        refusal: Why, with a code.
+    """
+
+    def __init__(self, code: RefusalCode, text: str) -> None:
+        super().__init__(text)
+        self.refusal = Refusal(code, text)
 
 
 class DestinationRefusedError(MigrationError):
@@ -39,10 +98,9 @@ class DestinationRefusedError(MigrationError):
 class PeerLostError(MigrationError):
     """The other instance, or the path to its memory, is gone."""
 
+    def __init__(self, text: str) -> None:
+        super().__init__(RefusalCode.PEER_LOST, text)
+
 
 class SourceGoneError(MigrationError):
     """The request is no longer running at its source: finished, aborted or preempted."""
-
-
-class ProtocolError(MigrationError):
-    """An event arrived that the state table does not allow; nothing was changed."""

@@ -12,7 +12,7 @@ from migration.destination_table import (
     DestinationState,
 )
 from migration.engine_interface import Engine
-from migration.errors import DestinationRefusedError, PeerLostError
+from migration.errors import DestinationRefusedError, PeerLostError, Refusal, RefusalCode
 from migration.messages import (
     BlockRun,
     Committed,
@@ -82,7 +82,7 @@ class IncomingMigration:
         self._run: BlockRun | None = None
         self._final: FinalState | None = None
         self._copy: asyncio.Task[None] | None = None
-        self._why = ""
+        self._refusal: Refusal | None = None
         self._closed = False
         tasks.start(self._reserve())
 
@@ -106,8 +106,8 @@ class IncomingMigration:
                 self.feed(DestinationEvent.FINAL)
             case KeepAlive():
                 self.feed(DestinationEvent.KEEP_ALIVE)
-            case Withdraw(reason=reason):
-                self.feed(DestinationEvent.WITHDRAWN, f"withdrawn: {reason}")
+            case Withdraw(refusal=refusal):
+                self.feed(DestinationEvent.WITHDRAWN, refusal.prefixed("withdrawn"))
             case Query():
                 self.feed(DestinationEvent.QUERIED)
             case Offer():
@@ -118,9 +118,9 @@ class IncomingMigration:
         self._closed = True
         self._disarm_timer()
 
-    def feed(self, event: DestinationEvent, why: str = "") -> None:
-        if why and not self._why:
-            self._why = why
+    def feed(self, event: DestinationEvent, refusal: Refusal | None = None) -> None:
+        """Handles one event; the first `refusal` is the reason if the migration ends without commit."""
+        self._refusal = self._refusal or refusal
         before = self.machine.state
         actions = self.machine.handle(event)
         if self.machine.state is not before or before not in _COPY_STATES:
@@ -128,17 +128,20 @@ class IncomingMigration:
         for action in actions:
             self._perform(action)
 
+    def _why(self) -> Refusal:
+        return self._refusal or Refusal(RefusalCode.UNKNOWN_MIGRATION, "nothing is held here")
+
     def _perform(self, action: DestinationAction) -> None:
         match action:
             case DestinationAction.SEND_PULL:
                 self._send(self.source, Pull(self.migration_id, self._blocks_done))
             case DestinationAction.SEND_REFUSED:
                 self.was_refused = True
-                self._send(self.source, Refused(self.migration_id, self._why))
+                self._send(self.source, Refused(self.migration_id, self._why()))
             case DestinationAction.SEND_COMMITTED:
                 self._send(self.source, Committed(self.migration_id, self.bytes_copied))
             case DestinationAction.SEND_DROPPED:
-                self._send(self.source, Dropped(self.migration_id, self._why))
+                self._send(self.source, Dropped(self.migration_id, self._why()))
             case DestinationAction.COPY:
                 assert self._run is not None
                 self._copy = self._tasks.start(self._copy_blocks(self._run))
@@ -157,7 +160,7 @@ class IncomingMigration:
         try:
             reservation = await self._engine.reserve(self.migration_id, self._offer.request)
         except DestinationRefusedError as error:
-            self.feed(DestinationEvent.REFUSED, str(error))
+            self.feed(DestinationEvent.REFUSED, error.refusal)
             return
         self._local_blocks = reservation.local_blocks
         self._blocks_done = reservation.blocks_present
@@ -183,7 +186,7 @@ class IncomingMigration:
                 if self.machine.state is DestinationState.COPYING:
                     await self._pacer.copied(copied)
         except (PeerLostError, DestinationRefusedError) as error:
-            self.feed(DestinationEvent.COPY_FAILED, str(error))
+            self.feed(DestinationEvent.COPY_FAILED, error.refusal)
         else:
             # A partly filled tail block is only ever the end of a final state.
             self._blocks_done = max(self._blocks_done, run.end)
@@ -200,16 +203,17 @@ class IncomingMigration:
         if self._closed:
             return
         if copy.cancelled():
-            self.feed(DestinationEvent.COPY_FAILED, "stopped")
+            self.feed(DestinationEvent.COPY_FAILED, Refusal(RefusalCode.CANCELLED, "stopped"))
         elif copy.exception() is not None:
-            self.feed(DestinationEvent.COPY_FAILED, repr(copy.exception()))
+            refusal = Refusal(RefusalCode.COPY_FAILED, repr(copy.exception()))
+            self.feed(DestinationEvent.COPY_FAILED, refusal)
 
     async def _commit(self) -> None:
         assert self._final is not None
         try:
             await self._engine.commit(self.migration_id, self._final)
         except DestinationRefusedError as error:
-            self.feed(DestinationEvent.COMMIT_FAILED, str(error))
+            self.feed(DestinationEvent.COMMIT_FAILED, error.refusal)
         else:
             logger.debug("request %s: has come from %s", self.request_id, self.source)
             self.feed(DestinationEvent.ENTERED)
@@ -238,7 +242,8 @@ class IncomingMigration:
 
     def _on_timer(self) -> None:
         self._timer = None
-        self.feed(DestinationEvent.TIMED_OUT, f"lease ended while {self.machine.state}")
+        refusal = Refusal(RefusalCode.TIMED_OUT, f"lease ended while {self.machine.state}")
+        self.feed(DestinationEvent.TIMED_OUT, refusal)
 
     def _close(self) -> None:
         self._disarm_timer()

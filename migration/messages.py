@@ -4,6 +4,8 @@ from typing import NewType
 
 import msgspec
 
+from migration.errors import Refusal
+
 RequestId = NewType("RequestId", str)
 MigrationId = NewType("MigrationId", str)
 InstanceId = NewType("InstanceId", str)
@@ -98,7 +100,7 @@ class Offer(MigrationMessage, frozen=True, tag=True):
 class Refused(MigrationMessage, frozen=True, tag=True):
     """Destination → source: cannot take it, nothing is held."""
 
-    reason: str
+    refusal: Refusal
 
 
 class Pull(MigrationMessage, frozen=True, tag=True):
@@ -126,7 +128,7 @@ class KeepAlive(MigrationMessage, frozen=True, tag=True):
 class Withdraw(MigrationMessage, frozen=True, tag=True):
     """Source → destination: forget it; end the request there if it has been committed."""
 
-    reason: str
+    refusal: Refusal
 
 
 class Query(MigrationMessage, frozen=True, tag=True):
@@ -146,7 +148,7 @@ class Committed(MigrationMessage, frozen=True, tag=True):
 class Dropped(MigrationMessage, frozen=True, tag=True):
     """Destination → source: nothing of this migration is held here."""
 
-    reason: str
+    refusal: Refusal
 
 
 ToDestination = Offer | Stage | Final | KeepAlive | Withdraw | Query

@@ -3,12 +3,11 @@
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from typing import Any
 
 from migration.bounds import MigrationBounds
 from migration.engine_interface import Engine
-from migration.errors import SourceGoneError
+from migration.errors import Refusal, RefusalCode, SourceGoneError
 from migration.messages import (
     BlockRun,
     Committed,
@@ -30,42 +29,12 @@ from migration.messages import (
     ToSource,
     Withdraw,
 )
+from migration.record import MigrationRecord
 from migration.source_table import SOURCE_TABLE, SourceAction, SourceEvent, SourceState
 from migration.state_machine import StateMachine
 from migration.tasks import BackgroundTasks
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class MigrationOutcome:
-    """How one migration ended, as its source saw it.
-
-    Attributes:
-        committed: The request lives at the destination now.
-        why: Empty if committed, else the reason in words.
-        stages: Copies made, the tail included.
-        blocks: Blocks copied; those that the destination's prefix cache had already are not.
-        tokens: Tokens whose KV was in them.
-        suspended_ms: From the final state leaving here to the acknowledgement (not the downtime,
-            which the client's side measures, but what of it this side can see).
-        duration_s: From the offer to the end.
-        bytes_copied: As the destination counts them; 0 if not committed.
-        copies: Its stages in order. One that was cut off is not among them.
-    """
-
-    request_id: RequestId
-    destination: InstanceId
-    reason: str
-    committed: bool
-    why: str
-    stages: int
-    blocks: int
-    tokens: int
-    suspended_ms: float
-    duration_s: float = 0.0
-    bytes_copied: int = 0
-    copies: tuple[CopyStage, ...] = ()
 
 
 class OutgoingMigration:
@@ -79,6 +48,7 @@ class OutgoingMigration:
         self,
         migration_id: MigrationId,
         description: RequestDescription,
+        source: InstanceId,
         destination: InstanceId,
         reason: str,
         *,
@@ -92,9 +62,10 @@ class OutgoingMigration:
     ) -> None:
         self.migration_id = migration_id
         self.description = description
+        self.source = source
         self.destination = destination
         self.reason = reason
-        self.outcome: asyncio.Future[MigrationOutcome] = asyncio.get_running_loop().create_future()
+        self.ended: asyncio.Future[MigrationRecord] = asyncio.get_running_loop().create_future()
         self.machine = StateMachine(SOURCE_TABLE, SourceState.OFFERED)
         self._engine = engine
         self._send = send
@@ -116,7 +87,7 @@ class OutgoingMigration:
         self._questions = 0
         self._final_at = 0.0
         self._suspended_ms = 0.0
-        self._why = ""
+        self._refusal: Refusal | None = None
         send(destination, Offer(migration_id, reason, description, kv_endpoint))
         self._arm_timer()
 
@@ -133,31 +104,33 @@ class OutgoingMigration:
                     self._stage_copied(self._run)
                 self._blocks_done = blocks_done
                 self.feed(SourceEvent.PULLED)
-            case Refused(reason=reason):
-                self.feed(SourceEvent.REFUSED, f"refused: {reason}")
+            case Refused(refusal=refusal):
+                self.feed(SourceEvent.REFUSED, refusal.prefixed("refused"))
             case Committed(bytes_copied=bytes_copied):
                 self._bytes_copied = bytes_copied
                 if self._final is not None:
                     self._stage_copied(self._final.tail)
                 self.feed(SourceEvent.ACKNOWLEDGED)
-            case Dropped(reason=reason):
-                self.feed(SourceEvent.DROPPED, f"dropped by the destination: {reason}")
+            case Dropped(refusal=refusal):
+                self.feed(SourceEvent.DROPPED, refusal.prefixed("dropped by the destination"))
 
     def abandon(self) -> None:
         """The instance stops: no timer may fire any more. The owner of the tasks cancels them."""
         self._disarm_timer()
-        self.outcome.cancel()
+        self.ended.cancel()
 
-    def feed(self, event: SourceEvent, why: str = "") -> None:
-        """Handles one event; `why` is kept as the reason if the migration ends without commit."""
-        if why and not self._why:
-            self._why = why
+    def feed(self, event: SourceEvent, refusal: Refusal | None = None) -> None:
+        """Handles one event; the first `refusal` is the reason if the migration ends without commit."""
+        self._refusal = self._refusal or refusal
         before = self.machine.state
         actions = self.machine.handle(event)
         if self.machine.state is not before or event is SourceEvent.TIMED_OUT:
             self._arm_timer()
         for action in actions:
             self._perform(action)
+
+    def _why(self) -> Refusal:
+        return self._refusal or Refusal(RefusalCode.CANCELLED, "withdrawn")
 
     def _perform(self, action: SourceAction) -> None:
         match action:
@@ -177,7 +150,7 @@ class OutgoingMigration:
                 self._questions += 1
                 self._send(self.destination, Query(self.migration_id))
             case SourceAction.SEND_WITHDRAW:
-                self._send(self.destination, Withdraw(self.migration_id, self._why))
+                self._send(self.destination, Withdraw(self.migration_id, self._why()))
             case SourceAction.RESUME:
                 # Once the final state is out the destination may run as epoch + 1: outrank it.
                 epoch = self.description.epoch if self._final is None else self._final.epoch + 2
@@ -198,7 +171,7 @@ class OutgoingMigration:
             )
         except SourceGoneError as error:
             if self.machine.state is not SourceState.RETREATING:
-                self.feed(SourceEvent.GONE, str(error))
+                self.feed(SourceEvent.GONE, error.refusal)
             return
         if isinstance(answer, FinalState):
             self._final = answer
@@ -243,21 +216,24 @@ class OutgoingMigration:
         state = self.machine.state
         deciding = state in (SourceState.SUSPENDED, SourceState.ASKING)
         if deciding and self._questions >= self._bounds.questions:
-            self.feed(SourceEvent.GAVE_UP, f"no commit after {self._questions} questions about it")
+            text = f"no commit after {self._questions} questions about it"
+            self.feed(SourceEvent.GAVE_UP, Refusal(RefusalCode.TIMED_OUT, text))
+        elif deciding or state is SourceState.ADVANCING:
+            self.feed(SourceEvent.TIMED_OUT)  # asks again; the migration goes on
         else:
-            patient = deciding or state is SourceState.ADVANCING
-            self.feed(SourceEvent.TIMED_OUT, "" if patient else f"no answer in time while {state}")
+            text = f"no answer in time while {state}"
+            self.feed(SourceEvent.TIMED_OUT, Refusal(RefusalCode.TIMED_OUT, text))
 
     def _close(self) -> None:
         self._disarm_timer()
         committed = self.machine.state is SourceState.COMMITTED
         final = self._final
-        outcome = MigrationOutcome(
+        record = MigrationRecord(
             request_id=self.request_id,
+            source=self.source,
             destination=self.destination,
             reason=self.reason,
-            committed=committed,
-            why="" if committed else self._why or "withdrawn",
+            refusal=None if committed else self._why(),
             stages=self._stages,
             blocks=(final.tail.end if final else self._blocks_done) - (self._blocks_present or 0),
             tokens=final.num_computed_tokens if final else 0,
@@ -266,5 +242,5 @@ class OutgoingMigration:
             bytes_copied=self._bytes_copied,
             copies=tuple(self._copies),
         )
-        self.outcome.set_result(outcome)
+        self.ended.set_result(record)
         self._on_close(self)

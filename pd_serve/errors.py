@@ -3,14 +3,14 @@
 PdServeError
 ├── InvalidRequestError        the caller asked for something that cannot be done; HTTP 400
 │   └── UnknownTargetError     the named request or instance does not exist (any more); HTTP 404
-├── MigrationRefusedError      the service answers, and does not do it; the message says why; HTTP 409
+├── MigrationRefusedError      the service refuses a migration or an operation; HTTP 409
 ├── OverloadedError            too many requests are waiting already; HTTP 429
 ├── EngineDeadError            no live instance, or this one's engine has stopped; HTTP 503
+├── ProtocolError              an event that the state table does not allow
 └── MigrationError             a migration ended without moving the request; never reaches a client
     ├── DestinationRefusedError   the destination cannot take the request; nothing was reserved
     ├── PeerLostError             the other side, or the path to it, is gone
-    ├── SourceGoneError           the request finished, was aborted or was preempted at the source
-    └── ProtocolError             an event that the state table does not allow
+    └── SourceGoneError           the request finished, was aborted or was preempted at the source
 """
 
 from migration.errors import (
@@ -22,6 +22,8 @@ from migration.errors import (
     PdServeError,
     PeerLostError,
     ProtocolError,
+    Refusal,
+    RefusalCode,
     SourceGoneError,
 )
 
@@ -35,6 +37,8 @@ __all__ = [
     "PdServeError",
     "PeerLostError",
     "ProtocolError",
+    "Refusal",
+    "RefusalCode",
     "SourceGoneError",
     "UnknownTargetError",
 ]
@@ -45,4 +49,12 @@ class UnknownTargetError(InvalidRequestError):
 
 
 class MigrationRefusedError(PdServeError):
-    """A migration or an operation was refused; the message says why, and requests go on. HTTP 409."""
+    """A migration or an operation was refused; the message says why, and requests go on. HTTP 409.
+
+    Attributes:
+        code: The reason, if a migration was refused.
+    """
+
+    def __init__(self, text: str, code: RefusalCode | None = None) -> None:
+        super().__init__(text)
+        self.code = code

@@ -104,7 +104,7 @@ async def _measure(
     report = await cluster.router.migrate(moved, second.name, mode)
     away_ms = (watch.ready_at - watch.left_at) * 1e3 if mode != "recompute" else report.downtime_ms - step_ms
     await cluster.stop()
-    return MigrationCost(away_ms, report.downtime_ms, step_ms, watch.step_ms or step_ms, report.stages)
+    return MigrationCost(away_ms, report.downtime_ms, step_ms, watch.step_ms or step_ms, report.record.stages)
 
 
 class _StepTimer:

@@ -33,7 +33,7 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from migration.errors import MigrationError, PeerLostError
+from migration.errors import PdServeError, PeerLostError
 from migration.transport.kv_transport import KvRegion
 from migration.transport.nixl_agent import NixlAgent, NixlFailure, memory_kind
 from migration.transport.nixl_reader import NixlReader, ReadJob
@@ -74,7 +74,7 @@ class NixlTransport:
 
         Raises:
             ValueError: There are no regions, or some are registered already.
-            MigrationError: NIXL could not register the memory.
+            PdServeError: NIXL could not register the memory.
         """
         if self._server is not None or not regions:
             raise ValueError("register() is called once, with at least one region")
@@ -84,7 +84,7 @@ class NixlTransport:
             self._reader = NixlReader(unique, regions)
         except NixlFailure as failure:
             self.close()
-            raise MigrationError(str(failure)) from failure
+            raise PdServeError(str(failure)) from failure
         self._regions = tuple(regions)
         self._endpoint = msgspec.msgpack.encode(_Endpoint(self._server.metadata(), list(regions)))
 

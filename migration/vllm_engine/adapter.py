@@ -20,7 +20,7 @@ from vllm.v1.request import Request
 from vllm.v1.serial_utils import MsgpackDecoder
 
 from migration.engine_interface import EngineEvents, EngineFacts, HeldBlocks, Reservation, RunningRequest
-from migration.errors import DestinationRefusedError, InvalidRequestError, SourceGoneError
+from migration.errors import DestinationRefusedError, InvalidRequestError, RefusalCode, SourceGoneError
 from migration.messages import BlockRun, FinalState, MigrationId, RequestDescription, RequestId
 from migration.transport.kv_transport import KvRegion
 from migration.transport.regions import kv_regions
@@ -199,7 +199,8 @@ class VllmEngine:
             self._check_migration()
             request = self.scheduler.running_request(request_id)
             if (why := support.unmovable(request)) is not None:
-                raise DestinationRefusedError(f"a request with {why} cannot move")
+                text = f"a request with {why} cannot move"
+                raise DestinationRefusedError(RefusalCode.UNSUPPORTED_REQUEST, text)
             live = self._live[request_id]
             return RequestDescription(
                 request_id=request_id,
@@ -250,15 +251,16 @@ class VllmEngine:
     async def reserve(self, migration_id: MigrationId, request: RequestDescription) -> Reservation:
         self._check_migration()
         if (why := support.mismatch(request.compatibility, self.compatibility)) is not None:
-            raise DestinationRefusedError(why)
+            raise DestinationRefusedError(RefusalCode.INCOMPATIBLE, why)
         if request.max_total_tokens > self.scheduler.max_model_len:
-            raise DestinationRefusedError(
-                f"{request.max_total_tokens} tokens do not fit this instance's {self.scheduler.max_model_len}"
-            )
+            most = self.scheduler.max_model_len
+            text = f"{request.max_total_tokens} tokens do not fit this instance's {most}"
+            raise DestinationRefusedError(RefusalCode.TOO_LONG, text)
         try:
             arriving = self._decode(request.payload)
         except (msgspec.MsgspecError, ValueError, TypeError, LookupError) as error:
-            raise DestinationRefusedError(f"the request cannot be read: {error}") from error
+            text = f"the request cannot be read: {error}"
+            raise DestinationRefusedError(RefusalCode.UNSUPPORTED_REQUEST, text) from error
         await self._grammar(arriving)
 
         def reserve() -> Reservation:
@@ -276,10 +278,11 @@ class VllmEngine:
         def commit() -> None:
             arriving = self.scheduler.migration.arriving.get(migration_id)
             if arriving is None:
-                raise DestinationRefusedError("nothing is reserved for this migration")
+                text = "nothing is reserved for this migration"
+                raise DestinationRefusedError(RefusalCode.UNKNOWN_MIGRATION, text)
             live = self._live.get(arriving.request_id)
             if live is None:
-                raise DestinationRefusedError("the request's client has gone")
+                raise DestinationRefusedError(RefusalCode.FINISHED, "the request's client has gone")
             self._replay(arriving, state.output_token_ids[arriving.num_output_tokens :])
             request = self.scheduler.commit(migration_id, state.num_computed_tokens)
             live.epoch, live.emitted = state.epoch + 1, len(state.output_token_ids)
@@ -428,7 +431,8 @@ class VllmEngine:
         for token_id in token_ids:
             request.append_output_token_ids(token_id)
             if not manager.accept_tokens(request, [token_id]):
-                raise DestinationRefusedError("the grammar does not accept the tokens so far")
+                text = "the grammar does not accept the tokens so far"
+                raise DestinationRefusedError(RefusalCode.GRAMMAR, text)
 
     def _install(self, request: Request, num_computed_tokens: int, rng_state: bytes | None) -> None:
         if self.scheduler.use_v2_model_runner:
@@ -466,10 +470,13 @@ class VllmEngine:
                 while not structured.is_grammar_ready:  # noqa: ASYNC110 - vLLM offers nothing to wait on
                     await asyncio.sleep(0.002)
         except TimeoutError:
-            raise DestinationRefusedError(f"the grammar does not compile within {GRAMMAR_S} s") from None
+            text = f"the grammar does not compile within {GRAMMAR_S} s"
+            raise DestinationRefusedError(RefusalCode.GRAMMAR, text) from None
         if isinstance(structured.grammar, Exception):
-            raise DestinationRefusedError(f"the grammar does not compile: {structured.grammar}")
+            text = f"the grammar does not compile: {structured.grammar}"
+            raise DestinationRefusedError(RefusalCode.GRAMMAR, text)
 
     def _check_migration(self) -> None:
         if self.no_migration is not None:
-            raise DestinationRefusedError(f"migration is off here: {self.no_migration}")
+            text = f"migration is off here: {self.no_migration}"
+            raise DestinationRefusedError(RefusalCode.UNSUPPORTED_ENGINE, text)

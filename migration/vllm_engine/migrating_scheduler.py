@@ -21,7 +21,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from migration.errors import DestinationRefusedError, SourceGoneError
+from migration.errors import DestinationRefusedError, RefusalCode, SourceGoneError
 from migration.messages import BlockRun
 
 #: Blocks reserved beyond what a request has, so that it can decode on while it is being copied.
@@ -137,9 +137,10 @@ class MigrationMixin:
         """Raises: SourceGoneError: not in the batch here."""
         request: Request | None = self.requests.get(request_id)
         if request is None or request.is_finished():
-            raise SourceGoneError("the request is not here, or has finished")
+            raise SourceGoneError(RefusalCode.NOT_RUNNING, "the request is not here, or has finished")
         if request.status is not RequestStatus.RUNNING or request_id in self.migration.suspended:
-            raise SourceGoneError("the request is not running (waiting, preempted or suspended)")
+            text = "the request is not running (waiting, preempted or suspended)"
+            raise SourceGoneError(RefusalCode.NOT_RUNNING, text)
         return request
 
     def wait_for_stage(self, waiter: StageWaiter) -> None:
@@ -157,9 +158,9 @@ class MigrationMixin:
         request_id = waiter.request_id
         request: Request | None = self.requests.get(request_id)
         if request is None or request.is_finished():
-            return SourceGoneError("the request has finished")
+            return SourceGoneError(RefusalCode.FINISHED, "the request has finished")
         if request.num_preemptions != waiter.incarnation:
-            return SourceGoneError("the request was preempted")
+            return SourceGoneError(RefusalCode.PREEMPTED, "the request was preempted")
         if self.migration.entered_at.get(request_id, 0) > self.processed_step_seq:
             # Blocks that it found in the prefix cache may be computed in the very step it entered with.
             return None
@@ -176,7 +177,7 @@ class MigrationMixin:
                     return BlockRun(waiter.blocks_done, block_ids[waiter.blocks_done : full])
                 return None
             if request not in self.running:
-                return SourceGoneError("the request is not running")
+                return SourceGoneError(RefusalCode.NOT_RUNNING, "the request is not running")
             self.running.remove(request)
             self.migration.suspended[request_id] = request
             self._hold_slots()
@@ -189,7 +190,7 @@ class MigrationMixin:
     def resume(self, request_id: str) -> None:
         """Ends a pending wait and puts a suspended request back. Idempotent."""
         if (waiter := self.migration.waiters.pop(request_id, None)) is not None:
-            waiter.answer(SourceGoneError("the migration was given up"))
+            waiter.answer(SourceGoneError(RefusalCode.CANCELLED, "the migration was given up"))
         request = self.migration.suspended.pop(request_id, None)
         self._hold_slots()
         if request is not None:
@@ -222,11 +223,12 @@ class MigrationMixin:
         if request_id in self.requests or any(
             r.request_id == request_id for r in self.migration.arriving.values()
         ):
-            raise DestinationRefusedError("the request is here already")
+            raise DestinationRefusedError(RefusalCode.ALREADY_HERE, "the request is here already")
         held = len(self.running) + len(self.migration.suspended) + len(self.migration.arriving)
         held += len(self.kv_holding_waiting)  # committed, and in the batch from the next step on
         if held >= min(self._max_active, self.max_num_running_reqs):
-            raise DestinationRefusedError(f"all {held} slots of the batch are taken")
+            text = f"all {held} slots of the batch are taken"
+            raise DestinationRefusedError(RefusalCode.NO_BATCH_SLOT, text)
         request.prefill_stats = None  # the source has reported them
         request.status = self._entry_status()
         manager = self.kv_cache_manager
@@ -245,7 +247,8 @@ class MigrationMixin:
             skip_zeroing_group_ids=(0,),
         )
         if allocated is None:
-            raise DestinationRefusedError(f"no {-(-wanted // self.block_size)} free KV blocks")
+            text = f"no {-(-wanted // self.block_size)} free KV blocks"
+            raise DestinationRefusedError(RefusalCode.NO_FREE_BLOCKS, text)
         self.migration.arriving[migration_id] = request
         self._hold_slots()
         return list(manager.get_block_ids(request_id)[0]), num_local // self.block_size
@@ -258,7 +261,8 @@ class MigrationMixin:
         if missing > 0:
             free = manager.block_pool.get_num_free_blocks() - self._inflight_prefill_reserved_blocks()
             if missing > free:
-                raise DestinationRefusedError(f"{missing} more KV blocks are needed, {free} are free")
+                text = f"{missing} more KV blocks are needed, {free} are free"
+                raise DestinationRefusedError(RefusalCode.NO_FREE_BLOCKS, text)
             tokens = num_blocks * self.block_size
             group = manager.coordinator.single_type_managers[0]
             to_zero = list(group.new_block_ids)
@@ -271,7 +275,8 @@ class MigrationMixin:
         request = self._arriving_request(migration_id)
         if request.request_id in self.finished_req_ids:
             # It left this instance within this very step; the worker would drop its new state.
-            raise DestinationRefusedError("the request has only just left this instance")
+            text = "the request has only just left this instance"
+            raise DestinationRefusedError(RefusalCode.JUST_LEFT, text)
         if (
             request.num_tokens
             > len(self.kv_cache_manager.get_block_ids(request.request_id)[0]) * self.block_size
@@ -313,7 +318,8 @@ class MigrationMixin:
         try:
             return self.migration.arriving[migration_id]
         except KeyError:
-            raise DestinationRefusedError("nothing is reserved for this migration") from None
+            text = "nothing is reserved for this migration"
+            raise DestinationRefusedError(RefusalCode.UNKNOWN_MIGRATION, text) from None
 
     def _entry_status(self) -> RequestStatus:
         # V2 runners take prompt and outputs from NewRequestData, so the request is new to them. V1

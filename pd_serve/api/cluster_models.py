@@ -38,7 +38,14 @@ class _Answer(BaseModel):
 
 
 class Migrated(_Answer):
-    """What one migration cost."""
+    """What one migration cost.
+
+    Attributes:
+        downtime_ms: Gap between the last token from the source and the first from the destination.
+        stages: Copy rounds, the final one included.
+        blocks: KV blocks copied in all rounds.
+        tokens: Length of the sequence when it changed owner.
+    """
 
     downtime_ms: float
     stages: Count

@@ -21,7 +21,13 @@ from pd_serve.api.cluster_models import (
     answers,
 )
 from pd_serve.api.errors import error_response
-from pd_serve.errors import EngineDeadError, InvalidRequestError, MigrationRefusedError, UnknownTargetError
+from pd_serve.errors import (
+    EngineDeadError,
+    InvalidRequestError,
+    MigrationRefusedError,
+    RefusalCode,
+    UnknownTargetError,
+)
 from pd_serve.observe import metrics
 
 PREFIX = "/cluster"
@@ -81,17 +87,23 @@ async def migrate(body: MigrateRequest, request: Request) -> Response:
     ids = state.engine_client.internal_ids(body.request_id)
     if len(ids) > 1:
         message = f"{body.request_id} names {len(ids)} running requests, choose one: {', '.join(sorted(ids))}"
-        return error_response(409, message, param="request_id")
+        return error_response(409, message, param="request_id", reason=RefusalCode.AMBIGUOUS_REQUEST)
     # An id that is not of this front end may still be one the engines know.
     request_id = ids[0] if ids else body.request_id
     try:
-        report = await state.cluster.migrate(request_id, body.destination)
+        moved = await state.cluster.migrate(request_id, body.destination)
     except UnknownTargetError as error:
         return error_response(404, str(error))
     except MigrationRefusedError as error:
-        return error_response(409, str(error))
-    names = ("downtime_ms", "stages", "blocks", "tokens")
-    return JSONResponse({name: getattr(report, name) for name in names})
+        return error_response(409, str(error), reason=error.code)
+    record = moved.record
+    answer = Migrated(
+        downtime_ms=moved.downtime_ms,
+        stages=record.stages,
+        blocks=record.blocks,
+        tokens=record.tokens,
+    )
+    return JSONResponse(answer.model_dump())
 
 
 @router.post("/drain", status_code=202, responses=answers(400, 404, 409, 503, begun=DrainRequest))

@@ -2,25 +2,7 @@
 
 from typing import Any, Protocol
 
-
-class MigrationReport(Protocol):
-    """What one finished migration cost.
-
-    Attributes:
-        downtime_ms: Gap between the last token from the source and the first from the destination.
-        stages: Copy rounds, the final one included.
-        blocks: KV blocks copied in all rounds.
-        tokens: Length of the sequence when it changed owner.
-    """
-
-    @property
-    def downtime_ms(self) -> float: ...
-    @property
-    def stages(self) -> int: ...
-    @property
-    def blocks(self) -> int: ...
-    @property
-    def tokens(self) -> int: ...
+from pd_serve.observe.timeline import ObservedMigration
 
 
 class ClusterView(Protocol):
@@ -52,7 +34,7 @@ class ClusterView(Protocol):
         """
         ...
 
-    async def migrate(self, request_id: str, destination: str) -> MigrationReport:
+    async def migrate(self, request_id: str, destination: str) -> ObservedMigration:
         """Move one running request to the instance `destination`.
 
         Args:

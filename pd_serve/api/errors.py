@@ -7,17 +7,28 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 
-def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
+def error_body(
+    status: int, message: str, param: str | None = None, reason: str | None = None
+) -> dict[str, Any]:
     """`{"error": {message, type, param, code}}` for an HTTP status.
+
+    Args:
+        reason: Why a migration was refused (a `RefusalCode`); added to the error if given.
 
     Source: vllm/entrypoints/serve/exception_handling/handlers/http.py
     """
     kind = HTTPStatus(status).phrase
-    return {"error": {"message": message, "type": kind, "param": param, "code": int(status)}}
+    error = {"message": message, "type": kind, "param": param, "code": int(status)}
+    return {"error": error | ({"reason": reason} if reason else {})}
 
 
 def error_response(
-    status: int, message: str, *, param: str | None = None, headers: Mapping[str, str] | None = None
+    status: int,
+    message: str,
+    *,
+    param: str | None = None,
+    reason: str | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
     """A complete response with that body."""
-    return JSONResponse(error_body(status, message, param), status_code=status, headers=headers)
+    return JSONResponse(error_body(status, message, param, reason), status_code=status, headers=headers)

@@ -10,9 +10,9 @@ import msgspec
 from msgspec import Meta
 
 from migration.engine_interface import HeldBlocks
+from migration.errors import RefusalCode
 from migration.messages import (
     Committed,
-    CopyStage,
     Dropped,
     Final,
     InstanceId,
@@ -25,6 +25,7 @@ from migration.messages import (
     Stage,
     Withdraw,
 )
+from migration.record import MigrationRecord
 from router.load import InstanceLoad
 from router.request import NO_DEMAND, Demand
 
@@ -261,23 +262,14 @@ class LoadReport(msgspec.Struct, frozen=True, tag=True):
 
 
 class MigrationEnded(msgspec.Struct, frozen=True, tag=True):
-    """Instance → API servers: one outgoing migration has ended; see `MigrationOutcome`."""
+    """Instance → API servers: one outgoing migration has ended, or could not begin.
+
+    Attributes:
+        call_id: Of the `MigrateRequest` that this answers; empty if sent to all API servers.
+    """
 
     call_id: str
-    request_id: RequestId
-    source: str
-    destination: str
-    reason: str
-    committed: bool
-    why: str
-    stages: int = 0
-    blocks: int = 0
-    tokens: int = 0
-    suspended_ms: float = 0.0
-    not_here: bool = False
-    duration_s: float = 0.0
-    bytes_copied: int = 0
-    copies: tuple[CopyStage, ...] = ()
+    record: MigrationRecord
 
 
 class Reply(msgspec.Struct, frozen=True, tag=True):
@@ -285,12 +277,14 @@ class Reply(msgspec.Struct, frozen=True, tag=True):
 
     Attributes:
         kind: The name of the error's class, where it matters.
+        code: Of a `MigrationRefusedError` that has one.
     """
 
     call_id: str
     value: Any = None
     error: str | None = None
     kind: str = ""
+    code: RefusalCode | None = None
 
 
 class Join(msgspec.Struct, frozen=True, tag=True):

@@ -135,14 +135,14 @@ class LiveView:
             ],
             "moves": [
                 {
-                    "request": self._number(move.request_id),
-                    "source": move.source,
-                    "destination": move.destination,
-                    "reason": move.reason,
-                    "committed": move.committed,
-                    "why": move.why,
-                    "blocks": move.blocks,
-                    "duration_s": move.duration_s,
+                    "request": self._number(move.record.request_id),
+                    "source": move.record.source,
+                    "destination": move.record.destination,
+                    "reason": move.record.reason,
+                    "committed": move.record.committed,
+                    "why": move.record.why,
+                    "blocks": move.record.blocks,
+                    "duration_s": round(move.record.duration_s, 4),
                     "seconds_ago": round(now - move.ended_at, 2),
                 }
                 for move in moves[-MAX_MOVES:]
@@ -166,6 +166,6 @@ class LiveView:
         """Forgets the numbers of requests that no event will speak of again."""
         spoken_of: set[str] = {held.request_id for h in self._holdings.values() for held in h.held}
         spoken_of |= {request_id for h in self._holdings.values() for request_id, _, _ in h.leaving}
-        spoken_of |= {move.request_id for move in self._recent.moves}
+        spoken_of |= {move.record.request_id for move in self._recent.moves}
         for request_id in [name for name in self._numbers if name not in spoken_of]:
             del self._numbers[request_id]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pd_serve.comm.messages import MigrationEnded
+from migration.record import MigrationRecord
 from pd_serve.observe.recorder import Observer
 from pd_serve.observe.timeline import Timeline
 
@@ -72,14 +72,7 @@ class Move(NamedTuple):
 
     number: int
     ended_at: float
-    request_id: str
-    source: str
-    destination: str
-    reason: str
-    committed: bool
-    why: str
-    blocks: int
-    duration_s: float
+    record: MigrationRecord
 
 
 class RecentEvents(Observer):
@@ -103,21 +96,9 @@ class RecentEvents(Observer):
             slot.gaps[bucket_of(gap_s)] += count
             slot.tokens += count
 
-    def migration_ended(self, message: MigrationEnded) -> None:
+    def migration_ended(self, record: MigrationRecord) -> None:
         self._num_moves += 1
-        move = Move(
-            self._num_moves,
-            self.clock(),
-            message.request_id,
-            message.source,
-            message.destination,
-            message.reason,
-            message.committed,
-            message.why,
-            message.blocks,
-            round(message.duration_s, 4),
-        )
-        self.moves.append(move)
+        self.moves.append(Move(self._num_moves, self.clock(), record))
 
     def slots(self, last: int = NUM_SLOTS) -> list[Slot]:
         """The last ones in which something happened, oldest first."""

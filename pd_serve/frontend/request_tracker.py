@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from migration.messages import RequestId
+from migration.record import MigrationRecord
 from pd_serve.comm.messages import (
     AbortRequests,
     AddRequest,
@@ -31,9 +32,10 @@ from pd_serve.frontend.manual_migration import ManualMigration, MigrationMode
 from pd_serve.frontend.output_codec import OutputCodec
 from pd_serve.frontend.snapshot import instance_row
 from pd_serve.frontend.token_ledger import TokenLedger
-from pd_serve.frontend.tracked_request import Migrated, TrackedRequest
+from pd_serve.frontend.tracked_request import TrackedRequest
 from pd_serve.observe.cluster_reports import ClusterReports
 from pd_serve.observe.recorder import RequestRecorder
+from pd_serve.observe.timeline import ObservedMigration
 from router.dispatch import can_start
 from router.dispatcher import Dispatcher
 from router.request import NewRequest
@@ -349,14 +351,13 @@ class RequestTracker(InstanceRegistry):
             case SchedulerReport():
                 self.reports.on_scheduler(message)
                 super()._on_message(sender, message)
-            case MigrationEnded(call_id=""):
-                outcome = "committed" if message.committed else "aborted"
-                self._migrations.setdefault(message.reason, Counter())[outcome] += 1
-                self._recorder.migrated(message, self._clock())
-                if message.committed:
-                    self._on_committed(message)
+            case MigrationEnded(call_id="", record=record):
+                self._migrations.setdefault(record.reason, Counter())[record.outcome] += 1
+                self._recorder.migrated(record, self._clock())
+                if record.committed:
+                    self._on_committed(record)
                 else:
-                    self._book.settled(message.destination, message.request_id)
+                    self._book.settled(record.destination, record.request_id)
             case MigrationEnded(call_id=call_id) | Reply(call_id=call_id):
                 if isinstance(message, Reply) and call_id.startswith("add:"):
                     route = self._routes.get(RequestId(call_id.removeprefix("add:")))
@@ -368,15 +369,15 @@ class RequestTracker(InstanceRegistry):
             case _:
                 super()._on_message(sender, message)
 
-    def _on_committed(self, message: MigrationEnded) -> None:
+    def _on_committed(self, record: MigrationRecord) -> None:
         """The request has left an instance. Until it speaks from the next one, that may die unnoticed."""
-        route = self._routes.get(message.request_id)
-        if route is None or message.source not in (route.ledger.owner, route.committed_to):
+        route = self._routes.get(record.request_id)
+        if route is None or record.source not in (route.ledger.owner, route.committed_to):
             return
-        if message.destination in self.instances:
-            route.committed_to = message.destination
+        if record.destination in self.instances:
+            route.committed_to = record.destination
         else:
-            self._recompute(route, message.destination)
+            self._recompute(route, record.destination)
 
     def _place_stranded(self, source: str, request_id: RequestId) -> None:
         """A request waits on a prefill instance for a decode instance that has room."""
@@ -426,7 +427,9 @@ class RequestTracker(InstanceRegistry):
             "migrations": migrations,
         }
 
-    async def migrate(self, request_id: str, destination: str, mode: MigrationMode = "live") -> Migrated:
+    async def migrate(
+        self, request_id: str, destination: str, mode: MigrationMode = "live"
+    ) -> ObservedMigration:
         return await self._by_hand.migrate(request_id, destination, mode)
 
     async def check_integrity(self) -> list[str]:

@@ -37,13 +37,3 @@ class TrackedRequest:
     def ends_with_prefill(self) -> bool:
         """Whether the first token from its next prefill is its last one."""
         return self.max_tokens is not None and self.max_tokens - len(self.ledger.token_ids) <= 1
-
-
-@dataclass(frozen=True, slots=True)
-class Migrated:
-    """See `pd_serve.api.cluster_view.MigrationReport`."""
-
-    downtime_ms: float
-    stages: int
-    blocks: int
-    tokens: int

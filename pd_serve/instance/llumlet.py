@@ -16,7 +16,7 @@ from migration.bounds import MigrationBounds
 from migration.coordinator import MigrationCoordinator
 from migration.engine_interface import Engine, EngineEvents
 from migration.messages import InstanceId, MigrationMessage, RequestId
-from migration.outgoing import MigrationOutcome
+from migration.record import MigrationRecord
 from migration.tasks import BackgroundTasks
 from migration.transport.kv_transport import KvTransport
 from pd_serve.comm.messages import (
@@ -118,7 +118,7 @@ class Llumlet:
             self._transport,
             self._send_to_peer,
             bounds=self._bounds,
-            on_outcome=self._on_outcome,
+            on_ended=self._on_migration_ended,
             on_failure=self._on_fatal,
         )
         self._tasks.start(self._heartbeat())
@@ -233,13 +233,14 @@ class Llumlet:
             if not self._contacts.knows(candidate):
                 continue  # stopped or dead since: an answer would never come
             try:
-                outcome = await self.coordinator.migrate(request_id, InstanceId(candidate), "handoff")
+                record = await self.coordinator.migrate(request_id, InstanceId(candidate), "handoff")
             except SourceGoneError:
                 return
             except DestinationRefusedError as error:
-                logger.info("request %s: stays on %s: %s", request_id, self.name, error)
+                code = error.refusal.code
+                logger.info("request %s: stays on %s (%s): %s", request_id, self.name, code, error)
                 break
-            if outcome.committed:
+            if record.committed:
                 return
         self._stranded.add(request_id)  # first, so that its end while we ask takes it out again
         try:
@@ -252,32 +253,22 @@ class Llumlet:
 
     async def _migrate(self, sender: str, message: MigrateRequest) -> None:
         request_id, destination = message.request_id, InstanceId(message.destination)
-        not_here, why = False, ""
         try:
-            outcome = await self.coordinator.migrate(
+            record = await self.coordinator.migrate(
                 request_id, destination, message.reason, blocking=message.blocking
             )
-        except SourceGoneError as error:
-            not_here, why = True, str(error)
-        except DestinationRefusedError as error:
-            why = str(error)
+        except (SourceGoneError, DestinationRefusedError) as error:
+            record = MigrationRecord(
+                request_id=request_id,
+                source=self.name,
+                destination=destination,
+                reason=message.reason,
+                refusal=error.refusal,
+            )
         else:
-            if message.call_id:  # without one, what all API servers are told is the answer
-                self._send_to_server(sender, self._ended(outcome, message.call_id))
-            return
-        self._send_to_server(
-            sender,
-            MigrationEnded(
-                message.call_id,
-                request_id,
-                self.name,
-                destination,
-                message.reason,
-                False,
-                why,
-                not_here=not_here,
-            ),
-        )
+            if not message.call_id:  # the broadcast of the record is the answer
+                return
+        self._send_to_server(sender, MigrationEnded(message.call_id, record))
 
     async def _move_out(self, message: MoveOut) -> None:
         """Moves a request of its own choice, because the scheduler has found this instance too full."""
@@ -294,49 +285,37 @@ class Llumlet:
                 chosen.request_id, InstanceId(destination.instance_id), message.reason
             )
         except MigrationError as error:
-            logger.info("request %s: %s did not happen: %s", chosen.request_id, message.reason, error)
+            logger.info(
+                "request %s: %s did not happen (%s): %s",
+                chosen.request_id,
+                message.reason,
+                error.refusal.code,
+                error,
+            )
 
-    def _on_outcome(self, outcome: MigrationOutcome) -> None:
-        if outcome.committed:
-            self._forwards[outcome.request_id] = outcome.destination
+    def _on_migration_ended(self, record: MigrationRecord) -> None:
+        if record.refusal is None:
+            self._forwards[record.request_id] = record.destination
             while len(self._forwards) > MAX_FORWARDS:
                 self._forwards.popitem(last=False)
-            self._forget(outcome.request_id)
-        # A hand-off that went well is what every request does.
-        routine = outcome.committed and outcome.reason == "handoff"
+            self._forget(record.request_id)
+            outcome = f"committed, {record.blocks} blocks in {record.stages} stages"
+        else:
+            outcome = f"did not happen ({record.refusal.code}): {record.why}"
+        # A committed hand-off is routine: every request has one.
+        level = logging.DEBUG if record.committed and record.reason == "handoff" else logging.INFO
         logger.log(
-            logging.DEBUG if routine else logging.INFO,
+            level,
             "request %s: %s %s -> %s %s",
-            outcome.request_id,
-            outcome.reason,
+            record.request_id,
+            record.reason,
             self.name,
-            outcome.destination,
-            f"committed, {outcome.blocks} blocks in {outcome.stages} stages"
-            if outcome.committed
-            else f"did not happen: {outcome.why}",
+            record.destination,
+            outcome,
         )
-        ended = self._ended(outcome, "")
         for server in self._contacts.servers:
-            self._send_to_server(server, ended)
+            self._send_to_server(server, MigrationEnded("", record))
         self._report()
-
-    def _ended(self, outcome: MigrationOutcome, call_id: str) -> MigrationEnded:
-        return MigrationEnded(
-            call_id=call_id,
-            request_id=outcome.request_id,
-            source=self.name,
-            destination=outcome.destination,
-            reason=outcome.reason,
-            committed=outcome.committed,
-            why=outcome.why,
-            stages=outcome.stages,
-            blocks=outcome.blocks,
-            tokens=outcome.tokens,
-            suspended_ms=outcome.suspended_ms,
-            duration_s=outcome.duration_s,
-            bytes_copied=outcome.bytes_copied,
-            copies=outcome.copies,
-        )
 
     # ---- calls
 

@@ -21,11 +21,12 @@ from pd_serve.errors import (
     InvalidRequestError,
     MigrationRefusedError,
     PdServeError,
+    RefusalCode,
     UnknownTargetError,
 )
 from pd_serve.frontend.request_tracker import RequestTracker
-from pd_serve.frontend.tracked_request import Migrated
 from pd_serve.manager.instance_pool import InstancePool
+from pd_serve.observe.timeline import ObservedMigration
 from pd_serve.scheduler.scheduler_process import SCHEDULER
 from router.load import ROLES
 
@@ -48,7 +49,7 @@ CALL_TIMEOUT_S = 60.0
 
 #: Errors that keep their kind on the way; the HTTP layer gives them different status codes.
 KINDS: dict[str, type[PdServeError]] = {
-    kind.__name__: kind for kind in (UnknownTargetError, MigrationRefusedError, InvalidRequestError)
+    kind.__name__: kind for kind in (UnknownTargetError, InvalidRequestError)
 }
 
 
@@ -78,6 +79,8 @@ class Caller:
             return
         if reply.error is None:
             future.set_result(reply.value)
+        elif reply.kind == MigrationRefusedError.__name__:
+            future.set_exception(MigrationRefusedError(reply.error, reply.code))
         else:
             future.set_exception(KINDS.get(reply.kind, EngineDeadError)(reply.error))
 
@@ -87,7 +90,7 @@ async def answer(work: Awaitable[Any], call_id: str) -> Reply:
     try:
         return Reply(call_id, await work)
     except PdServeError as error:
-        return Reply(call_id, None, str(error), type(error).__name__)
+        return Reply(call_id, None, str(error), type(error).__name__, getattr(error, "code", None))
     except TimeoutError:
         return Reply(call_id, None, "no answer in time", EngineDeadError.__name__)
 
@@ -341,7 +344,7 @@ class ManagerClient:
         snapshot["owner"] = "alive" if self._loop.time() - self._heard_at <= LEASE_S else "absent"
         return snapshot | state
 
-    async def migrate(self, request_id: str, destination: str) -> Migrated:
+    async def migrate(self, request_id: str, destination: str) -> ObservedMigration:
         try:
             return await self._requests.migrate(request_id, destination)
         except UnknownTargetError:
@@ -349,7 +352,7 @@ class ManagerClient:
                 raise
         # With several API servers it may be another one's.
         value = await self._caller.call(MANAGER, "migrate", request_id, destination)
-        return msgspec.convert(value, Migrated)
+        return msgspec.convert(value, ObservedMigration)
 
     async def find_requests(self, name: str) -> list[dict[str, Any]]:
         found = self._requests.find_requests(name)
@@ -376,7 +379,8 @@ class ManagerClient:
             case "migrate", [request_id, destination]:
                 ids = self.internal_ids(request_id)
                 if len(ids) > 1:
-                    raise MigrationRefusedError(f"{request_id} names {len(ids)} running requests")
+                    text = f"{request_id} names {len(ids)} running requests"
+                    raise MigrationRefusedError(text, RefusalCode.AMBIGUOUS_REQUEST)
                 return await self._requests.migrate(ids[0] if ids else request_id, destination)
             case "find_requests", [name]:
                 return self._requests.find_requests(name)

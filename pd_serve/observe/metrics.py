@@ -67,6 +67,11 @@ MIGRATIONS = Counter(
     "(committed, aborted).",
     ["reason", "outcome"],
 )
+ABORTED_MIGRATIONS = Counter(
+    "pd_serve_aborted_migrations",
+    "Migrations that did not move their request, by reason and by the code of the refusal.",
+    ["reason", "code"],
+)
 MIGRATION_DURATION = Histogram(
     "pd_serve_migration_duration_seconds",
     "From the offer to the end of a committed migration, by reason.",

@@ -9,8 +9,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from pd_serve.comm.messages import MigrationEnded
-from pd_serve.observe.timeline import Migration, Stage, Stay, Timeline
+from migration.record import MigrationRecord
+from pd_serve.observe.timeline import ObservedMigration, Stage, Stay, Timeline
 from router.request import NewRequest
 
 #: Requests that have ended and can still be asked for.
@@ -35,13 +35,13 @@ class Observer:
     def moved(self, request: Timeline, stay: Stay) -> None:
         """Its tokens come from another instance now."""
 
-    def migrated(self, request: Timeline, migration: Migration) -> None:
+    def migrated(self, request: Timeline, migration: ObservedMigration) -> None:
         """A migration of it has ended, either way."""
 
-    def migration_ended(self, message: MigrationEnded) -> None:
+    def migration_ended(self, record: MigrationRecord) -> None:
         """A migration has ended, of any API server's request."""
 
-    def downtime(self, request: Timeline, migration: Migration) -> None:
+    def downtime(self, request: Timeline, migration: ObservedMigration) -> None:
         """The gap that a migration has made is known."""
 
     def lost(self, request: Timeline, instance: str) -> None:
@@ -136,34 +136,23 @@ class RequestRecorder:
             stay = Stay(instance, role, now, spoke_at=now, gap_s=gap_s)
             request.stays.append(stay)
             self._tell(lambda observer: observer.moved(request, stay))
-            arrived = [m for m in request.migrations if m.committed and m.destination == instance]
+            arrived = [
+                m for m in request.migrations if m.record.committed and m.record.destination == instance
+            ]
             if arrived and arrived[-1].downtime_s is None:
                 self._downtime(request, stay, arrived[-1])
 
-    def migrated(self, message: MigrationEnded, now: float) -> None:
+    def migrated(self, record: MigrationRecord, now: float) -> None:
         """An instance has told how a migration ended; that may be later than its tokens do."""
-        self._tell(lambda observer: observer.migration_ended(message))
-        request = self._running.get(message.request_id) or self._ended.get(message.request_id)
+        self._tell(lambda observer: observer.migration_ended(record))
+        request = self._running.get(record.request_id) or self._ended.get(record.request_id)
         if request is None:
             return
-        migration = Migration(
-            reason=message.reason,
-            source=message.source,
-            destination=message.destination,
-            committed=message.committed,
-            why=message.why,
-            begin=now - message.duration_s,
-            end=now,
-            copies=message.copies,
-            stages=message.stages,
-            blocks=message.blocks,
-            tokens=message.tokens,
-            bytes_copied=message.bytes_copied,
-        )
+        migration = ObservedMigration(record, now)
         request.migrations.append(migration)
         self._tell(lambda observer: observer.migrated(request, migration))
         stay = request.stays[-1] if request.stays else None
-        if migration.committed and stay is not None and stay.instance == migration.destination:
+        if record.committed and stay is not None and stay.instance == record.destination:
             self._downtime(request, stay, migration)
 
     def lost(self, request_id: str, instance: str, now: float) -> None:
@@ -232,7 +221,7 @@ class RequestRecorder:
         request.stages.append(stage)
         self._tell(lambda observer: observer.stage(request, stage))
 
-    def _downtime(self, request: Timeline, stay: Stay, migration: Migration) -> None:
+    def _downtime(self, request: Timeline, stay: Stay, migration: ObservedMigration) -> None:
         """Both its first token and the source's word are needed to know it; either may come first."""
         if stay.gap_s is not None:
             migration.downtime_s, stay.gap_s = stay.gap_s, None

@@ -3,7 +3,7 @@
 import logging
 
 from pd_serve.observe.recorder import Observer
-from pd_serve.observe.timeline import Migration, Stay, Timeline
+from pd_serve.observe.timeline import ObservedMigration, Stay, Timeline
 
 logger = logging.getLogger(__name__)
 
@@ -40,18 +40,20 @@ class RequestLog(Observer):
     def moved(self, request: Timeline, stay: Stay) -> None:
         self._say(request, "moved", f"decodes on {stay.instance}", instance=stay.instance)
 
-    def migrated(self, request: Timeline, migration: Migration) -> None:
+    def migrated(self, request: Timeline, migration: ObservedMigration) -> None:
+        record = migration.record
         self._say(
             request,
             "migrated",
-            f"{migration.reason} {migration.source} -> {migration.destination} {migration.outcome}",
-            reason=migration.reason,
-            source=migration.source,
-            destination=migration.destination,
-            outcome=migration.outcome,
-            why=migration.why,
-            stages=migration.stages,
-            blocks=migration.blocks,
+            f"{record.reason} {record.source} -> {record.destination} {record.outcome}",
+            reason=record.reason,
+            source=record.source,
+            destination=record.destination,
+            outcome=record.outcome,
+            code=None if record.refusal is None else record.refusal.code.value,
+            why=record.why,
+            stages=record.stages,
+            blocks=record.blocks,
         )
 
     def lost(self, request: Timeline, instance: str) -> None:

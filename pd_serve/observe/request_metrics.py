@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from pd_serve.observe import metrics
 from pd_serve.observe.recorder import Observer
-from pd_serve.observe.timeline import Migration, Stage, Stay, Timeline
+from pd_serve.observe.timeline import ObservedMigration, Stage, Stay, Timeline
 
 
 class RequestMetrics(Observer):
@@ -20,22 +20,23 @@ class RequestMetrics(Observer):
     def stage(self, request: Timeline, stage: Stage) -> None:
         metrics.STAGE.labels(stage.name).observe(stage.seconds)
 
-    def migrated(self, request: Timeline, migration: Migration) -> None:
-        reason = migration.reason
-        metrics.MIGRATIONS.labels(reason, migration.outcome).inc()
-        if not migration.committed:
+    def migrated(self, request: Timeline, migration: ObservedMigration) -> None:
+        record, reason = migration.record, migration.record.reason
+        metrics.MIGRATIONS.labels(reason, record.outcome).inc()
+        if record.refusal is not None:
+            metrics.ABORTED_MIGRATIONS.labels(reason, record.refusal.code).inc()
             return
-        metrics.MIGRATED_BLOCKS.labels(reason).inc(migration.blocks)
-        metrics.MIGRATED_BYTES.labels(reason).inc(migration.bytes_copied)
-        metrics.MIGRATION_DURATION.labels(reason).observe(migration.end - migration.begin)
-        metrics.MIGRATION_STAGES.labels(reason).observe(migration.stages)
-        for number, copy in enumerate(migration.copies, 1):
-            kind = "tail" if number == len(migration.copies) else "live"
+        metrics.MIGRATED_BLOCKS.labels(reason).inc(record.blocks)
+        metrics.MIGRATED_BYTES.labels(reason).inc(record.bytes_copied)
+        metrics.MIGRATION_DURATION.labels(reason).observe(record.duration_s)
+        metrics.MIGRATION_STAGES.labels(reason).observe(record.stages)
+        for number, copy in enumerate(record.copies, 1):
+            kind = "tail" if number == len(record.copies) else "live"
             metrics.STAGE_DURATION.labels(kind).observe(copy.end_s - copy.begin_s)
 
-    def downtime(self, request: Timeline, migration: Migration) -> None:
+    def downtime(self, request: Timeline, migration: ObservedMigration) -> None:
         assert migration.downtime_s is not None
-        metrics.DOWNTIME.labels(migration.reason).observe(migration.downtime_s)
+        metrics.DOWNTIME.labels(migration.record.reason).observe(migration.downtime_s)
 
     def lost(self, request: Timeline, instance: str) -> None:
         metrics.RECOMPUTED.inc()

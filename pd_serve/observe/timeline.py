@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from migration.messages import CopyStage
+import msgspec
+
+from migration.record import MigrationRecord
 
 #: Of each kind of entry one request keeps the latest so many: it may move as often as it likes.
 MAX_ENTRIES = 100
@@ -56,33 +58,27 @@ class Stay:
     gap_s: float | None = None
 
 
-@dataclass(slots=True)
-class Migration:
-    """One attempt to move a request.
+class ObservedMigration(msgspec.Struct):
+    """One attempt to move a request: its record, and what the API server adds.
 
     Attributes:
-        why: Why it did not happen; empty if committed.
-        copies: Its stages; the last one of a committed migration is the tail.
-        downtime_s: Between the last token from the source and the first from the destination.
+        end: When its record came.
+        downtime_s: Between the last token from the source and the first from the destination; None until
+            both are known.
     """
 
-    reason: str
-    source: str
-    destination: str
-    committed: bool
-    why: str
-    begin: float
+    record: MigrationRecord
     end: float
-    copies: tuple[CopyStage, ...]
-    stages: int
-    blocks: int
-    tokens: int
-    bytes_copied: int
     downtime_s: float | None = None
 
     @property
-    def outcome(self) -> str:
-        return "committed" if self.committed else "aborted"
+    def begin(self) -> float:
+        return self.end - self.record.duration_s
+
+    @property
+    def downtime_ms(self) -> float:
+        """0 if unknown: the request ended before its first token from the destination."""
+        return (self.downtime_s or 0.0) * 1e3
 
 
 @dataclass(slots=True)
@@ -114,7 +110,7 @@ class Timeline:
     trace: Any = None
     stages: deque[Stage] = field(default_factory=lambda: deque(maxlen=MAX_ENTRIES))
     stays: deque[Stay] = field(default_factory=lambda: deque(maxlen=MAX_ENTRIES))
-    migrations: deque[Migration] = field(default_factory=lambda: deque(maxlen=MAX_ENTRIES))
+    migrations: deque[ObservedMigration] = field(default_factory=lambda: deque(maxlen=MAX_ENTRIES))
 
     @property
     def state(self) -> str:
@@ -164,11 +160,11 @@ class Timeline:
             ],
             "migrations": [
                 {
-                    "reason": m.reason,
-                    "source": m.source,
-                    "destination": m.destination,
-                    "outcome": m.outcome,
-                    "why": m.why,
+                    "reason": m.record.reason,
+                    "source": m.record.source,
+                    "destination": m.record.destination,
+                    "outcome": m.record.outcome,
+                    "why": m.record.why,
                     "begin_s": since(m.begin),
                     "end_s": since(m.end),
                     "stages": [
@@ -177,11 +173,11 @@ class Timeline:
                             "end_s": since(m.begin + copy.end_s),
                             "blocks": copy.blocks,
                         }
-                        for copy in m.copies
+                        for copy in m.record.copies
                     ],
-                    "blocks": m.blocks,
-                    "tokens": m.tokens,
-                    "bytes": m.bytes_copied,
+                    "blocks": m.record.blocks,
+                    "tokens": m.record.tokens,
+                    "bytes": m.record.bytes_copied,
                     "downtime_s": None if m.downtime_s is None else round(m.downtime_s, 6),
                 }
                 for m in self.migrations

@@ -10,7 +10,7 @@ from opentelemetry.trace import SpanKind, StatusCode, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from pd_serve.observe.recorder import Observer
-from pd_serve.observe.timeline import Migration, Stage, Timeline
+from pd_serve.observe.timeline import ObservedMigration, Stage, Timeline
 
 
 def traces_endpoint(environment: Mapping[str, str]) -> str | None:
@@ -74,24 +74,25 @@ class RequestTracer(Observer):
             {"pd_serve.instance.instance_process": stage.instance},
         )
 
-    def migrated(self, request: Timeline, migration: Migration) -> None:
+    def migrated(self, request: Timeline, migration: ObservedMigration) -> None:
+        record = migration.record
         span = self._span(
             request.trace,
             "migration",
             migration.begin,
             migration.end,
             {
-                "pd_serve.migration.reason": migration.reason,
-                "pd_serve.migration.source": migration.source,
-                "pd_serve.migration.destination": migration.destination,
-                "pd_serve.migration.outcome": migration.outcome,
-                "pd_serve.migration.why": migration.why,
-                "pd_serve.migration.blocks": migration.blocks,
-                "pd_serve.migration.bytes": migration.bytes_copied,
+                "pd_serve.migration.reason": record.reason,
+                "pd_serve.migration.source": record.source,
+                "pd_serve.migration.destination": record.destination,
+                "pd_serve.migration.outcome": record.outcome,
+                "pd_serve.migration.why": record.why,
+                "pd_serve.migration.blocks": record.blocks,
+                "pd_serve.migration.bytes": record.bytes_copied,
             },
         )
-        for number, copy in enumerate(migration.copies, 1):
-            is_tail = migration.committed and number == len(migration.copies)
+        for number, copy in enumerate(record.copies, 1):
+            is_tail = record.committed and number == len(record.copies)
             self._span(
                 span,
                 "tail" if is_tail else "stage",

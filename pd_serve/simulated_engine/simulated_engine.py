@@ -24,6 +24,7 @@ from pd_serve.errors import (
     EngineDeadError,
     InvalidRequestError,
     MigrationError,
+    RefusalCode,
     SourceGoneError,
 )
 from pd_serve.simulated_engine.batcher import Batcher, Sequence, Step, held_blocks
@@ -183,7 +184,7 @@ class SimulatedEngine:
         def describe() -> RequestDescription:
             sequence = self._live.get(request_id)
             if sequence is None or sequence not in self.batcher.running:
-                raise SourceGoneError("the request is not running here")
+                raise SourceGoneError(RefusalCode.NOT_RUNNING, "the request is not running here")
             return RequestDescription(
                 request_id=request_id,
                 payload=sequence.payload,
@@ -212,7 +213,7 @@ class SimulatedEngine:
     async def resume(self, request_id: RequestId, epoch: int) -> None:
         def resume() -> None:
             if (waiter := self._waiters.pop(request_id, None)) is not None:
-                _settle(waiter.answer, SourceGoneError("the migration was given up"))
+                _settle(waiter.answer, SourceGoneError(RefusalCode.CANCELLED, "the migration was given up"))
             if (sequence := self._suspended.pop(request_id, None)) is not None:
                 self.batcher.running.append(sequence)
             if (sequence := self._live.get(request_id)) is not None:
@@ -236,14 +237,17 @@ class SimulatedEngine:
 
         def reserve() -> Reservation:
             if request.compatibility != {"block size": str(self.settings.block_tokens)}:
-                raise DestinationRefusedError(f"block size: {self.settings.block_tokens} here")
+                raise DestinationRefusedError(
+                    RefusalCode.INCOMPATIBLE, f"block size: {self.settings.block_tokens} here"
+                )
             if request.request_id in self._live or any(
                 s.request_id == request.request_id for s in self._arriving.values()
             ):
-                raise DestinationRefusedError("the request is here already")
+                raise DestinationRefusedError(RefusalCode.ALREADY_HERE, "the request is here already")
             held = len(self.batcher.running) + len(self._suspended) + len(self._arriving)
             if held >= self.settings.max_num_seqs:
-                raise DestinationRefusedError(f"all {held} slots of the batch are taken")
+                text = f"all {held} slots of the batch are taken"
+                raise DestinationRefusedError(RefusalCode.NO_BATCH_SLOT, text)
             shared: list[int] = []
             if self.settings.prefix_caching:
                 full = (arriving.num_tokens - 1) // self.settings.block_tokens
@@ -253,7 +257,7 @@ class SimulatedEngine:
             pool = self.batcher.pool
             missing = self.batcher.num_blocks(arriving.num_tokens) + SLACK_BLOCKS - len(shared)
             if missing > pool.num_free - pool.num_unused(shared):
-                raise DestinationRefusedError(f"no {missing} free KV blocks")
+                raise DestinationRefusedError(RefusalCode.NO_FREE_BLOCKS, f"no {missing} free KV blocks")
             pool.share(shared)
             arriving.blocks = shared + pool.allocate(missing)
             self._arriving[migration_id] = arriving
@@ -266,7 +270,7 @@ class SimulatedEngine:
             arriving = self._arriving_sequence(migration_id)
             missing = num_blocks - len(arriving.blocks)
             if missing > self.batcher.pool.num_free:
-                raise DestinationRefusedError(f"no {missing} more free KV blocks")
+                raise DestinationRefusedError(RefusalCode.NO_FREE_BLOCKS, f"no {missing} more free KV blocks")
             arriving.blocks += self.batcher.pool.allocate(max(0, missing))
             return list(arriving.blocks)
 
@@ -278,7 +282,7 @@ class SimulatedEngine:
             needed = self.batcher.num_blocks(sequence.prompt_tokens + len(state.output_token_ids))
             missing = needed - len(sequence.blocks)
             if missing > self.batcher.pool.num_free:
-                raise DestinationRefusedError(f"no {missing} more free KV blocks")
+                raise DestinationRefusedError(RefusalCode.NO_FREE_BLOCKS, f"no {missing} more free KV blocks")
             sequence.blocks += self.batcher.pool.allocate(max(0, missing))
             del self._arriving[migration_id]
             sequence.output = list(state.output_token_ids)
@@ -433,9 +437,9 @@ class SimulatedEngine:
     def _next_stage(self, request_id: str, waiter: _Waiter) -> BlockRun | FinalState | SourceGoneError | None:
         sequence, done = self._live.get(request_id), waiter.blocks_done
         if sequence is None:
-            return SourceGoneError("the request has finished")
+            return SourceGoneError(RefusalCode.FINISHED, "the request has finished")
         if sequence.preemptions != waiter.incarnation:
-            return SourceGoneError("the request was preempted")
+            return SourceGoneError(RefusalCode.PREEMPTED, "the request was preempted")
         if request_id not in self._suspended:
             num_blocks = self.batcher.num_blocks(sequence.computed)
             if not (sequence.is_decoding and (waiter.suspend or num_blocks - done <= TAIL_BLOCKS)):
@@ -458,7 +462,8 @@ class SimulatedEngine:
 
     def _arriving_sequence(self, migration_id: str) -> Sequence:
         if migration_id not in self._arriving:
-            raise DestinationRefusedError("nothing is reserved for this migration")
+            text = "nothing is reserved for this migration"
+            raise DestinationRefusedError(RefusalCode.UNKNOWN_MIGRATION, text)
         return self._arriving[migration_id]
 
     def _end(self, sequence: Sequence) -> None:

@@ -8,7 +8,15 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreReques
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.metrics.stats import SchedulerStats
 
-from pd_serve.errors import EngineDeadError, InvalidRequestError, MigrationRefusedError, UnknownTargetError
+from pd_serve.errors import (
+    EngineDeadError,
+    InvalidRequestError,
+    MigrationRefusedError,
+    RefusalCode,
+    UnknownTargetError,
+)
+from pd_serve.observe.timeline import ObservedMigration
+from tests.unit.pd_serve.made_migrations import migrated
 
 
 class ScriptedCore(EngineCoreClient):
@@ -108,15 +116,16 @@ class ScriptedCluster:
             raise EngineDeadError("owner is not there")
         return [{"id": "cmpl-mine-0", "name": "mine", "state": "decode"}] if name == "mine" else []
 
-    async def migrate(self, request_id: str, destination: str) -> SimpleNamespace:
+    async def migrate(self, request_id: str, destination: str) -> ObservedMigration:
         if destination == "p0":
-            raise MigrationRefusedError("p0 has 3 free blocks and the request needs 9")
+            text = "p0 has 3 free blocks and the request needs 9"
+            raise MigrationRefusedError(text, RefusalCode.NO_FREE_BLOCKS)
         if destination != "d0":
             raise UnknownTargetError(f"no instance {destination}")
         if request_id.startswith("gone"):
             raise UnknownTargetError(f"no running request {request_id}")
         self.moved.append((request_id, destination))
-        return SimpleNamespace(downtime_ms=8.5, stages=2, blocks=4, tokens=120)
+        return ObservedMigration(migrated(stages=2, blocks=4, tokens=120), 0.0, downtime_s=0.0085)
 
     async def drain(self, instance_id: str, *, draining: bool = True, stop: bool = False) -> None:
         if instance_id == "p0":

@@ -367,6 +367,7 @@ class TestClusterRoutes:
         assert error_of(await migrate(service, "x", "d7"))["code"] == 404
         refused = error_of(await migrate(service, "x", "p0"))
         assert (refused["code"], refused["message"]) == (409, "p0 has 3 free blocks and the request needs 9")
+        assert refused["reason"] == "no_free_blocks"
 
     @pytest.mark.parametrize(
         "content", ["{", "[]", '{"request_id": "x"}', '{"request_id": 3, "destination": 4}', b"\x80"]

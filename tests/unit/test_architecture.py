@@ -39,8 +39,9 @@ FLOORS_INSIDE = {
         ("router.scheduler", "router.waiting_line"),
     ),
     "migration": (
-        ("migration.errors", "migration.bounds", "migration.messages", "migration.tasks", "migration.pacing"),
-        ("migration.state_machine", "migration.engine_interface", "migration.transport"),
+        ("migration.errors", "migration.bounds", "migration.tasks", "migration.pacing"),
+        ("migration.messages",),
+        ("migration.record", "migration.state_machine", "migration.engine_interface", "migration.transport"),
         ("migration.source_table", "migration.destination_table"),
         ("migration.outgoing", "migration.incoming"),
         ("migration.coordinator", "migration.vllm_engine"),

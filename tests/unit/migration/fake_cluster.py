@@ -15,7 +15,7 @@ from migration.coordinator import MigrationCoordinator
 from migration.destination_table import DestinationState
 from migration.engine_interface import EngineEvents
 from migration.messages import AnyMigrationMessage, InstanceId, MigrationMessage, RequestId
-from migration.outgoing import MigrationOutcome
+from migration.record import MigrationRecord
 from migration.source_table import SourceState
 from migration.tasks import BackgroundTasks
 from migration.transport.local import LocalFabric
@@ -120,7 +120,7 @@ class Node:
     name: InstanceId
     engine: FakeEngine
     coordinator: MigrationCoordinator
-    outcomes: list[MigrationOutcome] = field(default_factory=list)
+    outcomes: list[MigrationRecord] = field(default_factory=list)
     forwards: dict[str, str] = field(default_factory=dict)  # to pass aborts on
     failures: list[BaseException] = field(default_factory=list)
     alive: bool = True
@@ -185,7 +185,7 @@ class Cluster:
             transport,
             lambda peer, message: self.network.send(name, peer, message),  # type: ignore[arg-type]
             bounds=bounds,
-            on_outcome=lambda outcome: self._report(node, outcome),
+            on_ended=lambda outcome: self._report(node, outcome),
             on_failure=lambda error: node.failures.append(error),
         )
         node = Node(name, engine, coordinator)
@@ -211,7 +211,7 @@ class Cluster:
         while len(self.routes[request_id].ledger.token_ids) < number:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
-    async def migrate(self, source: str, destination: str, request_id: str = "r") -> MigrationOutcome | str:
+    async def migrate(self, source: str, destination: str, request_id: str = "r") -> MigrationRecord | str:
         """Its outcome, or why it did not even begin."""
         try:
             return await self[source].coordinator.migrate(
@@ -222,7 +222,7 @@ class Cluster:
 
     def start_migration(
         self, source: str, destination: str, request_id: str = "r"
-    ) -> "asyncio.Task[MigrationOutcome | str]":
+    ) -> "asyncio.Task[MigrationRecord | str]":
         return self._tasks.start(self.migrate(source, destination, request_id))
 
     def abort(self, request_id: str = "r") -> None:
@@ -271,7 +271,7 @@ class Cluster:
         if route.ledger.finished:
             route.ended.set()
 
-    def _report(self, node: Node, outcome: MigrationOutcome) -> None:
+    def _report(self, node: Node, outcome: MigrationRecord) -> None:
         node.outcomes.append(outcome)
         if outcome.committed:
             node.forwards[outcome.request_id] = outcome.destination

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from migration.engine_interface import EngineEvents, HeldBlocks, Reservation
+from migration.errors import RefusalCode
 from migration.messages import BlockRun, FinalState, MigrationId, RequestDescription, RequestId
 from migration.transport.kv_transport import KvRegion
 from pd_serve.errors import DestinationRefusedError, EngineDeadError, SourceGoneError
@@ -214,7 +215,7 @@ class FakeEngine:
         def describe() -> RequestDescription:
             request = self._find(request_id)
             if request not in self.running:
-                raise SourceGoneError("not running here")
+                raise SourceGoneError(RefusalCode.NOT_RUNNING, "not running here")
             return RequestDescription(
                 request_id=request_id,
                 payload=request.payload,
@@ -244,7 +245,7 @@ class FakeEngine:
     async def resume(self, request_id: RequestId, epoch: int) -> None:
         def resume() -> None:
             if (waiter := self.waiters.pop(request_id, None)) is not None:
-                _settle(waiter.answer, SourceGoneError("given up"))
+                _settle(waiter.answer, SourceGoneError(RefusalCode.CANCELLED, "given up"))
             if (request := self.suspended.pop(request_id, None)) is not None:
                 self.running.append(request)
             if (request := self._find(request_id)) is not None:
@@ -265,13 +266,13 @@ class FakeEngine:
     async def reserve(self, migration_id: MigrationId, request: RequestDescription) -> Reservation:
         def reserve() -> Reservation:
             if self.refusal is not None:
-                raise DestinationRefusedError(self.refusal)
+                raise DestinationRefusedError(RefusalCode.INCOMPATIBLE, self.refusal)
             arriving = self._decode(request.payload, request.client)
             same_id = [r for r in self.arriving.values() if r.request_id == request.request_id]
             if self._find(request.request_id) or same_id:
-                raise DestinationRefusedError("the request is here already")
+                raise DestinationRefusedError(RefusalCode.ALREADY_HERE, "the request is here already")
             if len(self.running) + len(self.suspended) + len(self.arriving) >= self._max_running:
-                raise DestinationRefusedError("all slots are taken")
+                raise DestinationRefusedError(RefusalCode.NO_BATCH_SLOT, "all slots are taken")
             arriving.output = list(request.output_token_ids)
             self._allocate(arriving, blocks_for(request.num_tokens) + SLACK_BLOCKS)
             self.arriving[migration_id] = arriving
@@ -295,7 +296,7 @@ class FakeEngine:
             request = self._arriving(migration_id)
             if self.fail_commits:
                 self.fail_commits -= 1
-                raise DestinationRefusedError("the commit was told to fail")
+                raise DestinationRefusedError(RefusalCode.NO_FREE_BLOCKS, "the commit was told to fail")
             self._allocate(request, blocks_for(len(request.prompt) + len(state.output_token_ids)))
             del self.arriving[migration_id]
             request.output = list(state.output_token_ids)
@@ -475,7 +476,7 @@ class FakeEngine:
     ) -> BlockRun | FinalState | SourceGoneError | None:
         request, done = self._find(request_id), waiter.blocks_done
         if request is None or request.preemptions != waiter.incarnation:
-            return SourceGoneError("finished, aborted or preempted")
+            return SourceGoneError(RefusalCode.FINISHED, "finished, aborted or preempted")
         if request_id not in self.suspended:
             decoding = request.output and request.scheduled >= len(request.tokens) - 1
             left = blocks_for(request.computed) - done
@@ -503,7 +504,9 @@ class FakeEngine:
 
     def _arriving(self, migration_id: MigrationId) -> Request:
         if migration_id not in self.arriving:
-            raise DestinationRefusedError("nothing is reserved for this migration")
+            raise DestinationRefusedError(
+                RefusalCode.UNKNOWN_MIGRATION, "nothing is reserved for this migration"
+            )
         return self.arriving[migration_id]
 
     def _decode(self, payload: list[bytes], client: str) -> Request:
@@ -513,7 +516,7 @@ class FakeEngine:
     def _allocate(self, request: Request, num_blocks: int) -> None:
         missing = num_blocks - len(request.blocks)
         if missing > len(self.free):
-            raise DestinationRefusedError(f"no {missing} free blocks")
+            raise DestinationRefusedError(RefusalCode.NO_FREE_BLOCKS, f"no {missing} free blocks")
         for _ in range(missing):
             request.blocks.append(self.free.pop(0))
 

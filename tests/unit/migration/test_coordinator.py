@@ -27,7 +27,7 @@ from migration.messages import (
     Stage,
     Withdraw,
 )
-from migration.outgoing import MigrationOutcome
+from migration.record import MigrationRecord
 from migration.source_table import SourceState as SS
 from tests.unit.migration.fake_cluster import BOUNDS, Cluster
 from tests.unit.migration.fake_engine import BLOCK_TOKENS, blocks_for
@@ -37,9 +37,9 @@ PROMPT = [7, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9]
 A, B = InstanceId("a"), InstanceId("b")
 
 
-async def moved(cluster: Cluster, source: str = "a", destination: str = "b") -> MigrationOutcome:
+async def moved(cluster: Cluster, source: str = "a", destination: str = "b") -> MigrationRecord:
     outcome = await cluster.migrate(source, destination)
-    assert isinstance(outcome, MigrationOutcome)
+    assert isinstance(outcome, MigrationRecord)
     assert outcome.committed, outcome.why
     return outcome
 
@@ -109,7 +109,7 @@ class TestUndisturbed:
                 await cluster.add("a", [number, *PROMPT], 30 + number, request_id=f"r{number}")
             await cluster.tokens(3, "r7")
             outcomes = await asyncio.gather(*(cluster.migrate("a", "b", f"r{i}") for i in range(8)))
-            assert all(isinstance(o, MigrationOutcome) and o.committed for o in outcomes)
+            assert all(isinstance(o, MigrationRecord) and o.committed for o in outcomes)
             assert cluster["a"].coordinator.num_outgoing == cluster["b"].coordinator.num_incoming == 0
             await cluster.check()
 
@@ -123,7 +123,7 @@ class TestUndisturbed:
             outcomes = await asyncio.gather(
                 cluster.migrate("a", "b", "there"), cluster.migrate("b", "a", "back")
             )
-            assert all(isinstance(o, MigrationOutcome) and o.committed for o in outcomes)
+            assert all(isinstance(o, MigrationRecord) and o.committed for o in outcomes)
             await cluster.check()
 
     @pytest.mark.parametrize("steps_in_flight", [0, 1])
@@ -195,7 +195,7 @@ class TestRefused:
                 await cluster.add("a", [number, *PROMPT], 40, request_id=f"r{number}")
             await cluster.tokens(2, "r3")
             outcomes = await asyncio.gather(*(cluster.migrate("a", "b", f"r{i}") for i in range(4)))
-            why = sorted(o.why for o in outcomes if isinstance(o, MigrationOutcome))
+            why = sorted(o.why for o in outcomes if isinstance(o, MigrationRecord))
             assert why == ["", "", *["refused: 2 migrations are arriving already"] * 2]
             await cluster.check()
 
@@ -220,7 +220,7 @@ class TestRefused:
             under_way = cluster.start_migration("a", "b")
             await cluster.until(SS.STAGING, DS.COPYING)
             assert await not_moved(cluster, "a", "c") == "the request is being migrated already"
-            assert isinstance(outcome := await under_way, MigrationOutcome)
+            assert isinstance(outcome := await under_way, MigrationRecord)
             assert outcome.committed
             await cluster.check()
 
@@ -495,7 +495,7 @@ async def test_all_messages_of_a_kind_are_lost(kind: type[MigrationMessage]) -> 
         await cluster.tokens(3)
         cluster.network.lose(kind)
         outcome = await cluster.migrate("a", "b")
-        assert isinstance(outcome, MigrationOutcome)
+        assert isinstance(outcome, MigrationRecord)
         assert outcome.committed == (kind not in (Offer, Pull, Stage, Final, Committed))
         await cluster.check()
 
@@ -545,7 +545,7 @@ async def test_gives_up_after_so_many_questions() -> None:
         await cluster.tokens(3)
         cluster.network.lose(Committed)
         outcome = await cluster.migrate("a", "b")
-        assert isinstance(outcome, MigrationOutcome)
+        assert isinstance(outcome, MigrationRecord)
         assert outcome.why == f"no commit after {BOUNDS.questions} questions about it"
         assert sum(isinstance(message, Query) for message in cluster.network.sent) == BOUNDS.questions
         await cluster.check()

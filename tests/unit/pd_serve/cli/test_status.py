@@ -5,12 +5,12 @@ from typing import Any
 import httpx
 import pytest
 
-from migration.messages import RequestId
+from migration.errors import Refusal, RefusalCode
 from pd_serve.cli.status import show, show_request
-from pd_serve.comm.messages import MigrationEnded
 from pd_serve.errors import PdServeError
 from pd_serve.observe.recorder import RequestRecorder
 from router.request import NewRequest
+from tests.unit.pd_serve.made_migrations import migrated
 
 INSTANCE = {
     "id": "neutral-0",
@@ -71,7 +71,7 @@ def test_a_request_s_way(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     recorder.issued("cmpl-x-0-1", 10.0, NewRequest(7), name="cmpl-x-0")
     recorder.dispatched("cmpl-x-0-1", "p0", "prefill", 10.0)
     recorder.spoke("cmpl-x-0-1", "p0", "prefill", 10.5)
-    refused = MigrationEnded("", RequestId("cmpl-x-0-1"), "p0", "d0", "handoff", False, "refused: it is full")
+    refused = migrated("cmpl-x-0-1", refusal=Refusal(RefusalCode.NO_FREE_BLOCKS, "refused: it is full"))
     recorder.migrated(refused, 11.0)
     answer(monkeypatch, 200, {"id": "x", "requests": recorder.find("x")})
 

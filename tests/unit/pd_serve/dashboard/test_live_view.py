@@ -9,12 +9,14 @@ import msgspec
 import pytest
 
 from migration.engine_interface import HeldBlocks
+from migration.errors import Refusal, RefusalCode
 from migration.messages import InstanceId, RequestId
-from pd_serve.comm.messages import Holdings, InstanceInfo, MigrationEnded
+from pd_serve.comm.messages import Holdings, InstanceInfo
 from pd_serve.dashboard import live_view
 from pd_serve.dashboard.live_view import MAX_MOVES, MAX_WATCHERS, LiveView
 from pd_serve.dashboard.recent import RecentEvents
 from pd_serve.errors import EngineDeadError
+from tests.unit.pd_serve.made_migrations import migrated
 
 
 class FakeInstances:
@@ -78,11 +80,9 @@ async def following(events: AsyncIterator[bytes]) -> dict[str, Any]:
 
 
 def moved(recent: RecentEvents, request: str, *, committed: bool = True) -> None:
-    why = "" if committed else "no 3 free KV blocks"
-    message = MigrationEnded(
-        "", RequestId(request), "decode-0", "decode-1", "balance", committed, why, blocks=3, duration_s=0.25
-    )
-    recent.migration_ended(message)
+    refusal = None if committed else Refusal(RefusalCode.NO_FREE_BLOCKS, "no 3 free KV blocks")
+    record = migrated(request, "decode-0", "decode-1", "balance", refusal, blocks=3, duration_s=0.25)
+    recent.migration_ended(record)
 
 
 async def test_an_event_tells_who_holds_what(view: LiveView, instances: FakeInstances) -> None:

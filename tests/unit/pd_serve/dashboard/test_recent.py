@@ -4,10 +4,10 @@ import random
 
 import pytest
 
-from migration.messages import RequestId
-from pd_serve.comm.messages import MigrationEnded
+from migration.record import MigrationRecord
 from pd_serve.dashboard.recent import GROWTH, NUM_MOVES, NUM_SLOTS, SLOT_S, RecentEvents, bucket_of, quantile
 from pd_serve.observe.timeline import Timeline
+from tests.unit.pd_serve.made_migrations import FULL, migrated
 
 
 class Clock:
@@ -27,10 +27,9 @@ def recent(clock: Clock) -> RecentEvents:
     return RecentEvents(clock)
 
 
-def ended(number: int, *, committed: bool = True) -> MigrationEnded:
-    return MigrationEnded(
-        "", RequestId(f"r{number}"), "decode-0", "decode-1", "balance", committed, "", blocks=number
-    )
+def ended(number: int, *, committed: bool = True) -> MigrationRecord:
+    refusal = None if committed else FULL
+    return migrated(f"r{number}", "decode-0", "decode-1", "balance", refusal, blocks=number)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.9, 0.99, 1.0])
@@ -89,6 +88,6 @@ def test_what_is_long_ago_is_forgotten(recent: RecentEvents, clock: Clock) -> No
         recent.migration_ended(ended(number))
 
     assert len(recent.slots()) == NUM_SLOTS
-    assert [move.blocks for move in recent.moves] == list(range(2 * NUM_MOVES, 3 * NUM_MOVES))
+    assert [move.record.blocks for move in recent.moves] == list(range(2 * NUM_MOVES, 3 * NUM_MOVES))
     clock.now += NUM_SLOTS * SLOT_S
     assert recent.slots() == []

@@ -18,6 +18,7 @@ from vllm.v1.engine import (
 )
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
+from migration.errors import Refusal, RefusalCode
 from migration.messages import RequestId
 from pd_serve.api.codec import VllmCodec
 from pd_serve.comm.messages import (
@@ -36,9 +37,10 @@ from pd_serve.comm.wire import Wire
 from pd_serve.errors import EngineDeadError, MigrationRefusedError, UnknownTargetError
 from pd_serve.frontend import request_tracker as request_router
 from pd_serve.frontend.request_tracker import MAX_RECOMPUTES, RequestTracker
-from pd_serve.frontend.tracked_request import Migrated
+from pd_serve.observe.timeline import ObservedMigration
 from router.load import InstanceLoad
 from router.request import Demand, NewRequest
+from tests.unit.pd_serve.made_migrations import FULL, migrated
 
 M = TypeVar("M")
 R = RequestId("r")
@@ -148,7 +150,7 @@ class World:
     def delivered_tokens(self) -> list[int]:
         return [token for output in self.delivered() for token in output.new_token_ids]
 
-    async def migrate(self, destination: str) -> tuple[asyncio.Task[Migrated], str]:
+    async def migrate(self, destination: str) -> tuple[asyncio.Task[ObservedMigration], str]:
         """Asks for a migration of `r`. Returns its task and, once it is sent, the id of the call."""
         task = asyncio.create_task(self.router.migrate("r", destination))
         await turns()
@@ -175,8 +177,10 @@ def request(request_id: str, prompt_tokens: int) -> EngineCoreRequest:
     )
 
 
-def ended(call_id: str, source: str, destination: str, committed: bool, why: str = "", **more: Any) -> object:
-    return MigrationEnded(call_id, R, source, destination, "manual", committed, why, **more)
+def ended(
+    call_id: str, source: str, destination: str, refusal: Refusal | None = None, **more: Any
+) -> MigrationEnded:
+    return MigrationEnded(call_id, migrated(R, source, destination, "manual", refusal, **more))
 
 
 @pytest.fixture
@@ -451,7 +455,7 @@ async def test_a_request_dies_with_the_instance_it_has_been_committed_to(world: 
     """The source said that it has left; the destination dies before its first token."""
     world.submit()
     world.tokens("p0", 0, 0, 10)
-    world.hear("p0", ended("", "p0", "d0", committed=True))
+    world.hear("p0", ended("", "p0", "d0"))
 
     world.router.leave("d0")
 
@@ -464,7 +468,7 @@ async def test_a_commit_to_an_instance_that_is_lost_already_is_a_loss(world: Wor
     world.router.leave("d0")
     assert len(world.sent(AddRequest)) == 1
 
-    world.hear("p0", ended("", "p0", "d0", committed=True))
+    world.hear("p0", ended("", "p0", "d0"))
 
     assert world.sent(AddRequest)[-1][1].output_token_ids == [10]
     assert len(world.sent(AddRequest)) == 2
@@ -477,7 +481,7 @@ async def test_late_tokens_do_not_make_a_lost_instance_the_owner(world: World) -
     world.router.leave("d0")
     world.tokens("d0", 1, 1, 11)
 
-    world.hear("p0", ended("", "p0", "d0", committed=True))
+    world.hear("p0", ended("", "p0", "d0"))
 
     assert world.sent(AddRequest)[-1][1].output_token_ids == [10]
     assert len(world.sent(AddRequest)) == 2
@@ -541,7 +545,7 @@ async def test_a_stranded_request_is_placed_when_a_decode_instance_has_room(
     empty.join("p0", "d0")
     empty.submit(prompt_tokens=20)
     empty.router._routes[R].placed_at = -1e9  # the loop's clock may have just begun
-    empty.hear("p0", ended("", "p0", "d0", committed=False, why="full"))
+    empty.hear("p0", ended("", "p0", "d0", FULL))
     for free in (0, 2):
         empty.report("d0", free=free)
         empty.report("p0", stranded=["r"])
@@ -559,7 +563,7 @@ async def test_two_stranded_requests_do_not_share_one_room(empty: World) -> None
     empty.join("p0", "d0")
     for name in ("r", "s"):
         empty.submit(name, prompt_tokens=20)
-        empty.hear("p0", MigrationEnded("", RequestId(name), "p0", "d0", "handoff", False, "full"))
+        empty.hear("p0", MigrationEnded("", migrated(name, refusal=FULL)))
     empty.report("d0", free=4)
 
     empty.report("p0", stranded=["r", "s"])
@@ -586,13 +590,15 @@ async def test_migrate_returns_what_it_cost(world: World) -> None:
     task, call_id = await world.migrate("d1")
     assert world.sent(MigrateRequest) == [("p0", MigrateRequest(call_id, R, "d1", "manual"))]
 
-    world.hear("p0", ended(call_id, "p0", "d1", True, stages=2, blocks=3, tokens=21))
+    world.hear("p0", ended(call_id, "p0", "d1", stages=2, blocks=3, tokens=21))
     await turns()
     assert not task.done()
     world.clock.now += 0.25
     world.tokens("d1", 1, 1, 11)
 
-    assert await task == Migrated(downtime_ms=250.0, stages=2, blocks=3, tokens=21)
+    moved = await task
+    assert moved.downtime_ms == 250.0
+    assert (moved.record.stages, moved.record.blocks, moved.record.tokens) == (2, 3, 21)
 
 
 async def test_migrate_of_an_unknown_request_or_to_an_unknown_instance(world: World) -> None:
@@ -607,10 +613,11 @@ async def test_a_refused_migration_says_why(world: World) -> None:
     world.submit()
     task, call_id = await world.migrate("d0")
 
-    world.hear("p0", ended(call_id, "p0", "d0", False, "no free blocks"))
+    world.hear("p0", ended(call_id, "p0", "d0", Refusal(RefusalCode.NO_FREE_BLOCKS, "no free blocks")))
 
-    with pytest.raises(MigrationRefusedError, match="no free blocks"):
+    with pytest.raises(MigrationRefusedError, match="no free blocks") as refused:
         await task
+    assert refused.value.code is RefusalCode.NO_FREE_BLOCKS
 
 
 async def test_migrate_follows_a_request_that_has_just_moved_on(world: World) -> None:
@@ -620,14 +627,14 @@ async def test_migrate_follows_a_request_that_has_just_moved_on(world: World) ->
     task, call_id = await world.migrate("d1")
 
     world.tokens("d0", 1, 1, 11)
-    world.hear("p0", ended(call_id, "p0", "d1", False, "not here", not_here=True))
+    world.hear("p0", ended(call_id, "p0", "d1", Refusal(RefusalCode.NOT_RUNNING, "not here")))
     await turns()
     peer, message = world.sent(MigrateRequest)[-1]
     assert (peer, message.destination) == ("d0", "d1")
-    world.hear("d0", ended(message.call_id, "d0", "d1", True, stages=1))
+    world.hear("d0", ended(message.call_id, "d0", "d1", stages=1))
     world.tokens("d1", 2, 2, 12)
 
-    assert (await task).stages == 1
+    assert (await task).record.stages == 1
 
 
 async def test_a_migration_whose_source_dies_is_refused_and_the_request_goes_on(world: World) -> None:
@@ -647,20 +654,20 @@ async def test_a_request_that_ends_right_after_the_commit_ends_the_wait(world: W
     world.submit()
     world.tokens("p0", 0, 0, 10)
     task, call_id = await world.migrate("d0")
-    world.hear("p0", ended(call_id, "p0", "d0", True, stages=1))
+    world.hear("p0", ended(call_id, "p0", "d0", stages=1))
     await turns()
 
     world.router.abort(["r"])
 
-    assert (await task).stages == 1
+    assert (await task).record.stages == 1
 
 
 async def test_migrations_are_counted_by_reason_and_outcome(world: World) -> None:
     """What all API servers are told; the answer to a call is not counted again."""
     world.submit()
-    world.hear("p0", ended("", "p0", "d0", True))
-    world.hear("p0", ended("", "p0", "d0", False, "full"))
-    world.hear("p0", ended("api.0", "p0", "d0", True))
+    world.hear("p0", ended("", "p0", "d0"))
+    world.hear("p0", ended("", "p0", "d0", FULL))
+    world.hear("p0", ended("api.0", "p0", "d0"))
 
     assert world.router.snapshot()["migrations"] == {
         "handoff": {"committed": 0, "aborted": 0},
@@ -679,7 +686,7 @@ async def test_a_request_s_timeline_is_kept(world: World) -> None:
     world.tokens("p0", 0, 0, 10)
     world.clock.now = 102.0
     world.tokens("d0", 1, 1, 11)
-    world.hear("p0", ended("", "p0", "d0", True, duration_s=0.5, blocks=2))
+    world.hear("p0", ended("", "p0", "d0", duration_s=0.5, blocks=2))
     world.clock.now = 105.0
     world.tokens("d0", 1, 2, 12)
 

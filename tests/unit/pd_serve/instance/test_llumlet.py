@@ -10,6 +10,7 @@ import pytest
 
 from migration.bounds import MigrationBounds
 from migration.engine_interface import Reservation, RunningRequest
+from migration.errors import Refusal, RefusalCode
 from migration.messages import (
     BlockRun,
     Committed,
@@ -46,6 +47,7 @@ from pd_serve.errors import DestinationRefusedError, EngineDeadError, SourceGone
 from pd_serve.instance.llumlet import HEARTBEAT_S, REPORT_INTERVAL_S, Llumlet
 from pd_serve.instance.peers import LEASE_S
 from router.load import EngineLoad, InstanceLoad
+from tests.unit.pd_serve.made_migrations import FULL
 from tests.virtual_time import in_virtual_time
 
 M = TypeVar("M")
@@ -126,7 +128,7 @@ class FakeEngine:
     async def describe(self, request_id: RequestId) -> RequestDescription:
         await self._visit("describe", request_id)
         if request_id not in self.running:
-            raise SourceGoneError("not running here")
+            raise SourceGoneError(RefusalCode.NOT_RUNNING, "not running here")
         return RequestDescription(request_id, [b"payload"], "client", 0, 0, [1], 10, 100, {})
 
     async def next_stage(self, request_id: RequestId, *arguments: Any, suspend: bool) -> FinalState:
@@ -357,7 +359,7 @@ class TestHandOff:
             await world.move("d1")
             assert world.engine.called("release") == [[R]]
             (ended,) = world.sent(MigrationEnded, "api")
-            assert (ended.committed, ended.destination, ended.call_id) == (True, "d1", "")
+            assert (ended.record.committed, ended.record.destination, ended.call_id) == (True, "d1", "")
             assert not world.sent(Offer, "d0")
             assert await world.llumlet.check_integrity() == []
 
@@ -367,17 +369,17 @@ class TestHandOff:
         async with World() as world:
             world.add(handoff=["d1", "d0"])
             await world.start_prefill()
-            await world.answer("d1", lambda migration_id: Refused(migration_id, "full"))
+            await world.answer("d1", lambda migration_id: Refused(migration_id, FULL))
             assert not world.reports()[-1].stranded
-            await world.answer("d0", lambda migration_id: Refused(migration_id, "full"))
+            await world.answer("d0", lambda migration_id: Refused(migration_id, FULL))
             assert world.reports()[-1].stranded == ["r"]
-            assert [ended.why for ended in world.sent(MigrationEnded)] == ["refused: full"] * 2
+            assert [ended.record.why for ended in world.sent(MigrationEnded)] == ["refused: full"] * 2
             world.hear("api", MigrateRequest("", R, "d0", "handoff"))
             await world.settle()
             await world.move("d0")
             assert world.reports()[-1].stranded == []
             # One word for each migration, though the last one was asked for.
-            assert [ended.committed for ended in world.sent(MigrationEnded)] == [False, False, True]
+            assert [ended.record.committed for ended in world.sent(MigrationEnded)] == [False, False, True]
 
     @in_virtual_time
     async def test_with_nobody_to_go_to_it_waits_for_one(self) -> None:
@@ -406,7 +408,7 @@ class TestHandOff:
         async with World() as world:
             world.add(handoff=["d1"])
             await world.start_prefill()
-            await world.answer("d1", lambda migration_id: Refused(migration_id, "full"))
+            await world.answer("d1", lambda migration_id: Refused(migration_id, FULL))
             assert await world.llumlet.check_integrity() == ["p0: requests wait for a hand-off: ['r']"]
             world.engine.end("r")
             await world.settle()
@@ -421,7 +423,7 @@ class TestHandOff:
             world.add(handoff=["d1"])
             await world.start_prefill()
             world.engine.held["describe"] = asyncio.Event()
-            await world.answer("d1", lambda migration_id: Refused(migration_id, "full"))
+            await world.answer("d1", lambda migration_id: Refused(migration_id, FULL))
             world.llumlet.events.on_requests_ended([R])  # still described as running
             world.engine.held["describe"].set()
             await world.settle()
@@ -439,7 +441,10 @@ class TestHandOff:
 
     @pytest.mark.parametrize(
         "error",
-        [SourceGoneError("preempted"), DestinationRefusedError("a request with an image cannot move")],
+        [
+            SourceGoneError(RefusalCode.PREEMPTED, "preempted"),
+            DestinationRefusedError(RefusalCode.UNSUPPORTED_REQUEST, "a request with an image cannot move"),
+        ],
     )
     @in_virtual_time
     async def test_what_cannot_move_stays_without_a_word(self, error: Exception) -> None:
@@ -472,7 +477,7 @@ class TestMigrateRequest:
             await world.move("d0")
             ended = world.sent(MigrationEnded, "api")
             assert sorted(message.call_id for message in ended) == ["", "call"]
-            assert all(message.committed and message.tokens == 12 for message in ended)
+            assert all(message.record.committed and message.record.tokens == 12 for message in ended)
 
     @in_virtual_time
     async def test_of_a_request_that_is_not_here(self) -> None:
@@ -480,8 +485,8 @@ class TestMigrateRequest:
             world.hear("api", MigrateRequest("call", R, "d0", "manual"))
             await world.settle()
             (ended,) = world.sent(MigrationEnded, "api")
-            assert (ended.call_id, ended.committed, ended.not_here) == ("call", False, True)
-            assert ended.why == "not running here"
+            assert ended.call_id == "call"
+            assert ended.record.refusal == Refusal(RefusalCode.NOT_RUNNING, "not running here")
 
     @in_virtual_time
     async def test_to_itself_is_refused(self) -> None:
@@ -490,8 +495,7 @@ class TestMigrateRequest:
             world.hear("api", MigrateRequest("call", R, "p0", "manual"))
             await world.settle()
             (ended,) = world.sent(MigrationEnded, "api")
-            assert (ended.committed, ended.not_here) == (False, False)
-            assert ended.why == "the request is on p0 already"
+            assert ended.record.refusal == Refusal(RefusalCode.ALREADY_HERE, "the request is on p0 already")
 
 
 class TestMembers:
@@ -513,7 +517,7 @@ class TestMembers:
                 world.hear("api", PeerLost("d1"))
             await world.settle()
             assert "d1" not in world.wire.peers
-            assert [ended.why for ended in world.sent(MigrationEnded)] == ["d1 died"]
+            assert [ended.record.why for ended in world.sent(MigrationEnded)] == ["d1 died"]
             assert len(world.sent(Offer, "d0")) == 1  # the next candidate
 
     @in_virtual_time
@@ -599,7 +603,7 @@ class TestReports:
             world.hear("d0", Offer(MigrationId("m"), "test", description, b""))
             await world.settle()
             assert world.llumlet.load().migrating_in == 1
-            world.hear("d0", Withdraw(MigrationId("m"), "enough"))
+            world.hear("d0", Withdraw(MigrationId("m"), Refusal(RefusalCode.CANCELLED, "enough")))
             await world.settle()
             assert world.llumlet.load().migrating_in == 0
 
@@ -641,8 +645,9 @@ class TestScheduler:
             assert world.reports()[-1].load.migrating_out == 1
             await world.move("d0")
             (ended,) = world.sent(MigrationEnded, "api")
-            assert (ended.request_id, ended.destination, ended.reason) == ("normal", "d0", "balance")
-            assert ended.committed
+            record = ended.record
+            assert (record.request_id, record.destination, record.reason) == ("normal", "d0", "balance")
+            assert record.committed
 
     @in_virtual_time
     async def test_has_each_request_moved_once(self) -> None:
@@ -672,7 +677,7 @@ class TestScheduler:
             world.engine.running.add("r")
             self.move_out(world)
             await world.settle()
-            await world.answer("d0", lambda migration_id: Refused(migration_id, "full"))
+            await world.answer("d0", lambda migration_id: Refused(migration_id, FULL))
             assert world.llumlet.load().migrating_out == 0
             assert "r" in world.engine.running
             assert world.fatal == []

@@ -11,10 +11,11 @@ import pytest
 
 from pd_serve.comm.messages import InstanceInfo
 from pd_serve.errors import EngineDeadError, InvalidRequestError, MigrationRefusedError, UnknownTargetError
-from pd_serve.frontend.tracked_request import Migrated
 from pd_serve.manager.manager_link import GRACE_S, HEARTBEAT_S, LEASE_S, ManagerClient, ManagerDesk
 from pd_serve.observe.cluster_reports import ClusterReports
+from pd_serve.observe.timeline import ObservedMigration
 from router.request import NO_DEMAND
+from tests.unit.pd_serve.made_migrations import migrated
 from tests.virtual_time import in_virtual_time
 
 
@@ -93,10 +94,10 @@ class FakeRouter:
     def snapshot(self) -> dict[str, Any]:
         return {"instances": [{"id": name} for name in self.instances.infos]}
 
-    async def migrate(self, request_id: str, destination: str) -> Migrated:
+    async def migrate(self, request_id: str, destination: str) -> ObservedMigration:
         if request_id not in self.requests:
             raise UnknownTargetError(f"no running request {request_id!r}")
-        return Migrated(8.5, 2, 4, 120)
+        return ObservedMigration(migrated(stages=2, blocks=4, tokens=120), 0.0, downtime_s=0.0085)
 
     def find_requests(self, name: str) -> list[dict[str, Any]]:
         return [{"name": name, "outcome": None}] if name in self.requests else []
@@ -305,7 +306,7 @@ def test_a_refusal_keeps_its_kind(kind: type[Exception]) -> None:
 async def test_a_request_of_another_server_is_moved_there() -> None:
     async with a_world() as world:
         world.routers[1].requests.add("r")
-        assert (await world.links[0].migrate("r", "decode-0")).tokens == 120
+        assert (await world.links[0].migrate("r", "decode-0")).record.tokens == 120
         with pytest.raises(UnknownTargetError, match="no running request 'x'"):
             await world.links[0].migrate("x", "decode-0")
         with pytest.raises(UnknownTargetError):

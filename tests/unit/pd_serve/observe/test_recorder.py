@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from migration.messages import CopyStage, RequestId
-from pd_serve.comm.messages import MigrationEnded
+from migration.messages import CopyStage
 from pd_serve.observe.recorder import Observer, RequestRecorder, names
-from pd_serve.observe.timeline import MAX_ENTRIES, Migration, Stage, Stay, Timeline
+from pd_serve.observe.timeline import MAX_ENTRIES, ObservedMigration, Stage, Stay, Timeline
 from router.request import NewRequest
+from tests.unit.pd_serve.made_migrations import FULL, migrated
 
 
 class Listener(Observer):
@@ -33,11 +33,11 @@ class Listener(Observer):
     def moved(self, request: Timeline, stay: Stay) -> None:
         self.heard.append(("moved", stay.instance))
 
-    def migrated(self, request: Timeline, migration: Migration) -> None:
-        self.heard.append((migration.reason, migration.outcome))
+    def migrated(self, request: Timeline, migration: ObservedMigration) -> None:
+        self.heard.append((migration.record.reason, migration.record.outcome))
 
-    def downtime(self, request: Timeline, migration: Migration) -> None:
-        self.heard.append(("downtime", migration.destination, migration.downtime_s))
+    def downtime(self, request: Timeline, migration: ObservedMigration) -> None:
+        self.heard.append(("downtime", migration.record.destination, migration.downtime_s))
 
     def lost(self, request: Timeline, instance: str) -> None:
         self.heard.append(("lost", instance))
@@ -64,10 +64,8 @@ class World:
         self, source: str, destination: str, now: float, *, committed: bool = True, **more: Any
     ) -> None:
         fields = {"reason": "handoff", "duration_s": 2.0} | more
-        self.recorder.migrated(
-            MigrationEnded("", RequestId("r"), source, destination, committed=committed, why="", **fields),
-            now,
-        )
+        refusal = None if committed else FULL
+        self.recorder.migrated(migrated("r", source, destination, refusal=refusal, **fields), now)
 
     @property
     def stages(self) -> list[Any]:

@@ -6,11 +6,11 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
-from migration.messages import CopyStage, RequestId
-from pd_serve.comm.messages import MigrationEnded
+from migration.messages import CopyStage
 from pd_serve.observe.recorder import RequestRecorder
 from pd_serve.observe.tracing import RequestTracer, traces_endpoint
 from router.request import NewRequest
+from tests.unit.pd_serve.made_migrations import migrated
 
 UNIX = 1_000_000.0
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -31,10 +31,7 @@ class World:
         self.recorder.spoke("r", "p0", "prefill", 15.0, prefill_s=3.0)
         self.recorder.spoke("r", "d0", "decode", 17.0, gap_s=2.0)
         copies = (CopyStage(0.5, 1.0, 4), CopyStage(1.25, 1.5, 1))
-        ended = MigrationEnded(
-            "", RequestId("r"), "p0", "d0", "handoff", True, "", 2, duration_s=2.0, copies=copies
-        )
-        self.recorder.migrated(ended, 17.0)
+        self.recorder.migrated(migrated(stages=2, duration_s=2.0, copies=copies), 17.0)
         self.recorder.ended("r", outcome, 20.0, tokens=5)
 
     @property
