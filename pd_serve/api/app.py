@@ -1,4 +1,4 @@
-"""The FastAPI application: vLLM's, and ours around it."""
+"""The FastAPI application: vLLM's routes, the `/cluster` routes and the middlewares."""
 
 from argparse import Namespace
 
@@ -25,14 +25,14 @@ async def create_app(
     admin_key: str | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> FastAPI:
-    """Build the application, ready to be served.
+    """Builds the application, ready to be served.
 
     Args:
         args: vLLM's API server namespace, from `pd_serve.launch.engine_flags.parse`.
         engine_client: Its `cluster` attribute is set here.
-        cluster: Stands behind `/cluster`, `/health` and the refusals.
-        max_waiting: Requests that may wait for a first token before others get 429; None for no limit.
-        admin_key: Needed for `/cluster`; None: the API keys, if there are any, open that too.
+        cluster: Used by `/cluster`, `/health` and the overload limits.
+        max_waiting: Requests that may wait for a first token before further ones get 429; None: no limit.
+        admin_key: Required for `/cluster`; None: the API keys, if any, are valid there too.
         max_body_bytes: Longer bodies get 413.
 
     Returns:
@@ -45,9 +45,9 @@ async def create_app(
 
     app.state.cluster = cluster
     app.include_router(cluster_routes.router)
-    # Innermost, around the router: a refusal needs a valid key, carries X-Request-Id and CORS headers and is
-    # counted by vLLM's HTTP metrics. `app.add_middleware` would be outside of all that, and too late:
-    # `build_app` ends with the stack built, and building it once more loses the HTTP metrics.
+    # Around the router, inside vLLM's own middlewares: a refusal then needs a valid key, has X-Request-Id and
+    # CORS headers, and counts in vLLM's HTTP metrics. `app.add_middleware` would be outside of these, and
+    # `build_app` has built the stack already: building it again would lose the HTTP metrics.
     bounded = OverloadMiddleware(app.router.middleware_stack, cluster=cluster, max_waiting=max_waiting)
     inner = BodyLimitMiddleware(bounded, max_body_bytes)
     api_keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]

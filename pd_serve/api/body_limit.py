@@ -1,4 +1,4 @@
-"""A request's body has a bound, whether its length is announced or not."""
+"""Limit on the length of request bodies, with and without a Content-Length."""
 
 from fastapi import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -9,7 +9,7 @@ from pd_serve.api.errors import error_response
 class BodyLimitMiddleware:
     """Answers 413 to a body of more than `max_bytes`.
 
-    By its announced length, before any of it is kept; when it comes in chunks, as soon as it is too long.
+    A body with a Content-Length is refused before any of it is read, a chunked one as soon as it is too long.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
@@ -17,7 +17,7 @@ class BodyLimitMiddleware:
         self._max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve or refuse one ASGI connection."""
+        """Serves or refuses one ASGI connection."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         announced = next((int(value) for name, value in scope["headers"] if name == b"content-length"), 0)
@@ -30,7 +30,7 @@ class BodyLimitMiddleware:
             message = await receive()
             received += len(message.get("body", b""))
             if received > self._max_bytes:
-                # To the handler that reads the body, and from there to vLLM's error responses.
+                # Reaches the handler that reads the body, and there vLLM's error responses.
                 raise HTTPException(413, self._message)
             return message
 

@@ -1,4 +1,4 @@
-"""vLLM's outputs and requests as they travel: its own msgpack encoding."""
+"""vLLM's msgpack encoding of requests and outputs."""
 
 from collections.abc import Sequence
 
@@ -26,7 +26,11 @@ class VllmCodec:
         self._encoder = MsgpackEncoder()
 
     def encode_request(self, request: EngineCoreRequest) -> list[bytes]:
-        """Raises: InvalidRequestError: no instance would take a message of this length."""
+        """Encodes a request as frames.
+
+        Raises:
+            InvalidRequestError: It is longer than a message may be.
+        """
         frames = [bytes(frame) for frame in self._encoder.encode(request)]
         if max(map(len, frames)) > MAX_FRAME_BYTES:
             raise InvalidRequestError(
@@ -38,7 +42,7 @@ class VllmCodec:
         return self._header.decode(frames[0]), self._outputs.decode(frames[1:])
 
     def prefill_s(self, batch: EngineCoreOutputs, output: EngineCoreOutput) -> float | None:
-        """From the engine's own events; both times are of its own clock."""
+        """Time since the prefill began, from the engine's events and clock."""
         begun = [e.timestamp for e in output.events or () if e.type == EngineCoreEventType.SCHEDULED]
         return batch.timestamp - begun[-1] if begun else None
 

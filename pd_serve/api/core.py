@@ -1,4 +1,4 @@
-"""The cluster in the shape of vLLM's engine-core client: what `AsyncLLM` talks to."""
+"""The cluster as vLLM's engine-core client, which `AsyncLLM` calls."""
 
 import asyncio
 from types import SimpleNamespace
@@ -13,7 +13,17 @@ from router.request import NewRequest, prefix_keys
 
 
 class ClusterCore(EngineCoreClient):
-    """Hands requests to the router and outputs back. What a cluster cannot do answers 501, as in vLLM."""
+    """Passes requests to the router and outputs back to `AsyncLLM`.
+
+    Methods of the base class that are not defined here (LoRA, pause, sleep, profile, collective RPC) raise
+    `NotImplementedError`, which vLLM answers with 501.
+
+    Attributes:
+        resources: With `engine_dead` set, vLLM refuses every request with 500. It stays False while there is
+            no instance: `check_health` and the 503 of `pd_serve.api.overload` cover that.
+        engine_ranks_managed: All values of `EngineCoreOutputs.engine_index`. vLLM's loggers are keyed by them
+            and an unknown one would end its output handler, so instances are numbered by reusable slots.
+    """
 
     def __init__(
         self,
@@ -33,6 +43,7 @@ class ClusterCore(EngineCoreClient):
         return self._supported_tasks
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
+        """Takes a request. After a `PdServeError`, or when cancelled, it is aborted."""
         token_ids = request.prompt_token_ids or ()
         new = NewRequest(len(token_ids), request.priority, prefix_keys(token_ids))
         parameters = request.sampling_params
@@ -47,9 +58,11 @@ class ClusterCore(EngineCoreClient):
         )
 
     async def get_output_async(self) -> EngineCoreOutputs:
+        """The next outputs. An exception here would fail every request."""
         return await self._outputs.get()
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
+        """Ends requests on any instance. Unknown and finished ids are ignored; ids may repeat."""
         self._router.abort(request_ids)
 
     async def reset_mm_cache_async(self) -> None:
@@ -79,4 +92,4 @@ class ClusterCore(EngineCoreClient):
         return True
 
     def shutdown(self, timeout: float | None = None) -> None:
-        """The cluster ends its instances itself."""
+        """Nothing to do: the manager stops the instances."""

@@ -1,4 +1,4 @@
-"""Error responses in OpenAI's shape, as vLLM fills it in: `type` is the status phrase, `code` the number."""
+"""Error responses in OpenAI's format; as in vLLM, `type` is the status phrase and `code` its number."""
 
 from collections.abc import Mapping
 from http import HTTPStatus

@@ -1,8 +1,8 @@
-"""What one client may make the HTTP server hold: connections, headers, and time to send them.
+"""Limits on HTTP connections: their number, the size of headers, and the time to send them.
 
-Uvicorn bounds none of these with its fast parser: vLLM's flags for headers reach the slow one (h11) only, so
-they are enforced here. Bodies have their bound in `body_limit`. What is sent waits in about 64 KiB a
-connection; then the stream waits for its client.
+Uvicorn's fast parser enforces none of these, and vLLM's flags for headers only reach its slow one (h11), so
+they are enforced here. `body_limit` limits bodies. Uvicorn buffers about 64 KiB of a response per connection;
+then the stream waits for its client.
 
 Source: uvicorn/protocols/http/httptools_impl.py, flow_control.py.
 """
@@ -17,19 +17,19 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from pd_serve.api.errors import error_body
 
-#: Most bytes of framing for a byte of a body in chunks: b"1\r\nx\r\n", and room for leading zeros.
+#: Maximum bytes per byte of a chunked body: b"1\r\nx\r\n", and room for leading zeros.
 FRAMING = 8
 
 
 @dataclass(frozen=True, slots=True)
 class HttpLimits:
-    """Bounds for each connection, and of their number.
+    """Limits for each connection, and on the number of connections.
 
     Attributes:
-        header_bytes: Of a request's line, headers and trailers together.
-        num_headers: Headers of a request.
-        num_connections: At a time; further ones get 503.
-        header_s: Time from the beginning of a connection, or of a further request, to the end of its headers.
+        header_bytes: Length of a request's line, headers and trailers together.
+        num_headers: Number of headers of a request.
+        num_connections: Number of open connections; further ones get 503.
+        header_s: Time from the start of a connection, or of a further request, to the end of its headers.
     """
 
     header_bytes: int
@@ -39,7 +39,7 @@ class HttpLimits:
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """Uvicorn's HTTP/1.1 connection with limits; what is over them gets an OpenAI error body and the end."""
+    """Uvicorn's HTTP/1.1 connection with limits; beyond them it answers with an error and closes."""
 
     def __init__(self, limits: HttpLimits, **options: Any) -> None:
         super().__init__(**options)
@@ -78,14 +78,12 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
-        self._begun_with = (
-            0  # what follows of these bytes is another message's, and nobody says how much it is
-        )
+        self._begun_with = 0  # the rest of the data is the next request's, of unknown length
 
     def on_header(self, name: bytes, value: bytes) -> None:
         super().on_header(name, value)
         if len(self.headers) > self._limits.num_headers:
-            # Makes the parser stop, and uvicorn call `send_400_response`.
+            # The error stops the parser; uvicorn then calls `send_400_response`.
             self._refusal = (
                 HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
                 f"The request has more than {self._limits.num_headers} headers.",
@@ -118,7 +116,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._timer = None
 
     def _refuse(self, status: HTTPStatus, message: str) -> None:
-        """Answers and closes; if an answer is under way there is nothing left but to close."""
+        """Answers and closes; only closes if a response has started."""
         self._refusal = (status, message)
         self._stop_timer()
         if self.transport.is_closing():

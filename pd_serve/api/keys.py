@@ -1,7 +1,7 @@
-"""Who may use the API: its keys, and the one for `/cluster`.
+"""API keys, and the admin key for `/cluster`.
 
-vLLM's own check guards only some path prefixes (/v1, /v2, /inference, /cohere). Behind it this one guards all
-paths but those that are open by design.
+vLLM's own check covers only some path prefixes (/v1, /v2, /inference, /cohere). This one covers all paths
+except `OPEN_PREFIXES`.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddlew
 
 ADMIN_PREFIX = "/cluster"
 
-#: What probes and monitors ask, and pages without data of their own: /dashboard gets its from /cluster.
+#: Paths for probes and monitoring, and pages without data: /dashboard reads its data from /cluster.
 OPEN_PREFIXES = (
     "/health",
     "/ping",
@@ -28,22 +28,21 @@ OPEN_PREFIXES = (
 
 
 class KeyMiddleware:
-    """Answers 401, in vLLM's words, to whoever has no key for a path.
+    """Answers 401, with vLLM's body, to requests without a valid key.
 
     Args:
-        api_keys: Each opens all paths, `/cluster` only if that has no key of its own. None at all: no key is
-            needed.
-        admin_key: Opens `/cluster` and nothing else.
+        api_keys: Valid for all paths, and for `/cluster` if there is no admin key. Empty: no key is required.
+        admin_key: Valid for `/cluster` only.
     """
 
     def __init__(self, app: ASGIApp, *, api_keys: Sequence[str], admin_key: str | None) -> None:
         self.app = app
-        # For their comparison in constant time, of hashes.
+        # vLLM compares hashes, in constant time.
         self._api = AuthenticationMiddleware(app, list(api_keys)) if api_keys else None
         self._admin = self._api if admin_key is None else AuthenticationMiddleware(app, [admin_key])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one ASGI connection, or refuse it."""
+        """Serves or refuses one ASGI connection."""
         app = self.app
         if scope["type"] in ("http", "websocket") and scope.get("method") != "OPTIONS":
             path = scope["path"].removeprefix(scope.get("root_path", ""))

@@ -1,8 +1,8 @@
-"""Bounded overload: refuse work at the door, before it costs a tokenization.
+"""Overload protection: requests are refused before they are tokenized.
 
-A request is *arriving* from the moment its body is complete until the engine client has handed it to the
-cluster, which counts it as waiting from then on. Both count towards the limit: in a burst, every request is
-still arriving when the last one is looked at.
+A request is *arriving* from the moment its body is complete until the engine client has passed it to the
+cluster, which counts it as waiting from then on. Both count towards the limit: in a burst, all requests are
+still arriving when the last one is checked.
 """
 
 from contextvars import ContextVar
@@ -31,7 +31,7 @@ GENERATING_PATHS = frozenset(
 
 
 class _Arrival:
-    """One request between its complete body and its hand-over; begins and ends at most once."""
+    """One arriving request; begins and ends at most once."""
 
     def __init__(self, gate: "OverloadMiddleware") -> None:
         self._gate = gate
@@ -48,12 +48,12 @@ class _Arrival:
         self._begun = self._ended = True
 
 
-# Inherited by the tasks that vLLM's handlers run in; they share the one mutable object.
+# Inherited by the tasks that vLLM's handlers start: all share the same object.
 _arrival: ContextVar[_Arrival | None] = ContextVar("pd_serve_arrival", default=None)
 
 
 def mark_submitted() -> None:
-    """The request served by this task is in the cluster's hands (or refused): it no longer arrives."""
+    """Marks the request of this task as passed to the cluster, or refused by it."""
     arrival = _arrival.get()
     if arrival is not None:
         arrival.end()
@@ -62,9 +62,13 @@ def mark_submitted() -> None:
 class OverloadMiddleware:
     """Answers 503 while no instance is live and 429 while too many requests wait.
 
-    Pure ASGI: it looks at method and path and passes messages on one by one, so streams and the detection
-    of disconnected clients work as without it. Refusals from further inside (the cluster's own, vLLM's
-    `--max-num-queued-reqs`) get their `Retry-After` here too.
+    Pure ASGI: streams and the detection of disconnected clients work as without it. Refusals by the cluster
+    and by vLLM (`--max-num-queued-reqs`) get their `Retry-After` here too.
+
+    Args:
+        cluster: Asked for `num_live` and `num_waiting` on every generating request.
+        max_waiting: Requests that may wait for their first token; None for no limit.
+        retry_after_s: Value of `Retry-After` in refusals.
 
     Attributes:
         num_arriving: Requests whose body is complete and which the cluster does not count yet.
@@ -73,13 +77,6 @@ class OverloadMiddleware:
     def __init__(
         self, app: ASGIApp, *, cluster: ClusterView, max_waiting: int | None = None, retry_after_s: int = 1
     ) -> None:
-        """Wrap `app`.
-
-        Args:
-            cluster: Asked for `num_live` and `num_waiting` on every generating request.
-            max_waiting: Requests that may wait for their first token; None for no limit.
-            retry_after_s: Value of `Retry-After` in both refusals.
-        """
         self.app = app
         self.num_arriving = 0
         self._cluster = cluster
@@ -87,7 +84,7 @@ class OverloadMiddleware:
         self._headers = {"Retry-After": str(retry_after_s)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve or refuse one ASGI connection."""
+        """Serves or refuses one ASGI connection."""
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
         if scope["path"].removeprefix(scope.get("root_path", "")) not in GENERATING_PATHS:
@@ -100,7 +97,7 @@ class OverloadMiddleware:
 
         async def receive_and_count() -> Message:
             message = await receive()
-            # Not earlier: a slow upload must not take a place from requests that are complete.
+            # Not earlier: a slow upload must not count towards the limit.
             if message["type"] == "http.request" and not message.get("more_body", False):
                 arrival.begin()
             return message
@@ -122,6 +119,6 @@ class OverloadMiddleware:
             return error_response(503, "No instance is available.", headers=self._headers)
         waiting = self._cluster.num_waiting + self.num_arriving
         if self._max_waiting is not None and waiting >= self._max_waiting:
-            message = f"{waiting} requests are waiting for their first token already; try again later."
+            message = f"{waiting} requests are already waiting for their first token; try again later."
             return error_response(429, message, headers=self._headers)
         return None

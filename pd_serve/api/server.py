@@ -1,8 +1,8 @@
-"""Serving the application over HTTP: bind early, listen when ready, stop within a bound.
+"""Serving the application over HTTP: bind early, listen when ready, stop within a bounded time.
 
-Plain uvicorn instead of vLLM's `serve_http`: that one takes SIGINT and SIGTERM for itself, logs every
-route, and at the end stops the engines and cancels the server without letting streams end. Its watchdog and
-its settings are used. vLLM is imported when serving, so that `bind` can be the first thing a command does.
+This uses uvicorn directly and not vLLM's `serve_http`, which handles SIGINT and SIGTERM itself, logs every
+route, and at the end stops the engines and cancels the server before streams have ended. vLLM's watchdog and
+uvicorn settings are used. vLLM is imported in `serve`, so that a command can call `bind` first.
 """
 
 import asyncio
@@ -27,38 +27,34 @@ if TYPE_CHECKING:
 
     from pd_serve.api.engine_client import ClusterAsyncLLM
 
-FINISH_S = 1.5
-"""How long requests may go on by themselves after a stop was asked for."""
+#: When the server stops: time for requests to finish before they are aborted, and maximum time in all.
+FINISH_S, STOP_S = 1.5, 3.0
 
-STOP_S = 3.0
-"""How long a stop takes at most; what still runs then is cut off."""
-
-
+#: The kernel closes the connection of a client that has acknowledged no data for this long.
 STALLED_S = 300
-"""A client that takes nothing of what is sent to it for so long is cut off, by the kernel."""
 
 
 def bind(host: str | None, port: int) -> socket.socket:
-    """Take the address without listening yet, so that clients are refused until the service is ready.
+    """Binds the address without listening, so that connections are refused until the service is ready.
 
     Args:
         host: Name or address; None or "" for all interfaces.
         port: 0 for any free one.
 
     Raises:
-        InvalidRequestError: The address cannot be had; says why in one line.
+        InvalidRequestError: The address cannot be bound; the message has the reason in one line.
     """
     where = f"port {port} of {host or 'all interfaces'}"
     if not 0 <= port < 1 << 16:
-        raise InvalidRequestError(f"{where} is no address to serve at: ports go up to 65535")
+        raise InvalidRequestError(f"cannot serve on {where}: ports go up to 65535")
     try:
         found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
     except OSError as error:
-        raise InvalidRequestError(f"{where} is no address to serve at: {error}") from error
+        raise InvalidRequestError(f"cannot serve on {where}: {error}") from error
     sock = socket.socket(family, kind, protocol)
     try:
-        # A port is free although connections of the last server on it are still in TIME_WAIT.
+        # Connections of the last server in TIME_WAIT do not block the port.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_S * 1000)  # inherited
         sock.bind(address)
@@ -79,26 +75,27 @@ async def serve(
     on_ready: Callable[[], None],
     max_connections: int = MAX_CONNECTIONS,
 ) -> None:
-    """Serve until cancelled. Takes over `sock` and closes it.
+    """Serves until cancelled, and closes `sock`.
 
-    When cancelled: no new connections, requests have `FINISH_S` to finish, then they are aborted, so that
-    each open stream gets its last chunk; after `STOP_S` what is left is cut off. Signals are the caller's.
+    When cancelled it accepts no new connections. Requests have `FINISH_S` to finish, then they are aborted,
+    so that each open stream gets its last chunk. After `STOP_S` open connections are closed. The caller
+    handles signals.
 
     Args:
         app: From `create_app`.
         sock: From `bind`.
         args: vLLM's API server namespace: TLS, header limits, log level, access log.
         on_ready: Called once, when connections are accepted.
-        max_connections: At a time; further ones get 503 and are closed.
+        max_connections: Open connections; further ones get 503 and are closed.
 
     Raises:
         EngineDeadError: The engine client stopped working; the server has ended.
-        InvalidRequestError: Another process began to listen on the same address after `bind`.
+        InvalidRequestError: Another process listens on the same address since `bind`.
     """
     from vllm.entrypoints.launchers.launcher import watchdog_loop
     from vllm.utils.system_utils import set_ulimit
 
-    set_ulimit()  # every connection is an open file
+    set_ulimit()  # for the number of open connections
     client: ClusterAsyncLLM = app.state.engine_client
     server = _Server(_config(app, args, max_connections), on_ready)
     app.state.server = server  # vLLM's error handlers stop it when the engine client is dead
@@ -126,11 +123,11 @@ async def _stop(server: uvicorn.Server, serving: "asyncio.Task[None]", client: "
     done, _ = await asyncio.wait({serving}, timeout=FINISH_S)
     if not done:
         await client.abort_all()
-        await asyncio.wait({serving}, timeout=STOP_S)  # uvicorn itself cuts off at STOP_S
+        await asyncio.wait({serving}, timeout=STOP_S)  # uvicorn itself closes connections at STOP_S
 
 
 def _config(app: "FastAPI", args: Namespace, max_connections: int) -> uvicorn.Config:
-    """Uvicorn's settings as vLLM makes them from its own flags.
+    """Uvicorn's settings, as vLLM derives them from its flags.
 
     Source: vllm/entrypoints/launchers/api_server/entry.py, build_and_serve; launcher.py, serve_http.
     """
@@ -140,7 +137,7 @@ def _config(app: "FastAPI", args: Namespace, max_connections: int) -> uvicorn.Co
     log_config = get_uvicorn_log_config(args)
     logs: dict[str, Any] = {"log_config": log_config} if log_config else {}
     if is_json():
-        logs["log_config"] = None  # its loggers are children of the root then
+        logs["log_config"] = None  # its loggers propagate to the root then
     limits = HttpLimits(args.h11_max_incomplete_event_size, args.h11_max_header_count, max_connections)
     return uvicorn.Config(
         app,
@@ -159,7 +156,7 @@ def _config(app: "FastAPI", args: Namespace, max_connections: int) -> uvicorn.Co
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn's server without signal handlers, and with a call when it listens."""
+    """Uvicorn's server without signal handlers and with a callback when it listens."""
 
     def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
         super().__init__(config)
