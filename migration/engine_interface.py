@@ -1,14 +1,15 @@
-"""The seam between a llumlet and an inference engine.
+"""The interface between a llumlet and an inference engine.
 
-Implemented by `migration.vllm_engine.VllmEngine`. All calls come from one event loop and are carried
-out in order, between two engine steps; each is one visit to the engine.
+Implemented by `migration.vllm_engine.adapter.VllmEngine` and by
+`pd_serve.simulated_engine.simulated_engine.SimulatedEngine`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from migration.messages import BlockRun, FinalState, MigrationId, RequestDescription, RequestId
+from migration.transport.kv_transport import KvRegion
 from router.load import EngineLoad
 
 
@@ -32,12 +33,14 @@ class EngineFacts:
     Attributes:
         no_migration: Why it cannot migrate; None if it can.
         max_model_len: Tokens that a request may have in all.
+        supported_tasks: As vLLM names them: "generate"...
     """
 
     no_migration: str | None
     max_model_len: int
     num_blocks: int
     block_tokens: int
+    supported_tasks: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,27 @@ class EngineEvents:
 
 
 class Engine(Protocol):
-    """See DESIGN section 4; `next_stage` answers "poll or suspend?" in one visit."""
+    """An inference engine that can move running requests to another engine.
+
+    All calls come from one event loop. They are carried out in order, each between two engine steps. The
+    engine reports its load, finished requests and its own failure by the `EngineEvents` that it is made with.
+    """
+
+    @property
+    def facts(self) -> EngineFacts:
+        """Known once `start` has returned."""
+        ...
+
+    @property
+    def regions(self) -> Sequence[KvRegion]:
+        """The KV cache's memory, for the transport; known once `start` has returned."""
+        ...
+
+    async def start(self) -> None:
+        """Loads the model. Raises: whatever the engine raises."""
+
+    async def stop(self) -> None:
+        """Ends the engine after the step in progress. Pending calls are never answered."""
 
     # requests
     async def add(
@@ -151,8 +174,11 @@ class Engine(Protocol):
     async def held_blocks(self) -> list[HeldBlocks]:
         """Which requests hold KV blocks here, and how many. For whoever watches; no decision needs it."""
 
-    async def utility(self, method: str, *arguments: Any) -> Any:
-        """One of the engine's own control methods, by the name that its front end knows."""
+    async def utility(self, method: str, *arguments: object) -> object:
+        """Calls one of the engine's own control methods, by the name that vLLM's front end uses.
+
+        Raises: InvalidRequestError: the engine has no such method.
+        """
 
     async def check_integrity(self) -> list[str]:
         """What does not add up in the engine's books, in plain words; empty if all is well."""

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from loadtests.bench.workload import Latencies
+from pd_serve.comm.outputs import OutputBatch
 from pd_serve.config import CPU_PREFILL_CHUNK_TOKENS, CPU_STAGE_BYTES_PER_S, DEFAULT_POLICY, is_cpu_build
 from pd_serve.errors import PdServeError
 from pd_serve.simulated_engine.cost_model import CostModel
-from pd_serve.simulated_engine.outputs import SimulatedBatch
 from pd_serve.simulated_engine.settings import EngineSettings
 from pd_serve.simulation.config import NetworkSettings, SimulationConfig, TraceRequest
 from pd_serve.simulation.result import SimulationResult
@@ -79,7 +79,7 @@ class _Clients(Simulation):
         self.seen = Latencies()
         self._last: dict[str, float] = {}
 
-    def _on_batch(self, batch: SimulatedBatch) -> None:
+    def _on_batch(self, batch: OutputBatch) -> None:
         now = asyncio.get_running_loop().time()
         for output in batch.outputs:
             for _ in output.new_token_ids:

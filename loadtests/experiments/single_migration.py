@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from migration.messages import BlockRun, FinalState, MigrationId
-from pd_serve.simulated_engine.outputs import SimulatedBatch, SimulatedPayload
+from pd_serve.comm.outputs import OutputBatch, SimulatedPayload
 from pd_serve.simulated_engine.settings import EngineSettings
 from pd_serve.simulated_engine.simulated_engine import SimulatedEngine
 from pd_serve.simulation.config import NetworkSettings, SimulationConfig
@@ -80,7 +80,7 @@ async def _measure(
     loop = asyncio.get_running_loop()
     speaking: set[str] = set()
 
-    def deliver(batch: SimulatedBatch) -> None:
+    def deliver(batch: OutputBatch) -> None:
         speaking.update(output.request_id for output in batch.outputs)
 
     config = SimulationConfig([], {"neutral": 2}, "round-robin", {"neutral": engine}, network=network)

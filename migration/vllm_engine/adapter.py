@@ -109,6 +109,7 @@ class VllmEngine:
         self.regions: list[KvRegion] = []
         self.compatibility: dict[str, str] = {}
         self.no_migration: str | None = None
+        self._supported_tasks: tuple[str, ...] = ()
 
     async def start(self) -> None:
         """Loads the model. Raises: whatever vLLM raises."""
@@ -122,6 +123,7 @@ class VllmEngine:
             max_model_len=config.model_config.max_model_len,
             num_blocks=config.cache_config.num_gpu_blocks,
             block_tokens=self.scheduler.block_size,
+            supported_tasks=self._supported_tasks,
         )
 
     async def stop(self) -> None:
@@ -326,7 +328,7 @@ class VllmEngine:
     async def held_blocks(self) -> list[HeldBlocks]:
         return await self._steps.call(lambda: read_held_blocks(self.core.scheduler))
 
-    async def utility(self, method: str, *arguments: Any) -> Any:
+    async def utility(self, method: str, *arguments: object) -> object:
         if method not in UTILITIES:
             raise InvalidRequestError(f"{method} is not a utility of the engine")
         return await self._steps.call(lambda: getattr(self.core, method)(*arguments))
@@ -346,6 +348,7 @@ class VllmEngine:
         compile_nothing_if_eager(config)
         self.core = EngineCore(config, executor_class(config), log_stats=True)
         self.scheduler = self.core.scheduler
+        self._supported_tasks = tuple(self.core.get_supported_tasks())
         if not missing:
             missing = support.missing_attributes(self.core)
         if missing:

@@ -1,30 +1,20 @@
-"""What the request router knows of an engine's outputs: as little as it needs to put them in order."""
+"""How an API server decodes the outputs of its engines."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from pd_serve.comm.messages import TokenHeader
-
-
-class OutputBatch(Protocol):
-    """One step's outputs for one API server; vLLM's `EngineCoreOutputs`, or a simulated engine's.
-
-    Attributes:
-        outputs: Each with `request_id`, `new_token_ids`, `new_logprobs` and `finish_reason`.
-        engine_index: Which engine, as a slot number; set by the router.
-    """
-
-    outputs: list[Any]
-    scheduler_stats: Any
-    engine_index: int
+from pd_serve.comm.outputs import OutputBatch, RequestOutput
 
 
 class OutputCodec(Protocol):
-    def decode(self, frames: Sequence[Any]) -> tuple[TokenHeader, Any]:
-        """A message of a token socket: its header, and its `OutputBatch`."""
+    """The encoding of one kind of engine."""
 
-    def prefill_s(self, batch: Any, output: Any) -> float | None:
-        """How long the prefill that this first output ends has taken, if the engine says so."""
+    def decode(self, frames: Sequence[bytes]) -> tuple[TokenHeader, OutputBatch]:
+        """Decodes a message of a token socket."""
 
-    def failed(self, request_id: str) -> Any:
-        """An `OutputBatch` that ends a request with an error."""
+    def prefill_s(self, batch: OutputBatch, output: RequestOutput) -> float | None:
+        """Duration of the prefill that this first output ends; None if the engine does not report it."""
+
+    def failed(self, request_id: str) -> OutputBatch:
+        """A batch that ends a request with an error."""

@@ -25,6 +25,7 @@ from pd_serve.comm.messages import (
     StartInstance,
     StopInstance,
 )
+from pd_serve.comm.outputs import OutputBatch, RequestOutput
 from pd_serve.comm.roster import InstanceRegistry
 from pd_serve.comm.wire import Wire
 from pd_serve.errors import EngineDeadError
@@ -68,7 +69,7 @@ class RequestTracker(InstanceRegistry):
         name: str,
         wire: Wire,
         codec: OutputCodec,
-        deliver: Callable[[Any], None],
+        deliver: Callable[[OutputBatch], None],
         *,
         block_tokens: int,
         num_slots: int,
@@ -271,7 +272,7 @@ class RequestTracker(InstanceRegistry):
             # a late token would make it the owner once more.
             return
         now, source = self._clock(), header.instance_id
-        deliver: list[Any] = []
+        deliver: list[RequestOutput] = []
         last_token_at: dict[float, int] = {}  # of most outputs of a step it is the same
         stale: list[tuple[RequestId, int | None]] = []
         for output, (epoch, index) in zip(outputs.outputs, header.spans, strict=True):
@@ -324,7 +325,9 @@ class RequestTracker(InstanceRegistry):
             outputs.engine_index = self.instances.slot_of(source)
             self._deliver(outputs)
 
-    def _first_heard(self, route: TrackedRequest, outputs: Any, output: Any, now: float) -> None:
+    def _first_heard(
+        self, route: TrackedRequest, outputs: OutputBatch, output: RequestOutput, now: float
+    ) -> None:
         """The first token of an owner has been delivered."""
         owner = route.ledger.owner
         load = self._book.get(owner)

@@ -7,6 +7,8 @@ carries its owner's epoch and the index of its first token.
 from dataclasses import dataclass, field
 from typing import Any
 
+from pd_serve.comm.outputs import RequestOutput
+
 
 @dataclass
 class TokenLedger:
@@ -32,9 +34,9 @@ class TokenLedger:
     last_gap_s: float = 0.0
     num_moves: int = 0
     _epoch_begin: int = 0
-    _early: dict[int, tuple[int, Any]] = field(default_factory=dict)
+    _early: dict[int, tuple[int, RequestOutput]] = field(default_factory=dict)
 
-    def extend(self, source: str, epoch: int, index: int, output: Any, now: float) -> float | None:
+    def extend(self, source: str, epoch: int, index: int, output: RequestOutput, now: float) -> float | None:
         """Takes what nearly every output is: the next one, from the owner, not its first and not the last.
 
         Returns: the time of the last delivery before; None if nothing has happened, and it is for `accept`.
@@ -56,7 +58,9 @@ class TokenLedger:
             self.longest_gap_s = now - before
         return before
 
-    def accept(self, source: str, epoch: int, index: int, output: Any, now: float) -> tuple[list[Any], bool]:
+    def accept(
+        self, source: str, epoch: int, index: int, output: RequestOutput, now: float
+    ) -> tuple[list[RequestOutput], bool]:
         """Takes one output of vLLM's (`EngineCoreOutput`), whose first new token has this index.
 
         Returns:
@@ -115,7 +119,7 @@ class TokenLedger:
         self.num_moves += 1
         return self.epoch
 
-    def _take(self, index: int, output: Any, now: float) -> bool:
+    def _take(self, index: int, output: RequestOutput, now: float) -> bool:
         """Adds an output's new tokens, cutting those that are known. False if nothing is left of it."""
         known = len(self.token_ids) - index
         if known > 0 and known >= len(output.new_token_ids) and output.finish_reason is None:

@@ -5,15 +5,15 @@ import gc
 import logging
 import os
 import socket
-import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 from migration.bounds import MigrationBounds
+from migration.engine_interface import Engine
 from migration.messages import InstanceId
 from pd_serve.comm.messages import InstanceInfo, TokenHeader
 from pd_serve.comm.wire import CurveKeys, Wire
-from pd_serve.config import is_cpu_build
+from pd_serve.instance.engine_factory import create_engine, import_engines
 from pd_serve.simulated_engine.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class Instance:
     async def load(self) -> None:
         """Imports vLLM and the transport: seconds of CPU, so it begins before the configuration is known."""
         if self._loaded is None:
-            self._loaded = asyncio.ensure_future(asyncio.to_thread(_import_engine))
+            self._loaded = asyncio.ensure_future(asyncio.to_thread(import_engines))
         await self._loaded
 
     async def start(self, config: InstanceConfig) -> InstanceInfo:
@@ -71,13 +71,14 @@ class Instance:
             name, config.role, self._wire, self._transport, bounds=bounds, on_fatal=self._die
         )
         self._tokens = TokenPublisher(name, self._wire)
-        self._engine = self._make_engine(config.simulated)
+        self._engine: Engine = create_engine(
+            config.engine_args, config.simulated, self._tokens.publish, self.llumlet.events
+        )
         await self._engine.start()
         gc.enable()
         facts = self._engine.facts
         if facts.no_migration is None:
             self._transport.register(self._engine.regions)
-        tasks = await self._engine.utility("get_supported_tasks")
         self.llumlet.start(self._engine)
         logger.debug("%s (%s) is ready, pid %d", name, config.role, os.getpid())
         return InstanceInfo(
@@ -87,7 +88,7 @@ class Instance:
             node=socket.gethostname(),
             pid=os.getpid(),
             no_migration=facts.no_migration,
-            supported_tasks=list(tasks),
+            supported_tasks=list(facts.supported_tasks),
             max_model_len=facts.max_model_len,
             num_blocks=facts.num_blocks,
             block_tokens=facts.block_tokens,
@@ -107,42 +108,10 @@ class Instance:
             await self._wire.close()
         self._stopped.set()
 
-    def _make_engine(self, simulated: EngineSettings | None) -> Any:
-        if simulated is not None:
-            from pd_serve.simulated_engine.vllm_format import make_engine
-
-            return make_engine(simulated, self._tokens.publish, self.llumlet.events)
-        from migration.vllm_engine.adapter import VllmEngine
-
-        return VllmEngine(self._engine_config, self._tokens.publish, self.llumlet.events)
-
-    def _engine_config(self) -> Any:
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.usage.usage_lib import UsageContext
-
-        assert self._config is not None
-        # The context decides a few defaults (batch sizes on GPUs): those that vLLM's own server has.
-        context = UsageContext.ENGINE_CONTEXT if is_cpu_build() else UsageContext.OPENAI_API_SERVER
-        return AsyncEngineArgs(**self._config.engine_args).create_engine_config(context)
-
     def _die(self, error: BaseException) -> None:
         logger.critical("this instance ends: %s", error, exc_info=error)
         self._transport.close()
         os._exit(1)
-
-
-def _import_engine() -> None:
-    """Collecting garbage while importing costs a tenth of it, and vLLM collects five times while it
-    starts: with all modules' objects frozen, 1.4 s of CPU less per instance (measured)."""
-    gc.disable()
-    # The step thread, the loop and the transport's thread take turns often: at Python's 5 ms a copy of
-    # one block would wait up to 37 ms for them (measured: 2.5 ms at 0.2 ms).
-    sys.setswitchinterval(0.0005)
-    import migration.transport.nixl
-    import migration.vllm_engine.adapter  # noqa: F401
-    import pd_serve.instance.llumlet  # noqa: F401
-
-    gc.freeze()
 
 
 class TokenPublisher:

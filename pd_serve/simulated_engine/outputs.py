@@ -5,22 +5,22 @@ from typing import Any
 
 import msgspec
 
+from migration.messages import RequestId
 from pd_serve.comm.messages import TokenHeader
+from pd_serve.comm.outputs import OutputBatch, RequestOutput
 from pd_serve.simulated_engine import batcher
 from pd_serve.simulated_engine.contents import SegmentPrompt
 from pd_serve.simulated_engine.settings import SEGMENT_TOKENS
 
 
 class SimulatedOutput:
-    """New tokens of one request; see `pd_serve.frontend.output_codec.OutputBatch`.
+    """New tokens of one request; a `pd_serve.comm.outputs.RequestOutput`.
 
     Attributes:
         times: How many seconds it has waited, and its prefill has taken; with the first token only.
     """
 
-    __slots__ = ("finish_reason", "new_token_ids", "request_id", "times")
-
-    new_logprobs = None
+    __slots__ = ("finish_reason", "new_logprobs", "new_token_ids", "request_id", "times")
 
     def __init__(
         self,
@@ -29,21 +29,21 @@ class SimulatedOutput:
         finish_reason: str | None,
         times: tuple[float, float] | None = None,
     ) -> None:
-        self.request_id = request_id
+        self.request_id = RequestId(request_id)
         self.new_token_ids = new_token_ids
-        self.finish_reason = finish_reason
+        self.new_logprobs: object = None
+        self.finish_reason: object = finish_reason
         self.times = times
 
 
 class SimulatedBatch:
-    """A step's outputs for one client."""
+    """A step's outputs for one client; a `pd_serve.comm.outputs.OutputBatch`."""
 
-    __slots__ = ("engine_index", "outputs")
+    __slots__ = ("engine_index", "outputs", "scheduler_stats")
 
-    scheduler_stats = None
-
-    def __init__(self, outputs: list[SimulatedOutput]) -> None:
-        self.outputs = outputs
+    def __init__(self, outputs: Sequence[SimulatedOutput]) -> None:
+        self.outputs: list[RequestOutput] = list(outputs)
+        self.scheduler_stats: object = None
         self.engine_index = 0
 
 
@@ -88,7 +88,8 @@ class SimulatedCodec:
     def decode(self, frames: Sequence[Any]) -> tuple[TokenHeader, SimulatedBatch]:
         return frames[0], frames[1]
 
-    def prefill_s(self, batch: SimulatedBatch, output: SimulatedOutput) -> float | None:
+    def prefill_s(self, batch: OutputBatch, output: RequestOutput) -> float | None:
+        assert isinstance(output, SimulatedOutput)
         return None if output.times is None else output.times[1]
 
     def failed(self, request_id: str) -> SimulatedBatch:

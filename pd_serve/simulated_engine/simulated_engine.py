@@ -109,7 +109,7 @@ class SimulatedEngine:
     def facts(self) -> EngineFacts:
         settings = self.settings
         max_tokens = (settings.num_blocks - self.batcher.watermark_blocks) * settings.block_tokens
-        return EngineFacts(None, max_tokens, settings.num_blocks, settings.block_tokens)
+        return EngineFacts(None, max_tokens, settings.num_blocks, settings.block_tokens, ("generate",))
 
     async def stop(self) -> None:
         """Nothing comes from it any more; whoever waits for an answer waits for ever."""
@@ -324,8 +324,8 @@ class SimulatedEngine:
     async def held_blocks(self) -> list[HeldBlocks]:
         return await self._call(lambda: held_blocks(self._live.values(), self._arriving.values()))
 
-    async def utility(self, method: str, *arguments: Any) -> Any:
-        answers: dict[str, Any] = {
+    async def utility(self, method: str, *arguments: object) -> object:
+        answers: dict[str, object] = {
             "get_supported_tasks": ("generate",),
             "is_sleeping": False,
             "is_scheduler_paused": False,

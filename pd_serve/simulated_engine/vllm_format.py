@@ -27,7 +27,11 @@ from pd_serve.simulated_engine.outputs import SimulatedOutput
 from pd_serve.simulated_engine.settings import EngineSettings
 from pd_serve.simulated_engine.simulated_engine import SimulatedEngine
 
-_FINISH = {None: None, "length": FinishReason.LENGTH, "error": FinishReason.ERROR}
+_FINISH: dict[object, FinishReason | None] = {
+    None: None,
+    "length": FinishReason.LENGTH,
+    "error": FinishReason.ERROR,
+}
 
 _decoder = MsgpackDecoder(EngineCoreRequest)
 

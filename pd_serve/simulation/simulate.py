@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from pd_serve.comm.outputs import OutputBatch
 from pd_serve.errors import PdServeError
 from pd_serve.simulated_engine.contents import SegmentPrompt, expected_output
-from pd_serve.simulated_engine.outputs import SimulatedBatch, SimulatedPayload
+from pd_serve.simulated_engine.outputs import SimulatedPayload
 from pd_serve.simulated_engine.settings import SEGMENT_TOKENS
 from pd_serve.simulation.config import SimulationConfig, TraceRequest
 from pd_serve.simulation.result import RequestRecord, Sample, SimulationResult
@@ -123,7 +124,7 @@ class Simulation:
             self.records[number].failed = True
             self._end_one()
 
-    def _on_batch(self, batch: SimulatedBatch) -> None:
+    def _on_batch(self, batch: OutputBatch) -> None:
         now = self._loop.time() - self._zero
         for output in batch.outputs:
             number = int(output.request_id)

@@ -9,6 +9,7 @@ from migration.bounds import MigrationBounds
 from migration.messages import InstanceId
 from migration.transport.local import LocalTransport
 from pd_serve.comm.messages import InstanceInfo, StartInstance, StopInstance, TokenHeader
+from pd_serve.comm.outputs import OutputBatch
 from pd_serve.frontend.request_tracker import RequestTracker
 from pd_serve.instance.llumlet import Llumlet
 from pd_serve.manager.instance_pool import InstancePool
@@ -98,7 +99,7 @@ class SimulatedCluster:
         deliver: Takes batches of outputs, as an API server would.
     """
 
-    def __init__(self, config: SimulationConfig, deliver: Callable[[SimulatedBatch], None]) -> None:
+    def __init__(self, config: SimulationConfig, deliver: Callable[[OutputBatch], None]) -> None:
         self.config = config
         self._loop = asyncio.get_running_loop()
         engine = config.engines["neutral"]

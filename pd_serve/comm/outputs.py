@@ -1,0 +1,32 @@
+"""What API servers read of an engine's outputs, whatever the engine is."""
+
+from typing import Protocol
+
+from migration.messages import RequestId
+
+
+class RequestOutput(Protocol):
+    """New tokens of one request; vLLM's `EngineCoreOutput`, or a simulated engine's.
+
+    Attributes:
+        new_logprobs: One row per token, or None.
+        finish_reason: None until the request ends; its text is the reason.
+    """
+
+    request_id: RequestId
+    new_token_ids: list[int]
+    new_logprobs: object
+    finish_reason: object
+
+
+class OutputBatch(Protocol):
+    """One step's outputs for one API server; vLLM's `EngineCoreOutputs`, or a simulated engine's.
+
+    Attributes:
+        scheduler_stats: vLLM's, or None.
+        engine_index: Slot number of the engine, set by the API server.
+    """
+
+    outputs: list[RequestOutput]
+    scheduler_stats: object
+    engine_index: int
