@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from migration.messages import BlockRun, FinalState, MigrationId
-from pd_serve.comm.outputs import OutputBatch, SimulatedPayload
+from pd_serve.comm.outputs import OutputBatch
+from pd_serve.simulated_engine.outputs import SimulatedPayload
 from pd_serve.simulated_engine.settings import EngineSettings
 from pd_serve.simulated_engine.simulated_engine import SimulatedEngine
 from pd_serve.simulation.config import NetworkSettings, SimulationConfig
