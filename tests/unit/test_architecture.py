@@ -41,8 +41,8 @@ FLOORS_INSIDE = {
     "migration": (
         ("migration.errors", "migration.bounds", "migration.tasks", "migration.pacing"),
         ("migration.messages",),
-        ("migration.record", "migration.state_machine", "migration.engine_interface", "migration.transport"),
-        ("migration.source_table", "migration.destination_table"),
+        ("migration.record", "migration.state_machine", "migration.transport"),
+        ("migration.engine_interface", "migration.source_table", "migration.destination_table"),
         ("migration.outgoing", "migration.incoming"),
         ("migration.coordinator", "migration.vllm_engine"),
     ),
