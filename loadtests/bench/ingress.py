@@ -21,10 +21,10 @@ from rich.table import Table
 from loadtests.bench.overhead import Load, Measured, put_load
 from loadtests.bench.router_cost import step_table
 from loadtests.bench.servers import MODEL, Server, free_port, started
-from pd_serve.config import LOOPBACK
 from pd_serve.errors import PdServeError
 from pd_serve.launch.signals import end_on_sigterm
 from pd_serve.observe import provenance as report
+from pd_serve.platform.environment import LOOPBACK
 
 PLAIN, PROXY, HAPROXY = "pd-serve serve", "Serve, Python proxy", "Serve, HAProxy"
 

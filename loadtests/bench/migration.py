@@ -19,6 +19,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from pd_serve.config import ServeConfig
+from pd_serve.frontend.manual_migration import MigrationMode
 from pd_serve.launch.console import Console
 from pd_serve.launch.serve import LocalService
 from pd_serve.observe import provenance as report
@@ -66,8 +67,8 @@ class MigrationBench:
     """Args: `service` has been started."""
 
     def __init__(self, service: LocalService) -> None:
-        self._client = service.client
-        self._router = service.router
+        self._client = service.api.client
+        self._router = service.api.tracker
         self._logs: dict[str, TokenLog] = {}
         self._serial = 0
         self._router.observer = self._observe
@@ -88,7 +89,7 @@ class MigrationBench:
         samples.ttft.append((log.times[0] - begin) * 1e3)
         samples.handoff.append((log.times[1] - log.times[0]) * 1e3)
 
-    async def moves(self, length: int, modes: Sequence[str], samples: Samples) -> None:
+    async def moves(self, length: int, modes: Sequence[MigrationMode], samples: Samples) -> None:
         """One long request, moved once in each mode in turn."""
         name, generating = self._generate(length, max_tokens=MORE_TOKENS)
         request_id = await self._internal_id(name)
@@ -104,7 +105,7 @@ class MigrationBench:
             migrated = await self._router.migrate(request_id, there, mode)
             samples.gaps[mode].append(migrated.downtime_ms)
             if mode == "live":
-                samples.stages.append(migrated.stages)
+                samples.stages.append(len(migrated.record.stages))
                 samples.during += [
                     gap
                     for i in range(at, len(log.times))
@@ -161,7 +162,7 @@ def _row(length: int, samples: Samples) -> dict[str, Any]:
 
 async def _measure(service: LocalService, rounds: int, console: rich.console.Console) -> dict[str, Any]:
     bench = MigrationBench(service)
-    modes = ["live", "blocking", "live", "recompute", "live", "blocking", "live"]
+    modes: list[MigrationMode] = ["live", "blocking", "live", "recompute", "live", "blocking", "live"]
     results = {length: Samples() for length in LENGTHS}
     await bench.moves(LENGTHS[0], modes, Samples())  # connections, caches
     with Progress(console=console, transient=True) as progress:
@@ -172,7 +173,7 @@ async def _measure(service: LocalService, rounds: int, console: rich.console.Con
                 await bench.handoff(length, samples)
                 await bench.moves(length, modes, samples)
                 progress.advance(task)
-    problems = await service.router.check_integrity()
+    problems = await service.api.tracker.check_integrity()
     if problems:
         raise RuntimeError(f"the cluster is not clean after the benchmark: {problems}")
     rows = [_row(length, samples) for length, samples in results.items()]
@@ -225,7 +226,7 @@ async def run(json_path: Path | None, rounds: int) -> None:
         "--max-num-seqs=8",
         f"--max-model-len={max(LENGTHS) + MORE_TOKENS}",
     ]
-    config = ServeConfig("bench", {"prefill": 1, "decode": 2, "neutral": 0}, engine_flags=flags)
+    config = ServeConfig(model="bench", prefill=1, decode=2, flags=tuple(flags))
     service = LocalService(config, Console(), lambda: None)
     before = report.provenance()
     try:

@@ -17,9 +17,10 @@ import aiohttp
 import psutil
 
 from pd_serve import models
-from pd_serve.config import ServeConfig, cpu_engine_defaults, is_cpu_build, process_environment
 from pd_serve.errors import PdServeError
 from pd_serve.launch.engine_flags import CHANGED_DEFAULTS
+from pd_serve.platform.cpu import cpu_engine_defaults, is_cpu_build
+from pd_serve.platform.environment import engine_environment
 
 MODEL = "tiny"
 OURS, STOCK = "pd-serve", "vllm"
@@ -45,11 +46,10 @@ class Settings:
             changed: Engine settings that are to be others.
         """
         model = models.resolve(MODEL)
-        config = ServeConfig(MODEL, {"prefill": 0, "decode": 0, "neutral": num_engines})
         values: dict[str, Any] = {"dtype": models.default_dtype(MODEL), "max_num_batched_tokens": 2048}
         values |= cpu_engine_defaults() if is_cpu_build() else {"gpu_memory_utilization": 0.4}
         return cls(
-            model, as_flags(values | dict(CHANGED_DEFAULTS) | changed), process_environment(config, model)
+            model, as_flags(values | dict(CHANGED_DEFAULTS) | changed), engine_environment(num_engines, model)
         )
 
     def command(self, name: str, port: int) -> list[str]:

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from loadtests.bench.workload import Latencies
 from pd_serve.comm.outputs import OutputBatch
-from pd_serve.config import CPU_PREFILL_CHUNK_TOKENS, CPU_STAGE_BYTES_PER_S, DEFAULT_POLICY, is_cpu_build
+from pd_serve.config import DEFAULT_POLICY
 from pd_serve.errors import PdServeError
+from pd_serve.platform.cpu import CPU_PREFILL_CHUNK_TOKENS, CPU_STAGE_BYTES_PER_S, is_cpu_build
 from pd_serve.simulated_engine.cost_model import CostModel
 from pd_serve.simulated_engine.settings import EngineSettings
 from pd_serve.simulation.config import NetworkSettings, SimulationConfig, TraceRequest

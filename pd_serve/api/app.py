@@ -13,7 +13,6 @@ from pd_serve.api.cluster_view import ClusterView
 from pd_serve.api.engine_client import ClusterAsyncLLM
 from pd_serve.api.keys import KeyMiddleware
 from pd_serve.api.overload import OverloadMiddleware
-from pd_serve.config import MAX_BODY_BYTES
 
 
 async def create_app(
@@ -23,7 +22,7 @@ async def create_app(
     *,
     max_waiting: int | None = None,
     admin_key: str | None = None,
-    max_body_bytes: int = MAX_BODY_BYTES,
+    max_body_bytes: int,
 ) -> FastAPI:
     """Builds the application, ready to be served.
 

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 
 from pd_serve.api.http_limits import HttpLimits, LimitedProtocol
-from pd_serve.config import MAX_CONNECTIONS
 from pd_serve.errors import EngineDeadError, InvalidRequestError
 from pd_serve.observe.logs import is_json
 
@@ -73,7 +72,7 @@ async def serve(
     args: Namespace,
     *,
     on_ready: Callable[[], None],
-    max_connections: int = MAX_CONNECTIONS,
+    max_connections: int,
 ) -> None:
     """Serves until cancelled, and closes `sock`.
 

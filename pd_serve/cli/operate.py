@@ -1,140 +1,107 @@
-"""`pd-serve drain`, `scale`, `restart`: what `POST /cluster/...` does, from the command line."""
+"""`pd-serve status`, `drain`, `scale`, `restart`, `migrate`, `integrity`: commands for a running service."""
 
-import time
-from typing import Any
+from typing import Annotated
 
-import httpx
+import typer
 
-from pd_serve.errors import InvalidRequestError, PdServeError
+from pd_serve.errors import InvalidRequestError
 from pd_serve.launch.console import Console
-from router.load import ROLES
+from pd_serve.launch.credentials import ADMIN_VARIABLE
 
-#: How often the progress of a restart is looked at.
-POLL_S = 0.5
+app = typer.Typer(rich_markup_mode=None)
 
-TIMEOUT_S = 70.0
-
-
-class RefusedError(PdServeError):
-    """The service answers, and does not do it; the message says why."""
-
-
-class ServiceClient:
-    """A running service, by its URL."""
-
-    def __init__(self, url: str, key: str | None) -> None:
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._url = url.rstrip("/")
-        self._http = httpx.Client(headers=headers, timeout=TIMEOUT_S)
-
-    def get(self) -> dict[str, Any]:
-        """`GET /cluster`. Raises: PdServeError."""
-        return self._ask("GET", "/cluster")
-
-    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """`POST /cluster/...`. Raises: PdServeError: the service does not; says why."""
-        return self._ask("POST", f"/cluster/{path}", body)
-
-    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        try:
-            response = self._http.request(method, self._url + path, json=body)
-        except httpx.HTTPError as error:
-            raise PdServeError(f"no service at {self._url}: {error}") from error
-        if response.is_error:
-            refused = response.status_code in (404, 409)
-            raise (RefusedError if refused else PdServeError)(_reason(response, self._url))
-        answer: dict[str, Any] = response.json()
-        return answer
+DEFAULT_URL = "http://127.0.0.1:8000"
+Url = Annotated[str, typer.Option(help="URL of the service.", envvar="PD_SERVE_URL", show_envvar=False)]
+Key = Annotated[str | None, typer.Option(help="Its API key.", envvar="VLLM_API_KEY")]
+AdminKey = Annotated[
+    str | None, typer.Option(help="Its key for /cluster, if it has one.", envvar=ADMIN_VARIABLE)
+]
 
 
-def _reason(response: httpx.Response, url: str) -> str:
-    if response.status_code == 401:
-        return f"{url} answers 401; give --api-key, or --admin-key if it has one"
-    try:
-        return str(response.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"{url} answers {response.status_code}"
+@app.command()
+def status(
+    request: Annotated[
+        str | None, typer.Option(help="Show one request, by its X-Request-Id or the id of its answer.")
+    ] = None,
+    url: Url = DEFAULT_URL,
+    api_key: Key = None,
+    admin_key: AdminKey = None,
+) -> None:
+    """Show the instances and migrations of a running service, or the stages of one request."""
+    from pd_serve.cli import service_client, status
+
+    service = service_client.ServiceClient(url, admin_key or api_key)
+    if request is not None:
+        status.show_request(service, request)
+    else:
+        status.show(service)
 
 
-def parse_sizes(texts: list[str]) -> dict[str, int]:
-    """Sizes by role from "ROLE=N". Raises: InvalidRequestError."""
-    sizes = {}
-    for text in texts:
-        role, _, size = text.partition("=")
-        if not role or not size.isdecimal():
-            raise InvalidRequestError(f"{text!r}: it has to be ROLE=N, such as decode=4")
-        if role not in ROLES:
-            raise InvalidRequestError(f"no role {role!r}; there are {', '.join(ROLES)}")
-        sizes[role] = int(size)
-    return sizes
+@app.command()
+def drain(
+    instance: Annotated[str | None, typer.Argument(help="Its id, as `pd-serve status` shows it.")] = None,
+    node: Annotated[
+        str | None, typer.Option(help="Drain all instances of the machine with this host name.")
+    ] = None,
+    wait: Annotated[float, typer.Option(help="With --node: seconds to wait until they are empty.")] = 0.0,
+    stop: Annotated[bool, typer.Option("--stop", help="Stop the instance when it is empty.")] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Let the instance take requests again.")] = False,
+    url: Url = DEFAULT_URL,
+    api_key: Key = None,
+    admin_key: AdminKey = None,
+) -> None:
+    """Keep new requests from an instance, and move its running ones away."""
+    from pd_serve.cli import service_client
+
+    service = service_client.ServiceClient(url, admin_key or api_key)
+    if node is not None and instance is None and not (stop or undo):
+        service_client.drain_node(service, Console(), node, wait_s=wait)
+    elif instance is not None and node is None:
+        service_client.drain(service, Console(), instance, stop=stop, undo=undo)
+    else:
+        raise InvalidRequestError("give an instance, or --node alone")
 
 
-def drain(service: ServiceClient, console: Console, instance: str, *, stop: bool, undo: bool) -> None:
-    service.post("drain", {"instance": instance, "stop": stop, "draining": not undo})
-    what = "is used again" if undo else "is drained, and stopped when it is empty" if stop else "is drained"
-    console.step(f"{instance} {what}; see pd-serve status")
+@app.command()
+def scale(
+    sizes: Annotated[list[str], typer.Argument(metavar="ROLE=N...", help="Such as decode=4.")],
+    url: Url = DEFAULT_URL,
+    api_key: Key = None,
+    admin_key: AdminKey = None,
+) -> None:
+    """Set the number of instances of a role: starts instances, or drains and stops them."""
+    from pd_serve.cli import service_client
+
+    service = service_client.ServiceClient(url, admin_key or api_key)
+    service_client.scale(service, Console(), service_client.parse_sizes(sizes))
 
 
-def drain_node(service: ServiceClient, console: Console, node: str, *, wait_s: float) -> None:
-    """Drains all instances of a machine, before it goes away.
+@app.command()
+def restart(url: Url = DEFAULT_URL, api_key: Key = None, admin_key: AdminKey = None) -> None:
+    """Replace all instances by new ones, one after another, while requests go on."""
+    from pd_serve.cli import service_client
 
-    Returns when none of them has a request any more, or after `wait_s` seconds. What cannot be done without
-    is not drained.
-
-    Args:
-        node: The machine's host name, as `GET /cluster` has it.
-
-    Raises:
-        PdServeError: The service does not answer.
-    """
-    deadline = time.monotonic() + wait_s
-    ids = [row["id"] for row in service.get()["instances"] if row["node"] == node]
-    console.step(f"{node}: {', '.join(ids) or 'no instances'}")
-    drained = [instance for instance in ids if _is_drained(service, console, instance)]
-    while busy := _requests(service, drained):
-        if time.monotonic() > deadline:
-            console.warn(f"{node} still has {busy} requests")
-            return
-        time.sleep(POLL_S)
-    if drained:
-        console.step(f"{', '.join(drained)}: empty")
+    service_client.restart(service_client.ServiceClient(url, admin_key or api_key), Console())
 
 
-def _is_drained(service: ServiceClient, console: Console, instance: str) -> bool:
-    try:
-        service.post("drain", {"instance": instance})
-    except RefusedError as refusal:
-        console.warn(f"{instance} is not drained: {refusal}")
-        return False
-    return True
+@app.command()
+def migrate(
+    request: Annotated[str, typer.Argument(help="Its X-Request-Id, or the id of its answer.")],
+    destination: Annotated[str, typer.Argument(help="Id of the instance to move it to.")],
+    url: Url = DEFAULT_URL,
+    api_key: Key = None,
+    admin_key: AdminKey = None,
+) -> None:
+    """Move a running request to another instance."""
+    from pd_serve.cli import service_client
+
+    service = service_client.ServiceClient(url, admin_key or api_key)
+    service_client.migrate(service, Console(), request, destination)
 
 
-def _requests(service: ServiceClient, ids: list[str]) -> int:
-    if not ids:
-        return 0
-    rows = [row for row in service.get()["instances"] if row["id"] in ids]
-    return sum(row["running"] + row["waiting"] for row in rows)
+@app.command()
+def integrity(url: Url = DEFAULT_URL, api_key: Key = None, admin_key: AdminKey = None) -> None:
+    """Check the invariants of all instances."""
+    from pd_serve.cli import service_client
 
-
-def scale(service: ServiceClient, console: Console, sizes: dict[str, int]) -> None:
-    service.post("scale", sizes)
-    shown = ", ".join(f"{role}={size}" for role, size in sizes.items())
-    console.step(f"on its way to {shown}; see pd-serve status")
-
-
-def restart(service: ServiceClient, console: Console) -> None:
-    """Returns when all instances are new ones. Raises: PdServeError: it was given up."""
-    before = {row["id"] for row in service.get()["instances"] if row["pid"]}
-    service.post("restart", {})
-    shown = ""
-    while True:
-        time.sleep(POLL_S)
-        cluster = service.get()
-        state = cluster["restart"]
-        if state["progress"] != shown:
-            shown = state["progress"]
-            console.step(f"restart: {shown}")
-        if not state["running"] and shown:
-            break
-    if left := before & {row["id"] for row in cluster["instances"]}:
-        raise PdServeError(f"still there: {', '.join(sorted(left))}; see pd-serve status")
+    service_client.check_integrity(service_client.ServiceClient(url, admin_key or api_key), Console())

@@ -1,80 +1,93 @@
-"""`pd-serve simulate`: one run, the paper's experiments, the same trace with and without disaggregation.
-
-What takes time to import is imported when a command runs.
-"""
+"""`pd-serve simulate`: one workload on one simulated cluster. Imports what takes time when a command runs."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from pd_serve.config import DEFAULT_COST_MODEL, DEFAULT_POLICY, parse_settings
 from pd_serve.simulated_engine.settings import FITTED_BLOCKS
 
 app = typer.Typer(
-    no_args_is_help=True, help="Simulate a cluster in virtual time, with the real control plane."
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Simulate a cluster in virtual time, with the real control plane.",
 )
-
-TracesFolder = Annotated[
-    Path | None, typer.Option("--traces", help="Folder of trace files.", envvar="PD_SERVE_TRACES")
-]
-CostModelName = Annotated[str, typer.Option("--cost-model", help="Name, or a CSV file of measured steps.")]
-NumBlocks = Annotated[int, typer.Option("--blocks", min=1, help="KV blocks of 16 tokens per instance.")]
-TtftSlo = Annotated[float, typer.Option("--slo-ttft", help="Bound on the first token, in seconds.")]
-TpotSlo = Annotated[float, typer.Option("--slo-tpot", help="Bound on the mean time of later ones.")]
-Jobs = Annotated[int | None, typer.Option(min=1, help="Processes. (default: one per core)")]
-OutFolder = Annotated[Path, typer.Option("--out", help="Folder for tables, plots and finished runs.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Run again what the folder has results of.")]
-Seed = Annotated[int, typer.Option(help="Of lengths, arrivals and everything random.")]
 
 
 @app.callback()
 def _simulate() -> None:
-    """With one command only, Typer would take its name for an argument."""
+    """Makes `run` a sub-command: Typer takes the only command of a group for the group."""
 
 
 @app.command()
 def run(
-    trace: Annotated[str, typer.Option(help="Name (s-s, m-m, l-l, s-l, l-s, azure-conv, ...) or file.")],
-    policy: Annotated[str, typer.Option(help="Name of a policy set.")] = "llumnix",
-    rate: Annotated[float | None, typer.Option(help="Requests/s. (default: as recorded)")] = None,
-    requests: Annotated[int | None, typer.Option(help="How many. (default: 10,000, or the file)")] = None,
-    instances: Annotated[int | None, typer.Option(min=1, help="Neutral instances. (default: 16)")] = None,
+    trace: Annotated[
+        str,
+        typer.Option(
+            help="Workload: s-s, m-m, l-l, s-l or l-s (generated, needs --rate), azure-conv, azure-code,"
+            " mooncake or sharegpt (from a file), or the path of a trace file."
+        ),
+    ],
+    policy: Annotated[str, typer.Option(help="Policy set; see pd-serve policies.")] = DEFAULT_POLICY,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the policy; may be repeated."),
+    ] = None,
+    rate: Annotated[float | None, typer.Option(help="Requests/s. [default: as recorded]")] = None,
+    requests: Annotated[
+        int | None, typer.Option(help="Number of requests. [default: 10000, or those of the file]")
+    ] = None,
+    instances: Annotated[int | None, typer.Option(min=1, help="Neutral instances. [default: 16]")] = None,
     prefill: Annotated[int, typer.Option(min=0, help="Prefill instances.")] = 0,
     decode: Annotated[int, typer.Option(min=0, help="Decode instances.")] = 0,
-    arrivals: Annotated[str | None, typer.Option(help="poisson, gamma:CV or recorded.")] = None,
-    priority_fraction: Annotated[float, typer.Option(help="Share of high priority.")] = 0.0,
     autoscale: Annotated[
-        list[str] | None, typer.Option(metavar="[ROLE=]MIN:MAX", help="Bounds of every pool, or of one.")
+        list[str] | None,
+        typer.Option(metavar="[ROLE=]MIN:MAX", help="Scale the pool of a role, or all; may be repeated."),
     ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Setting of the policy to change.")
-    ] = None,
-    cost_model: CostModelName = "a10-llama-7b",
-    blocks: NumBlocks = FITTED_BLOCKS,
+    arrivals: Annotated[str | None, typer.Option(help="poisson, gamma:CV or recorded.")] = None,
+    priority_fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of requests of high priority.")
+    ] = 0.0,
+    cost_model: Annotated[
+        str, typer.Option(help="Speed of the engines: a name, or a CSV file of measured steps.")
+    ] = DEFAULT_COST_MODEL,
+    blocks: Annotated[
+        int, typer.Option(min=1, help="KV blocks of 16 tokens of each instance.")
+    ] = FITTED_BLOCKS,
     chunk_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Chunked prefill, with so many tokens per step.")
+        int | None,
+        typer.Option(min=1, help="Chunked prefill with this token budget per step. [default: off]"),
     ] = None,
-    prefix_caching: Annotated[bool, typer.Option(help="Keep prompts for others that begin alike.")] = False,
-    max_migrations: Annotated[int, typer.Option(min=1, help="Per instance and direction at a time.")] = 64,
-    slo_ttft: TtftSlo = 5.0,
-    slo_tpot: TpotSlo = 0.1,
-    seed: Seed = 0,
-    traces: TracesFolder = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here.")] = None,
+    prefix_caching: Annotated[
+        bool, typer.Option(help="Reuse the KV cache of requests with the same beginning.")
+    ] = False,
+    max_migrations: Annotated[
+        int, typer.Option(min=1, help="Migrations of an instance at a time, in each direction.")
+    ] = 64,
+    slo_ttft: Annotated[float, typer.Option(help="Bound on the time to first token, in seconds.")] = 5.0,
+    slo_tpot: Annotated[
+        float, typer.Option(help="Bound on the mean time per output token, in seconds.")
+    ] = 0.1,
+    seed: Annotated[int, typer.Option(help="Seed of lengths, arrivals and everything random.")] = 0,
+    traces: Annotated[
+        Path | None, typer.Option(help="Folder of trace files.", envvar="PD_SERVE_TRACES")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")] = None,
 ) -> None:
-    """Simulate one workload on one cluster."""
+    """Simulate one workload on one cluster, and show its latencies."""
     from pd_serve.cli import simulate_options as options
-    from pd_serve.cli import simulate_output as show
+    from pd_serve.cli import simulate_output as output
     from pd_serve.simulation.scenario import Scenario
     from pd_serve.simulation.summary import Slo
     from pd_serve.simulation.workloads import TraceSpec
 
     cluster = options.instances(instances, prefill, decode)
-    case = Scenario(
+    scenario = Scenario(
         trace=TraceSpec(trace, rate, requests, arrivals, priority_fraction, seed),
         policy=policy,
         instances=cluster,
-        overrides=options.settings(settings or []),
+        overrides=parse_settings(settings or []),
         cost_model=cost_model,
         num_blocks=blocks,
         chunk_tokens=chunk_tokens,
@@ -83,4 +96,4 @@ def run(
         max_migrations=max_migrations,
         slo=Slo(slo_ttft, slo_tpot),
     )
-    show.run_and_show(case, traces, json_file)
+    output.run_and_show(scenario, traces, json_file)

@@ -1,4 +1,4 @@
-"""Options of the command line that are more than a number."""
+"""Options of `pd-serve simulate` that are more than a number."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,10 +10,10 @@ DEFAULT_INSTANCES = 16
 
 
 def instances(neutral: int | None, prefill: int, decode: int) -> dict[str, int]:
-    """The cluster at the beginning, by role: neutral instances, or prefill and decode ones, or all three.
+    """Number of instances at the start, by role: neutral, or prefill and decode, or all three.
 
     Raises:
-        InvalidRequestError: Nothing in it could prefill, or nothing decode.
+        InvalidRequestError: No instance could prefill, or none decode.
     """
     if neutral is None:
         neutral = 0 if prefill or decode else DEFAULT_INSTANCES
@@ -26,39 +26,18 @@ def instances(neutral: int | None, prefill: int, decode: int) -> dict[str, int]:
 
 
 def bounds(texts: Iterable[str], roles: Sequence[str]) -> dict[str, PoolBounds]:
-    """`MIN:MAX` for every role that there is, or `ROLE=MIN:MAX` for one.
+    """Bounds by role from `MIN:MAX` for all roles, or `ROLE=MIN:MAX` for one.
 
     Raises:
-        InvalidRequestError: It is neither, or there is no such role.
+        InvalidRequestError: The text is neither, or there is no such role.
     """
     found: dict[str, PoolBounds] = {}
     for text in texts:
         role, equals, span = text.rpartition("=")
         if equals and role not in roles:
             raise InvalidRequestError(f"--autoscale {text}: there are no {role} instances")
-        found |= dict.fromkeys([role] if equals else roles, parse_bounds("--autoscale", span))
-    return found
-
-
-def settings(texts: Iterable[str]) -> dict[str, float | int | str]:
-    """`KEY=VALUE`, as numbers where they are.
-
-    Raises:
-        InvalidRequestError: There is no `=`.
-    """
-    found: dict[str, float | int | str] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise InvalidRequestError(f"--set {text}: must be KEY=VALUE")
-        found[key.strip()] = _number(value.strip())
-    return found
-
-
-def _number(text: str) -> float | int | str:
-    for kind in (int, float):
         try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+            found |= dict.fromkeys([role] if equals else roles, parse_bounds(span))
+        except ValueError as error:
+            raise InvalidRequestError(f"--autoscale: {error}") from None
+    return found

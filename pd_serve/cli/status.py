@@ -1,19 +1,17 @@
-"""`pd-serve status`: the cluster, or a request's way through it, as tables."""
+"""`pd-serve status`: the cluster, or the stages of a request, as tables."""
 
 from typing import Any
-from urllib.parse import quote
 
-import httpx
 import rich.console
 from rich.table import Table
 
-from pd_serve.errors import PdServeError
+from pd_serve.cli.service_client import ServiceClient
 
 
-def show_request(url: str, key: str | None, request_id: str) -> None:
-    """Prints what `GET /cluster/requests/{id}` says. Raises: PdServeError: as `show`, or no such request."""
+def show_request(service: ServiceClient, request_id: str) -> None:
+    """Prints `GET /cluster/requests/{id}`. Raises: PdServeError: as `show`, or no such request."""
     console = _console()
-    for request in _get(f"{url.rstrip('/')}/cluster/requests/{quote(request_id)}", key)["requests"]:
+    for request in service.get(f"requests/{request_id}")["requests"]:
         console.print(
             f"{request['id']} ({request['name']}): {request['outcome'] or request['state']},"
             f" {request['prompt_tokens']} + {request['output_tokens']} tokens,"
@@ -39,9 +37,9 @@ def show_request(url: str, key: str | None, request_id: str) -> None:
         console.print(migrations)
 
 
-def show(url: str, key: str | None) -> None:
-    """Prints what `GET /cluster` says. Raises: PdServeError: no service there, or a wrong key."""
-    cluster = _get(f"{url.rstrip('/')}/cluster", key)
+def show(service: ServiceClient) -> None:
+    """Prints `GET /cluster`. Raises: PdServeError: no service there, or a wrong key."""
+    cluster = service.get()
     console = _console()
     instances = Table(title="instances")
     columns = (
@@ -57,7 +55,7 @@ def show(url: str, key: str | None) -> None:
         "in/out",
     )
     for column in columns:
-        # Where the table is too narrow, names that one may have to copy are the last to be cut.
+        # In a narrow terminal, other columns are cut before the ones that are copied into commands.
         instances.add_column(column, no_wrap=column in ("id", "state", "pid"))
     for i in cluster["instances"]:
         instances.add_row(
@@ -87,29 +85,10 @@ def show(url: str, key: str | None) -> None:
         console.print(f"{decision['seconds_ago']:8.0f} s ago  {decision['what']}", highlight=False)
 
 
-def _get(url: str, key: str | None) -> Any:
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    try:
-        response = httpx.get(url, headers=headers, timeout=5.0)
-    except httpx.HTTPError as error:
-        raise PdServeError(f"no service at {url}: {error}") from error
-    if response.status_code != 200:
-        hint = "; give --api-key, or --admin-key if it has one" if response.status_code == 401 else ""
-        raise PdServeError(f"{url} answers {response.status_code}{_why(response)}{hint}")
-    return response.json()
-
-
-def _why(response: httpx.Response) -> str:
-    try:
-        return f": {response.json()['error']['message']}"
-    except (ValueError, KeyError, TypeError):  # not one of our errors
-        return ""
-
-
 def _console() -> rich.console.Console:
     console = rich.console.Console()
     if not console.is_terminal:
-        console.width = 200  # nothing to fit into: a script gets whole lines
+        console.width = 200  # a script gets whole lines
     return console
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from migration.engine_interface import Engine, EngineEvents
-from pd_serve.config import is_cpu_build
+from pd_serve.platform.cpu import is_cpu_build
 from pd_serve.simulated_engine.settings import EngineSettings
 
 if TYPE_CHECKING:

@@ -1,22 +1,57 @@
-"""What a person sees: steps with their time, warnings, the banner at the end of the start."""
+"""Progress and warnings for the operator, and the banner at the end of the start."""
 
 import json
 import logging
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import rich.console
 from rich.panel import Panel
 from rich.table import Table
 
-from pd_serve.comm.messages import InstanceInfo
-from pd_serve.config import ServeConfig
 from pd_serve.observe.logs import is_json
 
 logger = logging.getLogger(__name__)
 
 
+class Progress(Protocol):
+    """Receives progress and warnings for the operator: a terminal, or the log."""
+
+    def step(self, text: str) -> None: ...
+    def warn(self, text: str) -> None: ...
+
+
+class LogProgress:
+    """Progress as log lines, for a process without a terminal."""
+
+    def step(self, text: str) -> None:
+        logger.info("%s", text)
+
+    def warn(self, text: str) -> None:
+        logger.warning("%s", text)
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """What the banner shows of a service that is ready.
+
+    Attributes:
+        url: Such as "http://127.0.0.1:8000".
+        model: Its name in the API.
+        instances: One text for each instance.
+        needs_key: Whether clients must send a key.
+    """
+
+    url: str
+    model: str
+    instances: Sequence[str]
+    needs_key: bool
+
+
 class Console:
-    """Progress on stderr, so that stdout stays free for results. With JSON lines of log, lines of log."""
+    """Progress on stderr, so that stdout stays free for results. With the log format JSON: as log lines."""
 
     def __init__(self) -> None:
         self._console = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
@@ -25,35 +60,38 @@ class Console:
     def step(self, text: str) -> None:
         if is_json():
             return logger.info("%s", text)
-        self._console.print(f"[dim]{time.monotonic() - self._begin:6.1f} s[/dim]  {text}")
+        self._print(f"{time.monotonic() - self._begin:6.1f} s", "dim", text)
 
     def warn(self, text: str) -> None:
         if is_json():
             return logger.warning("%s", text)
-        self._console.print(f"[bold yellow]warning[/bold yellow]  {text}")
+        self._print("warning", "bold yellow", text)
 
     def error(self, text: str) -> None:
-        self._console.print(f"[bold red]error[/bold red]  {text}", soft_wrap=True)
+        self._print("error", "bold red", text)
 
-    def banner(self, config: ServeConfig, model: str, instances: list[InstanceInfo], *, tls: bool) -> None:
-        """Endpoint, model, instances and a line to copy."""
-        endpoint = f"http{'s' if tls else ''}://{config.host or '0.0.0.0'}:{config.port}"
+    def _print(self, label: str, style: str, text: str) -> None:
+        self._console.print(label, style=style, end="  ")
+        self._console.print(text, markup=False)
+
+    def banner(self, endpoint: Endpoint) -> None:
+        """Shows the endpoint and a command to try it."""
+        url, model = endpoint.url, endpoint.model
+        seconds = time.monotonic() - self._begin
         if is_json():
-            seconds = time.monotonic() - self._begin
-            return logger.info("endpoint %s/v1 serves %s after %.1f s", endpoint, model, seconds)
+            return logger.info("endpoint %s/v1 serves %s after %.1f s", url, model, seconds)
+        table = Table.grid(padding=(0, 2))
+        rows = (("endpoint", f"{url}/v1"), ("model", model), ("instances", ", ".join(endpoint.instances)))
+        for name, value in rows:
+            table.add_row(f"[bold]{name}[/bold]", value)
+        ready = f"ready after {seconds:.1f} s"
+        self._console.print(Panel(table, title="pd-serve", subtitle=ready, expand=False))
         body = json.dumps(
             {"model": model, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 32}
         )
-        key = " -H 'Authorization: Bearer KEY'" if config.api_keys else ""
-        table = Table.grid(padding=(0, 2))
-        table.add_row("[bold]endpoint[/bold]", f"{endpoint}/v1")
-        table.add_row("[bold]model[/bold]", model)
-        shown = ", ".join(f"{info.instance_id} (pid {info.pid})" for info in instances)
-        table.add_row("[bold]instances[/bold]", shown)
-        ready = f"ready after {time.monotonic() - self._begin:.1f} s"
-        self._console.print(Panel(table, title="pd-serve", subtitle=ready, expand=False))
-        self._console.print("Try it (Ctrl-C ends everything):\n")
+        key = " -H 'Authorization: Bearer KEY'" if endpoint.needs_key else ""
+        self._console.print("Try it (Ctrl-C stops the service):\n")
         self._console.print(
-            f"  curl {endpoint}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'\n",
+            f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'\n",
             markup=False,
         )

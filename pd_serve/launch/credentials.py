@@ -1,68 +1,59 @@
-"""Keys and secrets that an operator gives, by file or environment rather than where `ps` shows them."""
+"""Keys and the cluster's secret, from files and the environment rather than from where `ps` shows them."""
 
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from pd_serve.config import ENVIRONMENT_PREFIX, ServeConfig
 from pd_serve.errors import InvalidRequestError
 
-ADMIN_VARIABLE = "PD_SERVE_ADMIN_KEY"
-SECRET_VARIABLE = "PD_SERVE_CLUSTER_SECRET"
+ADMIN_VARIABLE = f"{ENVIRONMENT_PREFIX}ADMIN_KEY"
+SECRET_VARIABLE = f"{ENVIRONMENT_PREFIX}CLUSTER_SECRET"
 
-#: Shorter ones could be found by trying, from a recorded handshake.
+#: A shorter secret could be found by brute force from a recorded handshake.
 LEAST_SECRET_LENGTH = 32
 
-
-def read_api_keys(given: list[str], path: Path | None, warn: Callable[[str], None]) -> tuple[str, ...]:
-    """The keys of the command line, then those of a file: one a line, "#" begins a comment.
-
-    Raises:
-        InvalidRequestError: No such file, no key in it, or a key that no client could send.
-    """
-    keys = list(given)
-    if path is not None:
-        keys += _keys_of(path, "--api-key-file", warn)
-    return tuple(checked_key(key) for key in keys)
+Warn = Callable[[str], None]
 
 
-def read_admin_key(given: str | None, path: Path | None, warn: Callable[[str], None]) -> str | None:
-    """The key of a file, else the one given, else PD_SERVE_ADMIN_KEY; None if there is none, or it is empty.
+def with_credentials(config: ServeConfig, warn: Warn) -> ServeConfig:
+    """Reads the files of keys that a configuration names, and checks all keys.
+
+    PD_SERVE_CLUSTER_SECRET is removed from the environment, so that no other process inherits it.
 
     Raises:
-        InvalidRequestError: As for API keys, or a file with several keys.
+        InvalidRequestError: A file cannot be read, a key no client could send, or a secret that is too short.
     """
-    if path is not None:
-        keys = _keys_of(path, "--admin-key-file", warn)
-        if len(keys) > 1:
-            raise InvalidRequestError(
-                f"--admin-key-file: there are {len(keys)} keys in {path}, and one is used"
-            )
-        given = keys[0]
-    key = given if given is not None else os.environ.get(ADMIN_VARIABLE) or None
-    return None if key is None else checked_key(key)
+    os.environ.pop(SECRET_VARIABLE, None)
+    keys = [*config.api_key, *_keys_of(config.api_key_file, "--api-key-file", warn)]
+    admin_keys = _keys_of(config.admin_key_file, "--admin-key-file", warn)
+    if len(admin_keys) > 1:
+        raise InvalidRequestError(
+            f"--admin-key-file: {config.admin_key_file} holds {len(admin_keys)} keys instead of one"
+        )
+    admin_key = admin_keys[0] if admin_keys else config.admin_key
+    secret = config.cluster_secret
+    if config.cluster_secret_file is not None:
+        secret = _read(config.cluster_secret_file, "--cluster-secret-file", warn).encode()
+    return config.model_copy(
+        update={
+            "api_key": tuple(map(checked_key, keys)),
+            "admin_key": None if admin_key is None else checked_key(admin_key),
+            "cluster_secret": None if secret is None else _checked_secret(secret.strip()),
+        }
+    )
 
 
 def checked_key(key: str) -> str:
-    """A key that fits into a header. Raises: InvalidRequestError: it does not; the key itself is not told."""
+    """A key that fits into a header. Raises: InvalidRequestError: it does not; the message omits the key."""
     if not key or not key.isascii() or not key.isprintable() or " " in key:
-        raise InvalidRequestError("a key has to be of printable ASCII characters without spaces")
+        raise InvalidRequestError("a key must consist of printable ASCII characters without spaces")
     return key
 
 
-def read_cluster_secret(path: Path | None, warn: Callable[[str], None]) -> bytes | None:
-    """What `--cluster-secret-file` holds, or PD_SERVE_CLUSTER_SECRET; None if neither is given.
-
-    The variable is taken out of the environment, so that no other process inherits it.
-
-    Raises:
-        InvalidRequestError: No such file, or a secret that is too short.
-    """
-    variable = os.environ.pop(SECRET_VARIABLE, None)
-    text = variable if path is None else _read(path, "--cluster-secret-file", warn)
-    if text is None:
-        return None
-    if len(secret := text.strip().encode()) < LEAST_SECRET_LENGTH:
+def _checked_secret(secret: bytes) -> bytes:
+    if len(secret) < LEAST_SECRET_LENGTH:
         raise InvalidRequestError(
             f"the cluster's secret is too short: {LEAST_SECRET_LENGTH} characters at least,"
             " such as `openssl rand -hex 32` gives"
@@ -70,7 +61,10 @@ def read_cluster_secret(path: Path | None, warn: Callable[[str], None]) -> bytes
     return secret
 
 
-def _keys_of(path: Path, flag: str, warn: Callable[[str], None]) -> list[str]:
+def _keys_of(path: Path | None, flag: str, warn: Warn) -> Sequence[str]:
+    """The keys of a file, one a line; "#" begins a comment."""
+    if path is None:
+        return ()
     lines = (line.partition("#")[0].strip() for line in _read(path, flag, warn).splitlines())
     keys = [line for line in lines if line]
     if not keys:
@@ -78,11 +72,11 @@ def _keys_of(path: Path, flag: str, warn: Callable[[str], None]) -> list[str]:
     return keys
 
 
-def _read(path: Path, flag: str, warn: Callable[[str], None]) -> str:
+def _read(path: Path, flag: str, warn: Warn) -> str:
     try:
         if path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
-            warn(f"{flag}: others can read {path}; chmod 600 it")
+            warn(f"{flag}: other users can read {path}; chmod 600 it")
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        why = error.strerror if isinstance(error, OSError) else "not a text file"
         raise InvalidRequestError(f"{flag}: {path} cannot be read: {why}") from None

@@ -5,16 +5,16 @@ that vLLM itself knows in full (`--prefill-schedule-interval`) stays vLLM's. vLL
 checks all values; it is imported on the first `parse`, which takes seconds, not with this module.
 """
 
-import difflib
 import re
-from argparse import Action, Namespace
-from collections.abc import Iterable, Iterator, Mapping
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pd_serve.errors import InvalidRequestError
-from pd_serve.launch.vllm_parser import as_invalid_request, defaults_of_vllm, engine_settings, options, parser
+from pd_serve.launch.command_line import EngineFlag, cut
+from pd_serve.launch.vllm_parser import as_invalid_request, defaults_of_vllm, engine_settings, parser
 from router.load import ROLES
 
 if TYPE_CHECKING:
@@ -33,40 +33,6 @@ CHANGED_DEFAULTS: Mapping[str, Any] = {
     "uvicorn_log_level": "warning",
 }
 """Where the service's defaults differ from vLLM's, and why. Flags override them."""
-
-SAME_EVERYWHERE = re.compile(
-    r"""
-    # The model: what is computed, and what the front end tokenizes.
-    model|model_impl|model_class_overrides|model_loader_extra_config|load_format|runner|convert
-    |hf_config_path|hf_overrides|config_format|revision|code_revision|trust_remote_code|tokenizer.*
-    |skip_tokenizer_init|dtype|quantization|quantization_config|max_model_len|disable_sliding_window
-    |served_model_name|generation_config|override_generation_config
-    # What a KV block holds, and over how many ranks it is spread.
-    |block_size|kv_cache_dtype.*|kv_sharing_fast_prefill|attention_backend|attention_config
-    |disable_hybrid_kv_cache_manager|mamba_block_size|mamba_.*cache_dtype|mamba_cache_mode
-    |speculative_config|spec_.*|(tensor|pipeline|decode_context|prefill_context)_parallel_size
-    |[dp]?cp_kv_cache_interleave_size
-    # What a request may ask for, wherever it is.
-    |enable_lora|max_lora_rank|lora_dtype|max_logprobs|logprobs_mode|logits_processors
-    |structured_outputs_config|reasoning_parser|reasoning_parser_plugin|scheduling_policy
-    """,
-    re.VERBOSE,
-)
-"""Engine settings that a request meets again after a migration, so they cannot differ by role."""
-
-NOT_OURS = re.compile(
-    "headless|api_server_count|grpc|grpc_port|uds|data_parallel_.*|dp_supervisor_.*|nnodes|node_rank|"
-    "master_addr|master_port|enable_elastic_ep|elastic_ep_.*|enable_fault_tolerance|fault_tolerance_config|"
-    "scheduler_cls|enable_ssl_refresh"
-)
-"""Settings for things that pd-serve does in its own way: processes, nodes, scheduling, sockets."""
-
-ON_THE_COMMAND_LINE = {
-    "model": "name the model as the first argument",
-    "host": "goes to pd-serve itself, not into a --config file",
-    "port": "goes to pd-serve itself, not into a --config file",
-}
-"""What the caller needs before vLLM's flags are read, so it does not come here any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,22 +76,6 @@ class ParsedFlags:
             return self.engine_args(role).create_engine_config()
 
 
-@dataclass(frozen=True, slots=True)
-class _Flag:
-    """One flag of the command line with its values, as vLLM's parser wants them."""
-
-    action: Action
-    tokens: list[str]
-    role: str | None
-    written: str
-
-    @property
-    def setting(self) -> str:
-        """What it sets; `--a.b` and `--a.c` set different things."""
-        name = self.tokens[0].split("=", 1)[0]
-        return name if "." in name else self.action.dest
-
-
 def parse(
     extra_args: list[str],
     defaults: Mapping[str, Any],
@@ -134,8 +84,7 @@ def parse(
     """Read a command line that has no positional arguments.
 
     Args:
-        extra_args: Flags in any of vLLM's forms: `--flag value`, `--flag=value`, `--no-flag`,
-            `--json-flag.key value`, `-tp 2`, underscores, `--config FILE`.
+        extra_args: Flags in the forms that `pd_serve.launch.command_line.cut` takes, and `--config FILE`.
         defaults: Values to use where the command line says nothing, as vLLM's namespace holds them,
             e.g. `{"model": path, "max_num_seqs": 16}`. They come before `CHANGED_DEFAULTS`.
         role_defaults: The same for one role each, where the command line has it for neither this role nor
@@ -151,7 +100,10 @@ def parse(
     ).keys()
     if unknown:
         raise ValueError(f"vLLM has no setting {', '.join(sorted(unknown))}")
-    flags = list(_flags(_with_config_file(extra_args)))
+    line = cut(_with_config_file(extra_args))
+    if line.positionals:
+        raise InvalidRequestError(f"unexpected argument {line.positionals[0]!r}")
+    flags = line.engine
     shared = [flag for flag in flags if flag.role is None]
     server = _read(shared, base)
     _check_server(server)
@@ -161,78 +113,18 @@ def parse(
         replaced = {flag.setting for flag in own}
         kept = [flag for flag in shared if flag.setting not in replaced]
         by_role[role] = _read(kept + own, by_role_base[role], role)
-    given = frozenset(flag.action.dest for flag in shared)
+    given = frozenset(flag.spec.dest for flag in shared)
     parsed = ParsedFlags(server, given, by_role, defaults_of_vllm())
     for role in ROLES:
         parsed.engine_args(role)  # has checks of its own
     return parsed
 
 
-def _flags(args: list[str]) -> Iterator[_Flag]:
-    """Cut a command line into flags, each with the tokens up to the next one."""
-    start = 0
-    while start < len(args):
-        end = start + 1
-        while end < len(args) and not _is_flag(args[end]):
-            end += 1
-        yield _flag(args[start], args[start + 1 : end])
-        start = end
-
-
-def _flag(first: str, values: list[str]) -> _Flag:
-    if not _is_flag(first):
-        raise InvalidRequestError(f"unexpected argument {first!r}")
-    written, equals, value = first.partition("=")
-    path, dot, keys = written.partition(".")
-    name = path.replace("_", "-") if path.startswith("--") else path
-    if level := re.fullmatch(r"-O(\d?)", name):
-        name, equals, value = "--optimization-level", "=" if value or level[1] else "", value or level[1]
-    known = options()
-    role = None
-    if name not in known:
-        role = next((role for role in ROLES if name.startswith(f"--{role}-")), None)
-        name = "--" + name.removeprefix(f"--{role}-") if role else name
-    action = known.get(name)
-    if action is None:
-        raise InvalidRequestError(_unknown(written.replace("_", "-")))
-    if role is None and action.dest in ON_THE_COMMAND_LINE:
-        raise InvalidRequestError(f"{written}: {ON_THE_COMMAND_LINE[action.dest]}")
-    if NOT_OURS.fullmatch(action.dest):
-        raise InvalidRequestError(f"{written} is not a flag of pd-serve, which does this in its own way")
-    if role and action.dest not in engine_settings():
-        raise InvalidRequestError(f"{written}: {name} is a flag of the API server, not of the instances")
-    if role and SAME_EVERYWHERE.fullmatch(action.dest):
-        raise InvalidRequestError(f"{written}: must be the same on all instances; use {name}")
-    if action.nargs is None and len(values) > 1 - len(equals):
-        raise InvalidRequestError(f"unexpected argument {values[-1]!r} after {written}")
-    if action.nargs == 0 and values:
-        raise InvalidRequestError(f"unexpected argument {values[0]!r} after {written}")
-    return _Flag(action, [name + dot + keys + equals + value, *values], role, written)
-
-
-def _is_flag(token: str) -> bool:
-    number = re.fullmatch(r"-\d+|-\d*\.\d+", token)
-    return token.startswith("-") and token != "-" and number is None
-
-
-def _unknown(name: str) -> str:
-    role = next((role for role in ROLES if name.startswith(f"--{role}-")), None)
-    known = [
-        option
-        for option, action in options().items()
-        if option.startswith("--") and not NOT_OURS.fullmatch(action.dest)
-    ]
-    if role:
-        known += [f"--{role}-{option[2:]}" for option in known]
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-    return f"unknown flag {name}" + (f"; did you mean {close[0]}?" if close else "")
-
-
-def _read(flags: Iterable[_Flag], base: Mapping[str, Any], role: str | None = None) -> Namespace:
+def _read(flags: Iterable[EngineFlag], base: Mapping[str, Any], role: str | None = None) -> Namespace:
     """Let vLLM's parser read flags, the last one of a kind winning, on top of `base`."""
-    last: dict[Any, _Flag] = {}
+    last: dict[Any, EngineFlag] = {}
     for position, flag in enumerate(flags):
-        repeatable = "." in flag.setting or type(flag.action).__name__ == "_AppendAction"
+        repeatable = "." in flag.setting or flag.spec.repeatable
         key = position if repeatable else flag.setting
         last.pop(key, None)
         last[key] = flag

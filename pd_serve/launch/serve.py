@@ -1,21 +1,30 @@
-"""`pd-serve serve`: prepare, start everything, serve, stop everything, in one process with the API server."""
+"""`pd-serve serve`: starts all processes, serves, and stops them; the API server runs in this process."""
 
 import asyncio
 import gc
+import os
 import signal
+import socket
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from migration.tasks import BackgroundTasks
 from pd_serve.api.server import bind, serve
 from pd_serve.comm.wire import CurveKeys, Wire
-from pd_serve.config import ServeConfig, check_memory, is_cpu_build
-from pd_serve.launch.api_server import ApiServer, import_all
-from pd_serve.launch.console import Console
+from pd_serve.config import ServeConfig
+from pd_serve.launch.api_server import ApiServer, import_api_modules
+from pd_serve.launch.console import Console, Endpoint
+from pd_serve.launch.flag_table import vllm_version
 from pd_serve.launch.preparation import Prepared, find_model, parse, placements
+from pd_serve.launch.ray_address import check_ray_address
 from pd_serve.manager.manager import Manager
+from pd_serve.platform.cpu import is_cpu_build
+from pd_serve.platform.environment import ray_environment
+from pd_serve.platform.memory import check_memory
+
+if TYPE_CHECKING:
+    from pd_serve.manager.ray_launcher import RayLauncher
 
 
 async def run(config: ServeConfig, console: Console) -> None:
@@ -29,8 +38,10 @@ async def run(config: ServeConfig, console: Console) -> None:
             loop.add_signal_handler(number, main.cancel)
 
     catch_signals()
+    vllm_version()  # a clear error at once, if vLLM is not installed
     sock = bind(config.host, config.port)
-    service = LocalService(replace(config, port=sock.getsockname()[1]), console, catch_signals)
+    config = config.model_copy(update={"port": sock.getsockname()[1]})
+    service = LocalService(config, console, catch_signals)
     try:
         await service.start()
         await service.serve(sock)
@@ -43,72 +54,67 @@ async def run(config: ServeConfig, console: Console) -> None:
 
 
 class LocalService:
-    """Everything that one `pd-serve serve` starts, and ends again."""
+    """All that one `pd-serve serve` starts, and ends again."""
 
     def __init__(self, config: ServeConfig, console: Console, catch_signals: Callable[[], None]) -> None:
         self._config = config
         self._catch_signals = catch_signals
         self._console = console
-        # All of them are awaited by `start`, which raises their errors; nothing is to be logged besides.
+        # All of them are awaited by `start`, which raises their errors: no error is logged besides.
         self._tasks = BackgroundTasks(on_failure=lambda error: None)
-        self._cluster: Any = None
-        self._owner: Manager | None = None
-        self._front_end: ApiServer | None = None
+        self._launcher: RayLauncher | None = None
+        self._manager: Manager | None = None
+        self._api: ApiServer | None = None
         self._prepared: Prepared | None = None
 
     @property
-    def router(self) -> Any:
-        """The API server's request router, for measurements. So `client`, its engine client."""
-        assert self._front_end is not None
-        return self._front_end.router
-
-    @property
-    def client(self) -> Any:
-        assert self._front_end is not None
-        return self._front_end.client
+    def api(self) -> ApiServer:
+        """The API server, once `start` has returned."""
+        assert self._api is not None
+        return self._api
 
     async def start(self) -> None:
         config, console = self._config, self._console
         gc.disable()  # as in the instances: collecting while importing costs a tenth of the time
+        await asyncio.to_thread(check_ray_address, config.ray_address)
         console.step(f"preparing the model {config.model}")
-        model, environment = await asyncio.to_thread(find_model, config)
-        check_memory(config.num_instances, {}, model)  # the least it takes, before anything starts
+        model = await asyncio.to_thread(find_model, config)
+        check_memory(config.num_instances, {}, model.path)  # the least it takes, before anything starts
+        os.environ.update(ray_environment(config.ray_address))
 
         from pd_serve.manager.ray_launcher import RayLauncher
 
-        self._cluster = RayLauncher(config.ray_address, environment)
+        launcher = self._launcher = RayLauncher(config.ray_address, model.environment)
         console.step("starting Ray and loading vLLM")
-        parsing = self._tasks.start(asyncio.to_thread(parse, config, model, environment))
-        await asyncio.to_thread(self._cluster.connect)
-        self._catch_signals()  # Ray has put its own handlers in their place
-        if is_cpu_build():  # importing takes longest: it goes on while the flags are read
-            for name, role in config.names():
-                self._cluster.launch(name, placements(config, 1)[role])
+        parsing = self._tasks.start(asyncio.to_thread(parse, config, model))
+        await asyncio.to_thread(launcher.connect)
+        self._catch_signals()  # Ray has replaced the handlers
+        if is_cpu_build():  # importing takes longest: it goes on while the flags are parsed
+            for name, role in config.instance_roles:
+                launcher.launch(name, placements(config, 1)[role])
         prepared = self._prepared = await parsing
         local = config.ray_address is None
         if local:
-            check_memory(config.num_instances, prepared.flags.engine("decode"), model)
-        host = "127.0.0.1" if local else self._cluster.node_address()
+            check_memory(config.num_instances, prepared.flags.engine("decode"), model.path)
+        host = "127.0.0.1" if local else launcher.node_address()
         keys = CurveKeys.of(config.cluster_secret)
         console.step(f"starting {config.num_instances} instances")
-        owner = self._owner = Manager(prepared.manager_config(host, keys), self._cluster, console)
-        starting = self._tasks.start(owner.start(config.names()))
+        manager = self._manager = Manager(prepared.manager_config(host, keys), launcher, console)
+        starting = self._tasks.start(manager.start(config.instance_roles))
 
         async def find_manager() -> str:
-            return owner.address
+            return manager.address
 
-        await asyncio.to_thread(import_all)
-        wire = Wire(f"api-{uuid4().hex[:8]}", host, keys)
-        self._front_end = ApiServer(config, wire, find_manager, prepared.flags, prepared.engine_config)
+        await asyncio.to_thread(import_api_modules)
         await starting
         console.step("opening the API")
-        await self._front_end.start()
+        wire = Wire(f"api-{uuid4().hex[:8]}", host, keys)
+        self._api = await ApiServer.start(prepared, wire, find_manager)
 
-    async def serve(self, sock: Any) -> None:
-        assert self._front_end is not None
+    async def serve(self, sock: socket.socket) -> None:
         assert self._prepared is not None
         await serve(
-            self._front_end.app,
+            self.api.app,
             sock,
             self._prepared.flags.server,
             on_ready=self._ready,
@@ -116,21 +122,25 @@ class LocalService:
         )
 
     async def stop(self) -> None:
-        """Ends everything that was started, in about a second; whatever resists is killed."""
-        if self._owner is not None:
-            await self._owner.close()
+        """Ends all processes, in about a second; a process that does not end by itself is killed."""
+        if self._manager is not None:
+            await self._manager.close()
         await self._tasks.cancel()
-        if self._front_end is not None:
-            await self._front_end.close()
-        if self._cluster is not None:
-            await self._cluster.stop()
+        if self._api is not None:
+            await self._api.close()
+        if self._launcher is not None:
+            await self._launcher.stop()
 
     def _ready(self) -> None:
         assert self._prepared is not None
         gc.freeze()
         gc.enable()
-        server = self._prepared.flags.server
-        instances = list(self.router.instances)
+        config, server = self._config, self._prepared.flags.server
         self._console.banner(
-            self._config, server.served_model_name[0], instances, tls=bool(server.ssl_certfile)
+            Endpoint(
+                url=f"http{'s' if server.ssl_certfile else ''}://{config.host or '0.0.0.0'}:{config.port}",
+                model=server.served_model_name[0],
+                instances=[f"{info.instance_id} (pid {info.pid})" for info in self.api.tracker.instances],
+                needs_key=bool(config.api_key),
+            )
         )

@@ -13,11 +13,12 @@ from migration.tasks import BackgroundTasks
 from pd_serve.comm.messages import InstanceInfo, SchedulerReport, StartInstance, StopInstance
 from pd_serve.comm.roster import InstanceRegistry
 from pd_serve.comm.wire import CurveKeys, Wire
-from pd_serve.config import Placement, check_memory
 from pd_serve.errors import EngineDeadError
 from pd_serve.instance.instance_process import InstanceConfig
 from pd_serve.manager.instance_pool import InstancePool
 from pd_serve.manager.manager_link import MANAGER, ManagerDesk
+from pd_serve.platform.memory import check_memory
+from pd_serve.platform.placement import Placement
 from pd_serve.scheduler.scheduler_process import SchedulerConfig
 from pd_serve.simulated_engine.settings import EngineSettings
 from router.policies import PolicySet

@@ -16,10 +16,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from migration.tasks import BackgroundTasks
 from pd_serve.comm.messages import InstanceInfo
 from pd_serve.comm.wire import Wire, is_local
-from pd_serve.config import Placement
 from pd_serve.errors import EngineDeadError, PdServeError
 from pd_serve.instance.instance_process import Instance, InstanceConfig
 from pd_serve.observe.logs import configure_logging
+from pd_serve.platform.placement import Placement
 from pd_serve.scheduler.scheduler_process import SCHEDULER, SchedulerConfig, SchedulerProcess
 
 logger = logging.getLogger(__name__)

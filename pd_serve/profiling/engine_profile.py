@@ -19,10 +19,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from pd_serve import models
-from pd_serve.config import ServeConfig, cpu_engine_defaults, is_cpu_build, process_environment
 from pd_serve.errors import PdServeError
 from pd_serve.launch.signals import end_on_sigterm
 from pd_serve.observe import provenance as report
+from pd_serve.platform.cpu import cpu_engine_defaults, is_cpu_build
+from pd_serve.platform.environment import engine_environment
 from pd_serve.profiling.measured_engine import MeasuredEngine
 from pd_serve.profiling.profile_points import (
     PHASES,
@@ -102,8 +103,7 @@ async def start_engine(model: str, engine_flags: Sequence[str], num_instances: i
         InvalidRequestError: A flag is not vLLM's, or vLLM refuses it.
     """
     path = await asyncio.to_thread(models.resolve, model)
-    config = ServeConfig(model, {"prefill": 0, "decode": 0, "neutral": num_instances})
-    environment = process_environment(config, path)
+    environment = engine_environment(num_instances, path)
     os.environ.update(environment)
     from pd_serve.launch.engine_flags import parse
 

@@ -7,8 +7,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from migration.engine_interface import EngineEvents
-from pd_serve.config import is_cpu_build
 from pd_serve.errors import EngineDeadError
+from pd_serve.platform.cpu import is_cpu_build
 from pd_serve.profiling.profile_points import DECODE_STEPS, Limits, Point, StepSeen
 
 if TYPE_CHECKING:

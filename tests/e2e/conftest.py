@@ -70,16 +70,12 @@ class Reference:
 def reference(logs: Path) -> Iterator[Reference]:
     """Plain vLLM with the engine settings of an instance, and prefix caching off."""
     from pd_serve import models
-    from pd_serve.config import (
-        CPU_PREFILL_CHUNK_TOKENS,
-        ServeConfig,
-        cpu_engine_defaults,
-        process_environment,
-    )
+    from pd_serve.platform.cpu import CPU_PREFILL_CHUNK_TOKENS, cpu_engine_defaults
+    from pd_serve.platform.environment import LOOPBACK, engine_environment
 
     model, port = models.resolve("tiny"), _free_port()
-    environment = process_environment(ServeConfig("tiny", {"prefill": 1, "decode": 2, "neutral": 0}), model)
-    environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    environment = engine_environment(3, model)
+    environment |= LOOPBACK | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     engine = {
         name: cpu_engine_defaults()[name] for name in ("block_size", "kv_cache_memory_bytes", "max_num_seqs")
     }

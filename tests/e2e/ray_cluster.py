@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from pd_serve.config import LOOPBACK
+from pd_serve.platform.environment import LOOPBACK
 from tests.e2e.server_process import ServerProcess
 
 #: `pd_serve.launch.ray_serve` is found from here.

@@ -22,7 +22,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from pd_serve.api.app import create_app
 from pd_serve.api.engine_client import ClusterAsyncLLM
 from pd_serve.api.server import bind, serve
-from pd_serve.config import MAX_BODY_BYTES, MAX_CONNECTIONS
 from pd_serve.errors import EngineDeadError, InvalidRequestError, OverloadedError
 from pd_serve.launch import engine_flags
 from pd_serve.models import resolve
@@ -72,8 +71,8 @@ async def running(
     *flags: str,
     max_waiting: int | None = 4,
     admin_key: str | None = None,
-    max_body_bytes: int = MAX_BODY_BYTES,
-    max_connections: int = MAX_CONNECTIONS,
+    max_body_bytes: int = 32 * 2**20,
+    max_connections: int = 10_000,
 ) -> AsyncIterator[LocalService]:
     args = engine_flags.parse(list(flags), {"model": resolve("tiny"), "served_model_name": ["tiny"]}).server
     core, cluster = ScriptedCore(), ScriptedCluster()

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pd_serve.config import ServeConfig, process_environment
 from pd_serve.models import resolve
+from pd_serve.platform.environment import engine_environment
 from pd_serve.profiling import engine_profile as profile
 from pd_serve.profiling.profile_points import DECODE_STEPS, WARM_UP_STEPS, Point, rows, write_csv
 from pd_serve.simulated_engine import cost_table
@@ -29,8 +29,7 @@ def environment() -> Iterator[None]:
     """What the benchmark sets for the whole process ends with the test."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        config = ServeConfig("tiny", {"prefill": 0, "decode": 0, "neutral": 1})
-        for name, value in process_environment(config, resolve("tiny")).items():
+        for name, value in engine_environment(1, resolve("tiny")).items():
             patch.setenv(name, value)
         patch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
         yield

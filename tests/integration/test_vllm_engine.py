@@ -11,9 +11,9 @@ import pytest
 import pytest_asyncio
 
 from migration.messages import MigrationId, RequestId
-from pd_serve.config import ServeConfig, process_environment
 from pd_serve.errors import DestinationRefusedError, EngineDeadError, SourceGoneError
 from pd_serve.models import resolve
+from pd_serve.platform.environment import engine_environment
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module")]
 
@@ -24,8 +24,7 @@ PROMPT = [(7 * i) % 200 + 20 for i in range(300)]  # computed in two chunks
 def environment() -> Iterator[None]:
     """What every instance's process is started with; set before the engine module imports vLLM."""
     with pytest.MonkeyPatch.context() as patch:
-        config = ServeConfig("tiny", {"prefill": 0, "decode": 0, "neutral": 1})
-        for name, value in process_environment(config, resolve("tiny")).items():
+        for name, value in engine_environment(1, resolve("tiny")).items():
             patch.setenv(name, value)
         patch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
         yield

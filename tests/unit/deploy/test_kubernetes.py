@@ -13,6 +13,7 @@ import yaml
 from jsonschema import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
+from pd_serve.config import ServeConfig
 from pd_serve.launch import ray_serve
 from tests.unit.deploy.manifests import (
     KUBERNETES,
@@ -75,9 +76,9 @@ def serve_config(service: Manifest) -> dict[str, Any]:
     return config
 
 
-def arguments(service: Manifest) -> ray_serve.Arguments:
+def arguments(service: Manifest) -> ServeConfig:
     (application,) = serve_config(service)["applications"]
-    return ray_serve.Arguments.model_validate(application["args"])
+    return ServeConfig.of_ray_serve(application["args"])
 
 
 def test_the_application_is_that_of_serve_yaml(service: Manifest) -> None:
@@ -109,8 +110,8 @@ def test_there_is_a_pod_for_each_instance_and_api_server(service: Manifest) -> N
         # KubeRay puts it into a shell's command line as it is.
         (resources,) = shlex.split(group["rayStartParams"]["resources"])
         assert json.loads(resources) == {name: 1}
-    assert json.loads(args.prefill_resources or "") == {"prefill": 1}
-    assert json.loads(args.decode_resources or "") == {"decode": 1}
+    assert args.prefill_resources == {"prefill": 1}
+    assert args.decode_resources == {"decode": 1}
     (deployment,) = serve_config(service)["applications"][0]["deployments"]
     assert deployment["placement_group_bundles"] == [{"api": 1}]
 
@@ -124,7 +125,7 @@ def test_keys_come_from_the_secret(service: Manifest) -> None:
         (mount,) = (mount for mount in spec["containers"][0]["volumeMounts"] if mount["name"] == "keys")
         (volume,) = (volume for volume in spec["volumes"] if volume["name"] == "keys")
         assert volume["secret"]["secretName"] == SECRET["metadata"]["name"]
-        assert files == [f"{mount['mountPath']}/{key}" for key in SECRET["stringData"]]
+        assert list(map(str, files)) == [f"{mount['mountPath']}/{key}" for key in SECRET["stringData"]]
         named = re.findall(rf"{mount['mountPath']}/([\w-]+)", json.dumps(spec))
         assert set(named) <= SECRET["stringData"].keys()
     assert set(SECRET["stringData"].values()) == {""}

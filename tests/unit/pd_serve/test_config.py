@@ -1,87 +1,207 @@
-"""The service's own flags: what they become together, and which do not go together."""
+"""The settings of a service: where values come from, what they become together, and what is refused."""
+
+import os
+import pickle
 
 import pytest
 
 from pd_serve.config import (
+    ENVIRONMENT_PREFIX,
+    GROUPS,
     ServeConfig,
-    instances_at_start,
     parse_bounds,
-    parse_policies,
+    parse_resources,
+    parse_settings,
 )
 from pd_serve.errors import InvalidRequestError
 from router.scaling import PoolBounds
 
 
-@pytest.mark.parametrize(
-    ("given", "bounds", "numbers"),
-    [
-        ((None, None, None), {}, (1, 2, 0)),
-        ((2, None, None), {}, (2, 2, 0)),
-        ((None, None, 0), {}, (1, 2, 0)),
-        ((None, None, 3), {}, (0, 0, 3)),
-        ((1, 1, 3), {}, (1, 1, 3)),
-        ((None, None, None), {"decode": PoolBounds(1, 4)}, (1, 2, 0)),
-        ((None, None, None), {"decode": PoolBounds(3, 4)}, (1, 3, 0)),
-        ((None, None, None), {"decode": PoolBounds(1, 1), "prefill": PoolBounds(2, 3)}, (2, 1, 0)),
-        ((None, None, None), {"neutral": PoolBounds(2, 5)}, (0, 0, 2)),
-        ((None, None, 4), {"neutral": PoolBounds(2, 5)}, (0, 0, 4)),
-    ],
-)
-def test_instances_at_the_start(
-    given: tuple[int | None, ...], bounds: dict[str, PoolBounds], numbers: tuple[int, ...]
-) -> None:
-    instances = instances_at_start(*given, bounds)
-    assert tuple(instances.values()) == numbers
-    assert ServeConfig("tiny", instances, autoscale=bounds).num_instances == sum(numbers)
+@pytest.fixture(autouse=True)
+def _no_settings_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(ENVIRONMENT_PREFIX)]:
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+
+
+# ---- numbers of instances
 
 
 @pytest.mark.parametrize(
-    ("instances", "bounds", "says"),
+    ("given", "numbers"),
     [
-        ((1, 5, 0), {"decode": PoolBounds(1, 4)}, "5 decode instances at the start are not within 1:4"),
-        ((1, 2, 0), {"neutral": PoolBounds(1, 4)}, "0 neutral instances at the start are not within 1:4"),
-        ((0, 2, 0), {}, "give --prefill"),
-        ((1, 0, 0), {}, "give --decode"),
-        ((-1, 0, 1), {}, "cannot be negative"),
+        ({}, (1, 2, 0)),
+        ({"prefill": 2}, (2, 2, 0)),
+        ({"neutral": 0}, (1, 2, 0)),
+        ({"neutral": 3}, (0, 0, 3)),
+        ({"prefill": 1, "decode": 1, "neutral": 3}, (1, 1, 3)),
+        ({"autoscale_decode": "1:4"}, (1, 2, 0)),
+        ({"autoscale_decode": "3:4"}, (1, 3, 0)),
+        ({"autoscale_decode": "1:1", "autoscale_prefill": "2:3"}, (2, 1, 0)),
+        ({"autoscale": "2:5"}, (0, 0, 2)),
+        ({"autoscale": "2:5", "neutral": 4}, (0, 0, 4)),
     ],
 )
-def test_what_does_not_go_together(
-    instances: tuple[int, ...], bounds: dict[str, PoolBounds], says: str
+def test_numbers_that_are_not_given_follow_from_the_others(
+    given: dict[str, object], numbers: tuple[int, ...]
 ) -> None:
-    numbers = dict(zip(("prefill", "decode", "neutral"), instances, strict=True))
-    with pytest.raises(InvalidRequestError, match=says):
-        ServeConfig("tiny", numbers, autoscale=bounds)
+    config = ServeConfig(**given)
+
+    assert tuple(config.instances.values()) == numbers
+    assert len(config.instance_roles) == config.num_instances == sum(numbers)
 
 
-def test_there_may_be_as_many_as_the_bounds_say() -> None:
-    bounds = {"decode": PoolBounds(1, 4)}
-    assert ServeConfig("tiny", {"prefill": 2, "decode": 1, "neutral": 3}, autoscale=bounds).max_instances == 9
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"decode": 5, "autoscale_decode": "1:4"}, "5 decode instances at the start are not within 1:4"),
+        ({"prefill": 0, "decode": 2}, "give --prefill"),
+        ({"prefill": 1, "decode": 0}, "give --decode"),
+        ({"prefill": 0, "decode": 0, "neutral": 0}, "give --prefill or --neutral"),
+        ({"prefill": -1}, "--prefill: Input should be greater than or equal to 0"),
+        ({"prefill": "two"}, "--prefill: Input should be a valid integer"),
+        ({"autoscale_decode": "3:1"}, "--autoscale-decode: 3:1: must be 1 <= MIN <= MAX"),
+        ({"decode_resources": '{"GPU": 1}'}, "--decode-resources: GPU must be a custom resource"),
+        ({"engine": "sglang"}, "--engine: Input should be 'vllm' or 'simulated'"),
+        ({"engine": "simulated", "cost_model": "fast"}, "cost model 'fast': neither known nor a file"),
+        ({"policy": "lumnix"}, "no policy 'lumnix'; there are"),
+        ({"set": "moves=2"}, "no setting 'moves'; there are"),
+        ({"set": "max_moves=many"}, "max_moves"),
+        ({"set": "max_moves"}, "--set max_moves: must be KEY=VALUE"),
+        ({"modle": "tiny"}, "unknown setting 'modle'"),
+    ],
+)
+def test_what_is_wrong_is_refused_in_one_line(given: dict[str, object], says: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        ServeConfig(**given)
+
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_as_many_instances_are_possible_as_the_bounds_allow() -> None:
+    config = ServeConfig(prefill=2, decode=1, neutral=3, autoscale_decode="1:4")
+
+    assert config.max_instances == 9
+    assert config.pool_bounds == {"decode": PoolBounds(1, 4)}
+
+
+# ---- where values come from
+
+
+def test_the_environment_gives_what_the_caller_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PD_SERVE_MAX_BODY_BYTES", "2048")
+    monkeypatch.setenv("PD_SERVE_DECODE_RESOURCES", '{"node_a": 1}')
+    monkeypatch.setenv("PD_SERVE_SET", "max_moves=2 headroom=1")
+    monkeypatch.setenv("PD_SERVE_HOST", "::1")
+
+    config = ServeConfig(host="0.0.0.0")
+
+    assert (config.max_body_bytes, config.host) == (2048, "0.0.0.0")
+    assert config.resources["decode"] == {"node_a": 1.0}
+    assert (config.policies.max_moves, config.policies.headroom) == (2, 1)
+
+
+def test_a_wrong_value_in_the_environment_names_its_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PD_SERVE_MAX_CONNECTIONS", "0")
+
+    with pytest.raises(InvalidRequestError, match="--max-connections: Input should be greater"):
+        ServeConfig()
+
+
+def test_the_port_that_kubernetes_sets_beside_a_service_of_our_name_is_ignored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PD_SERVE_PORT", "tcp://10.0.0.1:8000")
+
+    assert ServeConfig().port == 8000
+
+
+def test_keys_come_from_vllms_variable_and_empty_variables_count_as_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "sk-'it")
+    monkeypatch.setenv("PD_SERVE_ADMIN_KEY", "")
+
+    assert ServeConfig().api_key == ("sk-'it",)
+    assert ServeConfig().admin_key is None
+    assert ServeConfig(api_key=["a", "b"]).api_key == ("a", "b")
+
+
+def test_settings_travel_to_a_process_with_another_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PD_SERVE_PORT", "1234")
+    sent = pickle.dumps(ServeConfig(model="tiny"))
+    monkeypatch.setenv("PD_SERVE_PORT", "4321")
+
+    assert pickle.loads(sent).port == 1234
+
+
+def test_settings_do_not_show_secrets() -> None:
+    config = ServeConfig(api_key=["sk-alice"], admin_key="sk-admin", cluster_secret=b"0123456789abcdef")
+
+    assert not [secret for secret in ("sk-alice", "sk-admin", "0123456789") if secret in repr(config)]
+
+
+# ---- arguments of Ray Serve
+
+
+def test_arguments_of_ray_serve_are_the_flags_without_dashes() -> None:
+    config = ServeConfig.of_ray_serve(
+        {
+            "model": "tiny",
+            "prefill": "1",
+            "decode": 2,
+            "autoscale_decode": "1:3",
+            "set": "scale_interval_s=1 drain_after_s=2",
+            "flags": "--max-model-len 512 --served-model-name 'a b'",
+            "decode_resources": {"node_b": 1},
+            "replace": "false",
+        }
+    )
+
+    assert config.instances == {"prefill": 1, "decode": 2, "neutral": 0}
+    assert (config.policies.scale_interval_s, config.policies.drain_after_s) == (1, 2)
+    assert config.flags == ("--max-model-len", "512", "--served-model-name", "a b")
+    assert config.resources["decode"] == {"node_b": 1}
+    assert (config.replace, config.ray_address) == (False, "auto")
+
+
+@pytest.mark.parametrize(("name", "hint"), [("prefil", "did you mean prefill"), ("port", "'port'")])
+def test_an_argument_that_ray_serve_does_not_have_is_refused(name: str, hint: str) -> None:
+    with pytest.raises(InvalidRequestError, match=hint):
+        ServeConfig.of_ray_serve({name: 1})
+
+
+def test_every_flag_has_a_group_and_a_help_text() -> None:
+    for name, setting in ServeConfig.model_fields.items():
+        if isinstance(setting.json_schema_extra, dict):
+            assert setting.json_schema_extra["group"] in GROUPS, name
+            assert (setting.description or "").endswith("."), name
+
+
+# ---- parsers
 
 
 @pytest.mark.parametrize("text", ["3", "a:b", "1:", ":2", "1:2:3", "0:2", "3:2", "-1:2"])
-def test_bounds_that_are_none(text: str) -> None:
-    with pytest.raises(InvalidRequestError, match="--autoscale"):
-        parse_bounds("--autoscale", text)
+def test_bounds_must_be_two_numbers_in_order(text: str) -> None:
+    with pytest.raises(ValueError, match=r"MIN:MAX|1 <= MIN <= MAX"):
+        parse_bounds(text)
 
 
-def test_bounds() -> None:
-    assert parse_bounds("--autoscale", "2:2") == PoolBounds(2, 2)
+def test_bounds_may_be_equal() -> None:
+    assert parse_bounds("2:2") == PoolBounds(2, 2)
 
 
-def test_a_policy_with_other_settings() -> None:
-    policies = parse_policies("llumnix", ["migration_threshold=5", "max_moves=2"])
-    assert (policies.name, policies.migration_threshold, policies.max_moves) == ("llumnix", 5.0, 2)
+@pytest.mark.parametrize("text", ["node_a", "[1]", '{"a": "x"}', '{"a": 0}', '{"CPU": 1}'])
+def test_resources_must_be_custom_ones_with_amounts(text: str) -> None:
+    with pytest.raises(ValueError, match=r"JSON|custom resource"):
+        parse_resources(text)
 
 
-@pytest.mark.parametrize(
-    ("name", "settings", "says"),
-    [
-        ("lumnix", [], "no policy 'lumnix'; there are"),
-        ("llumnix", ["max_moves"], "--set max_moves: it has to be KEY=VALUE"),
-        ("llumnix", ["moves=2"], "no setting 'moves'; there are"),
-        ("llumnix", ["max_moves=many"], "max_moves"),
-    ],
-)
-def test_a_policy_that_is_none(name: str, settings: list[str], says: str) -> None:
-    with pytest.raises(InvalidRequestError, match=says):
-        parse_policies(name, settings)
+def test_settings_of_a_policy_become_numbers_where_they_are() -> None:
+    assert parse_settings(["a=3", "b=0.5", "c = guarded", "d=true"]) == {
+        "a": 3,
+        "b": 0.5,
+        "c": "guarded",
+        "d": "true",
+    }

@@ -74,14 +74,3 @@ def test_bounds_of_pools() -> None:
 def test_bounds_that_cannot_be(text: str) -> None:
     with pytest.raises(InvalidRequestError, match="--autoscale"):
         options.bounds([text], ["neutral"])
-
-
-def test_settings() -> None:
-    assert options.settings(["a=3", "b=0.5", "c = guarded", "d=true"]) == {
-        "a": 3,
-        "b": 0.5,
-        "c": "guarded",
-        "d": "true",
-    }
-    with pytest.raises(InvalidRequestError, match="KEY=VALUE"):
-        options.settings(["a"])

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import httpx
 import pytest
 
 from migration.errors import Refusal, RefusalCode
+from pd_serve.cli.service_client import ServiceClient
 from pd_serve.cli.status import show, show_request
-from pd_serve.errors import PdServeError
 from pd_serve.observe.recorder import RequestRecorder
 from router.request import NewRequest
 from tests.unit.pd_serve.made_migrations import migrated
@@ -36,14 +35,21 @@ CLUSTER: dict[str, Any] = {
 }
 
 
-def answer(monkeypatch: pytest.MonkeyPatch, status: int, body: object) -> None:
-    monkeypatch.setattr(httpx, "get", lambda url, **options: httpx.Response(status, json=body))
+class Service(ServiceClient):
+    """Answers every path with one body."""
+
+    def __init__(self, body: dict[str, Any]) -> None:
+        super().__init__("http://there", None)
+        self._body = body
+        self.paths: list[str] = []
+
+    def get(self, path: str = "") -> dict[str, Any]:
+        self.paths.append(path)
+        return self._body
 
 
-def test_everything_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    answer(monkeypatch, 200, CLUSTER)
-
-    show("http://there", None)
+def test_instances_migrations_and_decisions_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    show(Service(CLUSTER))
 
     shown = capsys.readouterr().out
     for text in (
@@ -58,32 +64,18 @@ def test_everything_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         assert text in shown
 
 
-@pytest.mark.parametrize(("status", "says"), [(401, "answers 401; give --api-key"), (503, "answers 503")])
-def test_a_refusal_is_one_line(monkeypatch: pytest.MonkeyPatch, status: int, says: str) -> None:
-    answer(monkeypatch, status, {})
-
-    with pytest.raises(PdServeError, match=says):
-        show("http://there", "key")
-
-
-def test_a_request_s_way(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_stages_of_a_request_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     recorder = RequestRecorder()
     recorder.issued("cmpl-x-0-1", 10.0, NewRequest(7), name="cmpl-x-0")
     recorder.dispatched("cmpl-x-0-1", "p0", "prefill", 10.0)
     recorder.spoke("cmpl-x-0-1", "p0", "prefill", 10.5)
     refused = migrated("cmpl-x-0-1", refusal=Refusal(RefusalCode.NO_FREE_BLOCKS, "refused: it is full"))
     recorder.migrated(refused, 11.0)
-    answer(monkeypatch, 200, {"id": "x", "requests": recorder.find("x")})
+    service = Service({"id": "x", "requests": recorder.find("x")})
 
-    show_request("http://there", None, "x")
+    show_request(service, "x")
 
     shown = capsys.readouterr().out
     for text in ("cmpl-x-0-1 (cmpl-x-0): decode", "prefill", "0.500 s", "p0 -> d0", "refused: it is full"):
         assert text in shown
-
-
-def test_no_such_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    answer(monkeypatch, 404, {"error": {"message": "no request 'x' is running"}})
-
-    with pytest.raises(PdServeError, match="no request 'x'"):
-        show_request("http://there", None, "x")
+    assert service.paths == ["requests/x"]

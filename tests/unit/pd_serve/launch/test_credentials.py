@@ -1,4 +1,4 @@
-"""Keys and the cluster's secret: where they come from, and that they show nowhere."""
+"""Keys and the cluster's secret: their sources, and what is refused."""
 
 import os
 from pathlib import Path
@@ -7,14 +7,7 @@ import pytest
 
 from pd_serve.config import ServeConfig
 from pd_serve.errors import InvalidRequestError
-from pd_serve.launch.credentials import (
-    ADMIN_VARIABLE,
-    SECRET_VARIABLE,
-    checked_key,
-    read_admin_key,
-    read_api_keys,
-    read_cluster_secret,
-)
+from pd_serve.launch.credentials import ADMIN_VARIABLE, SECRET_VARIABLE, checked_key, with_credentials
 
 SECRET = "0123456789abcdef" * 2
 
@@ -31,23 +24,27 @@ def warnings() -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def no_secret_around(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(SECRET_VARIABLE, raising=False)
-    monkeypatch.delenv(ADMIN_VARIABLE, raising=False)
+def _no_credentials_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (SECRET_VARIABLE, ADMIN_VARIABLE, "VLLM_API_KEY", "PD_SERVE_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
 
 
 # ---- API keys
 
 
-def test_keys_of_the_command_line_and_of_a_file(tmp_path: Path, warnings: list[str]) -> None:
+def test_keys_of_the_command_line_come_before_those_of_a_file(tmp_path: Path, warnings: list[str]) -> None:
     path = private(tmp_path / "keys", "# ours\n\nsk-alice  # until May\n  sk-bob\n#sk-eve\n")
 
-    assert read_api_keys(["sk-root"], path, warnings.append) == ("sk-root", "sk-alice", "sk-bob")
+    config = with_credentials(ServeConfig(api_key=["sk-root"], api_key_file=path), warnings.append)
+
+    assert config.api_key == ("sk-root", "sk-alice", "sk-bob")
     assert warnings == []
 
 
-def test_without_keys_there_are_none(warnings: list[str]) -> None:
-    assert read_api_keys([], None, warnings.append) == ()
+def test_without_credentials_there_are_none(warnings: list[str]) -> None:
+    config = with_credentials(ServeConfig(), warnings.append)
+
+    assert (config.api_key, config.admin_key, config.cluster_secret) == ((), None, None)
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o604])
@@ -55,8 +52,8 @@ def test_a_file_that_others_can_read_is_warned_about(tmp_path: Path, warnings: l
     path = private(tmp_path / "keys", "sk-alice")
     path.chmod(mode)
 
-    assert read_api_keys([], path, warnings.append) == ("sk-alice",)
-    assert warnings == [f"--api-key-file: others can read {path}; chmod 600 it"]
+    assert with_credentials(ServeConfig(api_key_file=path), warnings.append).api_key == ("sk-alice",)
+    assert warnings == [f"--api-key-file: other users can read {path}; chmod 600 it"]
 
 
 @pytest.mark.parametrize(
@@ -68,95 +65,78 @@ def test_a_file_that_others_can_read_is_warned_about(tmp_path: Path, warnings: l
         ("clé", "printable ASCII characters without spaces"),
     ],
 )
-def test_a_file_without_usable_keys(tmp_path: Path, warnings: list[str], content: str, says: str) -> None:
+def test_a_file_without_usable_keys_is_refused(
+    tmp_path: Path, warnings: list[str], content: str, says: str
+) -> None:
     with pytest.raises(InvalidRequestError, match=says):
-        read_api_keys([], private(tmp_path / "keys", content), warnings.append)
+        with_credentials(ServeConfig(api_key_file=private(tmp_path / "keys", content)), warnings.append)
 
 
-def test_a_key_that_is_refused_is_not_told() -> None:
+def test_the_message_about_a_refused_key_omits_the_key() -> None:
     with pytest.raises(InvalidRequestError) as caught:
         checked_key("sk secret")
 
     assert "secret" not in str(caught.value)
 
 
-def test_the_admin_key_of_a_file_goes_before_others(
+def test_the_admin_key_of_a_file_comes_before_the_flag_and_that_before_the_environment(
     tmp_path: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = private(tmp_path / "key", "sk-from-file\n")
     monkeypatch.setenv(ADMIN_VARIABLE, "sk-from-environment")
 
-    assert read_admin_key("sk-given", path, warnings.append) == "sk-from-file"
-    assert read_admin_key("sk-given", None, warnings.append) == "sk-given"
-    assert read_admin_key(None, None, warnings.append) == "sk-from-environment"
-    monkeypatch.setenv(ADMIN_VARIABLE, "")
-    assert read_admin_key(None, None, warnings.append) is None
-    monkeypatch.delenv(ADMIN_VARIABLE)
-    assert read_admin_key(None, None, warnings.append) is None
+    def admin_key(**given: object) -> str | None:
+        return with_credentials(ServeConfig(**given), warnings.append).admin_key
+
+    assert admin_key(admin_key="sk-given", admin_key_file=path) == "sk-from-file"
+    assert admin_key(admin_key="sk-given") == "sk-given"
+    assert admin_key() == "sk-from-environment"
     with pytest.raises(InvalidRequestError, match="printable ASCII characters"):
-        read_admin_key("", None, warnings.append)
-    with pytest.raises(InvalidRequestError, match="--admin-key-file: there are 2 keys in"):
-        read_admin_key(None, private(tmp_path / "two", "sk-a\nsk-b\n"), warnings.append)
+        admin_key(admin_key="")
+    with pytest.raises(InvalidRequestError, match=r"--admin-key-file: .*/two holds 2 keys instead of one"):
+        admin_key(admin_key_file=private(tmp_path / "two", "sk-a\nsk-b\n"))
 
 
-def test_no_such_file_is_one_line(tmp_path: Path, warnings: list[str]) -> None:
+def test_a_missing_file_is_one_line(tmp_path: Path, warnings: list[str]) -> None:
     with pytest.raises(InvalidRequestError, match=r"--api-key-file: .*/none cannot be read: No such file"):
-        read_api_keys([], tmp_path / "none", warnings.append)
+        with_credentials(ServeConfig(api_key_file=tmp_path / "none"), warnings.append)
 
 
-def test_a_file_that_is_no_text_is_one_line(tmp_path: Path, warnings: list[str]) -> None:
+def test_a_file_that_is_not_text_is_one_line(tmp_path: Path, warnings: list[str]) -> None:
     path = tmp_path / "keys"
     path.write_bytes(b"\xff\xfe")
     path.chmod(0o600)
 
-    with pytest.raises(InvalidRequestError, match="cannot be read: it is no text"):
-        read_api_keys([], path, warnings.append)
+    with pytest.raises(InvalidRequestError, match="cannot be read: not a text file"):
+        with_credentials(ServeConfig(api_key_file=path), warnings.append)
 
 
 # ---- the cluster's secret
 
 
-def test_a_secret_from_a_file(tmp_path: Path, warnings: list[str]) -> None:
-    path = private(tmp_path / "secret", f"{SECRET}\n")
-
-    assert read_cluster_secret(path, warnings.append) == SECRET.encode()
-
-
-def test_a_secret_from_the_environment_is_not_left_there(
-    warnings: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(SECRET_VARIABLE, SECRET)
-
-    assert read_cluster_secret(None, warnings.append) == SECRET.encode()
-    assert SECRET_VARIABLE not in os.environ
-
-
-def test_the_file_comes_before_the_environment(
+def test_the_secret_of_a_file_comes_before_the_environment_which_keeps_none(
     tmp_path: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(SECRET_VARIABLE, "x" * 32)
 
-    assert read_cluster_secret(private(tmp_path / "s", SECRET), warnings.append) == SECRET.encode()
+    config = ServeConfig(cluster_secret_file=private(tmp_path / "s", f"{SECRET}\n"))
+
+    assert with_credentials(config, warnings.append).cluster_secret == SECRET.encode()
     assert SECRET_VARIABLE not in os.environ
 
 
-def test_no_secret_is_given(warnings: list[str]) -> None:
-    assert read_cluster_secret(None, warnings.append) is None
+def test_a_secret_from_the_environment_does_not_stay_there(
+    warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SECRET_VARIABLE, SECRET)
+
+    assert with_credentials(ServeConfig(), warnings.append).cluster_secret == SECRET.encode()
+    assert SECRET_VARIABLE not in os.environ
 
 
 @pytest.mark.parametrize("content", ["", "\n", "x" * 31])
 def test_a_secret_that_can_be_guessed_is_refused(tmp_path: Path, warnings: list[str], content: str) -> None:
+    config = ServeConfig(cluster_secret_file=private(tmp_path / "secret", content))
+
     with pytest.raises(InvalidRequestError, match="too short: 32 characters at least"):
-        read_cluster_secret(private(tmp_path / "secret", content), warnings.append)
-
-
-def test_a_configuration_does_not_show_them() -> None:
-    config = ServeConfig(
-        "tiny",
-        {"prefill": 0, "decode": 0, "neutral": 1},
-        api_keys=("sk-alice",),
-        admin_key="sk-admin",
-        cluster_secret=SECRET.encode(),
-    )
-
-    assert not [secret for secret in ("sk-alice", "sk-admin", SECRET) if secret in repr(config)]
+        with_credentials(config, warnings.append)

@@ -1,0 +1,26 @@
+"""Requirements of an instance on the machine that it runs on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Requirements of an instance on its machine.
+
+    Attributes:
+        num_gpus: GPUs of all its tensor-parallel workers, which share a machine.
+        resources: Custom resources of Ray, by name.
+        accelerator_type: Ray's name of the accelerator (`ray.util.accelerators`), such as "A10G".
+    """
+
+    num_gpus: float = 0.0
+    resources: Mapping[str, float] = field(default_factory=dict)
+    accelerator_type: str | None = None
+
+    def bundle(self) -> dict[str, float]:
+        """The only bundle of a placement group; empty if any machine fits."""
+        bundle = {"GPU": self.num_gpus, **self.resources}
+        if self.accelerator_type is not None:
+            bundle[f"accelerator_type:{self.accelerator_type}"] = 0.001
+        return {name: amount for name, amount in bundle.items() if amount}

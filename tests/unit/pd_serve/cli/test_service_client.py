@@ -1,0 +1,147 @@
+"""Operations on a running service: what is sent, how progress is followed, what is refused."""
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from pd_serve.cli import service_client as control
+from pd_serve.errors import InvalidRequestError, MigrationRefusedError, PdServeError
+from pd_serve.launch.console import Console
+
+
+class FakeService(control.ServiceClient):
+    """Answers as the API does. Each drained instance loses a request whenever it is looked at."""
+
+    def __init__(self, *rows: tuple[str, str, int], refused: str = "") -> None:
+        super().__init__("http://127.0.0.1:1", None)
+        self._refused = refused
+        self.rows = [{"id": i, "node": node, "running": n, "waiting": 0} for i, node, n in rows]
+        self.drained: list[str] = []
+
+    def get(self, path: str = "") -> dict[str, Any]:
+        for row in self.rows:
+            if row["id"] in self.drained:
+                row["running"] = max(0, row["running"] - 1)  # type: ignore[call-overload]
+        return {"instances": self.rows}
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        if body["instance"] == self._refused:
+            raise MigrationRefusedError("the last one of its kind")
+        self.drained.append(body["instance"])
+        return {}
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "POLL_S", 0.0)
+
+
+def test_a_machine_is_drained_until_its_instances_are_empty() -> None:
+    service = FakeService(("decode-0", "a", 3), ("decode-1", "b", 5), ("prefill-0", "a", 0))
+
+    control.drain_node(service, Console(), "a", wait_s=60)
+
+    assert service.drained == ["decode-0", "prefill-0"]
+    assert [row["running"] for row in service.rows] == [0, 5, 0]
+
+
+def test_what_cannot_be_done_without_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    service = FakeService(("decode-0", "a", 1), ("prefill-0", "a", 4), refused="prefill-0")
+
+    control.drain_node(service, Console(), "a", wait_s=60)
+
+    assert service.drained == ["decode-0"]
+    assert "prefill-0 is not drained: the last one of its kind" in capsys.readouterr().err
+
+
+def test_it_waits_no_longer_than_told(capsys: pytest.CaptureFixture[str]) -> None:
+    service = FakeService(("decode-0", "a", 10**9))
+
+    control.drain_node(service, Console(), "a", wait_s=0)
+
+    assert "a still has" in capsys.readouterr().err
+
+
+def test_a_machine_without_instances_is_done_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    service = FakeService(("decode-0", "a", 1))
+
+    control.drain_node(service, Console(), "c", wait_s=60)
+
+    assert service.drained == []
+    assert "no instances" in capsys.readouterr().err
+
+
+def test_a_service_that_does_not_answer_is_an_error() -> None:
+    with pytest.raises(PdServeError, match="no service at"):
+        control.drain_node(control.ServiceClient("http://127.0.0.1:1", None), Console(), "a", wait_s=60)
+
+
+def answering(monkeypatch: pytest.MonkeyPatch, status: int, body: object) -> list[httpx.Request]:
+    """All services answer so. Returns what they are sent."""
+    sent: list[httpx.Request] = []
+
+    def respond(request: httpx.Request) -> httpx.Response:
+        sent.append(request)
+        return httpx.Response(status, json=body)
+
+    client = httpx.Client
+    monkeypatch.setattr(
+        httpx, "Client", lambda **options: client(transport=httpx.MockTransport(respond), **options)
+    )
+    return sent
+
+
+def test_a_request_is_migrated_with_the_key(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sent = answering(monkeypatch, 200, {"downtime_ms": 12.9, "stages": 2, "blocks": 21, "tokens": 657})
+
+    control.migrate(control.ServiceClient("http://there/", "sk-a"), Console(), "demo", "decode-1")
+
+    assert (sent[0].method, str(sent[0].url)) == ("POST", "http://there/cluster/migrate")
+    assert json.loads(sent[0].content) == {"request_id": "demo", "destination": "decode-1"}
+    assert sent[0].headers["Authorization"] == "Bearer sk-a"
+    assert "657 tokens, 21 blocks in 2 stages, 12.9 ms" in capsys.readouterr().err
+
+
+def test_violated_invariants_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    answering(monkeypatch, 200, {"ok": False, "violations": ["decode-0: 3 blocks leaked", "b"]})
+
+    with pytest.raises(PdServeError, match="3 blocks leaked\nb"):
+        control.check_integrity(control.ServiceClient("http://there", None), Console())
+
+
+def test_invariants_that_hold_are_progress(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answering(monkeypatch, 200, {"ok": True, "violations": []})
+
+    control.check_integrity(control.ServiceClient("http://there", None), Console())
+
+    assert "all invariants hold" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "error", "says"),
+    [
+        (401, {}, PdServeError, "answers 401; give --api-key"),
+        (503, {}, PdServeError, "answers 503"),
+        (404, {"error": {"message": "no request 'x' is running"}}, MigrationRefusedError, "no request 'x'"),
+        (409, {"error": {"message": "it is full"}}, MigrationRefusedError, "it is full"),
+    ],
+)
+def test_a_refusal_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, status: int, body: object, error: type[PdServeError], says: str
+) -> None:
+    answering(monkeypatch, status, body)
+
+    with pytest.raises(error, match=says):
+        control.ServiceClient("http://there", "key").get()
+
+
+@pytest.mark.parametrize("text", ["decode", "=4", "decode=x", "drafting=3"])
+def test_sizes_must_be_a_role_and_a_number(text: str) -> None:
+    with pytest.raises(InvalidRequestError):
+        control.parse_sizes([text])
