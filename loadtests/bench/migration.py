@@ -105,7 +105,7 @@ class MigrationBench:
             migrated = await self._router.migrate(request_id, there, mode)
             samples.gaps[mode].append(migrated.downtime_ms)
             if mode == "live":
-                samples.stages.append(len(migrated.record.stages))
+                samples.stages.append(migrated.record.stages)
                 samples.during += [
                     gap
                     for i in range(at, len(log.times))
