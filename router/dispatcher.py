@@ -3,8 +3,8 @@
 import random
 from collections.abc import Callable, Sequence
 
-from router import handoff
-from router.dispatch import DISPATCH_POLICIES, can_start, candidates
+from router.dispatch import DISPATCH, can_start, candidates
+from router.handoff import HANDOFF, can_receive
 from router.headroom import limit_headroom
 from router.load import InstanceLoad
 from router.policies import PolicySet, policy_set
@@ -36,8 +36,9 @@ class Dispatcher:
         self.policies = policies or policy_set("llumnix")
         self.loads = ProjectedLoads(clock, self.policies.max_report_age_s)
         self._rng = rng or random.Random(0)
-        self._dispatch = DISPATCH_POLICIES[self.policies.dispatch]()
-        self._prefill_dispatch = DISPATCH_POLICIES[self.policies.prefill_dispatch]()
+        self._dispatch = DISPATCH.make(self.policies.choice("dispatch"))
+        self._prefill_dispatch = DISPATCH.make(self.policies.choice("prefill_dispatch"))
+        self._handoff = HANDOFF.make(self.policies.choice("handoff"))
 
     def dispatch(self, request: NewRequest, *, may_wait: bool = False) -> str | None:
         """Chooses the instance that a new request starts on, and counts the request there.
@@ -92,8 +93,8 @@ class Dispatcher:
         return _blocks(request, self.loads[instance_id])
 
     def _ranked(self, loads: Sequence[InstanceLoad], num_blocks: int, priority: int) -> list[str]:
-        ranked = handoff.destinations(self._with_headroom(loads), num_blocks, priority)
-        return [load.instance_id for load in ranked]
+        loads = can_receive(self._with_headroom(loads))
+        return [load.instance_id for load in self._handoff.rank(loads, num_blocks, priority)]
 
     def _candidates(self) -> list[InstanceLoad]:
         return candidates(self._with_headroom(self.loads.fresh())) or candidates(

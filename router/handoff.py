@@ -1,32 +1,53 @@
-"""Which decode instances a request may be handed off to, best first."""
+"""The decode instances that a prefilled request may be handed off to, best first."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from msgspec.structs import replace
 
 from router.freeness import freeness
 from router.load import InstanceLoad
+from router.plugins import PolicyKind
 from router.priority import PriorityClass, priority_class
 
 
-def destinations(loads: Iterable[InstanceLoad], num_blocks: int, priority: int = 0) -> list[InstanceLoad]:
-    """Decode instances by how free they are after taking a request of `num_blocks`.
+class HandoffPolicy(Protocol):
+    """Ranks destinations. Each API server has its own."""
 
-    One that looks too full now comes last instead of being left out: by the time the prompt is prefilled
-    it may have room, and it refuses by itself if not.
+    def rank(self, loads: Sequence[InstanceLoad], num_blocks: int, priority: int) -> list[InstanceLoad]:
+        """The given instances, best first.
 
-    Args:
-        loads: With what was decided before and is not reported yet counted as expected, so that a burst
-            spreads.
-        priority: As in `router.freeness.dispatch_freeness`: headroom is kept for requests of high priority,
-            not from them. Otherwise each of them would claim another instance.
+        Args:
+            loads: Projected loads of decode instances that do not drain.
+            num_blocks: KV blocks of the request.
+            priority: vLLM's priority of the request.
+        """
+        ...
+
+
+class FreestDestination:
+    """The instance that is freest after it has taken the request.
+
+    An instance that looks too full comes last instead of being left out: it may have room when the prompt is
+    prefilled, and refuses by itself if not. For a request of high priority headroom does not count, as in
+    `router.freeness.dispatch_freeness`; otherwise each of them would claim another instance.
     """
-    without_headroom = priority_class(priority) is PriorityClass.HIGH
 
-    def preference(load: InstanceLoad) -> tuple[bool, float, str]:
-        if without_headroom:
-            load = replace(load, high_priority=0)
-        fits = load.free_blocks - load.expected_blocks >= num_blocks
-        return not fits, -freeness(load.with_arrivals(num_blocks)), load.instance_id
+    def rank(self, loads: Sequence[InstanceLoad], num_blocks: int, priority: int) -> list[InstanceLoad]:
+        without_headroom = priority_class(priority) is PriorityClass.HIGH
 
-    return sorted((load for load in loads if load.role == "decode" and not load.draining), key=preference)
+        def preference(load: InstanceLoad) -> tuple[bool, float, str]:
+            if without_headroom:
+                load = replace(load, high_priority=0)
+            fits = load.free_blocks - load.expected_blocks >= num_blocks
+            return not fits, -freeness(load.with_arrivals(num_blocks)), load.instance_id
+
+        return sorted(loads, key=preference)
+
+
+HANDOFF: PolicyKind[HandoffPolicy] = PolicyKind("handoff", "rank", {"freest": FreestDestination})
+
+
+def can_receive(loads: Iterable[InstanceLoad]) -> list[InstanceLoad]:
+    """Decode instances that do not drain."""
+    return [load for load in loads if load.role == "decode" and not load.draining]

@@ -1,69 +1,19 @@
-"""Policy sets by name: which policy decides what, and with which settings. Values, no code."""
+"""Policy sets by name, and the check of every setting where it enters."""
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 
-DispatchName = Literal["round-robin", "queue", "p2c", "freest", "backlog", "prefix"]
-ReschedulingName = Literal["none", "pairs"]
+from router.dispatch import DISPATCH
+from router.handoff import HANDOFF
+from router.plugins import PolicyError, PolicyKind, Setting, installed, load_installed
+from router.rescheduling import RESCHEDULING
+from router.rescheduling.selection import SELECTION
+from router.scaling import SCALING
+from router.settings import PolicySet
 
-
-class PolicySet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Every setting of the router. Freeness is in blocks per request; see `router.freeness`.
-
-    Attributes:
-        dispatch: Where new requests start among neutral instances.
-        prefill_dispatch: The same among prefill instances.
-        late_binding: Requests that no neutral instance has room for wait with the dispatcher; see
-            `router.waiting_line`.
-        bind_after_s: How long the first of them waits before it is bound to one that has no room yet.
-        max_bound: Share of the instances that may make room for one that is bound to them, at a time.
-        headroom: Share of a pool's instances that requests of high priority keep nearly empty; 1 as in the
-            paper, 0 for none. See `router.headroom`.
-        max_report_age_s: Instances that have reported nothing for longer are not decided on.
-
-        rescheduling: Who moves a request to whom.
-        defragment: Queued and preempted requests count: an instance gives others away to make room for them.
-        victim: Which request goes; see `router.rescheduling.selection`.
-        rescheduling_interval_s: Least time between two rounds.
-        migration_threshold: Less free instances give requests away, freer ones take them.
-        max_moves: Migrations that rescheduling lets an instance have in flight.
-
-        scale_interval_s: Time between two looks at a pool's size.
-        scale_threshold: A decode or neutral pool with less average freeness grows.
-        scale_margin: It shrinks if one instance less would leave it this much above the threshold.
-        backlog_high_tokens: A prefill pool with more prompt tokens waiting per instance grows.
-        backlog_low_tokens: It shrinks if one instance less would leave it below this.
-        drain_after_s: How long a pool must have been too large before it shrinks.
-
-        roles: An idle instance of one pool may serve the other.
-    """
-
-    name: str
-    dispatch: DispatchName = "freest"
-    prefill_dispatch: DispatchName = "backlog"
-    late_binding: bool = False
-    bind_after_s: float = 15.0
-    max_bound: float = 0.0625
-    headroom: float = 0.0
-    max_report_age_s: float = 3.0
-
-    rescheduling: ReschedulingName = "none"
-    defragment: bool = True
-    victim: str = "shortest"
-    rescheduling_interval_s: float = 0.2
-    migration_threshold: float = 3.0
-    max_moves: int = 1
-
-    scale_interval_s: float = 10.0
-    scale_threshold: float = 10.0
-    scale_margin: float = 50.0
-    backlog_high_tokens: int = 8192
-    backlog_low_tokens: int = 1024
-    drain_after_s: float = 0.0
-
-    roles: bool = False
-
+__all__ = ["POLICY_KINDS", "PolicyError", "PolicySet", "paper_threshold", "policy_set", "policy_set_names"]
 
 POLICY_SETS: dict[str, PolicySet] = {
     policies.name: policies
@@ -75,13 +25,13 @@ POLICY_SETS: dict[str, PolicySet] = {
         PolicySet("infaas++"),
         # The paper's settings, nothing else.
         PolicySet("llumnix-paper", headroom=1.0, rescheduling="pairs"),
-        # Ours. What is not the paper's has its reason and its measured gain in docs/policies.md.
+        # The default. docs/policies.md has the reason and the measured gain of each difference to the paper.
         PolicySet(
             "llumnix",
             late_binding=True,
             headroom=0.1,
             rescheduling="pairs",
-            victim="guarded",
+            selection="guarded",
             migration_threshold=10.0,
             max_moves=4,
             scale_threshold=20.0,
@@ -91,29 +41,75 @@ POLICY_SETS: dict[str, PolicySet] = {
     )
 }
 
-#: The paper's migration thresholds that are not 3. Source: FACTS of this project, section 1.
+#: Entry point group of own policy sets.
+GROUP = "pd_serve.policy_sets"
+
+#: The kind of policy that a setting names.
+POLICY_KINDS: dict[str, PolicyKind[Any]] = {
+    "dispatch": DISPATCH,
+    "prefill_dispatch": DISPATCH,
+    "handoff": HANDOFF,
+    "rescheduling": RESCHEDULING,
+    "selection": SELECTION,
+    "scaling": SCALING,
+    "prefill_scaling": SCALING,
+}
+
+#: Settings of a policy set, by name.
+SETTINGS: dict[str, Setting] = {
+    field.name: Setting(field.name, field.type, field.default)
+    for field in msgspec.structs.fields(PolicySet)
+    if field.name not in ("name", "options")
+}
+
+#: Former names of settings.
+ALIASES = {"victim": "selection"}
+
+#: The paper's migration thresholds that are not 3, by trace. Source: Llumnix (OSDI 2024) and its artifact.
 PAPER_THRESHOLDS = {"M-M": 10.0, "S-L": 10.0}
 
 
 def paper_threshold(trace: str) -> float:
-    """The `migration_threshold` that the paper's Llumnix ran this trace with ("S-S", "M-M", ...)."""
+    """The `migration_threshold` that the paper's Llumnix ran a trace with ("S-S", "M-M", ...)."""
     return PAPER_THRESHOLDS.get(trace, POLICY_SETS["llumnix-paper"].migration_threshold)
 
 
-def policy_set(name: str, **overrides: float | int | str) -> PolicySet:
-    """A policy set, with settings changed by name. Texts are taken for numbers where numbers belong.
+def policy_set_names() -> list[str]:
+    return [*POLICY_SETS, *(name for name in installed(GROUP) if name not in POLICY_SETS)]
+
+
+def policy_set(name: str, /, **changes: object) -> PolicySet:
+    """A policy set, with settings changed by name: those of the set ("max_moves"), and those of the policies
+    that it names ("dispatch.reserve"). Numbers may come as text.
 
     Raises:
-        ValueError: no such set or setting, or a value that a setting cannot have.
+        PolicyError: There is no such set, policy or setting, or a value is not allowed. The message names
+            what is.
     """
-    if name not in POLICY_SETS:
-        raise ValueError(f"no policy {name!r}; there are {', '.join(POLICY_SETS)}")
-    known: dict[str, Any] = msgspec.structs.asdict(POLICY_SETS[name])
-    settings = [setting for setting in known if setting != "name"]
-    for setting in overrides:
-        if setting not in settings:
-            raise ValueError(f"policy {name!r} has no setting {setting!r}; there are {', '.join(settings)}")
+    found = POLICY_SETS.get(name) or load_installed(GROUP, name, "policy", policy_set_names())
+    if not isinstance(found, PolicySet):
+        raise PolicyError(f"policy {name!r} is not a PolicySet")
     try:
-        return msgspec.convert(known | overrides, PolicySet, strict=False)
-    except msgspec.ValidationError as error:
-        raise ValueError(f"policy {name!r}: {error}") from error
+        return _changed(found, {ALIASES.get(setting, setting): value for setting, value in changes.items()})
+    except PolicyError as error:
+        raise PolicyError(f"policy {name!r}: {error}") from error
+
+
+def _changed(policies: PolicySet, changes: Mapping[str, object]) -> PolicySet:
+    values = msgspec.structs.asdict(policies)
+    options = dict(values.pop("options"))
+    for setting, value in changes.items():
+        if setting.partition(".")[0] in POLICY_KINDS and "." in setting:
+            options[setting] = value
+        elif setting in SETTINGS:
+            values[setting] = value
+        else:
+            raise PolicyError(f"no setting {setting!r}; there are {', '.join(SETTINGS)}")
+    checked = {setting: SETTINGS[setting].convert(values[setting]) for setting in SETTINGS}
+    changed = PolicySet(policies.name, options=options, **checked)
+    for setting, kind in POLICY_KINDS.items():
+        try:
+            kind.make(changed.choice(setting))
+        except PolicyError as error:
+            raise PolicyError(f"{setting}: {error}") from error
+    return changed

@@ -1,7 +1,7 @@
-"""The global scheduler: which instance gives a request to which, and how many instances there are.
+"""The global scheduler: moves of requests between instances, and the size and roles of the pools.
 
-It sees instances, never requests. What it knows comes with the next reports: it can be killed and started
-again at any time.
+It sees instances, never requests. Its state comes with the next reports: it can be killed and started again
+at any time.
 """
 
 import asyncio
@@ -14,33 +14,34 @@ from msgspec.structs import replace
 
 from router.headroom import limit_headroom
 from router.load import InstanceLoad
-from router.policies import PolicySet
+from router.plugins import PolicyChoice
 from router.projected_loads import ProjectedLoads
 from router.request import NO_DEMAND, Demand
 from router.rescheduling import RESCHEDULING
 from router.scaling import Decision, Drain, PoolBounds, PoolScaler, Start, Stop
 from router.scaling.role_switch import RoleSwitch
+from router.settings import PolicySet
 
 logger = logging.getLogger(__name__)
 
-#: A round is made at the latest after so long, also if nobody reports.
+#: Greatest time between two rounds, also without reports.
 TICK_S = 1.0
 
 
 class SchedulerActions(Protocol):
-    """What the scheduler has done. All of it is asked for and not waited for."""
+    """Carries out decisions, without an answer: the effect is in later reports."""
 
     @property
     def starting(self) -> Mapping[str, int]:
-        """Instances that are asked for or on their way and do not report yet, by role."""
+        """Instances that were asked for and do not report yet, by role."""
         ...
 
     @property
     def waiting(self) -> Demand:
-        """Requests that wait with the API servers for an instance that has room."""
+        """Requests that wait at the API servers for an instance with room."""
         ...
 
-    def move(self, source: str, destination: InstanceLoad, reason: str, victim: str) -> None: ...
+    def move(self, source: str, destination: InstanceLoad, reason: str, selection: PolicyChoice) -> None: ...
     def set_role(self, instance_id: str, role: str, reason: str) -> None: ...
     def set_draining(self, instance_id: str, draining: bool, reason: str) -> None: ...
     def start(self, role: str, reason: str) -> None: ...
@@ -48,10 +49,12 @@ class SchedulerActions(Protocol):
 
 
 class Scheduler:
-    """Args:
-    autoscale: Bounds by role, for the pools whose size may change.
-    rng: Breaks ties between instances that are equally free.
-    clock: Seconds; by default the running event loop's.
+    """Decides in rounds, by the policies of a set.
+
+    Args:
+        autoscale: Bounds by role, for the pools whose size may change.
+        rng: Breaks ties between instances that are equally free.
+        clock: Seconds; by default the running event loop's.
     """
 
     def __init__(
@@ -67,38 +70,35 @@ class Scheduler:
         self._actions = actions
         self._rng = rng or random.Random(0)
         self._clock = clock or asyncio.get_running_loop().time
-        self._reschedule = RESCHEDULING[policies.rescheduling]
+        self._rescheduling = RESCHEDULING.make(policies.choice("rescheduling"))
         self._scalers = {
             role: PoolScaler(role, bounds, policies) for role, bounds in (autoscale or {}).items()
         }
-        self._roles = RoleSwitch(policies, autoscale or {}) if policies.roles else None
+        self._role_switch = RoleSwitch(policies, autoscale or {}) if policies.roles else None
         self._loads = ProjectedLoads(self._clock, policies.max_report_age_s)
-        self._news = asyncio.Event()
+        self._reported = asyncio.Event()
 
     def report(self, load: InstanceLoad) -> None:
-        """Takes an instance's latest load; an instance is there from its first report on."""
-        self._loads.report(self._as_policies_see(load))
-        self._news.set()
-
-    def _as_policies_see(self, load: InstanceLoad) -> InstanceLoad:
+        """Takes the latest load of an instance. An instance takes part from its first report on."""
         # On a decode instance only preempted requests wait. Making room for them fills up the others.
         if load.waiting and (load.role == "decode" or not self.policies.defragment):
             load = replace(load, head_of_line_blocks=0, preempted=0)
-        return load
+        self._loads.report(load)
+        self._reported.set()
 
     def remove(self, instance_id: str) -> None:
-        """It is gone. Unknown ones are ignored."""
+        """Forgets an instance that is gone. Unknown instances are ignored."""
         self._loads.remove(instance_id)
 
     async def run(self) -> None:
-        """Decides whenever there is news, at most once per `rescheduling_interval_s`, until cancelled."""
+        """Decides after each report, at most once per `rescheduling_interval_s`, until cancelled."""
         while True:
             try:
                 async with asyncio.timeout(TICK_S):
-                    await self._news.wait()
+                    await self._reported.wait()
             except TimeoutError:
                 pass
-            self._news.clear()
+            self._reported.clear()
             self.decide(self._clock())
             await asyncio.sleep(self.policies.rescheduling_interval_s)
 
@@ -109,11 +109,11 @@ class Scheduler:
         if not loads:
             return
         self._rng.shuffle(loads)
-        for move in self._reschedule(loads, self.policies):
+        for move in self._rescheduling.moves(loads, self.policies):
             self._loads.add_move(move.source, move.destination.instance_id, move.num_blocks)
-            self._actions.move(move.source, move.destination, move.reason, move.victim)
-        if self._roles is not None:
-            self._exchange_roles(self._roles, loads, now)
+            self._actions.move(move.source, move.destination, move.reason, move.selection)
+        if self._role_switch is not None:
+            self._switch_roles(self._role_switch, loads, now)
         for role, scaler in self._scalers.items():
             pool = [load for load in loads if load.role == role]
             waiting = self._actions.waiting if role == "neutral" else NO_DEMAND
@@ -126,13 +126,13 @@ class Scheduler:
             logger.warning("%s has not reported for %.1f s", name, age)
             self.remove(name)
 
-    def _exchange_roles(self, roles: RoleSwitch, loads: list[InstanceLoad], now: float) -> None:
-        for exchange in roles.decide(loads, now):
-            if isinstance(exchange, Drain):
-                self._carry_out(exchange)
+    def _switch_roles(self, role_switch: RoleSwitch, loads: list[InstanceLoad], now: float) -> None:
+        for decision in role_switch.decide(loads, now):
+            if isinstance(decision, Drain):
+                self._carry_out(decision)
                 continue
-            logger.debug("%s becomes %s: %s", exchange.instance_id, exchange.role, exchange.reason)
-            self._actions.set_role(exchange.instance_id, exchange.role, exchange.reason)
+            logger.debug("%s becomes %s: %s", decision.instance_id, decision.role, decision.reason)
+            self._actions.set_role(decision.instance_id, decision.role, decision.reason)
             for scaler in self._scalers.values():
                 scaler.postpone(now)
 

@@ -27,6 +27,7 @@ from migration.messages import (
 )
 from migration.record import MigrationRecord
 from router.load import InstanceLoad
+from router.plugins import PolicyChoice
 from router.request import NO_DEMAND, Demand
 
 
@@ -109,12 +110,12 @@ class MoveOut(msgspec.Struct, frozen=True, tag=True):
 
     Attributes:
         destination: Its load as the scheduler sees it.
-        victim: Name of the rule to choose by; see `router.rescheduling.selection`.
+        selection: The policy to choose by; see `router.rescheduling.selection`.
     """
 
     destination: InstanceLoad
     reason: str
-    victim: str
+    selection: PolicyChoice
 
 
 class SetRole(msgspec.Struct, frozen=True, tag=True):

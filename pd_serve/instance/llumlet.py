@@ -42,7 +42,7 @@ from pd_serve.errors import DestinationRefusedError, EngineDeadError, MigrationE
 from pd_serve.instance.peers import Peers
 from pd_serve.observe.process_stats import process_stats
 from router.load import EngineLoad, InstanceLoad
-from router.rescheduling.selection import select_request
+from router.rescheduling.selection import RequestSelector
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +101,7 @@ class Llumlet:
         self._forwards: OrderedDict[RequestId, InstanceId] = OrderedDict()
         self._load = EngineLoad(block_tokens=1)  # until the engine reports
         self._requests_added = 0
+        self._selector = RequestSelector()
         self._moves_decided = 0
         self._reported_at = 0.0
         self._stats_at = -STATS_INTERVAL_S
@@ -275,7 +276,7 @@ class Llumlet:
         destination = message.destination
         running = await self.engine.running_requests()
         requests = [r for r in running if not self.coordinator.is_leaving(r.request_id)]
-        chosen = select_request(message.victim, requests, self.load(), destination)
+        chosen = self._selector.select(message.selection, requests, self.load(), destination)
         self._moves_decided += 1
         self._report()
         if chosen is None:

@@ -21,8 +21,8 @@ from pd_serve.platform.memory import check_memory
 from pd_serve.platform.placement import Placement
 from pd_serve.scheduler.scheduler_process import SchedulerConfig
 from pd_serve.simulated_engine.settings import EngineSettings
-from router.policies import PolicySet
 from router.scaling import PoolBounds
+from router.settings import PolicySet
 
 logger = logging.getLogger(__name__)
 

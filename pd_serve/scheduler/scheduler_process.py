@@ -33,10 +33,11 @@ from pd_serve.comm.wire import CurveKeys
 from pd_serve.errors import EngineDeadError
 from pd_serve.observe.process_stats import process_stats
 from router.load import InstanceLoad
-from router.policies import PolicySet
+from router.plugins import PolicyChoice
 from router.request import Demand
 from router.scaling import PoolBounds
 from router.scheduler import Scheduler
+from router.settings import PolicySet
 
 logger = logging.getLogger(__name__)
 
@@ -226,9 +227,9 @@ class SchedulerProcess:
 
     # ---- SchedulerActions
 
-    def move(self, source: str, destination: InstanceLoad, reason: str, victim: str) -> None:
+    def move(self, source: str, destination: InstanceLoad, reason: str, selection: PolicyChoice) -> None:
         self._moves[reason] += 1
-        self._wire.send(source, MoveOut(destination, reason, victim))
+        self._wire.send(source, MoveOut(destination, reason, selection))
 
     def set_role(self, instance_id: str, role: str, reason: str) -> None:
         self._scaling["set_role"] += 1

@@ -1,4 +1,4 @@
-"""Where a new request starts. One policy per file, all behind `DispatchPolicy`."""
+"""The instance that a new request starts on. One policy per file, all of them `DispatchPolicy`."""
 
 from router.dispatch.backlog import LeastBacklog
 from router.dispatch.dispatch_policy import DispatchPolicy, can_start, candidates
@@ -7,15 +7,19 @@ from router.dispatch.power_of_two import PowerOfTwo
 from router.dispatch.prefix import LongestPrefix
 from router.dispatch.queue_length import ShortestQueue
 from router.dispatch.round_robin import RoundRobin
-from router.policies import DispatchName
+from router.plugins import PolicyKind
 
-__all__ = ["DISPATCH_POLICIES", "DispatchPolicy", "can_start", "candidates"]
+__all__ = ["DISPATCH", "DispatchPolicy", "can_start", "candidates"]
 
-DISPATCH_POLICIES: dict[DispatchName, type[DispatchPolicy]] = {
-    "round-robin": RoundRobin,
-    "queue": ShortestQueue,
-    "p2c": PowerOfTwo,
-    "freest": Freest,
-    "backlog": LeastBacklog,
-    "prefix": LongestPrefix,
-}
+DISPATCH: PolicyKind[DispatchPolicy] = PolicyKind(
+    "dispatch",
+    "choose",
+    {
+        "round-robin": RoundRobin,
+        "queue": ShortestQueue,
+        "p2c": PowerOfTwo,
+        "freest": Freest,
+        "backlog": LeastBacklog,
+        "prefix": LongestPrefix,
+    },
+)

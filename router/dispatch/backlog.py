@@ -1,4 +1,4 @@
-"""Backlog: the instance with fewest prompt tokens to compute. For prefill pools."""
+"""Least backlog, for prefill instances."""
 
 import random
 from collections.abc import Sequence
@@ -13,7 +13,10 @@ def backlog(load: InstanceLoad) -> tuple[int, int, str]:
 
 
 class LeastBacklog:
-    """A prefill instance holds a request for one step: what delays the next is work, not memory."""
+    """The instance with the fewest prompt tokens to compute.
+
+    A prefill instance holds a request for one step: the next one is delayed by work, not by memory.
+    """
 
     def choose(
         self, loads: Sequence[InstanceLoad], request: NewRequest, rng: random.Random

@@ -1,4 +1,4 @@
-"""Freest: the instance with most room per request, queued ones counted. INFaaS++ and Llumnix."""
+"""Freest instance: INFaaS++ and Llumnix."""
 
 import random
 from collections.abc import Sequence
@@ -9,7 +9,10 @@ from router.request import NewRequest
 
 
 class Freest:
-    """Source: Llumnix (OSDI 2024), sections 4.4.3 and 6.1."""
+    """The instance with the most free blocks per request, queued requests counted.
+
+    Source: Llumnix (OSDI 2024), sections 4.4.3 and 6.1.
+    """
 
     def choose(
         self, loads: Sequence[InstanceLoad], request: NewRequest, rng: random.Random

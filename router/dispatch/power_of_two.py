@@ -1,4 +1,4 @@
-"""Power of two choices: the shorter queue of two instances drawn at random."""
+"""Power of two choices."""
 
 import random
 from collections.abc import Sequence
@@ -9,7 +9,9 @@ from router.request import NewRequest
 
 
 class PowerOfTwo:
-    """Nearly as even as looking at all queues, and no herding on old reports.
+    """The instance with the shorter queue of two drawn at random.
+
+    Nearly as even as comparing all queues, without herding on old reports.
 
     Source: Mitzenmacher, The power of two choices in randomized load balancing (2001).
     """

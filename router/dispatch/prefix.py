@@ -1,4 +1,4 @@
-"""Prefix: the instance that will have the prompt computed first, with what it still knows of it."""
+"""Prefix-aware dispatch, for instances with a prefix cache."""
 
 import random
 from bisect import bisect_left
@@ -11,7 +11,7 @@ from router.request import PREFIX_TOKENS, NewRequest
 
 
 class HeldPrefixes:
-    """Prefixes that an instance has been sent, as far as they still fit into its KV blocks."""
+    """Prefixes that an instance was sent and that still fit into its KV blocks."""
 
     def __init__(self) -> None:
         self._keys: OrderedDict[int, None] = OrderedDict()  # least recently used first
@@ -19,7 +19,7 @@ class HeldPrefixes:
     def num_tokens(self, request: NewRequest) -> int:
         """Tokens of the prompt that need no computing."""
         keys = request.prefix_keys
-        # Longer prefixes are forgotten before the shorter ones they begin with, so bisection finds the end.
+        # A longer prefix is dropped before the shorter ones that it begins with: bisection finds the end.
         return bisect_left(keys, True, key=lambda key: key not in self._keys) * PREFIX_TOKENS
 
     def add(self, request: NewRequest, load: InstanceLoad) -> None:
@@ -32,17 +32,17 @@ class HeldPrefixes:
 
 
 class LongestPrefix:
-    """Backlog + prompt - what is cached, in tokens; the least wins. So the longest prefix wins, unless a
-    backlog outweighs what it saves. Among equals, the freest.
+    """The instance that will compute the prompt first: least backlog + prompt - cached prefix, in tokens.
 
-    What is cached is known from what has been dispatched here, so a new API server learns as it goes.
+    So the longest prefix wins, unless a backlog outweighs what it saves; among equals, the freest instance.
+    The cached prefixes are inferred from earlier dispatches: a new API server learns them as it goes.
     """
 
     def __init__(self) -> None:
         self._held: dict[str, HeldPrefixes] = {}
 
     def work(self, load: InstanceLoad, request: NewRequest) -> int:
-        """Tokens to be computed until this request has its first."""
+        """Tokens to be computed until the request has its first token."""
         held = self._held.get(load.instance_id)
         cached = held.num_tokens(request) if held else 0
         return load.waiting_tokens + request.prompt_tokens - cached
@@ -55,7 +55,7 @@ class LongestPrefix:
 
         chosen = min(loads, key=cost, default=None)
         if chosen is not None and request.prefix_keys:
-            # The last in the dictionary is the last one used: the first ones may be gone for long.
+            # The dictionary is in the order of use: instances that are gone end up first, and are dropped.
             held = self._held.pop(chosen.instance_id, None) or HeldPrefixes()
             held.add(request, chosen)
             self._held[chosen.instance_id] = held

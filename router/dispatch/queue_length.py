@@ -1,4 +1,4 @@
-"""Queue length: join the shortest queue."""
+"""Shortest queue."""
 
 import random
 from collections.abc import Sequence
@@ -8,11 +8,13 @@ from router.request import NewRequest
 
 
 def queue_length(load: InstanceLoad) -> tuple[int, int, str]:
-    """Requests that wait; among equals, those that run."""
+    """Queued requests; among equals, running ones."""
     return load.waiting, load.running, load.instance_id
 
 
 class ShortestQueue:
+    """The instance with the fewest queued requests."""
+
     def choose(
         self, loads: Sequence[InstanceLoad], request: NewRequest, rng: random.Random
     ) -> InstanceLoad | None:

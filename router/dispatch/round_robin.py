@@ -1,4 +1,4 @@
-"""Round robin: whoever has been passed over for longest."""
+"""Round robin."""
 
 import random
 from collections.abc import Sequence
@@ -8,8 +8,10 @@ from router.request import NewRequest
 
 
 class RoundRobin:
-    """In a fixed cluster this is the paper's "fewest dispatched". Counting since the start, though, an
-    instance that joins late would get every request until it has caught up; taking turns, it gets its share.
+    """The instance that was not chosen for the longest time.
+
+    In a fixed cluster this is the paper's "fewest dispatched". Counted since the start, an instance that
+    joins late would get every request until it has caught up; in turns it gets its share.
     """
 
     def __init__(self) -> None:
@@ -25,7 +27,7 @@ class RoundRobin:
         chosen = min(loads, key=last_turn, default=None)
         if chosen is not None:
             self._turn += 1
-            # Chosen last is last in the dictionary: the first ones are those that may be gone.
+            # The dictionary is in the order of turns: instances that are gone end up first, and are dropped.
             self._last_turns.pop(chosen.instance_id, None)
             self._last_turns[chosen.instance_id] = self._turn
             while len(self._last_turns) > 2 * len(loads):

@@ -1,12 +1,11 @@
-"""Who moves a request to whom. One policy per file, all of the type `Rescheduling`."""
+"""Which instance gives a request to which. One policy per file, all of them `ReschedulingPolicy`."""
 
-from router.policies import ReschedulingName
-from router.rescheduling import pairing as pairs
-from router.rescheduling.move import Move, Rescheduling
+from router.plugins import PolicyKind
+from router.rescheduling.move import Move, NoMoves, ReschedulingPolicy
+from router.rescheduling.pairing import Pairs
 
-__all__ = ["RESCHEDULING", "Move", "Rescheduling"]
+__all__ = ["RESCHEDULING", "Move", "ReschedulingPolicy"]
 
-RESCHEDULING: dict[ReschedulingName, Rescheduling] = {
-    "none": lambda loads, policies: [],
-    "pairs": pairs.moves,
-}
+RESCHEDULING: PolicyKind[ReschedulingPolicy] = PolicyKind(
+    "rescheduling", "moves", {"none": NoMoves, "pairs": Pairs}
+)

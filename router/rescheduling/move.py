@@ -1,36 +1,53 @@
-"""What every rescheduling policy answers: which instance gives a request to which."""
+"""Moves of requests between instances, and the interface of the policies that decide on them."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import msgspec
 
 from router.load import InstanceLoad
-from router.policies import PolicySet
+from router.plugins import PolicyChoice
+from router.settings import PolicySet
 
 
 class Move(msgspec.Struct, frozen=True):
-    """One request is to go. Which one, the source chooses; see `router.rescheduling.selection`.
+    """An order to move one request. The source chooses the request; see `router.rescheduling.selection`.
 
     Attributes:
-        destination: As it is before this move and after those decided before it.
-        reason: "balance", "defragment" (a queued request or a preempted one needs the room) or "drain".
-        victim: The rule that the source chooses by.
-        num_blocks: What the request is taken to hold, until it is chosen.
+        destination: Its projected load, earlier moves included, this one not.
+        reason: "balance", "defragment" (to make room for a queued or preempted request) or "drain".
+        selection: The policy that the source chooses by.
+        num_blocks: Assumed size of the request until the source has chosen one.
     """
 
     source: str
     destination: InstanceLoad
     reason: str
-    victim: str
+    selection: PolicyChoice
     num_blocks: int
 
 
-#: The moves to be made now. Loads have the moves that are decided and not yet reported counted in.
-Rescheduling = Callable[[Sequence[InstanceLoad], PolicySet], list[Move]]
+class ReschedulingPolicy(Protocol):
+    """Decides on moves, in the scheduler."""
+
+    def moves(self, loads: Sequence[InstanceLoad], policies: PolicySet) -> list[Move]:
+        """The moves to order now.
+
+        Args:
+            loads: Projected loads of all instances: moves that are ordered and not reported are counted in.
+        """
+        ...
+
+
+class NoMoves:
+    """Requests stay where they are, except for hand-offs."""
+
+    def moves(self, loads: Sequence[InstanceLoad], policies: PolicySet) -> list[Move]:
+        return []
 
 
 def pools(loads: Iterable[InstanceLoad]) -> list[list[InstanceLoad]]:
-    """Instances that may move requests among each other. Prefill instances hand off, and nothing else."""
+    """Instances that may move requests among each other. Prefill instances only hand off."""
     by_role: dict[str, list[InstanceLoad]] = {"neutral": [], "decode": []}
     for load in loads:
         if load.role in by_role:
@@ -38,11 +55,11 @@ def pools(loads: Iterable[InstanceLoad]) -> list[list[InstanceLoad]]:
     return list(by_role.values())
 
 
-def move(source: InstanceLoad, destination: InstanceLoad, policies: PolicySet) -> Move:
-    """The move, with the reason for it."""
-    reason, victim = "balance", policies.victim
+def make_move(source: InstanceLoad, destination: InstanceLoad, policies: PolicySet) -> Move:
+    """The move, with its reason."""
+    reason, selection = "balance", policies.choice("selection")
     if source.draining:
-        reason, victim = "drain", "drain"
+        reason, selection = "drain", PolicyChoice("drain")
     elif source.preempted or source.head_of_line_blocks > source.free_blocks - source.watermark_blocks:
         reason = "defragment"
-    return Move(source.instance_id, destination, reason, victim, source.mean_blocks)
+    return Move(source.instance_id, destination, reason, selection, source.mean_blocks)

@@ -1,15 +1,19 @@
-"""Which request an instance moves away when it is told to move one. Rules by name; see `VICTIM_RULES`.
+"""Which request an instance moves when the scheduler orders it to move one.
 
-Load balancing never moves a request of high priority; only a drain does.
+Only a drain moves requests of high priority.
 """
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 from router.load import InstanceLoad
+from router.plugins import PolicyChoice, PolicyKind
 from router.priority import PriorityClass, priority_class
 from router.projected_loads import after_departures
-from router.rescheduling.gain import has_space, improves, room
+from router.rescheduling.gain import freeness_after_move, has_free_blocks, is_worth_moving
+
+logger = logging.getLogger(__name__)
 
 
 class Movable(Protocol):
@@ -24,78 +28,113 @@ class Movable(Protocol):
 
 
 M = TypeVar("M", bound=Movable)
-Rule = Callable[[Sequence[Movable], InstanceLoad, InstanceLoad], Movable | None]
 
 
-def shortest(requests: Sequence[Movable], source: InstanceLoad, destination: InstanceLoad) -> Movable | None:
-    """The paper's: lower priority first, then the shortest sequence.
+class SelectionPolicy(Protocol):
+    """Chooses the request to move, in the source instance."""
+
+    def select(self, requests: Sequence[M], source: InstanceLoad, destination: InstanceLoad) -> M | None:
+        """One of the requests, or None if no move is worth it.
+
+        Args:
+            requests: Requests that can move; those that are leaving already are left out.
+            source: Load of this instance; requests that are leaving are part of it.
+            destination: Projected load as the scheduler sees it, without this move.
+        """
+        ...
+
+
+class Shortest:
+    """The paper's rule: lower priority first, then the shortest sequence.
 
     Source: Llumnix (OSDI 2024), section 4.4.3.
     """
-    return min(_normal(requests), key=lambda r: (-r.priority, r.num_tokens), default=None)
+
+    def select(self, requests: Sequence[M], source: InstanceLoad, destination: InstanceLoad) -> M | None:
+        return min(_normal(requests), key=lambda r: (-r.priority, r.num_tokens), default=None)
 
 
-def latest(requests: Sequence[Movable], source: InstanceLoad, destination: InstanceLoad) -> Movable | None:
-    """The artifact's: lower priority first, then the latest arrival.
+class Latest:
+    """The rule of the paper's artifact: lower priority first, then the latest arrival."""
 
-    Source: the Llumnix artifact, as described in FACTS of this project.
+    def select(self, requests: Sequence[M], source: InstanceLoad, destination: InstanceLoad) -> M | None:
+        return max(_normal(requests), key=lambda r: (r.priority, r.arrived_at), default=None)
+
+
+class Guarded:
+    """The paper's rule among the requests whose move leaves the pair of instances better off."""
+
+    def select(self, requests: Sequence[M], source: InstanceLoad, destination: InstanceLoad) -> M | None:
+        return Shortest().select(_worth_moving(requests, source, destination), source, destination)
+
+
+class Levelling:
+    """Lower priority first, then the request whose move leaves the less free instance freest."""
+
+    def select(self, requests: Sequence[M], source: InstanceLoad, destination: InstanceLoad) -> M | None:
+        remaining = after_departures(source)
+
+        def outcome(request: M) -> tuple[int, float, int]:
+            after = freeness_after_move(remaining, destination, _blocks(request, source))
+            return request.priority, after, -request.num_tokens
+
+        return max(_worth_moving(requests, source, destination), key=outcome, default=None)
+
+
+class ForDrain:
+    """Any request that fits the destination, as all have to go: lower priority first, then the shortest."""
+
+    def select(self, requests: Sequence[M], source: InstanceLoad, destination: InstanceLoad) -> M | None:
+        fitting = [r for r in requests if has_free_blocks(destination, _blocks(r, source))]
+        return min(fitting, key=lambda r: (-r.priority, r.num_tokens), default=None)
+
+
+SELECTION: PolicyKind[SelectionPolicy] = PolicyKind(
+    "selection",
+    "select",
+    {
+        "shortest": Shortest,
+        "latest": Latest,
+        "guarded": Guarded,
+        "levelling": Levelling,
+        "drain": ForDrain,
+    },
+)
+
+
+class RequestSelector:
+    """Chooses by the policy that an order names. One per instance.
+
+    An order whose policy is not installed here, or fails, is refused; the first time it is logged.
     """
-    return max(_normal(requests), key=lambda r: (r.priority, r.arrived_at), default=None)
+
+    def __init__(self) -> None:
+        self._policies: dict[PolicyChoice, SelectionPolicy] = {}
+        self._refused: set[PolicyChoice] = set()
+
+    def select(
+        self, choice: PolicyChoice, requests: Sequence[M], source: InstanceLoad, destination: InstanceLoad
+    ) -> M | None:
+        """The request to move, or None; see `SelectionPolicy.select`."""
+        try:
+            if choice not in self._policies:
+                self._policies[choice] = SELECTION.make(choice)
+            return self._policies[choice].select(requests, source, destination)
+        except Exception as error:  # whatever an own policy does: the instance goes on
+            if choice not in self._refused:
+                self._refused.add(choice)
+                logger.error("%s refuses moves by %r: %r", source.instance_id, choice.name, error)
+            return None
 
 
-def guarded(requests: Sequence[Movable], source: InstanceLoad, destination: InstanceLoad) -> Movable | None:
-    """The paper's choice among those whose move leaves the pair better off; see `rescheduling.guard`."""
-    return shortest(_worth_it(requests, source, destination), source, destination)
-
-
-def levelling(requests: Sequence[Movable], source: InstanceLoad, destination: InstanceLoad) -> Movable | None:
-    """Lower priority first, then the one whose move leaves the less free one of the pair freest."""
-    now = after_departures(source)
-
-    def outcome(request: Movable) -> tuple[int, float, int]:
-        num_blocks = blocks_of(request, source)
-        after = min(room(now.with_departures(num_blocks)), room(destination.with_arrivals(num_blocks)))
-        return request.priority, after, -request.num_tokens
-
-    return max(_worth_it(requests, source, destination), key=outcome, default=None)
-
-
-def drain(requests: Sequence[Movable], source: InstanceLoad, destination: InstanceLoad) -> Movable | None:
-    """Everybody has to go: lower priority first, then the shortest, of those that find space there."""
-    fit = [r for r in requests if has_space(destination, blocks_of(r, source))]
-    return min(fit, key=lambda r: (-r.priority, r.num_tokens), default=None)
-
-
-SELECTION_RULES: dict[str, Rule] = {
-    "shortest": shortest,
-    "latest": latest,
-    "guarded": guarded,
-    "levelling": levelling,
-    "drain": drain,
-}
-
-
-def select_request(
-    rule: str, requests: Sequence[M], source: InstanceLoad, destination: InstanceLoad
-) -> M | None:
-    """The request that goes, or None if no move is worth it.
-
-    Args:
-        requests: Those that could go; none that is going already.
-        source: This instance, with those that are going already.
-        destination: As the scheduler sees it, before this move.
-    """
-    return SELECTION_RULES[rule](requests, source, destination)  # type: ignore[return-value]
-
-
-def blocks_of(request: Movable, source: InstanceLoad) -> int:
+def _blocks(request: Movable, source: InstanceLoad) -> int:
     return -(-request.num_tokens // source.block_tokens)
 
 
-def _normal(requests: Sequence[Movable]) -> list[Movable]:
+def _normal(requests: Sequence[M]) -> list[M]:
     return [r for r in requests if priority_class(r.priority) is not PriorityClass.HIGH]
 
 
-def _worth_it(requests: Sequence[Movable], source: InstanceLoad, destination: InstanceLoad) -> list[Movable]:
-    now = after_departures(source)
-    return [r for r in _normal(requests) if improves(now, destination, blocks_of(r, source))]
+def _worth_moving(requests: Sequence[M], source: InstanceLoad, destination: InstanceLoad) -> list[M]:
+    remaining = after_departures(source)
+    return [r for r in _normal(requests) if is_worth_moving(remaining, destination, _blocks(r, source))]

@@ -1,6 +1,6 @@
-"""How many instances a pool has. One signal per kind of pool, and one scaler that acts on it."""
+"""The size of each pool: one signal per kind of pool, and a scaler that acts on it."""
 
-from router.scaling.decisions import Decision, Drain, PoolBounds, Start, Stop
-from router.scaling.pool import PoolScaler
+from router.scaling.decisions import Decision, Drain, PoolBounds, SizeChange, Start, Stop
+from router.scaling.pool import SCALING, PoolScaler
 
-__all__ = ["Decision", "Drain", "PoolBounds", "PoolScaler", "Start", "Stop"]
+__all__ = ["SCALING", "Decision", "Drain", "PoolBounds", "PoolScaler", "SizeChange", "Start", "Stop"]

@@ -1,12 +1,12 @@
-"""What a scaling signal says of a pool, and what becomes of it."""
+"""The interface of scaling policies, and the decisions about instances."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from router.load import InstanceLoad
-from router.policies import PolicySet
 from router.request import Demand
+from router.settings import PolicySet
 
 
 class PoolBounds(NamedTuple):
@@ -16,24 +16,32 @@ class PoolBounds(NamedTuple):
     most: int
 
 
-class Wanted(NamedTuple):
-    """Attributes:
-    change: More instances, or -1: one could go. 0: as many as there are.
-    reason: One line.
-    """
+class SizeChange(NamedTuple):
+    """What a pool needs: instances to add, -1 if one can go, 0 if the size is right; and one line why."""
 
-    change: int
+    instances: int
     reason: str
 
 
-#: Looks at the instances of a pool that take requests, at the number that is on its way, and at the requests
-#: that no instance has yet.
-Signal = Callable[[Sequence[InstanceLoad], int, PolicySet, Demand], Wanted]
+class ScalingPolicy(Protocol):
+    """Measures whether a pool has the right size, in the scheduler. `PoolScaler` acts on it."""
+
+    def look(
+        self, loads: Sequence[InstanceLoad], starting: int, policies: PolicySet, waiting: Demand
+    ) -> SizeChange:
+        """The change that the pool needs now.
+
+        Args:
+            loads: Projected loads of the instances of the pool that do not drain.
+            starting: Instances that were asked for and do not report yet.
+            waiting: Requests for this pool that no instance has yet.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """One more instance of this role."""
+    """Start an instance of this role."""
 
     role: str
     reason: str
@@ -41,7 +49,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """This one takes nothing new from now on (or again, if `draining` is false)."""
+    """Give an instance no new requests from now on; with `draining` false, use it again."""
 
     instance_id: str
     reason: str
@@ -50,7 +58,7 @@ class Drain:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """This one is drained and empty."""
+    """Stop an instance that is drained and empty."""
 
     instance_id: str
     reason: str

@@ -4,40 +4,50 @@ import math
 from collections.abc import Sequence
 
 from router.load import InstanceLoad
-from router.policies import PolicySet
+from router.plugins import PolicyKind
 from router.request import NO_DEMAND, Demand
-from router.scaling.backlog_signal import by_backlog
-from router.scaling.decisions import Decision, Drain, PoolBounds, Signal, Start, Stop, Wanted
-from router.scaling.freeness_signal import by_freeness
+from router.scaling.backlog_signal import BacklogSignal
+from router.scaling.decisions import Decision, Drain, PoolBounds, ScalingPolicy, SizeChange, Start, Stop
+from router.scaling.freeness_signal import FreenessSignal
+from router.settings import PolicySet
 
-#: How long a drained instance stays empty before it is stopped: requests may have been on their way to it.
+#: Time that a drained instance stays empty before it is stopped: requests may have been on their way to it.
 EMPTY_S = 1.0
 
-#: When to ask once more for what was asked for.
+#: Time after which an order to drain or stop without effect is repeated.
 ASK_AGAIN_S = 60.0
 
-#: How long a drain that somebody else has asked for counts as a change of the pool. It may be meant to last.
+#: Time that a drain by another party, such as an operator, holds up changes of the pool. It may last.
 OTHERS_DRAIN_S = 60.0
+
+SCALING: PolicyKind[ScalingPolicy] = PolicyKind(
+    "scaling", "look", {"freeness": FreenessSignal, "backlog": BacklogSignal}
+)
+
+
+def signal_of(role: str, policies: PolicySet) -> ScalingPolicy:
+    """The scaling policy of a pool."""
+    return SCALING.make(policies.choice("prefill_scaling" if role == "prefill" else "scaling"))
 
 
 class PoolScaler:
-    """Decides on one pool. What it remembers only delays: a new one decides the same a little later.
+    """Decides on the size of one pool. Its memory only delays decisions: a new scaler decides the same.
 
-    One change at a time: nothing is drained while something starts or drains, and looks at the pool are
-    `scale_interval_s` apart. What somebody else drains holds that up for `OTHERS_DRAIN_S` only. An instance
-    that drains is taken back before a new one is started.
+    One change at a time: nothing is drained while an instance starts or drains, and changes are
+    `scale_interval_s` apart. A drain by another party holds that up for `OTHERS_DRAIN_S` only. A draining
+    instance is used again before a new one is started.
     """
 
     def __init__(self, role: str, bounds: PoolBounds, policies: PolicySet) -> None:
         self.role = role
         self._bounds = bounds
         self._policies = policies
-        self._signal: Signal = by_backlog if role == "prefill" else by_freeness
+        self._signal = signal_of(role, policies)
         self._next_look = math.inf  # known from the first look on
         self._too_large_since: float | None = None
         self._known: dict[str, None] | None = None
         self._empty_since: dict[str, float] = {}
-        self._taken_back: dict[str, float] = {}  # one that goes on draining is drained by somebody else
+        self._used_again: dict[str, float] = {}  # still draining: by another party
         self._stopped: dict[str, float] = {}
         self._drained: dict[str, float] = {}  # by this scaler
         self._draining_since: dict[str, float] = {}
@@ -45,7 +55,7 @@ class PoolScaler:
     def decide(
         self, loads: Sequence[InstanceLoad], starting: int, now: float, waiting: Demand = NO_DEMAND
     ) -> list[Decision]:
-        """What is to be done now.
+        """The decisions of this round.
 
         Args:
             starting: Instances on their way, not among `loads`.
@@ -55,18 +65,18 @@ class PoolScaler:
         draining = [load for load in loads if load.draining]
         self._remember(loads, now)
         decisions = self._stops(draining, now)
-        wanted = self._signal(serving, starting, self._policies, waiting)
-        if wanted.change >= 0:
+        needed = self._signal.look(serving, starting, self._policies, waiting)
+        if needed.instances >= 0:
             self._too_large_since = None
         elif self._too_large_since is None:
             self._too_large_since = now
         if now >= self._next_look:
             self._next_look = now + self._policies.scale_interval_s
-            decisions += self._resize(serving, draining, starting, wanted, now)
+            decisions += self._resize(serving, draining, starting, needed, now)
         return decisions
 
     def postpone(self, now: float) -> None:
-        """The pool has changed otherwise: what that does is to be seen first."""
+        """Waits for the effect of another change of the pool."""
         self._next_look = now + self._policies.scale_interval_s
 
     def _remember(self, loads: Sequence[InstanceLoad], now: float) -> None:
@@ -79,7 +89,7 @@ class PoolScaler:
             load.instance_id: self._empty_since.get(load.instance_id, now) for load in still_empty
         }
         drains = {load.instance_id for load in loads if load.draining}
-        self._taken_back = {name: at for name, at in self._taken_back.items() if name in drains}
+        self._used_again = {name: at for name, at in self._used_again.items() if name in drains}
         self._draining_since = {name: self._draining_since.get(name, now) for name in drains}
         self._drained = {
             name: at for name, at in self._drained.items() if name in drains or now - at < ASK_AGAIN_S
@@ -102,50 +112,50 @@ class PoolScaler:
         serving: Sequence[InstanceLoad],
         draining: Sequence[InstanceLoad],
         starting: int,
-        wanted: Wanted,
+        needed: SizeChange,
         now: float,
     ) -> list[Decision]:
         count = len(serving) + starting
-        least, most = self._bounds.least, self._bounds.most
+        least, most = self._bounds
         if count < least:
             return self._grow(least - count, f"{count} of at least {least}", count, draining, now)
         if len(serving) > most:
             return [self._drain(serving, f"{len(serving)} of at most {most}", now)]
-        if wanted.change > 0:
-            return self._grow(wanted.change, wanted.reason, count, draining, now)
+        if needed.instances > 0:
+            return self._grow(needed.instances, needed.reason, count, draining, now)
         long_enough = (
             self._too_large_since is not None and now - self._too_large_since >= self._policies.drain_after_s
         )
         changes = starting or any(self._is_leaving(load.instance_id, now) for load in draining)
-        if wanted.change < 0 and long_enough and count > least and not changes:
-            return [self._drain(serving, wanted.reason, now)]
+        if needed.instances < 0 and long_enough and count > least and not changes:
+            return [self._drain(serving, needed.reason, now)]
         return []
 
     def _is_leaving(self, draining: str, now: float) -> bool:
-        """Whether this drain is one that will end, as far as can be known here."""
+        """Whether a drain is expected to end with the instance's stop."""
         return draining in self._drained or now - self._draining_since[draining] < OTHERS_DRAIN_S
 
     def _grow(
         self, change: int, reason: str, count: int, draining: Sequence[InstanceLoad], now: float
     ) -> list[Decision]:
-        """Takes back what drains, the fullest first, and starts the rest."""
+        """Uses draining instances again, the fullest first, and starts the rest."""
         change = min(change, self._bounds.most - count)
-        ours = [
+        usable = [
             load
             for load in draining
-            if load.instance_id not in self._taken_back and load.instance_id not in self._stopped
+            if load.instance_id not in self._used_again and load.instance_id not in self._stopped
         ]
-        ours.sort(key=lambda load: (-load.running, load.instance_id))
+        usable.sort(key=lambda load: (-load.running, load.instance_id))
         decisions: list[Decision] = []
-        for load in ours[:change]:
-            self._taken_back[load.instance_id] = now
+        for load in usable[:change]:
+            self._used_again[load.instance_id] = now
             self._drained.pop(load.instance_id, None)
             decisions.append(Drain(load.instance_id, reason, draining=False))
         decisions += [Start(self.role, reason)] * (change - len(decisions))
         return decisions
 
     def _drain(self, serving: Sequence[InstanceLoad], reason: str, now: float) -> Drain:
-        """The one that is empty soonest; none that serves a request of high priority, if possible."""
+        """Drains the instance that is empty soonest, if possible none with requests of high priority."""
         last = min(
             serving, key=lambda load: (load.high_priority > 0, load.running + load.waiting, load.instance_id)
         )

@@ -1,4 +1,4 @@
-"""Which instance changes sides when prefill and decode are in the wrong ratio."""
+"""Changes of an instance's role when prefill and decode pools are in the wrong ratio."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,15 +6,17 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from router.load import InstanceLoad
-from router.policies import PolicySet
-from router.scaling import Drain, PoolBounds
-from router.scaling.backlog_signal import by_backlog
-from router.scaling.freeness_signal import by_freeness
+from router.request import NO_DEMAND
+from router.scaling.decisions import Drain, PoolBounds
+from router.scaling.pool import signal_of
+from router.settings import PolicySet
+
+ROLES = ("prefill", "decode")
 
 
 @dataclass(frozen=True, slots=True)
 class SwitchRole:
-    """This instance serves the other pool from now on."""
+    """Change the role of an instance."""
 
     instance_id: str
     role: str
@@ -22,82 +24,89 @@ class SwitchRole:
 
 
 class RoleSwitch:
-    """An instance changes sides when one pool would grow while the other would shrink, by the signals that
-    size them, and has for `scale_interval_s`. An idle one does at once; where none is, one is drained first.
+    """Gives an instance of one pool to the other.
 
-    What makes it swing back is the reverse: the distance between growing and shrinking is the hysteresis.
-    A pool is never emptied.
+    An instance changes its role when, for `scale_interval_s`, one pool would grow while the other would
+    shrink, by the scaling policies of the two. An idle instance changes at once; if none is idle, one is
+    drained first. The distance between growing and shrinking is the hysteresis. A pool is never emptied.
 
     Args:
-        bounds: Of the pools that have any.
+        bounds: By role, for the pools that have bounds.
     """
 
     def __init__(self, policies: PolicySet, bounds: Mapping[str, PoolBounds]) -> None:
         self._policies = policies
         self._bounds = bounds
-        self._donor = ""
+        self._signals = {role: signal_of(role, policies) for role in ROLES}
+        self._donor = ""  # pool that gives, since `_since`, last seen as such at `_needed_at`
         self._since = 0.0
-        self._wanted_at = 0.0
-        self._lending = ""  # drained to change sides
+        self._needed_at = 0.0
+        self._draining_to_switch = ""
 
     def decide(self, loads: Iterable[InstanceLoad], now: float) -> list[SwitchRole | Drain]:
-        pools: dict[str, list[InstanceLoad]] = {"prefill": [], "decode": []}
+        pools: dict[str, list[InstanceLoad]] = {role: [] for role in ROLES}
         for load in sorted(loads, key=lambda load: load.instance_id):
             if load.role in pools:
                 pools[load.role].append(load)
-        donor, reason = self._donor_wanted(pools)
+        donor, reason = self._needed_donor(pools)
         if donor and donor != self._donor:
             self._donor, self._since = donor, now
         if donor:
-            self._wanted_at = now
-        elif now - self._wanted_at >= self._policies.scale_interval_s:
+            self._needed_at = now
+        elif now - self._needed_at >= self._policies.scale_interval_s:
             self._donor = ""
-            return self._take_back(pools)
+            return self._use_again(pools)
         if not donor or now - self._since < self._policies.scale_interval_s:
             return []
-        return self._exchange(pools[donor], "decode" if donor == "prefill" else "prefill", reason)
+        return self._switch(pools[donor], "decode" if donor == "prefill" else "prefill", reason)
 
-    def _donor_wanted(self, pools: Mapping[str, Sequence[InstanceLoad]]) -> tuple[str, str]:
+    def _needed_donor(self, pools: Mapping[str, Sequence[InstanceLoad]]) -> tuple[str, str]:
         """The pool that should give an instance to the other, and why; empty for none."""
         serving = {role: self._serving(pool) for role, pool in pools.items()}
         if not all(serving.values()):
             return "", ""
-        prefill = by_backlog(serving["prefill"], 0, self._policies)
-        decode = by_freeness(serving["decode"], 0, self._policies)
+        prefill, decode = (
+            self._signals[role].look(serving[role], 0, self._policies, NO_DEMAND) for role in ROLES
+        )
         reason = f"prefill: {prefill.reason}; decode: {decode.reason}"
-        if prefill.change > 0 > decode.change and self._may_change("decode", "prefill", serving):
+        if prefill.instances > 0 > decode.instances and self._may_give("decode", "prefill", serving):
             return "decode", reason
-        if decode.change > 0 > prefill.change and self._may_change("prefill", "decode", serving):
+        if decode.instances > 0 > prefill.instances and self._may_give("prefill", "decode", serving):
             return "prefill", reason
         return "", ""
 
     def _serving(self, pool: Sequence[InstanceLoad]) -> list[InstanceLoad]:
-        """What takes requests; the one that is drained to change sides has not changed yet."""
-        back = [replace(load, draining=False) if load.instance_id == self._lending else load for load in pool]
-        return [load for load in back if not load.draining]
+        """Instances that take requests. One that is drained to switch counts until it has switched."""
+        counted = [
+            replace(load, draining=False) if load.instance_id == self._draining_to_switch else load
+            for load in pool
+        ]
+        return [load for load in counted if not load.draining]
 
-    def _may_change(self, donor: str, taker: str, serving: Mapping[str, Sequence[InstanceLoad]]) -> bool:
+    def _may_give(self, donor: str, taker: str, serving: Mapping[str, Sequence[InstanceLoad]]) -> bool:
+        """Whether the bounds of both pools allow it."""
         least = self._bounds[donor].least if donor in self._bounds else 1
         enough = len(serving[donor]) > max(least, 1)
         return enough and (taker not in self._bounds or len(serving[taker]) < self._bounds[taker].most)
 
-    def _exchange(self, pool: Sequence[InstanceLoad], role: str, reason: str) -> list[SwitchRole | Drain]:
+    def _switch(self, pool: Sequence[InstanceLoad], role: str, reason: str) -> list[SwitchRole | Drain]:
         empty = [load for load in pool if load.is_empty]
-        # What is drained by somebody else is not ours to use, unless that was the scaling of this pool.
+        # An instance that an operator drains is not ours to use; one that the pool's scaler drains is.
         scaled = bool(pool) and pool[0].role in self._bounds
-        drained = [load for load in empty if load.draining and (scaled or load.instance_id == self._lending)]
+        ours = {load.instance_id for load in empty if scaled} | {self._draining_to_switch}
+        drained = [load for load in empty if load.draining and load.instance_id in ours]
         for load in drained or [load for load in empty if not load.draining]:
-            self._donor = self._lending = ""
+            self._donor = self._draining_to_switch = ""
             back: list[SwitchRole | Drain] = [Drain(load.instance_id, reason, draining=False)]
             return [SwitchRole(load.instance_id, role, reason), *(back if load.draining else [])]
         if any(load.draining for load in pool):
             return []
         last = min(pool, key=lambda load: (load.running + load.waiting, load.instance_id))
-        self._lending = last.instance_id
+        self._draining_to_switch = last.instance_id
         return [Drain(last.instance_id, f"to become {role}: {reason}")]
 
-    def _take_back(self, pools: Mapping[str, Sequence[InstanceLoad]]) -> list[SwitchRole | Drain]:
-        lending, self._lending = self._lending, ""
-        if any(load.instance_id == lending and load.draining for pool in pools.values() for load in pool):
-            return [Drain(lending, "both pools are large enough", draining=False)]
+    def _use_again(self, pools: Mapping[str, Sequence[InstanceLoad]]) -> list[SwitchRole | Drain]:
+        drained, self._draining_to_switch = self._draining_to_switch, ""
+        if any(load.instance_id == drained and load.draining for pool in pools.values() for load in pool):
+            return [Drain(drained, "both pools are large enough", draining=False)]
         return []

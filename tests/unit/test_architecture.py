@@ -32,9 +32,10 @@ FLOORS = (
 #: Sub-packages of the two lowest floors, in the same way.
 FLOORS_INSIDE = {
     "router": (
-        ("router.load", "router.request", "router.priority"),
-        ("router.freeness", "router.headroom", "router.policies", "router.projected_loads"),
+        ("router.load", "router.request", "router.priority", "router.plugins"),
+        ("router.freeness", "router.headroom", "router.settings", "router.projected_loads"),
         ("router.handoff", "router.dispatch", "router.rescheduling", "router.scaling"),
+        ("router.policies",),
         ("router.dispatcher",),
         ("router.scheduler", "router.waiting_line"),
     ),

@@ -13,6 +13,7 @@ from loadtests.experiments.runs import Results
 from pd_serve.simulation.scenario import Scenario
 from router.dispatcher import Dispatcher
 from router.load import InstanceLoad
+from router.plugins import PolicyChoice
 from router.policies import PolicySet, policy_set
 from router.request import NO_DEMAND, Demand, NewRequest
 from router.scaling import PoolBounds
@@ -60,7 +61,7 @@ class NoActions:
     starting: Mapping[str, int] = MappingProxyType({})
     waiting: Demand = NO_DEMAND
 
-    def move(self, source: str, destination: InstanceLoad, reason: str, victim: str) -> None: ...
+    def move(self, source: str, destination: InstanceLoad, reason: str, selection: PolicyChoice) -> None: ...
     def set_role(self, instance_id: str, role: str, reason: str) -> None: ...
     def set_draining(self, instance_id: str, draining: bool, reason: str) -> None: ...
     def start(self, role: str, reason: str) -> None: ...

@@ -5,9 +5,13 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from router.freeness import freeness
-from router.handoff import destinations
+from router.handoff import FreestDestination, can_receive
 from router.load import InstanceLoad
 from tests.unit.router.made_loads import clusters, decode, neutral, prefill, scaled
+
+
+def destinations(loads: list[InstanceLoad], num_blocks: int, priority: int = 0) -> list[InstanceLoad]:
+    return FreestDestination().rank(can_receive(loads), num_blocks, priority)
 
 
 def names(loads: list[InstanceLoad], num_blocks: int) -> list[str]:

@@ -12,6 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 from router.load import InstanceLoad
+from router.plugins import PolicyChoice
 from router.policies import policy_set
 from router.projected_loads import LOST_AFTER_S
 from router.request import NO_DEMAND, Demand
@@ -30,7 +31,7 @@ class Recorder:
     starting: Mapping[str, int] = field(default_factory=dict)
     waiting: Demand = NO_DEMAND
 
-    def move(self, source: str, destination: InstanceLoad, reason: str, victim: str) -> None:
+    def move(self, source: str, destination: InstanceLoad, reason: str, selection: PolicyChoice) -> None:
         self.asked.append(("move", source, destination.instance_id))
 
     def set_role(self, instance_id: str, role: str, reason: str) -> None:

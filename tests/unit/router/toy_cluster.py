@@ -1,4 +1,4 @@
-"""Instances that hold requests of constant size, under the real scheduler and the real victim rules."""
+"""Instances that hold requests of constant size, under the real scheduler and the real selection rules."""
 
 import random
 from dataclasses import dataclass, field
@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from router.load import InstanceLoad
-from router.policies import PolicySet
+from router.plugins import PolicyChoice
 from router.request import NO_DEMAND, Demand
-from router.rescheduling.selection import select_request
+from router.rescheduling.selection import RequestSelector
 from router.scheduler import Scheduler
+from router.settings import PolicySet
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,10 @@ class ToyCluster:
     moves: list[tuple[Request, str, str, str]] = field(default_factory=list)
     starting: dict[str, int] = field(default_factory=dict)
     waiting: Demand = NO_DEMAND
-    _ordered: list[tuple[str, InstanceLoad, str, str]] = field(default_factory=list)
+    _ordered: list[tuple[str, InstanceLoad, str, PolicyChoice]] = field(default_factory=list)
 
-    def move(self, source: str, destination: InstanceLoad, reason: str, victim: str) -> None:
-        self._ordered.append((source, destination, reason, victim))
+    def move(self, source: str, destination: InstanceLoad, reason: str, selection: PolicyChoice) -> None:
+        self._ordered.append((source, destination, reason, selection))
 
     def set_role(self, instance_id: str, role: str, reason: str) -> None:
         self.instances[instance_id].role = role
@@ -93,13 +94,13 @@ class ToyCluster:
         """All sources choose before anything has left, as in a cluster."""
         leaving: dict[str, list[Request]] = {}
         arriving: list[tuple[str, Request]] = []
-        for source, destination, reason, victim in self._ordered:
+        for source, destination, reason, selection in self._ordered:
             instance = self.instances[source]
             instance.moves_decided += 1
             gone = leaving.setdefault(source, [])
             load = replace(instance.load(source), migrating_out=len(gone))
             stay = [request for request in instance.requests if request not in gone]
-            chosen = select_request(victim, stay, load, destination)
+            chosen = RequestSelector().select(selection, stay, load, destination)
             room = self.free(destination.instance_id) - sum(
                 request.blocks for name, request in arriving if name == destination.instance_id
             )

@@ -47,6 +47,7 @@ from pd_serve.errors import DestinationRefusedError, EngineDeadError, SourceGone
 from pd_serve.instance.llumlet import HEARTBEAT_S, REPORT_INTERVAL_S, Llumlet
 from pd_serve.instance.peers import LEASE_S
 from router.load import EngineLoad, InstanceLoad
+from router.plugins import PolicyChoice
 from tests.unit.pd_serve.made_migrations import FULL
 from tests.virtual_time import in_virtual_time
 
@@ -612,9 +613,9 @@ class TestScheduler:
     """What a scheduler says. Its loads and its choices are the router's."""
 
     @staticmethod
-    def move_out(world: World, victim: str = "shortest", reason: str = "balance") -> None:
+    def move_out(world: World, selection: str = "shortest", reason: str = "balance") -> None:
         destination = InstanceLoad("d0", "decode", total_blocks=100, free_blocks=100)
-        world.hear("scheduler", MoveOut(destination, reason, victim))
+        world.hear("scheduler", MoveOut(destination, reason, PolicyChoice(selection)))
 
     @in_virtual_time
     async def test_gets_every_report_from_its_first_word_on(self) -> None:

@@ -7,12 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.dispatch import DISPATCH_POLICIES, can_start, candidates
+from router.dispatch import DISPATCH, can_start, candidates
 from router.dispatch.power_of_two import PowerOfTwo
 from router.dispatch.prefix import LongestPrefix
 from router.dispatch.round_robin import RoundRobin
 from router.freeness import dispatch_freeness
 from router.load import InstanceLoad
+from router.plugins import PolicyChoice
 from router.request import PREFIX_TOKENS, NewRequest
 from tests.unit.router.made_loads import clusters, decode, neutral, prefill, scaled
 
@@ -21,7 +22,7 @@ REQUEST = NewRequest(100)
 
 
 def choose(policy: str, *loads: InstanceLoad) -> str | None:
-    chosen = DISPATCH_POLICIES[policy]().choose(loads, REQUEST, RNG)  # type: ignore[index]
+    chosen = DISPATCH.make(PolicyChoice(policy)).choose(loads, REQUEST, RNG)  # type: ignore[index]
     return chosen and chosen.instance_id
 
 
@@ -85,7 +86,7 @@ def test_the_order_of_the_reports_does_not_matter(
     assert choose(policy, *shuffled) == choose(policy, *cluster)
 
 
-@pytest.mark.parametrize("policy", DISPATCH_POLICIES)
+@pytest.mark.parametrize("policy", DISPATCH.built_in)
 def test_nobody_is_none(policy: str) -> None:
     assert choose(policy) is None
 

@@ -9,9 +9,10 @@ from msgspec.structs import replace
 
 from router.freeness import freeness
 from router.load import InstanceLoad
+from router.plugins import PolicyChoice
 from router.policies import PolicySet, policy_set
 from router.rescheduling import RESCHEDULING, Move
-from router.rescheduling.gain import improves, room
+from router.rescheduling.gain import freeness_or_deficit, is_worth_moving
 from tests.unit.router.made_loads import clusters, decode, neutral, prefill
 from tests.unit.router.toy_cluster import Instance, Request, ToyCluster
 
@@ -27,7 +28,7 @@ HALF = InstanceLoad("half", "neutral", total_blocks=851, free_blocks=400, runnin
 
 
 def moves(policies: object, *loads: InstanceLoad) -> list[Move]:
-    return RESCHEDULING[policies.rescheduling](loads, policies)  # type: ignore[attr-defined]
+    return RESCHEDULING.make(policies.choice("rescheduling")).moves(loads, policies)  # type: ignore[attr-defined]
 
 
 def pairs(found: list[Move]) -> list[tuple[str, str]]:
@@ -74,9 +75,9 @@ def test_a_draining_instance_is_emptied_by_its_own_rule(policies: object) -> Non
     found = moves(policies, replace(FREE, instance_id="leaving", draining=True), HALF)
 
     assert found
-    assert {(*pair, move.reason, move.victim) for pair, move in zip(pairs(found), found, strict=True)} == {
-        ("leaving", "half", "drain", "drain")
-    }
+    assert {
+        (*pair, move.reason, move.selection.name) for pair, move in zip(pairs(found), found, strict=True)
+    } == {("leaving", "half", "drain", "drain")}
 
 
 @BOTH
@@ -85,7 +86,7 @@ def test_high_priority_makes_room_around_itself(policies: object) -> None:
 
 
 def test_no_rescheduling_is_none_at_all() -> None:
-    assert RESCHEDULING["none"]([FULL, FREE], PAPER) == []
+    assert RESCHEDULING.make(PolicyChoice("none")).moves([FULL, FREE], PAPER) == []
 
 
 # ---- always
@@ -186,14 +187,14 @@ def test_less_on_an_instance_is_never_less_room(free: int, running: int, blocks:
         ),
         InstanceLoad("i0", "neutral", total_blocks=851, free_blocks=free, running=running, high_priority=1),
     ):
-        assert room(load.with_departures(blocks)) >= room(load)
-        assert room(load.with_arrivals(blocks)) <= room(load)
+        assert freeness_or_deficit(load.with_departures(blocks)) >= freeness_or_deficit(load)
+        assert freeness_or_deficit(load.with_arrivals(blocks)) <= freeness_or_deficit(load)
 
 
 def test_a_move_to_where_there_is_no_space_is_no_improvement() -> None:
-    assert improves(FULL, FREE, 500)
-    assert not improves(FULL, FREE, 593)
-    assert not improves(FULL, FREE.with_arrivals(100), 493)
+    assert is_worth_moving(FULL, FREE, 500)
+    assert not is_worth_moving(FULL, FREE, 593)
+    assert not is_worth_moving(FULL, FREE.with_arrivals(100), 493)
 
 
 def test_a_request_has_average_size_until_it_is_chosen() -> None:
@@ -221,16 +222,16 @@ def toys(draw: st.DrawFn) -> dict[str, Instance]:
     return toys
 
 
-@pytest.mark.parametrize("victim", ["guarded", "levelling"])
+@pytest.mark.parametrize("selection", ["guarded", "levelling"])
 @pytest.mark.parametrize("threshold", [3.0, 20.0])
 @pytest.mark.parametrize("max_moves", [1, 4])
 @given(instances=toys())
 def test_under_constant_load_moves_come_to_an_end_and_nothing_goes_back_and_forth(
-    victim: str, threshold: float, max_moves: int, instances: dict[str, Instance]
+    selection: str, threshold: float, max_moves: int, instances: dict[str, Instance]
 ) -> None:
-    policies = policy_set("llumnix", victim=victim, migration_threshold=threshold, max_moves=max_moves)
+    policies = policy_set("llumnix", selection=selection, migration_threshold=threshold, max_moves=max_moves)
     toy = ToyCluster(instances)
-    before = sorted(room(instance.load(name)) for name, instance in instances.items())
+    before = sorted(freeness_or_deficit(instance.load(name)) for name, instance in instances.items())
     toy.run(policies, 30)
     made = len(toy.moves)
     toy.run(policies, 10)
@@ -240,7 +241,8 @@ def test_under_constant_load_moves_come_to_an_end_and_nothing_goes_back_and_fort
     assert max(journeys.values(), default=0) <= 1, "a request has come back"
     assert not any(request.priority < 0 for request, *_ in toy.moves)
     if max_moves == 1:  # several at once count with average sizes until they are there
-        assert sorted(room(instance.load(name)) for name, instance in instances.items()) >= before
+        after = sorted(freeness_or_deficit(instance.load(name)) for name, instance in instances.items())
+        assert after >= before
 
 
 def test_the_papers_rule_can_swing() -> None:
