@@ -67,7 +67,7 @@ class Setting(NamedTuple):
         return converted
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PolicyKind(Generic[P]):
     """All policies that decide the same thing.
 

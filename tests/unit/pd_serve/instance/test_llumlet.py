@@ -673,6 +673,16 @@ class TestScheduler:
             assert len(world.sent(Offer, "d0")) == 1
 
     @in_virtual_time
+    async def test_is_refused_a_move_by_a_policy_that_is_not_installed(self) -> None:
+        async with World() as world:
+            world.engine.running.add("r")
+            self.move_out(world, "mine")
+            await world.settle()
+            assert not world.sent(Offer)
+            assert world.llumlet.load().moves_decided == 1
+            assert world.fatal == []
+
+    @in_virtual_time
     async def test_hears_of_a_move_that_did_not_happen_by_the_loads_only(self) -> None:
         async with World() as world:
             world.engine.running.add("r")
