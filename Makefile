@@ -32,7 +32,7 @@ compare: setup ## Measure ours beside plain vLLM, its NixlConnector and public r
 	.venv/bin/python -m loadtests.bench compare --json results/bench-compare.json $(ARGS)
 
 loadtest: setup ## Load a cluster of simulated engines for two minutes; writes results/loadtest/report.html
-	.venv/bin/python -m loadtests.scenario $(ARGS)
+	.venv/bin/python -m loadtests $(ARGS)
 
 compat: setup ## Try other clients and test suites at plain vLLM and at a cluster; writes results/compat.json
 	@deploy/setup_compat.sh

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Make .venv-peers with the routers that `pd-serve bench compare` measures ours against: theirs are other versions of
-# packages that we need too, so they get an environment of their own. A second run finds its stamp and does nothing.
+# Make .venv-peers with the public routers that `python -m loadtests.bench compare` measures. They need other
+# versions of packages that pd-serve needs too, so they get an environment of their own. A second run does nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,5 +1,6 @@
-"""Load tests with Locust: what users of the service see, every stream checked token by token.
+"""Load tests with Locust, benchmarks and experiments.
 
-Only `locustfile` and what it alone imports know Locust, which patches the process (gevent): it runs in a
-process of its own. All decisions are in modules without it.
+A load test measures what the users of a service see and checks every stream token by token. Only
+`locustfile` and the modules that it alone imports use Locust, which patches its process for gevent; it runs
+in a process of its own.
 """

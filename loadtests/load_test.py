@@ -1,4 +1,4 @@
-"""One load test in greenlets: warm-up, then every planned request at its time, whatever the others do."""
+"""One load test in greenlets: a warm-up, then every planned request at its time (open loop)."""
 
 import json
 import logging
@@ -10,36 +10,45 @@ from typing import Any
 import gevent
 from gevent.pool import Group, Pool
 
-from loadtests.arrival_plan import PlannedRequest, fitting
-from loadtests.load_options import LoadOptions
+from loadtests.answer import StreamedAnswer, StreamError
+from loadtests.checks import (
+    Vocabulary,
+    check_counts,
+    check_same,
+    check_simulated,
+    check_text,
+    check_whole,
+    simulated_vocabulary,
+)
+from loadtests.client import StreamingClient
+from loadtests.options import LoadOptions
 from loadtests.outcome import Outcome, as_row, outcome
 from loadtests.served_model import ServedModel
-from loadtests.streamed_answer import Answer, StreamError, check_counts, check_whole
-from loadtests.streaming_client import StreamingClient
-from loadtests.token_check import Vocabulary, check_same, check_simulated, check_text, simulated_vocabulary
+from loadtests.workload import PlannedRequest, fitting
 
 logger = logging.getLogger(__name__)
 
-#: Of the requests before the load. Enough to tell a vocabulary from; see `loadtests.token_check`.
+#: Lengths of the warm-up requests: enough to infer a vocabulary; see `loadtests.checks`.
 WARM_UP_PROMPT_TOKENS, WARM_UP_TOKENS = 48, 64
 
-#: Requests at a time that are asked again after the load.
-REPEATED_AT_A_TIME = 4
+#: Concurrent requests when they are repeated after the load.
+REPEAT_CONCURRENCY = 4
 
-#: A failure of each kind is logged so often.
-MOST_LOGGED = 3
+#: Greatest number of log lines for each kind of failure.
+MAX_LOGGED_PER_KIND = 3
 
 
 @dataclass(slots=True)
 class LoadTest:
-    """Run it once.
+    """One load test, to be run once.
 
     Attributes:
-        planned: Set when it begins: what the model cannot hold is left out.
-        on_outcome: Called with each request that has ended.
-        outcomes: In the order in which they ended.
-        check: How tokens are checked: one of `CHECKS` but "auto", once that is known.
-        began_at: When the load began, in seconds since the epoch.
+        planned: The requests; those that the model's context cannot hold are left out at the start.
+        on_outcome: Called with the outcome of each request.
+        outcomes: In the order in which the requests ended.
+        check: One of `CHECKS`, chosen in the warm-up if the option is "auto".
+        began_at: Start of the load, in seconds since the epoch.
+        left_out: Number of requests that the model's context cannot hold.
     """
 
     client: StreamingClient
@@ -52,14 +61,14 @@ class LoadTest:
     left_out: int = 0
     _model: ServedModel = field(init=False)
     _vocabulary: Vocabulary | None = None
-    _to_repeat: list[tuple[PlannedRequest, Answer, Outcome]] = field(default_factory=list)
+    _to_repeat: list[tuple[PlannedRequest, StreamedAnswer, Outcome]] = field(default_factory=list)
     _users: Group = field(default_factory=Group)
 
     def run(self) -> None:
         """Returns when all requests have ended.
 
         Raises:
-            StreamError: It could not begin: the service does not answer, or not as `--check` wants.
+            StreamError: The load could not begin: no answer from the service, or none that `--check` accepts.
         """
         self._model = ServedModel.ask(self.client, self.options.model, self.options.seed)
         self._leave_out()
@@ -75,7 +84,7 @@ class LoadTest:
             self._replay()
         finally:
             self._users.kill()
-        self._ask_again()
+        self._repeat_all()
 
     # ---- before the load
 
@@ -84,7 +93,7 @@ class LoadTest:
         self.left_out = len(self.planned) - len(planned)
         if self.left_out:
             logger.warning(
-                "%d requests are longer than the model's %d tokens and left out; see --max-prompt-tokens",
+                "%d requests exceed the model's %d tokens and are left out; see --max-prompt-tokens",
                 self.left_out,
                 self._model.max_tokens,
             )
@@ -99,12 +108,12 @@ class LoadTest:
             prompt_tokens = min(WARM_UP_PROMPT_TOKENS, self._model.max_tokens // 4)
             tokens = min(WARM_UP_TOKENS, self._model.max_tokens // 2)
             request = PlannedRequest(-1 - number, 0.0, api, prompt_tokens, tokens)
-            answer = Answer()
+            answer = StreamedAnswer()
             self.client.stream(api, json.dumps(self._model.body(request)), {}, answer)
             if not number and wanted in ("auto", "simulated"):
                 self._vocabulary = simulated_vocabulary(answer)
                 if self._vocabulary is None and wanted == "simulated":
-                    raise StreamError("these are not the words of a simulated engine", answer.text[:60])
+                    raise StreamError("the answer is not one of a simulated engine", answer.text[:60])
             if not number:
                 self.check = self._chosen_check(wanted)
             self._check(request, answer)
@@ -119,23 +128,23 @@ class LoadTest:
     # ---- the load
 
     def _replay(self) -> None:
-        """Open loop: one greenlet starts all users, and waits for the next one's time only."""
-        prepared = self._prepared(self.planned[0])
+        """Open loop: one greenlet starts each user at the planned time, without waiting for the others."""
+        payload = self._payload(self.planned[0])
         self.began_at, zero = time.time(), time.perf_counter()
         for number, request in enumerate(self.planned):
             start = zero + request.at_s
             gevent.sleep(max(0.0, start - time.perf_counter()))
-            self._users.spawn(self._use, request, prepared, start)
+            self._users.spawn(self._send, request, payload, start)
             if number + 1 < len(self.planned):
-                gevent.sleep(0)  # its request is sent before the next one's is made
-                prepared = self._prepared(self.planned[number + 1])
+                gevent.sleep(0)  # send this request before the next body is encoded
+                payload = self._payload(self.planned[number + 1])
         self._users.join()
 
-    def _prepared(self, request: PlannedRequest) -> str:
+    def _payload(self, request: PlannedRequest) -> str:
         return json.dumps(self._model.body(request))
 
-    def _use(self, request: PlannedRequest, payload: str, start_s: float) -> None:
-        answer, began, error = Answer(), time.perf_counter(), None
+    def _send(self, request: PlannedRequest, payload: str, start_s: float) -> None:
+        answer, began, error = StreamedAnswer(), time.perf_counter(), None
         headers = {"X-Request-Id": f"load-{int(self.began_at)}-{request.number}"}
         try:
             self.client.stream(request.api, payload, headers, answer)
@@ -148,7 +157,7 @@ class LoadTest:
             self._to_repeat.append((request, answer, result))
         self._end(result)
 
-    def _check(self, request: PlannedRequest, answer: Answer) -> None:
+    def _check(self, request: PlannedRequest, answer: StreamedAnswer) -> None:
         check_whole(answer)
         if self._vocabulary is not None:
             check_simulated(answer, self._vocabulary, request.output_tokens)
@@ -159,36 +168,36 @@ class LoadTest:
         self.on_outcome(result)
         if result.error is not None:
             same = sum(one.error == result.error for one in self.outcomes)
-            if same <= MOST_LOGGED:
+            if same <= MAX_LOGGED_PER_KIND:
                 logger.error(
                     "request %d (%s): %s: %s", result.number, result.api, result.error, result.detail
                 )
 
-    # ---- after it
+    # ---- after the load
 
-    def _ask_again(self) -> None:
-        """Greedy answers are the same each time: what differs now was wrong before, or is now."""
+    def _repeat_all(self) -> None:
+        """Sends all requests again: greedy answers are the same each time, so a difference is a fault."""
         if not self._to_repeat:
             return
-        logger.info("asking all %d again, to compare", len(self._to_repeat))
-        for done, _ in enumerate(Pool(REPEATED_AT_A_TIME).imap_unordered(self._compare, self._to_repeat), 1):
+        logger.info("sending all %d requests again to compare their answers", len(self._to_repeat))
+        for done, _ in enumerate(Pool(REPEAT_CONCURRENCY).imap_unordered(self._compare, self._to_repeat), 1):
             if not done % 50:
                 logger.info("compared %d of %d", done, len(self._to_repeat))
 
-    def _compare(self, once: tuple[PlannedRequest, Answer, Outcome]) -> None:
-        request, answer, result = once
-        again = Answer()
+    def _compare(self, original: tuple[PlannedRequest, StreamedAnswer, Outcome]) -> None:
+        request, answer, result = original
+        again = StreamedAnswer()
         try:
-            self.client.stream(request.api, self._prepared(request), {}, again)
+            self.client.stream(request.api, self._payload(request), {}, again)
             check_same(answer.token_ids, again.token_ids)
             check_text(answer.text, again.text)
         except StreamError as failure:
             result.error, result.detail = failure.kind, failure.detail
-            logger.error("request %d: asked again, %s: %s", request.number, failure.kind, failure.detail)
+            logger.error("request %d: sent again: %s: %s", request.number, failure.kind, failure.detail)
 
 
 def report(test: LoadTest, summary: dict[str, Any]) -> dict[str, Any]:
-    """What `--report` writes, without what machine and command were."""
+    """The content of the `--report` file, without command and machine."""
     return {
         "began_at": test.began_at,
         "check": test.check,

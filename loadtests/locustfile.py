@@ -1,7 +1,7 @@
-"""Load like that of many users of a language model, for Locust. docs/loadtests.md has the options.
+"""The load of many users of a language model, for Locust. docs/loadtests.md describes the options.
 
-Arrivals are open loop: one Locust user, the dispatcher, starts each request at its time in a greenlet of its
-own. Locust's own numbers of users would be closed loops, whose users wait for the service and so spare it.
+Arrivals are an open loop: one Locust user, the dispatcher, starts each request at its time in a greenlet of
+its own. Locust's own users are closed loops: they wait for the service, so a slow service gets less load.
 """
 
 import sys
@@ -13,27 +13,27 @@ from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
 from locust.exception import StopUser
 
-from loadtests import load_options
-from loadtests.arrival_plan import PlannedRequest, plan
-from loadtests.load_options import LoadOptions
+from loadtests import options as load_options
+from loadtests.answer import StreamError
+from loadtests.client import StreamingClient
 from loadtests.load_test import LoadTest, report
+from loadtests.options import LoadOptions
 from loadtests.outcome import EXIT_FAILED, EXIT_USAGE, Outcome, exit_code, summarize
-from loadtests.streamed_answer import StreamError
-from loadtests.streaming_client import StreamingClient
-from loadtests.summary_text import summary_lines
+from loadtests.report.text import summary_lines
+from loadtests.workload import PlannedRequest, plan
 from pd_serve.errors import InvalidRequestError
 from pd_serve.observe.provenance import provenance, write
 from pd_serve.simulation.workloads import TraceSpec
 
 
-class Run:
-    """What the hooks of this process share.
+class LocustRun:
+    """State shared by the hooks of this process.
 
     Attributes:
-        planned: Made before anything starts, so that what cannot be is refused at once.
+        planned: Planned before anything starts, so that invalid options are refused at once.
         test: None before it begins.
-        failure: Why it could not begin.
-        over: The last request has ended, or there will be none.
+        failure: The reason why the load could not begin.
+        over: The last request has ended, or the load could not begin.
     """
 
     options: LoadOptions
@@ -54,7 +54,7 @@ def prepare(environment: Environment, **_: Any) -> None:
     assert parsed is not None
     try:
         _refuse_distributed(parsed)
-        Run.options = options = LoadOptions.from_parsed(parsed)
+        LocustRun.options = options = LoadOptions.from_parsed(parsed)
         spec = TraceSpec(
             options.trace,
             rate=options.rate,
@@ -63,7 +63,7 @@ def prepare(environment: Environment, **_: Any) -> None:
             priority_fraction=options.high_priority,
             seed=options.seed,
         )
-        Run.planned = plan(
+        LocustRun.planned = plan(
             spec,
             api=options.api,
             shape=options.shape,
@@ -74,59 +74,59 @@ def prepare(environment: Environment, **_: Any) -> None:
             folder=options.traces,
         )
     except InvalidRequestError as error:
-        if not (parsed.worker and parsed.processes):  # of those that --processes makes, the first one says it
+        if not (parsed.worker and parsed.processes):  # only the first of the processes of --processes prints
             print(f"loadtests: error: {error}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
 
 
 @events.test_stop.add_listener
 def let_begin_again(**_: Any) -> None:
-    """With Locust's web page, where a load can be started several times."""
-    Run.over = False
+    """Allows a further load: Locust's web page can start several."""
+    LocustRun.over = False
 
 
 @events.quitting.add_listener
 def judge(environment: Environment, **_: Any) -> None:
-    if Run.test is None or Run.failure is not None:
+    if LocustRun.test is None or LocustRun.failure is not None:
         environment.process_exit_code = EXIT_FAILED
         return
-    summary = _summary(Run.test)
-    environment.process_exit_code = exit_code(summary, Run.options.goodput)
-    if Run.options.report is not None:
-        write(Run.options.report, provenance() | report(Run.test, summary))
+    summary = _summary(LocustRun.test)
+    environment.process_exit_code = exit_code(summary, LocustRun.options.goodput)
+    if LocustRun.options.report is not None:
+        write(LocustRun.options.report, provenance() | report(LocustRun.test, summary))
 
 
 @events.quit.add_listener
 def show(exit_code: int, **_: Any) -> None:
-    if Run.failure is not None:
-        print(f"loadtests: error: {Run.failure}", file=sys.stderr)
-    elif Run.test is not None:
-        print("\n".join(summary_lines(_summary(Run.test), Run.options, Run.test.check)))
+    if LocustRun.failure is not None:
+        print(f"loadtests: error: {LocustRun.failure}", file=sys.stderr)
+    elif LocustRun.test is not None:
+        print("\n".join(summary_lines(_summary(LocustRun.test), LocustRun.options, LocustRun.test.check)))
         print(f"exit code {exit_code}")
 
 
 class UntilAllHaveEnded(LoadTestShape):
-    """The dispatcher alone, until the plan is through. Locust's --run-time cuts the plan; see `prepare`."""
+    """Runs the dispatcher alone until the plan has ended. Locust's --run-time cuts the plan in `prepare`."""
 
     use_common_options = True
 
     def tick(self) -> tuple[int, float] | None:
-        return None if Run.over else (1, 1.0)
+        return None if LocustRun.over else (1, 1.0)
 
 
 class Dispatcher(User):
-    """Starts the users of the plan. Its own table rows are TTFT, TPOT, ITL, gap and E2E, by API."""
+    """Starts the planned requests. Its rows in Locust's table are TTFT, TPOT, ITL, gap and E2E, by API."""
 
     @task
     def replay(self) -> None:
-        client = StreamingClient(self.host or "", Run.options.api_key)
-        Run.test = LoadTest(client, Run.options, Run.planned, self._show)
+        client = StreamingClient(self.host or "", LocustRun.options.api_key)
+        LocustRun.test = LoadTest(client, LocustRun.options, LocustRun.planned, self._show)
         try:
-            Run.test.run()
+            LocustRun.test.run()
         except StreamError as error:
-            Run.failure = f"{error.kind}: {error.detail}"
+            LocustRun.failure = f"{error.kind}: {error.detail}"
         finally:
-            Run.over = True
+            LocustRun.over = True
         raise StopUser
 
     def _show(self, outcome: Outcome) -> None:
@@ -155,12 +155,12 @@ class Dispatcher(User):
 def _refuse_distributed(parsed: Namespace) -> None:
     if parsed.master or parsed.worker or (parsed.processes or 1) != 1:
         raise InvalidRequestError(
-            "one process makes all the load: arrivals of a plan are not shared among workers. Leave out "
-            "--processes, --master and --worker; for more load start several with other --seed"
+            "one process makes all the load: workers cannot share the arrivals of a plan. Leave out "
+            "--processes, --master and --worker; for more load start several with different --seed"
         )
     if not parsed.host:
         raise InvalidRequestError("give the service's address: --host http://127.0.0.1:8000")
 
 
 def _summary(test: LoadTest) -> dict[str, Any]:
-    return summarize(test.outcomes, Run.options.slo, len(test.planned))
+    return summarize(test.outcomes, LocustRun.options.slo, len(test.planned))

@@ -1,22 +1,24 @@
-"""What a load test has to know of the service beforehand: the model and its tokenizer."""
+"""The served model as a load test needs it: its name, context length and tokenizer."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from loadtests.arrival_plan import PlannedRequest
-from loadtests.prompt_maker import SAMPLE_TEXT, PromptMaker
-from loadtests.streamed_answer import StreamError
+from loadtests.answer import StreamError
+from loadtests.prompts import SAMPLE_TEXT, PromptMaker
+from loadtests.workload import PlannedRequest
 
 
-class Client(Protocol):
+class JsonClient(Protocol):
     def json(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """Attributes:
-    name: In the API.
-    max_tokens: Longest prompt and answer together.
+    """A model of the service, with prompts for it.
+
+    Attributes:
+        name: Its name in the API.
+        max_tokens: Greatest length of prompt and answer together.
     """
 
     name: str
@@ -24,11 +26,11 @@ class ServedModel:
     prompts: PromptMaker
 
     @classmethod
-    def ask(cls, client: Client, name: str | None, seed: int) -> "ServedModel":
-        """Asks the service for a model, by name or the first that it has.
+    def ask(cls, client: JsonClient, name: str | None, seed: int) -> "ServedModel":
+        """Reads a model's data from the service: the named model, or the first that it lists.
 
         Raises:
-            StreamError: It cannot be reached, or has no such model.
+            StreamError: The service does not answer, or has no such model.
         """
         cards = client.json("/v1/models")["data"]
         card = next((card for card in cards if name in (None, card["id"])), None)
@@ -46,7 +48,7 @@ class ServedModel:
         return cls(name, card["max_model_len"], PromptMaker(token_ids, pieces, overhead, seed))
 
     def body(self, request: PlannedRequest) -> dict[str, Any]:
-        """Greedy, streamed, exactly as long as planned, with the token ids that checks need."""
+        """The request body: greedy, streamed, of the planned length, with the token ids that checks need."""
         prompt: dict[str, Any] = (
             {"messages": [{"role": "user", "content": self.prompts.message(request)}]}
             if request.api == "chat"

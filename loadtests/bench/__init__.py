@@ -1,1 +1,1 @@
-"""Measurements on this machine: `pd-serve bench migration|overhead|profile|simulator`."""
+"""Benchmarks: what is compared is measured in one run on one machine, in turns."""

@@ -1,16 +1,15 @@
-"""What `pd-serve bench compare` sets side by side: command lines of ours, vLLM's servers and public routers.
+"""The arms of `bench compare`: command lines of pd-serve, vLLM's servers and public routers.
 
-An arm is a way to serve a model with a number of engines: processes with engines, and for the peers a router
-in front of them. All engines have the same flags, environment and number of threads.
+An arm is a way to serve a model with a number of engines: processes with engines, and a router in front of
+vLLM's servers. All engines have the same flags, environment and number of threads.
 """
 
 import json
-import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from loadtests.bench.servers import MODEL, OURS, STOCK, Command, Settings
+from loadtests.servers import HOST, MODEL, ServerCommand, SharedSettings
 
 PLAIN, NIXL, UNMOVED, DEFAULTS = "round-robin", "nixl", "ours-unmoved", "ours"
 
@@ -21,132 +20,110 @@ TITLES = {
     DEFAULTS: "ours",
 }
 
-HOST = "127.0.0.1"
-
-OURS_SCRIPT = str(Path(sys.executable).with_name("pd-serve"))
-
-#: What routers print of each request, they do not have to here.
+#: Routers do not print a line for each request.
 QUIET = "--log-level=error"
 
 
 @dataclass(frozen=True, slots=True)
-class Process:
-    """Attributes:
-    environment: Beside that of all engines.
-    """
-
-    name: str
-    command: list[str]
-    port: int
-    environment: dict[str, str]
-
-    @property
-    def url(self) -> str:
-        return f"http://{HOST}:{self.port}"
-
-    def as_command(self, settings: Settings) -> Command:
-        return self.name, self.command, self.port, settings.environment | self.environment
-
-
-@dataclass(frozen=True, slots=True)
 class Arm:
-    """Attributes:
-    engines: Started first, all at a time.
-    front: Started when they are up; where clients send requests.
-    """
-
-    name: str
-    engines: list[Process]
-    front: Process | None = None
-
-    @property
-    def processes(self) -> list[Process]:
-        return [*self.engines, *([self.front] if self.front else [])]
-
-
-@dataclass(frozen=True, slots=True)
-class Peers:
-    """The routers' own environment.
+    """A way to serve the model.
 
     Attributes:
-        free_port: Gives another free port each time.
+        engines: Started first, all together.
+        router: Started when the engines are ready. Clients send to it, or to the only engine process.
     """
 
-    folder: Path
+    name: str
+    engines: list[ServerCommand]
+    router: ServerCommand | None = None
+
+    @property
+    def processes(self) -> list[ServerCommand]:
+        return [*self.engines, *([self.router] if self.router else [])]
+
+
+@dataclass(frozen=True, slots=True)
+class ArmBuilder:
+    """Builds the arms.
+
+    Attributes:
+        settings: Of all engines.
+        routers_folder: The Python environment of the public routers.
+        free_port: Returns another free port each time.
+    """
+
+    settings: SharedSettings
+    routers_folder: Path
     free_port: Callable[[], int]
 
-    def vllm_router(self, flags: Iterable[str]) -> Process:
+    def all_arms(self, num_engines: int) -> list[Arm]:
+        """All four arms with `num_engines` engines; a disaggregated arm has one prefill engine."""
+        return [
+            self._plain(num_engines),
+            self._nixl(num_engines),
+            self._ours(UNMOVED, num_engines, "--set=rescheduling=none"),
+            self._ours(DEFAULTS, num_engines),
+        ]
+
+    def vllm_router(self, flags: Iterable[str]) -> ServerCommand:
+        """vLLM's public router."""
+        return self._router("vllm-router", [str(self.routers_folder / "bin" / "vllm-router")], flags)
+
+    def sglang_router(self, flags: Iterable[str]) -> ServerCommand:
+        """SGLang's public router."""
+        python = str(self.routers_folder / "bin" / "python")
+        return self._router("sglang-router", [python, "-m", "sglang_router.launch_router"], flags)
+
+    def _plain(self, num_engines: int) -> Arm:
+        """vLLM's servers, each with its own engine, in turns."""
+        servers = [self.settings.stock(self.free_port(), name=f"vllm-{i}") for i in range(num_engines)]
+        urls = [server.url for server in servers]
+        return Arm(PLAIN, servers, self.vllm_router(["--policy=round_robin", "--worker-urls", *urls]))
+
+    def _nixl(self, num_engines: int) -> Arm:
+        """vLLM's own disaggregation: the router sends a prompt to one server, and then to another."""
+        prefill = self._nixl_server("prefill-0", "kv_producer")
+        decode = [self._nixl_server(f"decode-{i}", "kv_consumer") for i in range(num_engines - 1)]
+        flags = ["--vllm-pd-disaggregation", f"--prefill={prefill.url}"]
+        flags += [f"--decode={server.url}" for server in decode]
+        flags.append("--policy=round_robin")
+        if len(decode) > 1:
+            flags.append("--decode-policy=power_of_two")  # considers the load; refused for a single server
+        return Arm(NIXL, [prefill, *decode], self.vllm_router(flags))
+
+    def _ours(self, name: str, num_engines: int, *flags: str) -> Arm:
+        """`pd-serve serve`, which needs no router."""
+        roles = {"prefill": 1, "decode": num_engines - 1}
+        return Arm(name, [self.settings.ours(roles, self.free_port(), *flags)])
+
+    def _nixl_server(self, name: str, kv_role: str) -> ServerCommand:
+        transfer = {"kv_connector": "NixlConnector", "kv_role": kv_role, "kv_buffer_device": "cpu"}
+        flag = f"--kv-transfer-config={json.dumps(transfer, separators=(',', ':'))}"
+        server = self.settings.stock(self.free_port(), flag, name=name)
+        # The default, localhost, may be IPv6, on which NIXL does not listen.
+        channel = {
+            "VLLM_NIXL_SIDE_CHANNEL_HOST": HOST,
+            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(self.free_port()),
+        }
+        return replace(server, environment={**server.environment, **channel})
+
+    def _router(self, name: str, command: list[str], flags: Iterable[str]) -> ServerCommand:
         port = self.free_port()
-        flags = [*flags, f"--host={HOST}", f"--port={port}", *self._metrics(), QUIET]
-        return Process("vllm-router", [str(self.folder / "bin" / "vllm-router"), *flags], port, {})
-
-    def sglang_router(self, flags: Iterable[str]) -> Process:
-        port = self.free_port()
-        command = [str(self.folder / "bin" / "python"), "-m", "sglang_router.launch_router"]
-        flags = [*flags, f"--host={HOST}", f"--port={port}", *self._metrics(), QUIET]
-        return Process("sglang-router", [*command, *flags], port, {})
-
-    def _metrics(self) -> list[str]:
-        return [f"--prometheus-host={HOST}", f"--prometheus-port={self.free_port()}"]
+        metrics = [f"--prometheus-host={HOST}", f"--prometheus-port={self.free_port()}"]
+        command = [*command, *flags, f"--host={HOST}", f"--port={port}", *metrics, QUIET]
+        return ServerCommand(name, command, port, self.settings.environment)
 
 
-def arms(num_engines: int, settings: Settings, peers: Peers) -> list[Arm]:
-    """All four, each with `num_engines` engines; where it is disaggregated, one of them prefills."""
-    return [
-        plain(num_engines, settings, peers),
-        disaggregated(num_engines, settings, peers),
-        ours(UNMOVED, num_engines, settings, peers, ["--set=rescheduling=none"]),
-        ours(DEFAULTS, num_engines, settings, peers, []),
-    ]
+def described(process: ServerCommand, settings: SharedSettings) -> dict[str, object]:
+    """A process for the report: no paths of this machine, and only its own environment variables."""
 
-
-def plain(num_engines: int, settings: Settings, peers: Peers) -> Arm:
-    """vLLM's servers, each with its own engine, in turns."""
-    servers = [_vllm_server(f"vllm-{i}", settings, peers) for i in range(num_engines)]
-    urls = [server.url for server in servers]
-    return Arm(PLAIN, servers, peers.vllm_router(["--policy=round_robin", "--worker-urls", *urls]))
-
-
-def disaggregated(num_engines: int, settings: Settings, peers: Peers) -> Arm:
-    """vLLM's own disaggregation: the router sends a prompt to one server, and then to another."""
-    prefill = _vllm_server("prefill-0", settings, peers, "kv_producer")
-    decode = [_vllm_server(f"decode-{i}", settings, peers, "kv_consumer") for i in range(num_engines - 1)]
-    flags = ["--vllm-pd-disaggregation", f"--prefill={prefill.url}"]
-    flags += [f"--decode={server.url}" for server in decode]
-    flags.append("--policy=round_robin")
-    if len(decode) > 1:
-        flags.append("--decode-policy=power_of_two")  # aware of the load; refused for a single one
-    return Arm(NIXL, [prefill, *decode], peers.vllm_router(flags))
-
-
-def ours(name: str, num_engines: int, settings: Settings, peers: Peers, flags: list[str]) -> Arm:
-    """`pd-serve serve`, which has its own front end."""
-    port = peers.free_port()
-    roles = ["--prefill=1", f"--decode={num_engines - 1}"]
-    flags = [f"--served-model-name={MODEL}", f"--host={HOST}", f"--port={port}", *flags, *settings.flags]
-    return Arm(name, [Process(OURS, [OURS_SCRIPT, "serve", settings.model, *roles, *flags], port, {})])
-
-
-def shown(process: Process, settings: Settings) -> dict[str, object]:
-    """For the report: without paths of this machine."""
-
-    def bare(text: str) -> str:
+    def without_folder(text: str) -> str:
         return Path(text).name if text.startswith("/") else text
 
-    command = " ".join(bare(part.replace(settings.model, MODEL)) for part in process.command)
-    environment = {name: bare(value) for name, value in process.environment.items()}
+    command = " ".join(without_folder(part.replace(settings.model, MODEL)) for part in process.command)
+    environment = {
+        name: without_folder(value)
+        for name, value in process.environment.items()
+        if name not in settings.environment
+    }
     return {"name": process.name, "command": command, "environment": environment}
-
-
-def _vllm_server(name: str, settings: Settings, peers: Peers, kv_role: str | None = None) -> Process:
-    port = peers.free_port()
-    command, environment = settings.command(STOCK, port), {}
-    if kv_role is not None:
-        transfer = {"kv_connector": "NixlConnector", "kv_role": kv_role, "kv_buffer_device": "cpu"}
-        command = [*command, f"--kv-transfer-config={json.dumps(transfer, separators=(',', ':'))}"]
-        # Its default, localhost, may be IPv6, where it does not listen.
-        environment = {
-            "VLLM_NIXL_SIDE_CHANNEL_HOST": HOST,
-            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(peers.free_port()),
-        }
-    return Process(name, command, port, environment)

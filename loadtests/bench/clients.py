@@ -1,90 +1,102 @@
-"""Clients of `pd-serve bench compare`: streaming completions in an open or a closed loop, failures noted."""
+"""Clients of the benchmarks: streaming completions in an open or a closed loop."""
 
 import asyncio
 import os
-import random
 import time
-from collections.abc import Iterator, Sequence
-from string import ascii_lowercase
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
 
 import aiohttp
 
-from loadtests.bench.completion import complete, fault
-from loadtests.bench.seen import Answer, Load, Round
+from loadtests.bench.load import Load
+from loadtests.bench.rounds import Round
+from loadtests.outcome import Outcome
+from loadtests.servers import MODEL
 from pd_serve.simulation.config import TraceRequest
 
-#: Of one request. Whatever takes longer has failed, not waited.
-REQUEST_S = 120.0
+#: A request that takes longer has failed.
+REQUEST_TIMEOUT_S = 120.0
+
+Request = tuple[TraceRequest, str | list[int]]
 
 
-class Worker(Protocol):
-    """Something that uses CPU time."""
-
-    def cpu_s(self) -> float:
-        """So far."""
-
-
-async def put_load(url: str, workers: Sequence[Worker], load: Load, seed: int) -> Round:
-    """One round's load on one arm.
+async def run_round(url: str, cpu_s: Callable[[], float], load: Load, seed: int) -> Round:
+    """Sends one round's requests. A failed request is an outcome of the round.
 
     Args:
-        url: Where the requests go.
-        workers: Whose CPU time counts.
-        seed: The same one sends the same prompts at the same times.
+        url: The server that the requests go to.
+        cpu_s: CPU time of the measured processes so far.
+        seed: The same seed sends the same prompts at the same times.
     """
-    requests = load.requests(seed)
-    dice = random.Random(f"prompts {seed}")
-    # Text, for some routers take no token ids; the demo model's tokens are bytes.
-    prompts = ["".join(dice.choices(ascii_lowercase, k=request.prompt_tokens)) for request in requests]
-    work = list(zip(requests, prompts, strict=True))
-    load_average, cpu_s = os.getloadavg()[0], _cpu_s(workers)
-    # New connections for every load: servers close those that were idle during another one's turn.
+    requests = list(zip(load.requests(seed), load.prompts(seed), strict=True))
+    load_average = os.getloadavg()[0]
+    # New connections for every round: servers close those that were idle during another server's turn.
     async with aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=REQUEST_S)
+        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
     ) as session:
-        begin = time.perf_counter()
+        cpu_before_s, begin = cpu_s(), time.perf_counter()
         if load.rate is None:
-            answers = await _closed(session, url, work, load.num_clients)
+            outcomes = await _closed_loop(session, url, requests, load.num_clients)
         else:
-            answers = await _open(session, url, work, begin)
+            outcomes = await _open_loop(session, url, requests, begin)
         seconds = time.perf_counter() - begin
-    return Round(round(seconds, 3), round(_cpu_s(workers) - cpu_s, 3), round(load_average, 2), answers)
+    used_s = cpu_s() - cpu_before_s
+    return Round(round(seconds, 3), round(used_s, 3), round(load_average, 2), outcomes)
 
 
-def _cpu_s(workers: Sequence[Worker]) -> float:
-    return sum(worker.cpu_s() for worker in workers)
-
-
-Work = Sequence[tuple[TraceRequest, str]]
-
-
-async def _open(session: aiohttp.ClientSession, url: str, work: Work, begin: float) -> list[Answer]:
+async def _open_loop(
+    session: aiohttp.ClientSession, url: str, requests: Sequence[Request], begin: float
+) -> list[Outcome]:
     tasks = []
     async with asyncio.TaskGroup() as clients:
-        for request, prompt in work:
-            await asyncio.sleep(max(0.0, begin + request.arrival_s - time.perf_counter()))
-            tasks.append(clients.create_task(_send(session, url, request, prompt)))
+        for number, request in enumerate(requests):
+            await asyncio.sleep(max(0.0, begin + request[0].arrival_s - time.perf_counter()))
+            tasks.append(clients.create_task(_complete(session, url, number, request)))
     return [task.result() for task in tasks]
 
 
-async def _closed(session: aiohttp.ClientSession, url: str, work: Work, num_clients: int) -> list[Answer]:
-    left: Iterator[tuple[TraceRequest, str]] = iter(work)
-    answers: list[Answer] = []
+async def _closed_loop(
+    session: aiohttp.ClientSession, url: str, requests: Sequence[Request], num_clients: int
+) -> list[Outcome]:
+    remaining: Iterator[tuple[int, Request]] = iter(enumerate(requests))
+    outcomes: list[Outcome] = []
 
     async def client() -> None:
-        for request, prompt in left:
-            answers.append(await _send(session, url, request, prompt))
+        for number, request in remaining:
+            outcomes.append(await _complete(session, url, number, request))
 
     async with asyncio.TaskGroup() as clients:
         for _ in range(num_clients):
             clients.create_task(client())
-    return answers
+    return outcomes
 
 
-async def _send(session: aiohttp.ClientSession, url: str, request: TraceRequest, prompt: str) -> Answer:
-    output = await complete(
-        session, url, prompt, prompt_tokens=request.prompt_tokens, output_tokens=request.output_tokens
+async def _complete(session: aiohttp.ClientSession, url: str, number: int, request: Request) -> Outcome:
+    """One greedy completion of the full length, sent by vLLM's own benchmark function."""
+    from vllm.benchmarks.lib.endpoint_request_func import RequestFuncInput, async_request_openai_completions
+
+    wanted, prompt = request
+    arguments = RequestFuncInput(
+        prompt=prompt,
+        api_url=f"{url}/v1/completions",
+        prompt_len=wanted.prompt_tokens,
+        output_len=wanted.output_tokens,
+        model=MODEL,
+        ignore_eos=True,
+        extra_body={"temperature": 0.0},
     )
-    wrong = fault(output, request.output_tokens)
-    return Answer(output.ttft, tuple(output.itl), output.output_tokens or 0, wrong)
+    output = await async_request_openai_completions(arguments, session)
+    error: str | None = None
+    if not output.success:
+        error = next(reversed(output.error.strip().splitlines()), "no answer")
+    elif output.output_tokens != wanted.output_tokens:
+        error = f"{output.output_tokens} tokens received instead of {wanted.output_tokens}"
+    return Outcome(
+        number=number,
+        tokens=output.output_tokens or 0,
+        ttft_s=output.ttft,
+        gaps_s=tuple(output.itl),
+        e2e_s=output.latency,
+        at_s=wanted.arrival_s,
+        prompt_tokens=wanted.prompt_tokens,
+        error=error,
+    )

@@ -1,15 +1,15 @@
-"""`pd-serve bench compare`: ours beside plain vLLM and vLLM's own disaggregation, here, in one run.
+"""`bench compare`: pd-serve beside plain vLLM and vLLM's own disaggregation, on one machine, in one run.
 
-For each number of engines the same load goes to each arm (`loadtests.bench.arms`) in turn, another one first
-in every round, so that the machine's moods hit all. An arm's processes live for its turn only: engines with
-a NixlConnector keep a core each busy while they are idle. Before that, the routers alone
-(`loadtests.bench.router_cost`).
+For each number of engines the arms (`loadtests.bench.arms`) get the same load in turn. The order changes in
+every round, so that noise of the machine affects all arms. An arm's processes run during its turn only:
+engines with a NixlConnector keep one core each busy while they are idle. Before that, the routers are
+measured alone (`loadtests.bench.routers`).
 """
 
 import asyncio
 import subprocess
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -17,189 +17,177 @@ from typing import Any
 
 import psutil
 import rich.console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from loadtests.bench import compare_tables, router_cost
-from loadtests.bench.arms import PLAIN, TITLES, Arm, Peers, arms, shown
-from loadtests.bench.clients import put_load
-from loadtests.bench.seen import Load, Round, figures, ratios
-from loadtests.bench.servers import Server, Settings, free_port, several
+from loadtests.bench import compare_tables, routers
+from loadtests.bench.arms import PLAIN, TITLES, Arm, ArmBuilder, described
+from loadtests.bench.clients import run_round
+from loadtests.bench.load import Lengths, Load
+from loadtests.bench.report import BenchmarkReport
+from loadtests.bench.rounds import Round, median_ratios, summarize_rounds
+from loadtests.servers import RunningServer, SharedSettings, all_running, free_port
+from loadtests.terminal import new_progress
 from pd_serve.errors import PdServeError
-from pd_serve.launch.signals import end_on_sigterm
-from pd_serve.observe import provenance as report
 
-WARM_UP = Load("warm-up", 8, num_clients=4)
+#: Prompts of a chat, and one prompt in ten with a document.
+LENGTHS = Lengths(prompt=(64, 512), output=(16, 224), long_prompt=(1024, 1792), long_share=0.1)
+WARM_UP = Load("warm-up", 8, LENGTHS, num_clients=4, as_text=True)
 
-#: Before each load an arm has as long to come to rest, which is below so many busy cores.
-REST_S, REST_CORES = 15.0, 0.25
+#: Time limit for an arm to become idle before each load, and the number of busy cores that counts as idle.
+IDLE_TIMEOUT_S, IDLE_CORES = 15.0, 0.25
 
-#: Equal everywhere: a cache that is scarce, as on a GPU with a real model (8,160 tokens), and prompts in
-#: chunks as ours computes them on a CPU, which is also what keeps a plain engine's decoding going.
+#: The same for all arms: a cache that is scarce, as on a GPU with a real model (8,160 tokens), and prompts in
+#: chunks of our default on a CPU, which also keeps a plain engine's decoding going.
 ENGINE = {"kv_cache_memory_bytes": 32 * 2**20, "max_model_len": 4096, "max_num_batched_tokens": 512}
 
-#: Of one arm's processes, by number of engines: measured, rounded up.
+#: Memory of one arm's processes: measured, rounded up.
 ARM_BYTES, ENGINE_BYTES = 600 * 2**20, 900 * 2**20
 
 SETUP = Path(__file__).parents[2] / "deploy" / "setup_peers.sh"
 
+#: Measured rounds by arm and load.
+Rounds = dict[str, dict[str, list[Round]]]
+
 
 async def run(
-    json_path: Path | None,
-    *,
-    sizes: Sequence[int],
-    rounds: int,
-    rate: float,
-    num_requests: int,
+    report: BenchmarkReport, *, sizes: Sequence[int], rounds: int, rate: float, num_requests: int
 ) -> None:
-    """Measures, shows tables and writes the numbers after each. About ten minutes for each size.
+    """Measures, shows tables and writes the numbers after each. Takes about ten minutes for each size.
 
     Args:
         sizes: Numbers of engines, each at least two.
-        rounds: Of each size; every arm has one turn at each load in each.
+        rounds: Rounds per size; in each, every arm has one turn at each load.
         rate: Requests/s of the open loop.
-        num_requests: Of each load in each round.
+        num_requests: Requests of each load in each round.
 
     Raises:
-        PdServeError: The peers could not be installed, a process did not come up, memory is short, or the
-            benchmark was stopped.
+        PdServeError: The routers could not be installed, a process did not start, or memory is short.
     """
-    end_on_sigterm()
-    about = report.provenance()
-    console = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 140  # of the tables, in a log
-    peers = Peers(await installed(console), free_port)
-    about["versions"] |= versions()
-    loads = [Load("steady", num_requests, rate=rate), Load("full", num_requests, num_clients=16)]
-    about |= {"loads": [asdict(load) for load in loads], "engine": ENGINE, "sizes": {}}
-
-    def keep(table: Table) -> None:
-        console.print(table)
-        if json_path is not None:
-            report.write(json_path, about)
-            console.print(f"written to {json_path}")
-
-    try:
-        about["routers"] = await router_cost.run(peers, console)
-        keep(compare_tables.routers(about["routers"]))
-        for size in sizes:
-            about["sizes"][str(size)] = await _size(size, loads, rounds, peers, console)
-            keep(compare_tables.arms(size, about["sizes"][str(size)]))
-    except asyncio.CancelledError:
-        raise PdServeError("stopped before the end: what was not shown was not measured") from None
+    routers_folder = await _install_routers(report.console)
+    report.provenance["versions"] |= router_versions()
+    loads = [
+        Load("steady", num_requests, LENGTHS, rate=rate, as_text=True),
+        Load("full", num_requests, LENGTHS, num_clients=16, as_text=True),
+    ]
+    numbers: dict[str, Any] = {"loads": [asdict(load) for load in loads], "engine": ENGINE, "sizes": {}}
+    numbers["routers"] = await routers.run(routers_folder, report.console)
+    report.show(compare_tables.routers(numbers["routers"]))
+    report.write(numbers)
+    for size in sizes:
+        settings = SharedSettings.of_this_machine(size, **ENGINE)
+        arms = ArmBuilder(settings, routers_folder, free_port).all_arms(size)
+        check_memory(size)
+        measured = await _measure(arms, loads, rounds, report.console)
+        numbers["sizes"][str(size)] = {
+            "environment": settings.environment,
+            "flags": settings.flags,
+            "arms": {arm.name: _numbers(arm, settings, measured) for arm in arms},
+        }
+        report.show(compare_tables.arms(size, numbers["sizes"][str(size)]))
+        report.write(numbers)
 
 
-async def installed(console: rich.console.Console) -> Path:
-    """The folder of the peers' environment, made if need be.
+async def _install_routers(console: rich.console.Console) -> Path:
+    """Installs the public routers if necessary and returns the folder of their Python environment.
 
     Raises:
-        PdServeError: Its script has failed, or is not here.
+        PdServeError: The script failed, or is missing.
     """
     if not SETUP.is_file():
-        raise PdServeError("the peers are installed by deploy/setup_peers.sh, which comes with the sources")
+        raise PdServeError("deploy/setup_peers.sh, which installs the routers, is missing: use a checkout")
     with console.status("installing vllm-router and sglang-router"):
         made = await asyncio.to_thread(subprocess.run, [str(SETUP)], capture_output=True, text=True)
     if made.returncode:
-        raise PdServeError(f"deploy/setup_peers.sh has failed: {made.stderr.strip().splitlines()[-1:]}")
+        raise PdServeError(f"deploy/setup_peers.sh failed: {made.stderr.strip().splitlines()[-1:]}")
     return SETUP.parents[1] / ".venv-peers"
 
 
-def versions() -> dict[str, str]:
-    """Of the routers."""
+def router_versions() -> dict[str, str]:
+    """The locked versions of the public routers."""
     lines = (SETUP.parent / "peers.lock").read_text().splitlines()
     pinned = dict(line.split("==", 1) for line in lines if "==" in line)
     return {name: pinned[name] for name in ("vllm-router", "sglang-router")}
 
 
-async def _size(
-    size: int, loads: Sequence[Load], rounds: int, peers: Peers, console: rich.console.Console
-) -> dict[str, Any]:
-    settings = Settings.of_this_machine(size, **ENGINE)
-    wanted = arms(size, settings, peers)
-    check_memory(size)
-    measured: dict[str, dict[str, list[Round]]] = {
-        arm.name: {load.name: [] for load in loads} for arm in wanted
-    }
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    # Drawn between loads only: it must not compete with what is measured.
-    with Progress(*columns, console=console, auto_refresh=False, transient=True) as progress:
-        task = progress.add_task("", total=rounds * len(wanted))
+async def _measure(
+    arms: Sequence[Arm], loads: Sequence[Load], rounds: int, console: rich.console.Console
+) -> Rounds:
+    measured: Rounds = {arm.name: {load.name: [] for load in loads} for arm in arms}
+    with new_progress(console) as progress:
+        task = progress.add_task("", total=rounds * len(arms))
         for number in range(rounds):
-            for arm in turns(wanted, number):
-                progress.update(
-                    task, description=f"{size} engines, round {number + 1}: {arm.name}", refresh=True
-                )
-                async with running(arm, settings) as servers:
-                    await put_load(servers[-1].url, servers, WARM_UP, seed=-1)
+            for arm in turns(arms, number):
+                progress.update(task, description=f"round {number + 1}: {arm.name}", refresh=True)
+                async with _running_arm(arm) as servers:
+                    cpu_s = _total_cpu_s(servers)
+                    await run_round(servers[-1].url, cpu_s, WARM_UP, seed=-1)
                     for load in loads:
-                        await at_rest(servers)
-                        seen = await put_load(servers[-1].url, servers, load, number)
-                        measured[arm.name][load.name].append(seen)
+                        await _until_idle(cpu_s)
+                        measured[arm.name][load.name].append(
+                            await run_round(servers[-1].url, cpu_s, load, number)
+                        )
                 progress.advance(task)
-    return {
-        "environment": settings.environment,
-        "flags": settings.flags,
-        "arms": {arm.name: _about(arm, settings, measured) for arm in wanted},
-    }
+    return measured
 
 
-async def at_rest(servers: Sequence[Server]) -> None:
-    """Returns when they do nothing any more, or after `REST_S`."""
-    used, deadline = sum(server.cpu_s() for server in servers), time.monotonic() + REST_S
+def _total_cpu_s(servers: Sequence[RunningServer]) -> Callable[[], float]:
+    return lambda: sum(server.cpu_s() for server in servers)
+
+
+async def _until_idle(cpu_s: Callable[[], float]) -> None:
+    """Returns when the processes use less than `IDLE_CORES`, or after `IDLE_TIMEOUT_S`."""
+    used, deadline = cpu_s(), time.monotonic() + IDLE_TIMEOUT_S
     while time.monotonic() < deadline:
         await asyncio.sleep(1.0)
-        before, used = used, sum(server.cpu_s() for server in servers)
-        if used - before < REST_CORES:
+        before, used = used, cpu_s()
+        if used - before < IDLE_CORES:
             return
 
 
-def _about(arm: Arm, settings: Settings, measured: dict[str, dict[str, list[Round]]]) -> dict[str, Any]:
+def _numbers(arm: Arm, settings: SharedSettings, measured: Rounds) -> dict[str, Any]:
     by_load = measured[arm.name]
-    errors = [answer.error for rounds in by_load.values() for one in rounds for answer in one.answers]
+    errors = {outcome.error for rounds in by_load.values() for one in rounds for outcome in one.outcomes}
     return {
         "title": TITLES[arm.name],
-        "processes": [shown(process, settings) for process in arm.processes],
-        "figures": {name: figures(rounds) for name, rounds in by_load.items()},
+        "processes": [described(process, settings) for process in arm.processes],
+        "figures": {name: summarize_rounds(rounds) for name, rounds in by_load.items()},
         "ratio_to_round_robin": {
-            name: ratios(rounds, measured[PLAIN][name]) for name, rounds in by_load.items()
+            name: median_ratios(rounds, measured[PLAIN][name]) for name, rounds in by_load.items()
         },
         "rounds": {
-            name: [{"load_average": one.load_average} | figures([one]) for one in rounds]
+            name: [{"load_average": one.load_average} | summarize_rounds([one]) for one in rounds]
             for name, rounds in by_load.items()
         },
-        "errors": sorted({error for error in errors if error})[:5],
+        "errors": sorted(error for error in errors if error is not None)[:5],
     }
 
 
-def turns(wanted: Sequence[Arm], number: int) -> list[Arm]:
-    """Another one first each time, and the others in the opposite order every other time."""
-    at = number % len(wanted)
-    first, *others = [*wanted[at:], *wanted[:at]]
+def turns(arms: Sequence[Arm], number: int) -> list[Arm]:
+    """The order of the arms in a round: another one first each time, the others reversed every other time."""
+    at = number % len(arms)
+    first, *others = [*arms[at:], *arms[:at]]
     return [first, *(others if number % 2 == 0 else reversed(others))]
 
 
 def check_memory(size: int) -> None:
-    """Raises: PdServeError: The processes would not fit into this machine's free memory."""
+    """Raises: PdServeError: The processes of `size` engines would not fit into the free memory."""
     needed = ARM_BYTES + size * ENGINE_BYTES
     available = psutil.virtual_memory().available
     if needed > available:
         raise PdServeError(
             f"{size} engines need about {needed / 2**30:.1f} GiB of memory,"
-            f" and {available / 2**30:.1f} are free: give --engines {size - 1} or close something"
+            f" and {available / 2**30:.1f} are free: give --engines {size - 1} or end other programs"
         )
 
 
 @asynccontextmanager
-async def running(arm: Arm, settings: Settings) -> AsyncIterator[list[Server]]:
-    """All processes of an arm, the one that clients go to last. Ended on leaving.
+async def _running_arm(arm: Arm) -> AsyncIterator[list[RunningServer]]:
+    """All processes of an arm until the end of the block; the last one is the one that clients send to.
 
     Raises:
-        PdServeError: One did not come up.
+        PdServeError: One did not start.
     """
     async with AsyncExitStack() as stack:
-        servers: list[Server] = []
-        for processes in (arm.engines, [arm.front] if arm.front else []):
-            commands = [process.as_command(settings) for process in processes]
-            servers += await stack.enter_async_context(several(commands))
+        servers: list[RunningServer] = []
+        for commands in (arm.engines, [arm.router] if arm.router else []):
+            servers += await stack.enter_async_context(all_running(commands))
         yield servers

@@ -1,4 +1,4 @@
-"""The tables of `pd-serve bench compare`."""
+"""The tables of `bench compare`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,16 +13,16 @@ LATENCIES = {
 }
 
 
-def arms(size: int, found: Mapping[str, Any]) -> Table:
+def arms(size: int, numbers: Mapping[str, Any]) -> Table:
     """All arms of one number of engines, under every load."""
     table = Table(title=f"{size} engines; ms as P50 / P99", title_justify="left")
     table.add_column("load")
     table.add_column("")
     for column in (*LATENCIES, "tokens/s", "CPU ms/token", "failed"):
         table.add_column(column, justify="right")
-    loads = next(iter(found["arms"].values()))["figures"]
+    loads = next(iter(numbers["arms"].values()))["figures"]
     for load in loads:
-        for arm in found["arms"].values():
+        for arm in numbers["arms"].values():
             figures = arm["figures"][load]
             pairs = [" / ".join(_number(figures, name) for name in names) for names in LATENCIES.values()]
             last = [_number(figures, name) for name in ("output_tokens_per_s", "cpu_ms_per_token")]
@@ -31,13 +31,13 @@ def arms(size: int, found: Mapping[str, Any]) -> Table:
     return table
 
 
-def routers(found: Mapping[str, Any]) -> Table:
-    """What is before the engines, alone."""
-    table = Table(title="before the engines: one process each", title_justify="left")
+def routers(numbers: Mapping[str, Any]) -> Table:
+    """The processes in front of the engines, alone."""
+    table = Table(title="in front of the engines: one process each", title_justify="left")
     table.add_column("")
     for column in ("TTFT ms", "added ms", "CPU ms/request", "requests/s per core"):
         table.add_column(column, justify="right")
-    for name, figures in found["targets"].items():
+    for name, figures in numbers["targets"].items():
         keys = ("ttft_ms", "added_ttft_ms", "cpu_ms_per_request", "requests_per_s_per_core")
         table.add_row(name, *(_number(figures, key) for key in keys))
     return table

@@ -1,9 +1,9 @@
-"""`pd-serve bench migration`: what moving a running request costs, against what it could cost.
+"""`bench migration`: the cost of moving a running request live, with a blocking copy and by recompute.
 
-One cluster (1 prefill, 2 decode instances) and one run for everything. A request of each length is handed
-off, then moved between the decode instances: live, with a blocking copy, and by recompute. Gaps are seen
-where the client's tokens are put in order. The source's step time is taken from the moving request's own
-tokens, before and while its blocks are being copied.
+One cluster (1 prefill, 2 decode instances) serves all measurements. A request of each length is handed off,
+then moved between the decode instances in each of the three ways. Gaps are measured in the API server,
+where the tokens of a request are put in order. The source's step time is taken from the moving request's
+own tokens, before and during the copy of its blocks.
 """
 
 import asyncio
@@ -11,37 +11,37 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import rich.console
-from rich.progress import Progress
 from rich.table import Table
 
+from loadtests.bench.report import BenchmarkReport
+from loadtests.terminal import new_progress
 from pd_serve.config import ServeConfig
+from pd_serve.errors import PdServeError
 from pd_serve.frontend.manual_migration import MigrationMode
 from pd_serve.launch.console import Console
 from pd_serve.launch.serve import LocalService
-from pd_serve.observe import provenance as report
 
 LENGTHS = (256, 512, 1024, 2048, 4096)
 
-#: More than a request generates before it has been moved often enough; then it is aborted.
-MORE_TOKENS = 2048
+#: Limit of a moved request's output: more than it generates until it is aborted after its last move.
+MAX_TOKENS = 2048
 
-#: Tokens between two moves: enough of them undisturbed to tell the normal step time.
+#: Tokens between two moves: enough to measure the undisturbed step time.
 TOKENS_BETWEEN = 10
 
 
 @dataclass
 class TokenLog:
-    """Arrival times of one request's tokens, with the instance that sent each."""
+    """Arrival times of one request's tokens, and the instance that sent each."""
 
     times: list[float] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
 
     def gaps_ms(self, begin: int, end: int) -> list[float]:
-        """Gaps before the tokens begin..end-1, those across two instances left out."""
+        """Gaps before the tokens begin..end-1, without those between two instances."""
         return [
             (self.times[i] - self.times[i - 1]) * 1e3
             for i in range(max(begin, 1), min(end, len(self.times)))
@@ -50,8 +50,15 @@ class TokenLog:
 
 
 @dataclass
-class Samples:
-    """Everything measured at one length, in milliseconds."""
+class LengthSamples:
+    """All measurements at one length, in milliseconds.
+
+    Attributes:
+        normal: Gaps between tokens while nothing moves.
+        during: Gaps at the source during a live copy.
+        gaps: Gaps across a move, by mode.
+        handoff: Gaps between the first and the second token.
+    """
 
     normal: list[float] = field(default_factory=list)
     during: list[float] = field(default_factory=list)
@@ -63,15 +70,15 @@ class Samples:
     ttft: list[float] = field(default_factory=list)
 
 
-class MigrationBench:
-    """Args: `service` has been started."""
+class MigrationBenchmark:
+    """Measures on a started service."""
 
     def __init__(self, service: LocalService) -> None:
         self._client = service.api.client
-        self._router = service.api.tracker
+        self._tracker = service.api.tracker
         self._logs: dict[str, TokenLog] = {}
         self._serial = 0
-        self._router.observer = self._observe
+        self._tracker.observer = self._observe
 
     def _observe(self, request_id: str, instance: str, count: int, now: float) -> None:
         log = self._logs.setdefault(request_id, TokenLog())
@@ -79,8 +86,8 @@ class MigrationBench:
             log.times.append(now)
             log.sources.append(instance)
 
-    async def handoff(self, length: int, samples: Samples) -> None:
-        """One short request: first to second token is the hand-off gap."""
+    async def handoff(self, length: int, samples: LengthSamples) -> None:
+        """One short request: the gap from its first to its second token is that of the hand-off."""
         begin = time.monotonic()
         name, generating = self._generate(length, max_tokens=8)
         request_id = await self._internal_id(name)
@@ -89,9 +96,9 @@ class MigrationBench:
         samples.ttft.append((log.times[0] - begin) * 1e3)
         samples.handoff.append((log.times[1] - log.times[0]) * 1e3)
 
-    async def moves(self, length: int, modes: Sequence[MigrationMode], samples: Samples) -> None:
+    async def moves(self, length: int, modes: Sequence[MigrationMode], samples: LengthSamples) -> None:
         """One long request, moved once in each mode in turn."""
-        name, generating = self._generate(length, max_tokens=MORE_TOKENS)
+        name, generating = self._generate(length, max_tokens=MAX_TOKENS)
         request_id = await self._internal_id(name)
         log = await self._tokens(request_id, 4)
         for mode in modes:
@@ -100,9 +107,9 @@ class MigrationBench:
             here = log.sources[-1]
             there = "decode-1" if here == "decode-0" else "decode-0"
             at, started = len(log.times), time.monotonic()
-            # The first tokens after a move belong to a new batch: leave them out.
+            # Without the first tokens after a move: they belong to a new batch.
             samples.normal += log.gaps_ms(begin + 3, at)
-            migrated = await self._router.migrate(request_id, there, mode)
+            migrated = await self._tracker.migrate(request_id, there, mode)
             samples.gaps[mode].append(migrated.downtime_ms)
             if mode == "live":
                 samples.stages.append(migrated.record.stages)
@@ -138,7 +145,11 @@ class MigrationBench:
         return str(ids[0])
 
     async def _tokens(self, request_id: str, count: int) -> TokenLog:
-        """Waits until a request has so many tokens. Raises: TimeoutError: it has stopped."""
+        """Waits until a request has `count` tokens.
+
+        Raises:
+            TimeoutError: The request has stopped.
+        """
         async with asyncio.timeout(120):
             while True:
                 log = self._logs.get(request_id)
@@ -147,7 +158,7 @@ class MigrationBench:
                 await asyncio.sleep(0.002)
 
 
-def _row(length: int, samples: Samples) -> dict[str, Any]:
+def _row(length: int, samples: LengthSamples) -> dict[str, Any]:
     itl = statistics.median(samples.normal)
     during = statistics.median(samples.during) if samples.during else None
     return {
@@ -161,21 +172,21 @@ def _row(length: int, samples: Samples) -> dict[str, Any]:
 
 
 async def _measure(service: LocalService, rounds: int, console: rich.console.Console) -> dict[str, Any]:
-    bench = MigrationBench(service)
+    bench = MigrationBenchmark(service)
     modes: list[MigrationMode] = ["live", "blocking", "live", "recompute", "live", "blocking", "live"]
-    results = {length: Samples() for length in LENGTHS}
-    await bench.moves(LENGTHS[0], modes, Samples())  # connections, caches
-    with Progress(console=console, transient=True) as progress:
+    results = {length: LengthSamples() for length in LENGTHS}
+    await bench.moves(LENGTHS[0], modes, LengthSamples())  # warm-up
+    with new_progress(console) as progress:
         task = progress.add_task("measuring", total=rounds * len(LENGTHS))
         for _ in range(rounds):
             for length, samples in results.items():
-                progress.update(task, description=f"{length} tokens")
+                progress.update(task, description=f"{length} tokens", refresh=True)
                 await bench.handoff(length, samples)
                 await bench.moves(length, modes, samples)
                 progress.advance(task)
     problems = await service.api.tracker.check_integrity()
     if problems:
-        raise RuntimeError(f"the cluster is not clean after the benchmark: {problems}")
+        raise PdServeError(f"the cluster violates an invariant after the benchmark: {problems}")
     rows = [_row(length, samples) for length, samples in results.items()]
     handoff = [
         {
@@ -194,7 +205,7 @@ async def _measure(service: LocalService, rounds: int, console: rich.console.Con
 
 
 def _verdict(rows: list[dict[str, Any]], handoff: list[dict[str, Any]]) -> dict[str, Any]:
-    """The ratios that the project holds itself to."""
+    """The ratios that have targets; see docs/benchmarks.md."""
     ratios = [row["source_step_ratio"] for row in rows if row["source_step_ratio"] is not None]
     return {
         "worst_live_over_itl": round(max(row["live_ms"] / row["itl_ms"] for row in rows), 2),
@@ -205,36 +216,35 @@ def _verdict(rows: list[dict[str, Any]], handoff: list[dict[str, Any]]) -> dict[
     }
 
 
-def _show(result: dict[str, Any], console: rich.console.Console) -> None:
-    table = Table(title="gap between two tokens of a request that is moved, ms (median)")
+def _table(result: dict[str, Any]) -> Table:
+    table = Table(title="gap between two tokens of a moved request, ms (median)")
     for column in ("tokens", "ITL", "live", "blocking copy", "recompute", "hand-off", "source step ratio"):
         table.add_column(column, justify="right")
     for row, handoff in zip(result["rows"], result["handoff"], strict=True):
         keys = ("tokens", "itl_ms", "live_ms", "blocking_ms", "recompute_ms")
         shown = [f"{row[key]:.1f}" if key != "tokens" else str(row[key]) for key in keys]
         table.add_row(*shown, f"{handoff['gap_ms']:.1f}", str(row["source_step_ratio"]))
-    console.print(table)
-    for name, value in result["verdict"].items():
-        console.print(f"  {name}: {value}")
+    table.caption = "\n".join(f"{name}: {value}" for name, value in result["verdict"].items())
+    return table
 
 
-async def run(json_path: Path | None, rounds: int) -> None:
-    """Starts a cluster, measures, shows a table, writes JSON. About a minute a round."""
-    console = rich.console.Console()
+async def run(report: BenchmarkReport, rounds: int) -> None:
+    """Starts a cluster, measures, shows a table and writes the numbers. Takes about one minute per round.
+
+    Raises:
+        PdServeError: The cluster did not start, or violates an invariant at the end.
+    """
     flags = [
         "--no-enable-prefix-caching",
         "--max-num-seqs=8",
-        f"--max-model-len={max(LENGTHS) + MORE_TOKENS}",
+        f"--max-model-len={max(LENGTHS) + MAX_TOKENS}",
     ]
     config = ServeConfig(model="bench", prefill=1, decode=2, flags=tuple(flags))
     service = LocalService(config, Console(), lambda: None)
-    before = report.provenance()
     try:
         await service.start()
-        result = await _measure(service, rounds, console)
+        result = await _measure(service, rounds, report.console)
     finally:
         await service.stop()
-    _show(result, console)
-    if json_path is not None:
-        report.write(json_path, {**before, **result})
-        console.print(f"written to {json_path}")
+    report.show(_table(result))
+    report.write(result)

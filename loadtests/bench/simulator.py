@@ -1,181 +1,172 @@
-"""`pd-serve bench simulator`: the same requests on `pd-serve serve` and on the simulated cluster.
+"""`bench simulator`: the same requests on `pd-serve serve` and on the simulated cluster.
 
 For each layout of instances the real service gets a few rounds of requests over HTTP, in real time. Before
 each round the steps of an engine in this process are measured (as by `pd-serve bench profile`) while the
-service has nothing to do, so that a machine with moods shows the same ones to both. Then the same requests
-go to the simulated cluster with these step times, in virtual time.
+service is idle, so that both sides see the machine in the same state. Then the simulated cluster gets the
+same requests, with these step times, in virtual time.
 
-Every engine, the measured one too, computes with so many threads that the front end and the clients have
-cores left. With as many threads as cores they would wait for each other whenever anything else runs, and a
-step take ten times as long: that is a property of the machine's load, and in no cost model.
+The number of threads of every engine, the measured one too, leaves cores to the API server and the clients.
+With as many threads as cores they would wait for each other whenever anything else runs, and a step would
+take ten times as long: that is a property of the machine's load, which no cost model describes.
 """
 
 import asyncio
 import os
+import statistics
 import tempfile
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import rich.console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from loadtests.bench import virtual, workload
-from loadtests.bench.real import Cluster, Observed, observe
-from loadtests.bench.servers import MODEL, OURS, running
-from loadtests.bench.workload import FIGURES, PARTS, Latencies
-from pd_serve.errors import PdServeError
-from pd_serve.launch.signals import end_on_sigterm
-from pd_serve.observe import provenance as report
+from loadtests.bench import simulated_side
+from loadtests.bench.clients import run_round
+from loadtests.bench.load import Lengths, Load
+from loadtests.bench.report import BenchmarkReport
+from loadtests.bench.rounds import Round
+from loadtests.latency_statistics import statistics_ms
+from loadtests.outcome import Outcome, latencies_s
+from loadtests.servers import MODEL, RunningServer, SharedSettings, free_port, running
+from loadtests.terminal import new_progress
 from pd_serve.profiling.engine_profile import measure, start_engine
 from pd_serve.profiling.measured_engine import MeasuredEngine
 from pd_serve.profiling.profile_points import Point, Row, StepSeen, points, relative_errors, rows, write_csv
 from pd_serve.simulated_engine import cost_table
-from pd_serve.simulated_engine.cost_model import LinearCostModel
-from pd_serve.simulation.config import TraceRequest
+from pd_serve.simulated_engine.cost_model import CostModel, LinearCostModel
 
 LAYOUTS: tuple[dict[str, int], ...] = ({"neutral": 1}, {"prefill": 1, "decode": 1})
 
-#: Of each layout: as many workloads, with seeds of their own, for figures over all their requests.
+#: Rounds per layout, each with a seed of its own; the numbers are over all their requests.
 ROUNDS = 3
 
-#: Between two of them, so that the end of one is not part of the next.
+#: Pause before each round, so that the measured steps are not part of it.
 SETTLE_S = 0.5
 
-WARM_UP_REQUESTS = 20
+LENGTHS = Lengths(prompt=(16, 256), output=(16, 96))
+WARM_UP = Load("warm-up", 20, LENGTHS, rate=10.0)
 
-NAMES = {"request": "request", "ttft": "TTFT", "itl": "ITL"}
+#: Requests in the batch at a time if no rate is given.
+CONCURRENCY = 2
+
+#: Names in reports of the latencies of `loadtests.outcome`, with their titles.
+REPORTED = {"request": ("e2e", "request"), "ttft": ("ttft", "TTFT"), "itl": ("itl", "ITL")}
+PARTS = ("mean", "p50", "p99")
+
+Summary = dict[str, dict[str, float]]
 
 
-async def run(
-    json_path: Path | None = None,
-    *,
-    num_requests: int = 100,
-    rate: float | None = None,
-    profile_s: float = 12.0,
-) -> None:
-    """Measures, shows tables and writes the numbers. About four minutes.
+async def run(report: BenchmarkReport, *, num_requests: int, rate: float | None, profile_s: float) -> None:
+    """Measures, shows tables and writes the numbers. Takes about four minutes.
 
     Args:
-        num_requests: Per round.
-        rate: Requests/s; None for one that keeps a few requests in the batch, by the steps measured first.
+        num_requests: Requests per round.
+        rate: Requests/s; None for one that keeps `CONCURRENCY` requests in the batch, by the first measured
+            steps.
         profile_s: Time to measure steps, per round.
 
     Raises:
-        PdServeError: A server did not come up, a request failed, or the benchmark was stopped.
+        PdServeError: A server did not start, or a request failed.
     """
-    end_on_sigterm()
-    provenance = report.provenance()
-    console = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
-    environment = {"OMP_NUM_THREADS": str(threads(os.cpu_count() or 1))}
+    environment = {"OMP_NUM_THREADS": str(num_threads(os.cpu_count() or 1))}
     os.environ.update(environment)
-    results = []
-    with console.status("starting an engine to measure"):
+    layouts = []
+    with report.console.status("starting an engine to measure"):
         engine = await start_engine(MODEL, [])
     about_engine = engine.about
     try:
-        bench = Bench(engine, num_requests, rate, profile_s, environment, console)
+        bench = SimulatorBenchmark(engine, num_requests, rate, profile_s, environment, report.console)
         for layout in LAYOUTS:
-            results.append(await bench.compare(layout))
-            console.print(table(layout, results[-1]))
-    except asyncio.CancelledError:
-        raise PdServeError("stopped before the end: nothing was written") from None
+            layouts.append(await bench.compare(layout))
+            report.show(_table(layout, layouts[-1]))
     finally:
         await engine.close()
-    if json_path is not None:
-        about = {
-            "model": MODEL,
-            "workload": {
-                "arrivals": "poisson",
-                "rate": bench.rate,
-                "requests": num_requests,
-                "rounds": ROUNDS,
-                "prompt_tokens": workload.PROMPT_TOKENS,
-                "output_tokens": workload.OUTPUT_TOKENS,
-            },
-            "engine": about_engine,
-            "environment": environment,
-            "layouts": results,
-        }
-        report.write(json_path, about | provenance)
-        console.print(f"written to {json_path}")
+    workload = {
+        "arrivals": "poisson",
+        "rate": bench.rate,
+        "requests": num_requests,
+        "rounds": ROUNDS,
+        "prompt_tokens": LENGTHS.prompt,
+        "output_tokens": LENGTHS.output,
+    }
+    about = {"model": MODEL, "workload": workload, "engine": about_engine, "environment": environment}
+    report.write(about | {"layouts": layouts})
 
 
-class Bench:
-    """What all layouts share.
+@dataclass
+class SimulatorBenchmark:
+    """The settings that all layouts share.
 
     Attributes:
-        rate: Requests/s; found by the first steps measured if it was not given.
+        rate: Requests/s; set from the first measured steps if None.
     """
 
-    def __init__(
-        self,
-        engine: MeasuredEngine,
-        num_requests: int,
-        rate: float | None,
-        profile_s: float,
-        environment: dict[str, str],
-        console: rich.console.Console,
-    ) -> None:
-        self.rate = rate
-        self._engine = engine
-        self._num_requests = num_requests
-        self._profile_s = profile_s
-        self._environment = environment
-        self._console = console
+    engine: MeasuredEngine
+    num_requests: int
+    rate: float | None
+    profile_s: float
+    environment: dict[str, str]
+    console: rich.console.Console
 
     async def compare(self, layout: dict[str, int]) -> dict[str, Any]:
-        """One layout, real and simulated."""
-        wanted = points(self._engine.limits)
+        """Numbers of one layout, real and simulated."""
+        wanted = points(self.engine.limits)
         steps: dict[Point, list[StepSeen]] = {point: [] for point in wanted}
-        rounds: list[list[TraceRequest]] = []
-        observed: list[Observed] = []
-        load_averages = []
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        loads: list[Load] = []
+        rounds: list[Round] = []
         async with AsyncExitStack() as stack:
-            with self._console.status("starting pd-serve"):
-                cluster = Cluster(MODEL, [], self._environment, layout)
-                server = await stack.enter_async_context(running(OURS, cluster))
-            await observe(server, workload.make(WARM_UP_REQUESTS, 10.0, seed=ROUNDS), seed=ROUNDS)
-            # Drawn between rounds only: it must not compete with what is measured.
-            progress = stack.enter_context(
-                Progress(*columns, console=self._console, auto_refresh=False, transient=True)
-            )
+            with self.console.status("starting pd-serve"):
+                command = SharedSettings(MODEL, [], self.environment).ours(layout, free_port())
+                server = await stack.enter_async_context(running(command))
+            await _real_round(server, WARM_UP, seed=ROUNDS)
+            progress = stack.enter_context(new_progress(self.console))
             task = progress.add_task("steps, then requests", total=ROUNDS)
             for seed in range(ROUNDS):
                 progress.update(task, completed=seed, refresh=True)
-                for point, found in (await measure(self._engine, wanted, self._profile_s)).items():
+                for point, found in (await measure(self.engine, wanted, self.profile_s)).items():
                     steps[point] += found
                 if self.rate is None:
-                    self.rate = workload.moderate_rate(_fitted(rows(steps)))
-                    self._console.print(f"rounds of {self._num_requests} requests at {self.rate:g}/s")
-                rounds.append(workload.make(self._num_requests, self.rate, seed))
+                    self.rate = moderate_rate(_fitted(rows(steps)))
+                    self.console.print(f"rounds of {self.num_requests} requests at {self.rate:g}/s")
+                loads.append(Load("lengths", self.num_requests, LENGTHS, rate=self.rate))
                 await asyncio.sleep(SETTLE_S)
-                load_averages.append(os.getloadavg()[0])
-                observed.append(await observe(server, rounds[-1], seed))
+                rounds.append(await _real_round(server, loads[-1], seed))
         model = _fitted(rows(steps))
-        real, simulated = Latencies(), Latencies()
-        by_role = virtual.engines(self._engine.about, model)
-        for seed, requests in enumerate(rounds):
-            real.add(observed[seed].latencies)
-            config = virtual.config(requests, layout, by_role, seed)
-            simulated.add(await asyncio.to_thread(virtual.simulated, config))
-        seen, expected = workload.summary(real), workload.summary(simulated)
+        engines = simulated_side.engines(self.engine.about, model)
+        simulated: list[Outcome] = []
+        for seed, load in enumerate(loads):
+            config = simulated_side.config(load.requests(seed), layout, engines, seed)
+            simulated += await asyncio.to_thread(simulated_side.simulate, config)
+        real_ms = summary([outcome for one in rounds for outcome in one.outcomes])
+        simulated_ms = summary(simulated)
         return {
             "instances": layout,
-            "real_ms": seen,
-            "simulated_ms": expected,
-            "ratio": workload.ratios(seen, expected),
-            "rounds_real_ms": [workload.summary(one.latencies) for one in observed],
-            "load_averages": load_averages,
-            "cores_used": [one.cores for one in observed],
-            "tokens_per_message": [one.tokens_per_message for one in observed],
+            "real_ms": real_ms,
+            "simulated_ms": simulated_ms,
+            "ratio": ratios(real_ms, simulated_ms),
+            "rounds_real_ms": [summary(one.outcomes) for one in rounds],
+            "load_averages": [one.load_average for one in rounds],
+            "cores_used": [round(one.cpu_s / one.seconds, 2) for one in rounds],
+            "tokens_per_message": [_tokens_per_message(one.outcomes) for one in rounds],
             "fit": asdict(model),
             "relative_error": relative_errors(rows(steps), model),
             "steps": [asdict(row) for row in rows(steps)],
         }
+
+
+async def _real_round(server: RunningServer, load: Load, seed: int) -> Round:
+    """Raises: PdServeError: A request failed, or brought another number of tokens than requested."""
+    measured = await run_round(server.url, server.cpu_s, load, seed)
+    measured.check(server.url)
+    return measured
+
+
+def _tokens_per_message(outcomes: Sequence[Outcome]) -> float:
+    """Above 1 where tokens arrived together because the server or the client was late."""
+    return round(sum(one.tokens - 1 for one in outcomes) / sum(len(one.gaps_s) for one in outcomes), 3)
 
 
 def _fitted(steps: list[Row]) -> LinearCostModel:
@@ -185,24 +176,44 @@ def _fitted(steps: list[Row]) -> LinearCostModel:
         return cost_table.read(path)
 
 
-def threads(num_cores: int) -> int:
-    """Of an engine, if the largest layout, the front end and the clients are to share the cores."""
+def moderate_rate(model: CostModel) -> float:
+    """Requests/s that keep about `CONCURRENCY` of them in the batch, to two digits."""
+    prompt, output = (int(statistics.mean(limits)) for limits in (LENGTHS.prompt, LENGTHS.output))
+    context = CONCURRENCY * (prompt + output // 2)
+    alone_s = model.prefill_s([(prompt, 0)]) + output * model.decode_s(CONCURRENCY, context)
+    return float(f"{CONCURRENCY / alone_s:.2g}")
+
+
+def num_threads(num_cores: int) -> int:
+    """Threads of an engine that leave cores to the API server and the clients, for the largest layout."""
     return max(1, num_cores // (max(sum(layout.values()) for layout in LAYOUTS) + 2))
 
 
-def title(layout: dict[str, int]) -> str:
-    """{"prefill": 1, "decode": 1} → "1 prefill, 1 decode"."""
-    return ", ".join(f"{number} {role}" for role, number in layout.items())
+def summary(outcomes: Sequence[Outcome]) -> Summary:
+    """{"request", "ttft", "itl"} of {"mean", "p50", "p99"} in milliseconds."""
+    times = latencies_s(outcomes)
+    return {
+        name: {part: value or 0.0 for part, value in statistics_ms(times[latency], PARTS).items()}
+        for name, (latency, _) in REPORTED.items()
+    }
 
 
-def table(layout: dict[str, int], result: dict[str, Any]) -> Table:
-    """Real and simulated side by side."""
-    shown = Table("ms", "", title=title(layout), title_justify="left")
+def ratios(real: Summary, simulated: Summary) -> Summary:
+    """Real ÷ simulated of two summaries."""
+    return {
+        name: {part: round(real[name][part] / simulated[name][part], 3) for part in PARTS}
+        for name in REPORTED
+    }
+
+
+def _table(layout: dict[str, int], result: dict[str, Any]) -> Table:
+    title = ", ".join(f"{number} {role}" for role, number in layout.items())
+    table = Table("ms", "", title=title, title_justify="left")
     for column in ("real", "simulated", "ratio"):
-        shown.add_column(column, justify="right")
-    for name in FIGURES:
+        table.add_column(column, justify="right")
+    for name, (_, label) in REPORTED.items():
         for part in PARTS:
             real, simulated = (f"{result[side][name][part]:.1f}" for side in ("real_ms", "simulated_ms"))
-            shown.add_row(NAMES[name], part, real, simulated, f"{result['ratio'][name][part]:.2f}")
-        shown.add_section()
-    return shown
+            table.add_row(label, part, real, simulated, f"{result['ratio'][name][part]:.2f}")
+        table.add_section()
+    return table

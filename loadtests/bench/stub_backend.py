@@ -1,9 +1,9 @@
-"""A backend that does nothing but stream, so that a router before it is what is measured.
+"""A backend that only streams, so that a measurement shows the router in front of it.
 
     python -m loadtests.bench.stub_backend PORT
 
-Answers `POST /v1/completions` with as many one-word chunks as tokens are asked for, one each `TOKEN_S`, and
-what routers ask a server before they send it anything.
+Answers `POST /v1/completions` with one chunk of one word per requested token, one each `TOKEN_S`, and the
+requests that routers send to a server beforehand.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-#: Between two tokens, and before the first: about what a step of the tiny model takes.
+#: Time before each token: about that of a step of the tiny model.
 TOKEN_S = 0.002
 
 MODEL = "tiny"

@@ -1,0 +1,1 @@
+"""Experiments in virtual time: many simulations with the real control plane, as tables and plots."""

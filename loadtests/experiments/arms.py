@@ -1,17 +1,16 @@
-"""`pd-serve simulate arms`: the same 16 instances and the same requests, with and without disaggregation.
+"""`experiments arms`: the same 16 instances and the same requests, with and without disaggregation.
 
-A tenth of the requests is of high priority; only the last arm knows. It is reported in all of them.
+A tenth of the requests has high priority. Only the last arm schedules by priority; all arms report it.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import rich.console
 
-from loadtests.experiments.experiment import run_experiment
-from loadtests.experiments.paper.curves import Place
-from loadtests.experiments.paper.figure import Metric, Options, Point
-from loadtests.experiments.paper.reference import Reference
+from loadtests.experiments.figure import Figure, FigureOptions, FigurePoint, Metric, PlottedScenario
+from loadtests.experiments.figure_files import run_figures
+from loadtests.experiments.result_store import ExperimentRun
+from loadtests.terminal import new_console
 from pd_serve.errors import InvalidRequestError
 from pd_serve.simulation import trace_files
 from pd_serve.simulation.scenario import Scenario
@@ -20,8 +19,8 @@ from pd_serve.simulation.workloads import TraceSpec
 
 HIGH_SHARE = 0.1
 
-#: By title: (trace, arrivals, requests/s, prefill instances of 16). The split is the one with the best
-#: attainment without rescheduling, of 1 to 3 (L-L at 2.6/s) and 3 to 6 (Azure at 6/s), with 2,000 requests.
+#: By title: (trace, arrivals, requests/s, prefill instances of 16). The split has the best attainment without
+#: rescheduling among 1 to 3 (L-L at 2.6/s) and 3 to 6 (Azure at 6/s) prefill instances, with 2,000 requests.
 TRACES: dict[str, tuple[str, str, tuple[float, ...], int]] = {
     "L-L": ("l-l", "poisson", (2.0, 2.4, 2.8), 3),
     "Azure conversation": ("azure-conv", "recorded", (5.0, 6.0, 7.0), 4),
@@ -49,69 +48,62 @@ METRICS = (
 )
 
 
-def runs_of(options: Options, slo: Slo, titles: Sequence[str]) -> list[tuple[Place, Scenario]]:
+def scenarios_of(options: FigureOptions, slo: Slo, titles: Sequence[str]) -> list[PlottedScenario]:
     """Every arm on every trace at every rate."""
-    runs: list[tuple[Place, Scenario]] = []
+    scenarios = []
     for title in titles:
         trace, arrivals, rates, prefill = TRACES[title]
         for rate in options.pick(rates):
             spec = TraceSpec(trace, rate, options.requests, arrivals, HIGH_SHARE, options.seed)
             for arm, (disaggregated, policy, overrides, by_priority) in ARMS.items():
                 cluster = {"prefill": prefill, "decode": 16 - prefill} if disaggregated else {"neutral": 16}
-                case = Scenario(
+                scenario = Scenario(
                     spec, policy, instances=cluster, overrides=overrides, one_class=not by_priority, slo=slo
                 )
-                runs.append(((title, arm, rate), case))
-    return runs
+                scenarios.append(PlottedScenario(title, arm, rate, scenario))
+    return scenarios
 
 
-def run(
-    out: Path, requests: int, slo: Slo, seed: int, jobs: int | None, traces: Path | None, fresh: bool
-) -> None:
-    """Writes `arms.{csv,md,png}` and `arms-provenance.json`. A trace whose file is missing is left out.
+def run_arms(options: FigureOptions, slo: Slo, run: ExperimentRun) -> None:
+    """Writes `arms.{csv,md,png}` and `arms-provenance.json`. A trace without a file is left out.
 
     Raises:
-        PdServeError: Runs have failed; the others are kept.
+        PdServeError: Simulations failed; the others are kept.
     """
-    console = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
-    options = Options(requests, frozenset({"all"}), seed, Reference())
-    run_experiment(
+    titles = _available_traces(run, new_console())
+    figure = Figure(
+        None,
         "arms",
         f"16 instances with and without disaggregation; SLO {slo.ttft_s:g} s to the first token, "
         f"{slo.tpot_s * 1e3:g} ms for each later one",
         "requests/s",
-        runs_of(options, slo, _present(traces, console)),
         METRICS,
-        _findings,
-        options,
-        out,
-        console,
-        jobs=jobs,
-        traces=traces,
-        fresh=fresh,
+        lambda options: scenarios_of(options, slo, titles),
+        findings=_findings,
     )
+    run_figures([figure], options, run, "arms-provenance.json")
 
 
-def _present(traces: Path | None, console: rich.console.Console) -> list[str]:
-    present = []
+def _available_traces(run: ExperimentRun, console: rich.console.Console) -> list[str]:
+    available = []
     for title, (trace, *_) in TRACES.items():
         try:
             if trace in trace_files.FILES:
-                trace_files.find(trace, traces)
-            present.append(title)
+                trace_files.find(trace, run.traces)
+            available.append(title)
         except InvalidRequestError as error:
             console.print(f"[yellow]warning[/]  left out: {error}")
-    return present
+    return available
 
 
-def _findings(points: Sequence[Point]) -> list[str]:
-    """Per trace and rate: who has the best goodput, and where an arm with disaggregation is the worse one."""
+def _findings(points: Sequence[FigurePoint]) -> list[str]:
+    """Per trace and rate: the arm with the best goodput, and where disaggregation is worse."""
     at = {(p.panel, p.x, p.metric, p.series): p.ours for p in points}
     lines = []
     for panel, x in dict.fromkeys((p.panel, p.x) for p in points):
         goodput = {arm: at[panel, x, "Goodput", arm] or 0.0 for arm in ARMS}
         best = max(goodput, key=lambda arm: goodput[arm])
-        lost = [
+        worse = [
             f"{metric} {mine / base:.2f} x"
             for metric in ("TTFT P99", "TTFT Mean", "TPOT P99", "TPOT Mean", "Longest gap P99")
             if (base := at[panel, x, metric, "aggregated"])
@@ -121,6 +113,6 @@ def _findings(points: Sequence[Point]) -> list[str]:
         lines.append(
             f"{panel} at {x:g}/s: best goodput {goodput[best]:.2f}/s with {best} (aggregated "
             f"{goodput['aggregated']:.2f}/s); the full PD arm is worse than aggregated in: "
-            + (", ".join(lost) or "nothing of the latencies")
+            + (", ".join(worse) or "none of the latencies")
         )
     return lines

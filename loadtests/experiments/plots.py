@@ -1,4 +1,4 @@
-"""Plots of points: panels below each other, metrics side by side; ours solid, the paper's dashed."""
+"""Plots of figures: panels below each other, metrics side by side; ours solid, the paper's dashed."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loadtests.experiments.paper.figure import Figure, Point
+from loadtests.experiments.figure import Figure, FigurePoint
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +30,7 @@ COLORS = {
     "PD, balancing": "#1f5fa8",
     "PD, de-fragmentation and priorities": "#2f8f4e",
 }
-#: More metrics than this are wrapped.
+#: More metrics than this take further rows of the panel.
 MOST_IN_A_ROW = 7
 
 OTHER_COLORS = ("#7b4fa3", "#b8860b", "#008b8b", "#a83250")
@@ -43,8 +43,8 @@ def available() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def plot(figure: Figure, points: Sequence[Point], path: Path) -> None:
-    """Writes one picture, as PNG or SVG by the name of the file."""
+def plot(figure: Figure, points: Sequence[FigurePoint], path: Path) -> None:
+    """Writes one picture, as PNG or SVG by the suffix of the file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Sheet
 
@@ -76,11 +76,11 @@ def plot(figure: Figure, points: Sequence[Point], path: Path) -> None:
     sheet.savefig(path, dpi=110)
 
 
-def _curves(axes: "Axes", figure: Figure, points: Sequence[Point]) -> dict[str, Any]:
-    """Draws them; returns what the legend needs, by label."""
+def _curves(axes: "Axes", figure: Figure, points: Sequence[FigurePoint]) -> dict[str, Any]:
+    """Draws the curves of one plot and returns their legend handles by label."""
     handles: dict[str, Any] = {}
     for series in dict.fromkeys(point.series for point in points):
-        for who, style, marker, values in (
+        for source, style, marker, values in (
             ("", "-", "o", [(p.x, p.ours) for p in points if p.series == series]),
             (" (paper)", "--", "x", [(p.x, p.paper) for p in points if p.series == series]),
         ):
@@ -94,16 +94,16 @@ def _curves(axes: "Axes", figure: Figure, points: Sequence[Point]) -> dict[str, 
                     markersize=4,
                     linewidth=1.4,
                 )
-                handles[series + who] = line
+                handles[series + source] = line
     return handles
 
 
 def color(series: str) -> str:
-    """The same in every figure."""
+    """The color of a series, the same in every figure."""
     return COLORS.get(series) or OTHER_COLORS[sum(series.encode()) % len(OTHER_COLORS)]
 
 
-def _scales(axes: "Axes", figure: Figure, log: bool, points: Sequence[Point]) -> None:
+def _scales(axes: "Axes", figure: Figure, log: bool, points: Sequence[FigurePoint]) -> None:
     values = [y for p in points for y in (p.ours, p.paper) if y is not None]
     if log and values and min(values) > 0:
         axes.set_yscale("log")
@@ -122,7 +122,7 @@ def _scales(axes: "Axes", figure: Figure, log: bool, points: Sequence[Point]) ->
 
 
 def _log_labels() -> "Formatter":
-    """Labels for as many ticks as there is room for, as plain numbers."""
+    """Labels as plain numbers, for as many ticks as there is room for."""
     from matplotlib.ticker import LogFormatter
 
     class Plain(LogFormatter):

@@ -1,20 +1,21 @@
-"""The live page in a real browser, watching real engines."""
+"""The dashboard in a real browser, on a cluster of real engines."""
 
 import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
 
-from loadtests import chromium
+from loadtests.browser import BrowserPage, ColorScheme, browser_page, find_chromium
 from tests.e2e.completion_client import CompletionClient
 from tests.e2e.prompts import token_ids
 from tests.e2e.server_process import ServerProcess
 
-PATH = chromium.find()
+CHROMIUM = find_chromium()
+SCHEMES: tuple[ColorScheme, ...] = ("light", "dark")
 
-pytestmark = pytest.mark.skipif(PATH is None, reason="no Chromium on this machine (Debian's `chromium`)")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian's `chromium`)")
 
-#: Every instance's map has been laid out.
+#: The map of every instance is drawn.
 MAPS = "[...document.querySelectorAll('canvas')].map((canvas) => canvas.width * canvas.height).every(Boolean)"
 INSTANCES = "[...document.querySelectorAll('.instance')].map((card) => card.dataset.id).sort().join()"
 RUNNING = "Number(document.querySelector('#requests [data-name=running]').textContent)"
@@ -23,12 +24,12 @@ TOO_WIDE = "document.documentElement.scrollWidth > innerWidth"
 BACKGROUND = "getComputedStyle(document.body).backgroundColor"
 
 WATCH_ARCS = """
-window.seen = [];
+window.arcs = [];
 new MutationObserver((changes) => {
-  for (const change of changes) for (const node of change.addedNodes) seen.push(node.dataset?.way);
+  for (const change of changes) for (const node of change.addedNodes) arcs.push(node.dataset?.way);
 }).observe(document.querySelector(".arcs"), { childList: true });
 """
-#: The stream is begun anew, as with another key, and cannot be.
+#: Restarts the stream, as with another key, while requests fail.
 UNPLUG = """
 window.plugged = window.fetch;
 window.fetch = () => Promise.reject(new Error("unplugged"));
@@ -49,64 +50,64 @@ def server(cluster: ServerProcess) -> ServerProcess:
 
 
 @pytest.fixture
-async def page(server: ServerProcess, client: CompletionClient) -> AsyncIterator[chromium.Page]:
-    """Opened and showing the instances; when it is closed nothing may have been complained of."""
-    assert PATH is not None
-    async with chromium.page(PATH) as page:
-        await page.look(width=1280, height=900, scheme="light")
-        await page.open(f"{server.url}/dashboard")
-        await page.until(f"{INSTANCES} === 'decode-0,decode-1,prefill-0'")
+async def page(server: ServerProcess, client: CompletionClient) -> AsyncIterator[BrowserPage]:
+    """The page with all instances shown. At the end its console must have no complaints."""
+    assert CHROMIUM is not None
+    async with browser_page(CHROMIUM) as page:
+        await page.set_view(1280, 900, "light")
+        await page.page.goto(f"{server.url}/dashboard", wait_until="commit")
+        await page.wait_until(f"{INSTANCES} === 'decode-0,decode-1,prefill-0'")
         yield page
         assert page.complaints == []
 
 
-async def test_a_request_is_seen_and_seen_moving(page: chromium.Page, client: CompletionClient) -> None:
-    async def tour() -> None:
+async def test_a_request_and_its_moves_are_shown(page: BrowserPage, client: CompletionClient) -> None:
+    async def generate() -> None:
         body = {"prompt": token_ids(300), "max_tokens": 4000, "ignore_eos": True}
         async with client.open(body, "seen") as events:
             async for _ in events:
                 pass
 
-    request = asyncio.create_task(tour())
+    request = asyncio.create_task(generate())
     try:
-        await page.until(f"{RUNNING} === 1")
-        await page.until(f"{MOVES}.includes('handoff seen-')")
+        await page.wait_until(f"{RUNNING} === 1")
+        await page.wait_until(f"{MOVES}.includes('handoff seen-')")
         await client.until(lambda seen: seen["migrations"]["handoff"]["committed"] > 0)
-        await page.evaluate(WATCH_ARCS)
+        await page.page.evaluate(WATCH_ARCS)
         moves = [await client.migrate("seen", name) for name in ("decode-0", "decode-1")]
         done = next(name for name, move in zip(("decode-0", "decode-1"), moves, strict=True) if move.done)
-        await page.until(f"seen.some((way) => way?.endsWith('{done}'))")
-        await page.until(f"{MOVES}.includes('manual seen-')")
-        # Its squares can be gone through with the keyboard, and lead to its timeline.
-        await page.until(OPEN_BY_KEYS)
-        await page.until("document.querySelector('#dialog .lanes') !== null")
-        told = await page.evaluate("dialog.textContent")
-        assert "seen" in told
-        assert "manual" in told
-        assert "seen" in await page.evaluate("tip.textContent")
+        await page.wait_until(f"arcs.some((way) => way?.endsWith('{done}'))")
+        await page.wait_until(f"{MOVES}.includes('manual seen-')")
+        # The keyboard selects its squares and opens its timeline.
+        await page.wait_until(OPEN_BY_KEYS)
+        await page.wait_until("document.querySelector('#dialog .lanes') !== null")
+        text = await page.page.evaluate("dialog.textContent")
+        assert "seen" in text
+        assert "manual" in text
+        assert "seen" in await page.page.evaluate("tip.textContent")
     finally:
         request.cancel()
         await asyncio.wait([request])
 
 
-async def test_it_fits_a_phone_and_follows_the_scheme(page: chromium.Page) -> None:
+async def test_the_page_fits_a_phone_and_follows_the_color_scheme(page: BrowserPage) -> None:
     backgrounds = set()
     for width in (1280, 360):
-        for scheme in ("light", "dark"):
-            await page.look(width=width, height=780, scheme=scheme, reduced_motion=scheme == "dark")
-            await page.until(f"innerWidth === {width} && {MAPS}")
-            assert not await page.evaluate(TOO_WIDE)
-            backgrounds.add(await page.evaluate(BACKGROUND))
+        for scheme in SCHEMES:
+            await page.set_view(width, 780, scheme, reduced_motion=scheme == "dark")
+            await page.wait_until(f"innerWidth === {width} && {MAPS}")
+            assert not await page.page.evaluate(TOO_WIDE)
+            backgrounds.add(await page.page.evaluate(BACKGROUND))
     assert len(backgrounds) == 2
-    # The button is stronger than the system, which is dark now.
-    await page.evaluate("theme.click()")
-    assert await page.evaluate("theme.textContent") == "Theme: light"
-    await page.evaluate("theme.click(); theme.click()")
+    # The button overrides the system's scheme, which is dark now.
+    await page.page.evaluate("theme.click()")
+    assert await page.page.evaluate("theme.textContent") == "Theme: light"
+    await page.page.evaluate("theme.click(); theme.click()")
 
 
-async def test_it_says_when_nothing_comes_any_more_and_goes_on(page: chromium.Page) -> None:
-    await page.until("connection.textContent === 'live'")
-    await page.evaluate(UNPLUG)
-    await page.until("!trouble.hidden && trouble.textContent.includes('unplugged')")
-    await page.evaluate("window.fetch = plugged; true")
-    await page.until("trouble.hidden && connection.textContent === 'live'")
+async def test_a_lost_stream_is_shown_until_it_is_back(page: BrowserPage) -> None:
+    await page.wait_until("connection.textContent === 'live'")
+    await page.page.evaluate(UNPLUG)
+    await page.wait_until("!trouble.hidden && trouble.textContent.includes('unplugged')")
+    await page.page.evaluate("window.fetch = plugged; true")
+    await page.wait_until("trouble.hidden && connection.textContent === 'live'")

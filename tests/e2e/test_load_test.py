@@ -15,7 +15,7 @@ from tests.e2e.server_process import ServerProcess
 
 ROOT = Path(__file__).parents[2]
 
-#: Steps of milliseconds, so that it is over in seconds.
+#: Steps of milliseconds, so that the test takes seconds.
 COST_MODEL = ROOT / "results" / "profile-tiny.csv"
 
 
@@ -27,7 +27,7 @@ def server(logs: Path) -> Iterator[ServerProcess]:
 
 
 async def locust(server: ServerProcess, report: Path, *arguments: str) -> tuple[int, str]:
-    """(exit code, what it said)."""
+    """(exit code, output)."""
     command = ["-m", "locust", "-f", "loadtests/locustfile.py", "--headless", "--only-summary"]
     load = ["--host", server.url, "--trace", "s-s", "--max-tokens", "80", "--report", str(report)]
     process = await asyncio.create_subprocess_exec(
@@ -42,15 +42,15 @@ async def locust(server: ServerProcess, report: Path, *arguments: str) -> tuple[
     )
     try:
         async with asyncio.timeout(150):
-            said, _ = await process.communicate()
+            output, _ = await process.communicate()
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
-    return await process.wait(), said.decode()
+    return await process.wait(), output.decode()
 
 
-async def test_every_stream_is_right_while_requests_move(
+async def test_every_stream_is_correct_while_requests_move(
     server: ServerProcess, client: CompletionClient, tmp_path: Path
 ) -> None:
     async def drain_in_turns() -> None:
@@ -65,13 +65,13 @@ async def test_every_stream_is_right_while_requests_move(
     arguments = (*lengths, "--rate", "8", "--requests", "60", "--shape", "spike", "--high-priority", "0.2")
     drains = asyncio.create_task(drain_in_turns())
     try:
-        code, said = await locust(server, tmp_path / "report.json", *arguments, "--check", "simulated")
+        code, output = await locust(server, tmp_path / "report.json", *arguments, "--check", "simulated")
     finally:
         drains.cancel()
         await asyncio.wait([drains])
     if not drains.cancelled():
         drains.result()
-    assert code == 0, said
+    assert code == 0, output
     result = json.loads((tmp_path / "report.json").read_text())
     assert (result["summary"]["ended"], result["summary"]["failed"]) == (60, 0)
     assert {row["api"] for row in result["requests"]} == {"chat", "completions"}
@@ -81,12 +81,12 @@ async def test_every_stream_is_right_while_requests_move(
     assert migrations["drain"]["committed"] > 0
 
 
-async def test_a_missed_slo_is_an_exit_code(
+async def test_a_missed_slo_sets_exit_code_3(
     server: ServerProcess, client: CompletionClient, tmp_path: Path
 ) -> None:
     slo = ("--slo", "ttft=1ms,tpot=1ms", "--goodput", "0.5")
-    code, said = await locust(server, tmp_path / "report.json", "--rate", "20", "--requests", "5", *slo)
-    assert code == 3, said
+    code, output = await locust(server, tmp_path / "report.json", "--rate", "20", "--requests", "5", *slo)
+    assert code == 3, output
     result = json.loads((tmp_path / "report.json").read_text())
     assert (result["check"], result["summary"]["failed"], result["summary"]["goodput"]["good"]) == (
         "simulated",

@@ -1,4 +1,4 @@
-"""A server that streams as vLLM does with a simulated engine, and does to single streams what it is told."""
+"""A server that streams like vLLM with a simulated engine, with faults in single streams."""
 
 import json
 import threading
@@ -17,13 +17,16 @@ from pd_serve.simulated_engine.contents import TokenPrompt, expected_output
 
 Chunks = list[dict[str, Any]]
 
-#: Changes the chunks of a stream; None for an answer of 503 instead.
+#: Changes the chunks of a stream; None for a status of 503 instead.
 Fault = Callable[[Chunks], None] | None
 
 
 class FakeModelServer:
-    """Attributes:
-    faults: By the number of the request in the load.
+    """The server.
+
+    Attributes:
+        faults: By the number of the request in the load.
+        bodies: All received request bodies.
     """
 
     def __init__(self) -> None:
@@ -98,6 +101,6 @@ def _chunks(prompt: list[int], num_tokens: int, chat: bool) -> Chunks:
 async def _events(chunks: Chunks) -> AsyncIterator[str]:
     for chunk in chunks:
         if chunk.get("cut"):
-            raise ConnectionError("as asked")
+            raise ConnectionError("cut off on purpose")
         yield f"data: {json.dumps(chunk)}\n\n"
     yield "data: [DONE]\n\n"

@@ -1,4 +1,4 @@
-"""The whole load test in its own process, against a server whose faults are known."""
+"""The whole load test in its own process, against a server with known faults."""
 
 import json
 import os
@@ -62,8 +62,10 @@ def fail(chunks: Chunks) -> None:
     chunks.insert(3, {"error": {"message": "out of memory"}})
 
 
-def test_a_server_without_fault(server: FakeModelServer, tmp_path: Path) -> None:
-    """What was planned is what is sent; Locust's CSV has a row for each time; all streams are right."""
+def test_a_good_server_gets_the_planned_requests_and_no_complaint(
+    server: FakeModelServer, tmp_path: Path
+) -> None:
+    """The requests are the planned ones, the CSV has a row for each latency, and all streams are correct."""
     report = tmp_path / "report.json"
     more = (
         "--slo",
@@ -115,8 +117,8 @@ def test_each_fault_is_found_and_named(server: FakeModelServer, tmp_path: Path) 
     }
 
 
-def test_asked_again(server: FakeModelServer, tmp_path: Path) -> None:
-    """A model that says something else the second time is found without knowing what is right."""
+def test_a_different_second_answer_is_found(server: FakeModelServer, tmp_path: Path) -> None:
+    """The repeat check finds a difference without knowing the right tokens."""
     report = tmp_path / "report.json"
     more = ("--check", "repeat", "--api", "chat", "--requests", "5", "--report", str(report))
     server.faults = {2: swap}
@@ -126,7 +128,7 @@ def test_asked_again(server: FakeModelServer, tmp_path: Path) -> None:
     assert [row["error"] for row in rows] == [None, None, "two tokens are swapped", None, None]
 
 
-def test_a_missed_slo(server: FakeModelServer) -> None:
+def test_a_missed_slo_sets_exit_code_3(server: FakeModelServer) -> None:
     slo = ("--slo", "e2e=0.001ms", "--goodput", "0.5")
     done = locust("--host", server.url, *LOAD, "--requests", "3", *slo)
     assert done.returncode == 3, done.stderr
@@ -140,7 +142,9 @@ def test_a_missed_slo(server: FakeModelServer) -> None:
         (LOAD, 1, "connection failed: ConnectionRefusedError"),
     ],
 )
-def test_what_cannot_be(arguments: tuple[str, ...], code: int, says: str) -> None:
+def test_invalid_options_and_a_missing_server_set_the_exit_code(
+    arguments: tuple[str, ...], code: int, says: str
+) -> None:
     done = locust("--host", "http://127.0.0.1:9", *arguments)
     assert done.returncode == code
     assert says in done.stderr

@@ -1,1 +1,1 @@
-"""The experiments of the Llumnix paper (OSDI 2024), as data: one file per figure."""
+"""The figures of the Llumnix paper's evaluation (OSDI 2024), one module per experiment."""

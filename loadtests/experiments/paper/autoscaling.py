@@ -1,4 +1,4 @@
-"""Figures 14 and 15: 1 to 16 instances, from 8 on, on L-L."""
+"""Figures 14 and 15: autoscaling from 1 to 16 instances, starting with 8, on L-L."""
 
 import statistics
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 import rich.console
 
-from loadtests.experiments.paper.comparison import (
+from loadtests.experiments.comparison import (
     Value,
     against_targets,
     at_equal_y,
@@ -16,26 +16,26 @@ from loadtests.experiments.paper.comparison import (
     ours,
     papers,
 )
-from loadtests.experiments.paper.curves import Place, points_of
-from loadtests.experiments.paper.figure import (
+from loadtests.experiments.figure import (
     BASELINE,
     LATENCIES,
     LLUMNIX,
     OURS,
     PAPER_NAMES,
     Figure,
+    FigureOptions,
+    FigurePoint,
     Metric,
-    Options,
-    Point,
-    paper_case,
+    PlottedScenario,
+    paper_scenario,
 )
-from loadtests.experiments.runs import Results
+from loadtests.experiments.result_store import Results
 from pd_serve.simulation.scenario import Scenario
 from pd_serve.simulation.workloads import TraceSpec
 from router.scaling import PoolBounds
 
-REFERENCE = "fig14_autoscaling_L-L"
-SWEEP_REFERENCE = "fig15_autoscaling_threshold_sweep"
+PAPER_KEY = "fig14_autoscaling_L-L"
+SWEEP_PAPER_KEY = "fig15_autoscaling_threshold_sweep"
 INSTANCES = Metric("Avg Instances", ("avg_instances",), unit="instances")
 METRICS = (*LATENCIES, INSTANCES)
 RATES = (2.0, 2.2, 2.4, 2.6, 2.8, 3.0)
@@ -49,87 +49,90 @@ SWEEP_PANEL = f"L-L at {SWEEP_RATE:g} requests/s"
 SWEEP_METRIC = Metric("Prefill P99", ("prefill_s", "p99"), log=True)
 
 
-def _case(spec: TraceSpec, policy: str, **overrides: float | int | str) -> Scenario:
+def _scenario(spec: TraceSpec, policy: str, **overrides: float | int | str) -> Scenario:
     sizes: dict[str, Any] = {"instances": {"neutral": 8}, "autoscale": {"neutral": PoolBounds(1, 16)}}
-    return paper_case(spec, policy, overrides=overrides, **sizes)
+    return paper_scenario(spec, policy, overrides=overrides, **sizes)
 
 
-def _runs(options: Options) -> list[tuple[Place, Scenario]]:
-    runs: list[tuple[Place, Scenario]] = []
+def _scenarios(options: FigureOptions) -> list[PlottedScenario]:
+    scenarios = []
     for policy in POLICIES:
+        series = PAPER_NAMES[policy]
         for rate in options.pick(RATES):
             spec = TraceSpec("l-l", rate, options.requests, "poisson", seed=options.seed)
-            runs.append((("Poisson", PAPER_NAMES[policy], rate), _case(spec, policy)))
+            scenarios.append(PlottedScenario("Poisson", series, rate, _scenario(spec, policy)))
         for cv in options.pick(CVS):
             spec = TraceSpec("l-l", RATE_OF_CVS, options.requests, f"gamma:{cv:g}", seed=options.seed)
-            runs.append((("Gamma", PAPER_NAMES[policy], cv), _case(spec, policy)))
-    return runs
+            scenarios.append(PlottedScenario("Gamma", series, cv, _scenario(spec, policy)))
+    return scenarios
 
 
-def _points(options: Options, results: Results, console: rich.console.Console) -> list[Point]:
-    def paper(panel: str, series: str, metric: str) -> dict[float, float]:
-        return options.reference.curve(REFERENCE, panel, series, x="x", y=metric)
-
-    return points_of(_runs(options), METRICS, results, paper)
+def _paper_curve(options: FigureOptions, panel: str, series: str, metric: str) -> dict[float, float]:
+    return options.paper.curve(PAPER_KEY, panel, series, x="x", y=metric)
 
 
-def _findings(points: Sequence[Point]) -> list[str]:
+def _findings(points: Sequence[FigurePoint]) -> list[str]:
     lines = against_targets(points)
     lines += factor_lines(points, ("Prefill P99", "Prefill Mean"), BASELINE, LLUMNIX)
-    for who, value in (("ours", ours), ("paper's points", papers)):
+    for source, value in (("ours", ours), ("paper's points", papers)):
         found = factors(points, INSTANCES.name, BASELINE, LLUMNIX, value)
         if found:
             best, mean = max(found.values()), statistics.fmean(found.values())
             lines.append(
-                f"instances, {BASELINE} / {LLUMNIX} - 1 (the paper's definition): {who} at best "
+                f"instances, {BASELINE} / {LLUMNIX} - 1 (the paper's definition): {source} at best "
                 f"{best - 1:.0%}, mean {mean - 1:.0%}"
             )
-            lines.append(f"instances, 1 - {LLUMNIX} / {BASELINE}: {who} at best {1 - 1 / best:.0%}")
+            lines.append(f"instances, 1 - {LLUMNIX} / {BASELINE}: {source} at best {1 - 1 / best:.0%}")
     return lines
 
 
-def _sweep(options: Options) -> list[tuple[str, Scenario]]:
+def _sweep_scenarios(options: FigureOptions) -> list[PlottedScenario]:
     spec = TraceSpec("l-l", SWEEP_RATE, options.requests, "poisson", seed=options.seed)
-    runs = []
+    scenarios = []
     for threshold in options.pick(THRESHOLDS):
-        for policy in POLICIES:
-            runs.append((PAPER_NAMES[policy], _case(spec, policy, scale_threshold=threshold)))
-        case = _case(spec, "llumnix", scale_threshold=threshold)
-        runs.append((OURS, replace(case, max_migrations=64)))
-    return runs
+        by_series = {PAPER_NAMES[p]: _scenario(spec, p, scale_threshold=threshold) for p in POLICIES}
+        by_series[OURS] = replace(_scenario(spec, "llumnix", scale_threshold=threshold), max_migrations=64)
+        scenarios += [
+            PlottedScenario(SWEEP_PANEL, series, threshold, scenario)
+            for series, scenario in by_series.items()
+        ]
+    return scenarios
 
 
-def _sweep_points(options: Options, results: Results, console: rich.console.Console) -> list[Point]:
+def _sweep_points(
+    options: FigureOptions, results: Results, console: rich.console.Console
+) -> list[FigurePoint]:
     points = []
-    for series, case in _sweep(options):
-        x = INSTANCES.of(results[case.key])
+    for one in _sweep_scenarios(options):
+        summary = results[one.scenario.key]
+        x = INSTANCES.of(summary)
         if x is not None:
-            y = SWEEP_METRIC.of(results[case.key])
-            points.append(Point(SWEEP_PANEL, series, SWEEP_METRIC.name, x, ours=y))
+            y = SWEEP_METRIC.of(summary)
+            points.append(FigurePoint(SWEEP_PANEL, one.series, SWEEP_METRIC.name, x, ours=y))
     for series in (BASELINE, LLUMNIX):
-        curve = options.reference.curve(SWEEP_REFERENCE, series, x="avg_instances", y="p99_prefill")
-        points += [Point(SWEEP_PANEL, series, SWEEP_METRIC.name, x, paper=y) for x, y in curve.items()]
+        curve = options.paper.curve(SWEEP_PAPER_KEY, series, x="avg_instances", y="p99_prefill")
+        points += [FigurePoint(SWEEP_PANEL, series, SWEEP_METRIC.name, x, paper=y) for x, y in curve.items()]
     return sorted(points, key=lambda point: (point.series, point.x))
 
 
-def _sweep_findings(points: Sequence[Point]) -> list[str]:
+def _sweep_findings(points: Sequence[FigurePoint]) -> list[str]:
     lines = []
     sides: tuple[tuple[str, str, Value], ...] = (
         (LLUMNIX, "simulated", ours),
         (LLUMNIX, "paper's points", papers),
         (OURS, "simulated", ours),
     )
-    for series, who, value in sides:
+    for series, source, value in sides:
         levels = at_equal_y(points, SWEEP_METRIC.name, SWEEP_PANEL, BASELINE, series, value)
         saved = [1 - under / over for _, over, under in levels]
-        what = f"instances at equal prefill P99, 1 - {series} / {BASELINE}: {who}"
+        title = f"instances at equal prefill P99, 1 - {series} / {BASELINE}: {source}"
         if saved:
             lines.append(
-                f"{what} {min(saved):.0%} to {max(saved):.0%} for P99 from {levels[0][0]:.1f} to "
+                f"{title} {min(saved):.0%} to {max(saved):.0%} for P99 from {levels[0][0]:.1f} to "
                 f"{levels[-1][0]:.1f} s"
             )
         else:
-            lines.append(f"{what} have no P99 in common")
+            lines.append(f"{title} have no P99 in common")
     return lines
 
 
@@ -139,9 +142,9 @@ AUTOSCALING = Figure(
     f"Autoscaling: L-L, 1 to 16 instances; Poisson arrivals, and Gamma at {RATE_OF_CVS:g} requests/s",
     "requests/s (Poisson), CV (Gamma)",
     METRICS,
-    lambda options: [case for _, case in _runs(options)],
-    _points,
-    _findings,
+    _scenarios,
+    paper_curve=_paper_curve,
+    findings=_findings,
 )
 
 SWEEP = Figure(
@@ -150,7 +153,7 @@ SWEEP = Figure(
     f"Autoscaling: latency against size, by threshold; {SWEEP_PANEL}",
     "average instances",
     (SWEEP_METRIC,),
-    lambda options: [case for _, case in _sweep(options)],
-    _sweep_points,
-    _sweep_findings,
+    _sweep_scenarios,
+    points=_sweep_points,
+    findings=_sweep_findings,
 )

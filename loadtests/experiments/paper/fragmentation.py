@@ -1,52 +1,52 @@
-"""Figure 12: memory that is free but useless, over time, with and without migration."""
+"""Figure 12: free memory that no waiting request can use, over time, with and without migration."""
 
 import statistics
 from collections.abc import Sequence
 
 import rich.console
 
-from loadtests.experiments.paper.figure import (
+from loadtests.experiments.figure import (
     BASELINE,
     LLUMNIX,
     PAPER_NAMES,
     Figure,
+    FigureOptions,
+    FigurePoint,
     Metric,
-    Options,
-    Point,
-    paper_case,
+    PlottedScenario,
+    paper_scenario,
 )
-from loadtests.experiments.runs import Results
-from pd_serve.simulation.scenario import Scenario
+from loadtests.experiments.result_store import Results
 from pd_serve.simulation.workloads import TraceSpec
 
 RATE = 7.0
 METRIC = Metric("Fragmentation", unit="% of memory")
 
-#: Points per curve: samples are averaged over equal stretches of time.
-STRETCHES = 120
+#: Points per curve: each is the mean over an equal interval of time.
+INTERVALS = 120
 
 
-def _runs(options: Options) -> dict[str, Scenario]:
+def _scenarios(options: FigureOptions) -> list[PlottedScenario]:
     spec = TraceSpec("m-m", RATE, options.requests, "poisson", seed=options.seed)
-    return {
-        PAPER_NAMES[policy]: paper_case(spec, policy, with_series=True)
+    return [
+        PlottedScenario("M-M", PAPER_NAMES[policy], RATE, paper_scenario(spec, policy, with_series=True))
         for policy in ("infaas++", "llumnix-paper")
-    }
+    ]
 
 
-def _points(options: Options, results: Results, console: rich.console.Console) -> list[Point]:
+def _points(options: FigureOptions, results: Results, console: rich.console.Console) -> list[FigurePoint]:
     points = []
-    for series, case in _runs(options).items():
-        found = results[case.key]["series"]
+    for one in _scenarios(options):
+        found = results[one.scenario.key]["series"]
         times, values = found["at_s"], found["fragmentation"]
-        size = max(1, len(times) // STRETCHES)
+        size = max(1, len(times) // INTERVALS)
         for begin in range(0, len(times), size):
             mean = statistics.fmean(values[begin : begin + size])
-            points.append(Point("M-M", series, METRIC.name, times[begin], 100 * mean))
+            points.append(FigurePoint(one.panel, one.series, METRIC.name, times[begin], 100 * mean))
     return points
 
 
-def _findings(points: Sequence[Point]) -> list[str]:
+def _findings(points: Sequence[FigurePoint]) -> list[str]:
     means = {
         series: statistics.fmean(p.ours for p in points if p.series == series and p.ours is not None)
         for series in (BASELINE, LLUMNIX)
@@ -69,8 +69,8 @@ FIGURE = Figure(
     f"Fragmentation: M-M at {RATE:g} requests/s",
     "time (s)",
     (METRIC,),
-    lambda options: list(_runs(options).values()),
-    _points,
-    _findings,
+    _scenarios,
+    points=_points,
+    findings=_findings,
     time_series=True,
 )

@@ -1,24 +1,23 @@
-"""Figure 10: one request moved between two busy instances, by its length. Measured in virtual time."""
+"""Figure 10: the cost of moving one request between two busy instances, by its length, in virtual time."""
 
 from collections.abc import Sequence
 
 import rich.console
 
-from loadtests.experiments.paper.comparison import medians
-from loadtests.experiments.paper.figure import Figure, Metric, Options, Point
-from loadtests.experiments.runs import Results
+from loadtests.experiments.comparison import medians
+from loadtests.experiments.figure import Figure, FigureOptions, FigurePoint, Metric
+from loadtests.experiments.result_store import Results
 from pd_serve.simulated_engine.cost_model import COST_MODELS
 from pd_serve.simulated_engine.settings import EngineSettings
 from pd_serve.simulation.config import NetworkSettings
-from pd_serve.simulation.scenario import Scenario
 
-REFERENCE = "fig10_migration"
+PAPER_KEY = "fig10_migration"
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 DOWNTIME = Metric("Downtime", unit="ms", log=True)
 STEP = Metric("Decode step", unit="ms")
 PANEL = "LLaMA-7B"
 
-#: By our name of the mode: the legend, and the key in the reference.
+#: By mode: (legend, key of the paper's points).
 MODES = {
     "live": ("live migration", "migration_7b"),
     "blocking": ("blocking copy", "blocking_7b"),
@@ -26,12 +25,8 @@ MODES = {
 }
 
 
-def _cases(options: Options) -> list[Scenario]:
-    return []
-
-
-def _points(options: Options, results: Results, console: rich.console.Console) -> list[Point]:
-    from loadtests.experiments.single_migration import Mode, measure_migration
+def _points(options: FigureOptions, results: Results, console: rich.console.Console) -> list[FigurePoint]:
+    from loadtests.experiments.paper.single_migration import Mode, measure_migration
 
     engine, network = EngineSettings(COST_MODELS["a10-llama-7b"]), NetworkSettings()
     modes: tuple[Mode, ...] = ("live", "blocking", "recompute")
@@ -41,24 +36,24 @@ def _points(options: Options, results: Results, console: rich.console.Console) -
             with console.status(f"{MODES[mode][0]} of {length} tokens"):
                 cost = measure_migration(length, mode, engine, network)
             series, key = MODES[mode]
-            theirs = _paper(options, "downtime_ms", key).get(length)
-            points.append(Point(PANEL, series, DOWNTIME.name, length, cost.away_ms, theirs))
+            paper = _paper(options, "downtime_ms", key).get(length)
+            points.append(FigurePoint(PANEL, series, DOWNTIME.name, length, cost.away_ms, paper))
             if mode == "live":
                 for name, ms, column in (
                     ("normal", cost.step_ms, "normal_7b"),
                     ("while migrating", cost.step_migrating_ms, "migration_7b"),
                 ):
-                    theirs = _paper(options, "decode_ms_total8k", column).get(length)
-                    points.append(Point(PANEL, name, STEP.name, length, ms, theirs))
+                    paper = _paper(options, "decode_ms_total8k", column).get(length)
+                    points.append(FigurePoint(PANEL, name, STEP.name, length, ms, paper))
     return points
 
 
-def _paper(options: Options, table: str, column: str) -> dict[float, float]:
-    lengths = options.reference.values(REFERENCE, "seq_len")
-    return dict(zip(lengths, options.reference.values(REFERENCE, table, column), strict=False))
+def _paper(options: FigureOptions, table: str, column: str) -> dict[float, float]:
+    lengths = options.paper.values(PAPER_KEY, "seq_len")
+    return dict(zip(lengths, options.paper.values(PAPER_KEY, table, column), strict=False))
 
 
-def _findings(points: Sequence[Point]) -> list[str]:
+def _findings(points: Sequence[FigurePoint]) -> list[str]:
     lines = []
     for series in dict.fromkeys(point.series for point in points):
         for metric, (median, count) in medians(p for p in points if p.series == series).items():
@@ -77,8 +72,7 @@ FIGURE = Figure(
     "Migration: 8k tokens in the batch of each side",
     "sequence length (tokens)",
     (DOWNTIME, STEP),
-    _cases,
-    _points,
-    _findings,
+    points=_points,
+    findings=_findings,
     log_x=True,
 )

@@ -1,4 +1,4 @@
-"""Figure 16: what decisions cost with many instances. Wall time of the real scheduler on loads made up."""
+"""Figure 16: the cost of decisions with many instances, as wall time on synthetic loads."""
 
 import random
 import statistics
@@ -8,9 +8,8 @@ from types import MappingProxyType
 
 import rich.console
 
-from loadtests.experiments.paper.figure import Figure, Metric, Options, Point
-from loadtests.experiments.runs import Results
-from pd_serve.simulation.scenario import Scenario
+from loadtests.experiments.figure import Figure, FigureOptions, FigurePoint, Metric
+from loadtests.experiments.result_store import Results
 from router.dispatcher import Dispatcher
 from router.load import InstanceLoad
 from router.plugins import PolicyChoice
@@ -26,37 +25,37 @@ ROUND = Metric("Scheduling round", unit="ms", log=True)
 PANEL = "this machine"
 REPEATS = 30
 
-#: Decisions timed together, between which nobody reports.
+#: Decisions timed together, without load reports between them.
 DISPATCHES_PER_ROUND = 20
 
 
-def synthetic_loads(count: int, dice: random.Random) -> list[InstanceLoad]:
+def synthetic_loads(count: int, rng: random.Random) -> list[InstanceLoad]:
     """A busy cluster: most instances have room, some are nearly full with requests queued."""
     loads = []
     for number in range(count):
-        full = dice.random() < 0.2
-        free = dice.randrange(0, 20) if full else dice.randrange(50, 600)
-        head = dice.randrange(20, 200) if full else 0
+        full = rng.random() < 0.2
+        free = rng.randrange(0, 20) if full else rng.randrange(50, 600)
+        head = rng.randrange(20, 200) if full else 0
         loads.append(
             InstanceLoad(
                 instance_id=f"neutral-{number}",
                 role="neutral",
                 total_blocks=780,
                 free_blocks=free,
-                running=dice.randrange(10, 60),
-                waiting=int(full) * dice.randrange(1, 5),
+                running=rng.randrange(10, 60),
+                waiting=int(full) * rng.randrange(1, 5),
                 waiting_tokens=16 * head,
                 head_of_line_blocks=head,
                 waiting_blocks=head,
                 watermark_blocks=8,
-                preempted=int(full and dice.random() < 0.3),
+                preempted=int(full and rng.random() < 0.3),
             )
         )
     return loads
 
 
 class NoActions:
-    """Takes what the scheduler decides, and does none of it."""
+    """Accepts the scheduler's commands and does nothing."""
 
     starting: Mapping[str, int] = MappingProxyType({})
     waiting: Demand = NO_DEMAND
@@ -79,50 +78,50 @@ def _median_ms(action: Callable[[], object], prepare: Callable[[], object], repe
 
 
 def dispatch_ms(count: int, policies: PolicySet, repeats: int = REPEATS) -> float:
-    """One decision on where a request starts, in a stream of them with reports in between."""
-    dice = random.Random(count)
+    """Time of one dispatch decision, in a stream of decisions with load reports in between."""
+    rng = random.Random(count)
     dispatcher = Dispatcher(policies, rng=random.Random(0))
-    for load in synthetic_loads(count, dice):
+    for load in synthetic_loads(count, rng):
         dispatcher.loads.report(load)
     request = NewRequest(128)
 
-    def some() -> None:
+    def decide() -> None:
         for _ in range(DISPATCHES_PER_ROUND):
             dispatcher.dispatch(request)
 
     def report() -> None:
-        for load in synthetic_loads(count, dice):
+        for load in synthetic_loads(count, rng):
             dispatcher.loads.report(load)
 
-    return _median_ms(some, report, repeats) / DISPATCHES_PER_ROUND
+    return _median_ms(decide, report, repeats) / DISPATCHES_PER_ROUND
 
 
 def round_ms(count: int, policies: PolicySet, repeats: int = REPEATS) -> float:
-    """One round over all instances after each has reported: who moves what to whom, and the pool's size."""
-    dice = random.Random(count)
+    """Time of one scheduling round after a load report of every instance: migrations, and the pool's size."""
+    rng = random.Random(count)
     bounds = {"neutral": PoolBounds(1, 2 * count)}
     schedulers: list[Scheduler] = []
 
     def report() -> None:
         schedulers[:] = [Scheduler(policies, NoActions(), autoscale=bounds, clock=lambda: 0.0)]
-        for load in synthetic_loads(count, dice):
+        for load in synthetic_loads(count, rng):
             schedulers[0].report(load)
 
     return _median_ms(lambda: schedulers[0].decide(0.0), report, repeats)
 
 
-def _points(options: Options, results: Results, console: rich.console.Console) -> list[Point]:
+def _points(options: FigureOptions, results: Results, console: rich.console.Console) -> list[FigurePoint]:
     points = []
     for name, series in POLICIES.items():
         policies = policy_set(name)
         for count in options.pick(SIZES):
             with console.status(f"decisions of {name} on {count} instances"):
-                points.append(Point(PANEL, series, DISPATCH.name, count, dispatch_ms(count, policies)))
-                points.append(Point(PANEL, series, ROUND.name, count, round_ms(count, policies)))
+                points.append(FigurePoint(PANEL, series, DISPATCH.name, count, dispatch_ms(count, policies)))
+                points.append(FigurePoint(PANEL, series, ROUND.name, count, round_ms(count, policies)))
     return points
 
 
-def _findings(points: Sequence[Point]) -> list[str]:
+def _findings(points: Sequence[FigurePoint]) -> list[str]:
     lines = []
     for series in POLICIES.values():
         for metric in (DISPATCH, ROUND):
@@ -135,18 +134,13 @@ def _findings(points: Sequence[Point]) -> list[str]:
     return lines
 
 
-def _cases(options: Options) -> list[Scenario]:
-    return []
-
-
 FIGURE = Figure(
     16,
     "scheduling",
     "Scheduler: wall time of its decisions on synthetic loads, one core",
     "instances",
     (DISPATCH, ROUND),
-    _cases,
-    _points,
-    _findings,
+    points=_points,
+    findings=_findings,
     log_x=True,
 )

@@ -1,32 +1,28 @@
-"""Figure 11: seven traces, three policies, up to saturation. No autoscaling, no priorities."""
+"""Figure 11: seven traces and three policies up to saturation, without autoscaling and priorities."""
 
 from collections.abc import Sequence
 
-import rich.console
-
-from loadtests.experiments.paper.comparison import against_targets, factor_lines, reduction_line
-from loadtests.experiments.paper.curves import Place, points_of
-from loadtests.experiments.paper.figure import (
+from loadtests.experiments.comparison import against_targets, factor_lines, reduction_line
+from loadtests.experiments.figure import (
     BASELINE,
     LATENCIES,
     LLUMNIX,
     PAPER_NAMES,
     Figure,
+    FigureOptions,
+    FigurePoint,
     Metric,
-    Options,
-    Point,
-    paper_case,
+    PlottedScenario,
+    paper_scenario,
 )
-from loadtests.experiments.runs import Results
-from pd_serve.simulation.scenario import Scenario
 from pd_serve.simulation.workloads import TraceSpec
 
-REFERENCE = "fig11_serving_16x_llama7b_a10"
+PAPER_KEY = "fig11_serving_16x_llama7b_a10"
 METRICS = (*LATENCIES, Metric("Preemption Loss", ("preemption_loss_s",)))
 
-#: By the paper's name: (our trace, requests/s, the key in the reference). The rates of ShareGPT, S-S and L-L
-#: are the paper's. Those of the others are not known: at the last of the three, found by trial with 10,000
-#: requests, INFaaS++ has a prefill P99 of 12 to 72 s here, as it has in the paper at the last known ones.
+#: By the paper's name: (our trace, requests/s, key of the paper's points). The rates of ShareGPT, S-S and L-L
+#: are the paper's. Those of the others are not known and were found by trial with 10,000 requests: at the
+#: last of them INFaaS++ has a prefill P99 of 12 to 72 s here, as in the paper at the last known rates.
 TRACES: dict[str, tuple[str, tuple[float, ...], str]] = {
     "ShareGPT": ("sharegpt-paper", (7.0, 7.25, 7.5, 7.75, 8.0), "ShareGPT"),
     "BurstGPT": ("burstgpt", (8.25, 8.75, 9.25), "BurstGPT"),
@@ -38,29 +34,22 @@ TRACES: dict[str, tuple[str, tuple[float, ...], str]] = {
 }
 
 
-def _runs(options: Options) -> list[tuple[Place, Scenario]]:
-    runs = []
+def _scenarios(options: FigureOptions) -> list[PlottedScenario]:
+    scenarios = []
     for panel, (trace, rates, key) in TRACES.items():
-        known = options.reference.values(REFERENCE, key, LLUMNIX, "qps")
+        known = options.paper.values(PAPER_KEY, key, LLUMNIX, "qps")
         for rate in options.pick(known or rates):
             for policy, series in PAPER_NAMES.items():
                 spec = TraceSpec(trace, rate, options.requests, "poisson", seed=options.seed)
-                runs.append(((panel, series, rate), paper_case(spec, policy)))
-    return runs
+                scenarios.append(PlottedScenario(panel, series, rate, paper_scenario(spec, policy)))
+    return scenarios
 
 
-def _cases(options: Options) -> list[Scenario]:
-    return [case for _, case in _runs(options)]
+def _paper_curve(options: FigureOptions, panel: str, series: str, metric: str) -> dict[float, float]:
+    return options.paper.curve(PAPER_KEY, TRACES[panel][2], series, x="qps", y=metric)
 
 
-def _points(options: Options, results: Results, console: rich.console.Console) -> list[Point]:
-    def paper(panel: str, series: str, metric: str) -> dict[float, float]:
-        return options.reference.curve(REFERENCE, TRACES[panel][2], series, x="qps", y=metric)
-
-    return points_of(_runs(options), METRICS, results, paper)
-
-
-def _findings(points: Sequence[Point]) -> list[str]:
+def _findings(points: Sequence[FigurePoint]) -> list[str]:
     return [
         *against_targets(points),
         *factor_lines(
@@ -76,7 +65,7 @@ FIGURE = Figure(
     "Serving: 16 instances of LLaMA-7B on A10, Poisson arrivals",
     "requests/s",
     METRICS,
-    _cases,
-    _points,
-    _findings,
+    _scenarios,
+    paper_curve=_paper_curve,
+    findings=_findings,
 )

@@ -1,11 +1,11 @@
-"""Numbers of one request and of a run, goodput, and the exit code that follows."""
+"""Numbers of one request and of a load, goodput, and the exit code."""
 
 import pytest
 
-from loadtests.arrival_plan import PlannedRequest
-from loadtests.load_options import Limit
+from loadtests.answer import StreamedAnswer, StreamError
+from loadtests.options import Limit
 from loadtests.outcome import Outcome, as_row, exit_code, outcome, summarize
-from loadtests.streamed_answer import Answer, StreamError
+from loadtests.workload import PlannedRequest
 
 SLO = (Limit("ttft", 0.5), Limit("tpot", 0.1))
 
@@ -13,13 +13,13 @@ SLO = (Limit("ttft", 0.5), Limit("tpot", 0.1))
 def made(
     number: int = 0, ttft_s: float = 0.4, gap_s: float = 0.05, error: StreamError | None = None
 ) -> Outcome:
-    """One that was to start at 100 s, did 10 ms later, and has 5 tokens in chunks of 1, 1, 2 and 1."""
+    """A request planned at 100 s that started 10 ms later and got 5 tokens in chunks of 1, 1, 2 and 1."""
     times = [100 + ttft_s + gap_s * n for n in range(4)]
-    answer = Answer(token_ids=[1, 2, 3, 4, 5], times_s=times, usage={"prompt_tokens": 9})
+    answer = StreamedAnswer(token_ids=[1, 2, 3, 4, 5], times_s=times, usage={"prompt_tokens": 9})
     return outcome(PlannedRequest(number, 7.0, "chat", 8, 5), answer, 100.0, 100.01, times[-1] + 0.01, error)
 
 
-def test_times_count_from_when_it_was_to_start() -> None:
+def test_times_count_from_the_planned_start() -> None:
     one = made()
     assert one.late_s == pytest.approx(0.01)
     assert one.ttft_s == pytest.approx(0.4)
@@ -31,9 +31,9 @@ def test_times_count_from_when_it_was_to_start() -> None:
     assert "gaps_s" not in as_row(one)
 
 
-def test_a_request_without_tokens() -> None:
+def test_a_request_without_tokens_has_no_times() -> None:
     failed = outcome(
-        PlannedRequest(0, 0.0, "chat", 8, 5), Answer(), 1.0, 1.0, 2.0, StreamError("HTTP 503", "busy")
+        PlannedRequest(0, 0.0, "chat", 8, 5), StreamedAnswer(), 1.0, 1.0, 2.0, StreamError("HTTP 503", "busy")
     )
     assert (failed.ttft_s, failed.tpot_s, failed.longest_gap_s, failed.gaps_s) == (None, None, None, [])
     assert (failed.error, failed.detail, failed.prompt_tokens) == ("HTTP 503", "busy", 8)
@@ -49,18 +49,18 @@ def test_a_request_without_tokens() -> None:
         (made(error=StreamError("a token is lost")), False),
     ],
 )
-def test_good_is_within_all_limits_and_not_failed(one: Outcome, good: bool) -> None:
+def test_a_good_request_did_not_fail_and_is_within_all_limits(one: Outcome, good: bool) -> None:
     assert one.is_good(SLO) is good
 
 
-def test_one_token_has_no_time_per_later_token() -> None:
-    answer = Answer(token_ids=[1], times_s=[0.2])
+def test_a_request_with_one_token_has_no_tpot() -> None:
+    answer = StreamedAnswer(token_ids=[1], times_s=[0.2])
     one = outcome(PlannedRequest(0, 0.0, "chat", 8, 1), answer, 0.0, 0.0, 0.2, None)
     assert one.tpot_s is None
     assert one.is_good(SLO)
 
 
-def test_summary() -> None:
+def test_the_summary_counts_failures_and_good_requests() -> None:
     outcomes = [made(n, ttft_s=0.1 * (n + 1)) for n in range(9)] + [made(9, error=StreamError("HTTP 429"))]
     summary = summarize(outcomes, SLO, 10)
     assert (summary["ended"], summary["failed"], summary["failures"]) == (10, 1, {"HTTP 429": 1})
@@ -85,5 +85,7 @@ def test_summary() -> None:
         ([], 0, None, 1),
     ],
 )
-def test_exit_code(outcomes: list[Outcome], planned: int, goodput: float | None, code: int) -> None:
+def test_the_exit_code_names_failures_and_a_missed_slo(
+    outcomes: list[Outcome], planned: int, goodput: float | None, code: int
+) -> None:
     assert exit_code(summarize(outcomes, SLO, planned), goodput) == code

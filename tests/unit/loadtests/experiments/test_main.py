@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 from loadtests.experiments.__main__ import app
 
 
-def test_a_figure_from_simulations_to_files(tmp_path: Path) -> None:
+def test_figure_13_is_simulated_and_written(tmp_path: Path) -> None:
     arguments = f"paper --figure 13 --rates first --requests 20 --jobs 1 --out {tmp_path}"
 
     done = CliRunner().invoke(app, arguments.split(), catch_exceptions=False)
@@ -21,11 +21,11 @@ def test_a_figure_from_simulations_to_files(tmp_path: Path) -> None:
         "provenance.json",
         "runs",
     }
-    assert "2 of 2 runs are taken" in again.output
-    assert "2 runs of 20 requests" in (tmp_path / "figure13-priorities.md").read_text()
+    assert "2 of 2 results are taken" in again.output
+    assert "2 simulations of 20 requests" in (tmp_path / "figure13-priorities.md").read_text()
 
 
-def test_migrations_of_figure_10(tmp_path: Path) -> None:
+def test_figure_10_is_measured_and_written(tmp_path: Path) -> None:
     arguments = f"paper --figure 10 --rates first,last --out {tmp_path}"
 
     done = CliRunner().invoke(app, arguments.split(), catch_exceptions=False)
