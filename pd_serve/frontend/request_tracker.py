@@ -109,6 +109,7 @@ class RequestTracker(InstanceRegistry):
         self._num_waiting = 0
         self._migrations: dict[str, Counter[str]] = {"handoff": Counter(), "manual": Counter()}
         self.reports = ClusterReports(lambda: self._line.demand, lambda: len(self._routes), self._loop.time)
+        self._recorder.add(self.reports)
 
     def join(self, info: InstanceInfo) -> None:
         super().join(info)
@@ -331,7 +332,7 @@ class RequestTracker(InstanceRegistry):
         """The first token of an owner has been delivered."""
         owner = route.ledger.owner
         load = self._book.get(owner)
-        self._recorder.spoke(
+        self._recorder.first_token_from(
             route.request_id,
             owner,
             load.role if load is not None else "",

@@ -1,1 +1,1 @@
-"""What the service tells of itself: each request's timeline, metrics, log lines and traces made from it."""
+"""Observability: timelines of requests, metrics, logs and traces."""

@@ -1,4 +1,4 @@
-"""`/metrics` with the instance's name on vLLM's metrics, which know engines by number only."""
+"""`/metrics`: vLLM's metrics with instance names, and the metrics of pd-serve."""
 
 from collections.abc import Callable, Iterator
 
@@ -16,10 +16,12 @@ from pd_serve.observe.cluster_reports import ClusterReports
 
 
 class WithInstances(Collector):
-    """Another registry's metrics; those with the label `engine` get `instance`, and go where there is none.
+    """The metrics of another registry, with a label `instance` on samples of vLLM with a label `engine`.
+
+    Samples of an engine number without an instance are left out.
 
     Args:
-        instances: Names by vLLM's number, at the moment. Numbers are used again.
+        instances: Gives the present instance ids by vLLM's engine number. Numbers are reused.
     """
 
     def __init__(
@@ -35,14 +37,14 @@ class WithInstances(Collector):
 
 
 def show_metrics(app: FastAPI, reports: ClusterReports, registry: CollectorRegistry = REGISTRY) -> None:
-    """Serves a registry's metrics so, and those of the cluster, in the place of vLLM's own `/metrics`."""
-    shown = CollectorRegistry(auto_describe=True)  # so that `?name[]=` finds them
+    """Serves the metrics of a registry and of the cluster, in place of vLLM's own `/metrics`."""
+    shown = CollectorRegistry(auto_describe=True)  # for `?name[]=`
     shown.register(WithInstances(lambda: {str(slot): name for name, slot in reports.slots.items()}, registry))
     shown.register(ClusterMetrics(reports))
 
     async def metrics(request: Request) -> Response:
-        # On the event loop, where what is read here changes. In the plain format only: the library's other
-        # one makes `vllm_` of `vllm:`.
+        # Runs on the event loop, as all code that changes these values. In the plain text format only:
+        # in OpenMetrics format the library renames `vllm:` to `vllm_`.
         names = request.query_params.getlist("name[]")
         chosen = shown.restricted_registry(names) if names else shown
         return Response(generate_latest(chosen), media_type=CONTENT_TYPE_PLAIN_0_0_4)

@@ -1,4 +1,4 @@
-"""A histogram that takes many equal values at once."""
+"""A histogram that counts equal values together."""
 
 import math
 from bisect import bisect_left
@@ -9,12 +9,12 @@ from prometheus_client.registry import REGISTRY, Collector, CollectorRegistry
 
 
 class BatchHistogram(Collector):
-    """What a step's tokens are counted with: most of them come after the same gap.
+    """A Prometheus histogram for the tokens of an engine step, most of which have the same gap.
 
-    Lives on one event loop; a scrape on that loop reads it.
+    Not thread-safe: observations and scrapes must run on one event loop.
 
     Args:
-        buckets: Upper bounds, ascending, without the infinite one.
+        buckets: Upper bounds in ascending order, without +Inf.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Logs of the service's processes: one line per event, the request's id in it; as text or as JSON.
+"""Logging of the service's processes, as text or as JSON lines.
 
-A message about a request begins with `request %s: `, its id the first argument. In JSON it has a field of
-its own, in every process that the request comes by.
+A message about a request starts with `request %s: ` with the request id as first argument. JSON lines have it
+as a field, in every process.
 """
 
 import logging
@@ -14,18 +14,18 @@ from typing import Any, Literal, TextIO
 
 LogFormat = Literal["text", "json"]
 
-#: Ray's processes inherit it.
+#: Inherited by the processes that Ray starts.
 FORMAT_VARIABLE = "PD_SERVE_LOG_FORMAT"
 
-#: What Ray puts in front of a line of another process. JSON lines name their process themselves.
+#: Ray's prefix of a line of another process. JSON lines have their own field for the process.
 RAY_PREFIX = re.compile(r"^\([^()]*\bpid=\d+[^()]*\) (?=\{)", re.MULTILINE)
 
 
 def configure_logging(process: str = "") -> None:
-    """Level from `PD_SERVE_LOG_LEVEL` (default INFO; DEBUG adds a line per hand-off).
+    """Configures logging with the level in `PD_SERVE_LOG_LEVEL` (default INFO; DEBUG logs every hand-off).
 
     Args:
-        process: Named in JSON lines; in text Ray does it.
+        process: Name of the process in JSON lines; in text lines Ray adds it.
     """
     level = os.environ.get("PD_SERVE_LOG_LEVEL", "INFO").upper()
     handler = logging.StreamHandler()
@@ -36,7 +36,7 @@ def configure_logging(process: str = "") -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for ours in ("pd_serve", "migration", "router"):
         logging.getLogger(ours).setLevel(level)
-    # Said on every start on a CPU, by libraries, about nothing that the user could change.
+    # Warnings of libraries at every start on a CPU, about nothing that the user could change.
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\..*")
 
@@ -46,15 +46,15 @@ def is_json() -> bool:
 
 
 def choose_format(log_format: LogFormat) -> None:
-    """For this process and those that it starts, before either configures its logging."""
+    """Sets the format for this process and those it starts. Call it before `configure_logging`."""
     os.environ[FORMAT_VARIABLE] = log_format
     if log_format == "json":
-        os.environ["VLLM_CONFIGURE_LOGGING"] = "0"  # its loggers are children of the root then
+        os.environ["VLLM_CONFIGURE_LOGGING"] = "0"  # its loggers propagate to the root then
         sys.stdout, sys.stderr = _WithoutPrefix(sys.stdout), _WithoutPrefix(sys.stderr)
 
 
 def request_of(record: logging.LogRecord) -> str | None:
-    """The id of the request that a line is about."""
+    """The request id of a log record; None if it is not about a request."""
     if isinstance(record.msg, str) and record.msg.startswith("request %s") and record.args:
         return str(record.args[0]) if isinstance(record.args, tuple) else None
     return None
@@ -83,10 +83,10 @@ def _json_formatter(process: str) -> logging.Formatter:
 
 
 class _WithoutPrefix:
-    """A stream that Ray writes other processes' lines to.
+    """A stream that removes `RAY_PREFIX` from the lines of other processes.
 
-    It does so from a thread of its own, and ends a line by another call: a line is passed on when it is
-    whole, so that no other comes in between.
+    Ray writes them from another thread, the line break in a call of its own: lines are buffered per thread
+    until they are complete, so that they do not mix.
     """
 
     def __init__(self, stream: TextIO) -> None:

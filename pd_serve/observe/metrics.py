@@ -1,24 +1,27 @@
-"""The service's own metrics, beside vLLM's on `/metrics`: what no engine knows of itself.
+"""Metrics of requests and migrations, which every API server counts for its own requests.
 
-Here are those that are counted as things happen, each API server its own requests. Those that instances and
-the scheduler report are in `pd_serve.observe.cluster_metrics`.
+Metrics of instances and scheduler are in `pd_serve.observe.cluster_metrics`.
 """
+
+from collections.abc import Mapping
 
 from prometheus_client import Counter, Histogram
 
 from pd_serve.observe.histogram import BatchHistogram
+from pd_serve.observe.recorder import Observer
+from pd_serve.observe.timeline import ObservedMigration, Stage, Stay, Timeline
 
-#: Seconds: from a short prompt on a fast GPU to a request that has waited in a full cluster.
+#: Seconds, from a short prompt on a fast GPU to a long wait in a full cluster.
 LATENCY_BUCKETS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 0.75),
     *(1.0, 1.5, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0),
 )
-#: Seconds between two tokens: from a small model alone to a stream that stands still.
+#: Seconds between two tokens, from one request on a small model to a stalled stream.
 GAP_BUCKETS = (
     *(0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075),
     *(0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0),
 )
-#: Seconds that whole requests take.
+#: Seconds of whole requests.
 DURATION_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0, 1280.0)
 
 # ---- requests
@@ -28,34 +31,34 @@ REQUESTS = Counter(
 )
 TTFT = Histogram(
     "pd_serve_time_to_first_token_seconds",
-    "From the request's arrival at the router to its first token.",
+    "Time from a request's arrival to its first token.",
     buckets=LATENCY_BUCKETS,
 )
 ITL = BatchHistogram(
     "pd_serve_inter_token_latency_seconds",
-    "Between two outputs of a request, whichever instances they come from.",
+    "Time between two outputs of a request, on any instances.",
     buckets=GAP_BUCKETS,
 )
 LONGEST_GAP = Histogram(
     "pd_serve_longest_token_gap_seconds",
-    "Longest pause in the stream of a request, of those with more than one token.",
+    "Longest pause in the stream of a request with more than one token.",
     buckets=GAP_BUCKETS,
 )
 DURATION = Histogram(
     "pd_serve_request_duration_seconds",
-    "From the request's arrival at the router to its end, by outcome.",
+    "Time from a request's arrival to its end, by outcome.",
     ["outcome"],
     buckets=DURATION_BUCKETS,
 )
 STAGE = Histogram(
     "pd_serve_request_stage_seconds",
-    "Parts of a request's life: dispatch, queue, prefill, handoff (first token to the first one from "
-    "elsewhere), decode (on one instance).",
+    "Time of a request's stages: dispatch, queue, prefill, handoff (first token to the first one of another "
+    "instance), decode (on one instance).",
     ["stage"],
     buckets=LATENCY_BUCKETS,
 )
 DISPATCHES = Counter(
-    "pd_serve_dispatches", "Requests sent to an instance, recomputed ones too.", ["instance"]
+    "pd_serve_dispatches", "Requests sent to an instance, recomputed ones included.", ["instance"]
 )
 RECOMPUTED = Counter("pd_serve_recomputed_requests", "Requests recomputed because their instance died.")
 
@@ -74,43 +77,43 @@ ABORTED_MIGRATIONS = Counter(
 )
 MIGRATION_DURATION = Histogram(
     "pd_serve_migration_duration_seconds",
-    "From the offer to the end of a committed migration, by reason.",
+    "Time from the offer to the end of a committed migration, by reason.",
     ["reason"],
     buckets=LATENCY_BUCKETS,
 )
 MIGRATION_STAGES = Histogram(
     "pd_serve_migration_stages",
-    "Rounds of copying of a committed migration, the tail included, by reason.",
+    "Copy rounds of a committed migration, the tail included, by reason.",
     ["reason"],
     buckets=(1, 2, 3, 4, 5, 6, 8, 10, 15, 20),
 )
 STAGE_DURATION = Histogram(
     "pd_serve_migration_stage_seconds",
-    "One round of copying of a committed migration, by kind (live, tail).",
+    "Time of one copy round of a committed migration, by kind (live, tail).",
     ["kind"],
     buckets=GAP_BUCKETS,
 )
 DOWNTIME = Histogram(
     "pd_serve_migration_downtime_seconds",
-    "Gap between the last token from the source and the first from the destination, by reason.",
+    "Time between the last token from the source and the first from the destination, by reason.",
     ["reason"],
     buckets=GAP_BUCKETS,
 )
 MIGRATED_BLOCKS = Counter(
-    "pd_serve_migrated_blocks", "KV blocks of requests that have moved, by reason.", ["reason"]
+    "pd_serve_migrated_blocks", "KV blocks copied by committed migrations, by reason.", ["reason"]
 )
 MIGRATED_BYTES = Counter(
-    "pd_serve_migrated_bytes", "KV copied for requests that have moved, by reason.", ["reason"]
+    "pd_serve_migrated_bytes", "KV bytes copied by committed migrations, by reason.", ["reason"]
 )
 
 # ---- the service
 
-INTEGRITY_CHECKS = Counter("pd_serve_integrity_checks", "Times that GET /cluster/integrity was asked.")
+INTEGRITY_CHECKS = Counter("pd_serve_integrity_checks", "Checks by GET /cluster/integrity.")
 INTEGRITY_VIOLATIONS = Counter(
-    "pd_serve_integrity_violations", "What those checks have found wrong; at rest there should be nothing."
+    "pd_serve_integrity_violations", "Violated invariants found by these checks; should be 0 at rest."
 )
 
-# What has not happened yet is a 0, not a gap: so a graph shows the first time it does.
+# Exported as 0 before the first event, so that rates include it.
 for _outcome in ("stop", "length", "abort", "error"):
     REQUESTS.labels(_outcome)
 for _reason in ("handoff", "balance", "defragment", "drain", "manual"):
@@ -118,3 +121,49 @@ for _reason in ("handoff", "balance", "defragment", "drain", "manual"):
         MIGRATIONS.labels(_reason, _outcome)
     MIGRATED_BLOCKS.labels(_reason)
     MIGRATED_BYTES.labels(_reason)
+
+
+class RequestMetrics(Observer):
+    """Counts in the registry of the process; there is one per process."""
+
+    def dispatched(self, request: Timeline, stay: Stay) -> None:
+        DISPATCHES.labels(stay.instance).inc()
+
+    def first_token(self, request: Timeline) -> None:
+        assert request.first_token_at is not None
+        TTFT.observe(request.first_token_at - request.issued_at)
+
+    def stage(self, request: Timeline, stage: Stage) -> None:
+        STAGE.labels(stage.name).observe(stage.seconds)
+
+    def migrated(self, request: Timeline, migration: ObservedMigration) -> None:
+        record, reason = migration.record, migration.record.reason
+        MIGRATIONS.labels(reason, record.outcome).inc()
+        if record.refusal is not None:
+            ABORTED_MIGRATIONS.labels(reason, record.refusal.code).inc()
+            return
+        MIGRATED_BLOCKS.labels(reason).inc(record.blocks)
+        MIGRATED_BYTES.labels(reason).inc(record.bytes_copied)
+        MIGRATION_DURATION.labels(reason).observe(record.duration_s)
+        MIGRATION_STAGES.labels(reason).observe(record.stages)
+        for number, copy in enumerate(record.copies, 1):
+            kind = "tail" if number == len(record.copies) else "live"
+            STAGE_DURATION.labels(kind).observe(copy.end_s - copy.begin_s)
+
+    def downtime(self, request: Timeline, migration: ObservedMigration) -> None:
+        assert migration.downtime_s is not None
+        DOWNTIME.labels(migration.record.reason).observe(migration.downtime_s)
+
+    def lost(self, request: Timeline, instance: str) -> None:
+        RECOMPUTED.inc()
+
+    def ended(self, request: Timeline) -> None:
+        assert request.ended_at is not None
+        REQUESTS.labels(request.outcome).inc()
+        DURATION.labels(request.outcome).observe(request.ended_at - request.issued_at)
+        if request.output_tokens > 1:
+            LONGEST_GAP.observe(request.longest_gap_s)
+
+    def token_gaps(self, gaps: Mapping[float, int]) -> None:
+        for gap_s, count in gaps.items():
+            ITL.observe(gap_s, count)

@@ -1,4 +1,4 @@
-"""What this process uses, for the reports of instances and scheduler."""
+"""Resources used by the present process."""
 
 import resource
 import time
@@ -11,7 +11,7 @@ _STATM = Path("/proc/self/statm")
 
 
 def process_stats() -> ProcessStats:
-    """Costs some microseconds. Memory is the largest so far where there is no `/proc`."""
+    """Takes microseconds. Without `/proc`, memory is the maximum so far."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     if _STATM.exists():
         resident = int(_STATM.read_text().split()[1]) * resource.getpagesize()

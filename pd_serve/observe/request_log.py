@@ -1,4 +1,4 @@
-"""A line of log for every step of a request's way, seen from its API server."""
+"""Logs one line for every step of a request, as seen by its API server."""
 
 import logging
 
@@ -9,7 +9,7 @@ logger = logging.getLogger(__name__)
 
 
 class RequestLog(Observer):
-    """Args: `level` of its lines. Below the logger's own there is no need for this observer."""
+    """Args: `level` of the lines."""
 
     def __init__(self, level: int) -> None:
         self._level = level

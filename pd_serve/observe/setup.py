@@ -1,20 +1,20 @@
-"""Who hears of requests in an API server that serves."""
+"""The recorder of an API server, with all its observers."""
 
 import logging
 import time
 
 from pd_serve.observe import request_log
+from pd_serve.observe.metrics import RequestMetrics
 from pd_serve.observe.recorder import Observer, RequestRecorder
-from pd_serve.observe.request_metrics import RequestMetrics
 
 
 def make_recorder(*also: Observer, log_requests: bool, traced: bool) -> RequestRecorder:
-    """For the clock `time.monotonic`.
+    """The recorder of an API server; its clock is `time.monotonic`.
 
     Args:
-        also: Hear of everything, too.
-        log_requests: Their lines are for everybody to see, not for debugging only.
-        traced: Spans are exported.
+        also: Further observers.
+        log_requests: Logs the steps of requests at level INFO, not DEBUG.
+        traced: Exports spans.
     """
     unix_offset_s = time.time() - time.monotonic()
     observers: list[Observer] = [RequestMetrics(), *also]

@@ -1,7 +1,6 @@
-"""Where a request has been and when: plain values, filled by `pd_serve.observe.recorder`.
+"""The timeline of a request: its stages, instances and migrations.
 
-The words are those of the design: issued, dispatched, prefill begin and end, migration begin and end,
-decode begin and end. All times are seconds of the API server's clock.
+All times are in seconds of the API server's clock. `pd_serve.observe.recorder` fills timelines.
 """
 
 from collections import deque
@@ -13,18 +12,18 @@ import msgspec
 
 from migration.record import MigrationRecord
 
-#: Of each kind of entry one request keeps the latest so many: it may move as often as it likes.
+#: Entries of each kind that a timeline keeps; the oldest ones are dropped.
 MAX_ENTRIES = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A part of a request's life.
+    """A stage of a request.
 
     Attributes:
         name: `dispatch` (until it is sent to an instance), `queue` (until its prefill begins), `prefill`
-            (until its first token), `handoff` (on the prefill instance, from the first token until another
-            instance speaks), `decode` (on one instance, until its last token there).
+            (until its first token), `handoff` (on the prefill instance, from the first token until the first
+            token of another instance), `decode` (on one instance, until its last token there).
     """
 
     name: str
@@ -42,27 +41,27 @@ class Stay:
     """A request's time on one instance.
 
     Attributes:
-        recompute: It has come here because its former instance died.
-        begin: When it was sent there, or its first token came from there.
-        spoke_at: Its first token from there. Until then what it has there is prefilled.
-        end: None while it is there.
-        gap_s: Without a token before it spoke, until it is known which migration that was.
+        recompute: The request was sent here because its last instance died.
+        begin: When it was sent to the instance, or its first token arrived from there.
+        first_token_at: When its first token arrived from the instance; None while it is queued or prefilled.
+        end: None while it is on the instance.
+        gap_s: Time without a token before `first_token_at`, until it is assigned to a migration.
     """
 
     instance: str
     role: str
     begin: float
     recompute: bool = False
-    spoke_at: float | None = None
+    first_token_at: float | None = None
     end: float | None = None
     gap_s: float | None = None
 
 
 class ObservedMigration(msgspec.Struct):
-    """One attempt to move a request: its record, and what the API server adds.
+    """One migration of a request, successful or not: its record, and times that the API server measures.
 
     Attributes:
-        end: When its record came.
+        end: When the record arrived.
         downtime_s: Between the last token from the source and the first from the destination; None until
             both are known.
     """
@@ -83,15 +82,16 @@ class ObservedMigration(msgspec.Struct):
 
 @dataclass(slots=True)
 class Timeline:
-    """One request as its API server has followed it.
+    """One request as seen by its API server.
 
     Attributes:
-        request_id: As the engines know it.
-        name: As the client knows it: `X-Request-Id` with a prefix, the `id` of its answer.
+        request_id: The engines' id.
+        name: The client's name for it: the `id` of the response, which has `X-Request-Id` in it.
         outcome: `stop`, `length`, `abort` or `error`, as in vLLM; empty while it is running.
-        output_tokens: Known when it has ended.
-        trace_headers: The client's `traceparent` and the like.
-        trace: Belongs to the tracer.
+        output_tokens: Set when the request ends.
+        trace_headers: The client's trace context (`traceparent`, `tracestate`).
+        waits_since: When it was issued, or lost its instance.
+        trace: Its span; set and used by the tracer only.
     """
 
     request_id: str
@@ -114,18 +114,18 @@ class Timeline:
 
     @property
     def state(self) -> str:
-        """`waiting` for a place, `prefill`, `decode` or `ended`."""
+        """`waiting` for an instance, `prefill`, `decode` or `ended`."""
         if self.ended_at is not None:
             return "ended"
         if not self.stays or self.stays[-1].end is not None:
             return "waiting"
-        return "prefill" if self.stays[-1].spoke_at is None else "decode"
+        return "prefill" if self.stays[-1].first_token_at is None else "decode"
 
     def as_json(self, unix_offset_s: float = 0.0) -> dict[str, Any]:
-        """For `GET /cluster/requests/{id}`. Times are seconds since it was issued.
+        """The JSON of `GET /cluster/requests/{id}`. Times are in seconds since the request was issued.
 
         Args:
-            unix_offset_s: From the clock of all times here to Unix time.
+            unix_offset_s: Added to a time of the timeline, it gives Unix time.
         """
 
         def since(at: float | None) -> float | None:
@@ -164,6 +164,7 @@ class Timeline:
                     "source": m.record.source,
                     "destination": m.record.destination,
                     "outcome": m.record.outcome,
+                    "code": None if m.record.refusal is None else m.record.refusal.code,
                     "why": m.record.why,
                     "begin_s": since(m.begin),
                     "end_s": since(m.end),

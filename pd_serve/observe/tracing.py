@@ -1,4 +1,4 @@
-"""OpenTelemetry spans of requests: children of the client's, one per stage of their lives."""
+"""OpenTelemetry spans: one per request, a child of the client's span; within it one per stage."""
 
 import os
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from pd_serve.observe.timeline import ObservedMigration, Stage, Timeline
 
 
 def traces_endpoint(environment: Mapping[str, str]) -> str | None:
-    """Where OpenTelemetry's own variables want spans to go; None: nowhere.
+    """The endpoint for spans by OpenTelemetry's environment variables; None if they set none.
 
     Source: OpenTelemetry specification, "OTLP exporter configuration".
     """
@@ -27,7 +27,7 @@ def traces_endpoint(environment: Mapping[str, str]) -> str | None:
 
 
 def prepare_tracing() -> None:
-    """Sets what vLLM's exporter reads from the environment, where the user has not."""
+    """Sets defaults of the environment variables that vLLM's exporter reads."""
     os.environ.setdefault("OTEL_SERVICE_NAME", "pd-serve")
     os.environ.setdefault("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", _protocol(os.environ))
 
@@ -38,11 +38,11 @@ def _protocol(environment: Mapping[str, str]) -> str:
 
 
 class RequestTracer(Observer):
-    """Makes a span of each request, and within it one of each stage and migration once that is over.
+    """Makes a span for each request, and within it one for each ended stage and migration.
 
     Args:
-        unix_offset_s: From the recorder's clock to Unix time.
-        tracer: By default of the provider that vLLM has set up for its own spans.
+        unix_offset_s: Added to a time of the recorder's clock, it gives Unix time.
+        tracer: By default that of the provider that vLLM sets up for its own spans.
     """
 
     def __init__(self, unix_offset_s: float, tracer: Tracer | None = None) -> None:
@@ -71,7 +71,7 @@ class RequestTracer(Observer):
             stage.name,
             stage.begin,
             stage.end,
-            {"pd_serve.instance.instance_process": stage.instance},
+            {"pd_serve.instance": stage.instance},
         )
 
     def migrated(self, request: Timeline, migration: ObservedMigration) -> None:
@@ -86,6 +86,7 @@ class RequestTracer(Observer):
                 "pd_serve.migration.source": record.source,
                 "pd_serve.migration.destination": record.destination,
                 "pd_serve.migration.outcome": record.outcome,
+                "pd_serve.migration.code": "" if record.refusal is None else record.refusal.code.value,
                 "pd_serve.migration.why": record.why,
                 "pd_serve.migration.blocks": record.blocks,
                 "pd_serve.migration.bytes": record.bytes_copied,
@@ -102,7 +103,7 @@ class RequestTracer(Observer):
             )
 
     def lost(self, request: Timeline, instance: str) -> None:
-        request.trace.add_event("lost", {"pd_serve.instance.instance_process": instance})
+        request.trace.add_event("lost", {"pd_serve.instance": instance})
 
     def ended(self, request: Timeline) -> None:
         assert request.ended_at is not None

@@ -68,7 +68,7 @@ def test_the_stages_of_a_request_are_shown(capsys: pytest.CaptureFixture[str]) -
     recorder = RequestRecorder()
     recorder.issued("cmpl-x-0-1", 10.0, NewRequest(7), name="cmpl-x-0")
     recorder.dispatched("cmpl-x-0-1", "p0", "prefill", 10.0)
-    recorder.spoke("cmpl-x-0-1", "p0", "prefill", 10.5)
+    recorder.first_token_from("cmpl-x-0-1", "p0", "prefill", 10.5)
     refused = migrated("cmpl-x-0-1", refusal=Refusal(RefusalCode.NO_FREE_BLOCKS, "refused: it is full"))
     recorder.migrated(refused, 11.0)
     service = Service({"id": "x", "requests": recorder.find("x")})

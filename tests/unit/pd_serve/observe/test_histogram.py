@@ -7,7 +7,7 @@ from pd_serve.observe.histogram import BatchHistogram
 BUCKETS = (0.1, 0.5, 2.0)
 
 
-def test_it_shows_what_the_library_s_own_does() -> None:
+def test_its_samples_equal_those_of_the_librarys_histogram() -> None:
     ours, theirs = CollectorRegistry(), CollectorRegistry()
     batch = BatchHistogram("gaps_seconds", "Gaps.", BUCKETS, ours)
     single = Histogram("gaps_seconds", "Gaps.", buckets=BUCKETS, registry=theirs)

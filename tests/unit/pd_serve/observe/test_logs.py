@@ -33,14 +33,14 @@ def captured(log_format: LogFormat, process: str = "") -> Iterator[io.StringIO]:
             root.setLevel(level)
 
 
-def test_text() -> None:
+def test_a_text_line_has_time_level_and_message() -> None:
     with captured("text", "decode-0") as stderr:
         logging.getLogger("pd_serve.x").info("request %s: is here", "r1")
 
     assert stderr.getvalue().endswith(" INFO request r1: is here\n")
 
 
-def test_json() -> None:
+def test_a_json_line_has_process_request_id_and_the_fields_of_its_event() -> None:
     with captured("json", "decode-0") as stderr:
         logging.getLogger("pd_serve.x").info("request %s: is %s", "r1", "here", extra={"event": "queued"})
         logging.getLogger("elsewhere").warning("no request")
@@ -63,7 +63,7 @@ def test_json() -> None:
     }
 
 
-def test_an_exception_is_one_line_too() -> None:
+def test_an_exception_is_part_of_one_json_line() -> None:
     with captured("json") as stderr:
         try:
             raise ValueError("two\nlines")
@@ -74,7 +74,7 @@ def test_an_exception_is_one_line_too() -> None:
     assert "ValueError: two" in json.loads(line)["exc_info"]
 
 
-def test_what_ray_puts_in_front_of_json_is_taken_away() -> None:
+def test_rays_prefix_of_json_lines_is_removed() -> None:
     """And a line comes out whole, however it is written."""
     with captured("json") as stderr:
         print('(decode-0 pid=123) {"a": 1}', file=sys.stderr)
@@ -101,7 +101,7 @@ def test_what_ray_puts_in_front_of_json_is_taken_away() -> None:
         ("migration %s: odd", ("m",), None),
     ],
 )
-def test_which_request_a_line_is_about(
+def test_a_line_is_about_the_request_in_its_first_argument(
     message: str, arguments: tuple[str, ...], request_id: str | None
 ) -> None:
     record = logging.LogRecord("x", logging.INFO, "file", 1, message, arguments, None)

@@ -58,7 +58,7 @@ class World:
         """Issued at 10, sent to p0 at 11; its prefill begins at 12, its first token comes at 15."""
         self.recorder.issued(request_id, 10.0, NewRequest(100), name=name)
         self.recorder.dispatched(request_id, "p0", "prefill", 11.0)
-        self.recorder.spoke(request_id, "p0", "prefill", 15.0, prefill_s=3.0)
+        self.recorder.first_token_from(request_id, "p0", "prefill", 15.0, prefill_s=3.0)
 
     def migrated(
         self, source: str, destination: str, now: float, *, committed: bool = True, **more: Any
@@ -85,7 +85,7 @@ def world() -> World:
 
 def test_a_request_that_is_handed_off(world: World) -> None:
     world.prefilled()
-    world.recorder.spoke("r", "d0", "decode", 16.0, gap_s=1.0)
+    world.recorder.first_token_from("r", "d0", "decode", 16.0, gap_s=1.0)
     world.migrated("p0", "d0", 16.5)
     world.recorder.ended("r", "length", 20.0, tokens=9, longest_gap_s=1.0)
 
@@ -111,7 +111,7 @@ def test_a_request_that_is_handed_off(world: World) -> None:
 def test_without_the_engine_s_word_the_queue_counts_as_prefill(world: World) -> None:
     world.recorder.issued("r", 10.0, NewRequest(100))
     world.recorder.dispatched("r", "n0", "neutral", 10.0)
-    world.recorder.spoke("r", "n0", "neutral", 12.0)
+    world.recorder.first_token_from("r", "n0", "neutral", 12.0)
 
     assert world.stages == [("dispatch", "n0", 10.0, 10.0), ("prefill", "n0", 10.0, 12.0)]
 
@@ -122,7 +122,8 @@ def test_a_request_that_stays_with_its_prefill_instance_decodes_there(world: Wor
     world.recorder.ended("r", "stop", 18.0, tokens=3)
 
     assert world.stages[-1] == ("decode", "p0", 15.0, 18.0)
-    assert world.only["migrations"][0]["outcome"] == "aborted"
+    aborted = world.only["migrations"][0]
+    assert (aborted["outcome"], aborted["code"], aborted["why"]) == ("aborted", "no_free_blocks", "full")
     assert world.only["migrations"][0]["downtime_s"] is None
 
 
@@ -131,7 +132,7 @@ def test_the_downtime_is_known_when_token_and_word_are_there(world: World, word_
     world.prefilled()
     if word_first:
         world.migrated("p0", "d0", 15.9)
-    world.recorder.spoke("r", "d0", "decode", 16.0, gap_s=0.25)
+    world.recorder.first_token_from("r", "d0", "decode", 16.0, gap_s=0.25)
     if not word_first:
         world.migrated("p0", "d0", 16.1)
 
@@ -141,7 +142,7 @@ def test_the_downtime_is_known_when_token_and_word_are_there(world: World, word_
 def test_there_and_back_each_migration_has_its_own_downtime(world: World) -> None:
     world.prefilled()
     for number, (source, destination) in enumerate([("p0", "d0"), ("d0", "d1"), ("d1", "d0")], 1):
-        world.recorder.spoke("r", destination, "decode", 15.0 + number, gap_s=number)
+        world.recorder.first_token_from("r", destination, "decode", 15.0 + number, gap_s=number)
         world.migrated(source, destination, 15.5 + number)
 
     assert [m["downtime_s"] for m in world.only["migrations"]] == [1, 2, 3]
@@ -152,7 +153,7 @@ def test_first_tokens_of_two_owners_at_once(world: World) -> None:
     """The second one's was early and had to wait for the first one's."""
     world.recorder.issued("r", 10.0, NewRequest(100))
     world.recorder.dispatched("r", "p0", "prefill", 10.0)
-    world.recorder.spoke("r", "d0", "decode", 12.0, gap_s=0.0, prefill_s=1.0)
+    world.recorder.first_token_from("r", "d0", "decode", 12.0, gap_s=0.0, prefill_s=1.0)
 
     assert world.stages == [("dispatch", "p0", 10.0, 10.0), ("prefill", "p0", 10.0, 12.0)]
     assert world.only["ttft_s"] == 2.0
@@ -161,7 +162,7 @@ def test_first_tokens_of_two_owners_at_once(world: World) -> None:
 
 def test_a_request_taken_back_by_its_source_has_not_moved(world: World) -> None:
     world.prefilled()
-    world.recorder.spoke("r", "p0", "prefill", 17.0, gap_s=2.0)
+    world.recorder.first_token_from("r", "p0", "prefill", 17.0, gap_s=2.0)
 
     assert ("moved", "p0") not in world.listener.heard
     assert len(world.only["instances"]) == 1
@@ -173,7 +174,7 @@ def test_a_request_whose_instance_dies_begins_again(world: World) -> None:
     assert world.only["state"] == "waiting"
     world.recorder.dispatched("r", "p1", "prefill", 16.5)
     assert world.only["state"] == "prefill"
-    world.recorder.spoke("r", "p1", "prefill", 19.0, gap_s=4.0, prefill_s=2.0)
+    world.recorder.first_token_from("r", "p1", "prefill", 19.0, gap_s=4.0, prefill_s=2.0)
 
     assert world.stages[-4:] == [
         ("handoff", "p0", 15.0, 16.0),
@@ -199,6 +200,7 @@ def test_a_migration_is_shown_with_its_stages(world: World) -> None:
             "source": "p0",
             "destination": "d0",
             "outcome": "committed",
+            "code": None,
             "why": "",
             "begin_s": 4.0,
             "end_s": 6.0,
@@ -216,7 +218,7 @@ def test_a_migration_is_shown_with_its_stages(world: World) -> None:
 
 def test_the_word_about_a_migration_may_come_after_the_end(world: World) -> None:
     world.prefilled()
-    world.recorder.spoke("r", "d0", "decode", 16.0, gap_s=1.0)
+    world.recorder.first_token_from("r", "d0", "decode", 16.0, gap_s=1.0)
     world.recorder.ended("r", "stop", 16.0, tokens=2)
     world.migrated("p0", "d0", 16.5)
 
@@ -226,7 +228,7 @@ def test_the_word_about_a_migration_may_come_after_the_end(world: World) -> None
 def test_what_is_not_known_is_not_recorded(world: World) -> None:
     """A request of another API server, or one that was ended too long ago."""
     world.recorder.dispatched("r", "p0", "prefill", 1.0)
-    world.recorder.spoke("r", "p0", "prefill", 2.0)
+    world.recorder.first_token_from("r", "p0", "prefill", 2.0)
     world.migrated("p0", "d0", 3.0)
     world.recorder.lost("r", "p0", 4.0)
     world.recorder.ended("r", "stop", 5.0)
@@ -247,7 +249,7 @@ def test_ended_requests_are_kept_up_to_a_number() -> None:
 def test_what_one_request_keeps_is_bounded(world: World) -> None:
     world.prefilled()
     for number in range(2 * MAX_ENTRIES):
-        world.recorder.spoke("r", f"d{number % 2}", "decode", 20.0 + number, gap_s=0.1)
+        world.recorder.first_token_from("r", f"d{number % 2}", "decode", 20.0 + number, gap_s=0.1)
 
     assert len(world.only["stages"]) == len(world.only["instances"]) == MAX_ENTRIES
 

@@ -10,7 +10,7 @@ from migration.messages import CopyStage
 from pd_serve.observe.recorder import RequestRecorder
 from pd_serve.observe.tracing import RequestTracer, traces_endpoint
 from router.request import NewRequest
-from tests.unit.pd_serve.made_migrations import migrated
+from tests.unit.pd_serve.made_migrations import FULL, migrated
 
 UNIX = 1_000_000.0
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -28,8 +28,8 @@ class World:
         headers = {"traceparent": traceparent} if traceparent else None
         self.recorder.issued("r", 10.0, NewRequest(7), name="cmpl-x", trace_headers=headers)
         self.recorder.dispatched("r", "p0", "prefill", 11.0)
-        self.recorder.spoke("r", "p0", "prefill", 15.0, prefill_s=3.0)
-        self.recorder.spoke("r", "d0", "decode", 17.0, gap_s=2.0)
+        self.recorder.first_token_from("r", "p0", "prefill", 15.0, prefill_s=3.0)
+        self.recorder.first_token_from("r", "d0", "decode", 17.0, gap_s=2.0)
         copies = (CopyStage(0.5, 1.0, 4), CopyStage(1.25, 1.5, 1))
         self.recorder.migrated(migrated(stages=2, duration_s=2.0, copies=copies), 17.0)
         self.recorder.ended("r", outcome, 20.0, tokens=5)
@@ -45,7 +45,7 @@ def seconds(span: ReadableSpan) -> tuple[float, float]:
     return span.start_time / 1e9 - UNIX, span.end_time / 1e9 - UNIX
 
 
-def test_spans_of_a_request() -> None:
+def test_a_request_has_a_span_and_its_stages_and_migrations_are_children() -> None:
     world = World()
     world.served()
     spans = world.spans
@@ -74,21 +74,33 @@ def test_spans_of_a_request() -> None:
     assert (spans["request"].attributes or {})["gen_ai.usage.output_tokens"] == 5
 
 
-def test_without_a_client_s_span_a_trace_begins_here() -> None:
+def test_spans_have_the_instance_and_the_code_of_a_refusal() -> None:
+    world = World()
+    world.recorder.issued("r", 10.0, NewRequest(7))
+    world.recorder.dispatched("r", "p0", "prefill", 11.0)
+    world.recorder.migrated(migrated(refusal=FULL), 12.0)
+
+    assert (world.spans["dispatch"].attributes or {})["pd_serve.instance"] == "p0"
+    attributes = world.spans["migration"].attributes or {}
+    assert attributes["pd_serve.migration.outcome"] == "aborted"
+    assert attributes["pd_serve.migration.code"] == "no_free_blocks"
+
+
+def test_without_a_clients_span_a_request_starts_a_trace() -> None:
     world = World()
     world.served(traceparent=None)
 
     assert world.spans["request"].parent is None
 
 
-def test_a_client_that_does_not_record_is_not_recorded() -> None:
+def test_a_request_whose_client_is_not_sampled_has_no_spans() -> None:
     world = World()
     world.served(traceparent=PARENT[:-1] + "0")
 
     assert world.spans == {}
 
 
-def test_an_error_is_one() -> None:
+def test_a_failed_request_has_a_span_with_status_error() -> None:
     world = World()
     world.served(outcome="error")
 
@@ -110,5 +122,7 @@ def test_an_error_is_one() -> None:
         ),
     ],
 )
-def test_opentelemetry_s_own_variables(environment: dict[str, str], endpoint: str | None) -> None:
+def test_the_endpoint_comes_from_opentelemetrys_variables(
+    environment: dict[str, str], endpoint: str | None
+) -> None:
     assert traces_endpoint(environment) == endpoint

@@ -3,8 +3,8 @@
 from prometheus_client import REGISTRY
 
 from migration.errors import Refusal, RefusalCode
+from pd_serve.observe.metrics import RequestMetrics
 from pd_serve.observe.recorder import RequestRecorder
-from pd_serve.observe.request_metrics import RequestMetrics
 from router.request import NewRequest
 from tests.unit.pd_serve.made_migrations import migrated
 
