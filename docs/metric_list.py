@@ -10,7 +10,6 @@ from prometheus_client.core import Metric
 from prometheus_client.metrics import MetricWrapperBase
 
 from pd_serve.comm.messages import (
-    InstanceInfo,
     InstanceStats,
     LoadReport,
     ProcessStats,
@@ -70,8 +69,6 @@ def _reported() -> Iterable[tuple[Metric, list[str]]]:
         ProcessStats(1.0, 1.0, 1.0),
     )
     reports = ClusterReports(lambda: NO_DEMAND, lambda: 0, lambda: 0.0)
-    reports.joined(InstanceInfo("decode-0", "decode", "", "node", 1, None, [], 8192, 100, 16), 0)
-    reports.migrated_bytes["node", "node"] = 1
     reports.on_load("decode-0", LoadReport(load, [], InstanceStats(process, 0, 0, 0, 0)))
     reports.on_scheduler(SchedulerReport([], SchedulerStats(process, 1, {"drain": 1}, {"drain": 1})))
     for metric in ClusterMetrics(reports).collect():

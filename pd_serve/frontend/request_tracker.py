@@ -109,11 +109,11 @@ class RequestTracker(InstanceRegistry):
         self._num_waiting = 0
         self._migrations: dict[str, Counter[str]] = {"handoff": Counter(), "manual": Counter()}
         self.reports = ClusterReports(lambda: self._line.demand, lambda: len(self._routes), self._loop.time)
-        self._recorder.add(self.reports)
 
     def join(self, info: InstanceInfo) -> None:
         super().join(info)
         self.reports.joined(info, self.instances.slot_of(info.instance_id))
+        self._recorder.instance_joined(info)
 
     def leave(self, instance_id: str) -> bool:
         """An instance is dead or stopped: its requests are recomputed elsewhere."""

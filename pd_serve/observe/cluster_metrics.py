@@ -140,15 +140,6 @@ class ClusterMetrics(Collector):
             self._reports.num_running,
         )
 
-        migrated = CounterMetricFamily(
-            "pd_serve_node_migrated_bytes",
-            "KV bytes copied by committed migrations, by node of the source and of the destination.",
-            labels=["source_node", "destination_node"],
-        )
-        for nodes, number in self._reports.migrated_bytes.items():
-            migrated.add_metric(nodes, number)
-        yield migrated
-
     def _scheduler(self) -> Iterator[Metric]:
         stats = self._reports.scheduler
         yield GaugeMetricFamily(

@@ -1,12 +1,9 @@
 """The latest reports of instances, scheduler and manager: the source of the metrics of the cluster."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from migration.record import MigrationRecord
 from pd_serve.comm.messages import InstanceInfo, InstanceStats, LoadReport, SchedulerReport, SchedulerStats
-from pd_serve.observe.recorder import Observer
 from router.load import InstanceLoad
 from router.request import Demand
 
@@ -14,7 +11,7 @@ from router.request import Demand
 SCHEDULER_LEASE_S = 5.0
 
 
-class ClusterReports(Observer):
+class ClusterReports:
     """What one API server knows of the cluster.
 
     Args:
@@ -26,7 +23,6 @@ class ClusterReports(Observer):
         instances, slots: Live instances and their numbers in vLLM's metrics, by instance id.
         loads, stats: Latest reports, by instance id.
         stranded: Number of requests on an instance that wait for another one to take them, by instance id.
-        migrated_bytes: KV bytes copied by committed migrations, by node of the source and of the destination.
         scheduler_restarts: Schedulers started in place of one that died.
         scaled: Instances started and stopped while serving, by action (start, stop) and role.
     """
@@ -42,7 +38,6 @@ class ClusterReports(Observer):
         self.loads: dict[str, InstanceLoad] = {}
         self.stats: dict[str, InstanceStats] = {}
         self.stranded: dict[str, int] = {}
-        self.migrated_bytes: Counter[tuple[str, str]] = Counter()
         self.scheduler_restarts = 0
         self.scaled: dict[tuple[str, str], int] = {}
         self._scheduler: tuple[float, SchedulerStats] | None = None
@@ -60,11 +55,6 @@ class ClusterReports(Observer):
         self.stranded[instance_id] = len(report.stranded)
         if report.stats is not None:
             self.stats[instance_id] = report.stats
-
-    def migration_ended(self, record: MigrationRecord) -> None:
-        source, destination = self.instances.get(record.source), self.instances.get(record.destination)
-        if record.committed and source is not None and destination is not None:
-            self.migrated_bytes[source.node, destination.node] += record.bytes_copied
 
     def on_scheduler(self, report: SchedulerReport) -> None:
         if report.stats is not None:

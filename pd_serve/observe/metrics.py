@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from prometheus_client import Counter, Histogram
 
+from pd_serve.comm.messages import InstanceInfo
 from pd_serve.observe.histogram import BatchHistogram
 from pd_serve.observe.recorder import Observer
 from pd_serve.observe.timeline import ObservedMigration, Stage, Stay, Timeline
@@ -106,6 +107,12 @@ MIGRATED_BYTES = Counter(
     "pd_serve_migrated_bytes", "KV bytes copied by committed migrations, by reason.", ["reason"]
 )
 
+NODE_BYTES = Counter(
+    "pd_serve_node_migrated_bytes",
+    "KV bytes copied by committed migrations, by node of the source and of the destination.",
+    ["source_node", "destination_node"],
+)
+
 # ---- the service
 
 INTEGRITY_CHECKS = Counter("pd_serve_integrity_checks", "Checks by GET /cluster/integrity.")
@@ -126,6 +133,12 @@ for _reason in ("handoff", "balance", "defragment", "drain", "manual"):
 class RequestMetrics(Observer):
     """Counts in the registry of the process; there is one per process."""
 
+    def __init__(self) -> None:
+        self._nodes: dict[str, str] = {}
+
+    def instance_joined(self, info: InstanceInfo) -> None:
+        self._nodes[info.instance_id] = info.node
+
     def dispatched(self, request: Timeline, stay: Stay) -> None:
         DISPATCHES.labels(stay.instance).inc()
 
@@ -144,6 +157,8 @@ class RequestMetrics(Observer):
             return
         MIGRATED_BLOCKS.labels(reason).inc(record.blocks)
         MIGRATED_BYTES.labels(reason).inc(record.bytes_copied)
+        nodes = (self._nodes.get(instance, "") for instance in (record.source, record.destination))
+        NODE_BYTES.labels(*nodes).inc(record.bytes_copied)
         MIGRATION_DURATION.labels(reason).observe(record.duration_s)
         MIGRATION_STAGES.labels(reason).observe(record.stages)
         for number, copy in enumerate(record.copies, 1):

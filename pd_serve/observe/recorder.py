@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from migration.record import MigrationRecord
+from pd_serve.comm.messages import InstanceInfo
 from pd_serve.observe.timeline import ObservedMigration, Stage, Stay, Timeline
 from router.request import NewRequest
 
@@ -18,6 +19,9 @@ KEEP_ENDED = 1000
 
 class Observer:
     """Is called with the events of requests. Subclasses override the events that they use."""
+
+    def instance_joined(self, info: InstanceInfo) -> None:
+        """An instance is a member of the cluster. No migration of it was recorded before."""
 
     def issued(self, request: Timeline) -> None:
         """The request has arrived."""
@@ -71,16 +75,16 @@ class RequestRecorder:
         unix_offset_s: float = 0.0,
         keep_ended: int = KEEP_ENDED,
     ) -> None:
-        self._observers = list(observers)
+        self._observers = tuple(observers)
         self._unix_offset_s = unix_offset_s
         self._keep_ended = keep_ended
         self._running: dict[str, Timeline] = {}
         self._ended: OrderedDict[str, Timeline] = OrderedDict()
 
-    def add(self, observer: Observer) -> None:
-        self._observers.append(observer)
-
     # ---- events
+
+    def instance_joined(self, info: InstanceInfo) -> None:
+        self._tell(lambda observer: observer.instance_joined(info))
 
     def issued(
         self,

@@ -22,7 +22,6 @@ from pd_serve.observe.cluster_reports import SCHEDULER_LEASE_S, ClusterReports
 from pd_serve.observe.exposition import show_metrics
 from router.load import InstanceLoad
 from router.request import Demand
-from tests.unit.pd_serve.made_migrations import FULL, migrated
 
 PROCESS = ProcessStats(cpu_seconds=7.0, resident_bytes=1000.0, started_at=5.0)
 LOADS = [
@@ -41,8 +40,8 @@ class World:
         self.registry = CollectorRegistry()
         self.registry.register(ClusterMetrics(self.reports))
 
-    def join(self, instance_id: str, slot: int, node: str = "node") -> None:
-        info = InstanceInfo(instance_id, "decode", "", node, 1, None, ["generate"], 8192, 100, 16)
+    def join(self, instance_id: str, slot: int) -> None:
+        info = InstanceInfo(instance_id, "decode", "", "node", 1, None, ["generate"], 8192, 100, 16)
         self.reports.joined(info, slot)
 
     def value(self, name: str, **labels: str) -> float | None:
@@ -117,21 +116,6 @@ def test_statistics_of_an_instance_are_exported_until_it_leaves() -> None:
 
     world.reports.left("d0")
     assert world.value("instance_offers_total", **labels) is None
-
-
-def test_migrated_bytes_are_exported_by_pair_of_nodes() -> None:
-    world = World()
-    world.join("d0", 1, node="other")
-
-    for record in (
-        migrated("a", "p0", "d0", bytes_copied=30),
-        migrated("b", "p0", "d0", bytes_copied=12),
-        migrated("c", "p0", "d0", refusal=FULL, bytes_copied=7),
-        migrated("d", "p0", "gone", bytes_copied=5),
-    ):
-        world.reports.migration_ended(record)
-
-    assert world.value("node_migrated_bytes_total", source_node="node", destination_node="other") == 42
 
 
 def test_statistics_of_the_scheduler_are_exported_until_its_lease_ends() -> None:

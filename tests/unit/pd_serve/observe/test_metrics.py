@@ -1,8 +1,9 @@
-"""Metrics of migrations, from what the recorder tells."""
+"""Metrics that are counted from the events of the recorder."""
 
 from prometheus_client import REGISTRY
 
 from migration.errors import Refusal, RefusalCode
+from pd_serve.comm.messages import InstanceInfo
 from pd_serve.observe.metrics import RequestMetrics
 from pd_serve.observe.recorder import RequestRecorder
 from router.request import NewRequest
@@ -23,3 +24,21 @@ def test_an_aborted_migration_is_counted_with_its_code() -> None:
     recorder.migrated(migrated("r", reason="balance"), 12.0)
 
     assert counted("no_free_blocks") == before + 1
+
+
+def test_bytes_of_a_committed_migration_are_counted_by_pair_of_nodes() -> None:
+    def counted(source: str, destination: str) -> float:
+        labels = {"source_node": source, "destination_node": destination}
+        return REGISTRY.get_sample_value("pd_serve_node_migrated_bytes_total", labels) or 0.0
+
+    recorder = RequestRecorder([RequestMetrics()])
+    for instance, node in (("p0", "left"), ("d0", "right")):
+        recorder.instance_joined(InstanceInfo(instance, "", "", node, 1, None, [], 8192, 100, 16))
+    recorder.issued("r", 10.0, NewRequest(100))
+
+    full = Refusal(RefusalCode.NO_FREE_BLOCKS, "refused: no 3 free KV blocks")
+    recorder.migrated(migrated("r", bytes_copied=30), 11.0)
+    recorder.migrated(migrated("r", bytes_copied=12), 12.0)
+    recorder.migrated(migrated("r", bytes_copied=7, refusal=full), 13.0)
+
+    assert (counted("left", "right"), counted("right", "left")) == (42, 0)
