@@ -1,7 +1,7 @@
-"""Virtual usage and freeness: one number that says how much room an instance has. Higher is freer.
+"""Virtual usage and freeness: the free memory of an instance as one number. Higher is freer.
 
-Load balancing, de-fragmentation, priorities and draining are all the same comparison of freeness; what
-makes them different is what a request counts for (its virtual usage).
+Load balancing, de-fragmentation, priorities and draining all compare freeness. They differ in what a request
+counts for (its virtual usage).
 """
 
 import math
@@ -11,7 +11,7 @@ from router.load import InstanceLoad
 from router.priority import PriorityClass, priority_class
 from router.request import NO_DEMAND, Demand
 
-#: High priority keeps the real load of its instance near so many tokens; the rest is headroom.
+#: Load in tokens that an instance with requests of high priority is kept near; the rest is headroom.
 HIGH_PRIORITY_LOAD_TOKENS = 1600
 
 
@@ -28,10 +28,9 @@ def headroom(load: InstanceLoad) -> int:
 def virtual_usage(load: InstanceLoad) -> float:
     """Blocks in use or claimed.
 
-    Running requests count with what they hold, plus headroom; the head of the line with its demand, which
-    is how a queue that free blocks elsewhere could serve becomes visible (de-fragmentation); those behind
-    it with nothing; what is on its way with what it was decided to need. A draining instance holds a fake
-    request of infinite usage.
+    Counted are the blocks of running requests, headroom, the demand of the first queued request (those behind
+    it: nothing), and the demand on its way. The first queued request counts so that a queue shows that free
+    blocks elsewhere could serve (de-fragmentation). A draining instance has infinite usage.
 
     Source: Llumnix (OSDI 2024), algorithm 1.
     """
@@ -42,10 +41,10 @@ def virtual_usage(load: InstanceLoad) -> float:
 
 
 def freeness(load: InstanceLoad) -> float:
-    """F = (M - sum of virtual usage) / B: decode steps left, in blocks. What migration goes by.
+    """F = (M - sum of virtual usage) / B: decode steps left, in blocks. Migration decides by it.
 
-    It may be negative. An idle instance has no batch to divide by; it counts as a batch of one, which
-    makes its freeness its whole capacity: the highest of its kind, as the paper's infinity is, and finite.
+    It may be negative. An idle instance counts as a batch of one: its freeness is its whole capacity, the
+    highest of its kind, as the paper's infinity is, and finite.
 
     Source: Llumnix (OSDI 2024), section 4.4.2.
     """
@@ -53,14 +52,14 @@ def freeness(load: InstanceLoad) -> float:
 
 
 def dispatch_freeness(load: InstanceLoad, priority: int = 0) -> float:
-    """F as dispatch sees it: all queued requests count, in blocks and in the batch.
+    """F for dispatch: all queued requests count, in blocks and in the batch.
 
-    With the head of the line only, as in `freeness`, a burst would pile up on the instance that was
-    freest when it began.
+    With only the first one counted, as in `freeness`, a burst would pile up on the instance that was freest
+    when it began.
 
     Args:
-        priority: The request's. Headroom is kept for requests of high priority, not from them: they share
-            the few instances whose real load it keeps low, instead of claiming every instance.
+        priority: The request's. Headroom does not count for a request of high priority: such requests share
+            the few instances that headroom keeps free, instead of claiming every instance.
 
     Source: Llumnix (OSDI 2024), section 6.1 (the load that INFaaS++ dispatches by) and its artifact.
     """
@@ -71,32 +70,32 @@ def dispatch_freeness(load: InstanceLoad, priority: int = 0) -> float:
 
 
 def fragmented_blocks(head_of_line: Iterable[int], free_blocks: int) -> int:
-    """Blocks that are free, would do for queued requests, and help none of them where they are.
+    """Free blocks that would serve queued requests if they were on other instances.
 
     The demands of the first request in each queue, smallest first, as far as all free blocks of the cluster
     together could hold them.
 
     Source: Llumnix (OSDI 2024), section 6.3, figure 12.
     """
-    useless = 0
+    fragmented = 0
     for demand in sorted(head_of_line):
-        if useless + demand > free_blocks:
+        if fragmented + demand > free_blocks:
             break
-        useless += demand
-    return useless
+        fragmented += demand
+    return fragmented
 
 
 def pooled_freeness(
     loads: Iterable[InstanceLoad], more_blocks: float = 0, waiting: Demand = NO_DEMAND
 ) -> float:
-    """Average freeness of a pool: what all instances have free, per request of all. What scaling goes by.
+    """Average freeness of a pool: all free blocks per request of all. Scaling decides by it.
 
-    Instances' own freeness is not averaged: one that is idle has an infinite one (in the paper), or one so
-    high that a single one would hide that all others are full. Here it counts with the blocks it has.
+    The mean of the instances' freeness would be infinite with one idle instance (in the paper), or so high
+    that it hides that all others are full. Here an idle instance counts with its blocks.
 
     Args:
-        loads: None of them draining.
-        more_blocks: How many more, or fewer, the pool would have.
+        loads: Instances that do not drain.
+        more_blocks: Blocks to add to the pool; negative to take away.
         waiting: Requests for this pool that no instance has yet.
 
     Source: Llumnix (OSDI 2024), section 4.4.3; its artifact pools in the same way.

@@ -1,16 +1,16 @@
-"""A request as dispatch sees it, before it is anywhere."""
+"""A new request, as far as dispatch needs to know it."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import msgspec
 
-#: Prompts that begin with the same tokens are recognized in steps of so many.
+#: Prompts that begin with the same tokens are recognized in steps of this many tokens.
 PREFIX_TOKENS = 128
 
 
 class Demand(NamedTuple):
-    """Requests that are bound to no instance yet, and the tokens of their prompts."""
+    """Requests that no instance has yet, and the tokens of their prompts."""
 
     requests: int = 0
     tokens: int = 0
@@ -20,11 +20,13 @@ NO_DEMAND = Demand()
 
 
 class NewRequest(msgspec.Struct, frozen=True):
-    """Attributes:
-    prompt_tokens: Tokens to prefill.
-    priority: As in vLLM: lower is earlier; see `router.priority` for its class.
-    prefix_keys: One number per whole `PREFIX_TOKENS` of the prompt, made of all tokens up to there: two
-        prompts with the same i-th key begin with the same (i + 1) * PREFIX_TOKENS tokens.
+    """A request that no instance has yet.
+
+    Attributes:
+        prompt_tokens: Tokens to prefill.
+        priority: As in vLLM: lower is earlier; see `router.priority` for its class.
+        prefix_keys: One number per whole `PREFIX_TOKENS` of the prompt, a hash of all tokens up to there: two
+            prompts with the same i-th key begin with the same (i + 1) * PREFIX_TOKENS tokens.
     """
 
     prompt_tokens: int
@@ -33,7 +35,7 @@ class NewRequest(msgspec.Struct, frozen=True):
 
 
 def prefix_keys(token_ids: Sequence[int]) -> tuple[int, ...]:
-    """See `NewRequest.prefix_keys`. The same in every process (Python hashes integers as they are)."""
+    """Computes `NewRequest.prefix_keys`. Equal in every process: Python hashes integers without a seed."""
     keys = []
     key = 0
     for end in range(PREFIX_TOKENS, len(token_ids) + 1, PREFIX_TOKENS):

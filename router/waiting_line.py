@@ -1,40 +1,36 @@
 """Requests that no instance has room for yet, kept where all instances are in view.
 
-Bound to an instance at once, as in the paper, a request waits for the room that this one instance will have,
-while others may have it sooner, and it holds up whoever is queued there behind it. Here it waits in one line
-for all, and whoever fits goes. So that large ones do not wait for ever, the first in line is bound in the
-end, to the instance that is freest. That takes nobody else until it has room, and makes room by giving
-requests away (de-fragmentation); only few instances do so at a time: their free memory lies idle meanwhile.
+In the paper a request is bound to an instance at once. It then waits for room on this instance, while others
+may have room sooner, and holds up the requests that are queued behind it. Here requests wait in one line for
+all instances, and each goes as soon as it fits one. So that large requests do not starve, the first in line
+is bound after a while to the freest instance. That instance takes no other request until it has room, and
+gives running requests away to make room (de-fragmentation). Only few instances do so at a time, because their
+free memory is idle meanwhile.
 """
 
 import bisect
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from router.dispatcher import Dispatcher
 from router.request import Demand, NewRequest
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class _Place:
-    priority: int
-    number: int
+class WaitingRequest(NamedTuple):
+    """`place` is the priority and the number of the arrival: the order of the line."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Waiting:
-    place: _Place
+    place: tuple[int, int]
     request_id: str
     request: NewRequest
     since: float
 
 
 class WaitingLine:
-    """In the order of priority, then arrival."""
+    """Requests in the order of priority, then arrival."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
-        self._line: list[_Waiting] = []
+        self._line: list[WaitingRequest] = []
         self._count = 0
 
     def __len__(self) -> int:
@@ -45,34 +41,35 @@ class WaitingLine:
 
     @property
     def demand(self) -> Demand:
-        """What all of them together ask for."""
+        """Number and prompt tokens of all waiting requests."""
         return Demand(len(self._line), sum(waiting.request.prompt_tokens for waiting in self._line))
 
     def add(self, request_id: str, request: NewRequest, now: float) -> None:
         self._count += 1
-        place = _Place(request.priority, self._count)
-        bisect.insort(self._line, _Waiting(place, request_id, request, now), key=lambda w: w.place)
+        waiting = WaitingRequest((request.priority, self._count), request_id, request, now)
+        bisect.insort(self._line, waiting, key=lambda waiting: waiting.place)
 
     def discard(self, request_id: str) -> None:
+        """Takes a request out of the line. Unknown requests are ignored."""
         self._line = [waiting for waiting in self._line if waiting.request_id != request_id]
 
     def take(self, instance_id: str, now: float) -> list[str]:
-        """Who goes now that this instance has reported: whoever fits there; and the first in line, if it has
-        waited for long and not too many are bound already."""
-        taken: list[_Waiting] = []
-        room = self._dispatcher.admissible_blocks(instance_id)
-        if room <= 0 and not self._is_overdue(now):
+        """Takes out the requests that can be dispatched now that an instance has reported: those that fit
+        there, or else the first in line, if it is overdue and another instance may be bound."""
+        taken: list[WaitingRequest] = []
+        free_blocks = self._dispatcher.admissible_blocks(instance_id)
+        if free_blocks <= 0 and not self._is_overdue(now):
             return []
         for waiting in self._line:
             num_blocks = self._dispatcher.prompt_blocks(instance_id, waiting.request)
-            if num_blocks <= room:
+            if num_blocks <= free_blocks:
                 taken.append(waiting)
-                room -= num_blocks
+                free_blocks -= num_blocks
         if not taken and self._is_overdue(now) and self._dispatcher.may_bind:
             taken = self._line[:1]
         if taken:
-            gone = {waiting.place for waiting in taken}
-            self._line = [waiting for waiting in self._line if waiting.place not in gone]
+            places = {waiting.place for waiting in taken}
+            self._line = [waiting for waiting in self._line if waiting.place not in places]
         return [waiting.request_id for waiting in taken]
 
     def _is_overdue(self, now: float) -> bool:

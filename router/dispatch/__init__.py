@@ -3,10 +3,9 @@
 from router.dispatch.backlog import LeastBacklog
 from router.dispatch.dispatch_policy import DispatchPolicy, can_start, candidates
 from router.dispatch.freest import Freest
-from router.dispatch.power_of_two import PowerOfTwo
 from router.dispatch.prefix import LongestPrefix
-from router.dispatch.queue_length import ShortestQueue
 from router.dispatch.round_robin import RoundRobin
+from router.dispatch.shortest_queue import PowerOfTwo, ShortestQueue
 from router.plugins import PolicyKind
 
 __all__ = ["DISPATCH", "DispatchPolicy", "can_start", "candidates"]

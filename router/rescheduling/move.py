@@ -10,7 +10,7 @@ from router.plugins import PolicyChoice
 from router.settings import PolicySet
 
 
-class Move(msgspec.Struct, frozen=True):
+class MoveOrder(msgspec.Struct, frozen=True):
     """An order to move one request. The source chooses the request; see `router.rescheduling.selection`.
 
     Attributes:
@@ -30,7 +30,7 @@ class Move(msgspec.Struct, frozen=True):
 class ReschedulingPolicy(Protocol):
     """Decides on moves, in the scheduler."""
 
-    def moves(self, loads: Sequence[InstanceLoad], policies: PolicySet) -> list[Move]:
+    def moves(self, loads: Sequence[InstanceLoad], policies: PolicySet) -> list[MoveOrder]:
         """The moves to order now.
 
         Args:
@@ -42,7 +42,7 @@ class ReschedulingPolicy(Protocol):
 class NoMoves:
     """Requests stay where they are, except for hand-offs."""
 
-    def moves(self, loads: Sequence[InstanceLoad], policies: PolicySet) -> list[Move]:
+    def moves(self, loads: Sequence[InstanceLoad], policies: PolicySet) -> list[MoveOrder]:
         return []
 
 
@@ -55,11 +55,11 @@ def pools(loads: Iterable[InstanceLoad]) -> list[list[InstanceLoad]]:
     return list(by_role.values())
 
 
-def make_move(source: InstanceLoad, destination: InstanceLoad, policies: PolicySet) -> Move:
+def make_move(source: InstanceLoad, destination: InstanceLoad, policies: PolicySet) -> MoveOrder:
     """The move, with its reason."""
     reason, selection = "balance", policies.choice("selection")
     if source.draining:
         reason, selection = "drain", PolicyChoice("drain")
     elif source.preempted or source.head_of_line_blocks > source.free_blocks - source.watermark_blocks:
         reason = "defragment"
-    return Move(source.instance_id, destination, reason, selection, source.mean_blocks)
+    return MoveOrder(source.instance_id, destination, reason, selection, source.mean_blocks)

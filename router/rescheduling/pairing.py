@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from router.freeness import freeness
 from router.load import InstanceLoad
 from router.rescheduling.gain import has_free_blocks
-from router.rescheduling.move import Move, make_move, pools
+from router.rescheduling.move import MoveOrder, make_move, pools
 from router.settings import PolicySet
 
 
@@ -19,8 +19,8 @@ class Pairs:
     Source: Llumnix (OSDI 2024), section 4.4.3.
     """
 
-    def moves(self, loads: Sequence[InstanceLoad], policies: PolicySet) -> list[Move]:
-        found: list[Move] = []
+    def moves(self, loads: Sequence[InstanceLoad], policies: PolicySet) -> list[MoveOrder]:
+        found: list[MoveOrder] = []
         for pool in pools(loads):
             ready = [(freeness(load), load) for load in pool if in_flight(load) < policies.max_moves]
             sources, destinations = [], []

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.dispatch import DISPATCH, can_start, candidates
-from router.dispatch.power_of_two import PowerOfTwo
 from router.dispatch.prefix import LongestPrefix
 from router.dispatch.round_robin import RoundRobin
+from router.dispatch.shortest_queue import PowerOfTwo
 from router.freeness import dispatch_freeness
 from router.load import InstanceLoad
 from router.plugins import PolicyChoice

@@ -11,7 +11,7 @@ from router.freeness import freeness
 from router.load import InstanceLoad
 from router.plugins import PolicyChoice
 from router.policies import PolicySet, policy_set
-from router.rescheduling import RESCHEDULING, Move
+from router.rescheduling import RESCHEDULING, MoveOrder
 from router.rescheduling.gain import freeness_or_deficit, is_worth_moving
 from tests.unit.router.made_loads import clusters, decode, neutral, prefill
 from tests.unit.router.toy_cluster import Instance, Request, ToyCluster
@@ -27,11 +27,11 @@ QUEUED = replace(FULL, waiting=1, head_of_line_blocks=150, waiting_blocks=150)
 HALF = InstanceLoad("half", "neutral", total_blocks=851, free_blocks=400, running=20, watermark_blocks=8)
 
 
-def moves(policies: object, *loads: InstanceLoad) -> list[Move]:
+def moves(policies: object, *loads: InstanceLoad) -> list[MoveOrder]:
     return RESCHEDULING.make(policies.choice("rescheduling")).moves(loads, policies)  # type: ignore[attr-defined]
 
 
-def pairs(found: list[Move]) -> list[tuple[str, str]]:
+def pairs(found: list[MoveOrder]) -> list[tuple[str, str]]:
     return [(move.source, move.destination.instance_id) for move in found]
 
 

@@ -1,4 +1,4 @@
-"""Shortest queue."""
+"""Shortest queue, of all instances or of two."""
 
 import random
 from collections.abc import Sequence
@@ -19,3 +19,18 @@ class ShortestQueue:
         self, loads: Sequence[InstanceLoad], request: NewRequest, rng: random.Random
     ) -> InstanceLoad | None:
         return min(loads, key=queue_length, default=None)
+
+
+class PowerOfTwo:
+    """The instance with the shorter queue of two drawn at random.
+
+    Nearly as even as comparing all queues, without herding on old reports.
+
+    Source: Mitzenmacher, The power of two choices in randomized load balancing (2001).
+    """
+
+    def choose(
+        self, loads: Sequence[InstanceLoad], request: NewRequest, rng: random.Random
+    ) -> InstanceLoad | None:
+        drawn = rng.sample(loads, min(2, len(loads)))
+        return min(drawn, key=queue_length, default=None)
