@@ -231,7 +231,7 @@ class Clock:
         return self.now
 
 
-def test_who_has_not_reported_for_long_is_not_chosen() -> None:
+def test_an_instance_without_a_fresh_report_is_not_chosen() -> None:
     clock = Clock()
     dispatcher = Dispatcher(clock=clock)
     for load in (prefill("p0"), prefill("p1", 900), decode("d0"), decode("d1", 1)):
@@ -248,7 +248,7 @@ def test_who_has_not_reported_for_long_is_not_chosen() -> None:
     assert dispatcher.dispatch(NewRequest(1)) == "p0"
 
 
-def test_where_all_reports_are_old_the_last_ones_count() -> None:
+def test_if_all_reports_are_old_the_last_ones_count() -> None:
     """Refusing everything would make an outage of a stall."""
     clock = Clock()
     dispatcher = Dispatcher(clock=clock)

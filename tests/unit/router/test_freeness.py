@@ -44,12 +44,6 @@ def test_demand_on_its_way_counts_like_use() -> None:
     assert dispatch_freeness(LOAD.with_arrivals(20)) == (100 - 60) / 5
 
 
-def test_giving_is_the_reverse_of_having_taken() -> None:
-    taken = replace(LOAD, free_blocks=40, running=5)
-
-    assert freeness(taken.with_departures(20)) == freeness(LOAD)
-
-
 def test_a_draining_instance_holds_a_request_of_infinite_usage() -> None:
     draining = replace(LOAD, draining=True)
 

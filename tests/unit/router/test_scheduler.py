@@ -108,7 +108,7 @@ def test_a_destination_has_one_on_its_way_too() -> None:
     assert run.round(FULL, FREE, replace(FULL, instance_id="other")) == []
 
 
-def test_an_order_that_nobody_answers_is_lost_after_a_while() -> None:
+def test_an_order_without_confirmation_is_lost_after_a_while() -> None:
     run = Run()
     run.round(FULL, FREE)
 
@@ -150,7 +150,7 @@ def test_headroom_counts_where_the_policy_set_says_so() -> None:
 # ---- instances come and go
 
 
-def test_who_stops_reporting_is_gone() -> None:
+def test_an_instance_that_stops_reporting_takes_no_part() -> None:
     run = Run()
     run.scheduler.report(FREE)
 
@@ -158,7 +158,7 @@ def test_who_stops_reporting_is_gone() -> None:
     assert run.round(FULL, FREE) == [("move", "full", "free")]
 
 
-def test_who_is_removed_is_gone_and_counts_from_its_beginning_when_it_comes_back() -> None:
+def test_a_removed_instance_takes_no_part_and_starts_from_its_own_report_when_it_comes_back() -> None:
     run = Run()
     run.round(FULL, FREE)
     run.scheduler.remove("full")

@@ -1,4 +1,4 @@
-"""Requests that no instance has room for: who goes when, and where to."""
+"""Requests that no instance has room for: which go when, and where to."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -72,7 +72,7 @@ def test_prefill_instances_queue_themselves() -> None:
 # ---- the line
 
 
-def test_who_fits_goes_in_the_order_of_arrival() -> None:
+def test_requests_that_fit_go_in_the_order_of_arrival() -> None:
     line, dispatcher = line_of(with_free("i0", 0))
     for name, size in (("a", 30), ("b", 8), ("c", 8), ("d", 8)):
         line.add(name, blocks(size), now=0.0)
@@ -124,7 +124,7 @@ def test_room_is_room_also_beside_high_priority() -> None:
     assert dispatcher.dispatch(blocks(8), may_wait=True) == "i1"
 
 
-def test_nothing_goes_to_who_takes_nothing() -> None:
+def test_no_request_goes_to_an_instance_that_takes_none() -> None:
     line, dispatcher = line_of(with_free("i0", 0))
     line.add("a", blocks(1), now=0.0)
     dispatcher.loads.report(InstanceLoad("i0", "neutral", total_blocks=100, free_blocks=100, draining=True))
@@ -133,7 +133,7 @@ def test_nothing_goes_to_who_takes_nothing() -> None:
     assert line.take("i0", now=0.1) == line.take("d0", now=0.1) == []
 
 
-def test_who_has_gone_is_not_in_the_line() -> None:
+def test_a_discarded_request_is_not_in_the_line() -> None:
     line, _ = line_of(with_free("i0", 0))
     line.add("a", blocks(3), now=0.0)
     line.add("b", blocks(4), now=0.0)
@@ -149,7 +149,7 @@ def test_who_has_gone_is_not_in_the_line() -> None:
     st.integers(0, 100),
     st.floats(0.0, 1.0),
 )
-def test_whoever_goes_fits_or_is_first_and_nobody_is_lost(
+def test_a_request_that_goes_fits_or_is_first_and_none_is_lost(
     sizes: list[tuple[int, int]], free_blocks: int, now: float
 ) -> None:
     line, dispatcher = line_of(neutral("i0", 0))

@@ -1,4 +1,4 @@
-"""Which request goes."""
+"""Which request moves."""
 
 from collections.abc import Sequence
 
@@ -49,7 +49,7 @@ def test_high_priority_goes_in_a_drain_only(rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", SELECTION.built_in)
-def test_nobody_is_none(rule: str) -> None:
+def test_no_request_is_chosen_from_none(rule: str) -> None:
     assert select(rule, [], FULL, FREE) is None
 
 
@@ -60,7 +60,7 @@ def test_none_is_better_than_one_for_the_worse(rule: str) -> None:
     assert select(rule, [Request("big", 40)], FULL, FREE) is not None
 
 
-def test_a_drain_leaves_who_finds_no_space_for_another_destination() -> None:
+def test_a_drain_leaves_requests_that_do_not_fit_for_another_destination() -> None:
     assert select("drain", [Request("huge", 51)], FULL, FREE) is None
     assert select("drain", [Request("huge", 50)], FULL, FREE) is not None
 

@@ -116,7 +116,7 @@ def test_it_is_taken_back_when_the_wave_is_over_before_it_is_empty() -> None:
     assert roles.look(prefill("p0"), d0, draining, seconds=30) == []
 
 
-def test_what_somebody_else_drains_is_not_ours_unless_scaling_does() -> None:
+def test_an_instance_that_an_operator_drains_is_not_switched() -> None:
     loads = BEHIND, decode("d0", 700, 1), replace(decode("d1"), draining=True), decode("d2", 700, 1)
 
     assert Roles().look(*loads, seconds=30) == []
@@ -125,7 +125,7 @@ def test_what_somebody_else_drains_is_not_ours_unless_scaling_does() -> None:
 
 
 def test_it_does_not_swing() -> None:
-    """After the exchange, with the same work, nobody wants to go back."""
+    """After the exchange, with the same work, no pool asks for the instance back."""
     roles = Roles()
     loads = [prefill("p0", 30_000), decode("d0", 700, 2), decode("d1")]
     assert said(roles.look(*loads, seconds=11)) == [("d1", "prefill")]

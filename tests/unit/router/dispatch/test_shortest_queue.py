@@ -1,0 +1,40 @@
+"""Shortest queue, and the shorter one of two."""
+
+import random
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router.dispatch.shortest_queue import PowerOfTwo, ShortestQueue
+from router.load import InstanceLoad
+from router.request import NewRequest
+from tests.unit.router.made_loads import clusters, neutral
+
+RNG = random.Random(0)
+REQUEST = NewRequest(100)
+
+
+def test_among_equal_queues_the_smaller_batch_wins() -> None:
+    cluster = [neutral("i0", running=2), neutral("i1", running=1), neutral("i2", running=0, waiting=1)]
+    chosen = ShortestQueue().choose(cluster, REQUEST, RNG)
+
+    assert chosen is cluster[1]
+
+
+@given(clusters(least=2), st.integers(0, 1000))
+def test_the_longest_queue_is_never_one_of_two_choices_alone(cluster: list[InstanceLoad], seed: int) -> None:
+    chosen = PowerOfTwo().choose(cluster, REQUEST, random.Random(seed))
+
+    assert chosen is not None
+    assert sum(load.waiting >= chosen.waiting for load in cluster) >= 2
+
+
+def test_two_choices_are_random() -> None:
+    cluster = [neutral(f"i{number}", waiting=number) for number in range(4)]
+    counts = Counter(
+        chosen.instance_id for _ in range(200) if (chosen := PowerOfTwo().choose(cluster, REQUEST, RNG))
+    )
+
+    assert set(counts) == {"i0", "i1", "i2"}
+    assert counts["i0"] > counts["i1"] > counts["i2"]
