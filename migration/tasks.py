@@ -1,18 +1,20 @@
-"""Background tasks that have an owner."""
+"""Helpers for asyncio: tasks that end with the object that started them, and settling futures."""
 
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
 
 class BackgroundTasks:
-    """A set of tasks that end with their owner, and whose failures are not lost.
+    """A set of tasks that are cancelled together, and whose exceptions are reported.
 
     Args:
-        on_failure: Called with an exception that a task let out; by default it is logged.
+        on_failure: Called with the exception of a failed task; by default it is logged.
     """
 
     def __init__(self, on_failure: Callable[[BaseException], None] | None = None) -> None:
@@ -42,3 +44,13 @@ class BackgroundTasks:
                 self._on_failure(error)
             else:
                 logger.error("background task failed", exc_info=error)
+
+
+def settle(future: "asyncio.Future[T]", result: T | BaseException) -> None:
+    """Gives a future its result or exception, unless it was cancelled."""
+    if future.done():
+        return
+    if isinstance(result, BaseException):
+        future.set_exception(result)
+    else:
+        future.set_result(result)

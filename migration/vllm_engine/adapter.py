@@ -20,6 +20,7 @@ from vllm.v1.request import Request
 from vllm.v1.serial_utils import MsgpackDecoder
 
 from migration.engine_interface import EngineEvents, EngineFacts, HeldBlocks, Reservation, RunningRequest
+from migration.engine_rules import mismatch
 from migration.errors import DestinationRefusedError, InvalidRequestError, RefusalCode, SourceGoneError
 from migration.messages import BlockRun, FinalState, MigrationId, RequestDescription, RequestId
 from migration.transport.kv_transport import KvRegion
@@ -252,7 +253,7 @@ class VllmEngine:
 
     async def reserve(self, migration_id: MigrationId, request: RequestDescription) -> Reservation:
         self._check_migration()
-        if (why := support.mismatch(request.compatibility, self.compatibility)) is not None:
+        if (why := mismatch(request.compatibility, self.compatibility)) is not None:
             raise DestinationRefusedError(RefusalCode.INCOMPATIBLE, why)
         if request.max_total_tokens > self.scheduler.max_model_len:
             most = self.scheduler.max_model_len

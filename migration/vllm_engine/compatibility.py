@@ -167,11 +167,3 @@ def compatibility(vllm_config: Any, kv_regions: list[tuple[int, int]]) -> dict[s
         "block size": str(vllm_config.cache_config.block_size),
         "KV layout": f"{len(kv_regions)} regions, {layout}",
     }
-
-
-def mismatch(theirs: dict[str, str], ours: dict[str, str]) -> str | None:
-    """The first difference in words, or None."""
-    for name in ours:
-        if theirs.get(name) != ours[name]:
-            return f"{name} differs: {theirs.get(name)} there, {ours[name]} here"
-    return None

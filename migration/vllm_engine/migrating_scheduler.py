@@ -21,14 +21,9 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
+from migration.engine_rules import SLACK_BLOCKS, blocks_for, next_stage, should_suspend, tail
 from migration.errors import DestinationRefusedError, RefusalCode, SourceGoneError
 from migration.messages import BlockRun
-
-#: Blocks reserved beyond what a request has, so that it can decode on while it is being copied.
-SLACK_BLOCKS = 2
-
-#: A request is suspended when no more than this many blocks are left to copy.
-TAIL_BLOCKS = 2
 
 
 @dataclass
@@ -164,18 +159,15 @@ class MigrationMixin:
         if self.migration.entered_at.get(request_id, 0) > self.processed_step_seq:
             # Blocks that it found in the prefix cache may be computed in the very step it entered with.
             return None
-        block_tokens = self.block_size
         # num_computed_tokens counts steps in flight already; only what is behind them is in the blocks.
         safe_tokens = request.num_computed_tokens - request.num_in_flight_tokens
         block_ids = self.kv_cache_manager.get_block_ids(request_id)[0]
         if request_id not in self.migration.suspended:
-            num_blocks = -(-safe_tokens // block_tokens)
             decoding = request.num_output_tokens > 0 and not request.is_prefill_chunk
-            if not (decoding and (waiter.suspend or num_blocks - waiter.blocks_done <= TAIL_BLOCKS)):
-                full = safe_tokens // block_tokens
-                if full > waiter.blocks_done:
-                    return BlockRun(waiter.blocks_done, block_ids[waiter.blocks_done : full])
-                return None
+            if not should_suspend(
+                safe_tokens, self.block_size, waiter.blocks_done, decoding=decoding, suspend=waiter.suspend
+            ):
+                return next_stage(block_ids, safe_tokens, self.block_size, waiter.blocks_done)
             if request not in self.running:
                 return SourceGoneError(RefusalCode.NOT_RUNNING, "the request is not running")
             self.running.remove(request)
@@ -184,8 +176,8 @@ class MigrationMixin:
         if request.num_in_flight_tokens:
             return None  # drains with the steps in flight
         assert request.num_computed_tokens == request.num_tokens - 1, "a drained request has one token to go"
-        end = -(-request.num_computed_tokens // block_tokens)
-        return Suspended(request, BlockRun(waiter.blocks_done, block_ids[waiter.blocks_done : end]))
+        computed = request.num_computed_tokens
+        return Suspended(request, tail(block_ids, computed, self.block_size, waiter.blocks_done))
 
     def resume(self, request_id: str) -> None:
         """Ends a pending wait and puts a suspended request back. Idempotent."""
@@ -247,7 +239,7 @@ class MigrationMixin:
             skip_zeroing_group_ids=(0,),
         )
         if allocated is None:
-            text = f"no {-(-wanted // self.block_size)} free KV blocks"
+            text = f"no {blocks_for(wanted, self.block_size)} free KV blocks"
             raise DestinationRefusedError(RefusalCode.NO_FREE_BLOCKS, text)
         self.migration.arriving[migration_id] = request
         self._hold_slots()
@@ -281,7 +273,7 @@ class MigrationMixin:
             request.num_tokens
             > len(self.kv_cache_manager.get_block_ids(request.request_id)[0]) * self.block_size
         ):
-            self.grow(migration_id, -(-request.num_tokens // self.block_size))
+            self.grow(migration_id, blocks_for(request.num_tokens, self.block_size))
         del self.migration.arriving[migration_id]
         request.num_computed_tokens = num_computed_tokens
         request.status = self._entry_status()

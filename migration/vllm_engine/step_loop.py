@@ -12,6 +12,7 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.engine.core import EngineCore
 
 from migration.errors import EngineDeadError
+from migration.tasks import settle
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ class StepLoop:
 
     def settle(self, future: "asyncio.Future[Any]", result: Any) -> None:
         """Gives a future of the event loop its result, or its exception. For the step thread."""
-        self.notify(_settle, future, result)
+        self.notify(settle, future, result)
 
     def notify(self, callback: Callable[..., None], *arguments: Any) -> None:
         """Calls back on the event loop. For the step thread."""
@@ -137,12 +138,3 @@ class StepLoop:
         elif not executed:
             time.sleep(0.001)  # everything waits (for blocks, a grammar): as vLLM's own loop does
         self._on_boundary()
-
-
-def _settle(future: "asyncio.Future[Any]", result: Any) -> None:
-    if future.done():
-        return
-    if isinstance(result, BaseException):
-        future.set_exception(result)
-    else:
-        future.set_result(result)

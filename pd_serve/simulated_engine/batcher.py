@@ -1,123 +1,32 @@
-"""A simulated engine's own scheduler: continuous batching over paged blocks, without a clock or a loop.
+"""A simulated engine's scheduler: continuous batching over paged blocks, without a clock or a loop.
 
-`schedule` decides a step and holds its blocks; `apply` writes the KV of its tokens and says the next ones.
+`schedule` decides a step and holds its blocks; `apply` writes the KV of its tokens and samples the next ones.
 """
 
 import bisect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from migration.engine_interface import HeldBlocks
-from migration.messages import RequestId
 from pd_serve.simulated_engine.block_pool import BlockPool
-from pd_serve.simulated_engine.contents import _NEXT, _POSITION, _TOKEN, MASK, Prompt, kv_of, token_after
+from pd_serve.simulated_engine.contents import _NEXT, _POSITION, _TOKEN, MASK, token_after
+from pd_serve.simulated_engine.sequence import Sequence
 from pd_serve.simulated_engine.settings import EngineSettings
-
-
-class Sequence:
-    """One request in an engine.
-
-    Attributes:
-        output: Tokens generated so far, by any owner; `emitted` of them have been handed to the client.
-        computed: Tokens whose KV is in `blocks`. A decoding sequence has all but the last one.
-        digest: Sum over the contents of its blocks, as last read.
-        epoch: Ownership epoch.
-        rank: Arrival time of the request: within a priority, the latest is preempted first.
-        added_at, begun_at: When this engine got it, and when the first step with a part of its prompt began.
-        hashes: Of its full blocks so far, each made of all contents up to there (prefix caching only).
-    """
-
-    __slots__ = (
-        "added_at",
-        "begun_at",
-        "blocks",
-        "client",
-        "computed",
-        "digest",
-        "emitted",
-        "epoch",
-        "hashes",
-        "max_tokens",
-        "output",
-        "payload",
-        "preempted_at",
-        "preemptions",
-        "priority",
-        "prompt",
-        "prompt_tokens",
-        "queue_key",
-        "rank",
-        "request_id",
-        "wants_handoff",
-    )
-
-    def __init__(
-        self,
-        request_id: str,
-        prompt: Prompt,
-        max_tokens: int,
-        priority: int,
-        rank: float,
-        payload: list[bytes],
-    ) -> None:
-        self.request_id = request_id
-        self.prompt = prompt
-        self.prompt_tokens = prompt.num_tokens
-        self.max_tokens = max_tokens
-        self.priority = priority
-        self.rank = rank
-        self.payload = payload
-        self.client = ""
-        self.epoch = 0
-        self.output: list[int] = []
-        self.emitted = 0
-        self.computed = 0
-        self.digest = 0
-        self.blocks: list[int] = []
-        self.hashes: list[int] = []
-        self.preemptions = 0
-        self.preempted_at: float | None = None
-        self.wants_handoff = False
-        self.added_at = 0.0
-        self.begun_at: float | None = None
-        self.queue_key: tuple[int, int, float] = (priority, 1, rank)
-
-    @property
-    def num_tokens(self) -> int:
-        return self.prompt_tokens + len(self.output)
-
-    @property
-    def is_decoding(self) -> bool:
-        return bool(self.output) and self.computed == self.num_tokens - 1
-
-    def times(self, now: float) -> tuple[float, float]:
-        """Seconds that it has waited here, and since then."""
-        begun_at = self.added_at if self.begun_at is None else self.begun_at
-        return begun_at - self.added_at, now - begun_at
-
-    def content(self, block: int, num_tokens: int, block_tokens: int) -> int:
-        """What block number `block` holds with its first `num_tokens` tokens computed."""
-        first = block * block_tokens
-        of_prompt = min(num_tokens, max(0, self.prompt_tokens - first))
-        value = self.prompt.content(block, of_prompt, block_tokens) if of_prompt else 0
-        for position in range(first + of_prompt, first + num_tokens):
-            value += kv_of(position, self.output[position - self.prompt_tokens])
-        return value & MASK
-
-
-def held_blocks(here: Iterable[Sequence], arriving: Iterable[Sequence]) -> list[HeldBlocks]:
-    """How many blocks each of these sequences holds, if any."""
-    known = [(sequence, False) for sequence in here] + [(sequence, True) for sequence in arriving]
-    return [HeldBlocks(RequestId(s.request_id), len(s.blocks), comes) for s, comes in known if s.blocks]
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Prompts' chunks (sequence, tokens), and sequences that get one token each."""
+    """What one step computes.
+
+    Attributes:
+        chunks: Parts of prompts: sequences, and the number of tokens of each.
+        decodes: Sequences that get one token each.
+        dropped: Sequences that have lost their blocks since the step was decided.
+    """
 
     chunks: list[tuple[Sequence, int]]
     decodes: list[Sequence]
     duration_s: float
+    dropped: set[Sequence] = field(default_factory=set)
 
     def begin(self, now: float) -> None:
         for sequence, _ in self.chunks:
@@ -126,12 +35,16 @@ class Step:
 
 
 class Batcher:
-    """Args: `on_prefill_started` is told of sequences that ask for a hand-off, in the step of their start.
+    """Decides what each step computes.
+
+    Args:
+        on_prefill_started: Called with sequences that ask for a hand-off, in the step in which they start.
 
     Attributes:
-        waiting: In the order of their turn: by priority, preempted ones first, then by arrival.
+        waiting: In the order of admission: by priority, preempted ones first, then by arrival.
         running: The batch.
         held_slots: Slots of the batch kept for suspended and arriving requests.
+        last_step: The latest step that was decided.
         preemption_loss_s: Time from preemption to the end of the recompute, summed up.
     """
 
@@ -144,6 +57,7 @@ class Batcher:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.held_slots = 0
+        self.last_step: Step | None = None
         self.waiting_blocks = 0
         self.waiting_tokens = 0
         self.num_preempted = 0
@@ -159,7 +73,7 @@ class Batcher:
         self._count(sequence, 1)
 
     def remove(self, sequence: Sequence) -> None:
-        """Takes a sequence out of queue and batch and gives its blocks back. Idempotent."""
+        """Takes a sequence out of the queue or the batch and frees its blocks. Idempotent."""
         if sequence in self.running:
             self.running.remove(sequence)
         elif sequence in self.waiting:
@@ -168,6 +82,9 @@ class Batcher:
         self.release(sequence)
 
     def release(self, sequence: Sequence) -> None:
+        """Frees the blocks of a sequence; a step in flight no longer computes it."""
+        if self.last_step is not None:
+            self.last_step.dropped.add(sequence)
         self.pool.release(sequence.blocks)
         sequence.blocks = []
 
@@ -183,6 +100,11 @@ class Batcher:
 
     def schedule(self, now: float) -> Step | None:
         """The next step, or None if there is nothing to do."""
+        self.last_step = None
+        self.last_step = self._schedule(now)
+        return self.last_step
+
+    def _schedule(self, now: float) -> Step | None:
         model = self.settings.cost_model
         if self.settings.chunk_tokens is None:
             chunks = self._admit(self.settings.max_prefill_tokens, whole=True)
@@ -205,16 +127,17 @@ class Batcher:
         return Step(chunks, decodes, model.mixed_s(lengths, len(decodes), context))
 
     def _make_room(self, decodes: Iterable[Sequence], now: float) -> None:
-        """Gives every decoding sequence a place for its next token, preempting others if need be."""
+        """Gives every decoding sequence a slot for its next token, preempting others if necessary."""
         block_tokens, pool = self.settings.block_tokens, self.pool
         for sequence in [s for s in decodes if s.computed == len(s.blocks) * block_tokens]:
             while sequence in self.running:
                 if pool.num_free:
                     sequence.blocks += pool.allocate(1)
                     break
-                self._preempt(max(self.running, key=lambda s: (s.priority, s.rank)), now)
+                self.preempt(max(self.running, key=lambda s: (s.priority, s.rank)), now)
 
-    def _preempt(self, sequence: Sequence, now: float) -> None:
+    def preempt(self, sequence: Sequence, now: float) -> None:
+        """Takes a running sequence's blocks away and queues it to be computed again."""
         self.running.remove(sequence)
         self.release(sequence)
         sequence.computed = 0
@@ -236,7 +159,7 @@ class Batcher:
         return chunks + self._admit(budget, whole=False)
 
     def _admit(self, budget: int, *, whole: bool) -> list[tuple[Sequence, int]]:
-        """Lets waiting requests into the batch, as far as blocks, slots and the token budget go.
+        """Admits waiting requests to the batch, as far as blocks, slots and the token budget allow.
 
         Args:
             whole: A prompt is computed in one step (a first one may exceed the budget), or by chunks.
@@ -250,7 +173,7 @@ class Batcher:
         while self.waiting and len(self.running) < slots and budget > 0:
             sequence = self.waiting[0]
             num_tokens = sequence.num_tokens
-            shared = self._cached(sequence)
+            shared = self.cached(sequence)
             missing = self.num_blocks(num_tokens) - len(shared)
             if pool.num_free - pool.num_unused(shared) - missing < self.watermark_blocks:
                 break
@@ -272,8 +195,8 @@ class Batcher:
             self._on_prefill_started(started)
         return chunks
 
-    def _cached(self, sequence: Sequence) -> list[int]:
-        """Blocks with the beginning of a sequence that is not in the batch; at least a token is left out."""
+    def cached(self, sequence: Sequence) -> list[int]:
+        """Cached blocks with the beginning of a sequence, all but its last token at most."""
         if not self.settings.prefix_caching:
             return []
         full = (sequence.num_tokens - 1) // self.settings.block_tokens
@@ -283,7 +206,7 @@ class Batcher:
         return shared
 
     def hash_blocks(self, sequence: Sequence, num_blocks: int) -> None:
-        """Extends `hashes` to the first so many blocks, from the tokens that they should hold."""
+        """Extends `hashes` to the first `num_blocks` blocks, from the tokens that these hold."""
         block_tokens, hashes = self.settings.block_tokens, sequence.hashes
         for block in range(len(hashes), num_blocks):
             before = hashes[-1] if hashes else 0
@@ -293,10 +216,14 @@ class Batcher:
 
     def apply(self, step: Step, now: float) -> list[Sequence]:
         """Computes the step's tokens. Returns the sequences that have one more in their `output`."""
-        spoken = [sequence for sequence, n in step.chunks if self._prefill(sequence, n, now)]
+        chunks, decodes, dropped = step.chunks, step.decodes, step.dropped
+        if dropped:
+            chunks = [(sequence, n) for sequence, n in chunks if sequence not in dropped]
+            decodes = [sequence for sequence in decodes if sequence not in dropped]
+        sampled = [sequence for sequence, n in chunks if self._prefill(sequence, n, now)]
         content, block_tokens = self.pool.content, self.settings.block_tokens
         caching, (first, count) = self.settings.prefix_caching, self.settings.vocabulary
-        for sequence in step.decodes:
+        for sequence in decodes:
             position = sequence.computed
             output = sequence.output
             kv = (output[-1] + _TOKEN) * (position * _POSITION + 1) & MASK
@@ -312,11 +239,11 @@ class Batcher:
             output.append(first + ((digest * _NEXT & MASK) >> 48) % count)
             if caching and (position + 1) % block_tokens == 0:
                 self.publish(sequence)
-            spoken.append(sequence)
-        return spoken
+            sampled.append(sequence)
+        return sampled
 
     def _prefill(self, sequence: Sequence, num_tokens: int, now: float) -> bool:
-        """Computes a chunk. Whether it was the last, so that a token has been said."""
+        """Computes a chunk. Returns whether it was the last one, so that a token was sampled."""
         block_tokens, content = self.settings.block_tokens, self.pool.content
         end = sequence.computed + num_tokens
         for block in range(sequence.computed // block_tokens, self.num_blocks(end)):
@@ -335,16 +262,16 @@ class Batcher:
         return True
 
     def read(self, sequence: Sequence) -> int:
-        """The sum over everything that its blocks hold now.
+        """The sum over the contents of its blocks.
 
-        A running sequence keeps it up to date by itself and reads all of it anew at each new block and for
-        its last token, so whatever has happened to any of its blocks shows in its output.
+        A running sequence updates the sum at each token. It reads all blocks again at each new block and for
+        its last token, so that damage to any block shows in its output.
         """
         used = self.num_blocks(sequence.computed)
         return sum(map(self.pool.content.__getitem__, sequence.blocks[:used])) & MASK
 
     def publish(self, sequence: Sequence) -> None:
-        """Makes the full blocks findable for other requests with the same beginning."""
+        """Adds the full blocks to the prefix cache."""
         known, full = len(sequence.hashes), sequence.computed // self.settings.block_tokens
         self.hash_blocks(sequence, full)
         for block in range(known, full):

@@ -8,7 +8,7 @@ import msgspec
 from migration.messages import RequestId
 from pd_serve.comm.messages import TokenHeader
 from pd_serve.comm.outputs import OutputBatch, RequestOutput
-from pd_serve.simulated_engine import batcher
+from pd_serve.simulated_engine import sequence
 from pd_serve.simulated_engine.contents import SegmentPrompt
 from pd_serve.simulated_engine.settings import SEGMENT_TOKENS
 
@@ -74,10 +74,10 @@ class SimulatedPayload(msgspec.Struct, frozen=True, array_like=True):
 _payload_decoder = msgspec.msgpack.Decoder(SimulatedPayload)
 
 
-def decode_payload(payload: list[bytes]) -> batcher.Sequence:
+def decode_payload(payload: list[bytes]) -> sequence.Sequence:
     """What a simulated engine makes of a request."""
     request = _payload_decoder.decode(payload[0])
-    return batcher.Sequence(
+    return sequence.Sequence(
         request.request_id, request.prompt, request.max_tokens, request.priority, request.arrival_s, payload
     )
 

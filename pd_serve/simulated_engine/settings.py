@@ -27,6 +27,7 @@ class EngineSettings:
         kv_bytes_per_token: For the time that migrations take.
         migration_slowdown: Share by which steps are slower that begin while KV is being copied; the mean of
             what the paper measured.
+        async_scheduling: A step is decided while the previous one still runs, as vLLM does on GPUs.
     """
 
     cost_model: CostModel
@@ -40,3 +41,4 @@ class EngineSettings:
     vocabulary: tuple[int, int] = (0, 1 << 16)
     kv_bytes_per_token: int = 512 * 1024
     migration_slowdown: float = 0.023
+    async_scheduling: bool = False

@@ -21,9 +21,9 @@ from vllm.v1.serial_utils import MsgpackDecoder
 
 from migration.engine_interface import EngineEvents
 from pd_serve.errors import InvalidRequestError
-from pd_serve.simulated_engine.batcher import Sequence
 from pd_serve.simulated_engine.contents import TokenPrompt
 from pd_serve.simulated_engine.outputs import SimulatedOutput
+from pd_serve.simulated_engine.sequence import Sequence
 from pd_serve.simulated_engine.settings import EngineSettings
 from pd_serve.simulated_engine.simulated_engine import SimulatedEngine
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import pytest
 from vllm.v1.request import RequestStatus
 
+from migration.engine_rules import SLACK_BLOCKS, TAIL_BLOCKS
 from migration.messages import BlockRun
-from migration.vllm_engine.migrating_scheduler import SLACK_BLOCKS, TAIL_BLOCKS
 from pd_serve.errors import DestinationRefusedError, SourceGoneError
 from tests.integration.scheduler_lab import KINDS, Kind, Move, Node, migrate, undisturbed
 

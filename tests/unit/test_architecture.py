@@ -42,7 +42,7 @@ FLOORS_INSIDE = {
     "migration": (
         ("migration.errors", "migration.bounds", "migration.tasks", "migration.pacing"),
         ("migration.messages",),
-        ("migration.record", "migration.state_machine", "migration.transport"),
+        ("migration.record", "migration.engine_rules", "migration.state_machine", "migration.transport"),
         ("migration.engine_interface", "migration.source_table", "migration.destination_table"),
         ("migration.outgoing", "migration.incoming"),
         ("migration.coordinator", "migration.vllm_engine"),

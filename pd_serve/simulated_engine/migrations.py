@@ -1,0 +1,209 @@
+"""Sequences on their way into a simulated engine and out of it."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from migration.engine_interface import Reservation
+from migration.engine_rules import SLACK_BLOCKS, mismatch, next_stage, should_suspend, tail
+from migration.errors import DestinationRefusedError, RefusalCode, SourceGoneError
+from migration.messages import BlockRun, FinalState, RequestDescription
+from migration.tasks import settle
+from pd_serve.simulated_engine.batcher import Batcher
+from pd_serve.simulated_engine.sequence import Sequence
+
+
+@dataclass(slots=True)
+class _StageWaiter:
+    """A migration that waits for its next stage; see `Engine.next_stage`."""
+
+    incarnation: int
+    blocks_done: int
+    suspend: bool
+    answer: "asyncio.Future[BlockRun | FinalState]"
+
+
+class SequenceMigrations:
+    """The migrations of one engine. Everything here happens between two steps.
+
+    Args:
+        sequences: The engine's requests by id, arriving ones excepted.
+        is_in_flight: Whether a sequence is in a step that has not ended.
+
+    Attributes:
+        suspended: Sequences out of the batch, by request id.
+        arriving: Reserved sequences by migration id.
+        arrived: Migration id by request id, once committed.
+    """
+
+    def __init__(
+        self,
+        batcher: Batcher,
+        sequences: dict[str, Sequence],
+        is_in_flight: Callable[[Sequence], bool],
+    ) -> None:
+        self.suspended: dict[str, Sequence] = {}
+        self.arriving: dict[str, Sequence] = {}
+        self.arrived: dict[str, str] = {}
+        self._waiters: dict[str, _StageWaiter] = {}
+        self._batcher = batcher
+        self._sequences = sequences
+        self._is_in_flight = is_in_flight
+
+    @property
+    def compatibility(self) -> dict[str, str]:
+        """What has to be equal at both ends of a migration."""
+        return {"block size": str(self._batcher.settings.block_tokens)}
+
+    @property
+    def held_slots(self) -> int:
+        """Slots of the batch kept for sequences that may come back or enter."""
+        return len(self.suspended) + len(self.arriving)
+
+    def forget(self, request_id: str) -> None:
+        """A request has ended, or left."""
+        self.suspended.pop(request_id, None)
+        self.arrived.pop(request_id, None)
+
+    # ---- source
+
+    def describe(self, request_id: str) -> Sequence:
+        """Raises: SourceGoneError: not running here."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None or sequence not in self._batcher.running:
+            raise SourceGoneError(RefusalCode.NOT_RUNNING, "the request is not running here")
+        return sequence
+
+    def wait_for_stage(
+        self,
+        request_id: str,
+        incarnation: int,
+        blocks_done: int,
+        suspend: bool,
+        answer: "asyncio.Future[BlockRun | FinalState]",
+    ) -> None:
+        """Settles `answer` at the first boundary that has one."""
+        self._waiters[request_id] = _StageWaiter(incarnation, blocks_done, suspend, answer)
+
+    def settle_stages(self) -> None:
+        for request_id, waiter in list(self._waiters.items()):
+            answer = self._next_stage(request_id, waiter)
+            if answer is not None:
+                del self._waiters[request_id]
+                settle(waiter.answer, answer)
+
+    def _next_stage(
+        self, request_id: str, waiter: _StageWaiter
+    ) -> BlockRun | FinalState | SourceGoneError | None:
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return SourceGoneError(RefusalCode.FINISHED, "the request has finished")
+        if sequence.preemptions != waiter.incarnation:
+            return SourceGoneError(RefusalCode.PREEMPTED, "the request was preempted")
+        block_tokens, done = self._batcher.settings.block_tokens, waiter.blocks_done
+        if request_id not in self.suspended:
+            if not should_suspend(
+                sequence.computed,
+                block_tokens,
+                done,
+                decoding=sequence.is_decoding,
+                suspend=waiter.suspend,
+            ):
+                return next_stage(sequence.blocks, sequence.computed, block_tokens, done)
+            self._batcher.running.remove(sequence)
+            self.suspended[request_id] = sequence
+        if self._is_in_flight(sequence):
+            return None
+        return FinalState(
+            tail=tail(sequence.blocks, sequence.computed, block_tokens, done),
+            epoch=sequence.epoch,
+            output_token_ids=list(sequence.output),
+            num_computed_tokens=sequence.computed,
+        )
+
+    def resume(self, request_id: str, epoch: int) -> None:
+        if (waiter := self._waiters.pop(request_id, None)) is not None:
+            settle(waiter.answer, SourceGoneError(RefusalCode.CANCELLED, "the migration was given up"))
+        if (sequence := self.suspended.pop(request_id, None)) is not None:
+            self._batcher.running.append(sequence)
+        if (sequence := self._sequences.get(request_id)) is not None:
+            sequence.epoch = max(sequence.epoch, epoch)
+
+    # ---- destination
+
+    def reserve(self, migration_id: str, arriving: Sequence, request: RequestDescription) -> Reservation:
+        """Raises: DestinationRefusedError: nothing is held."""
+        batcher = self._batcher
+        if (difference := mismatch(request.compatibility, self.compatibility)) is not None:
+            raise DestinationRefusedError(RefusalCode.INCOMPATIBLE, difference)
+        if arriving.request_id in self._sequences or any(
+            sequence.request_id == arriving.request_id for sequence in self.arriving.values()
+        ):
+            raise DestinationRefusedError(RefusalCode.ALREADY_HERE, "the request is here already")
+        held = len(batcher.running) + self.held_slots
+        if held >= batcher.settings.max_num_seqs:
+            text = f"all {held} slots of the batch are taken"
+            raise DestinationRefusedError(RefusalCode.NO_BATCH_SLOT, text)
+        shared = batcher.cached(arriving)
+        arriving.hashes.clear()
+        missing = batcher.num_blocks(arriving.num_tokens) + SLACK_BLOCKS - len(shared)
+        if missing > batcher.pool.num_free - batcher.pool.num_unused(shared):
+            raise DestinationRefusedError(RefusalCode.NO_FREE_BLOCKS, f"no {missing} free KV blocks")
+        batcher.pool.share(shared)
+        arriving.blocks = shared + batcher.pool.allocate(missing)
+        self.arriving[migration_id] = arriving
+        return Reservation(list(arriving.blocks), len(shared))
+
+    def grow(self, migration_id: str, num_blocks: int) -> Sequence:
+        """Raises: DestinationRefusedError: no free blocks; what was held stays held."""
+        if (sequence := self.arriving.get(migration_id)) is None:
+            text = "nothing is reserved for this migration"
+            raise DestinationRefusedError(RefusalCode.UNKNOWN_MIGRATION, text)
+        missing = num_blocks - len(sequence.blocks)
+        if missing > self._batcher.pool.num_free:
+            raise DestinationRefusedError(RefusalCode.NO_FREE_BLOCKS, f"no {missing} more free KV blocks")
+        sequence.blocks += self._batcher.pool.allocate(max(0, missing))
+        return sequence
+
+    def commit(self, migration_id: str, state: FinalState) -> None:
+        """Lets a reserved sequence enter the batch. Raises: DestinationRefusedError."""
+        batcher = self._batcher
+        prompt_tokens = self.grow(migration_id, 0).prompt_tokens
+        sequence = self.grow(migration_id, batcher.num_blocks(prompt_tokens + len(state.output_token_ids)))
+        del self.arriving[migration_id]
+        sequence.output = list(state.output_token_ids)
+        sequence.emitted = len(sequence.output)
+        sequence.epoch = state.epoch + 1
+        sequence.computed = state.num_computed_tokens
+        sequence.digest = batcher.read(sequence)
+        if batcher.settings.prefix_caching:
+            batcher.publish(sequence)
+        self.arrived[sequence.request_id] = migration_id
+        self._sequences[sequence.request_id] = sequence
+        batcher.running.append(sequence)
+
+    def drop(self, migration_id: str) -> Sequence | None:
+        """Gives a reservation back. Returns the sequence if it was committed: it has to be ended."""
+        if (arriving := self.arriving.pop(migration_id, None)) is not None:
+            self._batcher.release(arriving)
+            return None
+        for request_id, brought_by in self.arrived.items():
+            if brought_by == migration_id:
+                sequence = self._sequences[request_id]
+                self._batcher.pool.withdraw(sequence.blocks)
+                return sequence
+        return None
+
+    def check_integrity(self) -> list[str]:
+        """Entries of requests that are gone."""
+        problems = []
+        if not set(self.arrived) <= set(self._sequences):
+            problems.append(f"ended requests are remembered as arrivals: {sorted(self.arrived)}")
+        for name, table in (
+            ("suspended", self.suspended),
+            ("arriving", self.arriving),
+            ("asked for a stage", self._waiters),
+        ):
+            if table and not self._sequences:
+                problems.append(f"still {name} at rest: {sorted(table)}")
+        return problems
