@@ -48,19 +48,20 @@ class Dispatcher:
 
         Returns: None if there is no instance to choose.
         """
+        tokens = request.prompt_tokens
         loads = self._candidates()
         policy = self._dispatch
         if loads and loads[0].role == "prefill":
             policy = self._prefill_dispatch
         elif self.policies.late_binding and loads:
-            with_room = [load for load in loads if _blocks(request, load) <= _admissible_blocks(load)]
+            with_room = [load for load in loads if load.blocks_for(tokens) <= _admissible_blocks(load)]
             if may_wait and not with_room:
                 return None
             loads = with_room or loads
         chosen = policy.choose(loads, request, self._rng)
         if chosen is None:
             return None
-        self.loads.add_dispatch(chosen.instance_id, request.prompt_tokens, _blocks(request, chosen))
+        self.loads.add_dispatch(chosen.instance_id, tokens, chosen.blocks_for(tokens))
         return chosen.instance_id
 
     def destinations(self, num_blocks: int, priority: int = 0) -> list[str]:
@@ -88,10 +89,6 @@ class Dispatcher:
         load = self.loads.projected(instance_id)
         return _admissible_blocks(load) if can_start(load) else 0
 
-    def prompt_blocks(self, instance_id: str, request: NewRequest) -> int:
-        """Blocks that the prompt of a request takes on an instance."""
-        return _blocks(request, self.loads[instance_id])
-
     def _ranked(self, loads: Sequence[InstanceLoad], num_blocks: int, priority: int) -> list[str]:
         loads = can_receive(self._with_headroom(loads))
         return [load.instance_id for load in self._handoff.rank(loads, num_blocks, priority)]
@@ -103,10 +100,6 @@ class Dispatcher:
 
     def _with_headroom(self, loads: Sequence[InstanceLoad]) -> list[InstanceLoad]:
         return limit_headroom(loads, self.policies.headroom)
-
-
-def _blocks(request: NewRequest, load: InstanceLoad) -> int:
-    return -(-request.prompt_tokens // load.block_tokens)
 
 
 def _admissible_blocks(load: InstanceLoad) -> int:

@@ -70,6 +70,10 @@ class InstanceLoad(EngineLoad, frozen=True):
         """Blocks that a running request holds on average, rounded up."""
         return -(-(self.total_blocks - self.free_blocks) // max(self.running, 1))
 
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that this many tokens of a request take here."""
+        return -(-num_tokens // self.block_tokens)
+
     def with_arrivals(self, num_blocks: int, requests: int = 1) -> "InstanceLoad":
         """The load after requests that need `num_blocks` blocks together have arrived."""
         return replace(

@@ -1,9 +1,8 @@
 """Policy sets by name, and the check of every setting where it enters."""
 
 from collections.abc import Mapping
-from typing import Any
-
-import msgspec
+from dataclasses import asdict, fields
+from typing import Annotated, Any
 
 from router.dispatch import DISPATCH
 from router.handoff import HANDOFF
@@ -57,9 +56,9 @@ POLICY_KINDS: dict[str, PolicyKind[Any]] = {
 
 #: Settings of a policy set, by name.
 SETTINGS: dict[str, Setting] = {
-    field.name: Setting(field.name, field.type, field.default)
-    for field in msgspec.structs.fields(PolicySet)
-    if field.name not in ("name", "options")
+    field.name: Setting(field.name, Annotated[field.type, field.metadata["meta"]], field.default)
+    for field in fields(PolicySet)
+    if "meta" in field.metadata
 }
 
 #: Former names of settings.
@@ -96,7 +95,7 @@ def policy_set(name: str, /, **changes: object) -> PolicySet:
 
 
 def _changed(policies: PolicySet, changes: Mapping[str, object]) -> PolicySet:
-    values = msgspec.structs.asdict(policies)
+    values = asdict(policies)
     options = dict(values.pop("options"))
     for setting, value in changes.items():
         if setting.partition(".")[0] in POLICY_KINDS and "." in setting:

@@ -1,14 +1,23 @@
-"""Every setting of the router, with its default, its limits and its meaning."""
+"""Every setting of the router, with its default, its meaning and its limits."""
 
-from typing import Annotated
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
-import msgspec
 from msgspec import Meta
 
 from router.plugins import PolicyChoice, Value
 
+T = TypeVar("T")
 
-class PolicySet(msgspec.Struct, frozen=True):
+
+def setting(default: T, meaning: str, **limits: Any) -> T:
+    """A field with its meaning and its limits, which are named as in `msgspec.Meta`."""
+    found: T = field(default=default, metadata={"meta": Meta(description=meaning, **limits)})
+    return found
+
+
+@dataclass(frozen=True)
+class PolicySet:
     """Which policy decides what, and with which settings. Freeness is in blocks per request.
 
     Attributes:
@@ -18,71 +27,35 @@ class PolicySet(msgspec.Struct, frozen=True):
 
     name: str
 
-    dispatch: Annotated[str, Meta(description="Dispatch policy among neutral instances.")] = "freest"
-    prefill_dispatch: Annotated[str, Meta(description="Dispatch policy among prefill instances.")] = "backlog"
-    late_binding: Annotated[
-        bool, Meta(description="Requests that no neutral instance has room for wait in one line for all.")
-    ] = False
-    bind_after_s: Annotated[
-        float,
-        Meta(ge=0, description="Wait after which an instance has to make room for the first."),
-    ] = 15.0
-    max_bound: Annotated[
-        float,
-        Meta(ge=0, le=1, description="Share of the instances that may do so at a time."),
-    ] = 0.0625
-    headroom: Annotated[
-        float,
-        Meta(
-            ge=0,
-            le=1,
-            description="Share of a pool that requests of high priority keep nearly empty.",
-        ),
-    ] = 0.0
-    max_report_age_s: Annotated[
-        float, Meta(gt=0, description="Instances without a report for longer take no part in decisions.")
-    ] = 3.0
+    dispatch: str = setting("freest", "Dispatch policy among neutral instances.")
+    prefill_dispatch: str = setting("backlog", "Dispatch policy among prefill instances.")
+    late_binding: bool = setting(False, "Requests that no neutral instance has room for wait in one line.")
+    bind_after_s: float = setting(15.0, "Wait after which an instance has to make room for the first.", ge=0)
+    max_bound: float = setting(0.0625, "Share of the instances that may do so at a time.", ge=0, le=1)
+    headroom: float = setting(0.0, "Share of a pool that high priority keeps nearly empty.", ge=0, le=1)
+    max_report_age_s: float = setting(3.0, "Instances without a report for longer take no part.", gt=0)
 
-    handoff: Annotated[str, Meta(description="Hand-off policy: ranks decode instances.")] = "freest"
+    handoff: str = setting("freest", "Hand-off policy: ranks decode instances.")
 
-    rescheduling: Annotated[str, Meta(description="Which instance gives a request to which.")] = "none"
-    defragment: Annotated[
-        bool, Meta(description="Instances give requests away to make room for queued and preempted ones.")
-    ] = True
-    selection: Annotated[str, Meta(description="Selection policy: which request moves.")] = "shortest"
-    rescheduling_interval_s: Annotated[
-        float, Meta(gt=0, description="Least time between two rounds of moves.")
-    ] = 0.2
-    migration_threshold: Annotated[
-        float, Meta(description="Instances with less freeness give requests away, others take them.")
-    ] = 3.0
-    max_moves: Annotated[
-        int, Meta(ge=1, description="Migrations of one instance that rescheduling keeps in flight.")
-    ] = 1
+    rescheduling: str = setting("none", "Which instance gives a request to which.")
+    defragment: bool = setting(True, "Instances make room for queued and preempted requests.")
+    selection: str = setting("shortest", "Selection policy: which request moves.")
+    rescheduling_interval_s: float = setting(0.2, "Least time between two rounds of moves.", gt=0)
+    migration_threshold: float = setting(3.0, "Instances with less freeness give requests away.")
+    max_moves: int = setting(1, "Migrations of one instance that rescheduling keeps in flight.", ge=1)
 
-    scaling: Annotated[str, Meta(description="Scaling policy of decode and neutral pools.")] = "freeness"
-    prefill_scaling: Annotated[str, Meta(description="Scaling policy of prefill pools.")] = "backlog"
-    scale_interval_s: Annotated[float, Meta(ge=0, description="Time between two changes of a pool.")] = 10.0
-    scale_threshold: Annotated[
-        float, Meta(description="freeness: a pool with less average freeness grows.")
-    ] = 10.0
-    scale_margin: Annotated[
-        float,
-        Meta(ge=0, description="freeness: a pool shrinks if it would stay this much above the threshold."),
-    ] = 50.0
-    backlog_high_tokens: Annotated[
-        int, Meta(ge=0, description="backlog: a pool with more prompt tokens waiting per instance grows.")
-    ] = 8192
-    backlog_low_tokens: Annotated[
-        int, Meta(ge=0, description="backlog: a pool shrinks if fewer would wait per instance afterwards.")
-    ] = 1024
-    drain_after_s: Annotated[
-        float, Meta(ge=0, description="Time that a pool has to be too large before it shrinks.")
-    ] = 0.0
+    scaling: str = setting("freeness", "Scaling policy of decode and neutral pools.")
+    prefill_scaling: str = setting("backlog", "Scaling policy of prefill pools.")
+    scale_interval_s: float = setting(10.0, "Time between two changes of a pool.", ge=0)
+    scale_threshold: float = setting(10.0, "freeness: grows with less average freeness.")
+    scale_margin: float = setting(50.0, "freeness: shrinks if it stays this much above the threshold.", ge=0)
+    backlog_high_tokens: int = setting(8192, "backlog: grows with more prompt tokens per instance.", ge=0)
+    backlog_low_tokens: int = setting(1024, "backlog: shrinks if fewer stay per instance.", ge=0)
+    drain_after_s: float = setting(0.0, "Time that a pool has to be too large before it shrinks.", ge=0)
 
-    roles: Annotated[bool, Meta(description="An idle instance of one pool may change its role.")] = False
+    roles: bool = setting(False, "An idle instance of one pool may change its role.")
 
-    options: dict[str, Value] = {}
+    options: dict[str, Value] = field(default_factory=dict)
 
     def choice(self, setting: str) -> PolicyChoice:
         """The policy that a setting such as `dispatch` names, with its own settings."""

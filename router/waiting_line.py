@@ -60,8 +60,9 @@ class WaitingLine:
         free_blocks = self._dispatcher.admissible_blocks(instance_id)
         if free_blocks <= 0 and not self._is_overdue(now):
             return []
+        load = self._dispatcher.loads[instance_id]
         for waiting in self._line:
-            num_blocks = self._dispatcher.prompt_blocks(instance_id, waiting.request)
+            num_blocks = load.blocks_for(waiting.request.prompt_tokens)
             if num_blocks <= free_blocks:
                 taken.append(waiting)
                 free_blocks -= num_blocks

@@ -75,7 +75,7 @@ class Levelling:
         remaining = after_departures(source)
 
         def outcome(request: M) -> tuple[int, float, int]:
-            after = freeness_after_move(remaining, destination, _blocks(request, source))
+            after = freeness_after_move(remaining, destination, source.blocks_for(request.num_tokens))
             return request.priority, after, -request.num_tokens
 
         return max(_worth_moving(requests, source, destination), key=outcome, default=None)
@@ -85,7 +85,7 @@ class ForDrain:
     """Any request that fits the destination, as all have to go: lower priority first, then the shortest."""
 
     def select(self, requests: Sequence[M], source: InstanceLoad, destination: InstanceLoad) -> M | None:
-        fitting = [r for r in requests if has_free_blocks(destination, _blocks(r, source))]
+        fitting = [r for r in requests if has_free_blocks(destination, source.blocks_for(r.num_tokens))]
         return min(fitting, key=lambda r: (-r.priority, r.num_tokens), default=None)
 
 
@@ -127,14 +127,14 @@ class RequestSelector:
             return None
 
 
-def _blocks(request: Movable, source: InstanceLoad) -> int:
-    return -(-request.num_tokens // source.block_tokens)
-
-
 def _normal(requests: Sequence[M]) -> list[M]:
     return [r for r in requests if priority_class(r.priority) is not PriorityClass.HIGH]
 
 
 def _worth_moving(requests: Sequence[M], source: InstanceLoad, destination: InstanceLoad) -> list[M]:
     remaining = after_departures(source)
-    return [r for r in _normal(requests) if is_worth_moving(remaining, destination, _blocks(r, source))]
+
+    def is_worth_it(request: M) -> bool:
+        return is_worth_moving(remaining, destination, source.blocks_for(request.num_tokens))
+
+    return list(filter(is_worth_it, _normal(requests)))
