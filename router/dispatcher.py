@@ -1,15 +1,24 @@
 """Where requests start, and where prefill instances hand them off to."""
 
+import logging
 import random
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
-from router.dispatch import DISPATCH, can_start, candidates
-from router.handoff import HANDOFF, can_receive
+from router.dispatch import DISPATCH, DispatchPolicy, can_start, candidates
+from router.dispatch.backlog import LeastBacklog
+from router.handoff import HANDOFF, FreestDestination, can_receive
 from router.headroom import limit_headroom
 from router.load import InstanceLoad
+from router.plugins import PolicyError
 from router.policies import PolicySet, policy_set
 from router.projected_loads import ProjectedLoads
 from router.request import NewRequest
+
+logger = logging.getLogger(__name__)
+
+P = TypeVar("P")
+R = TypeVar("R")
 
 
 class Dispatcher:
@@ -39,6 +48,7 @@ class Dispatcher:
         self._dispatch = DISPATCH.make(self.policies.choice("dispatch"))
         self._prefill_dispatch = DISPATCH.make(self.policies.choice("prefill_dispatch"))
         self._handoff = HANDOFF.make(self.policies.choice("handoff"))
+        self._failed: set[int] = set()  # policies by id
 
     def dispatch(self, request: NewRequest, *, may_wait: bool = False) -> str | None:
         """Chooses the instance that a new request starts on, and counts the request there.
@@ -58,11 +68,19 @@ class Dispatcher:
             if may_wait and not with_room:
                 return None
             loads = with_room or loads
-        chosen = policy.choose(loads, request, self._rng)
-        if chosen is None:
+        if not loads:
             return None
+        chosen = self._decide(policy, LeastBacklog(), lambda policy: self._choose(policy, loads, request))
         self.loads.add_dispatch(chosen.instance_id, tokens, chosen.blocks_for(tokens))
         return chosen.instance_id
+
+    def _choose(
+        self, policy: DispatchPolicy, loads: Sequence[InstanceLoad], request: NewRequest
+    ) -> InstanceLoad:
+        chosen = policy.choose(loads, request, self._rng)
+        if chosen is None or chosen.instance_id not in self.loads:
+            raise PolicyError(f"it has chosen {chosen}")
+        return chosen
 
     def destinations(self, num_blocks: int, priority: int = 0) -> list[str]:
         """Decode instances to hand a request of this size off to, best first."""
@@ -91,7 +109,20 @@ class Dispatcher:
 
     def _ranked(self, loads: Sequence[InstanceLoad], num_blocks: int, priority: int) -> list[str]:
         loads = can_receive(self._with_headroom(loads))
-        return [load.instance_id for load in self._handoff.rank(loads, num_blocks, priority)]
+        ranked = self._decide(
+            self._handoff, FreestDestination(), lambda policy: policy.rank(loads, num_blocks, priority)
+        )
+        return [load.instance_id for load in ranked]
+
+    def _decide(self, policy: P, fallback: P, decide: Callable[[P], R]) -> R:
+        """The policy's decision, or that of a built-in one if it fails, which is logged once."""
+        try:
+            return decide(policy)
+        except Exception:  # whatever an own policy does: requests go on
+            if id(policy) not in self._failed:
+                self._failed.add(id(policy))
+                logger.exception("%r fails: %s decides instead", policy, type(fallback).__name__)
+            return decide(fallback)
 
     def _candidates(self) -> list[InstanceLoad]:
         return candidates(self._with_headroom(self.loads.fresh())) or candidates(

@@ -14,7 +14,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import msgspec
 from msgspec import Meta
-from msgspec.inspect import BoolType, FloatType, IntType, Metadata, type_info
+from msgspec.inspect import BoolType, FloatType, IntType, LiteralType, Metadata, type_info
 
 P = TypeVar("P")
 Value = bool | int | float | str
@@ -50,6 +50,8 @@ class Setting(NamedTuple):
         kind = kind.type if isinstance(kind, Metadata) else kind
         if isinstance(kind, BoolType):
             return "true or false"
+        if isinstance(kind, LiteralType):
+            return " or ".join(map(str, kind.values))
         if not isinstance(kind, IntType | FloatType):
             return "text"
         limits = ((">=", kind.ge), (">", kind.gt), ("<=", kind.le), ("<", kind.lt))

@@ -2,9 +2,11 @@
 
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from router.dispatch import DispatchPolicy
 from router.dispatcher import Dispatcher
 from router.load import InstanceLoad
 from router.policies import policy_set
@@ -257,3 +259,37 @@ def test_if_all_reports_are_old_the_last_ones_count() -> None:
     clock.now = 100.0
 
     assert (dispatcher.dispatch(NewRequest(1)), dispatcher.destinations(1)) == ("p0", ["d0", "d1"])
+
+
+# ---- own policies that fail
+
+
+class Fails:
+    def choose(self, loads: object, request: object, rng: object) -> InstanceLoad:
+        raise ZeroDivisionError
+
+    def rank(self, loads: object, num_blocks: int, priority: int) -> list[InstanceLoad]:
+        raise ZeroDivisionError
+
+
+class ChoosesAnUnknownInstance:
+    def choose(self, loads: object, request: object, rng: object) -> InstanceLoad:
+        return neutral("i9")
+
+
+@pytest.mark.parametrize("policy", [Fails(), ChoosesAnUnknownInstance()])
+def test_a_built_in_policy_decides_in_the_place_of_one_that_fails(
+    policy: DispatchPolicy, caplog: pytest.LogCaptureFixture
+) -> None:
+    dispatcher = dispatcher_of(neutral("i0", 0), neutral("i1"))
+    dispatcher._dispatch = policy
+
+    assert [dispatcher.dispatch(NewRequest(100)) for _ in range(3)] == ["i1", "i1", "i1"]
+    assert len(caplog.records) == 1
+
+
+def test_a_built_in_policy_ranks_in_the_place_of_one_that_fails() -> None:
+    dispatcher = dispatcher_of(decode("d0", 50), decode("d1", 90))
+    dispatcher._handoff = Fails()
+
+    assert dispatcher.destinations(10) == ["d1", "d0"]

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pytest
 from msgspec import Meta
@@ -115,6 +115,14 @@ def test_a_setting_has_the_default_the_limits_and_the_meaning_of_its_parameter()
         "true or false",
         "",
     )
+
+
+def test_a_setting_may_have_a_list_of_values() -> None:
+    mode = Setting("mode", Literal["fast", "even"], "fast")
+
+    assert mode.convert("even") == "even"
+    with pytest.raises(PolicyError, match="mode must be even or fast, not 'slow'"):
+        mode.convert("slow")
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", float("nan"), float("-inf"), "much", "", None])
