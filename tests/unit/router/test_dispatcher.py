@@ -93,7 +93,7 @@ def test_counting_starts_from_what_the_instance_has_had() -> None:
     assert dispatcher.dispatch(NewRequest(10)) == "p0"
 
 
-def test_nowhere_to_start_is_none() -> None:
+def test_without_a_candidate_dispatch_chooses_none() -> None:
     assert Dispatcher().dispatch(NewRequest(1)) is None
     assert dispatcher_of(decode("d0")).dispatch(NewRequest(1)) is None
 
@@ -187,7 +187,7 @@ def test_a_burst_on_neutral_instances_spreads_by_freeness() -> None:
     assert Counter(dispatcher.dispatch(NewRequest(160)) for _ in range(10)) == {"i0": 5, "i1": 5}
 
 
-def test_what_is_dispatched_counts_like_what_is_reported() -> None:
+def test_a_dispatched_request_counts_like_a_reported_one() -> None:
     dispatcher = dispatcher_of(neutral("i0", requests_added=4))
     dispatcher.dispatch(NewRequest(33))
     dispatcher.dispatch(NewRequest(16))

@@ -15,7 +15,7 @@ LOAD = InstanceLoad("d0", "decode", total_blocks=100, free_blocks=60, running=4)
 PAPER = InstanceLoad("i0", "neutral", total_blocks=851, free_blocks=811, running=2)
 
 
-def test_freeness_is_what_is_free_per_running_request() -> None:
+def test_freeness_is_free_blocks_per_running_request() -> None:
     assert virtual_usage(LOAD) == 40
     assert freeness(LOAD) == (100 - 40) / 4
 

@@ -31,7 +31,7 @@ def test_the_freest_comes_first() -> None:
     assert names(cluster, 10) == ["d2", "d1", "d0"]
 
 
-def test_it_is_the_freest_with_the_request() -> None:
+def test_the_freest_is_the_one_that_is_so_with_the_request() -> None:
     """An idle instance with little room is the freest, until it would have to take a long request."""
     cluster = [decode("d0", 30, running=0), decode("d1", 60, running=3)]
 
@@ -39,7 +39,7 @@ def test_it_is_the_freest_with_the_request() -> None:
     assert names(cluster, 25) == ["d1", "d0"]
 
 
-def test_what_is_on_its_way_counts() -> None:
+def test_arrivals_on_their_way_count() -> None:
     cluster = [decode("d0", 80), decode("d1", 60)]
 
     assert names(cluster, 10) == ["d0", "d1"]

@@ -19,14 +19,14 @@ POOL = [
     ("share", "kept"),
     [(0.0, []), (0.01, ["i9"]), (0.25, ["i8", "i9"]), (1.0, [f"i{n}" for n in range(1, 10)])],
 )
-def test_those_with_most_high_priority_keep_theirs(share: float, kept: list[str]) -> None:
+def test_instances_with_the_most_high_priority_keep_headroom(share: float, kept: list[str]) -> None:
     limited = limit_headroom(POOL, share)
 
     assert [load.instance_id for load in limited] == [load.instance_id for load in POOL]
     assert [load.instance_id for load in limited if load.high_priority] == kept
 
 
-def test_each_pool_has_its_own_limit() -> None:
+def test_each_pool_has_its_own_limit_of_headroom() -> None:
     neutral = [replace(load, instance_id=f"n{load.instance_id}", role="neutral") for load in POOL]
 
     kept = [load.instance_id for load in limit_headroom([*POOL, *neutral], 0.1) if load.high_priority]
@@ -34,6 +34,6 @@ def test_each_pool_has_its_own_limit() -> None:
 
 
 @given(clusters(), st.floats(0, 1))
-def test_nothing_else_changes(cluster: list[InstanceLoad], share: float) -> None:
+def test_limiting_headroom_changes_nothing_else(cluster: list[InstanceLoad], share: float) -> None:
     for before, after in zip(cluster, limit_headroom(cluster, share), strict=True):
         assert after in (before, replace(before, high_priority=0))

@@ -99,7 +99,7 @@ def test_a_policy_is_made_with_its_settings_and_the_defaults_of_the_others() -> 
         (PolicyChoice("largest", (("bound", 0),)), "bound must be an integer >= 1, not 0"),
     ],
 )
-def test_what_cannot_be_used_is_refused_with_what_can(choice: PolicyChoice, message: str) -> None:
+def test_a_policy_that_cannot_be_used_is_refused_with_the_reason(choice: PolicyChoice, message: str) -> None:
     with pytest.raises(PolicyError, match=message):
         KIND.make(choice)
 
@@ -126,6 +126,6 @@ def test_a_setting_may_have_a_list_of_values() -> None:
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", float("nan"), float("-inf"), "much", "", None])
-def test_a_number_is_finite(value: object) -> None:
+def test_a_value_that_is_no_finite_number_is_refused(value: object) -> None:
     with pytest.raises(PolicyError, match="share must be a number >= 0 and < 1, not "):
         Setting("share", Annotated[float, Meta(ge=0, lt=1)], 0.0).convert(value)

@@ -81,7 +81,7 @@ def test_an_unknown_setting_is_refused_with_the_known_ones() -> None:
         ("options", "{}", "no setting 'options'"),
     ],
 )
-def test_a_value_that_is_not_allowed_is_refused_with_what_is(
+def test_a_value_that_is_not_allowed_is_refused_with_the_allowed_ones(
     setting: str, value: object, message: str
 ) -> None:
     with pytest.raises(PolicyError, match=f"policy 'llumnix': .*{message}"):

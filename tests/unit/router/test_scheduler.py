@@ -101,7 +101,7 @@ def test_an_imbalance_is_acted_on_once_until_the_reports_show_it() -> None:
     assert run.round(replace(FULL, moves_decided=1), FREE) == []
 
 
-def test_a_destination_has_one_on_its_way_too() -> None:
+def test_a_destination_takes_one_move_at_a_time_too() -> None:
     run = Run()
     run.round(FULL, FREE)
 
@@ -213,7 +213,7 @@ def test_a_pool_shrinks_by_draining_and_stops_what_is_empty() -> None:
     assert run.round(drained, FREE) == []
 
 
-def test_an_idle_instance_changes_sides() -> None:
+def test_an_idle_instance_changes_its_role() -> None:
     run = Run("llumnix", overrides={"roles": 1})
     behind = InstanceLoad(
         "p0", "prefill", total_blocks=851, free_blocks=400, running=8, waiting=20, waiting_tokens=50_000

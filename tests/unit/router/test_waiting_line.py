@@ -32,7 +32,7 @@ def line_of(*loads: InstanceLoad) -> tuple[WaitingLine, Dispatcher]:
 # ---- dispatch with late binding
 
 
-def test_it_goes_where_there_is_room_even_if_another_one_is_freer_per_request() -> None:
+def test_a_request_goes_where_there_is_room_even_if_another_instance_is_freer() -> None:
     _, dispatcher = line_of(
         with_free("many", 30), InstanceLoad("few", "neutral", total_blocks=100, free_blocks=20, running=1)
     )
@@ -42,26 +42,26 @@ def test_it_goes_where_there_is_room_even_if_another_one_is_freer_per_request() 
     assert dispatcher.dispatch(blocks(11), may_wait=True) is None
 
 
-def test_what_is_dispatched_takes_its_room_before_a_report_says_so() -> None:
+def test_a_dispatched_request_takes_its_room_before_a_report_says_so() -> None:
     _, dispatcher = line_of(with_free("i0", 20))
 
     assert [dispatcher.dispatch(blocks(10), may_wait=True) for _ in range(3)] == ["i0", "i0", None]
 
 
-def test_without_leave_to_wait_it_goes_somewhere() -> None:
+def test_a_request_that_may_not_wait_is_dispatched() -> None:
     _, dispatcher = line_of(with_free("i0", 0))
 
     assert dispatcher.dispatch(blocks(10)) == "i0"
 
 
-def test_other_policies_let_nothing_wait() -> None:
+def test_without_late_binding_no_request_waits() -> None:
     dispatcher = Dispatcher(policy_set("infaas++"))
     dispatcher.loads.report(with_free("i0", 0))
 
     assert dispatcher.dispatch(blocks(10), may_wait=True) == "i0"
 
 
-def test_prefill_instances_queue_themselves() -> None:
+def test_no_request_waits_for_prefill_instances() -> None:
     """They are short of time, not of room."""
     dispatcher = Dispatcher(LATE)
     dispatcher.loads.report(InstanceLoad("p0", "prefill", total_blocks=100, free_blocks=0, running=4))
@@ -92,7 +92,7 @@ def test_high_priority_goes_first() -> None:
     assert list(line) == ["normal", "later"]
 
 
-def test_the_first_is_bound_in_the_end() -> None:
+def test_the_first_in_line_is_bound_after_a_while() -> None:
     line, _ = line_of(with_free("i0", 5), with_free("i1", 5, waiting=1, preempted=1))
     line.add("large", blocks(50), now=0.0)
     line.add("next", blocks(50), now=0.0)
@@ -111,7 +111,7 @@ def test_few_instances_make_room_at_a_time() -> None:
         assert line.take("i0", now=10.0) == bound
 
 
-def test_room_is_room_also_beside_high_priority() -> None:
+def test_a_request_fits_beside_high_priority() -> None:
     """Headroom makes an instance the last to be chosen, not one that lets others wait."""
     line, dispatcher = line_of(
         InstanceLoad("i0", "neutral", total_blocks=300, free_blocks=0, running=4, high_priority=1)

@@ -128,7 +128,7 @@ def test_a_simulation_uses_the_example_of_the_docs(site: Path, tmp_path: Path) -
         (["selection=broken"], "selection policy 'broken' cannot be loaded"),
     ],
 )
-def test_what_the_example_does_not_allow_is_refused_at_start(
+def test_a_setting_that_the_example_does_not_allow_is_refused_at_start(
     site: Path, settings: list[str], message: str
 ) -> None:
     done = simulate(site, *(argument for setting in settings for argument in ("--set", setting)))

@@ -35,7 +35,7 @@ def test_the_instance_with_the_longest_prefix_is_preferred() -> None:
     assert chosen_by(policy, pool(0, 127), prompt(5)) == "p0"  # an unknown prompt
 
 
-def test_only_what_is_the_same_from_the_beginning_needs_no_computing() -> None:
+def test_only_a_common_beginning_needs_no_computing() -> None:
     policy = LongestPrefix()
     chosen_by(policy, pool(0, 1), prompt(1, 2))
 
@@ -44,7 +44,7 @@ def test_only_what_is_the_same_from_the_beginning_needs_no_computing() -> None:
     assert policy.work(prefill("p0"), prompt(1, 2)) == PREFIX_TOKENS
 
 
-def test_what_does_not_fit_into_the_blocks_any_more_is_forgotten_from_its_end() -> None:
+def test_prefixes_that_no_longer_fit_the_blocks_are_forgotten_from_their_end() -> None:
     policy = LongestPrefix()
     (load,) = pool(0)  # 100 blocks of 16 tokens hold 12 prefixes
     chosen_by(policy, [load], prompt(*range(10)))

@@ -85,7 +85,7 @@ def test_high_priority_makes_room_around_itself(policies: object) -> None:
     assert pairs(moves(policies, replace(HALF, high_priority=1), FREE))[0] == ("half", "free")
 
 
-def test_no_rescheduling_is_none_at_all() -> None:
+def test_the_policy_none_orders_no_moves() -> None:
     assert RESCHEDULING.make(PolicyChoice("none")).moves([FULL, FREE], PAPER) == []
 
 
@@ -162,7 +162,7 @@ def test_the_paper_leaves_instances_with_a_migration_in_flight_alone() -> None:
     assert moves(PAPER, FULL, replace(FREE, migrating_in=1)) == []
 
 
-def test_ours_goes_on_giving_until_max_moves_are_in_flight() -> None:
+def test_the_default_goes_on_giving_until_max_moves_are_in_flight() -> None:
     assert pairs(moves(OURS, replace(QUEUED, migrating_out=OURS.max_moves - 1), FREE)) == [("full", "free")]
     assert moves(OURS, replace(QUEUED, migrating_out=OURS.max_moves), FREE) == []
 

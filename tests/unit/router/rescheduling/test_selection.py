@@ -54,7 +54,7 @@ def test_no_request_is_chosen_from_none(rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", ["guarded", "levelling"])
-def test_none_is_better_than_one_for_the_worse(rule: str) -> None:
+def test_no_request_moves_if_every_move_would_make_the_pair_worse(rule: str) -> None:
     """The only request that could go would leave the destination as full as the source is."""
     assert select(rule, [Request("huge", 49)], FULL, FREE) is None
     assert select(rule, [Request("big", 40)], FULL, FREE) is not None

@@ -31,7 +31,7 @@ def test_average_freeness_below_t_asks_for_more_until_it_is_not() -> None:
     assert FreenessSignal().look(pool(4, 220, 20), 0, PAPER).instances == 0
 
 
-def test_what_is_starting_counts_as_idle() -> None:
+def test_starting_instances_count_as_idle() -> None:
     assert FreenessSignal().look(pool(4, 80, 20), 1, PAPER).instances == 0
     assert FreenessSignal().look(pool(4, 0, 60), 1, PAPER).instances == 2
 

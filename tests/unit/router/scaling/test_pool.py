@@ -60,14 +60,14 @@ def test_a_pool_that_has_not_reported_yet_is_waited_for() -> None:
     assert len(Pool(2, 8).look([], 11)) == 2
 
 
-def test_it_never_grows_above_its_bounds_nor_shrinks_below() -> None:
+def test_a_pool_stays_within_its_bounds() -> None:
     assert [type(decision) for decision in Pool(1, 5).look(FULL, 11)] == [Start, Start]
     assert Pool(1, 5).look(FULL, 11, starting=2) == []
     assert Pool(1, 3).look(FULL, 30) == []
     assert Pool(3, 5).look(IDLE, 30) == []
 
 
-def test_below_its_least_it_grows_and_above_its_most_it_shrinks_whatever_the_load() -> None:
+def test_a_pool_outside_its_bounds_changes_whatever_the_load() -> None:
     assert Pool(5, 8).look(IDLE, 11) == [Start("neutral", "3 of at least 5")] * 2
     assert Pool(5, 8).look(IDLE, 11, starting=2) == []
     assert Pool(1, 2).look(FULL, 11) == [Drain("i0", "3 of at most 2")]
@@ -110,7 +110,7 @@ def test_a_pool_has_to_be_too_large_for_a_while() -> None:
     assert len(scaled_pool.look(IDLE, 15)) == 1
 
 
-def test_what_drains_is_taken_back_before_anything_is_started() -> None:
+def test_a_draining_instance_is_used_again_before_one_is_started() -> None:
     """The fullest first: it has most to lose."""
     drains = [load("i3", 500, 5), load("i4", 500, 9), load("i5", 851, 0)]
     drains = [replace(one, draining=True) for one in drains]
@@ -129,7 +129,7 @@ def test_an_instance_that_goes_on_draining_is_drained_by_an_operator() -> None:
     assert [type(decision) for decision in scaled_pool.look([*FULL, by_hand], 10)] == [Start]
 
 
-def test_what_is_drained_and_empty_is_stopped_once_after_a_moment() -> None:
+def test_a_drained_and_empty_instance_is_stopped_once_after_a_moment() -> None:
     scaled_pool = Pool(1, 8)
     busy, half = pool(2, 300, 10), replace(load("i9", 851, 0), draining=True)
 
@@ -141,7 +141,7 @@ def test_what_is_drained_and_empty_is_stopped_once_after_a_moment() -> None:
     assert scaled_pool.look([*busy, half], 30) == []
 
 
-def test_what_was_told_to_stop_is_not_taken_back() -> None:
+def test_an_instance_that_was_told_to_stop_is_not_used_again() -> None:
     scaled_pool = Pool(1, 8)
     empty = replace(load("i9", 851, 0), draining=True)
     assert scaled_pool.look([*pool(2, 300, 10), empty], 3) == [Stop("i9", "drained and empty")]

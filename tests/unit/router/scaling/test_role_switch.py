@@ -63,7 +63,7 @@ def test_an_idle_prefill_instance_helps_to_decode() -> None:
     assert said(Roles().look(FULL, prefill("p0"), prefill("p1"), seconds=11)) == [("p0", "decode")]
 
 
-def test_a_short_wave_is_not_enough() -> None:
+def test_a_short_wave_switches_no_role() -> None:
     """Short gaps do not make a long wave short."""
     roles = Roles()
     decodes = decode("d0"), decode("d1")
@@ -81,7 +81,7 @@ def test_a_pool_is_never_emptied() -> None:
     assert Roles().look(BEHIND, decode("d0"), replace(decode("d1"), draining=True), seconds=60) == []
 
 
-def test_bounds_of_both_pools_hold() -> None:
+def test_a_switch_keeps_the_bounds_of_both_pools() -> None:
     loads = BEHIND, decode("d0"), decode("d1")
 
     assert Roles({"decode": PoolBounds(2, 4)}).look(*loads, seconds=60) == []
@@ -89,12 +89,12 @@ def test_bounds_of_both_pools_hold() -> None:
     assert Roles({"decode": PoolBounds(1, 4), "prefill": PoolBounds(1, 2)}).look(*loads, seconds=11)
 
 
-def test_both_short_or_both_ample_is_no_reason() -> None:
+def test_two_short_or_two_ample_pools_switch_no_role() -> None:
     assert Roles().look(BEHIND, FULL, decode("d1", 0, 90), seconds=60) == []
     assert Roles().look(prefill("p0"), prefill("p1"), decode("d0"), decode("d1"), seconds=60) == []
 
 
-def test_where_none_is_idle_one_is_drained_first() -> None:
+def test_if_no_instance_is_idle_one_is_drained_first() -> None:
     roles = Roles()
     d0, d1 = decode("d0", 820, 2), decode("d1", 830, 1)
     assert said(roles.look(BEHIND, d0, d1, seconds=11)) == [("d1", True)]
@@ -105,7 +105,7 @@ def test_where_none_is_idle_one_is_drained_first() -> None:
     assert said(roles.look(BEHIND, d0, empty)) == [("d1", "prefill"), ("d1", False)]
 
 
-def test_it_is_taken_back_when_the_wave_is_over_before_it_is_empty() -> None:
+def test_an_instance_drained_to_switch_is_used_again_when_the_wave_is_over() -> None:
     roles = Roles()
     d0, d1 = decode("d0", 820, 2), decode("d1", 830, 1)
     roles.look(BEHIND, d0, d1, seconds=11)
@@ -124,7 +124,7 @@ def test_an_instance_that_an_operator_drains_is_not_switched() -> None:
     assert said(scaled.look(*loads, seconds=11)) == [("d1", "prefill"), ("d1", False)]
 
 
-def test_it_does_not_swing() -> None:
+def test_a_switched_instance_is_not_switched_back_under_the_same_load() -> None:
     """After the exchange, with the same work, no pool asks for the instance back."""
     roles = Roles()
     loads = [prefill("p0", 30_000), decode("d0", 700, 2), decode("d1")]
