@@ -23,23 +23,27 @@ ROOT = Path(__file__).parents[2]
 
 START_S = 180.0
 
+#: As `pd-serve serve` sets it for a Ray of its own.
+ENVIRONMENT = {
+    **LOOPBACK,
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_enable_worker_prestart": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_raylet_start_wait_time_s": "180",
+    "RAY_worker_niceness": "0",  # Ray's 15 would have them wait for everything else on this machine
+    "PYTHONPATH": str(ROOT),
+}
 
-class RayLauncher(ServerProcess):
+
+class RayCluster(ServerProcess):
     """One node for each of `nodes`, options of Ray's; `port` is where Serve's HTTP will be."""
 
     def __init__(self, log: Path, *nodes: dict[str, Any]) -> None:
         self.dashboard, http = free_ports(2)
-        self.environment = {
-            **LOOPBACK,  # as `pd-serve serve` starts its own Ray; so the others
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_prestart_worker_first_driver": "0",
-            "RAY_enable_worker_prestart": "0",
-            "RAY_DEDUP_LOGS": "0",
-            "RAY_raylet_start_wait_time_s": "180",
-            "RAY_worker_niceness": "0",  # Ray's 15 would have them wait for everything else on this machine
+        self.environment = ENVIRONMENT | {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
-            "PYTHONPATH": str(ROOT),
         }
         head = {"dashboard_host": "127.0.0.1", "dashboard_port": self.dashboard} | nodes[0]
         arguments = [json.dumps(node) for node in (head, *nodes[1:])]
@@ -68,12 +72,6 @@ class RayLauncher(ServerProcess):
             assert time.monotonic() < deadline, done.stdout + done.stderr
             time.sleep(0.5)
 
-    def serve_run(self, *arguments: str) -> "subprocess.Popen[bytes]":
-        """Begins `serve run`, which goes on until it is terminated."""
-        command = [_script("serve"), "run", *arguments]
-        with self.log.open("ab") as output:
-            return subprocess.Popen(command, cwd=ROOT, env=self._environment(), stdout=output, stderr=output)
-
     def _environment(self) -> dict[str, str]:
         return os.environ | self.environment | {"RAY_ADDRESS": self.address()}
 
@@ -90,8 +88,8 @@ class RayLauncher(ServerProcess):
 
 
 @contextmanager
-def ray_cluster(log: Path, *nodes: dict[str, Any]) -> Iterator[RayLauncher]:
-    cluster = RayLauncher(log, *nodes)
+def ray_cluster(log: Path, *nodes: dict[str, Any]) -> Iterator[RayCluster]:
+    cluster = RayCluster(log, *nodes)
     try:
         yield cluster
     finally:

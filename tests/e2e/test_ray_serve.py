@@ -1,9 +1,11 @@
 """The service as a Ray Serve application: several API servers, and what dies is found or made again.
 
-Simulated engines first, whose words show what becomes of the KV cache; at the end real ones, by `serve run`.
+Simulated engines first, whose words show what becomes of the KV cache; then real ones, by `serve run`.
 """
 
 import asyncio
+import secrets
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,11 @@ import pytest
 import yaml
 from conftest import TIMEOUT
 
+from pd_serve.models.cache import cache_root
 from tests.e2e.completion_client import Body, CompletionClient
 from tests.e2e.prompts import token_ids
-from tests.e2e.ray_cluster import RayLauncher, ray_cluster
+from tests.e2e.ray_cluster import ENVIRONMENT, RayCluster, free_ports, ray_cluster
+from tests.e2e.server_process import ServerProcess
 from tests.e2e.streams import answers, streaming
 from tests.e2e.test_same_output import assert_same
 
@@ -34,13 +38,13 @@ BODIES: list[Body] = [{"prompt": token_ids(150, i), "max_tokens": 200} for i in 
 
 
 @pytest.fixture(scope="module")
-def head(logs: Path) -> Iterator[RayLauncher]:
+def head(logs: Path) -> Iterator[RayCluster]:
     with ray_cluster(logs / "ray.log", {"include_dashboard": True}) as head:
         yield head
 
 
 @pytest.fixture(scope="module")
-def server(head: RayLauncher, logs: Path) -> RayLauncher:
+def server(head: RayCluster, logs: Path) -> RayCluster:
     """deploy/serve.yaml as it is, but for the port and the engines."""
     config = yaml.safe_load((ROOT / "deploy" / "serve.yaml").read_text())
     config["http_options"]["port"] = head.port
@@ -60,7 +64,7 @@ def pids(cluster: dict[str, Any]) -> dict[str, int]:
     return {row["id"]: row["pid"] for row in cluster["instances"]}
 
 
-async def test_streams_through_two_servers(client: CompletionClient) -> None:
+async def test_streams_through_two_servers_are_whole(client: CompletionClient) -> None:
     await wait_for_servers(client, 2)
     expected = await asyncio.gather(*map(client.answer, BODIES))
     streamed = await asyncio.gather(*map(client.stream, BODIES))
@@ -68,14 +72,14 @@ async def test_streams_through_two_servers(client: CompletionClient) -> None:
         assert_same(answer, theirs)
 
 
-async def test_moved_by_hand_whichever_server_is_asked(client: CompletionClient) -> None:
+async def test_a_request_is_moved_whichever_server_is_asked(client: CompletionClient) -> None:
     expected = await client.answer(BODIES[0])
     answer = await client.stream(BODIES[0], client.tour(["prefill-0", "decode-0", "decode-1", "decode-0"]))
     assert_same(answer, expected)
     assert [move.status for move in answer.moves] == [200] * 4
 
 
-async def test_who_leaves_is_aborted(client: CompletionClient) -> None:
+async def test_a_request_is_aborted_when_its_client_leaves(client: CompletionClient) -> None:
     async with client.open({"prompt": token_ids(50), "max_tokens": 4000}) as events:
         await anext(events)
         await client.until(lambda cluster: any(row["running"] for row in cluster["instances"]))
@@ -91,7 +95,7 @@ async def test_who_leaves_is_aborted(client: CompletionClient) -> None:
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-async def test_errors_are_vllms(
+async def test_errors_have_vllms_form(
     client: CompletionClient, body: Body, status: int, kind: str, parameter: str, stream: bool
 ) -> None:
     request = {"model": "tiny", "prompt": "x", "max_tokens": 4, "stream": stream, **body}
@@ -105,7 +109,7 @@ async def test_errors_are_vllms(
     )
 
 
-async def test_found_whichever_server_is_asked(client: CompletionClient) -> None:
+async def test_a_request_is_found_whichever_server_is_asked(client: CompletionClient) -> None:
     """A request has one id, in its answer once, and both servers tell its way."""
     body = {"model": "tiny", "prompt": token_ids(20), "max_tokens": 4}
     own = await client.http.post("/v1/completions", json=body, headers={"X-Request-Id": "asked-for"})
@@ -121,25 +125,28 @@ async def test_found_whichever_server_is_asked(client: CompletionClient) -> None
 
 
 @pytest.mark.parametrize("headers", [{"X-Long": "x" * 40_000}, {f"X-{n}": "x" for n in range(200)}])
-async def test_headers_have_a_limit(client: CompletionClient, headers: dict[str, str]) -> None:
-    """HAProxy's."""
+async def test_headers_beyond_haproxys_limit_are_refused(
+    client: CompletionClient, headers: dict[str, str]
+) -> None:
     assert (await client.http.get("/v1/models", headers=headers)).status_code == 400
     assert (await client.http.get("/v1/models")).status_code == 200
 
 
-async def test_owner_dies(client: CompletionClient, server: RayLauncher) -> None:
-    """The next one finds all instances; streams do not notice, nor does who comes meanwhile."""
+async def test_streams_go_on_while_a_dead_manager_is_replaced(
+    client: CompletionClient, server: RayCluster
+) -> None:
+    """The next manager finds all instances; running and new requests do not notice."""
     expected = await asyncio.gather(*map(client.answer, BODIES))
     before = await client.cluster()
     async with streaming(client, BODIES, 20) as streams:
-        (owner,) = server.processes("InstanceManager")
-        owner.kill()
+        (manager,) = server.processes("InstanceManager")
+        manager.kill()
         late = await client.stream(BODIES[0])
         ours = await answers(streams)
     for answer, theirs in zip([*ours, late], [*expected, expected[0]], strict=True):
         assert_same(answer, theirs)
     async with asyncio.timeout(START_S):
-        while not [p for p in server.processes("InstanceManager") if p.pid != owner.pid]:  # noqa: ASYNC110
+        while not [p for p in server.processes("InstanceManager") if p.pid != manager.pid]:  # noqa: ASYNC110
             await asyncio.sleep(0.2)
     last = before["scheduler"]["pid"]
     await client.until(
@@ -154,7 +161,7 @@ async def test_owner_dies(client: CompletionClient, server: RayLauncher) -> None
     await client.until(lambda cluster: not cluster["instances"][2]["draining"])
 
 
-async def test_scheduler_dies(client: CompletionClient) -> None:
+async def test_a_dead_scheduler_is_replaced(client: CompletionClient) -> None:
     expected = await client.answer(BODIES[1])
     cluster = await client.until(lambda cluster: cluster["scheduler"]["state"] == "alive")
     before = cluster["scheduler"]["pid"]
@@ -167,7 +174,9 @@ async def test_scheduler_dies(client: CompletionClient) -> None:
     )
 
 
-async def test_api_server_dies(client: CompletionClient, server: RayLauncher) -> None:
+async def test_a_dead_api_server_breaks_only_its_own_streams(
+    client: CompletionClient, server: RayCluster
+) -> None:
     """Its own streams break, the others' go on, and Serve starts another one."""
     expected = await asyncio.gather(*map(client.answer, BODIES))
     before = await client.cluster()
@@ -203,8 +212,9 @@ async def retried(client: CompletionClient, body: Body) -> Any:
     return await client.stream(body)
 
 
-async def test_deployed_again(client: CompletionClient, head: RayLauncher, logs: Path) -> None:
-    """With other arguments: other instances, an owner and API servers that know them."""
+async def test_an_application_deployed_again_has_other_instances(
+    client: CompletionClient, head: RayCluster, logs: Path
+) -> None:
     before = await client.cluster()
     config = yaml.safe_load((logs / "serve.yaml").read_text())
     config["applications"][0]["args"] |= {"decode": 1, "api_servers": 1}
@@ -220,13 +230,14 @@ async def test_deployed_again(client: CompletionClient, head: RayLauncher, logs:
 async def is_other(client: CompletionClient, before: dict[str, Any]) -> bool:
     try:
         after = await client.cluster()
-    except (httpx.HTTPError, AssertionError):  # nobody serves meanwhile
+    except (httpx.HTTPError, AssertionError):  # no server answers meanwhile
         return False
     return len(after["instances"]) == 2 and not set(pids(after).values()) & set(pids(before).values())
 
 
-async def test_deleted(head: RayLauncher, server: RayLauncher, logs: Path) -> None:
-    """Instances and scheduler end with the application."""
+async def test_instances_and_scheduler_end_with_the_application(
+    head: RayCluster, server: RayCluster, logs: Path
+) -> None:
     config = yaml.safe_load((logs / "serve.yaml").read_text()) | {"applications": []}
     path = logs / "empty.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -236,20 +247,29 @@ async def test_deleted(head: RayLauncher, server: RayLauncher, logs: Path) -> No
             await asyncio.sleep(0.2)
 
 
-async def test_real_engines_by_serve_run(head: RayLauncher, server: RayLauncher) -> None:
-    """The last test here: after `test_deleted`, with the port of the Serve that still runs."""
-    bodies: list[Body] = [{"prompt": token_ids(100, i), "max_tokens": 60} for i in range(3)]
+async def test_serve_run_works_with_real_engines_in_a_home_that_ray_has_used(
+    tmp_path: Path, logs: Path
+) -> None:
+    """Ray leaves a token in the home, which it reads when it is imported: before the application is built."""
+    home = tmp_path / "home"
+    (home / ".ray").mkdir(parents=True)
+    (home / ".ray" / "auth_token").write_text(secrets.token_hex(32))
+    environment = ENVIRONMENT | {"HOME": str(home), "PD_SERVE_CACHE": str(cache_root())}
     arguments = ["model=tiny", "prefill=1", "decode=1", "flags=--no-enable-prefix-caching"]
-    process = head.serve_run("pd_serve.launch.ray_serve:build", *arguments)
+    (port,) = free_ports(1)
+    script = str(Path(__file__).with_name("serve_run.py"))
+    run = ServerProcess(
+        [sys.executable, script, str(port), *arguments], logs / "serve-run.log", port, environment
+    )
+    bodies: list[Body] = [{"prompt": token_ids(100, i), "max_tokens": 60} for i in range(3)]
     try:
-        head.wait_ready(READY_S)
-        async with httpx.AsyncClient(base_url=head.url, timeout=TIMEOUT) as http:
+        run.wait_ready(READY_S)
+        async with httpx.AsyncClient(base_url=run.url, timeout=TIMEOUT) as http:
             client = CompletionClient(http)
             expected = await asyncio.gather(*map(client.answer, bodies))
             ours = await asyncio.gather(*map(client.stream, bodies))
             await client.until(lambda cluster: cluster["migrations"]["handoff"]["committed"] > 0)
     finally:
-        process.terminate()
-        process.wait(60)
+        run.kill()
     for answer, theirs in zip(ours, expected, strict=True):
         assert_same(answer, theirs)

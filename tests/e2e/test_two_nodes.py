@@ -10,7 +10,7 @@ import pytest
 
 from tests.e2e.completion_client import Body, CompletionClient
 from tests.e2e.prompts import token_ids
-from tests.e2e.ray_cluster import RayLauncher, ray_cluster
+from tests.e2e.ray_cluster import RayCluster, ray_cluster
 from tests.e2e.server_process import ServerProcess, pd_serve
 from tests.e2e.test_same_output import assert_same
 
@@ -24,14 +24,14 @@ pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
-def nodes(logs: Path) -> Iterator[RayLauncher]:
+def nodes(logs: Path) -> Iterator[RayCluster]:
     a, b = {"resources": {"node_a": 2}}, {"resources": {"node_b": 1}}
     with ray_cluster(logs / "two_nodes.log", a, b) as nodes:
         yield nodes
 
 
 @pytest.fixture(scope="module")
-def server(nodes: RayLauncher, logs: Path) -> Iterator[ServerProcess]:
+def server(nodes: RayCluster, logs: Path) -> Iterator[ServerProcess]:
     """Two decode instances are asked for, and there is room for one."""
     flags = ["--prefill", "1", "--decode", "2", "--no-enable-prefix-caching"]
     flags += ["--prefill-resources", '{"node_a": 1}', "--decode-resources", '{"node_b": 1}']
