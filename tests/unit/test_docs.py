@@ -100,6 +100,14 @@ def test_modules_that_are_named_exist(page: Path) -> None:
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_verbs_that_are_named_are_in_the_makefile(page: Path) -> None:
+    verbs = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = set(re.findall(r"(?:^|`)make ([a-z]+)", page.read_text(encoding="utf-8"), re.MULTILINE))
+
+    assert named <= verbs
+
+
 #: Folders and files at the root whose docstrings, comments and texts are read for citations.
 SOURCES = ("pd_serve", "migration", "router", "deploy", "loadtests", "tests", "docs")
 SUFFIXES = (
