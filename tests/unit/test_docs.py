@@ -14,6 +14,7 @@ from types import ModuleType
 import pytest
 
 from docs import metric_list, module_list
+from migration.errors import RefusalCode
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -98,6 +99,13 @@ def test_modules_that_are_named_exist(page: Path) -> None:
     named = re.findall(r"`((?:pd_serve|migration|router|deploy|loadtests|tests|docs)/[\w/.]*)`", text)
 
     assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_every_code_of_a_refusal_is_explained() -> None:
+    page = (ROOT / "docs" / "api-errors.md").read_text(encoding="utf-8")
+    table = page.partition("| `reason` of a refused migration |")[2].partition("\n\n")[0]
+
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == sorted(RefusalCode)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
