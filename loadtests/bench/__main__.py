@@ -16,7 +16,11 @@ from pd_serve.errors import PdServeError
 from pd_serve.launch.signals import end_on_sigterm
 from pd_serve.observe.logs import configure_logging
 
-app = typer.Typer(no_args_is_help=True, help="Measure on this machine, as ratios side by side in one run.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Measure on this machine, as ratios side by side in one run.",
+)
 JsonFile = Annotated[Path | None, typer.Option("--json", help="File for the numbers.")]
 
 

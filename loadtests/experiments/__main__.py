@@ -11,7 +11,11 @@ import typer
 
 from pd_serve.errors import InvalidRequestError, PdServeError
 
-app = typer.Typer(no_args_is_help=True, help="Experiments in virtual time, with the real control plane.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Experiments in virtual time, with the real control plane.",
+)
 
 OutFolder = Annotated[Path, typer.Option("--out", help="Folder for tables, plots and results.")]
 Requests = Annotated[int, typer.Option(min=1, help="Requests per simulation.")]
