@@ -13,8 +13,9 @@ from typing import Any
 import httpx
 
 from loadtests.outcome import EXIT_FAILED, EXIT_OK
-from loadtests.report import cluster_samples, page
+from loadtests.report import cluster_samples
 from loadtests.report.cluster_samples import ClusterSample
+from loadtests.report.page import LoadReport
 from loadtests.servers import ServerCommand, free_port, running, script
 from loadtests.terminal import say
 
@@ -146,13 +147,9 @@ class ClusterLoadTest:
     async def _sample(self, http: httpx.AsyncClient) -> None:
         zero = time.time()
         while True:
-            try:
-                response = await http.get("/cluster")
-                response.raise_for_status()
-            except httpx.HTTPError as error:
-                self.problems.append(f"GET /cluster failed: {error!r}")
+            if (cluster := await self._get(http, "/cluster")) is None:
                 return
-            self.samples.append((time.time(), response.json()))
+            self.samples.append((time.time(), cluster))
             if len(self.samples) % SAMPLES_PER_LINE == 1:
                 say(cluster_samples.line(ClusterSample(time.time() - zero, self.samples[-1][1])))
             await asyncio.sleep(SAMPLE_S)
@@ -173,15 +170,20 @@ class ClusterLoadTest:
             await asyncio.sleep(SAMPLE_S)
 
     async def _check_integrity(self, http: httpx.AsyncClient) -> None:
+        if (integrity := await self._get(http, "/cluster/integrity")) is not None:
+            violations = integrity["violations"]
+            self.problems += [f"integrity: {violation}" for violation in violations]
+            say("integrity: " + ("; ".join(violations) or "no violation"))
+
+    async def _get(self, http: httpx.AsyncClient, path: str) -> dict[str, Any] | None:
+        """The answer; None for a failure, which is then one of the problems."""
         try:
-            response = await http.get("/cluster/integrity")
-            response.raise_for_status()
+            response = await http.get(path)
+            answer: dict[str, Any] = response.raise_for_status().json()
         except httpx.HTTPError as error:
-            self.problems.append(f"GET /cluster/integrity failed: {error!r}")
-            return
-        violations = response.json()["violations"]
-        self.problems += [f"integrity: {violation}" for violation in violations]
-        say("integrity: " + ("; ".join(violations) or "no violation"))
+            self.problems.append(f"GET {path} failed: {error!r}")
+            return None
+        return answer
 
     def conclude(self, commands: Sequence[str]) -> int:
         """Writes the report, prints the problems and returns the exit code."""
@@ -200,7 +202,7 @@ class ClusterLoadTest:
         self.problems += [f"{count} requests: {kind}" for kind, count in failures.items()]
         rows = [{"at_s": round(sample.at_s, 3), **sample.cluster} for sample in samples]
         (self.out / "samples.json").write_text(json.dumps({"events": events, "samples": rows}))
-        page.write(self.out, result, samples, events, self.problems, commands)
+        LoadReport(result, samples, events, self.problems, commands).write(self.out)
         for problem in self.problems:
             say(f"FAILED: {problem}")
         summary = result["summary"]

@@ -10,16 +10,8 @@ from typing import Any
 import gevent
 from gevent.pool import Group, Pool
 
+from loadtests import checks
 from loadtests.answer import StreamedAnswer, StreamError
-from loadtests.checks import (
-    Vocabulary,
-    check_counts,
-    check_same,
-    check_simulated,
-    check_text,
-    check_whole,
-    simulated_vocabulary,
-)
 from loadtests.client import StreamingClient
 from loadtests.options import LoadOptions
 from loadtests.outcome import Outcome, as_row, outcome
@@ -60,7 +52,7 @@ class LoadTest:
     began_at: float = 0.0
     left_out: int = 0
     _model: ServedModel = field(init=False)
-    _vocabulary: Vocabulary | None = None
+    _vocabulary: checks.Vocabulary | None = None
     _to_repeat: list[tuple[PlannedRequest, StreamedAnswer, Outcome]] = field(default_factory=list)
     _users: Group = field(default_factory=Group)
 
@@ -111,7 +103,7 @@ class LoadTest:
             answer = StreamedAnswer()
             self.client.stream(api, json.dumps(self._model.body(request)), {}, answer)
             if not number and wanted in ("auto", "simulated"):
-                self._vocabulary = simulated_vocabulary(answer)
+                self._vocabulary = checks.simulated_vocabulary(answer)
                 if self._vocabulary is None and wanted == "simulated":
                     raise StreamError("the answer is not one of a simulated engine", answer.text[:60])
             if not number:
@@ -158,10 +150,10 @@ class LoadTest:
         self._end(result)
 
     def _check(self, request: PlannedRequest, answer: StreamedAnswer) -> None:
-        check_whole(answer)
+        checks.check_whole(answer)
         if self._vocabulary is not None:
-            check_simulated(answer, self._vocabulary, request.output_tokens)
-        check_counts(answer, request)
+            checks.check_simulated(answer, self._vocabulary, request.output_tokens)
+        checks.check_counts(answer, request)
 
     def _end(self, result: Outcome) -> None:
         self.outcomes.append(result)
@@ -189,8 +181,8 @@ class LoadTest:
         again = StreamedAnswer()
         try:
             self.client.stream(request.api, self._payload(request), {}, again)
-            check_same(answer.token_ids, again.token_ids)
-            check_text(answer.text, again.text)
+            checks.check_same(answer.token_ids, again.token_ids)
+            checks.check_text(answer.text, again.text)
         except StreamError as failure:
             result.error, result.detail = failure.kind, failure.detail
             logger.error("request %d: sent again: %s: %s", request.number, failure.kind, failure.detail)

@@ -114,7 +114,7 @@ class UntilAllHaveEnded(LoadTestShape):
         return None if LocustRun.over else (1, 1.0)
 
 
-class Dispatcher(User):
+class LoadDispatcher(User):
     """Starts the planned requests. Its rows in Locust's table are TTFT, TPOT, ITL, gap and E2E, by API."""
 
     @task

@@ -2,6 +2,7 @@
 
 import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 
 def new_console() -> rich.console.Console:
@@ -18,6 +19,14 @@ def new_progress(console: rich.console.Console, *, auto_refresh: bool = False) -
     return Progress(
         *columns, console=console, auto_refresh=auto_refresh, refresh_per_second=2, transient=True
     )
+
+
+def numbers_table(title: str, *columns: str, labels: int = 0) -> Table:
+    """A table with columns aligned to the right, after a number of columns with labels."""
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number < labels else "right")
+    return table
 
 
 def say(line: str) -> None:

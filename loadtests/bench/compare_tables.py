@@ -5,6 +5,8 @@ from typing import Any
 
 from rich.table import Table
 
+from loadtests.terminal import numbers_table
+
 LATENCIES = {
     "TTFT": ("ttft_p50_ms", "ttft_p99_ms"),
     "TPOT": ("tpot_p50_ms", "tpot_p99_ms"),
@@ -15,11 +17,8 @@ LATENCIES = {
 
 def arms(size: int, numbers: Mapping[str, Any]) -> Table:
     """All arms of one number of engines, under every load."""
-    table = Table(title=f"{size} engines; ms as P50 / P99", title_justify="left")
-    table.add_column("load")
-    table.add_column("")
-    for column in (*LATENCIES, "tokens/s", "CPU ms/token", "failed"):
-        table.add_column(column, justify="right")
+    columns = ("load", "", *LATENCIES, "tokens/s", "CPU ms/token", "failed")
+    table = numbers_table(f"{size} engines; ms as P50 / P99", *columns, labels=2)
     loads = next(iter(numbers["arms"].values()))["figures"]
     for load in loads:
         for arm in numbers["arms"].values():
@@ -33,10 +32,8 @@ def arms(size: int, numbers: Mapping[str, Any]) -> Table:
 
 def routers(numbers: Mapping[str, Any]) -> Table:
     """The processes in front of the engines, alone."""
-    table = Table(title="in front of the engines: one process each", title_justify="left")
-    table.add_column("")
-    for column in ("TTFT ms", "added ms", "CPU ms/request", "requests/s per core"):
-        table.add_column(column, justify="right")
+    columns = ("", "TTFT ms", "added ms", "CPU ms/request", "requests/s per core")
+    table = numbers_table("in front of the engines: one process each", *columns, labels=1)
     for name, figures in numbers["targets"].items():
         keys = ("ttft_ms", "added_ttft_ms", "cpu_ms_per_request", "requests_per_s_per_core")
         table.add_row(name, *(_number(figures, key) for key in keys))

@@ -7,17 +7,17 @@ own tokens, before and during the copy of its blocks.
 """
 
 import asyncio
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import rich.console
 from rich.table import Table
 
 from loadtests.bench.report import BenchmarkReport
-from loadtests.terminal import new_progress
+from loadtests.terminal import new_progress, numbers_table
 from pd_serve.config import ServeConfig
 from pd_serve.errors import PdServeError
 from pd_serve.frontend.manual_migration import MigrationMode
@@ -65,7 +65,6 @@ class LengthSamples:
     gaps: dict[str, list[float]] = field(
         default_factory=lambda: {"live": [], "blocking": [], "recompute": []}
     )
-    stages: list[int] = field(default_factory=list)
     handoff: list[float] = field(default_factory=list)
     ttft: list[float] = field(default_factory=list)
 
@@ -112,7 +111,6 @@ class MigrationBenchmark:
             migrated = await self._tracker.migrate(request_id, there, mode)
             samples.gaps[mode].append(migrated.downtime_ms)
             if mode == "live":
-                samples.stages.append(migrated.record.stages)
                 samples.during += [
                     gap
                     for i in range(at, len(log.times))
@@ -158,19 +156,6 @@ class MigrationBenchmark:
                 await asyncio.sleep(0.002)
 
 
-def _row(length: int, samples: LengthSamples) -> dict[str, Any]:
-    itl = statistics.median(samples.normal)
-    during = statistics.median(samples.during) if samples.during else None
-    return {
-        "tokens": length,
-        "itl_ms": round(itl, 3),
-        "live_ms": round(statistics.median(samples.gaps["live"]), 3),
-        "blocking_ms": round(statistics.median(samples.gaps["blocking"]), 3),
-        "recompute_ms": round(statistics.median(samples.gaps["recompute"]), 3),
-        "source_step_ratio": round(during / itl, 3) if during is not None else None,
-    }
-
-
 async def _measure(service: LocalService, rounds: int, console: rich.console.Console) -> dict[str, Any]:
     bench = MigrationBenchmark(service)
     modes: list[MigrationMode] = ["live", "blocking", "live", "recompute", "live", "blocking", "live"]
@@ -188,20 +173,27 @@ async def _measure(service: LocalService, rounds: int, console: rich.console.Con
     if problems:
         raise PdServeError(f"the cluster violates an invariant after the benchmark: {problems}")
     rows = [_row(length, samples) for length, samples in results.items()]
-    handoff = [
-        {
-            "tokens": length,
-            "gap_ms": round(statistics.median(samples.handoff), 3),
-            "itl_ms": row["itl_ms"],
-            "ttft_ms": round(statistics.median(samples.ttft), 3),
-        }
-        for (length, samples), row in zip(results.items(), rows, strict=True)
-    ]
-    spread = {
+    handoff = [_handoff_row(length, samples) for length, samples in results.items()]
+    every_gap = {
         length: {mode: [round(gap, 2) for gap in gaps] for mode, gaps in samples.gaps.items()}
         for length, samples in results.items()
     }
-    return {"rows": rows, "handoff": handoff, "verdict": _verdict(rows, handoff), "samples": spread}
+    return {"rows": rows, "handoff": handoff, "verdict": _verdict(rows, handoff), "samples": every_gap}
+
+
+def _row(length: int, samples: LengthSamples) -> dict[str, Any]:
+    during = median(samples.during) if samples.during else None
+    return {
+        "tokens": length,
+        "itl_ms": round(median(samples.normal), 3),
+        **{f"{mode}_ms": round(median(gaps), 3) for mode, gaps in samples.gaps.items()},
+        "source_step_ratio": None if during is None else round(during / median(samples.normal), 3),
+    }
+
+
+def _handoff_row(length: int, samples: LengthSamples) -> dict[str, Any]:
+    medians = {"gap": samples.handoff, "itl": samples.normal, "ttft": samples.ttft}
+    return {"tokens": length} | {f"{name}_ms": round(median(values), 3) for name, values in medians.items()}
 
 
 def _verdict(rows: list[dict[str, Any]], handoff: list[dict[str, Any]]) -> dict[str, Any]:
@@ -212,14 +204,13 @@ def _verdict(rows: list[dict[str, Any]], handoff: list[dict[str, Any]]) -> dict[
         "live_longest_over_shortest": round(rows[-1]["live_ms"] / rows[0]["live_ms"], 2),
         "worst_handoff_over_itl": round(max(row["gap_ms"] / row["itl_ms"] for row in handoff), 2),
         "handoff_longest_over_shortest": round(handoff[-1]["gap_ms"] / handoff[0]["gap_ms"], 2),
-        "source_step_ratio": round(statistics.median(ratios), 3) if ratios else None,
+        "source_step_ratio": round(median(ratios), 3) if ratios else None,
     }
 
 
 def _table(result: dict[str, Any]) -> Table:
-    table = Table(title="gap between two tokens of a moved request, ms (median)")
-    for column in ("tokens", "ITL", "live", "blocking copy", "recompute", "hand-off", "source step ratio"):
-        table.add_column(column, justify="right")
+    columns = ("tokens", "ITL", "live", "blocking copy", "recompute", "hand-off", "source step ratio")
+    table = numbers_table("gap between two tokens of a moved request, ms (median)", *columns)
     for row, handoff in zip(result["rows"], result["handoff"], strict=True):
         keys = ("tokens", "itl_ms", "live_ms", "blocking_ms", "recompute_ms")
         shown = [f"{row[key]:.1f}" if key != "tokens" else str(row[key]) for key in keys]
@@ -234,12 +225,9 @@ async def run(report: BenchmarkReport, rounds: int) -> None:
     Raises:
         PdServeError: The cluster did not start, or violates an invariant at the end.
     """
-    flags = [
-        "--no-enable-prefix-caching",
-        "--max-num-seqs=8",
-        f"--max-model-len={max(LENGTHS) + MAX_TOKENS}",
-    ]
-    config = ServeConfig(model="bench", prefill=1, decode=2, flags=tuple(flags))
+    model_length = f"--max-model-len={max(LENGTHS) + MAX_TOKENS}"
+    flags = ("--no-enable-prefix-caching", "--max-num-seqs=8", model_length)
+    config = ServeConfig(model="bench", prefill=1, decode=2, flags=flags)
     service = LocalService(config, Console(), lambda: None)
     try:
         await service.start()

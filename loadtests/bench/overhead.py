@@ -20,7 +20,7 @@ from loadtests.bench.load import Lengths, Load
 from loadtests.bench.report import BenchmarkReport
 from loadtests.bench.rounds import RoundMedians
 from loadtests.servers import OURS, STOCK, RunningServer, SharedSettings, free_port, running
-from loadtests.terminal import new_progress
+from loadtests.terminal import new_progress, numbers_table
 
 #: Targets; the second one is for one client.
 MIN_THROUGHPUT_RATIO = 0.95
@@ -126,9 +126,9 @@ def summary(rounds: Rounds) -> dict[str, dict[str, float]]:
 
 
 def _table(rounds: Rounds, result: dict[str, dict[str, float]]) -> Table:
-    table = Table(title=f"{OURS} / {STOCK}, medians of {PAIRED_ROUNDS} paired rounds")
-    for column in ("clients", "tokens/s", "ratio", "TTFT ms", "added ms", "ITL ms", "CPU ms/token"):
-        table.add_column(column, justify="right")
+    title = f"{OURS} / {STOCK}, medians of {PAIRED_ROUNDS} paired rounds"
+    columns = ("clients", "tokens/s", "ratio", "TTFT ms", "added ms", "ITL ms", "CPU ms/token")
+    table = numbers_table(title, *columns)
 
     def both(pairs: list[PairedRound], name: str, digits: int) -> str:
         ours = statistics.median(getattr(pair.ours, name) for pair in pairs)

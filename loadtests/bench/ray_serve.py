@@ -22,6 +22,7 @@ from loadtests.bench.report import BenchmarkReport
 from loadtests.bench.rounds import RoundMedians
 from loadtests.bench.simulated_server import simulated_server, write_step_table
 from loadtests.servers import HOST, MODEL, RunningServer, ServerCommand, free_port, running, script
+from loadtests.terminal import numbers_table
 from pd_serve.platform.environment import LOOPBACK
 
 ALONE, PROXY, HAPROXY = "pd-serve serve", "Serve, Python proxy", "Serve, HAProxy"
@@ -177,9 +178,9 @@ def summary(rounds: Rounds) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def _table(result: dict[str, dict[str, dict[str, float]]]) -> Table:
-    table = Table(title=f"medians of {ROUNDS} rounds, one API server, simulated engine")
-    for column in ("in front", "clients", "tokens/s", "TTFT ms", "ITL ms", "CPU ms/token"):
-        table.add_column(column, justify="right")
+    title = f"medians of {ROUNDS} rounds, one API server, simulated engine"
+    columns = ("in front", "clients", "tokens/s", "TTFT ms", "ITL ms", "CPU ms/token")
+    table = numbers_table(title, *columns, labels=1)
     for name, by_clients in result.items():
         for clients, numbers in by_clients.items():
             table.add_row(

@@ -31,7 +31,7 @@ from loadtests.bench.rounds import Round
 from loadtests.latency_statistics import statistics_ms
 from loadtests.outcome import Outcome, latencies_s
 from loadtests.servers import MODEL, RunningServer, SharedSettings, free_port, running
-from loadtests.terminal import new_progress
+from loadtests.terminal import new_progress, numbers_table
 from pd_serve.profiling.engine_profile import measure, start_engine
 from pd_serve.profiling.measured_engine import MeasuredEngine
 from pd_serve.profiling.profile_points import Point, Row, StepSeen, points, relative_errors, rows, write_csv
@@ -208,9 +208,7 @@ def ratios(real: Summary, simulated: Summary) -> Summary:
 
 def _table(layout: dict[str, int], result: dict[str, Any]) -> Table:
     title = ", ".join(f"{number} {role}" for role, number in layout.items())
-    table = Table("ms", "", title=title, title_justify="left")
-    for column in ("real", "simulated", "ratio"):
-        table.add_column(column, justify="right")
+    table = numbers_table(title, "ms", "", "real", "simulated", "ratio", labels=2)
     for name, (_, label) in REPORTED.items():
         for part in PARTS:
             real, simulated = (f"{result[side][name][part]:.1f}" for side in ("real_ms", "simulated_ms"))

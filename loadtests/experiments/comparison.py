@@ -2,8 +2,9 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import Literal
 
 from loadtests.experiments.figure import FigurePoint
 
@@ -14,6 +15,10 @@ TARGETS = (
     ("prefill mean", ("Prefill Mean",), 0.30),
     ("prefill P99", ("Prefill P99",), 0.30),
 )
+
+#: The two numbers of a point.
+Side = Literal["ours", "paper"]
+SIDES: dict[str, Side] = {"ours": "ours", "paper's points": "paper"}
 
 
 def ratio(point: FigurePoint) -> float | None:
@@ -46,22 +51,11 @@ def against_targets(points: Sequence[FigurePoint]) -> list[str]:
     return lines
 
 
-Value = Callable[[FigurePoint], float | None]
-
-
-def ours(point: FigurePoint) -> float | None:
-    return point.ours
-
-
-def papers(point: FigurePoint) -> float | None:
-    return point.paper
-
-
 def factors(
-    points: Iterable[FigurePoint], metric: str, over: str, under: str, value: Value
+    points: Iterable[FigurePoint], metric: str, over: str, under: str, side: Side
 ) -> dict[tuple[str, float], float]:
     """Series `over` divided by series `under`, by (panel, x), where both exist."""
-    at = {(p.panel, p.series, p.x): value(p) for p in points if p.metric == metric}
+    at = {(p.panel, p.series, p.x): getattr(p, side) for p in points if p.metric == metric}
     found = {}
     for (panel, series, x), upper in at.items():
         lower = at.get((panel, under, x))
@@ -75,8 +69,8 @@ def factor_lines(points: Sequence[FigurePoint], metrics: Sequence[str], over: st
     lines = []
     for metric in metrics:
         parts = []
-        for source, value in (("ours", ours), ("paper's points", papers)):
-            found = factors(points, metric, over, under, value)
+        for source, side in SIDES.items():
+            found = factors(points, metric, over, under, side)
             if found:
                 (panel, x), best = max(found.items(), key=lambda item: item[1])
                 mean = math.exp(statistics.fmean(math.log(max(f, 1e-9)) for f in found.values()))
@@ -89,8 +83,8 @@ def factor_lines(points: Sequence[FigurePoint], metrics: Sequence[str], over: st
 def reduction_line(points: Sequence[FigurePoint], metric: str, over: str, under: str) -> list[str]:
     """Mean over the points of 1 - `under` / `over`."""
     parts = []
-    for source, value in (("ours", ours), ("paper's points", papers)):
-        found = factors(points, metric, under, over, value)
+    for source, side in SIDES.items():
+        found = factors(points, metric, under, over, side)
         if found:
             parts.append(f"{source} {1 - statistics.fmean(found.values()):.0%}")
     title = f"{metric}, 1 - {under} / {over}, mean over the points where {over} is not 0: "
@@ -98,7 +92,7 @@ def reduction_line(points: Sequence[FigurePoint], metric: str, over: str, under:
 
 
 def at_equal_y(
-    points: Iterable[FigurePoint], metric: str, panel: str, over: str, under: str, value: Value
+    points: Iterable[FigurePoint], metric: str, panel: str, over: str, under: str, side: Side
 ) -> list[tuple[float, float, float]]:
     """(y, x of `over`, x of `under`) at each y that both curves reach, interpolated on a logarithmic scale.
 
@@ -107,7 +101,7 @@ def at_equal_y(
     curves = {}
     for series in (over, under):
         chosen = [p for p in points if (p.panel, p.metric, p.series) == (panel, metric, series)]
-        curves[series] = sorted((math.log(y), p.x) for p in chosen if (y := value(p)))
+        curves[series] = sorted((math.log(y), p.x) for p in chosen if (y := getattr(p, side)))
     if not all(curves.values()):
         return []
     low = max(curve[0][0] for curve in curves.values())

@@ -10,20 +10,9 @@ import rich.console
 from loadtests.experiments.paper_points import PaperPoints
 from loadtests.experiments.result_store import Results
 from pd_serve.errors import InvalidRequestError
-from pd_serve.simulation.config import FITTED_FRONT_END_S
 from pd_serve.simulation.scenario import Scenario
-from pd_serve.simulation.workloads import TraceSpec
 
 T = TypeVar("T")
-
-#: The paper's names of our policy sets.
-PAPER_NAMES = {"round-robin": "Round-Robin", "infaas++": "INFaaS++", "llumnix-paper": "Llumnix"}
-BASELINE, LLUMNIX, OURS = "INFaaS++", "Llumnix", "our defaults"
-
-
-def paper_scenario(trace: TraceSpec, policy: str, **changes: Any) -> Scenario:
-    """A simulation as in the paper: one migration at a time, and its API server's delay."""
-    return Scenario(trace, policy, max_migrations=1, front_end_s=FITTED_FRONT_END_S, **changes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +36,6 @@ class Metric:
         for key in self.path:
             value = value[key]
         return None if value is None else float(value)
-
-
-LATENCIES = (
-    Metric("Request P99", ("request_s", "p99")),
-    Metric("Request Mean", ("request_s", "mean")),
-    Metric("Prefill P99", ("prefill_s", "p99"), log=True),
-    Metric("Prefill Mean", ("prefill_s", "mean"), log=True),
-    Metric("Decode P99", ("decode_s", "p99")),
-    Metric("Decode Mean", ("decode_s", "mean")),
-)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,15 +6,9 @@ This table decides which policies are defaults; see docs/policies.md.
 import statistics
 from collections.abc import Sequence
 
-from loadtests.experiments.figure import (
-    LATENCIES,
-    Figure,
-    FigureOptions,
-    FigurePoint,
-    Metric,
-    PlottedScenario,
-)
+from loadtests.experiments.figure import Figure, FigureOptions, FigurePoint, Metric, PlottedScenario
 from loadtests.experiments.figure_files import run_figures
+from loadtests.experiments.paper.setup import LATENCIES
 from loadtests.experiments.result_store import ExperimentRun
 from pd_serve.simulation.scenario import Scenario
 from pd_serve.simulation.workloads import TraceSpec

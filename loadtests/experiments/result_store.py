@@ -3,11 +3,9 @@
 import hashlib
 import json
 import multiprocessing
-import multiprocessing.queues
 import os
-import queue
 from collections.abc import Iterable
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -30,9 +28,6 @@ NOT_SIMULATED = (
 
 #: Summaries of simulations by `Scenario.key`.
 Results = dict[str, dict[str, Any]]
-
-#: In a worker: takes the numbers of requests that have ended.
-_done: "multiprocessing.queues.Queue[int] | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,67 +101,29 @@ def _kept(by_key: dict[str, Scenario], folder: Path) -> Results:
 
 
 def _run(scenarios: list[Scenario], run: ExperimentRun, console: rich.console.Console) -> Results:
-    jobs = min(run.jobs or os.cpu_count() or 1, len(scenarios))
-    # Spawned, not forked: this process draws a progress bar from a thread.
-    context = multiprocessing.get_context("spawn")
-    done = context.Queue()
     results: Results = {}
     failures: list[str] = []
-    with (
-        new_progress(console, auto_refresh=True) as progress,
-        ProcessPoolExecutor(jobs, context, initializer=_set_queue, initargs=(done,)) as pool,
-    ):
-        task = progress.add_task(
-            "", total=sum(scenario.trace.requests or 0 for scenario in scenarios) or None
-        )
-        running: dict[Future[dict[str, Any]], Scenario] = {
-            pool.submit(_run_in_worker, scenario, run.traces): scenario for scenario in scenarios
-        }
+    # Spawned, not forked: this process draws a progress bar from a thread.
+    pool = ProcessPoolExecutor(
+        min(run.jobs or os.cpu_count() or 1, len(scenarios)), multiprocessing.get_context("spawn")
+    )
+    with new_progress(console, auto_refresh=True) as progress:
         try:
-            while running:
-                text = f"{len(results)} of {len(scenarios)} simulations · requests"
-                progress.update(task, advance=_ended_requests(done), description=text)
-                for future in wait(running, timeout=0.5, return_when="FIRST_COMPLETED").done:
-                    scenario = running.pop(future)
-                    error = future.exception()
-                    if error is not None:
-                        failures.append(f"{scenario}: {type(error).__name__}: {error}")
-                        continue
-                    results[scenario.key] = future.result() | {"code": code_digest()}
-                    _keep(run.folder / f"{scenario.key}.json", results[scenario.key])
-        except BaseException:
+            running = {pool.submit(run_scenario, scenario, run.traces): scenario for scenario in scenarios}
+            ended = as_completed(running)
+            for future in progress.track(ended, total=len(running), description="simulations"):
+                scenario = running[future]
+                if (error := future.exception()) is not None:
+                    failures.append(f"{scenario}: {type(error).__name__}: {error}")
+                    continue
+                results[scenario.key] = future.result() | {"code": code_digest()}
+                _keep(run.folder / f"{scenario.key}.json", results[scenario.key])
+        finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            raise
     if failures:
         shown = "\n  ".join(failures[:5])
         raise PdServeError(f"{len(failures)} of {len(scenarios)} simulations failed:\n  {shown}")
     return results
-
-
-def _set_queue(done: "multiprocessing.queues.Queue[int]") -> None:
-    global _done
-    _done = done
-
-
-def _run_in_worker(scenario: Scenario, traces: Path | None) -> dict[str, Any]:
-    reported = 0
-
-    def report_progress(ended: int, total: int) -> None:
-        nonlocal reported
-        if _done is not None:
-            _done.put(ended - reported)
-        reported = ended
-
-    return run_scenario(scenario, traces, report_progress)
-
-
-def _ended_requests(done: "multiprocessing.queues.Queue[int]") -> int:
-    ended = 0
-    while True:
-        try:
-            ended += done.get_nowait()
-        except queue.Empty:
-            return ended
 
 
 def _keep(path: Path, result: dict[str, Any]) -> None:

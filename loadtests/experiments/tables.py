@@ -16,17 +16,10 @@ def write_csv(path: Path, points: Sequence[FigurePoint]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["panel", "metric", "series", "x", "ours", "paper", "ours/paper"])
-        for point in points:
-            row: list[str | float | None] = [
-                point.panel,
-                point.metric,
-                point.series,
-                point.x,
-                point.ours,
-                point.paper,
-                ratio(point),
-            ]
-            writer.writerow(["" if cell is None else _csv(cell) for cell in row])
+        for one in points:
+            numbers = (one.x, one.ours, one.paper, ratio(one))
+            cells = ["" if number is None else f"{number:.6g}" for number in numbers]
+            writer.writerow([one.panel, one.metric, one.series, *cells])
 
 
 def markdown(figure: Figure, points: Sequence[FigurePoint], notes: Sequence[str]) -> str:
@@ -66,7 +59,3 @@ def _cell(point: FigurePoint | None) -> str:
         return ""
     mine = "" if point.ours is None else f"{point.ours:.3g}"
     return mine if point.paper is None else f"{mine} ({point.paper:.3g})".strip()
-
-
-def _csv(cell: str | float) -> str:
-    return cell if isinstance(cell, str) else f"{cell:.6g}"

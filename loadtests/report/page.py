@@ -2,11 +2,13 @@
 
 import base64
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from loadtests.latency_statistics import STATISTICS
 from loadtests.options import Limit, slo_text
 from loadtests.report import cluster_samples, plots
 from loadtests.report.cluster_samples import ClusterSample
@@ -14,7 +16,6 @@ from loadtests.report.plots import PlotData
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 
-COLUMNS = ("mean", "p50", "p90", "p99", "max")
 TITLES = {
     "ttft": "time to first token",
     "tpot": "time per later token",
@@ -24,57 +25,52 @@ TITLES = {
 }
 
 
-def write(
-    folder: Path,
-    result: dict[str, Any],
-    samples: Sequence[ClusterSample],
-    events: Sequence[tuple[float, str]],
-    problems: Sequence[str],
-    commands: Sequence[str],
-) -> None:
-    """Writes `report.html` and `report.png`.
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """The content of a report.
 
-    Args:
+    Attributes:
         result: The content of Locust's `--report` file.
         events: (seconds since the load began, action taken on the cluster).
         problems: Reasons why the test failed; empty for success.
         commands: The command lines of the test.
     """
-    data = PlotData(result["requests"], samples, events)
-    images = {title: _data_uri(svg) for title, svg in plots.svgs(data).items()}
-    (folder / "report.html").write_text(page(result, images, samples, events, problems, commands))
-    plots.picture(data, folder / "report.png")
 
+    result: dict[str, Any]
+    samples: Sequence[ClusterSample]
+    events: Sequence[tuple[float, str]] = ()
+    problems: Sequence[str] = ()
+    commands: Sequence[str] = ()
 
-def page(
-    result: dict[str, Any],
-    images: dict[str, str],
-    samples: Sequence[ClusterSample],
-    events: Sequence[tuple[float, str]],
-    problems: Sequence[str],
-    commands: Sequence[str],
-) -> str:
-    """The HTML. `images` are URIs by title; the other arguments are those of `write`."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    summary, machine = result["summary"], result["machine"]
-    slo = [Limit(name, most_s) for name, most_s in summary["goodput"]["slo_s"].items()]
-    return environment.from_string(TEMPLATE.read_text()).render(
-        at=result["at"],
-        commit=result["commit"],
-        machine=f"{machine['cores']} cores of {machine['cpu']}",
-        summary=summary,
-        tokens=sum(row["tokens"] for row in result["requests"]),
-        check=result["check"],
-        problems=problems,
-        slo=slo_text(slo),
-        columns=COLUMNS,
-        titles=TITLES,
-        number=_number,
-        images=images,
-        events=events,
-        decisions=cluster_samples.decisions(samples),
-        commands=commands,
-    )
+    def write(self, folder: Path) -> None:
+        """Writes `report.html` and `report.png`."""
+        data = PlotData(self.result["requests"], self.samples, self.events)
+        images = {title: _data_uri(svg) for title, svg in plots.svgs(data).items()}
+        (folder / "report.html").write_text(self.html(images))
+        plots.picture(data, folder / "report.png")
+
+    def html(self, images: dict[str, str]) -> str:
+        """The page. `images` are URIs by title."""
+        environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+        summary, machine = self.result["summary"], self.result["machine"]
+        slo = [Limit(name, most_s) for name, most_s in summary["goodput"]["slo_s"].items()]
+        return environment.from_string(TEMPLATE.read_text()).render(
+            at=self.result["at"],
+            commit=self.result["commit"],
+            machine=f"{machine['cores']} cores of {machine['cpu']}",
+            summary=summary,
+            tokens=sum(row["tokens"] for row in self.result["requests"]),
+            check=self.result["check"],
+            problems=self.problems,
+            slo=slo_text(slo),
+            columns=STATISTICS,
+            titles=TITLES,
+            number=_number,
+            images=images,
+            events=self.events,
+            decisions=cluster_samples.decisions(self.samples),
+            commands=self.commands,
+        )
 
 
 def _data_uri(svg: str) -> str:

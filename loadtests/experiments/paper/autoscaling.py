@@ -7,26 +7,15 @@ from typing import Any
 
 import rich.console
 
-from loadtests.experiments.comparison import (
-    Value,
-    against_targets,
-    at_equal_y,
-    factor_lines,
-    factors,
-    ours,
-    papers,
-)
-from loadtests.experiments.figure import (
+from loadtests.experiments import comparison
+from loadtests.experiments.figure import Figure, FigureOptions, FigurePoint, Metric, PlottedScenario
+from loadtests.experiments.paper.setup import (
     BASELINE,
     LATENCIES,
     LLUMNIX,
     OURS,
     PAPER_NAMES,
-    Figure,
-    FigureOptions,
-    FigurePoint,
-    Metric,
-    PlottedScenario,
+    paper_curve,
     paper_scenario,
 )
 from loadtests.experiments.result_store import Results
@@ -67,15 +56,11 @@ def _scenarios(options: FigureOptions) -> list[PlottedScenario]:
     return scenarios
 
 
-def _paper_curve(options: FigureOptions, panel: str, series: str, metric: str) -> dict[float, float]:
-    return options.paper.curve(PAPER_KEY, panel, series, x="x", y=metric)
-
-
 def _findings(points: Sequence[FigurePoint]) -> list[str]:
-    lines = against_targets(points)
-    lines += factor_lines(points, ("Prefill P99", "Prefill Mean"), BASELINE, LLUMNIX)
-    for source, value in (("ours", ours), ("paper's points", papers)):
-        found = factors(points, INSTANCES.name, BASELINE, LLUMNIX, value)
+    lines = comparison.against_targets(points)
+    lines += comparison.factor_lines(points, ("Prefill P99", "Prefill Mean"), BASELINE, LLUMNIX)
+    for source, side in comparison.SIDES.items():
+        found = comparison.factors(points, INSTANCES.name, BASELINE, LLUMNIX, side)
         if found:
             best, mean = max(found.values()), statistics.fmean(found.values())
             lines.append(
@@ -117,13 +102,13 @@ def _sweep_points(
 
 def _sweep_findings(points: Sequence[FigurePoint]) -> list[str]:
     lines = []
-    sides: tuple[tuple[str, str, Value], ...] = (
-        (LLUMNIX, "simulated", ours),
-        (LLUMNIX, "paper's points", papers),
-        (OURS, "simulated", ours),
+    sides: tuple[tuple[str, str, comparison.Side], ...] = (
+        (LLUMNIX, "simulated", "ours"),
+        (LLUMNIX, "paper's points", "paper"),
+        (OURS, "simulated", "ours"),
     )
-    for series, source, value in sides:
-        levels = at_equal_y(points, SWEEP_METRIC.name, SWEEP_PANEL, BASELINE, series, value)
+    for series, source, side in sides:
+        levels = comparison.at_equal_y(points, SWEEP_METRIC.name, SWEEP_PANEL, BASELINE, series, side)
         saved = [1 - under / over for _, over, under in levels]
         title = f"instances at equal prefill P99, 1 - {series} / {BASELINE}: {source}"
         if saved:
@@ -143,7 +128,7 @@ AUTOSCALING = Figure(
     "requests/s (Poisson), CV (Gamma)",
     METRICS,
     _scenarios,
-    paper_curve=_paper_curve,
+    paper_curve=paper_curve(PAPER_KEY, "x"),
     findings=_findings,
 )
 

@@ -5,17 +5,8 @@ from collections.abc import Sequence
 
 import rich.console
 
-from loadtests.experiments.figure import (
-    BASELINE,
-    LLUMNIX,
-    PAPER_NAMES,
-    Figure,
-    FigureOptions,
-    FigurePoint,
-    Metric,
-    PlottedScenario,
-    paper_scenario,
-)
+from loadtests.experiments.figure import Figure, FigureOptions, FigurePoint, Metric, PlottedScenario
+from loadtests.experiments.paper.setup import BASELINE, LLUMNIX, PAPER_NAMES, paper_scenario
 from loadtests.experiments.result_store import Results
 from pd_serve.simulation.workloads import TraceSpec
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import rich.console
 
-from loadtests.experiments.comparison import medians
+from loadtests.experiments import comparison
 from loadtests.experiments.figure import Figure, FigureOptions, FigurePoint, Metric
 from loadtests.experiments.result_store import Results
 from pd_serve.simulated_engine.cost_model import COST_MODELS
@@ -56,7 +56,7 @@ def _paper(options: FigureOptions, table: str, column: str) -> dict[float, float
 def _findings(points: Sequence[FigurePoint]) -> list[str]:
     lines = []
     for series in dict.fromkeys(point.series for point in points):
-        for metric, (median, count) in medians(p for p in points if p.series == series).items():
+        for metric, (median, count) in comparison.medians(p for p in points if p.series == series).items():
             lines.append(f"{metric}, {series}: median of ours / paper {median:.2f} over {count} lengths")
     live = [p.ours for p in points if p.series == "live migration" and p.ours]
     if live:

@@ -5,18 +5,16 @@ from dataclasses import replace
 
 import rich.console
 
-from loadtests.experiments.comparison import against_targets, factor_lines
+from loadtests.experiments import comparison
 from loadtests.experiments.figure import (
-    LATENCIES,
-    LLUMNIX,
     Figure,
     FigureOptions,
     FigurePoint,
     Metric,
     PlottedScenario,
-    paper_scenario,
     points_of,
 )
+from loadtests.experiments.paper.setup import LATENCIES, LLUMNIX, paper_curve, paper_scenario
 from loadtests.experiments.result_store import Results
 from pd_serve.simulation.workloads import TraceSpec
 
@@ -44,20 +42,16 @@ def _points(options: FigureOptions, results: Results, console: rich.console.Cons
     for panel, part in CLASSES.items():
         metrics = [Metric(m.name, ("by_priority", part, *m.path), m.unit, m.log) for m in LATENCIES]
         scenarios = [replace(one, panel=panel) for one in _scenarios(options)]
-        points += points_of(scenarios, metrics, results, options, _paper_curve)
+        points += points_of(scenarios, metrics, results, options, paper_curve(PAPER_KEY, "cv"))
     return points
 
 
-def _paper_curve(options: FigureOptions, panel: str, series: str, metric: str) -> dict[float, float]:
-    return options.paper.curve(PAPER_KEY, panel, series, x="cv", y=metric)
-
-
 def _findings(points: Sequence[FigurePoint]) -> list[str]:
-    lines = against_targets(points)
+    lines = comparison.against_targets(points)
     for panel in CLASSES:
         shown = [point for point in points if point.panel == panel]
         metrics = ("Request Mean", "Request P99", "Prefill Mean", "Prefill P99", "Decode Mean", "Decode P99")
-        lines += [f"{panel}: {line}" for line in factor_lines(shown, metrics, BASE, LLUMNIX)]
+        lines += [f"{panel}: {line}" for line in comparison.factor_lines(shown, metrics, BASE, LLUMNIX)]
     return lines
 
 

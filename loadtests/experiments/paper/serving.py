@@ -2,17 +2,14 @@
 
 from collections.abc import Sequence
 
-from loadtests.experiments.comparison import against_targets, factor_lines, reduction_line
-from loadtests.experiments.figure import (
+from loadtests.experiments import comparison
+from loadtests.experiments.figure import Figure, FigureOptions, FigurePoint, Metric, PlottedScenario
+from loadtests.experiments.paper.setup import (
     BASELINE,
     LATENCIES,
     LLUMNIX,
     PAPER_NAMES,
-    Figure,
-    FigureOptions,
-    FigurePoint,
-    Metric,
-    PlottedScenario,
+    paper_curve,
     paper_scenario,
 )
 from pd_serve.simulation.workloads import TraceSpec
@@ -45,17 +42,16 @@ def _scenarios(options: FigureOptions) -> list[PlottedScenario]:
     return scenarios
 
 
-def _paper_curve(options: FigureOptions, panel: str, series: str, metric: str) -> dict[float, float]:
-    return options.paper.curve(PAPER_KEY, TRACES[panel][2], series, x="qps", y=metric)
-
-
 def _findings(points: Sequence[FigurePoint]) -> list[str]:
     return [
-        *against_targets(points),
-        *factor_lines(
-            points, ("Prefill P99", "Prefill Mean", "Decode P99", "Request P99"), BASELINE, LLUMNIX
+        *comparison.against_targets(points),
+        *comparison.factor_lines(
+            points,
+            ("Prefill P99", "Prefill Mean", "Decode P99", "Request P99"),
+            BASELINE,
+            LLUMNIX,
         ),
-        *reduction_line(points, "Preemption Loss", BASELINE, LLUMNIX),
+        *comparison.reduction_line(points, "Preemption Loss", BASELINE, LLUMNIX),
     ]
 
 
@@ -66,6 +62,6 @@ FIGURE = Figure(
     "requests/s",
     METRICS,
     _scenarios,
-    paper_curve=_paper_curve,
+    paper_curve=paper_curve(PAPER_KEY, "qps", {panel: name for panel, (_, _, name) in TRACES.items()}),
     findings=_findings,
 )

@@ -34,7 +34,7 @@ def test_sizes_at_equal_latency_are_interpolated() -> None:
     points = [point("INFaaS++", 10, 100.0, None), point("INFaaS++", 14, 1.0, None)]
     points += [point("Llumnix", 8, 10.0, None), point("Llumnix", 9, 1.0, None)]
 
-    levels = comparison.at_equal_y(points, "Prefill P99", "L-L", "INFaaS++", "Llumnix", comparison.ours)
+    levels = comparison.at_equal_y(points, "Prefill P99", "L-L", "INFaaS++", "Llumnix", "ours")
 
     assert [tuple(map(pytest.approx, level)) for level in levels] == [(1, 14, 9), (10, 12, 8)]
-    assert comparison.at_equal_y(points, "Prefill P99", "L-L", "INFaaS++", "Llumnix", comparison.papers) == []
+    assert comparison.at_equal_y(points, "Prefill P99", "L-L", "INFaaS++", "Llumnix", "paper") == []
