@@ -169,14 +169,14 @@ class MigrationCoordinator:
         for request_id in request_ids:
             if (migration := self._by_request.get(request_id)) is not None:
                 refusal = Refusal(RefusalCode.FINISHED, "the request ended at its source")
-                migration.feed(SourceEvent.GONE, refusal)
+                migration.on_event(SourceEvent.GONE, refusal)
 
     def cancel(self, request_id: RequestId, why: str) -> None:
         """Stops moving a request, if it is being moved and still can be stopped."""
         if (migration := self._by_request.get(request_id)) is not None:
-            migration.feed(SourceEvent.CANCELLED, Refusal(RefusalCode.CANCELLED, why))
+            migration.on_event(SourceEvent.CANCELLED, Refusal(RefusalCode.CANCELLED, why))
 
-    async def expel(self, request_id: RequestId) -> None:
+    async def drop_arriving(self, request_id: RequestId) -> None:
         """Ends what is arriving of a request that this instance is about to get in another way.
 
         Returns when nothing of it is held by a migration any more.
@@ -184,7 +184,7 @@ class MigrationCoordinator:
         arriving = [m for m in self._incoming.values() if m.request_id == request_id and m.holds_resources]
         refusal = Refusal(RefusalCode.SUPERSEDED, "the request comes here by a recompute")
         for migration in arriving:
-            migration.feed(DestinationEvent.WITHDRAWN, refusal)
+            migration.on_event(DestinationEvent.WITHDRAWN, refusal)
         for migration in arriving:
             await migration.ended.wait()
 
@@ -194,18 +194,18 @@ class MigrationCoordinator:
         refusal = Refusal(RefusalCode.PEER_LOST, f"{peer} died")
         for outgoing in list(self._outgoing.values()):
             if outgoing.destination == peer:
-                outgoing.feed(SourceEvent.PEER_LOST, refusal)
+                outgoing.on_event(SourceEvent.PEER_LOST, refusal)
         for incoming in list(self._incoming.values()):
             if incoming.source == peer:
-                incoming.feed(DestinationEvent.PEER_LOST, refusal)
+                incoming.on_event(DestinationEvent.PEER_LOST, refusal)
 
     async def close(self) -> None:
         """Stops in the middle of whatever is under way; the peers find out by themselves."""
         self._closed = True
         for outgoing in self._outgoing.values():
-            outgoing.abandon()
+            outgoing.close()
         for incoming in self._incoming.values():
-            incoming.abandon()
+            incoming.close()
         self._outgoing.clear()
         self._by_request.clear()
         self._incoming.clear()
@@ -214,11 +214,11 @@ class MigrationCoordinator:
     def check_integrity(self) -> list[str]:
         """Migrations that still hold something; empty when the instance is at rest."""
         held = [
-            f"{m.migration_id} of {m.request_id} is still leaving: {m.machine.tell()}"
+            f"{m.migration_id} of {m.request_id} is still leaving: {m.state_machine.history_text()}"
             for m in self._outgoing.values()
         ]
         held += [
-            f"{m.migration_id} of {m.request_id} is still arriving: {m.machine.tell()}"
+            f"{m.migration_id} of {m.request_id} is still arriving: {m.state_machine.history_text()}"
             for m in self._incoming.values()
             if m.holds_resources
         ]
@@ -267,12 +267,12 @@ class MigrationCoordinator:
         if self._by_request.get(migration.request_id) is migration:
             del self._by_request[migration.request_id]
         self._outgoing.pop(migration.migration_id, None)
-        if migration.machine.state is SourceState.ABORTED:
+        if migration.state_machine.state is SourceState.ABORTED:
             self._given_up.append(migration.migration_id)
         self._on_ended(migration.ended.result())
 
     def _incoming_closed(self, migration: IncomingMigration) -> None:
-        if migration.machine.state is DestinationState.ENDED:
+        if migration.state_machine.state is DestinationState.ENDED:
             self._bytes_received += migration.bytes_copied
             self.num_refused += migration.was_refused
             self._incoming.pop(migration.migration_id, None)

@@ -62,7 +62,7 @@ class IncomingMigration:
     ) -> None:
         self.migration_id = offer.migration_id
         self.source = source
-        self.machine = StateMachine(DESTINATION_TABLE, DestinationState.RESERVING)
+        self.state_machine = StateMachine(DESTINATION_TABLE, DestinationState.RESERVING)
         self.bytes_copied = 0
         self.was_refused = False
         self.ended = asyncio.Event()
@@ -92,38 +92,38 @@ class IncomingMigration:
 
     @property
     def holds_resources(self) -> bool:
-        return self.machine.state not in (DestinationState.COMMITTED, DestinationState.ENDED)
+        return self.state_machine.state not in (DestinationState.COMMITTED, DestinationState.ENDED)
 
     def on_message(self, message: ToDestination) -> None:
         match message:
             case Stage(run=run):
-                if self.machine.state is DestinationState.WAITING:
+                if self.state_machine.state is DestinationState.WAITING:
                     self._run = run
-                self.feed(DestinationEvent.STAGE)
+                self.on_event(DestinationEvent.STAGE)
             case Final(state=state):
-                if self.machine.state is DestinationState.WAITING:
+                if self.state_machine.state is DestinationState.WAITING:
                     self._run, self._final = state.tail, state
-                self.feed(DestinationEvent.FINAL)
+                self.on_event(DestinationEvent.FINAL)
             case KeepAlive():
-                self.feed(DestinationEvent.KEEP_ALIVE)
+                self.on_event(DestinationEvent.KEEP_ALIVE)
             case Withdraw(refusal=refusal):
-                self.feed(DestinationEvent.WITHDRAWN, refusal.prefixed("withdrawn"))
+                self.on_event(DestinationEvent.WITHDRAWN, refusal.prefixed("withdrawn"))
             case Query():
-                self.feed(DestinationEvent.QUERIED)
+                self.on_event(DestinationEvent.QUERIED)
             case Offer():
                 logger.warning("migration %s: offered twice, ignored", self.migration_id)
 
-    def abandon(self) -> None:
+    def close(self) -> None:
         """The instance stops: no timer may fire any more. The owner of the tasks cancels them."""
         self._closed = True
         self._disarm_timer()
 
-    def feed(self, event: DestinationEvent, refusal: Refusal | None = None) -> None:
+    def on_event(self, event: DestinationEvent, refusal: Refusal | None = None) -> None:
         """Handles one event; the first `refusal` is the reason if the migration ends without commit."""
         self._refusal = self._refusal or refusal
-        before = self.machine.state
-        actions = self.machine.handle(event)
-        if self.machine.state is not before or before not in _COPY_STATES:
+        before = self.state_machine.state
+        actions = self.state_machine.handle(event)
+        if self.state_machine.state is not before or before not in _COPY_STATES:
             self._arm_timer()
         for action in actions:
             self._perform(action)
@@ -160,11 +160,11 @@ class IncomingMigration:
         try:
             reservation = await self._engine.reserve(self.migration_id, self._offer.request)
         except DestinationRefusedError as error:
-            self.feed(DestinationEvent.REFUSED, error.refusal)
+            self.on_event(DestinationEvent.REFUSED, error.refusal)
             return
         self._local_blocks = reservation.local_blocks
         self._blocks_done = reservation.blocks_present
-        self.feed(DestinationEvent.RESERVED)
+        self.on_event(DestinationEvent.RESERVED)
 
     async def _copy_blocks(self, run: BlockRun) -> None:
         """Copies what `run` offers beyond what is here already. Cancellation waits for the transport."""
@@ -183,18 +183,18 @@ class IncomingMigration:
                 self._block_bytes = max(1, copied // (end - begin))
                 self.bytes_copied += copied
                 begin = end
-                if self.machine.state is DestinationState.COPYING:
+                if self.state_machine.state is DestinationState.COPYING:
                     await self._pacer.copied(copied)
         except (PeerLostError, DestinationRefusedError) as error:
-            self.feed(DestinationEvent.COPY_FAILED, error.refusal)
+            self.on_event(DestinationEvent.COPY_FAILED, error.refusal)
         else:
             # A partly filled tail block is only ever the end of a final state.
             self._blocks_done = max(self._blocks_done, run.end)
-            self.feed(DestinationEvent.COPIED)
+            self.on_event(DestinationEvent.COPIED)
 
     def _slice_blocks(self) -> int:
         """How many blocks to copy at once. The tail is never cut: its request waits for it."""
-        if self.machine.state is not DestinationState.COPYING or not self._pacer.paces:
+        if self.state_machine.state is not DestinationState.COPYING or not self._pacer.paces:
             return len(self._local_blocks)
         return max(1, SLICE_BYTES // self._block_bytes) if self._block_bytes else 1
 
@@ -203,24 +203,24 @@ class IncomingMigration:
         if self._closed:
             return
         if copy.cancelled():
-            self.feed(DestinationEvent.COPY_FAILED, Refusal(RefusalCode.CANCELLED, "stopped"))
+            self.on_event(DestinationEvent.COPY_FAILED, Refusal(RefusalCode.CANCELLED, "stopped"))
         elif copy.exception() is not None:
             refusal = Refusal(RefusalCode.COPY_FAILED, repr(copy.exception()))
-            self.feed(DestinationEvent.COPY_FAILED, refusal)
+            self.on_event(DestinationEvent.COPY_FAILED, refusal)
 
     async def _commit(self) -> None:
         assert self._final is not None
         try:
             await self._engine.commit(self.migration_id, self._final)
         except DestinationRefusedError as error:
-            self.feed(DestinationEvent.COMMIT_FAILED, error.refusal)
+            self.on_event(DestinationEvent.COMMIT_FAILED, error.refusal)
         else:
             logger.debug("request %s: has come from %s", self.request_id, self.source)
-            self.feed(DestinationEvent.ENTERED)
+            self.on_event(DestinationEvent.ENTERED)
 
     async def _drop(self) -> None:
         await self._engine.drop(self.migration_id)
-        self.feed(DestinationEvent.ENGINE_DONE)
+        self.on_event(DestinationEvent.ENGINE_DONE)
 
     def _arm_timer(self) -> None:
         """Every word from the source renews the lease; the bound of a copy stands."""
@@ -231,7 +231,7 @@ class IncomingMigration:
             DestinationState.COPYING: bounds.copy_s,
             DestinationState.TAIL: bounds.tail_s,
             DestinationState.COMMITTED: bounds.log_s,
-        }.get(self.machine.state)
+        }.get(self.state_machine.state)
         if bound_s is not None:
             self._timer = self._loop.call_later(bound_s, self._on_timer)
 
@@ -242,8 +242,8 @@ class IncomingMigration:
 
     def _on_timer(self) -> None:
         self._timer = None
-        refusal = Refusal(RefusalCode.TIMED_OUT, f"lease ended while {self.machine.state}")
-        self.feed(DestinationEvent.TIMED_OUT, refusal)
+        refusal = Refusal(RefusalCode.TIMED_OUT, f"lease ended while {self.state_machine.state}")
+        self.on_event(DestinationEvent.TIMED_OUT, refusal)
 
     def _close(self) -> None:
         self._disarm_timer()

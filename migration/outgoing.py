@@ -66,7 +66,7 @@ class OutgoingMigration:
         self.destination = destination
         self.reason = reason
         self.ended: asyncio.Future[MigrationRecord] = asyncio.get_running_loop().create_future()
-        self.machine = StateMachine(SOURCE_TABLE, SourceState.OFFERED)
+        self.state_machine = StateMachine(SOURCE_TABLE, SourceState.OFFERED)
         self._engine = engine
         self._send = send
         self._bounds = bounds
@@ -103,28 +103,28 @@ class OutgoingMigration:
                 if self._run is not None:
                     self._stage_copied(self._run)
                 self._blocks_done = blocks_done
-                self.feed(SourceEvent.PULLED)
+                self.on_event(SourceEvent.PULLED)
             case Refused(refusal=refusal):
-                self.feed(SourceEvent.REFUSED, refusal.prefixed("refused"))
+                self.on_event(SourceEvent.REFUSED, refusal.prefixed("refused"))
             case Committed(bytes_copied=bytes_copied):
                 self._bytes_copied = bytes_copied
                 if self._final is not None:
                     self._stage_copied(self._final.tail)
-                self.feed(SourceEvent.ACKNOWLEDGED)
+                self.on_event(SourceEvent.ACKNOWLEDGED)
             case Dropped(refusal=refusal):
-                self.feed(SourceEvent.DROPPED, refusal.prefixed("dropped by the destination"))
+                self.on_event(SourceEvent.DROPPED, refusal.prefixed("dropped by the destination"))
 
-    def abandon(self) -> None:
+    def close(self) -> None:
         """The instance stops: no timer may fire any more. The owner of the tasks cancels them."""
         self._disarm_timer()
         self.ended.cancel()
 
-    def feed(self, event: SourceEvent, refusal: Refusal | None = None) -> None:
+    def on_event(self, event: SourceEvent, refusal: Refusal | None = None) -> None:
         """Handles one event; the first `refusal` is the reason if the migration ends without commit."""
         self._refusal = self._refusal or refusal
-        before = self.machine.state
-        actions = self.machine.handle(event)
-        if self.machine.state is not before or event is SourceEvent.TIMED_OUT:
+        before = self.state_machine.state
+        actions = self.state_machine.handle(event)
+        if self.state_machine.state is not before or event is SourceEvent.TIMED_OUT:
             self._arm_timer()
         for action in actions:
             self._perform(action)
@@ -170,21 +170,21 @@ class OutgoingMigration:
                 suspend=self._stages >= self._max_stages,
             )
         except SourceGoneError as error:
-            if self.machine.state is not SourceState.RETREATING:
-                self.feed(SourceEvent.GONE, error.refusal)
+            if self.state_machine.state is not SourceState.RETREATING:
+                self.on_event(SourceEvent.GONE, error.refusal)
             return
         if isinstance(answer, FinalState):
             self._final = answer
             self._stages += 1
             self._final_at = self._stage_at = self._loop.time()
-            self.feed(SourceEvent.SUSPENDED)
+            self.on_event(SourceEvent.SUSPENDED)
         else:
             self._run = answer
-            self.feed(SourceEvent.STAGE_READY)
+            self.on_event(SourceEvent.STAGE_READY)
 
     async def _finish_in_engine(self, call: Coroutine[Any, Any, None]) -> None:
         await call
-        self.feed(SourceEvent.ENGINE_DONE)
+        self.on_event(SourceEvent.ENGINE_DONE)
 
     def _stage_copied(self, run: BlockRun) -> None:
         """The destination has said so, perhaps more than once."""
@@ -202,7 +202,7 @@ class OutgoingMigration:
             SourceState.STAGING: bounds.copy_s,
             SourceState.SUSPENDED: bounds.acknowledge_s,
             SourceState.ASKING: bounds.acknowledge_s,
-        }.get(self.machine.state)
+        }.get(self.state_machine.state)
         if bound_s is not None:
             self._timer = self._loop.call_later(bound_s, self._on_timer)
 
@@ -213,20 +213,20 @@ class OutgoingMigration:
 
     def _on_timer(self) -> None:
         self._timer = None
-        state = self.machine.state
+        state = self.state_machine.state
         deciding = state in (SourceState.SUSPENDED, SourceState.ASKING)
         if deciding and self._questions >= self._bounds.questions:
             text = f"no commit after {self._questions} questions about it"
-            self.feed(SourceEvent.GAVE_UP, Refusal(RefusalCode.TIMED_OUT, text))
+            self.on_event(SourceEvent.GAVE_UP, Refusal(RefusalCode.TIMED_OUT, text))
         elif deciding or state is SourceState.ADVANCING:
-            self.feed(SourceEvent.TIMED_OUT)  # asks again; the migration goes on
+            self.on_event(SourceEvent.TIMED_OUT)  # asks again; the migration goes on
         else:
             text = f"no answer in time while {state}"
-            self.feed(SourceEvent.TIMED_OUT, Refusal(RefusalCode.TIMED_OUT, text))
+            self.on_event(SourceEvent.TIMED_OUT, Refusal(RefusalCode.TIMED_OUT, text))
 
     def _close(self) -> None:
         self._disarm_timer()
-        committed = self.machine.state is SourceState.COMMITTED
+        committed = self.state_machine.state is SourceState.COMMITTED
         final = self._final
         record = MigrationRecord(
             request_id=self.request_id,

@@ -24,13 +24,13 @@ class StateMachine(Generic[S, E, A]):
 
     Attributes:
         state: Where it is now. An end state has an empty row, or one that lists late events only.
-        story: Every (state, event, next state) so far, quoted in errors.
+        history: Every (state, event, next state) so far, quoted in errors.
     """
 
     def __init__(self, table: Table[S, E, A], initial: S) -> None:
         self._table = table
         self.state = initial
-        self.story: list[tuple[S, E, S]] = []
+        self.history: list[tuple[S, E, S]] = []
 
     def handle(self, event: E) -> tuple[A, ...]:
         """Moves to the next state.
@@ -44,11 +44,13 @@ class StateMachine(Generic[S, E, A]):
         try:
             next_state, actions = self._table[self.state][event]
         except KeyError:
-            raise ProtocolError(f"{event} is not allowed in {self.state}; so far: {self.tell()}") from None
-        self.story.append((self.state, event, next_state))
+            raise ProtocolError(
+                f"{event} is not allowed in {self.state}; so far: {self.history_text()}"
+            ) from None
+        self.history.append((self.state, event, next_state))
         self.state = next_state
         return actions
 
-    def tell(self) -> str:
-        """The story in one line, for logs and errors."""
-        return " ".join(f"{state} -[{event}]->" for state, event, _ in self.story) + f" {self.state}"
+    def history_text(self) -> str:
+        """All events so far in one line, for logs and errors."""
+        return " ".join(f"{state} -[{event}]->" for state, event, _ in self.history) + f" {self.state}"

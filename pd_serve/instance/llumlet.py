@@ -177,7 +177,7 @@ class Llumlet:
         self._forwards.pop(request_id, None)
         if message.epoch:
             # Recomputed: an older copy, which nobody follows any more, may live here or be on its way here.
-            await self.coordinator.expel(request_id)
+            await self.coordinator.drop_arriving(request_id)
             await self.engine.abort([request_id], message.epoch)
         if message.handoff is not None:
             self._handoffs[request_id] = message.handoff

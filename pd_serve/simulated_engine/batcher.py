@@ -250,6 +250,7 @@ class Batcher:
             held = min(block_tokens, end - block * block_tokens)
             content[sequence.blocks[block]] = sequence.content(block, held, block_tokens)
         sequence.computed = end
+        sequence.digest = self.read(sequence)
         if self.settings.prefix_caching:
             self.publish(sequence)
         if end < sequence.num_tokens:
@@ -257,7 +258,6 @@ class Batcher:
         if sequence.preempted_at is not None:
             self.preemption_loss_s += now - sequence.preempted_at
             sequence.preempted_at = None
-        sequence.digest = self.read(sequence)
         sequence.output.append(token_after(sequence.digest, self.settings.vocabulary))
         return True
 

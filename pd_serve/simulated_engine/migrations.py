@@ -83,6 +83,7 @@ class SequenceMigrations:
         answer: "asyncio.Future[BlockRun | FinalState]",
     ) -> None:
         """Settles `answer` at the first boundary that has one."""
+        assert request_id not in self._waiters, "only one call per request at a time"
         self._waiters[request_id] = _StageWaiter(incarnation, blocks_done, suspend, answer)
 
     def settle_stages(self) -> None:
@@ -175,6 +176,7 @@ class SequenceMigrations:
         sequence.emitted = len(sequence.output)
         sequence.epoch = state.epoch + 1
         sequence.computed = state.num_computed_tokens
+        assert sequence.is_decoding, "all tokens but the last one have their KV here"
         sequence.digest = batcher.read(sequence)
         if batcher.settings.prefix_caching:
             batcher.publish(sequence)

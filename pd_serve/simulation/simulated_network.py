@@ -10,6 +10,7 @@ from typing import Any
 
 from migration.transport.local import LocalFabric
 from pd_serve.simulation.config import NetworkSettings
+from pd_serve.simulation.message_faults import MessageFaults
 
 OnFrames = Callable[[list[Any]], None]
 
@@ -18,14 +19,18 @@ MESSAGE_BYTES = 300
 
 
 class SimulatedNetwork:
-    """Who listens where, and how long it takes to get there. Messages of one sender stay in order.
+    """Listeners by address, and the time that messages take. Messages of one sender stay in order.
 
     A message shares its sender's link with the copies that are leaving there.
+
+    Attributes:
+        faults: Loses, doubles and holds messages; None for a network without faults.
     """
 
     def __init__(self, settings: NetworkSettings, kv_bytes_per_byte: float) -> None:
         self.settings = settings
         self.fabric = SimulatedFabric(settings, kv_bytes_per_byte)
+        self.faults: MessageFaults | None = None
         self.num_messages = 0
         self._loop = asyncio.get_running_loop()
         self._listeners: dict[str, OnFrames] = {}
@@ -49,10 +54,17 @@ class SimulatedNetwork:
         self.fabric.restore(name)
 
     def deliver(self, sender: str, address: str, frames: list[Any]) -> None:
-        """Sends frames to whoever listens at an address when they arrive; lost if nobody does."""
+        """Sends frames to an address; they are lost if no listener is there when they arrive."""
         if sender in self._cut:
             return
         self.num_messages += 1
+        if self.faults is None:
+            self._deliver(sender, address, frames)
+        else:
+            link, message = (sender, _node(address)), type(frames[1])
+            self.faults.transmit(link, message, lambda: self._deliver(sender, address, frames))
+
+    def _deliver(self, sender: str, address: str, frames: list[Any]) -> None:
         settings = self.settings
         copies = self.fabric.leaving.get(sender)
         delay_s = settings.message_latency_s

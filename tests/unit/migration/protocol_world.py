@@ -81,7 +81,7 @@ class Source:
     """The source's machine with what its driver and its coordinator keep."""
 
     def __init__(self) -> None:
-        self.machine: StateMachine[SS, SE, SA] = StateMachine(SOURCE_TABLE, SS.OFFERED)
+        self.state_machine: StateMachine[SS, SE, SA] = StateMachine(SOURCE_TABLE, SS.OFFERED)
         self.open = True
         self.preempted = False
         self.stage_asked = False
@@ -94,14 +94,14 @@ class Source:
 
     @property
     def committed(self) -> bool:
-        return self.machine.state is SS.COMMITTED
+        return self.state_machine.state is SS.COMMITTED
 
 
 class Destination:
     """The destination's machine with what its driver and its engine keep."""
 
     def __init__(self) -> None:
-        self.machine: StateMachine[DS, DE, DA] = StateMachine(DESTINATION_TABLE, DS.RESERVING)
+        self.state_machine: StateMachine[DS, DE, DA] = StateMachine(DESTINATION_TABLE, DS.RESERVING)
         self.reserved = False
         self.engine_call: str | None = "reserve"
         self.copying = False
@@ -195,7 +195,7 @@ class World:
 
     def _feed_source(self, event: SE) -> None:
         source = self.source
-        for action in source.machine.handle(event):
+        for action in source.state_machine.handle(event):
             match action:
                 case SA.ADVANCE:
                     assert not source.stage_asked, "one next_stage at a time"
@@ -243,7 +243,7 @@ class World:
             self.to_destination.append(("withdraw", None))
 
     def source_timer(self) -> None:
-        state = self.source.machine.state
+        state = self.source.state_machine.state
         if state in (SS.SUSPENDED, SS.ASKING) and self.source.questions >= QUESTIONS:
             self._feed_source(SE.GAVE_UP)
         elif state not in (SS.RETREATING, SS.RELEASING):
@@ -264,7 +264,7 @@ class World:
         source, copy = self.source, self.places[SOURCE].copy
         answer, source.answer, source.stage_asked = source.answer, None, False
         assert answer is not None
-        if answer is SE.GONE and source.machine.state is SS.RETREATING:
+        if answer is SE.GONE and source.state_machine.state is SS.RETREATING:
             return
         if answer is SE.SUSPENDED:
             source.final = (copy.epoch, copy.tokens) if copy else (0, 0)
@@ -297,7 +297,7 @@ class World:
     def _feed_destination(self, event: DE) -> None:
         destination = self.destination
         assert destination is not None
-        for action in destination.machine.handle(event):
+        for action in destination.state_machine.handle(event):
             match action:
                 case DA.SEND_PULL:
                     self.to_source.append("pull")
@@ -343,14 +343,14 @@ class World:
         elif destination is None and message != "withdraw":
             self.to_source.append("dropped")
         elif destination is not None and message != "offer":
-            if message == "final" and destination.machine.state is DS.WAITING:
+            if message == "final" and destination.state_machine.state is DS.WAITING:
                 destination.final = final
             with contextlib.suppress(ProtocolError):
                 self._feed_destination(events[message])
 
     def destination_timer(self) -> None:
         assert self.destination is not None
-        if self.destination.machine.state in (DS.WAITING, DS.COPYING, DS.TAIL, DS.COMMITTED):
+        if self.destination.state_machine.state in (DS.WAITING, DS.COPYING, DS.TAIL, DS.COMMITTED):
             self._feed_destination(DE.TIMED_OUT)
 
     # ---- the destination's engine and transport
@@ -516,7 +516,7 @@ class World:
                     self.destination_timer()
                 else:
                     return
-        raise AssertionError(f"no rest: {self.source.machine.tell()} / {self.destination}")
+        raise AssertionError(f"no rest: {self.source.state_machine.history_text()} / {self.destination}")
 
     def copies(self) -> dict[str, Copy]:
         return {name: place.copy for name, place in self.places.items() if place.copy is not None}

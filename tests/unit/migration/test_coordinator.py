@@ -1,7 +1,7 @@
 """Coordinators, drivers and the local transport between engines whose output shows every wrong block.
 
-Each test ends with `Cluster.check`: the output is that of an undisturbed run, each token once, and no
-block, slot, table entry, timer or task is left.
+Each test ends with `MigratingCluster.check`: the output is that of an undisturbed run, each token once, and
+no block, slot, table entry, timer or task is left.
 """
 
 import asyncio
@@ -12,6 +12,8 @@ from dataclasses import replace
 import pytest
 
 from migration.destination_table import DestinationState as DS
+from migration.engine_rules import blocks_for
+from migration.errors import Refusal, RefusalCode
 from migration.messages import (
     Committed,
     Dropped,
@@ -29,40 +31,40 @@ from migration.messages import (
 )
 from migration.record import MigrationRecord
 from migration.source_table import SourceState as SS
-from tests.unit.migration.fake_cluster import BOUNDS, Cluster
-from tests.unit.migration.fake_engine import BLOCK_TOKENS, blocks_for
+from tests.unit.migration.migrating_cluster import BLOCK_TOKENS, BOUNDS, MigratingCluster
 from tests.virtual_time import in_virtual_time
 
-PROMPT = [7, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9]
+PROMPT = 13  # tokens
+Scene = Callable[[MigratingCluster], Awaitable[None]]
 A, B = InstanceId("a"), InstanceId("b")
 
 
-async def moved(cluster: Cluster, source: str = "a", destination: str = "b") -> MigrationRecord:
+async def moved(cluster: MigratingCluster, source: str = "a", destination: str = "b") -> MigrationRecord:
     outcome = await cluster.migrate(source, destination)
     assert isinstance(outcome, MigrationRecord)
     assert outcome.committed, outcome.why
     return outcome
 
 
-async def not_moved(cluster: Cluster, source: str = "a", destination: str = "b") -> str:
+async def not_moved(cluster: MigratingCluster, source: str = "a", destination: str = "b") -> Refusal:
     outcome = await cluster.migrate(source, destination)
-    if isinstance(outcome, str):
+    if isinstance(outcome, Refusal):
         return outcome
-    assert not outcome.committed
-    return outcome.why
+    assert outcome.refusal is not None
+    return outcome.refusal
 
 
 class TestUndisturbed:
-    @pytest.mark.parametrize("steps_in_flight", [0, 1])
+    @pytest.mark.parametrize("async_scheduling", [False, True])
     @in_virtual_time
-    async def test_moves_while_it_decodes(self, steps_in_flight: int) -> None:
-        async with Cluster("a", "b", steps_in_flight=steps_in_flight) as cluster:
+    async def test_moves_while_it_decodes(self, async_scheduling: bool) -> None:
+        async with MigratingCluster("a", "b", async_scheduling=async_scheduling) as cluster:
             await cluster.add("a", PROMPT, 40)
             await cluster.tokens(5)
             outcome = await moved(cluster)
             assert outcome.stages >= 2
-            assert outcome.tokens == len(PROMPT) + len(cluster.routes["r"].ledger.token_ids) - 1
-            assert outcome.blocks == blocks_for(outcome.tokens)
+            assert outcome.tokens == PROMPT + len(cluster.routes["r"].ledger.token_ids) - 1
+            assert outcome.blocks == blocks_for(outcome.tokens, BLOCK_TOKENS)
             assert cluster.routes["r"].ledger.owner == "a"
             await cluster.check()
             assert cluster.routes["r"].ledger.owner == "b"
@@ -71,7 +73,7 @@ class TestUndisturbed:
 
     @in_virtual_time
     async def test_blocking_copies_all_at_once(self) -> None:
-        async with Cluster("a", "b") as cluster:
+        async with MigratingCluster("a", "b") as cluster:
             await cluster.add("a", PROMPT, 40)
             await cluster.tokens(5)
             outcome = await cluster["a"].coordinator.migrate(RequestId("r"), B, "test", blocking=True)
@@ -81,18 +83,18 @@ class TestUndisturbed:
 
     @in_virtual_time
     async def test_blocks_that_a_prefix_cache_has_are_not_copied(self) -> None:
-        async with Cluster("a", "b") as cluster:
-            cluster["b"].engine.cached_blocks = 3
+        async with MigratingCluster("a", "b") as cluster:
+            await cluster.fill_prefix_cache("b", PROMPT, 1)
             await cluster.add("a", PROMPT, 40)
             await cluster.tokens(5)
             outcome = await moved(cluster)
-            assert outcome.blocks == blocks_for(outcome.tokens) - 3
+            assert outcome.blocks == blocks_for(outcome.tokens, BLOCK_TOKENS) - 3
             await cluster.check()
 
     @in_virtual_time
     async def test_ping_pong(self) -> None:
         """A request comes back to the instance that it has just left, again and again."""
-        async with Cluster("a", "b", steps_in_flight=1) as cluster:
+        async with MigratingCluster("a", "b", async_scheduling=True) as cluster:
             await cluster.add("a", PROMPT, 120)
             await cluster.tokens(1)
             for _ in range(5):
@@ -104,9 +106,9 @@ class TestUndisturbed:
 
     @in_virtual_time
     async def test_eight_at_once(self) -> None:
-        async with Cluster("a", "b", num_blocks=256) as cluster:
+        async with MigratingCluster("a", "b", num_blocks=256, chunk_tokens=32) as cluster:
             for number in range(8):
-                await cluster.add("a", [number, *PROMPT], 30 + number, request_id=f"r{number}")
+                await cluster.add("a", PROMPT + 1, 30 + number, request_id=f"r{number}", seed=number)
             await cluster.tokens(3, "r7")
             outcomes = await asyncio.gather(*(cluster.migrate("a", "b", f"r{i}") for i in range(8)))
             assert all(isinstance(o, MigrationRecord) and o.committed for o in outcomes)
@@ -115,7 +117,7 @@ class TestUndisturbed:
 
     @in_virtual_time
     async def test_in_both_directions_at_once(self) -> None:
-        async with Cluster("a", "b") as cluster:
+        async with MigratingCluster("a", "b") as cluster:
             await cluster.add("a", PROMPT, 40, request_id="there")
             await cluster.add("b", PROMPT, 50, request_id="back")
             await cluster.tokens(3, "back")
@@ -126,38 +128,39 @@ class TestUndisturbed:
             assert all(isinstance(o, MigrationRecord) and o.committed for o in outcomes)
             await cluster.check()
 
-    @pytest.mark.parametrize("steps_in_flight", [0, 1])
+    @pytest.mark.parametrize("async_scheduling", [False, True])
     @in_virtual_time
-    async def test_hand_off_during_a_chunked_prefill(self, steps_in_flight: int) -> None:
+    async def test_hand_off_during_a_chunked_prefill(self, async_scheduling: bool) -> None:
         """Stages move while the prompt is being computed; the first token comes from the source."""
         prompt = PROMPT * 8
-        async with Cluster("a", "b", steps_in_flight=steps_in_flight) as cluster:
+        async with MigratingCluster("a", "b", async_scheduling=async_scheduling) as cluster:
             await cluster.add("a", prompt, 20, handoff=True)
             await cluster.until(SS.STAGING, DS.COPYING)
             assert not cluster.routes["r"].ledger.token_ids
             await cluster.check()
-            (outcome,) = cluster["a"].outcomes
+            (outcome,) = cluster["a"].records
             assert outcome.committed
             assert outcome.stages > 3
-            assert outcome.tokens < len(prompt) + 6
+            assert outcome.tokens < prompt + 6
             assert cluster.routes["r"].ledger.owner == "b"
 
     @in_virtual_time
     async def test_a_long_prefill_keeps_the_reservation(self) -> None:
         """The destination has all of the prompt in its prefix cache, so nothing can be staged for long."""
         prompt = PROMPT * 16
-        async with Cluster("a", "b", num_blocks=128, bounds=replace(BOUNDS, lease_s=0.25)) as cluster:
-            cluster["b"].engine.cached_blocks = 100
-            cluster.network.double(Pull)
+        bounds = replace(BOUNDS, lease_s=0.25)
+        async with MigratingCluster("a", "b", num_blocks=128, bounds=bounds) as cluster:
+            await cluster.fill_prefix_cache("b", prompt, 1)
+            cluster.faults.double(Pull)
             await cluster.add("a", prompt, 20, handoff=True)
             await cluster.check()
-            assert cluster["a"].outcomes[0].committed
-            assert any(isinstance(message, KeepAlive) for message in cluster.network.sent)
+            assert cluster["a"].records[0].committed
+            assert any(isinstance(message, KeepAlive) for message in cluster.sent)
 
     @in_virtual_time
     async def test_a_request_that_never_catches_up_is_suspended_all_the_same(self) -> None:
         """Copying takes as long as decoding: after so many stages the rest is copied at once."""
-        async with Cluster("a", "b", bounds=replace(BOUNDS, max_stages=3)) as cluster:
+        async with MigratingCluster("a", "b", bounds=replace(BOUNDS, max_stages=3)) as cluster:
             cluster.fabric.latency_s = 0.15
             await cluster.add("a", PROMPT, 150)
             await cluster.tokens(5)
@@ -169,30 +172,31 @@ class TestUndisturbed:
 class TestRefused:
     @in_virtual_time
     async def test_with_the_reason(self) -> None:
-        async with Cluster("a", "b") as cluster:
-            cluster["b"].engine.refusal = "the model differs"
+        async with MigratingCluster("a", "b") as cluster:
+            differs = Refusal(RefusalCode.INCOMPATIBLE, "the model differs")
+            cluster["b"].faults.always_refused["reserve"] = differs
             await cluster.add("a", PROMPT, 20)
             await cluster.tokens(2)
-            assert await not_moved(cluster) == "refused: the model differs"
+            assert await not_moved(cluster) == differs.prefixed("refused")
             assert cluster.states("a", "b") == (None, None)
             await cluster.check()
 
     @in_virtual_time
     async def test_by_who_has_no_blocks(self) -> None:
-        async with Cluster("a", "b", num_blocks=12) as cluster:
-            await cluster.add("b", PROMPT * 2, 20, request_id="large")
+        async with MigratingCluster("a", "b", num_blocks=12) as cluster:
+            await cluster.add("b", PROMPT * 2, 20, request_id="large", seed=1)
             await cluster.add("a", PROMPT, 30)
             await cluster.tokens(2)
             await cluster.tokens(2, "large")
-            assert "free blocks" in await not_moved(cluster)
+            assert (await not_moved(cluster)).code is RefusalCode.NO_FREE_BLOCKS
             await cluster.check()
 
     @in_virtual_time
     async def test_beyond_the_limit_of_arrivals(self) -> None:
         bounds = replace(BOUNDS, max_incoming=2)
-        async with Cluster("a", "b", num_blocks=128, bounds=bounds) as cluster:
+        async with MigratingCluster("a", "b", num_blocks=128, bounds=bounds) as cluster:
             for number in range(4):
-                await cluster.add("a", [number, *PROMPT], 40, request_id=f"r{number}")
+                await cluster.add("a", PROMPT + 1, 40, request_id=f"r{number}", seed=number)
             await cluster.tokens(2, "r3")
             outcomes = await asyncio.gather(*(cluster.migrate("a", "b", f"r{i}") for i in range(4)))
             why = sorted(o.why for o in outcomes if isinstance(o, MigrationRecord))
@@ -202,24 +206,25 @@ class TestRefused:
     @in_virtual_time
     async def test_beyond_the_limit_of_departures(self) -> None:
         bounds = replace(BOUNDS, max_outgoing=2)
-        async with Cluster("a", "b", num_blocks=128, bounds=bounds) as cluster:
+        async with MigratingCluster("a", "b", num_blocks=128, bounds=bounds) as cluster:
             for number in range(4):
-                await cluster.add("a", [number, *PROMPT], 40, request_id=f"r{number}")
+                await cluster.add("a", PROMPT + 1, 40, request_id=f"r{number}", seed=number)
             await cluster.tokens(2, "r3")
             outcomes = await asyncio.gather(*(cluster.migrate("a", "b", f"r{i}") for i in range(4)))
-            assert [o for o in outcomes if isinstance(o, str)] == ["2 migrations are leaving already"] * 2
+            full = Refusal(RefusalCode.TOO_MANY_MIGRATIONS, "2 migrations are leaving already")
+            assert [o for o in outcomes if isinstance(o, Refusal)] == [full, full]
             await cluster.check()
 
     @in_virtual_time
     async def test_what_cannot_begin(self) -> None:
-        async with Cluster("a", "b", "c") as cluster:
+        async with MigratingCluster("a", "b", "c") as cluster:
             await cluster.add("a", PROMPT, 40)
             await cluster.tokens(2)
-            assert await not_moved(cluster, "a", "a") == "the request is on a already"
-            assert await not_moved(cluster, "b", "a") == "not running here"
+            assert (await not_moved(cluster, "a", "a")).text == "the request is on a already"
+            assert (await not_moved(cluster, "b", "a")).text == "the request is not running here"
             under_way = cluster.start_migration("a", "b")
             await cluster.until(SS.STAGING, DS.COPYING)
-            assert await not_moved(cluster, "a", "c") == "the request is being migrated already"
+            assert (await not_moved(cluster, "a", "c")).code is RefusalCode.ALREADY_MIGRATING
             assert isinstance(outcome := await under_way, MigrationRecord)
             assert outcome.committed
             await cluster.check()
@@ -228,129 +233,141 @@ class TestRefused:
 # ---- every phase against every disaster
 
 
-async def offered(cluster: Cluster) -> None:
-    cluster.network.hold_at(Pull)
+async def offered(cluster: MigratingCluster) -> None:
+    cluster.faults.hold(Pull)
     cluster.start_migration("a", "b")
     await cluster.until(SS.OFFERED, DS.WAITING)
 
 
-async def reserving(cluster: Cluster) -> None:
-    cluster["b"].engine.reserve_s = 0.5
+async def reserving(cluster: MigratingCluster) -> None:
+    cluster["b"].faults.delays_s["reserve"] = 0.5
     cluster.start_migration("a", "b")
     await cluster.until(SS.OFFERED, DS.RESERVING)
 
 
-async def advancing(cluster: Cluster) -> None:
-    cluster["b"].engine.cached_blocks = 100
+async def advancing(cluster: MigratingCluster) -> None:
+    """The destination has all blocks in its prefix cache; see `enter`."""
     await cluster.tokens(BLOCK_TOKENS)
     cluster.start_migration("a", "b")
     await cluster.until(SS.ADVANCING, DS.WAITING)
 
 
-async def staging(cluster: Cluster) -> None:
+async def staging(cluster: MigratingCluster) -> None:
     cluster.fabric.latency_s = 0.1
     cluster.start_migration("a", "b")
     await cluster.until(SS.STAGING, DS.COPYING)
 
 
-async def suspended(cluster: Cluster) -> None:
-    cluster.network.hold_at(Final)
+async def suspended(cluster: MigratingCluster) -> None:
+    cluster.faults.hold(Final)
     cluster.start_migration("a", "b")
     await cluster.until(SS.SUSPENDED, DS.WAITING)
 
 
-async def tail(cluster: Cluster) -> None:
+async def tail(cluster: MigratingCluster) -> None:
     cluster.start_migration("a", "b")
     await cluster.until(SS.SUSPENDED, DS.TAIL)
 
 
-async def committing(cluster: Cluster) -> None:
-    cluster["b"].engine.commit_s = 0.1
+async def committing(cluster: MigratingCluster) -> None:
+    cluster["b"].faults.delays_s["commit"] = 0.1
     cluster.start_migration("a", "b")
     await cluster.until(SS.SUSPENDED, DS.COMMITTING)
 
 
-async def committed(cluster: Cluster) -> None:
-    cluster.network.hold_at(Committed)
+async def committed(cluster: MigratingCluster) -> None:
+    cluster.faults.hold(Committed)
     cluster.start_migration("a", "b")
     await cluster.until(SS.SUSPENDED, DS.COMMITTED)
 
 
-async def releasing(cluster: Cluster) -> None:
-    cluster["a"].engine.release_s = 0.1
+async def releasing(cluster: MigratingCluster) -> None:
+    cluster["a"].faults.delays_s["release"] = 0.1
     cluster.start_migration("a", "b")
     await cluster.until(SS.RELEASING, DS.COMMITTED)
+
+
+async def enter(phase: Scene, cluster: MigratingCluster, max_tokens: int) -> None:
+    """A request of three tokens at least on `a`, and its migration to `b` in this phase."""
+    if phase is advancing:
+        await cluster.fill_prefix_cache("b", PROMPT, max_tokens)
+    await cluster.add("a", PROMPT, max_tokens)
+    await cluster.tokens(3)
+    await phase(cluster)
 
 
 PHASES = [offered, reserving, advancing, staging, suspended, tail, committing, committed, releasing]
 RUNNING_PHASES = [offered, reserving, advancing, staging]
 
 
-async def nothing(cluster: Cluster) -> None:
+async def nothing(cluster: MigratingCluster) -> None:
     """The phases themselves hold messages back and slow things down."""
 
 
-async def client_leaves(cluster: Cluster) -> None:
+async def client_leaves(cluster: MigratingCluster) -> None:
     cluster.abort()
 
 
-async def preempted(cluster: Cluster) -> None:
+async def preempted(cluster: MigratingCluster) -> None:
     cluster["a"].engine.preempt(RequestId("r"))
 
 
-async def cancelled(cluster: Cluster) -> None:
+async def cancelled(cluster: MigratingCluster) -> None:
     cluster["a"].coordinator.cancel(RequestId("r"), "changed its mind")
 
 
-async def destination_dies(cluster: Cluster) -> None:
+async def destination_dies(cluster: MigratingCluster) -> None:
     await cluster.kill("b", peers_know=True)
 
 
-async def destination_dies_in_silence(cluster: Cluster) -> None:
+async def destination_dies_in_silence(cluster: MigratingCluster) -> None:
     await cluster.kill("b", peers_know=False)
 
 
-async def source_dies(cluster: Cluster) -> None:
+async def source_dies(cluster: MigratingCluster) -> None:
     await cluster.kill("a", peers_know=True)
 
 
-async def source_dies_in_silence(cluster: Cluster) -> None:
+async def source_dies_in_silence(cluster: MigratingCluster) -> None:
     await cluster.kill("a", peers_know=False)
 
 
-async def peers_part(cluster: Cluster) -> None:
+async def peers_part(cluster: MigratingCluster) -> None:
     """Scenario: neither hears the other for longer than all bounds; the front end hears both."""
-    cluster.network.cut(A, B)
+    cluster.faults.isolate(A, B)
     await asyncio.sleep(10)
-    cluster.network.heal()
+    cluster.faults.heal()
 
 
-async def peer_is_thought_dead(cluster: Cluster) -> None:
+async def peer_is_thought_dead(cluster: MigratingCluster) -> None:
     """Scenario: a wrong membership list; both live on."""
     cluster["a"].coordinator.peer_lost(B)
     cluster["b"].coordinator.peer_lost(A)
 
 
-async def copies_fail(cluster: Cluster) -> None:
+async def copies_fail(cluster: MigratingCluster) -> None:
     cluster.fabric.fail("a")
     await asyncio.sleep(1)
     cluster.fabric.restore("a")
 
 
-async def copies_stall(cluster: Cluster) -> None:
+async def copies_stall(cluster: MigratingCluster) -> None:
     """Longer than every bound of a copy, and of the questions about it."""
     cluster.fabric.stall("a")
     await asyncio.sleep(5)
     cluster.fabric.restore("a")
 
 
-async def destination_is_full(cluster: Cluster) -> None:
-    with cluster["b"].engine.without_free_blocks():
-        await asyncio.sleep(1)
+async def destination_is_full(cluster: MigratingCluster) -> None:
+    pool = cluster["b"].engine.batcher.pool
+    taken = pool.allocate(pool.num_free)
+    await asyncio.sleep(1)
+    pool.release(taken)
+    await cluster["b"].engine.live_requests()  # an idle engine looks again
 
 
-async def commit_fails(cluster: Cluster) -> None:
-    cluster["b"].engine.fail_commits = 1
+async def commit_fails(cluster: MigratingCluster) -> None:
+    cluster["b"].faults.refuse_next("commit", Refusal(RefusalCode.NO_FREE_BLOCKS, "no 3 more free KV blocks"))
 
 
 DISASTERS = [
@@ -370,33 +387,28 @@ DISASTERS = [
     commit_fails,
 ]
 
-Scene = Callable[[Cluster], Awaitable[None]]
-
 
 @pytest.mark.parametrize("disaster", DISASTERS)
 @pytest.mark.parametrize("phase", PHASES)
 @in_virtual_time
 async def test_every_disaster_in_every_phase(phase: Scene, disaster: Scene) -> None:
-    async with Cluster("a", "b", "c") as cluster:
-        await cluster.add("a", PROMPT, 60)
-        await cluster.tokens(3)
-        await phase(cluster)
+    async with MigratingCluster("a", "b", "c") as cluster:
+        await enter(phase, cluster, 60)
         await disaster(cluster)
-        cluster.network.let_go()
+        cluster.faults.release()
         await cluster.check()
 
 
 @pytest.mark.parametrize("phase", RUNNING_PHASES)
-@pytest.mark.parametrize("steps_in_flight", [0, 1])
+@pytest.mark.parametrize("async_scheduling", [False, True])
 @in_virtual_time
-async def test_source_finishes_in_every_phase(phase: Scene, steps_in_flight: int) -> None:
-    async with Cluster("a", "b", steps_in_flight=steps_in_flight) as cluster:
-        await cluster.add("a", PROMPT, 60)
-        await cluster.tokens(3)
-        await phase(cluster)
-        cluster["a"].engine.stop_after_next_token(RequestId("r"))
+async def test_source_finishes_in_every_phase(phase: Scene, async_scheduling: bool) -> None:
+    async with MigratingCluster("a", "b", async_scheduling=async_scheduling) as cluster:
+        await enter(phase, cluster, 60)
+        sequence = cluster["a"].engine.sequences["r"]
+        sequence.max_tokens = len(sequence.output) + 1
         await cluster.end()
-        cluster.network.let_go()
+        cluster.faults.release()
         route = cluster.routes["r"]
         assert len(route.ledger.token_ids) < 40
         route.aborted = True  # a prefix of the whole output is right
@@ -407,7 +419,7 @@ async def test_source_finishes_in_every_phase(phase: Scene, steps_in_flight: int
 async def test_source_finishes_with_its_last_step_in_flight() -> None:
     """Suspended at a step boundary, and the step in flight brings the last token."""
     for tokens in range(8, 20):
-        async with Cluster("a", "b", steps_in_flight=1) as cluster:
+        async with MigratingCluster("a", "b", async_scheduling=True) as cluster:
             await cluster.add("a", PROMPT, tokens)
             await cluster.tokens(3)
             await cluster.migrate("a", "b")
@@ -418,41 +430,39 @@ async def test_source_finishes_with_its_last_step_in_flight() -> None:
 @in_virtual_time
 async def test_every_wait_has_a_bound(phase: Scene) -> None:
     """Neither ever hears the other again: both sides end by themselves, long before the request does."""
-    async with Cluster("a", "b") as cluster:
-        await cluster.add("a", PROMPT, 100)
-        await cluster.tokens(3)
-        await phase(cluster)
-        cluster["a"].engine.step_s = cluster["b"].engine.step_s = 1.0
-        cluster.network.cut(A, B)
+    async with MigratingCluster("a", "b") as cluster:
+        await enter(phase, cluster, 100)
+        cluster.steps.step_s = 1.0
+        cluster.faults.isolate(A, B)
         await asyncio.sleep(
             BOUNDS.copy_s + 2 * BOUNDS.lease_s + 2 * (BOUNDS.questions + 1) * BOUNDS.acknowledge_s + 4.0
         )
         assert cluster.states("a", "b") in ((None, None), (None, DS.COMMITTED))
         assert not cluster.routes["r"].ended.is_set()
-        cluster["a"].engine.step_s = cluster["b"].engine.step_s = 0.01
+        cluster.steps.step_s = 0.01
         await cluster.check()
 
 
 @in_virtual_time
 async def test_a_destination_that_knows_nothing_of_it_says_so() -> None:
     """It has dropped the reservation and this word was lost: the final state is answered all the same."""
-    async with Cluster("a", "b") as cluster:
+    async with MigratingCluster("a", "b") as cluster:
         await cluster.add("a", PROMPT, 60)
         await cluster.tokens(3)
         await suspended(cluster)
-        cluster.network.lose(Dropped, times=1)
+        cluster.faults.lose(Dropped, times=1)
         cluster["b"].coordinator.peer_lost(A)
         await cluster.until(SS.SUSPENDED, None)
-        cluster.network.let_go()
+        cluster.faults.release()
         await asyncio.sleep(2 * BOUNDS.acknowledge_s)
-        (outcome,) = cluster["a"].outcomes
+        (outcome,) = cluster["a"].records
         assert outcome.why == "dropped by the destination: unknown here"
         await cluster.check()
 
 
 @in_virtual_time
 async def test_the_connection_to_a_dead_peer_is_dropped() -> None:
-    async with Cluster("a", "b") as cluster:
+    async with MigratingCluster("a", "b") as cluster:
         await cluster.add("a", PROMPT, 60)
         await cluster.tokens(3)
         await moved(cluster)
@@ -472,17 +482,16 @@ MESSAGES = [Offer, Refused, Pull, Stage, Final, KeepAlive, Withdraw, Query, Comm
 @pytest.mark.parametrize("kind", MESSAGES)
 @in_virtual_time
 async def test_one_message_is_lost(kind: type[MigrationMessage], phase: Scene) -> None:
-    async with Cluster("a", "b") as cluster:
-        await cluster.add("a", PROMPT, 60)
-        await cluster.tokens(3)
+    async with MigratingCluster("a", "b") as cluster:
         if phase is nothing:
-            cluster.network.lose(kind, times=1)
+            await enter(nothing, cluster, 60)
+            cluster.faults.lose(kind, times=1)
             cluster.start_migration("a", "b")
         else:
-            await phase(cluster)
-            cluster.network.lose(kind, times=1)
+            await enter(phase, cluster, 60)
+            cluster.faults.lose(kind, times=1)
             cluster["a"].coordinator.cancel(RequestId("r"), "changed its mind")
-        cluster.network.let_go()
+        cluster.faults.release()
         await cluster.check()
 
 
@@ -490,10 +499,10 @@ async def test_one_message_is_lost(kind: type[MigrationMessage], phase: Scene) -
 @in_virtual_time
 async def test_all_messages_of_a_kind_are_lost(kind: type[MigrationMessage]) -> None:
     """For good: the request stays, or has moved, but it never waits for ever."""
-    async with Cluster("a", "b") as cluster:
+    async with MigratingCluster("a", "b") as cluster:
         await cluster.add("a", PROMPT, 60)
         await cluster.tokens(3)
-        cluster.network.lose(kind)
+        cluster.faults.lose(kind)
         outcome = await cluster.migrate("a", "b")
         assert isinstance(outcome, MigrationRecord)
         assert outcome.committed == (kind not in (Offer, Pull, Stage, Final, Committed))
@@ -503,10 +512,10 @@ async def test_all_messages_of_a_kind_are_lost(kind: type[MigrationMessage]) -> 
 @pytest.mark.parametrize("kind", MESSAGES)
 @in_virtual_time
 async def test_messages_come_twice(kind: type[MigrationMessage]) -> None:
-    async with Cluster("a", "b") as cluster:
+    async with MigratingCluster("a", "b") as cluster:
         await cluster.add("a", PROMPT, 60)
         await cluster.tokens(3)
-        cluster.network.double(kind)
+        cluster.faults.double(kind)
         await moved(cluster)
         await cluster.check()
         assert cluster.routes["r"].ledger.num_moves == 1
@@ -515,39 +524,39 @@ async def test_messages_come_twice(kind: type[MigrationMessage]) -> None:
 @in_virtual_time
 async def test_a_lost_commit_is_asked_for() -> None:
     """Never guessed: one question, one answer, and the blocks of the source come back."""
-    async with Cluster("a", "b") as cluster:
+    async with MigratingCluster("a", "b") as cluster:
         await cluster.add("a", PROMPT, 60)
         await cluster.tokens(3)
-        cluster.network.lose(Committed, times=1)
+        cluster.faults.lose(Committed, times=1)
         outcome = await moved(cluster)
-        assert sum(isinstance(message, Query) for message in cluster.network.sent) == 1
-        assert not any(isinstance(message, Withdraw) for message in cluster.network.sent)
+        assert sum(isinstance(message, Query) for message in cluster.sent) == 1
+        assert not any(isinstance(message, Withdraw) for message in cluster.sent)
         assert 1e3 * BOUNDS.acknowledge_s <= outcome.suspended_ms <= 1e3 * (BOUNDS.acknowledge_s + 0.1)
         await cluster.check()
 
 
 @in_virtual_time
 async def test_a_lost_final_state_is_sent_again() -> None:
-    async with Cluster("a", "b") as cluster:
+    async with MigratingCluster("a", "b") as cluster:
         await cluster.add("a", PROMPT, 60)
         await cluster.tokens(3)
-        cluster.network.lose(Final, times=1)
+        cluster.faults.lose(Final, times=1)
         await moved(cluster)
-        assert sum(isinstance(message, Final) for message in cluster.network.sent) == 2
+        assert sum(isinstance(message, Final) for message in cluster.sent) == 2
         await cluster.check()
 
 
 @in_virtual_time
 async def test_gives_up_after_so_many_questions() -> None:
     """The destination has committed and decodes; all its answers are lost. The source outranks it."""
-    async with Cluster("a", "b") as cluster:
+    async with MigratingCluster("a", "b") as cluster:
         await cluster.add("a", PROMPT, 200)
         await cluster.tokens(3)
-        cluster.network.lose(Committed)
+        cluster.faults.lose(Committed)
         outcome = await cluster.migrate("a", "b")
         assert isinstance(outcome, MigrationRecord)
         assert outcome.why == f"no commit after {BOUNDS.questions} questions about it"
-        assert sum(isinstance(message, Query) for message in cluster.network.sent) == BOUNDS.questions
+        assert sum(isinstance(message, Query) for message in cluster.sent) == BOUNDS.questions
         await cluster.check()
         assert (cluster.routes["r"].ledger.owner, cluster.routes["r"].ledger.epoch) == ("a", 2)
 
@@ -555,16 +564,16 @@ async def test_gives_up_after_so_many_questions() -> None:
 @in_virtual_time
 async def test_a_late_word_about_an_old_migration_ends_nothing() -> None:
     """More migrations have followed than a source remembers; the request lives at its destination."""
-    async with Cluster("a", "b") as cluster:
+    async with MigratingCluster("a", "b") as cluster:
         await cluster.add("a", PROMPT, 60)
         await cluster.tokens(3)
         await moved(cluster)
-        late = next(message for message in cluster.network.sent if isinstance(message, Committed))
+        late = next(message for message in cluster.sent if isinstance(message, Committed))
         cluster["a"].coordinator._given_up.clear()
         for message in (late, Pull(late.migration_id, 0)):
             cluster["a"].coordinator.on_message(B, message)
         await cluster.check()
-        assert not any(isinstance(message, Withdraw) for message in cluster.network.sent)
+        assert not any(isinstance(message, Withdraw) for message in cluster.sent)
         assert cluster.routes["r"].ledger.owner == "b"
 
 
@@ -574,14 +583,14 @@ async def test_a_late_word_about_an_old_migration_ends_nothing() -> None:
 @in_virtual_time
 async def test_stage_and_withdrawal_in_one_breath() -> None:
     """The copy is stopped before its first step, and says so all the same."""
-    async with Cluster("a", "b") as cluster:
+    async with MigratingCluster("a", "b") as cluster:
         await cluster.add("a", PROMPT, 60)
         await cluster.tokens(3)
-        cluster.network.hold_at(Stage)
+        cluster.faults.hold(Stage)
         cluster.start_migration("a", "b")
         await cluster.until(SS.STAGING, DS.WAITING)
         cluster["a"].coordinator.cancel(RequestId("r"), "changed its mind")
-        (stage, withdraw) = cluster.network.sent[-2:]
+        (stage, withdraw) = cluster.sent[-2:]
         assert isinstance(stage, Stage)
         cluster["b"].coordinator.on_message(A, stage)
         cluster["b"].coordinator.on_message(A, withdraw)  # type: ignore[arg-type]
@@ -591,7 +600,7 @@ async def test_stage_and_withdrawal_in_one_breath() -> None:
 
 @in_virtual_time
 async def test_a_copy_that_fails_in_an_unforeseen_way_gives_its_blocks_back() -> None:
-    async with Cluster("a", "b") as cluster:
+    async with MigratingCluster("a", "b") as cluster:
         await cluster.add("a", PROMPT, 60)
         await cluster.tokens(3)
 
@@ -599,7 +608,9 @@ async def test_a_copy_that_fails_in_an_unforeseen_way_gives_its_blocks_back() ->
             raise ValueError("not foreseen")
 
         cluster["b"].coordinator._transport.read = read  # type: ignore[method-assign]
-        assert "not foreseen" in await not_moved(cluster)
+        refusal = await not_moved(cluster)
+        assert refusal.code is RefusalCode.COPY_FAILED
+        assert "not foreseen" in refusal.text
         assert [type(error) for error in cluster["b"].failures] == [ValueError]
         cluster["b"].failures.clear()
         await cluster.check()
@@ -608,7 +619,7 @@ async def test_a_copy_that_fails_in_an_unforeseen_way_gives_its_blocks_back() ->
 @in_virtual_time
 async def test_questions_do_not_renew_the_bound_of_the_last_copy() -> None:
     """A stalled tail holds a suspended request up for `tail_s`, however often it is asked about."""
-    async with Cluster("a", "b", bounds=replace(BOUNDS, questions=1000)) as cluster:
+    async with MigratingCluster("a", "b", bounds=replace(BOUNDS, questions=1000)) as cluster:
         await cluster.add("a", PROMPT, 60)
         await cluster.tokens(3)
         await tail(cluster)
@@ -624,79 +635,78 @@ async def test_questions_do_not_renew_the_bound_of_the_last_copy() -> None:
 @in_virtual_time
 async def test_aborted_between_the_engines_answer_and_its_arrival() -> None:
     """Both wait on the loop: the end of the request is handled first, the final state after it."""
-    async with Cluster("a", "b") as cluster:
+    async with MigratingCluster("a", "b") as cluster:
         await cluster.add("a", PROMPT, 60)
         await cluster.tokens(3)
-        settle = cluster["a"].engine._settle_stages
+        engine = cluster["a"].engine
+        migrations = engine._migrations
+        settle = migrations.settle_stages
 
         def settle_and_abort() -> None:
             settle()
-            if cluster["a"].engine.suspended:
-                cluster["a"].engine._settle_stages = settle  # type: ignore[method-assign]
+            if migrations.suspended:
+                migrations.settle_stages = settle  # type: ignore[method-assign]
                 cluster.routes["r"].aborted = True
                 cluster.routes["r"].ended.set()
-                cluster["a"].engine._end(cluster["a"].engine.suspended[RequestId("r")])
+                engine._end(migrations.suspended["r"])
                 cluster["a"].coordinator.requests_ended([RequestId("r")])
 
-        cluster["a"].engine._settle_stages = settle_and_abort  # type: ignore[method-assign]
-        assert await not_moved(cluster) == "the request ended at its source"
-        assert not any(isinstance(message, Final) for message in cluster.network.sent)
+        migrations.settle_stages = settle_and_abort  # type: ignore[method-assign]
+        refusal = await not_moved(cluster)
+        assert refusal == Refusal(RefusalCode.FINISHED, "the request ended at its source")
+        assert not any(isinstance(message, Final) for message in cluster.sent)
         await cluster.check()
 
 
 @in_virtual_time
 async def test_who_waits_for_an_outcome_may_leave() -> None:
-    async with Cluster("a", "b") as cluster:
+    async with MigratingCluster("a", "b") as cluster:
         await cluster.add("a", PROMPT, 60)
         await cluster.tokens(3)
         waiting = cluster.start_migration("a", "b")
         await cluster.until(SS.STAGING, DS.COPYING)
         waiting.cancel()
         await cluster.check()
-        assert [outcome.committed for outcome in cluster["a"].outcomes] == [True]
+        assert [outcome.committed for outcome in cluster["a"].records] == [True]
 
 
 @pytest.mark.parametrize("phase", PHASES)
 @in_virtual_time
 async def test_closing_stops_all_timers_and_tasks(phase: Scene) -> None:
-    async with Cluster("a", "b") as cluster:
-        await cluster.add("a", PROMPT, 60)
-        await cluster.tokens(3)
-        await phase(cluster)
+    async with MigratingCluster("a", "b") as cluster:
+        await enter(phase, cluster, 60)
         for node in cluster.nodes.values():
             await node.coordinator.close()
-        for message in cluster.network.sent:
+        for message in cluster.sent:
             cluster["b"].coordinator.on_message(A, message)
-        sent = len(cluster.network.sent)
+        sent = len(cluster.sent)
         await asyncio.sleep(2 * BOUNDS.log_s)
-        assert len(cluster.network.sent) == sent
+        assert len(cluster.sent) == sent
 
 
 @in_virtual_time
 async def test_messages_without_sense_change_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    async with Cluster("a", "b") as cluster:
+    async with MigratingCluster("a", "b") as cluster:
         await cluster.add("a", PROMPT, 60)
         await cluster.tokens(3)
         await offered(cluster)
-        (offer,) = cluster.network.sent[:1]
+        (offer,) = cluster.sent[:1]
         assert isinstance(offer, Offer)
         cluster["b"].coordinator.on_message(A, offer)  # twice: ignored
         cluster["a"].coordinator.on_message(B, Committed(offer.migration_id))  # before any final state
         assert "acknowledged is not allowed in offered" in caplog.text
         assert cluster.states("a", "b") == (SS.OFFERED, DS.WAITING)
-        cluster.network.let_go()
+        cluster.faults.release()
         await cluster.check()
-        assert cluster["a"].outcomes[0].committed
+        assert cluster["a"].records[0].committed
 
 
 @pytest.mark.parametrize("phase", [reserving, offered, staging, tail, committing, committed])
 @in_virtual_time
 async def test_recomputed_where_an_older_copy_is_or_arrives(phase: Scene) -> None:
     """The source dies and the very destination of the migration gets the request anew."""
-    async with Cluster("b", "a") as cluster:  # b is the first survivor
-        await cluster.add("a", PROMPT, 60)
-        await cluster.tokens(3)
-        await phase(cluster)
+    async with MigratingCluster("b", "a") as cluster:  # b is the first survivor
+        await enter(phase, cluster, 60)
         await cluster.kill("a", peers_know=True)
         await cluster.check()
         assert cluster.routes["r"].ledger.epoch >= 1000
@@ -710,12 +720,12 @@ async def test_recomputed_where_an_older_copy_is_or_arrives(phase: Scene) -> Non
 async def test_random_migrations_under_random_faults(seed: int) -> None:
     """Three crowded instances, requests on the move, a lossy network, preemptions, aborts, a death."""
     rng = random.Random(seed)
-    async with Cluster("a", "b", "c", num_blocks=96, steps_in_flight=seed % 2) as cluster:
+    async with MigratingCluster("a", "b", "c", num_blocks=96, async_scheduling=seed % 2 == 1) as cluster:
         names = list(cluster.nodes)
         doomed = rng.choice([*names, ""])
         for number in range(8):
-            prompt = [rng.randrange(100) for _ in range(rng.randrange(3, 40))]
-            await cluster.add(rng.choice(names), prompt, rng.randrange(40, 160), request_id=f"r{number}")
+            prompt, tokens = rng.randrange(3, 40), rng.randrange(40, 160)
+            await cluster.add(rng.choice(names), prompt, tokens, request_id=f"r{number}", seed=number)
         for turn in range(100):
             await asyncio.sleep(rng.random() * 0.03)
             alive = [name for name in names if cluster[name].alive]
@@ -732,21 +742,20 @@ async def test_random_migrations_under_random_faults(seed: int) -> None:
                 case 2:
                     cluster.fabric.stall(rng.choice(alive))
                 case 3:
-                    cluster.network.cut(*map(InstanceId, rng.sample(alive, 2)))
+                    cluster.faults.isolate(*map(InstanceId, rng.sample(alive, 2)))
                 case 4:
-                    cluster.network.double(rng.choice(MESSAGES))
+                    cluster.faults.double(rng.choice(MESSAGES))
                 case 5:
-                    cluster.network.chance = lambda: rng.random() < 0.1
+                    cluster.faults.is_lost = lambda: rng.random() < 0.1
                 case 6 | 7:
-                    cluster.network.heal()
+                    cluster.faults.heal()
                     for name in alive:
                         cluster.fabric.restore(name)
-                        cluster.network.cut(*(InstanceId(n) for n in names if not cluster[n].alive))
                 case 8 if turn > 20 and doomed in alive:
                     await cluster.kill(doomed, peers_know=rng.random() < 0.5)
                 case _ if cluster[owner].alive:
                     cluster.start_migration(owner, rng.choice(names), request_id)
-        cluster.network.heal()
+        cluster.faults.heal()
         for name in names:
             if cluster[name].alive:
                 cluster.fabric.restore(name)

@@ -39,8 +39,8 @@ def world_at(source: SourceState, destination: DestinationState | None, tokens: 
     """A migration that has come so far without a fault, its tokens still on their way to the front end."""
     world = World(tokens)
     while (source, destination) != (
-        world.source.machine.state,
-        world.destination and world.destination.machine.state,
+        world.source.state_machine.state,
+        world.destination and world.destination.state_machine.state,
     ):
         next(iter(world.due_for_migration().values()))()
     return world
@@ -64,7 +64,7 @@ class TestScenarios:
         for first, second in ((SOURCE, THIRD), (THIRD, SOURCE)):
             world = world_at(SS.SUSPENDED, DS.COMMITTED)
             world.move_on()
-            while world.source.machine.state is not SS.RETREATING:
+            while world.source.state_machine.state is not SS.RETREATING:
                 lose_everything(world)
                 world.source_timer()
             go_on_with_migration(world)
@@ -86,13 +86,13 @@ class TestScenarios:
         """Each answer asks for the final state, so the source never waits long enough to ask again."""
         world = world_at(SS.SUSPENDED, DS.WAITING)
         for _ in range(20):
-            if world.source.machine.state is SS.SUSPENDED:
+            if world.source.state_machine.state is SS.SUSPENDED:
                 world.to_destination.clear()  # the final state
                 world.source_timer()
-                if world.source.machine.state is SS.ASKING:
+                if world.source.state_machine.state is SS.ASKING:
                     world.deliver_to_destination()
                     world.deliver_to_source()
-        assert world.source.machine.state is SS.RETREATING
+        assert world.source.state_machine.state is SS.RETREATING
         world.finish()
 
     def test_withdrawn_while_the_destination_still_reserves(self) -> None:

@@ -34,12 +34,12 @@ def test_only_listed_events_do_anything(table: Any, state: StrEnum, event: StrEn
         next_state, actions = table[state][event]
         assert machine.handle(event) == actions
         assert machine.state is next_state
-        assert machine.story == [(state, event, next_state)]
+        assert machine.history == [(state, event, next_state)]
     else:
         with pytest.raises(ProtocolError, match=f"{event} is not allowed in {state}"):
             machine.handle(event)
         assert machine.state is state
-        assert machine.story == []
+        assert machine.history == []
 
 
 @pytest.mark.parametrize(("table", "states", "events", "actions"), SIDES)
@@ -57,8 +57,8 @@ def test_a_refused_event_quotes_the_story() -> None:
     machine.handle(SourceEvent.PULLED)
     machine.handle(SourceEvent.STAGE_READY)
     told = "offered -[pulled]-> advancing -[stage_ready]-> staging"
-    assert machine.tell() == told
+    assert machine.history_text() == told
     with pytest.raises(ProtocolError) as caught:
         machine.handle(SourceEvent.ACKNOWLEDGED)
     assert str(caught.value) == f"acknowledged is not allowed in staging; so far: {told}"
-    assert machine.tell() == told
+    assert machine.history_text() == told

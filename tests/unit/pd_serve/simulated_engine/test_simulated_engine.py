@@ -235,6 +235,21 @@ async def test_it_continues_a_request_from_known_tokens() -> None:
 
 
 @in_virtual_time
+@pytest.mark.parametrize("known", range(1, 9))
+async def test_it_continues_from_known_tokens_wherever_a_chunk_ends(known: int) -> None:
+    """A chunk may end one token early, so that the last token is computed as a decode."""
+    rig = Rig(chunk_tokens=5)
+    await rig.add("whole", 10, 9, seed=3)
+    await rig.until_idle()
+    rig.said["rest"] = rig.said["whole"][:known]
+
+    await rig.add("rest", 10, 9, seed=3, output=rig.said["whole"][:known])
+    await rig.until_idle()
+
+    assert rig.said["rest"] == rig.said["whole"]
+
+
+@in_virtual_time
 async def test_aborted_requests_give_everything_back_wherever_they_are() -> None:
     rig = Rig(num_blocks=10)
     for name in ("running", "waiting"):

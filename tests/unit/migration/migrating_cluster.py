@@ -1,30 +1,37 @@
-"""Instances of `FakeEngine` and `MigrationCoordinator` on a network that loses, doubles and delays.
+"""Migration coordinators between simulated engines, on the simulated network with faults.
 
-The front end takes tokens with the real `TokenLedger` and does what the request router does: it tells stale
-owners to end, and recomputes what dies with an instance.
+The front end takes tokens with the real `TokenLedger` and does what an API server does: it ends stale
+copies, and recomputes what dies with an instance.
 """
 
 import asyncio
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any
 
 from migration.bounds import MigrationBounds
 from migration.coordinator import MigrationCoordinator
 from migration.destination_table import DestinationState
 from migration.engine_interface import EngineEvents
+from migration.errors import MigrationError, Refusal
 from migration.messages import AnyMigrationMessage, InstanceId, MigrationMessage, RequestId
 from migration.record import MigrationRecord
 from migration.source_table import SourceState
 from migration.tasks import BackgroundTasks
-from migration.transport.local import LocalFabric
-from pd_serve.errors import DestinationRefusedError, SourceGoneError
 from pd_serve.frontend.token_ledger import TokenLedger
-from tests.unit.migration.fake_engine import FakeEngine, Output, Payload, expected_output
+from pd_serve.simulated_engine.contents import expected_output
+from pd_serve.simulated_engine.faults import EngineFaults
+from pd_serve.simulated_engine.outputs import SimulatedOutput, SimulatedPayload, decode_payload
+from pd_serve.simulated_engine.settings import EngineSettings
+from pd_serve.simulated_engine.simulated_engine import SimulatedEngine
+from pd_serve.simulation.config import NetworkSettings
+from pd_serve.simulation.message_faults import MessageFaults
+from pd_serve.simulation.simulated_network import SimulatedNetwork, SimulatedWire
 
 LATENCY_S = 0.001
 COPY_S = 0.02
+BLOCK_TOKENS = 4
 
 BOUNDS = MigrationBounds(
     reply_s=1.0,
@@ -40,87 +47,30 @@ BOUNDS = MigrationBounds(
     max_stages=8,
 )
 
-Kind = type[MigrationMessage]
-Link = tuple[InstanceId, InstanceId]
 
+class ConstantSteps:
+    """A cost model whose steps all take `step_s`, which a test may change."""
 
-class Network:
-    """One queue per direction, so that messages between two instances keep their order."""
+    def __init__(self, step_s: float = 0.01) -> None:
+        self.step_s = step_s
 
-    def __init__(self, deliver: Callable[[InstanceId, InstanceId, AnyMigrationMessage], None]) -> None:
-        self.sent: list[AnyMigrationMessage] = []
-        self._deliver = deliver
-        self._links: dict[Link, deque[AnyMigrationMessage]] = defaultdict(deque)
-        self._held: set[Link] = set()
-        self._hold_at: set[Kind] = set()
-        self._lose: dict[Kind, float] = defaultdict(float)
-        self._double: set[Kind] = set()
-        self._cut: set[InstanceId] = set()
-        self.chance: Callable[[], bool] = lambda: False  # of losing any message
+    def prefill_s(self, chunks: object) -> float:
+        return self.step_s
 
-    def lose(self, kind: Kind, times: float = float("inf")) -> None:
-        self._lose[kind] = times
+    def decode_s(self, batch_size: int, context_tokens: int) -> float:
+        return self.step_s
 
-    def double(self, kind: Kind) -> None:
-        """Every such message comes a second time, after a while."""
-        self._double.add(kind)
-
-    def hold_at(self, kind: Kind) -> None:
-        """The first message of this kind, and all behind it, wait for `let_go`."""
-        self._hold_at.add(kind)
-
-    def cut(self, *instances: InstanceId) -> None:
-        """Nothing goes to or from these instances."""
-        self._cut.update(instances)
-
-    def heal(self) -> None:
-        """No faults from now on. What was held arrives."""
-        self._cut.clear()
-        self._lose.clear()
-        self._double.clear()
-        self.chance = lambda: False
-        self.let_go()
-
-    def let_go(self) -> None:
-        self._hold_at.clear()
-        held, self._held = self._held, set()
-        for link in held:
-            for _ in self._links[link]:
-                self._schedule(link, LATENCY_S)
-
-    def send(self, source: InstanceId, destination: InstanceId, message: AnyMigrationMessage) -> None:
-        kind, link = type(message), (source, destination)
-        self.sent.append(message)
-        if {source, destination} & self._cut or self.chance():
-            return
-        if self._lose[kind] > 0:
-            self._lose[kind] -= 1
-            return
-        self._links[link].append(message)
-        if kind in self._hold_at:
-            self._held.add(link)
-        self._schedule(link, LATENCY_S)
-        if kind in self._double:
-            asyncio.get_running_loop().call_later(0.05, self._send_again, link, message)
-
-    def _send_again(self, link: Link, message: AnyMigrationMessage) -> None:
-        self._links[link].append(message)
-        self._schedule(link, LATENCY_S)
-
-    def _schedule(self, link: Link, delay_s: float) -> None:
-        asyncio.get_running_loop().call_later(delay_s, self._deliver_next, link)
-
-    def _deliver_next(self, link: Link) -> None:
-        if link not in self._held and self._links[link]:
-            self._deliver(*link, self._links[link].popleft())
+    def mixed_s(self, chunks: object, batch_size: int, context_tokens: int) -> float:
+        return self.step_s
 
 
 @dataclass
 class Node:
     name: InstanceId
-    engine: FakeEngine
+    engine: SimulatedEngine
+    faults: EngineFaults
     coordinator: MigrationCoordinator
-    outcomes: list[MigrationRecord] = field(default_factory=list)
+    records: list[MigrationRecord] = field(default_factory=list)
     forwards: dict[str, str] = field(default_factory=dict)  # to pass aborts on
     failures: list[BaseException] = field(default_factory=list)
     alive: bool = True
@@ -128,7 +78,7 @@ class Node:
 
 @dataclass
 class Route:
-    payload: Payload
+    payload: SimulatedPayload
     ledger: TokenLedger
     ended: asyncio.Event
     committed_to: str = ""
@@ -136,22 +86,35 @@ class Route:
     recomputes: int = 0
 
 
-class Cluster:
+class MigratingCluster:
     """Leave it with `async with`; entered, it serves.
 
     Args:
-        engine_options: For every `FakeEngine`.
+        settings: Of every engine.
+
+    Attributes:
+        sent: Every migration message, in order.
+        steps: Duration of all engines' steps.
     """
 
-    def __init__(self, *names: str, bounds: MigrationBounds = BOUNDS, **engine_options: int) -> None:
-        self.network = Network(self._deliver)
-        self.fabric = LocalFabric(latency_s=COPY_S, timeout_s=60.0)
-        self.nodes = {name: self._node(InstanceId(name), bounds, engine_options) for name in names}
+    def __init__(self, *names: str, bounds: MigrationBounds = BOUNDS, **settings: Any) -> None:
+        self.steps = ConstantSteps()
+        self.network = SimulatedNetwork(
+            NetworkSettings(message_latency_s=LATENCY_S, kv_latency_s=COPY_S, kv_bytes_per_s=1e12), 1.0
+        )
+        self.faults = self.network.faults = MessageFaults()
+        self.fabric = self.network.fabric
+        self.sent: list[MigrationMessage] = []
         self.routes: dict[str, Route] = {}
         self._tasks = BackgroundTasks(self._failed)
         self._failures: list[BaseException] = []
+        base = {"num_blocks": 64, "max_num_seqs": 16, "chunk_tokens": 8, "prefix_caching": True}
+        self.settings = EngineSettings(
+            self.steps, block_tokens=BLOCK_TOKENS, watermark=0.0, **(base | settings)
+        )
+        self.nodes = {name: self._node(InstanceId(name), bounds) for name in names}
 
-    async def __aenter__(self) -> "Cluster":
+    async def __aenter__(self) -> "MigratingCluster":
         return self
 
     async def __aexit__(
@@ -168,7 +131,7 @@ class Cluster:
     def __getitem__(self, name: str) -> Node:
         return self.nodes[name]
 
-    def _node(self, name: InstanceId, bounds: MigrationBounds, options: dict[str, int]) -> Node:
+    def _node(self, name: InstanceId, bounds: MigrationBounds) -> Node:
         node: Node
         events = EngineEvents(
             on_prefill_started=lambda request_ids: self._prefill_started(node, request_ids),
@@ -176,53 +139,85 @@ class Cluster:
             on_load=lambda load: None,
             on_death=lambda error: None,
         )
-        engine = FakeEngine(lambda output: self._say(node, output), events, **options)
+
+        def sink(client: str, outputs: list[SimulatedOutput], spans: list[tuple[int, int]]) -> None:
+            asyncio.get_running_loop().call_later(LATENCY_S, self._on_outputs, node, outputs, spans)
+
+        faults = EngineFaults()
+        engine = SimulatedEngine(self.settings, decode_payload, sink, events, faults=faults)
         transport = self.fabric.transport(name)
         transport.register(engine.regions)
+        wire = SimulatedWire(name, self.network)
+        address = wire.listen(lambda frames: self._on_message(node, frames[0].decode(), frames[1]))
+
+        def send(peer: InstanceId, message: MigrationMessage) -> None:
+            self.sent.append(message)
+            wire.connect(peer, f"{peer}/0")
+            wire.send(peer, message)
+
+        assert address == f"{name}/0"
         coordinator = MigrationCoordinator(
             name,
             engine,
             transport,
-            lambda peer, message: self.network.send(name, peer, message),  # type: ignore[arg-type]
+            send,
             bounds=bounds,
-            on_ended=lambda outcome: self._report(node, outcome),
+            on_ended=lambda record: self._on_migration_ended(node, record),
             on_failure=lambda error: node.failures.append(error),
         )
-        node = Node(name, engine, coordinator)
+        node = Node(name, engine, faults, coordinator)
         return node
 
-    def _deliver(self, source: InstanceId, destination: InstanceId, message: AnyMigrationMessage) -> None:
-        if self.nodes[destination].alive:
-            self.nodes[destination].coordinator.on_message(source, message)
+    def _on_message(self, node: Node, sender: str, message: AnyMigrationMessage) -> None:
+        if node.alive:
+            node.coordinator.on_message(InstanceId(sender), message)
 
     # ---- requests
 
     async def add(
-        self, name: str, prompt: list[int], max_tokens: int, request_id: str = "r", handoff: bool = False
-    ) -> RequestId:
-        """Gives an instance a request. With `handoff`, it goes to any other at its first step."""
-        payload = Payload(RequestId(request_id), prompt, max_tokens)
+        self,
+        name: str,
+        prompt_tokens: int,
+        max_tokens: int,
+        request_id: str = "r",
+        *,
+        seed: int = 0,
+        handoff: bool = False,
+    ) -> None:
+        """Gives an instance a request. With `handoff`, it goes to any other at its first step.
+
+        Args:
+            seed: Prompts of one seed have the same contents.
+        """
+        payload = SimulatedPayload(request_id, prompt_tokens, max_tokens, 0, len(self.routes), (), seed)
         self.routes[request_id] = Route(payload, TokenLedger(name), asyncio.Event())
         await self[name].engine.add(payload.encode(), "client", handoff=handoff)
-        return payload.request_id
+
+    async def fill_prefix_cache(self, name: str, prompt_tokens: int, max_tokens: int, seed: int = 0) -> None:
+        """Has an instance serve a request with the same prompt, so that its blocks are cached there."""
+        request_id = f"cached on {name}"
+        await self.add(name, prompt_tokens, max_tokens, request_id, seed=seed)
+        await self.end(request_id)
 
     async def tokens(self, number: int, request_id: str = "r") -> None:
-        """Returns when the client has so many tokens."""
+        """Returns when the client has this many tokens."""
         while len(self.routes[request_id].ledger.token_ids) < number:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
-    async def migrate(self, source: str, destination: str, request_id: str = "r") -> MigrationRecord | str:
-        """Its outcome, or why it did not even begin."""
+    async def migrate(
+        self, source: str, destination: str, request_id: str = "r"
+    ) -> MigrationRecord | Refusal:
+        """The record of a migration, or why it did not even begin."""
         try:
             return await self[source].coordinator.migrate(
                 RequestId(request_id), InstanceId(destination), "test"
             )
-        except (SourceGoneError, DestinationRefusedError) as error:
-            return str(error)
+        except MigrationError as error:
+            return error.refusal
 
     def start_migration(
         self, source: str, destination: str, request_id: str = "r"
-    ) -> "asyncio.Task[MigrationRecord | str]":
+    ) -> "asyncio.Task[MigrationRecord | Refusal]":
         return self._tasks.start(self.migrate(source, destination, request_id))
 
     def abort(self, request_id: str = "r") -> None:
@@ -242,7 +237,7 @@ class Cluster:
         """Where a request's migration is now, as far as the two instances know of one."""
         outgoing = self[source].coordinator._by_request.get(RequestId(request_id))
         incoming = [m for m in self[destination].coordinator._incoming.values() if m.request_id == request_id]
-        return outgoing and outgoing.machine.state, incoming[-1].machine.state if incoming else None
+        return outgoing and outgoing.state_machine.state, incoming[-1].state_machine.state if incoming else None
 
     async def until(self, source: SourceState, destination: DestinationState | None) -> None:
         """Waits for both states of the migration of r from a to b."""
@@ -252,38 +247,36 @@ class Cluster:
 
     # ---- the front end
 
-    def _say(self, node: Node, output: Output) -> None:
-        asyncio.get_running_loop().call_later(LATENCY_S, self._hear, node, output)
-
-    def _hear(self, node: Node, output: Output) -> None:
-        route = self.routes[output.request_id]
+    def _on_outputs(self, node: Node, outputs: list[SimulatedOutput], spans: list[tuple[int, int]]) -> None:
         if not node.alive:
-            return  # what it has said last dies with it
+            return  # its last tokens are lost with it
+        for output, (epoch, index) in zip(outputs, spans, strict=True):
+            self._on_output(node, output, epoch, index)
+
+    def _on_output(self, node: Node, output: SimulatedOutput, epoch: int, index: int) -> None:
+        route = self.routes[output.request_id]
         if route.ended.is_set():
-            if not output.finished:
+            if output.finish_reason is None:
                 self._tasks.start(self._abort(node.name, output.request_id, None))
             return
-        heard = _Heard(list(output.token_ids), "length" if output.finished else None)
         now = asyncio.get_running_loop().time()
-        _, stale = route.ledger.accept(node.name, output.epoch, output.index, heard, now)
+        _, stale = route.ledger.accept(node.name, epoch, index, output, now)
         if stale:
-            self._tasks.start(self._abort(node.name, output.request_id, output.epoch + 1))
+            self._tasks.start(self._abort(node.name, output.request_id, epoch + 1))
         if route.ledger.finished:
             route.ended.set()
 
-    def _report(self, node: Node, outcome: MigrationRecord) -> None:
-        node.outcomes.append(outcome)
-        if outcome.committed:
-            node.forwards[outcome.request_id] = outcome.destination
-            asyncio.get_running_loop().call_later(
-                LATENCY_S, self._hear_of_commit, node.name, outcome.destination, outcome.request_id
-            )
+    def _on_migration_ended(self, node: Node, record: MigrationRecord) -> None:
+        node.records.append(record)
+        if record.committed:
+            node.forwards[record.request_id] = record.destination
+            asyncio.get_running_loop().call_later(LATENCY_S, self._on_committed, record)
 
-    def _hear_of_commit(self, source: str, destination: str, request_id: str) -> None:
-        route = self.routes[request_id]
-        if not route.ended.is_set() and source in (route.ledger.owner, route.committed_to):
-            if self[destination].alive:
-                route.committed_to = destination
+    def _on_committed(self, record: MigrationRecord) -> None:
+        route = self.routes[record.request_id]
+        if not route.ended.is_set() and record.source in (route.ledger.owner, route.committed_to):
+            if self[record.destination].alive:
+                route.committed_to = record.destination
             else:
                 self._recompute(route)
 
@@ -304,9 +297,9 @@ class Cluster:
         self._tasks.start(self._add_again(survivor, route, epoch, list(route.ledger.token_ids)))
 
     async def _add_again(self, node: Node, route: Route, epoch: int, tokens: list[int]) -> None:
-        request_id = route.payload.request_id
+        request_id = RequestId(route.payload.request_id)
         await asyncio.sleep(LATENCY_S)
-        await node.coordinator.expel(request_id)
+        await node.coordinator.drop_arriving(request_id)
         await node.engine.abort([request_id], epoch)
         await node.engine.add(route.payload.encode(), "client", epoch=epoch, output_token_ids=tokens)
 
@@ -324,8 +317,7 @@ class Cluster:
         """The front end learns of every death, peers perhaps only from the silence."""
         node = self[name]
         node.alive = False
-        self.network.cut(node.name)
-        self.fabric.fail(name)
+        self.network.cut(name)
         await node.coordinator.close()
         await node.engine.stop()
         if peers_know:
@@ -353,8 +345,8 @@ class Cluster:
         """Every request has its whole output; and soon nothing is held anywhere, all tables are empty."""
         for request_id, route in self.routes.items():
             await self.end(request_id)
-            tokens = route.ledger.token_ids
-            expected = expected_output(route.payload.prompt, route.payload.max_tokens)
+            tokens, payload = route.ledger.token_ids, route.payload
+            expected = expected_output(payload.prompt, payload.max_tokens, BLOCK_TOKENS)
             assert tokens == (expected[: len(tokens)] if route.aborted else expected), request_id
         patience_s = 30.0
         while problems := await self.problems():
@@ -362,16 +354,7 @@ class Cluster:
             patience_s -= 0.1
             await asyncio.sleep(0.1)
         for node in self.nodes.values():
-            assert not node.alive or len(node.engine.free) == node.engine.num_blocks
+            assert not node.alive or node.engine.batcher.pool.num_free == self.settings.num_blocks
         await asyncio.sleep(BOUNDS.log_s + BOUNDS.lease_s)
         for node in self.nodes.values():
             assert not node.alive or not node.coordinator._incoming, "the log of commits does not end"
-
-
-@dataclass
-class _Heard:
-    """What the ledger reads of vLLM's `EngineCoreOutput`."""
-
-    new_token_ids: list[int]
-    finish_reason: str | None
-    new_logprobs: None = None
