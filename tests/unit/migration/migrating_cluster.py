@@ -237,7 +237,9 @@ class MigratingCluster:
         """Where a request's migration is now, as far as the two instances know of one."""
         outgoing = self[source].coordinator._by_request.get(RequestId(request_id))
         incoming = [m for m in self[destination].coordinator._incoming.values() if m.request_id == request_id]
-        return outgoing and outgoing.state_machine.state, incoming[-1].state_machine.state if incoming else None
+        return outgoing and outgoing.state_machine.state, incoming[
+            -1
+        ].state_machine.state if incoming else None
 
     async def until(self, source: SourceState, destination: DestinationState | None) -> None:
         """Waits for both states of the migration of r from a to b."""
