@@ -4,7 +4,6 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import rich.console
@@ -33,23 +32,6 @@ class LogProgress:
         logger.warning("%s", text)
 
 
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """What the banner shows of a service that is ready.
-
-    Attributes:
-        url: Such as "http://127.0.0.1:8000".
-        model: Its name in the API.
-        instances: One text for each instance.
-        needs_key: Whether clients must send a key.
-    """
-
-    url: str
-    model: str
-    instances: Sequence[str]
-    needs_key: bool
-
-
 class Console:
     """Progress on stderr, so that stdout stays free for results. With the log format JSON: as log lines."""
 
@@ -74,14 +56,19 @@ class Console:
         self._console.print(label, style=style, end="  ")
         self._console.print(text, markup=False)
 
-    def banner(self, endpoint: Endpoint) -> None:
-        """Shows the endpoint and a command to try it."""
-        url, model = endpoint.url, endpoint.model
+    def banner(self, url: str, model: str, instances: Sequence[str], *, needs_key: bool) -> None:
+        """Shows the endpoint and a command to try it.
+
+        Args:
+            url: Such as "http://127.0.0.1:8000".
+            model: Its name in the API.
+            instances: One text for each.
+        """
         seconds = time.monotonic() - self._begin
         if is_json():
             return logger.info("endpoint %s/v1 serves %s after %.1f s", url, model, seconds)
         table = Table.grid(padding=(0, 2))
-        rows = (("endpoint", f"{url}/v1"), ("model", model), ("instances", ", ".join(endpoint.instances)))
+        rows = (("endpoint", f"{url}/v1"), ("model", model), ("instances", ", ".join(instances)))
         for name, value in rows:
             table.add_row(f"[bold]{name}[/bold]", value)
         ready = f"ready after {seconds:.1f} s"
@@ -89,7 +76,7 @@ class Console:
         body = json.dumps(
             {"model": model, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 32}
         )
-        key = " -H 'Authorization: Bearer KEY'" if endpoint.needs_key else ""
+        key = " -H 'Authorization: Bearer KEY'" if needs_key else ""
         self._console.print("Try it (Ctrl-C stops the service):\n")
         self._console.print(
             f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'\n",

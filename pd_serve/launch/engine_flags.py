@@ -41,17 +41,14 @@ class ParsedFlags:
 
     Attributes:
         server: vLLM's API server namespace (it holds the engine settings for all roles as well).
-        given: Settings that the command line (or its config file) names for all roles, e.g. `max_model_len`.
     """
 
     server: Namespace
-    given: frozenset[str]
     _by_role: Mapping[str, Namespace] = field(repr=False)
-    _vllm_defaults: Namespace = field(repr=False)
 
     def engine(self, role: str) -> dict[str, Any]:
         """Arguments of `AsyncEngineArgs` for a role: those that differ from vLLM's defaults."""
-        settings, defaults = vars(self._by_role[role]), vars(self._vllm_defaults)
+        settings, defaults = vars(self._by_role[role]), vars(defaults_of_vllm())
         names = engine_settings() & settings.keys()
         return {name: settings[name] for name in sorted(names) if settings[name] != defaults.get(name)}
 
@@ -95,9 +92,7 @@ def parse(
     """
     base = {**CHANGED_DEFAULTS, **defaults}
     by_role_base = {role: {**base, **(role_defaults or {}).get(role, {})} for role in ROLES}
-    unknown = {*base, *(name for own in by_role_base.values() for name in own)} - vars(
-        defaults_of_vllm()
-    ).keys()
+    unknown = set().union(*by_role_base.values()) - vars(defaults_of_vllm()).keys()
     if unknown:
         raise ValueError(f"vLLM has no setting {', '.join(sorted(unknown))}")
     line = cut(_with_config_file(extra_args))
@@ -113,8 +108,7 @@ def parse(
         replaced = {flag.setting for flag in own}
         kept = [flag for flag in shared if flag.setting not in replaced]
         by_role[role] = _read(kept + own, by_role_base[role], role)
-    given = frozenset(flag.spec.dest for flag in shared)
-    parsed = ParsedFlags(server, given, by_role, defaults_of_vllm())
+    parsed = ParsedFlags(server, by_role)
     for role in ROLES:
         parsed.engine_args(role)  # has checks of its own
     return parsed

@@ -14,7 +14,7 @@ from pd_serve.api.server import bind, serve
 from pd_serve.comm.wire import CurveKeys, Wire
 from pd_serve.config import ServeConfig
 from pd_serve.launch.api_server import ApiServer, import_api_modules
-from pd_serve.launch.console import Console, Endpoint
+from pd_serve.launch.console import Console
 from pd_serve.launch.flag_table import vllm_version
 from pd_serve.launch.preparation import Prepared, find_model, parse, placements
 from pd_serve.launch.ray_address import check_ray_address
@@ -137,10 +137,8 @@ class LocalService:
         gc.enable()
         config, server = self._config, self._prepared.flags.server
         self._console.banner(
-            Endpoint(
-                url=f"http{'s' if server.ssl_certfile else ''}://{config.host or '0.0.0.0'}:{config.port}",
-                model=server.served_model_name[0],
-                instances=[f"{info.instance_id} (pid {info.pid})" for info in self.api.tracker.instances],
-                needs_key=bool(config.api_key),
-            )
+            f"http{'s' if server.ssl_certfile else ''}://{config.host or '0.0.0.0'}:{config.port}",
+            server.served_model_name[0],
+            [f"{info.instance_id} (pid {info.pid})" for info in self.api.tracker.instances],
+            needs_key=bool(config.api_key),
         )

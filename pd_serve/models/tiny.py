@@ -40,11 +40,6 @@ class RandomLlama:
     head_dim: int = 64
     max_context_tokens: int = 8192
 
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of float32 KV cache that one token takes in all layers together."""
-        return self.num_layers * self.num_kv_heads * self.head_dim * 2 * 4
-
 
 TINY = RandomLlama("1", 1, 128, 384, num_layers=4, num_heads=4, num_kv_heads=2)
 """A million parameters, 4 KiB of KV cache per token: for tests and first steps."""

@@ -1,29 +1,26 @@
 """`pd-serve bench profile`: how long the steps of a real engine take on this machine, as a cost model.
 
-The engine is an instance's, in this process and without Ray. Rounds over all kinds of steps follow each
-other until the time is up, so that a slow moment of the machine hits all kinds alike; every figure is a
-median over the rounds. All prompts are different, so nothing is found in the prefix cache.
+The engine is that of an instance, in this process and without Ray. Rounds over all kinds of steps follow each
+other until the time is up, so that a slow moment of the machine affects all kinds alike; every figure is a
+median over the rounds. All prompts are different, so that nothing is found in the prefix cache.
 """
 
 import asyncio
-import os
 import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import rich.console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from pd_serve import models
+from pd_serve.config import ServeConfig
 from pd_serve.errors import PdServeError
+from pd_serve.launch.preparation import find_model, parse
 from pd_serve.launch.signals import end_on_sigterm
 from pd_serve.observe import provenance as report
-from pd_serve.platform.cpu import cpu_engine_defaults, is_cpu_build
-from pd_serve.platform.environment import engine_environment
 from pd_serve.profiling.measured_engine import MeasuredEngine
 from pd_serve.profiling.profile_points import (
     PHASES,
@@ -39,13 +36,11 @@ from pd_serve.profiling.profile_points import (
 from pd_serve.simulated_engine import cost_table
 from pd_serve.simulated_engine.cost_model import LinearCostModel
 
-#: For a first round: less would be a fit through noise.
+#: Points per phase that are measured in any case: a fit to fewer would be a fit to noise.
 MIN_POINTS = 5
 
-#: A visit has one step over prompts, and many decode steps.
+#: Prompt steps per visit of a point; a visit of a decode point has many steps anyway.
 PROMPTS_PER_ROUND = 3
-
-OnPoint = Callable[[Point], None]
 
 
 async def run(
@@ -60,8 +55,8 @@ async def run(
     """Measures, shows a table and writes the CSV file.
 
     Args:
-        num_instances: Instances that are to share the machine: each computes with its share of the cores.
-        seconds: Time to measure; the engine's start comes on top.
+        num_instances: Instances that will share the machine: the engine gets its share of the cores.
+        seconds: Time to measure, after the engine's start.
 
     Raises:
         PdServeError: The engine does not start, or was stopped.
@@ -72,7 +67,7 @@ async def run(
     with console.status(f"starting an engine with {model}"):
         engine = await start_engine(model, engine_flags, num_instances)
     try:
-        measured = await _measure_and_show(engine, seconds, console)
+        measured = await _measure_with_progress(engine, seconds, console)
         about = engine.about
     except asyncio.CancelledError:
         raise PdServeError("stopped before the end: nothing was written") from None
@@ -83,45 +78,40 @@ async def run(
     fitted = cost_table.read(out)
     errors = relative_errors(table, fitted)
     console.print(_table(table, fitted))
-    console.print(_fit_line(fitted, errors))
+    for phase, coefficients, terms in (
+        ("prefill", fitted.prefill_ms, ("", " n", " n²")),
+        ("decode", fitted.decode_ms, ("", " batch", " context")),
+    ):
+        formula = " + ".join(f"{value:.3g}{term}" for value, term in zip(coefficients, terms, strict=True))
+        error = errors[phase]
+        console.print(f"{phase:<8} {formula} ms (off by {error['median']:.1%}, at most {error['max']:.1%})")
     console.print(f"written to {out}")
     if json_path is not None:
-        result = {
-            "model": model,
-            "engine": about,
-            "fit": asdict(fitted),
-            "relative_error": errors,
-            "rows": [asdict(row) for row in table],
-        }
-        report.write(json_path, result | provenance)
+        result = {"model": model, "engine": about, "fit": asdict(fitted), "relative_error": errors}
+        report.write(json_path, result | {"rows": [asdict(row) for row in table]} | provenance)
 
 
 async def start_engine(model: str, engine_flags: Sequence[str], num_instances: int = 1) -> MeasuredEngine:
-    """An engine as an instance of `pd-serve serve`, and the environment that this takes.
+    """An engine as that of an instance of `pd-serve serve`; sets the environment that it needs.
 
     Raises:
         InvalidRequestError: A flag is not vLLM's, or vLLM refuses it.
     """
-    path = await asyncio.to_thread(models.resolve, model)
-    environment = engine_environment(num_instances, path)
-    os.environ.update(environment)
-    from pd_serve.launch.engine_flags import parse
-
-    defaults: dict[str, Any] = {"model": path, "served_model_name": [models.served_name(model)]}
-    if (dtype := models.default_dtype(model)) is not None:
-        defaults["dtype"] = dtype
-    if is_cpu_build():
-        defaults |= cpu_engine_defaults()
-    flags = await asyncio.to_thread(parse, list(engine_flags), defaults)
-    engine = MeasuredEngine(flags.engine("neutral"), int(environment["OMP_NUM_THREADS"]))
+    config = ServeConfig(model=model, prefill=0, decode=0, neutral=num_instances, flags=tuple(engine_flags))
+    source = await asyncio.to_thread(find_model, config)
+    prepared = await asyncio.to_thread(parse, config, source)
+    engine = MeasuredEngine(prepared.flags.engine("neutral"), int(source.environment["OMP_NUM_THREADS"]))
     await engine.start()
     return engine
 
 
 async def measure(
-    engine: MeasuredEngine, wanted: Sequence[Point], seconds: float, on_point: OnPoint = lambda point: None
+    engine: MeasuredEngine,
+    wanted: Sequence[Point],
+    seconds: float,
+    on_point: Callable[[Point], None] = lambda point: None,
 ) -> dict[Point, list[StepSeen]]:
-    """Rounds over all points until the time is up; what the engine is too slow for is left out.
+    """Measures rounds over all points until the time is up; a slow engine may not reach all of them.
 
     Args:
         engine: Has started.
@@ -132,34 +122,32 @@ async def measure(
         await engine.steps(next(point for point in wanted if point.phase == phase), dice)
     measured: dict[Point, list[StepSeen]] = {point: [] for point in wanted}
     deadline = time.monotonic() + seconds
+    least = min(MIN_POINTS, len(wanted) // 2)
     while True:
         for point in wanted:
-            found = {
-                phase: sum(p.phase == phase for p, steps in measured.items() if steps) for phase in PHASES
-            }
-            if time.monotonic() > deadline and min(found.values()) >= min(MIN_POINTS, len(wanted) // 2):
+            done = [sum(p.phase == phase for p, steps in measured.items() if steps) for phase in PHASES]
+            if time.monotonic() > deadline and min(done) >= least:
                 return measured
             on_point(point)
             for _ in range(PROMPTS_PER_ROUND if point.phase == "prefill" else 1):
                 measured[point] += samples(point, await engine.steps(point, dice))
 
 
-async def _measure_and_show(
+async def _measure_with_progress(
     engine: MeasuredEngine, seconds: float, console: rich.console.Console
 ) -> dict[Point, list[StepSeen]]:
-    wanted = points(engine.limits)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    # Drawn between points only: it must not compete with what is measured.
+    # Drawn between points only, so that it does not compete with what is measured.
     with Progress(*columns, console=console, auto_refresh=False, transient=True) as progress:
         task = progress.add_task("measuring", total=seconds)
         began = time.monotonic()
 
-        def tell(point: Point) -> None:
+        def show(point: Point) -> None:
             text = f"{point.phase} {point.batch_size} × {point.tokens}"
             done = min(time.monotonic() - began, seconds)
             progress.update(task, description=f"{text:<16}", completed=done, refresh=True)
 
-        return await measure(engine, wanted, seconds, tell)
+        return await measure(engine, points(engine.limits), seconds, show)
 
 
 def _table(table: Sequence[Row], fitted: LinearCostModel) -> Table:
@@ -167,25 +155,7 @@ def _table(table: Sequence[Row], fitted: LinearCostModel) -> Table:
     for column in ("batch", "new tokens", "context", "measured", "fitted", "error"):
         shown.add_column(column, justify="right")
     for row in table:
-        model_ms = row.model_ms(fitted)
-        shown.add_row(
-            row.phase,
-            str(row.batch_size),
-            str(row.batch_size * row.new_tokens),
-            str(row.context_tokens),
-            f"{row.ms:.2f}",
-            f"{model_ms:.2f}",
-            f"{model_ms / row.ms - 1:+.1%}",
-        )
+        ms = row.model_ms(fitted)
+        numbers = (row.batch_size, row.batch_size * row.new_tokens, row.context_tokens)
+        shown.add_row(row.phase, *map(str, numbers), f"{row.ms:.2f}", f"{ms:.2f}", f"{ms / row.ms - 1:+.1%}")
     return shown
-
-
-def _fit_line(fitted: LinearCostModel, errors: dict[str, dict[str, float]]) -> str:
-    (p0, p1, p2), (d0, d1, d2) = fitted.prefill_ms, fitted.decode_ms
-    off = {
-        phase: f"off by {error['median']:.1%}, at most {error['max']:.1%}" for phase, error in errors.items()
-    }
-    return (
-        f"prefill  {p0:.3g} + {p1:.3g} n + {p2:.3g} n² ms ({off['prefill']})\n"
-        f"decode   {d0:.3g} + {d1:.3g} batch + {d2:.3g} context ms ({off['decode']})"
-    )

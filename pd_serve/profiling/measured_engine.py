@@ -1,28 +1,30 @@
-"""A vLLM engine in this process whose steps are watched. Set the environment before one is made."""
+"""An instance's vLLM engine in this process, with its steps recorded. Set the environment beforehand."""
 
 import asyncio
 import gc
 import random
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from migration.engine_interface import EngineEvents
 from pd_serve.errors import EngineDeadError
-from pd_serve.platform.cpu import is_cpu_build
+from pd_serve.instance.engine_factory import create_engine
 from pd_serve.profiling.profile_points import DECODE_STEPS, Limits, Point, StepSeen
 
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.engine.core import EngineCore
 
+    from migration.vllm_engine.adapter import VllmEngine
+
 CLIENT = "profile"
 
-#: A point takes fractions of a second with the tiny model; a large one on a CPU takes its time.
+#: Time for one point, in seconds: a fraction with the tiny model, minutes with a large one on a CPU.
 POINT_S = 600.0
 
 
-class StepWatch:
-    """Writes down what the steps of an engine core do, and how long each takes. On the step thread.
+class StepRecorder:
+    """Records what the steps of an engine core do, and how long each takes. Runs on the step thread.
 
     Attributes:
         held: While set, steps do nothing: requests gather, to begin in one step.
@@ -33,41 +35,38 @@ class StepWatch:
         self.held = False
         self.steps: list[StepSeen] = []
         self._core = core
-        self._step = core.step_fn
-        self._schedule = core.scheduler.schedule
+        self._step, core.step_fn = core.step_fn, self._recorded_step
+        self._schedule, core.scheduler.schedule = core.scheduler.schedule, self._recorded_schedule
         self._scheduled: list[tuple[int, int, int]] = []
         self._began: float | None = None
-        core.step_fn = self._watched_step
-        core.scheduler.schedule = self._watched_schedule
 
-    def _watched_step(self) -> tuple[dict[int, "EngineCoreOutputs"], bool]:
+    def _recorded_step(self) -> tuple[dict[int, "EngineCoreOutputs"], bool]:
         now = time.perf_counter()
         if self._began is not None:
-            self._note((now - self._began) * 1e3)
+            chunks = tuple((number, done) for number, done, prompt in self._scheduled if done < prompt)
+            contexts = [done for _, done, prompt in self._scheduled if done >= prompt]
+            ms = (now - self._began) * 1e3
+            self.steps.append(StepSeen(chunks, len(contexts), sum(contexts), ms))
             self._began = None
         if self.held:
             return {}, False
         self._scheduled = []
         outputs, executed = self._step()
-        # With nothing left to do the loop sleeps: the time until the next step says nothing.
+        # With nothing left to do the loop sleeps, and the time until the next step is not this step's.
         if self._scheduled and self._core.scheduler.has_requests():
             self._began = now
         return outputs, executed
 
-    def _watched_schedule(self, *args: Any, **kwargs: Any) -> Any:
+    def _recorded_schedule(self, *args: Any, **kwargs: Any) -> Any:
         output = self._schedule(*args, **kwargs)
         requests = self._core.scheduler.requests
-        # The scheduler counts the tokens of this step as computed already.
+        # (new tokens, tokens computed before, tokens of the prompt) of each request in this step; the
+        # scheduler counts the new tokens as computed already.
         self._scheduled = [
             (number, requests[name].num_computed_tokens - number, requests[name].num_prompt_tokens)
             for name, number in output.num_scheduled_tokens.items()
         ]
         return output
-
-    def _note(self, ms: float) -> None:
-        chunks = tuple((number, before) for number, before, prompt in self._scheduled if before < prompt)
-        contexts = [before for _, before, prompt in self._scheduled if before >= prompt]
-        self.steps.append(StepSeen(chunks, len(contexts), sum(contexts), ms))
 
 
 class MeasuredEngine:
@@ -75,36 +74,34 @@ class MeasuredEngine:
 
     Args:
         engine_args: Arguments of vLLM's `AsyncEngineArgs`.
-        num_threads: Threads that compute a step.
+        num_threads: Threads that compute a step, as OMP_NUM_THREADS says.
     """
 
     def __init__(self, engine_args: dict[str, Any], num_threads: int) -> None:
         from vllm.v1.serial_utils import MsgpackEncoder
 
-        from migration.vllm_engine.adapter import VllmEngine
-
-        # A step is to be over when its outputs are there, not while the next one is being computed.
-        self._engine_args = engine_args | {"async_scheduling": False}
         self._num_threads = num_threads
         self._loop = asyncio.get_running_loop()
         events = EngineEvents(
             on_prefill_started=lambda ids: None,
             on_requests_ended=lambda ids: None,
             on_load=lambda load: None,
-            on_death=self._died,
+            on_death=lambda error: self._end(EngineDeadError(f"a step has failed: {error}")),
         )
-        self._engine = VllmEngine(self._make_config, self._take, events)
+        # A step must be over when its outputs are there, not while the next one is being computed.
+        arguments = engine_args | {"async_scheduling": False}
+        self._engine = cast("VllmEngine", create_engine(arguments, None, self._take, events))
         self._outputs = MsgpackEncoder()
         self._requests = MsgpackEncoder()
-        self._watch: StepWatch
+        self._recorder: StepRecorder
         self._serial = 0
         self._left = 0
-        self._all_ended: asyncio.Future[None] | None = None
+        self._all_ended: asyncio.Future[None] = self._loop.create_future()
 
     async def start(self) -> None:
         """Loads the model. Raises: whatever vLLM raises."""
         await self._engine.start()
-        self._watch = StepWatch(self._engine.core)
+        self._recorder = StepRecorder(self._engine.core)
         gc.collect()
         gc.freeze()  # as an instance does
 
@@ -126,7 +123,7 @@ class MeasuredEngine:
 
     @property
     def about(self) -> dict[str, int]:
-        """What a simulated engine needs to be like this one, beside the time of its steps."""
+        """The settings of a simulated engine like this one, beside the time of its steps."""
         facts, limits = self._engine.facts, self.limits
         block_bytes = sum(region.block_bytes for region in self._engine.regions)
         return {
@@ -139,7 +136,7 @@ class MeasuredEngine:
         }
 
     async def steps(self, point: Point, dice: random.Random) -> list[StepSeen]:
-        """All steps that it takes to get to a point's and through it, with prompts nobody has sent before.
+        """All steps on the way to a point and through it, with new random prompts.
 
         Raises:
             EngineDeadError: A step has failed.
@@ -147,16 +144,16 @@ class MeasuredEngine:
         num_tokens = 2 if point.phase == "prefill" else DECODE_STEPS
         self._all_ended = self._loop.create_future()
         self._left = point.batch_size
-        self._watch.held = True
+        self._recorder.held = True
         vocabulary = self._engine.core.vllm_config.model_config.get_vocab_size()
         for _ in range(point.batch_size):
             prompt = [dice.randrange(vocabulary) for _ in range(point.tokens)]
             await self._engine.add(self._payload(prompt, num_tokens), CLIENT)
-        self._watch.steps.clear()
-        self._watch.held = False
+        self._recorder.steps.clear()
+        self._recorder.held = False
         async with asyncio.timeout(POINT_S):
             await self._all_ended
-        return list(self._watch.steps)
+        return list(self._recorder.steps)
 
     def _payload(self, prompt: list[int], max_tokens: int) -> list[bytes]:
         from vllm.sampling_params import SamplingParams
@@ -176,26 +173,15 @@ class MeasuredEngine:
         )
         return [bytes(frame) for frame in self._requests.encode(request)]
 
-    def _make_config(self) -> Any:
-        import torch
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.usage.usage_lib import UsageContext
-
-        torch.set_num_threads(self._num_threads)  # of the thread that steps the engine, which calls this
-        # The context decides a few defaults; these are an instance's.
-        context = UsageContext.ENGINE_CONTEXT if is_cpu_build() else UsageContext.OPENAI_API_SERVER
-        return AsyncEngineArgs(**self._engine_args).create_engine_config(context)
-
     def _take(self, client: str, outputs: "EngineCoreOutputs", spans: list[tuple[int, int]]) -> None:
-        self._outputs.encode(outputs)  # what an instance does with them before it sends them
+        self._outputs.encode(outputs)  # as an instance does before it sends them
         self._left -= sum(output.finish_reason is not None for output in outputs.outputs)
         if not self._left:
             self._loop.call_soon_threadsafe(self._end)
 
-    def _end(self) -> None:
-        if self._all_ended is not None and not self._all_ended.done():
-            self._all_ended.set_result(None)
-
-    def _died(self, error: BaseException) -> None:
-        if self._all_ended is not None and not self._all_ended.done():
-            self._all_ended.set_exception(EngineDeadError(f"a step has failed: {error}"))
+    def _end(self, error: BaseException | None = None) -> None:
+        if not self._all_ended.done():
+            if error is None:
+                self._all_ended.set_result(None)
+            else:
+                self._all_ended.set_exception(error)

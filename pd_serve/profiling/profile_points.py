@@ -1,4 +1,4 @@
-"""What `pd-serve bench profile` measures, and what it makes of it: no engine, no clock."""
+"""The points that `pd-serve bench profile` measures, and the table that the measured steps become."""
 
 import csv
 import statistics
@@ -18,17 +18,17 @@ PROMPT_BATCHES = ((2, 64), (4, 64), (2, 256), (4, 256), (8, 128), (4, 512))
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CONTEXTS = (32, 256, 1024)
 
-#: Tokens of context of a batch together: what it takes to fill them is not measured, and costs time.
+#: Context tokens of a batch together: filling the cache is not measured, and costs time.
 MAX_CONTEXT_TOKENS = 8192
 
-#: Steps of a decoding batch: the first are not counted, nor the last, in which the requests end.
+#: Steps of a decoding batch; the first ones are not counted, nor the last, in which the requests end.
 DECODE_STEPS = 24
 WARM_UP_STEPS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What an engine can do.
+    """Limits of an engine.
 
     Attributes:
         step_tokens: Tokens of one step (`max_num_batched_tokens`).
@@ -45,8 +45,8 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A kind of step: over `batch_size` prompts of `tokens` each, or one token each for `batch_size` requests
-    that begin with `tokens` of context each."""
+    """A kind of step: `batch_size` prompts of `tokens` each, or one token each for `batch_size` requests with
+    `tokens` of context each at the start."""
 
     phase: Phase
     batch_size: int
@@ -55,12 +55,12 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class StepSeen:
-    """A step of a real engine; what it did as the cost models take it.
+    """A step of a real engine, as the cost models take it.
 
     Attributes:
         chunks: (new tokens, tokens already in the cache) per prompt.
-        context_tokens: Of the `decodes` requests together, before the step.
-        ms: From its beginning to the next one's.
+        context_tokens: Context of the `decodes` requests together, before the step.
+        ms: From the start of the step to that of the next one.
     """
 
     chunks: tuple[tuple[int, int], ...]
@@ -80,14 +80,14 @@ class Row:
     ms: float
 
     def model_ms(self, model: CostModel) -> float:
-        """What a cost model says to it."""
+        """Its time according to a cost model."""
         if self.phase == "prefill":
             return model.prefill_s([(self.new_tokens, 0)] * self.batch_size) * 1e3
         return model.decode_s(self.batch_size, self.context_tokens) * 1e3
 
 
 def points(limits: Limits) -> list[Point]:
-    """All that this engine can do, the shortest first."""
+    """All points within the limits of an engine, the shortest first."""
     prompts = [(1, tokens) for tokens in PROMPTS]
     found = [
         Point("prefill", batch, tokens)
@@ -109,7 +109,7 @@ def points(limits: Limits) -> list[Point]:
 
 
 def samples(point: Point, steps: Sequence[StepSeen]) -> list[StepSeen]:
-    """The steps that are of this kind: not those that fill the cache for it, or empty it again."""
+    """The steps of this kind, without those that fill the cache before, or in which requests end."""
     if point.phase == "prefill":
         chunks = ((point.tokens, 0),) * point.batch_size
         return [step for step in steps if step.chunks == chunks and not step.decodes]
@@ -118,7 +118,7 @@ def samples(point: Point, steps: Sequence[StepSeen]) -> list[StepSeen]:
 
 
 def rows(measured: Mapping[Point, Sequence[StepSeen]]) -> list[Row]:
-    """Medians. Points without a sample are left out."""
+    """Medians of all points that have a sample."""
     return [
         Row(
             point.phase,
@@ -127,7 +127,10 @@ def rows(measured: Mapping[Point, Sequence[StepSeen]]) -> list[Row]:
             round(statistics.median(step.context_tokens for step in steps)),
             round(statistics.median(step.ms for step in steps), 4),
         )
-        for point, steps in sorted(measured.items(), key=lambda item: _order(item[0]))
+        for point, steps in sorted(
+            measured.items(),
+            key=lambda item: (PHASES.index(item[0].phase), item[0].batch_size, item[0].tokens),
+        )
         if steps
     ]
 
@@ -150,7 +153,3 @@ def relative_errors(table: Iterable[Row], model: CostModel) -> dict[str, dict[st
         for phase, found in errors.items()
         if found
     }
-
-
-def _order(point: Point) -> tuple[int, int, int]:
-    return PHASES.index(point.phase), point.batch_size, point.tokens

@@ -49,12 +49,16 @@ def complaint(server: ServerProcess) -> str:
         (["tiny", "--prefill", "two"], "'--prefill'"),
         (["tiny", "--prefill", "1", "--decode", "0"], "--decode"),
         (["tiny", "--neutral", "0", "--prefill", "0", "--decode", "0"], "--neutral"),
-        (["tiny", "--autoscale-decode", "3:1"], "--autoscale-decode 3:1"),
+        (["tiny", "--autoscale-decode", "3:1"], "--autoscale-decode: 3:1: must be 1 <= MIN <= MAX"),
+        (["--decode", "2", "tiny", "other"], "unexpected argument 'other'; MODEL is 'tiny' already"),
+        (["tiny", "--ray-address", "127.0.0.1:1"], "no Ray cluster answers at 127.0.0.1:1"),
         (["tiny", "--policy", "fastest"], "no policy 'fastest'; there are round-robin"),
         (["./there/is/no/such/model"], "./there/is/no/such/model"),
     ],
 )
-def test_one_clear_line(start: Callable[..., ServerProcess], arguments: list[str], says: str) -> None:
+def test_what_cannot_be_is_one_clear_line(
+    start: Callable[..., ServerProcess], arguments: list[str], says: str
+) -> None:
     line = complaint(start(*arguments, "--port", "0"))
     assert line.startswith("error ")
     assert says in line
@@ -71,7 +75,7 @@ def test_one_clear_line(start: Callable[..., ServerProcess], arguments: list[str
         ),
     ],
 )
-def test_a_bad_cost_model(
+def test_a_cost_model_that_cannot_be_read_is_one_clear_line(
     start: Callable[..., ServerProcess], tmp_path: Path, content: str | None, says: str
 ) -> None:
     steps = tmp_path / "steps.csv"
@@ -80,7 +84,7 @@ def test_a_bad_cost_model(
     assert says in complaint(start("tiny", "--engine", "simulated", "--cost-model", str(steps)))
 
 
-def test_busy_port(start: Callable[..., ServerProcess]) -> None:
+def test_a_busy_port_is_one_clear_line(start: Callable[..., ServerProcess]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -89,7 +93,7 @@ def test_busy_port(start: Callable[..., ServerProcess]) -> None:
 
 
 @pytest.mark.parametrize("moment", ["loading vLLM", "instances$"])
-def test_interrupt_during_start(start: Callable[..., ServerProcess], moment: str) -> None:
+def test_an_interrupted_start_leaves_nothing(start: Callable[..., ServerProcess], moment: str) -> None:
     server = start("tiny", "--port", "0")
     deadline = time.monotonic() + END_S
     while not re.search(moment, server.tail(), re.MULTILINE):
