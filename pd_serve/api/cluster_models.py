@@ -1,6 +1,6 @@
-"""Bodies and answers of `/cluster`, for checks and for the OpenAPI document.
+"""Request bodies and responses of `/cluster`, for validation and for the OpenAPI document.
 
-What an answer holds besides is said where it is made; clients should pass over fields that they do not know.
+Responses may have further fields; clients should ignore fields that they do not know.
 """
 
 from typing import Annotated, Any, Literal
@@ -12,20 +12,20 @@ Name = Annotated[str, Field(min_length=1)]
 Role = Literal["prefill", "decode", "neutral"]
 Count = Annotated[int, Field(ge=0)]
 
-#: More than anybody means: what is asked for is begun at once, and every number has to fit into a message.
+#: Limit of a pool's size: all instances are started at once, and numbers must fit into a message.
 MAX_INSTANCES = 10_000
 
 Sizes = dict[Role, Annotated[int, Field(strict=True, ge=0, le=MAX_INSTANCES)]]
 
 
-class MigrateRequest(BaseModel):
+class MigrateBody(BaseModel):
     """Body of `POST /cluster/migrate`."""
 
     request_id: Name
     destination: Name
 
 
-class DrainRequest(BaseModel):
+class DrainBody(BaseModel):
     """Body of `POST /cluster/drain`."""
 
     instance: Name
@@ -33,18 +33,18 @@ class DrainRequest(BaseModel):
     stop: bool = False
 
 
-class _Answer(BaseModel):
+class _Response(BaseModel):
     model_config = ConfigDict(extra="allow")
 
 
-class Migrated(_Answer):
-    """What one migration cost.
+class MigrateResponse(_Response):
+    """The cost of a migration.
 
     Attributes:
         downtime_ms: Gap between the last token from the source and the first from the destination.
         stages: Copy rounds, the final one included.
         blocks: KV blocks copied in all rounds.
-        tokens: Length of the sequence when it changed owner.
+        tokens: Length of the sequence when it moved.
     """
 
     downtime_ms: float
@@ -53,8 +53,8 @@ class Migrated(_Answer):
     tokens: Count
 
 
-class Instance(_Answer):
-    """One instance, as its last report says; null for a freeness without bound."""
+class InstanceResponse(_Response):
+    """One instance by its latest report; `freeness` is null for minus infinity, while it drains."""
 
     id: str
     role: str
@@ -71,16 +71,16 @@ class Instance(_Answer):
     migrating_out: Count
 
 
-class Cluster(_Answer):
-    """The instances, who waits for one, and what became of migrations, by reason."""
+class ClusterResponse(_Response):
+    """The instances, the requests that wait for one, and numbers of migrations by reason and outcome."""
 
-    instances: list[Instance]
+    instances: list[InstanceResponse]
     waiting_line: dict[str, Any]
     migrations: dict[str, dict[str, Count]]
 
 
-class Timeline(_Answer):
-    """One request; times are seconds since it was issued."""
+class TimelineResponse(_Response):
+    """The timeline of one request; times are in seconds since it was issued."""
 
     id: str
     name: str
@@ -90,44 +90,46 @@ class Timeline(_Answer):
     migrations: list[dict[str, Any]]
 
 
-class Timelines(_Answer):
-    """All requests that go by a name."""
+class TimelinesResponse(_Response):
+    """The timelines of all requests with the name `id`."""
 
     id: str
-    requests: list[Timeline]
+    requests: list[TimelineResponse]
 
 
-class Integrity(_Answer):
-    """Whether every invariant holds, and which do not, in words."""
+class IntegrityResponse(_Response):
+    """The result of checking the invariants: `violations` describes those that do not hold."""
 
     ok: bool
     violations: list[str]
 
 
-class Unauthorized(BaseModel):
-    """vLLM's answer to a missing or wrong key."""
+class UnauthorizedResponse(BaseModel):
+    """vLLM's response to a missing or wrong key."""
 
     error: Literal["Unauthorized"]
 
 
-def answers(*statuses: int, **kinds: Any) -> dict[int | str, dict[str, Any]]:
-    """`responses` of a route: the errors that it may give, in OpenAI's shape, and the answer.
+def responses(*errors: int, ok: Any = None, accepted: Any = None) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route, for the OpenAPI document.
 
     Args:
-        kinds: `ok`, the model of a 200; or `begun`, that of a 202.
+        errors: Statuses of its errors, which have OpenAI's format.
+        ok: Model of a 200.
+        accepted: Model of a 202.
     """
-    why = {
-        400: "The request cannot be read, or asks for what cannot be",
+    descriptions = {
+        400: "The request is invalid",
         404: "No such request or instance",
-        409: "It is refused; the message says why",
-        503: "The owner of the instances is not there; try again in a moment",
+        409: "The operation is refused; the message has the reason",
+        503: "The manager of the instances is absent; try again in a moment",
     }
     found: dict[int | str, dict[str, Any]] = {
-        401: {"model": Unauthorized, "description": "No key, or a wrong one"}
+        401: {"model": UnauthorizedResponse, "description": "Missing or wrong key"}
     }
-    found |= {status: {"model": ErrorResponse, "description": why[status]} for status in statuses}
-    if "ok" in kinds:
-        found[200] = {"model": kinds["ok"]}
-    if "begun" in kinds:
-        found[202] = {"model": kinds["begun"], "description": "It has begun"}
+    found |= {status: {"model": ErrorResponse, "description": descriptions[status]} for status in errors}
+    if ok is not None:
+        found[200] = {"model": ok}
+    if accepted is not None:
+        found[202] = {"model": accepted, "description": "The operation has begun"}
     return found

@@ -1,4 +1,4 @@
-"""`/cluster`: look at the instances, move a request or empty an instance by hand, check the invariants."""
+"""`/cluster`: show the cluster, move requests, drain, scale and restart instances, check invariants."""
 
 import math
 from collections.abc import Awaitable, Callable, Coroutine
@@ -11,14 +11,14 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from pd_serve.api.cluster_models import (
-    Cluster,
-    DrainRequest,
-    Integrity,
-    Migrated,
-    MigrateRequest,
+    ClusterResponse,
+    DrainBody,
+    IntegrityResponse,
+    MigrateBody,
+    MigrateResponse,
     Sizes,
-    Timelines,
-    answers,
+    TimelinesResponse,
+    responses,
 )
 from pd_serve.api.errors import error_response
 from pd_serve.errors import (
@@ -32,11 +32,11 @@ from pd_serve.observe import metrics
 
 PREFIX = "/cluster"
 
-OWNER_AWAY = "The owner of the instances is not there; try again in a moment."
+MANAGER_ABSENT = "The manager of the instances is absent; try again in a moment."
 
 
 class _Route(APIRoute):
-    """Bodies that are no text have FastAPI's own error; here it gets the shape of all others."""
+    """Gives FastAPI's own errors, such as for a body that is not a text, OpenAI's format."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -51,7 +51,7 @@ class _Route(APIRoute):
 
 
 class _AnyText(PathConvertor):
-    """As `path`, which stops at the end of a line."""
+    """Like `path`, but also matches line breaks."""
 
     regex = "(?s:.*)"
 
@@ -61,34 +61,34 @@ register_url_convertor("text", _AnyText())
 router = APIRouter(prefix=PREFIX, tags=["cluster"], route_class=_Route)
 
 
-@router.get("", responses=answers(ok=Cluster))
+@router.get("", responses=responses(ok=ClusterResponse))
 async def cluster(request: Request) -> JSONResponse:
-    """All instances, who waits for one, and how many migrations were committed and aborted, by reason."""
+    """All instances, the requests that wait for one, and numbers of migrations by reason and outcome."""
     return JSONResponse(_finite(request.app.state.cluster.snapshot()))
 
 
-@router.get("/requests/{request_id:text}", responses=answers(404, 503, ok=Timelines))
+@router.get("/requests/{request_id:text}", responses=responses(404, 503, ok=TimelinesResponse))
 async def request_timeline(request_id: str, request: Request) -> Response:
-    """Where a request has been and when, while it runs and for some time after; several for n > 1."""
+    """The timelines of a request, running or ended lately; several for n > 1."""
     try:
         found = await request.app.state.cluster.find_requests(request_id)
     except (EngineDeadError, TimeoutError):
-        return error_response(503, OWNER_AWAY)
+        return error_response(503, MANAGER_ABSENT)
     if not found:
-        message = f"no request {request_id!r} is running, or has ended lately"
+        message = f"no request {request_id!r} is running or has ended lately"
         return error_response(404, message, param="request_id")
     return JSONResponse({"id": request_id, "requests": found})
 
 
-@router.post("/migrate", responses=answers(400, 404, 409, ok=Migrated))
-async def migrate(body: MigrateRequest, request: Request) -> Response:
-    """Move one running request to another instance and report what that cost."""
+@router.post("/migrate", responses=responses(400, 404, 409, ok=MigrateResponse))
+async def migrate(body: MigrateBody, request: Request) -> Response:
+    """Moves a running request to another instance and reports the cost."""
     state = request.app.state
     ids = state.engine_client.internal_ids(body.request_id)
     if len(ids) > 1:
         message = f"{body.request_id} names {len(ids)} running requests, choose one: {', '.join(sorted(ids))}"
         return error_response(409, message, param="request_id", reason=RefusalCode.AMBIGUOUS_REQUEST)
-    # An id that is not of this front end may still be one the engines know.
+    # An unknown id may be that of a request of another API server.
     request_id = ids[0] if ids else body.request_id
     try:
         moved = await state.cluster.migrate(request_id, body.destination)
@@ -97,7 +97,7 @@ async def migrate(body: MigrateRequest, request: Request) -> Response:
     except MigrationRefusedError as error:
         return error_response(409, str(error), reason=error.code)
     record = moved.record
-    answer = Migrated(
+    answer = MigrateResponse(
         downtime_ms=moved.downtime_ms,
         stages=record.stages,
         blocks=record.blocks,
@@ -106,28 +106,28 @@ async def migrate(body: MigrateRequest, request: Request) -> Response:
     return JSONResponse(answer.model_dump())
 
 
-@router.post("/drain", status_code=202, responses=answers(400, 404, 409, 503, begun=DrainRequest))
-async def drain(body: DrainRequest, request: Request) -> Response:
-    """Begin to empty an instance, with "stop" until it is gone; or use it again ("draining": false)."""
+@router.post("/drain", status_code=202, responses=responses(400, 404, 409, 503, accepted=DrainBody))
+async def drain(body: DrainBody, request: Request) -> Response:
+    """Begins to drain an instance, with "stop" until it is stopped; "draining": false uses it again."""
     drained = request.app.state.cluster.drain(body.instance, draining=body.draining, stop=body.stop)
-    return await _asked(drained, body.model_dump())
+    return await _accepted(drained, body.model_dump())
 
 
-@router.post("/scale", status_code=202, responses=answers(400, 409, 503, begun=Sizes))
+@router.post("/scale", status_code=202, responses=responses(400, 409, 503, accepted=Sizes))
 async def scale(body: Sizes, request: Request) -> Response:
-    """Begin to give pools another number of instances: {"decode": 4}."""
+    """Begins to change the number of instances of pools: {"decode": 4}."""
     sizes: dict[str, int] = dict(body.items())
-    return await _asked(request.app.state.cluster.scale(sizes), sizes)
+    return await _accepted(request.app.state.cluster.scale(sizes), sizes)
 
 
-@router.post("/restart", status_code=202, responses=answers(409, 503, begun=dict[str, Any]))
+@router.post("/restart", status_code=202, responses=responses(409, 503, accepted=dict[str, Any]))
 async def restart(request: Request) -> Response:
-    """Begin to put a new instance in the place of each; `GET /cluster` shows how far it is."""
-    return await _asked(request.app.state.cluster.restart(), {})
+    """Begins to replace every instance, one after another; `GET /cluster` shows the progress."""
+    return await _accepted(request.app.state.cluster.restart(), {})
 
 
-async def _asked(work: Awaitable[None], body: dict[str, Any]) -> Response:
-    """202 with `body` when what somebody wants has begun, or why it has not."""
+async def _accepted(work: Awaitable[None], body: dict[str, Any]) -> Response:
+    """Answers 202 with `body` when the operation has begun, or an error."""
     try:
         await work
     except UnknownTargetError as error:
@@ -137,13 +137,13 @@ async def _asked(work: Awaitable[None], body: dict[str, Any]) -> Response:
     except InvalidRequestError as error:
         return error_response(400, str(error))
     except (EngineDeadError, TimeoutError):
-        return error_response(503, OWNER_AWAY)
+        return error_response(503, MANAGER_ABSENT)
     return JSONResponse(body, status_code=202)
 
 
-@router.get("/integrity", responses=answers(ok=Integrity))
+@router.get("/integrity", responses=responses(ok=IntegrityResponse))
 async def integrity(request: Request) -> JSONResponse:
-    """Whether every invariant holds, and which do not."""
+    """Checks the invariants of all processes."""
     violations = await request.app.state.cluster.check_integrity()
     metrics.INTEGRITY_CHECKS.inc()
     metrics.INTEGRITY_VIOLATIONS.inc(len(violations))
@@ -151,7 +151,7 @@ async def integrity(request: Request) -> JSONResponse:
 
 
 def _finite(value: Any) -> Any:
-    """The same value with infinities as null: JSON has none, and an idle instance has freeness +inf."""
+    """The value with infinities as null, which JSON lacks: a draining instance has freeness -inf."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""What the HTTP layer asks of the cluster."""
+"""Interface of the HTTP layer to the cluster."""
 
 from typing import Any, Protocol
 
@@ -6,19 +6,19 @@ from pd_serve.observe.timeline import ObservedMigration
 
 
 class ClusterView(Protocol):
-    """The cluster as the front end sees it.
+    """The cluster as seen by the HTTP layer.
 
-    The properties are read once per request: they must cost no more than reading a counter.
+    The properties are read for every request, so they must be cheap.
     """
 
     @property
     def num_waiting(self) -> int:
-        """Requests that were accepted and have no first token yet."""
+        """Accepted requests without a first token."""
         ...
 
     @property
     def num_live(self) -> int:
-        """Live instances that can take new requests."""
+        """Live instances that take new requests."""
         ...
 
     def snapshot(self) -> dict[str, Any]:
@@ -26,56 +26,56 @@ class ClusterView(Protocol):
         ...
 
     async def find_requests(self, name: str) -> list[dict[str, Any]]:
-        """Timelines of the requests, running or ended not long ago, that somebody calls so; see
-        `pd_serve.observe.recorder.RequestRecorder.find`. Empty: no API server has one.
+        """Timelines of requests of any API server; see `pd_serve.observe.recorder.RequestRecorder.find`.
 
         Raises:
-            EngineDeadError: There is none here, and others could not be asked.
+            EngineDeadError: There is none here, and other API servers could not be asked.
         """
         ...
 
     async def migrate(self, request_id: str, destination: str) -> ObservedMigration:
-        """Move one running request to the instance `destination`.
+        """Moves a running request to an instance.
 
         Args:
-            request_id: vLLM's internal request id, the one the engines know.
+            request_id: The engines' id.
             destination: Instance id.
 
         Raises:
-            UnknownTargetError: No such request, or no such instance.
-            MigrationRefusedError: It stays where it is, and why.
+            UnknownTargetError: No such request or instance.
+            MigrationRefusedError: The request stays where it is.
         """
         ...
 
     async def drain(self, instance_id: str, *, draining: bool = True, stop: bool = False) -> None:
-        """Let an instance take nothing new, and move away what it has; or use it again.
+        """Begins to drain an instance: it takes no new requests and its requests move away.
 
         Args:
-            stop: End it when it is empty.
+            draining: False uses the instance again.
+            stop: Stops the instance when it is empty.
 
         Raises:
             UnknownTargetError: No such instance.
-            MigrationRefusedError: It cannot be done without, and why.
+            MigrationRefusedError: The instance is needed, as the last one of its kind.
         """
         ...
 
     async def scale(self, sizes: dict[str, int]) -> None:
-        """Begin to give pools, by role, another number of instances.
+        """Begins to change the number of instances of pools, by role.
 
         Raises:
-            InvalidRequestError: No such role, or nothing could be served with so few.
-            MigrationRefusedError: The scheduler scales this pool, and within other bounds.
+            InvalidRequestError: No such role, or no request could be served with these numbers.
+            MigrationRefusedError: The scheduler scales this pool, within other bounds.
         """
         ...
 
     async def restart(self) -> None:
-        """Begin to put a new instance in the place of each, one after another.
+        """Begins to replace every instance, one after another.
 
         Raises:
-            MigrationRefusedError: It is under way already.
+            MigrationRefusedError: A restart is in progress.
         """
         ...
 
     async def check_integrity(self) -> list[str]:
-        """Violations of the invariants that must always hold, in words; empty when all hold."""
+        """Descriptions of violated invariants; empty if all hold."""
         ...

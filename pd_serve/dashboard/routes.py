@@ -8,7 +8,7 @@ from starlette.responses import RedirectResponse, Response, StreamingResponse
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
-from pd_serve.api.cluster_models import answers
+from pd_serve.api.cluster_models import responses
 from pd_serve.api.errors import error_response
 from pd_serve.dashboard.live_view import MAX_WATCHERS, LiveView
 
@@ -36,7 +36,7 @@ async def dashboard() -> Response:
     "/cluster/live",
     tags=["cluster"],
     response_class=StreamingResponse,
-    responses={200: {"content": {"text/event-stream": {}}}, **answers(503)},
+    responses={200: {"content": {"text/event-stream": {}}}, **responses(503)},
 )
 async def live(request: Request) -> Response:
     """Server-sent events for the live page, about two a second; see `pd_serve.dashboard.live_view`."""

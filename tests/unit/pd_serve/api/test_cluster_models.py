@@ -1,4 +1,4 @@
-"""What the OpenAPI document says of `/cluster` is so."""
+"""The OpenAPI document describes `/cluster` as it is."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 from fastapi import FastAPI
 
 from pd_serve.api import cluster_routes
-from pd_serve.api.cluster_models import Instance, Timeline
+from pd_serve.api.cluster_models import InstanceResponse, TimelineResponse
 from pd_serve.comm.messages import InstanceInfo
 from pd_serve.frontend.snapshot import instance_row
 from pd_serve.observe.recorder import RequestRecorder
@@ -21,7 +21,7 @@ def paths() -> dict[str, Any]:
     return dict(app.openapi()["paths"])
 
 
-def test_every_answer_has_a_schema(paths: dict[str, Any]) -> None:
+def test_every_response_has_a_schema(paths: dict[str, Any]) -> None:
     for methods in paths.values():
         for operation in methods.values():
             statuses = operation["responses"].keys()
@@ -31,7 +31,7 @@ def test_every_answer_has_a_schema(paths: dict[str, Any]) -> None:
                 assert answer["content"]["application/json"]["schema"], (operation["operationId"], status)
 
 
-def test_every_body_says_what_it_takes(paths: dict[str, Any]) -> None:
+def test_every_post_has_a_body_and_its_errors(paths: dict[str, Any]) -> None:
     posts = {path: methods["post"] for path, methods in paths.items() if "post" in methods}
 
     assert {path for path, post in posts.items() if "requestBody" not in post} == {"/cluster/restart"}
@@ -39,7 +39,7 @@ def test_every_body_says_what_it_takes(paths: dict[str, Any]) -> None:
     assert "202" in posts["/cluster/drain"]["responses"]
 
 
-def test_instances_are_as_described() -> None:
+def test_a_snapshot_of_an_instance_has_the_fields_of_its_model() -> None:
     info = InstanceInfo("d0", "decode", "", "node", 1, None, ["generate"], 8192, 10, 16)
     starting, idle = (
         instance_row(info, None),
@@ -47,13 +47,13 @@ def test_instances_are_as_described() -> None:
     )
 
     for row in (starting, idle | {"freeness": None}):  # as the route writes an infinity
-        assert Instance.model_validate(row).model_extra == {}
+        assert InstanceResponse.model_validate(row).model_extra == {}
 
 
-def test_timelines_are_as_described() -> None:
+def test_a_timeline_has_the_fields_of_its_model() -> None:
     recorder = RequestRecorder()
     recorder.issued("x", 1.0, NewRequest(10, 0, ()))
     [found] = recorder.find("x")
 
-    assert Timeline.model_validate(found).state == "waiting"
-    assert {"state", "stages", "migrations"} <= Timeline.model_fields.keys() & found.keys()
+    assert TimelineResponse.model_validate(found).state == "waiting"
+    assert {"state", "stages", "migrations"} <= TimelineResponse.model_fields.keys() & found.keys()
