@@ -1,1 +1,1 @@
-"""The live page: what it shows (`live_view`), how it is served (`routes`), and the page itself (`page/`)."""
+"""The live page: its data (`live_view`, `recent`), its routes (`routes`) and its files (`page/`)."""

@@ -1,11 +1,10 @@
-"""The cluster as the live page gets it: one event about twice a second, while somebody watches.
+"""Data of the live page: an event about twice a second for every open page.
 
-Nobody keeps a subscription: each event is what makes instances be asked for the blocks that their requests
-hold, so that they are asked nothing when the last watcher is gone.
+Instances are asked for the KV blocks of their requests only while a page is open.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import msgspec
@@ -15,42 +14,72 @@ from pd_serve.comm.messages import Holdings, InstanceInfo
 from pd_serve.dashboard.recent import SLOT_S, Move, RecentEvents
 from pd_serve.errors import PdServeError
 
-#: Time from one event to the next, and how long one waits for instances in the middle of a step.
+#: Time between two events, and maximum wait for instances that are in the middle of a step.
 INTERVAL_S = 0.5
 PATIENCE_S = 0.15
 
-#: Pages that may be open at a time, at one API server.
+#: Pages that may be open at a time, per API server.
 MAX_WATCHERS = 16
 
-#: Moves in one event; of more than that the latest.
+#: Migrations in one event; the oldest ones are left out.
 MAX_MOVES = 64
 
-#: Slots of latencies in an event that is not the first: the present one, and the one that has just ended.
+#: Slots of latencies in an event after the first one: the present slot and the one before.
 LATEST_SLOTS = 2
 
 
-class Instances(Protocol):
-    """The part of `InstanceDirectory` that is needed here."""
+class HoldingsSource(Protocol):
+    """The instances, as far as the live page needs them."""
 
     def __iter__(self) -> Iterator[InstanceInfo]: ...
 
     async def ask(self, instance_id: str, method: str) -> Any: ...
 
 
+class RequestNumbers:
+    """Numbers of requests, which keep events short. They are ascending and never reused.
+
+    Attributes:
+        last: The latest number.
+    """
+
+    def __init__(self) -> None:
+        self.last = 0
+        self._numbers: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def of(self, request_id: str) -> int:
+        if (number := self._numbers.get(request_id)) is None:
+            self.last += 1
+            number = self._numbers[request_id] = self.last
+        return number
+
+    def since(self, last: int) -> dict[int, str]:
+        """Ids of the requests with a number above `last`."""
+        return {number: request_id for request_id, number in self._numbers.items() if number > last}
+
+    def keep(self, request_ids: Iterable[str]) -> None:
+        """Forgets all other requests."""
+        kept = set(request_ids)
+        self._numbers = {name: number for name, number in self._numbers.items() if name in kept}
+
+
 class LiveView:
-    """One API server's view.
+    """The data of one API server.
 
     Args:
-        server: Its name.
-        snapshot: Body of `GET /cluster`.
-        instances: Those that can be asked.
+        server: Name of the API server.
+        snapshot: Gives the body of `GET /cluster`.
+        instances: Asked for the blocks of their requests.
     """
 
     def __init__(
         self,
         server: str,
-        snapshot: Callable[[], dict[str, Any]],
-        instances: Instances,
+        snapshot: Callable[[], object],
+        instances: HoldingsSource,
         recent: RecentEvents,
     ) -> None:
         self._server = server
@@ -61,8 +90,7 @@ class LiveView:
         self._asked: dict[str, asyncio.Task[None]] = {}
         self._asked_at = -INTERVAL_S
         self._tasks = BackgroundTasks()
-        self._numbers: dict[str, int] = {}  # of requests, for short events; ascending
-        self._num_numbers = 0
+        self._numbers = RequestNumbers()
         self.num_watchers = 0
         self._closed = False
 
@@ -71,31 +99,31 @@ class LiveView:
         return self.num_watchers >= MAX_WATCHERS
 
     async def close(self) -> None:
-        """Ends the events, too."""
+        """Ends all streams of events."""
         self._closed = True
         await self._tasks.cancel()
 
     async def events(self, has_ended: Callable[[], bool] = lambda: False) -> AsyncIterator[bytes]:
-        """JSON for one watcher until `has_ended`, or for as long as they are taken."""
+        """Events as JSON for one page, until `has_ended`."""
         self.num_watchers += 1
         named = 0
         seen = self._recent.moves[-1].number if self._recent.moves else 0
         is_first = True
         try:
             while not (self._closed or has_ended()):
-                await self._look()
+                await self._update()
                 moves = [move for move in self._recent.moves if move.number > seen]
                 event = self._event(moves, is_first=is_first)
-                event["names"] = {number: name for name, number in self._numbers.items() if number > named}
-                named, is_first = self._num_numbers, False
+                event["names"] = self._numbers.since(named)
+                named, is_first = self._numbers.last, False
                 seen = moves[-1].number if moves else seen
                 yield msgspec.json.encode(event)
                 await asyncio.sleep(INTERVAL_S)
         finally:
             self.num_watchers -= 1
 
-    async def _look(self) -> None:
-        """Asks the instances that have answered the last time, unless another watcher has just done so."""
+    async def _update(self) -> None:
+        """Asks the instances that have answered last time, unless another page has just done so."""
         now = self._recent.clock()
         if now - self._asked_at >= INTERVAL_S / 2:
             self._asked_at = now
@@ -104,6 +132,11 @@ class LiveView:
                     self._asked[instance_id] = self._tasks.start(self._ask_one(instance_id))
         if self._asked:
             await asyncio.wait(list(self._asked.values()), timeout=PATIENCE_S)
+        here = {info.instance_id for info in self._instances}
+        self._holdings = {name: held for name, held in self._holdings.items() if name in here}
+        shown = {held.request_id for h in self._holdings.values() for held in h.held}
+        shown |= {request_id for h in self._holdings.values() for request_id, _, _ in h.leaving}
+        self._numbers.keep(shown | {move.record.request_id for move in self._recent.moves})
 
     async def _ask_one(self, instance_id: str) -> None:
         try:
@@ -115,38 +148,23 @@ class LiveView:
         finally:
             del self._asked[instance_id]
 
-    def _event(self, moves: list[Move], *, is_first: bool) -> dict[str, Any]:
-        recent, here = self._recent, {info.instance_id: info for info in self._instances}
-        self._holdings = {name: held for name, held in self._holdings.items() if name in here}
-        self._renumber()
+    def _event(self, moves: list[Move], *, is_first: bool) -> dict[str, object]:
+        recent, number = self._recent, self._numbers.of
         now, slots = recent.clock(), recent.slots() if is_first else recent.slots(LATEST_SLOTS)
         return {
             "server": self._server,
-            "block_tokens": max((info.block_tokens for info in here.values()), default=0),
+            "block_tokens": max((info.block_tokens for info in self._instances), default=0),
             "cluster": self._snapshot(),
             "blocks": {
-                name: [(self._number(h.request_id), h.blocks, int(h.arriving)) for h in holdings.held]
+                name: [(number(h.request_id), h.blocks, int(h.arriving)) for h in holdings.held]
                 for name, holdings in self._holdings.items()
             },
             "leaving": [
-                (self._number(request_id), name, destination, reason)
+                (number(request_id), name, destination, reason)
                 for name, holdings in self._holdings.items()
                 for request_id, destination, reason in holdings.leaving
             ],
-            "moves": [
-                {
-                    "request": self._number(move.record.request_id),
-                    "source": move.record.source,
-                    "destination": move.record.destination,
-                    "reason": move.record.reason,
-                    "committed": move.record.committed,
-                    "why": move.record.why,
-                    "blocks": move.record.blocks,
-                    "duration_s": round(move.record.duration_s, 4),
-                    "seconds_ago": round(now - move.ended_at, 2),
-                }
-                for move in moves[-MAX_MOVES:]
-            ],
+            "moves": [self._moved(move, now) for move in moves[-MAX_MOVES:]],
             "moves_left_out": max(0, len(moves) - MAX_MOVES),
             "latency": {
                 "slot_s": SLOT_S,
@@ -156,16 +174,16 @@ class LiveView:
             },
         }
 
-    def _number(self, request_id: str) -> int:
-        if (number := self._numbers.get(request_id)) is None:
-            self._num_numbers += 1
-            number = self._numbers[request_id] = self._num_numbers
-        return number
-
-    def _renumber(self) -> None:
-        """Forgets the numbers of requests that no event will speak of again."""
-        spoken_of: set[str] = {held.request_id for h in self._holdings.values() for held in h.held}
-        spoken_of |= {request_id for h in self._holdings.values() for request_id, _, _ in h.leaving}
-        spoken_of |= {move.record.request_id for move in self._recent.moves}
-        for request_id in [name for name in self._numbers if name not in spoken_of]:
-            del self._numbers[request_id]
+    def _moved(self, move: Move, now: float) -> dict[str, object]:
+        record = move.record
+        return {
+            "request": self._numbers.of(record.request_id),
+            "source": record.source,
+            "destination": record.destination,
+            "reason": record.reason,
+            "committed": record.committed,
+            "why": record.why,
+            "blocks": record.blocks,
+            "duration_s": round(record.duration_s, 4),
+            "seconds_ago": round(now - move.ended_at, 2),
+        }

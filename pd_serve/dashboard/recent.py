@@ -1,13 +1,13 @@
-"""What has just happened, kept for whoever opens the live page: latencies of the last minutes, moves.
+"""Recent events for the live page: latencies of the last minutes, and finished migrations.
 
-Latencies are counted in slots of some seconds, each a histogram of geometric buckets: a token costs a
-logarithm and an addition, and a quantile is right to within a few percent.
+Latencies are counted in slots of a few seconds, each a histogram with geometric buckets: counting a token
+takes a logarithm and an addition, and quantiles are accurate to a few percent.
 """
 
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,16 +15,16 @@ from migration.record import MigrationRecord
 from pd_serve.observe.recorder import Observer
 from pd_serve.observe.timeline import Timeline
 
-#: Length of a slot, how many are kept, and over how many of them the present numbers are taken.
+#: Length of a slot, number of slots kept, and number of slots in the summary.
 SLOT_S = 5.0
 NUM_SLOTS = 60
 NUM_SUMMED = 12
 
-#: Buckets grow by this factor.
+#: Ratio of the bounds of a bucket.
 GROWTH = 1.05
 _LOG_GROWTH = math.log(GROWTH)
 
-#: Migrations that are remembered.
+#: Migrations that are kept.
 NUM_MOVES = 256
 
 
@@ -33,7 +33,7 @@ def bucket_of(seconds: float) -> int:
 
 
 def quantile(counts: Mapping[int, int], share: float) -> float | None:
-    """The value that this share of them does not exceed, in seconds; None if there are none."""
+    """A quantile of bucketed values in seconds; None without values."""
     left = math.ceil(share * sum(counts.values()))
     for bucket in sorted(counts):
         left -= counts[bucket]
@@ -44,7 +44,7 @@ def quantile(counts: Mapping[int, int], share: float) -> float | None:
 
 @dataclass(slots=True)
 class Slot:
-    """Some seconds of one API server. `number` times `SLOT_S` is when it began."""
+    """Latencies and tokens of one slot, which began at `number` times `SLOT_S`."""
 
     number: int
     first_tokens: Counter[int] = field(default_factory=Counter)
@@ -52,7 +52,7 @@ class Slot:
     tokens: int = 0
 
     def row(self) -> tuple[int, int, float | None, float | None, float | None, float | None]:
-        """Number, tokens, P50 and P99 of TTFT and ITL in seconds."""
+        """Number of the slot, tokens, P50 and P99 of TTFT, P50 and P99 of ITL in seconds."""
         ttft, itl = self.first_tokens, self.gaps
         return (
             self.number,
@@ -63,11 +63,11 @@ class Slot:
 
 
 class Move(NamedTuple):
-    """A migration that has ended.
+    """A finished migration.
 
     Attributes:
-        number: Counts up.
-        ended_at: On the clock.
+        number: Ascending.
+        ended_at: Time of the clock.
     """
 
     number: int
@@ -76,7 +76,7 @@ class Move(NamedTuple):
 
 
 class RecentEvents(Observer):
-    """Args: `clock` is in seconds, the same as the recorder's."""
+    """Args: `clock` is that of the recorder, in seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
@@ -101,14 +101,15 @@ class RecentEvents(Observer):
         self.moves.append(Move(self._num_moves, self.clock(), record))
 
     def slots(self, last: int = NUM_SLOTS) -> list[Slot]:
-        """The last ones in which something happened, oldest first."""
+        """The latest slots that are not empty, oldest first."""
         begin = self._now() - last
         return [slot for slot in self._slots if slot.number > begin]
 
     def summary(self) -> dict[str, float | None]:
-        """The last minute in one: quantiles in seconds, and tokens/s."""
+        """Quantiles in seconds and tokens/s over the last `NUM_SUMMED` slots."""
         slots = self.slots(NUM_SUMMED)
-        ttft, itl = _sum(s.first_tokens for s in slots), _sum(s.gaps for s in slots)
+        ttft = sum((slot.first_tokens for slot in slots), Counter[int]())
+        itl = sum((slot.gaps for slot in slots), Counter[int]())
         seconds = (NUM_SUMMED - 1) * SLOT_S + self.clock() % SLOT_S
         return {
             "ttft_p50": quantile(ttft, 0.5),
@@ -126,10 +127,3 @@ class RecentEvents(Observer):
 
     def _now(self) -> int:
         return int(self.clock() // SLOT_S)
-
-
-def _sum(counters: Iterable[Counter[int]]) -> Counter[int]:
-    total: Counter[int] = Counter()
-    for counter in counters:
-        total.update(counter)
-    return total

@@ -1,4 +1,4 @@
-"""`/dashboard`, static and open to all, and `/cluster/live`, which it gets its data from."""
+"""`/dashboard`, static and open to all, and `/cluster/live`, the stream with its data."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -28,7 +28,7 @@ router = APIRouter()
 
 @router.get("/dashboard", include_in_schema=False)
 async def dashboard() -> Response:
-    """To the folder of the page's files; relative, like all that the page asks for, for proxies in front."""
+    """Redirects to the folder of the page. All URLs are relative, for proxies with a path prefix."""
     return RedirectResponse("dashboard/", status_code=307)
 
 
@@ -39,14 +39,16 @@ async def dashboard() -> Response:
     responses={200: {"content": {"text/event-stream": {}}}, **responses(503)},
 )
 async def live(request: Request) -> Response:
-    """Server-sent events for the live page, about two a second; see `pd_serve.dashboard.live_view`."""
+    """Server-sent events for the live page, about two per second; see `pd_serve.dashboard.live_view`."""
     state = request.app.state
     view: LiveView = state.live
     if view.is_full:
-        return error_response(503, f"{MAX_WATCHERS} pages watch this API server already; close one")
+        return error_response(
+            503, f"{MAX_WATCHERS} live pages are open at this API server already; close one"
+        )
 
     async def events() -> AsyncIterator[bytes]:
-        # A stream without an end would hold up the server's.
+        # Ends with the server, which waits for open streams.
         async for event in view.events(lambda: state.server.should_exit):
             yield b"data: " + event + b"\n\n"
 
@@ -55,7 +57,7 @@ async def live(request: Request) -> Response:
 
 
 class PageFiles(StaticFiles):
-    """The page's files: nothing but them may be loaded by the page."""
+    """The files of the page, with headers that allow it to load nothing else."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
         response = await super().get_response(path, scope)
@@ -64,7 +66,7 @@ class PageFiles(StaticFiles):
 
 
 def show_dashboard(app: FastAPI, view: LiveView) -> None:
-    """Serves the page and its data."""
+    """Adds the page and its data to the application."""
     app.state.live = view
     app.include_router(router)
     app.mount("/dashboard", PageFiles(directory=PAGE, html=True), name="dashboard")

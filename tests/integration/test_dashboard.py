@@ -1,4 +1,4 @@
-"""The live page's files and data over HTTP: who may have what, and when it ends."""
+"""The live page's files and data over HTTP: access, and the end of streams."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ class NoInstances:
         return iter(())
 
     async def ask(self, instance_id: str, method: str) -> Any:
-        raise AssertionError("there is nobody to ask")
+        raise AssertionError("there are no instances to ask")
 
 
 def view_of(service: LocalService) -> LiveView:
@@ -42,7 +42,7 @@ async def service(vllm_config: Any) -> AsyncIterator[LocalService]:  # noqa: F81
 
 
 class Links(HTMLParser):
-    """What a page loads."""
+    """Sources and links of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ async def test_its_data_needs_the_admin_key(service: LocalService, headers: dict
     assert view_of(service).num_watchers == 0
 
 
-async def test_it_is_watched_until_the_client_goes(service: LocalService) -> None:
+async def test_a_stream_counts_as_open_until_its_client_disconnects(service: LocalService) -> None:
     async with service.http.stream("GET", "/cluster/live", headers=ADMIN) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         lines = answer.aiter_lines()
@@ -91,7 +91,7 @@ async def test_it_is_watched_until_the_client_goes(service: LocalService) -> Non
     await eventually(lambda: view_of(service).num_watchers == 0)
 
 
-async def test_too_many_watchers_are_told_so(service: LocalService) -> None:
+async def test_one_page_too_many_gets_503(service: LocalService) -> None:
     view_of(service).num_watchers += MAX_WATCHERS
     try:
         answer = await service.http.get("/cluster/live", headers=ADMIN)
@@ -100,8 +100,8 @@ async def test_too_many_watchers_are_told_so(service: LocalService) -> None:
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, 503)
 
 
-async def test_the_server_ends_it(vllm_config: Any) -> None:  # noqa: F811
-    """A stream without an end does not hold up the end of the server."""
+async def test_the_server_ends_open_streams(vllm_config: Any) -> None:  # noqa: F811
+    """An open stream does not delay the end of the server."""
     async with running(vllm_config) as service:
         show_dashboard(service.app, LiveView("api-1", dict, NoInstances(), RecentEvents()))
         url = str(service.http.base_url)

@@ -1,4 +1,4 @@
-// Moves between instances, drawn over them as they happen.
+// Migrations, drawn as arcs between the instances.
 
 import { makeSvg, reducedMotion } from "./look.js";
 
@@ -7,7 +7,7 @@ const STAY_MS = 1900;
 const MAX_ARCS = 24;
 
 export class Arcs {
-  /** `container` holds the instances; `find(id)` is one of them. */
+  /** `container` has the instances; `find(id)` returns one of them. */
   constructor(container, find) {
     this.find = find;
     this.svg = makeSvg("svg", { class: "arcs", "aria-hidden": "true" });
@@ -16,7 +16,7 @@ export class Arcs {
     container.append(this.svg);
   }
 
-  /** Moves that have ended; those that go the same way at a time are one arc. */
+  /** Migrations that have ended; simultaneous ones between the same instances are one arc. */
   show(moves, colourOf) {
     const ways = new Map();
     for (const move of moves) {
@@ -30,7 +30,7 @@ export class Arcs {
     }
   }
 
-  /** Moves that are under way: [request, source, destination, reason] each. */
+  /** Migrations in progress: [request, source, destination, reason] each. */
   showUnderWay(leaving) {
     const now = new Map(leaving.map(([, source, destination, reason]) => [`${source} ${destination} ${reason}`, { source, destination, reason }]));
     for (const [way, path] of this.underWay) {
@@ -56,7 +56,7 @@ export class Arcs {
     const path = makeSvg("path", { d: way.d, class: `reason ${move.reason}` });
     const group = makeSvg("g", { opacity: 0 }, path);
     const key = `${move.source} ${move.destination} ${move.reason}`;
-    // A hand-off is what every request does, and of others one name for each way is enough.
+    // Hand-offs have no label, because every request has one; others have one label per pair of instances.
     if (move.reason !== "handoff" && !this.svg.querySelector(`g[data-key="${key}"] text`)) {
       const text = makeSvg("text", { x: way.middle.x, y: way.middle.y - 7 });
       text.textContent = together.length > 1 ? `${move.reason} ×${together.length}` : move.reason;
@@ -79,7 +79,7 @@ export class Arcs {
     fade.finished.then(() => group.remove(), () => group.remove());
   }
 
-  /** A curve from map to map, bent to one side so that both directions can be told apart. */
+  /** A curve between two maps, bent to one side so that the two directions do not overlap. */
   #path(move, request) {
     const from = this.find(move.source), to = this.find(move.destination);
     if (!from || !to) return null;

@@ -1,9 +1,9 @@
-// Which square of an instance's map belongs to which request. Squares stay where they are for as long as their
-// request holds them, so that what changes can be seen.
+// Assigns the squares of an instance's map to requests. A request keeps its squares as long as it holds the blocks,
+// so that changes are visible.
 
 const NICE = [1, 2, 5];
 
-/** Columns, rows, size of a square in pixels and blocks per square, for a map of this width and about this height. */
+/** Columns, rows, pixels per square and blocks per square of a map with this width and about this height. */
 export function layOut(totalBlocks, width, height) {
   for (let step = 0; ; step++) {
     const blocksPerCell = NICE[step % 3] * 10 ** Math.floor(step / 3);
@@ -23,7 +23,7 @@ export class BlockMap {
     this.cellsOf = new Map(); // by request, in the order in which it got them
   }
 
-  /** Takes [request, blocks, arriving] of all that hold blocks. Returns whether anything has changed. */
+  /** Takes [request, blocks, arriving] of all requests with blocks. Returns whether anything has changed. */
   update(held, now) {
     const wanted = this.#wanted(held);
     this.changed = false;
@@ -50,7 +50,7 @@ export class BlockMap {
     this.changed = true;
   }
 
-  /** Squares by request: at least one each; blocks that several share count only as far as there is room. */
+  /** Squares by request: at least one each. Shared blocks count for every request, as far as there is room. */
   #wanted(held) {
     const wanted = new Map();
     let sum = 0;
@@ -75,7 +75,7 @@ export class BlockMap {
     return -1;
   }
 
-  /** Where the first gap of that length begins, or else the longest one. */
+  /** The start of the first gap of this length, or else of the longest gap. */
   #gap(length) {
     let best = 0, bestLength = 0, begin = 0;
     for (let cell = 0; cell <= this.owner.length; cell++) {

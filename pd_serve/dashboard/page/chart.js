@@ -8,7 +8,7 @@ const BOTTOM = 12;
 const TOP = 5;
 const LEFT = 38;
 
-/** The least round number that is not below. */
+/** The smallest round number that is not below `value`. */
 export function niceAbove(value) {
   const power = 10 ** Math.floor(Math.log10(value || 1));
   return [1, 2, 3, 5, 10].find((step) => step * power >= value) * power;
@@ -17,7 +17,7 @@ export function niceAbove(value) {
 /**
  * Draws into `svg`.
  *
- * lines: [{ name, values: [[age in s, value or null], …] oldest first }], the second one is the quiet one.
+ * lines: [{ name, values: [[age in s, value or null], …], oldest first }]; the second line is less prominent.
  */
 export function drawChart(svg, lines, { minutes, format, label, area = false }) {
   const box = svg.getBoundingClientRect();
@@ -56,7 +56,7 @@ export function drawChart(svg, lines, { minutes, format, label, area = false }) 
   svg.replaceChildren(...parts);
 }
 
-/** Pieces without a hole. */
+/** Splits values at nulls. */
 function runs(values) {
   const found = [[]];
   for (const point of values) {

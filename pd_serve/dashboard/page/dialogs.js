@@ -1,4 +1,4 @@
-// What opens over the page: a request's timeline, and the requests of an instance.
+// Dialogs: the timeline of a request, and the requests of an instance.
 
 import { make, makeSvg, seconds } from "./look.js";
 import { ask } from "./stream.js";
@@ -17,7 +17,7 @@ function show(title, ...content) {
 }
 
 export async function openRequest(id, colour) {
-  show(id, make("p", {}, "asking …"));
+  show(id, make("p", {}, "loading …"));
   try {
     const response = await ask(`../cluster/requests/${encodeURIComponent(id)}`);
     const answer = await response.json();
@@ -42,7 +42,7 @@ function timeline(request, colour) {
   return [make("p", { className: "facts" }, ...entries), lanes(request, colour), story(request)];
 }
 
-/** One lane for each instance, one bar for each stage, and where it went over. */
+/** One lane per instance, one bar per stage, and a line for each move. */
 function lanes(request, colour) {
   const stays = request.instances;
   const names = [...new Set(stays.map((stay) => stay.instance))];
@@ -83,13 +83,13 @@ function lanes(request, colour) {
   return svg;
 }
 
-/** The same in words. */
+/** The same as a list. */
 function story(request) {
   const entries = [
     ...request.stages.map((s) => [s.begin_s, `${s.stage} on ${s.instance}`, seconds(s.end_s - s.begin_s)]),
     ...request.migrations.map((m) => [
       m.begin_s,
-      `${m.source} → ${m.destination}: ${m.reason}${m.outcome === "committed" ? "" : `, did not happen: ${m.why}`}`,
+      `${m.source} → ${m.destination}: ${m.reason}${m.outcome === "committed" ? "" : `, aborted: ${m.why}`}`,
       m.outcome === "committed" ? `${m.blocks} blocks${m.downtime_s === null ? "" : `, gap ${seconds(m.downtime_s)}`}` : "",
     ]),
   ].sort((a, b) => a[0] - b[0]);
@@ -97,7 +97,7 @@ function story(request) {
     make("li", {}, make("time", {}, seconds(at)), make("span", { className: "what" }, what), make("small", {}, size))));
 }
 
-/** All requests of an instance, the largest first. */
+/** All requests on an instance, largest first. */
 export function openInstance(instance, requests, blockTokens, open) {
   const held = [...instance.held].sort((a, b) => b[1] - a[1]);
   const most = held[0]?.[1] ?? 1;

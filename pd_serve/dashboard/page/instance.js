@@ -5,7 +5,7 @@ import { make, number, reducedMotion } from "./look.js";
 
 const FADE_MS = 350;
 
-/** With more instances than this nothing fades in. */
+/** With more instances than this there are no fade-in animations. */
 const MANY = 20;
 
 export class Instance {
@@ -69,7 +69,7 @@ export class Instance {
     if (this.map?.update(held, performance.now()) || !sameArriving) this.draw();
   }
 
-  /** Makes the map anew, when there is another number of blocks or another width. */
+  /** Creates the map again when the number of blocks or the width has changed. */
   #fit() {
     const width = Math.floor(this.canvas.clientWidth);
     if (!width || !this.row || (width === this.width && this.total === this.row.total_blocks)) return;
@@ -146,7 +146,7 @@ export class Instance {
     this.page.point(this, request, event);
   }
 
-  /** A tap shows what a pointer would, a click or a second tap the timeline. */
+  /** A tap shows the tooltip, a click or a second tap the timeline. */
   #chosen(request, event) {
     if (!request) return this.#light(0);
     const again = event.pointerType !== "touch" || this.tapped === request;
@@ -167,7 +167,7 @@ export class Instance {
     this.#light(requests[next]);
   }
 
-  /** The middle of a request's squares, or of the map, within the page. */
+  /** The centre of a request's squares, or of the map, in page coordinates. */
   middleOf(request) {
     const box = this.canvas.getBoundingClientRect();
     const cells = this.map?.cellsOf.get(request);

@@ -1,10 +1,10 @@
-// Colours and words: what a request, a time and a number look like.
+// Formatting: colours of requests, times and numbers.
 
 export const reducedMotion = matchMedia("(prefers-reduced-motion: reduce)");
 
 const THEMES = ["auto", "light", "dark"];
 
-/** The button that goes through the themes; `changed` is called whenever what is seen changes. */
+/** The button that switches themes; `changed` is called when the colours change. */
 export function themeButton(button, changed) {
   const show = (theme) => {
     if (theme === "auto") delete document.documentElement.dataset.theme;
@@ -22,7 +22,7 @@ export function themeButton(button, changed) {
   show(theme);
 }
 
-/** What a custom property of the style sheet is now, for a canvas. */
+/** The present value of a custom property of the style sheet, for a canvas. */
 export function colourOf(property) {
   const probe = document.createElement("i");
   probe.style.color = `var(${property})`;
@@ -32,7 +32,7 @@ export function colourOf(property) {
   return colour;
 }
 
-/** A request's own colour: made of its id, so the same everywhere and for as long as it lives. */
+/** The colour of a request, derived from its id so that it is the same everywhere. */
 export function requestColour(id) {
   let hash = 2166136261;
   for (let i = 0; i < id.length; i++) hash = Math.imul(hash ^ id.charCodeAt(i), 16777619);
@@ -62,13 +62,13 @@ export function ago(value) {
   return `${Math.round(value / 3600)} h`;
 }
 
-/** What a client would recognize of a request's id: without vLLM's prefix and suffix. */
+/** A request's id without the prefix and suffix that vLLM adds, shortened. */
 export function shortId(id) {
   const bare = id.replace(/^(chat)?cmpl-/, "");
   return bare.length > 22 ? `${bare.slice(0, 10)}…${bare.slice(-9)}` : bare;
 }
 
-/** An element with attributes or properties, and children: `make("p", { className: "x" }, "text", child)`. */
+/** Creates an element with properties and children: `make("p", { className: "x" }, "text", child)`. */
 export function make(tag, properties = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {

@@ -1,4 +1,4 @@
-// The page: events in, what is shown out.
+// The page: updates all its parts from the events of the server.
 
 import { Arcs } from "./arcs.js";
 import { drawChart } from "./chart.js";
@@ -23,7 +23,7 @@ const page = {
   lit: 0,
   blockTokens: 0,
 
-  /** Lights up a request everywhere, and says what it is. */
+  /** Highlights a request everywhere and shows its tooltip. */
   point(instance, request, event) {
     if (this.lit !== request) {
       this.lit = request;
@@ -36,7 +36,7 @@ const page = {
     const [, blocks, arriving] = instance.held.find(([number]) => number === request) ?? [0, 0, 0];
     const mark = make("i");
     mark.style.background = known?.colour ?? "";
-    const size = `${blocks} blocks, at most ${number(blocks * this.blockTokens)} tokens${arriving ? "; on its way here" : ""}`;
+    const size = `${blocks} blocks, at most ${number(blocks * this.blockTokens)} tokens${arriving ? "; arriving" : ""}`;
     tip.replaceChildren(make("b", {}, mark, known?.id ?? "?"), size);
     const at = event ? { x: event.clientX, y: event.clientY } : instance.middleOf(request);
     const box = tip.getBoundingClientRect();
@@ -99,7 +99,7 @@ function showInstances({ cluster, blocks }) {
   }
   const least = rows.length <= 8 ? 270 : rows.length <= 20 ? 210 : 140;
   const most = Math.max(1, Math.floor((container.clientWidth + 14) / (least + 14)));
-  // As many columns as fit, but no row that is nearly empty.
+  // As many columns as fit, without a nearly empty last row.
   container.style.setProperty("--columns", Math.ceil(rows.length / Math.ceil(rows.length / most)) || 1);
   container.classList.toggle("dense", rows.length > 20);
   rows.forEach((row, place) => {
@@ -137,7 +137,7 @@ function moveRow(move) {
   time.dataset.at = move.at;
   const name = make("button", { type: "button", title: move.id }, shortId(move.id));
   name.addEventListener("click", () => openRequest(move.id, move.colour));
-  const way = ` ${move.source} → ${move.destination}${move.committed ? "" : `, did not happen: ${move.why}`}`;
+  const way = ` ${move.source} → ${move.destination}${move.committed ? "" : `, aborted: ${move.why}`}`;
   const size = move.committed ? `${move.blocks} blocks, ${seconds(move.duration_s)}` : "";
   return make("li", {}, time,
     make("span", { className: "what" }, make("span", { className: `reason ${move.reason}` }, move.reason), " ", name, way),
@@ -171,7 +171,7 @@ function showNumbers({ latency, cluster }) {
     chart(tile, [{ values: series(column) }, { values: series(column + 1) }], { format: seconds, label });
   }
   set("tokens", "rate", number(sums.tokens_per_s));
-  // The present slot is not over: its tokens would look like fewer.
+  // Not the present slot: it is incomplete, so its rate would be too low.
   const rates = series(1).slice(0, -1).map(([age, tokens]) => [age, (tokens ?? 0) / slotS]);
   chart("tokens", [{ values: slots.size ? rates : [] }], { format: number, area: true, label: `${number(sums.tokens_per_s)} tokens per second` });
 
@@ -192,7 +192,7 @@ function onState(name, why) {
   $("main").classList.toggle("stale", name !== "live");
   $("key-form").hidden = name !== "locked";
   $("trouble").hidden = name !== "gone";
-  if (name === "gone") $("trouble").textContent = `Nothing comes from the server (${why}). What is shown is old; trying again.`;
+  if (name === "gone") $("trouble").textContent = `No data from the server (${why}). The page shows old data; reconnecting.`;
 }
 
 const stream = new Stream("../cluster/live", { event: onEvent, state: onState });

@@ -1,25 +1,25 @@
-// Server-sent events by fetch, because EventSource cannot send a key; reconnects for as long as it takes.
+// Server-sent events by fetch, because EventSource cannot send a key. Reconnects until it succeeds.
 
 const SILENT_MS = 15000;
 const RETRY_MS = 500;
 const MAX_RETRY_MS = 10000;
 const KEY = "pd-serve key";
 
-/** Asks the API server; the answer may be a refusal. */
+/** Sends a request to the API server; the response may be an error. */
 export function ask(path, options = {}) {
   const key = sessionStorage.getItem(KEY);
   return fetch(path, { ...options, cache: "no-store", headers: key ? { Authorization: `Bearer ${key}` } : {} });
 }
 
 export class Stream {
-  /** `on` has `event(data, isFirst)`, `state(name, why)` with live, connecting, gone or locked. */
+  /** `on` has the callbacks `event(data, isFirst)` and `state(name, why)`; names are live, connecting, gone, locked. */
   constructor(path, on) {
     this.path = path;
     this.on = on;
     this.retry = RETRY_MS;
     this.abort = null;
     this.timer = null;
-    // Nobody looks at a hidden page: the instances are left alone.
+    // A hidden page needs no data: instances are not asked for their blocks.
     document.addEventListener("visibilitychange", () => (document.hidden ? this.stop() : this.start()));
   }
 
@@ -59,7 +59,7 @@ export class Stream {
       if (response.status === 401) throw new Error("locked");
       if (!response.ok) {
         const body = await response.json().catch(() => ({}));
-        throw new Error(body.error?.message ?? `the server answers ${response.status}`);
+        throw new Error(body.error?.message ?? `the server answered ${response.status}`);
       }
       const decoder = new TextDecoder();
       let rest = "";

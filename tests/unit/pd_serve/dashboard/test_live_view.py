@@ -1,4 +1,4 @@
-"""What a watcher of the live page gets, and that nobody is asked for it when there is none."""
+"""Events of the live page, and instances that are asked only while a page is open."""
 
 import asyncio
 import json
@@ -23,9 +23,9 @@ class FakeInstances:
     """Answers as over the wire: with lists.
 
     Attributes:
-        asked: Who has been asked, in order.
+        asked: Instances that were asked, in order.
         held: Request, blocks and whether they are reserved, by instance.
-        silent: These do not answer; `dead` ones fail.
+        silent: Instances that do not answer; `dead` ones raise an error.
     """
 
     def __init__(self) -> None:
@@ -85,7 +85,7 @@ def moved(recent: RecentEvents, request: str, *, committed: bool = True) -> None
     recent.migration_ended(record)
 
 
-async def test_an_event_tells_who_holds_what(view: LiveView, instances: FakeInstances) -> None:
+async def test_an_event_has_the_blocks_of_every_request(view: LiveView, instances: FakeInstances) -> None:
     instances.held = {"decode-0": [("a", 5, False), ("b", 2, False)], "decode-1": [("b", 3, True)]}
     instances.leaving = {"decode-0": [("b", "decode-1", "balance")]}
     event = await following(view.events())
@@ -97,7 +97,7 @@ async def test_an_event_tells_who_holds_what(view: LiveView, instances: FakeInst
     assert event["cluster"] == {"instances": [{"freeness": None}]}, "JSON has no infinity"
 
 
-async def test_names_and_slots_are_told_once(
+async def test_each_page_gets_the_name_of_a_request_once(
     view: LiveView, instances: FakeInstances, recent: RecentEvents
 ) -> None:
     instances.held["decode-0"] = [("a", 5, False)]
@@ -115,7 +115,7 @@ async def test_names_and_slots_are_told_once(
     assert sorted(other["names"].values()) == ["a", "b"]
 
 
-async def test_each_move_is_told_once_to_each_watcher(view: LiveView, recent: RecentEvents) -> None:
+async def test_each_page_gets_each_migration_once(view: LiveView, recent: RecentEvents) -> None:
     moved(recent, "before")
     one, two = view.events(), view.events()
     assert (await following(one))["moves"] == (await following(two))["moves"] == []
@@ -144,7 +144,7 @@ async def test_each_move_is_told_once_to_each_watcher(view: LiveView, recent: Re
         assert (await following(events))["moves"] == []
 
 
-async def test_an_event_is_bounded(view: LiveView, recent: RecentEvents) -> None:
+async def test_an_event_has_a_bounded_number_of_migrations(view: LiveView, recent: RecentEvents) -> None:
     events = view.events()
     await following(events)
     for number in range(MAX_MOVES + 7):
@@ -154,7 +154,7 @@ async def test_an_event_is_bounded(view: LiveView, recent: RecentEvents) -> None
     assert (len(event["moves"]), event["moves_left_out"]) == (MAX_MOVES, 7)
 
 
-async def test_nobody_is_asked_while_nobody_watches(view: LiveView, instances: FakeInstances) -> None:
+async def test_instances_are_not_asked_without_an_open_page(view: LiveView, instances: FakeInstances) -> None:
     await asyncio.sleep(0.05)
     assert instances.asked == []
     events = view.events()
@@ -169,7 +169,7 @@ async def test_nobody_is_asked_while_nobody_watches(view: LiveView, instances: F
     assert (view.num_watchers, len(instances.asked)) == (0, asked)
 
 
-async def test_two_watchers_cost_no_more_than_one(
+async def test_two_pages_ask_instances_as_often_as_one(
     view: LiveView, instances: FakeInstances, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(live_view, "INTERVAL_S", 60.0)
@@ -179,7 +179,9 @@ async def test_two_watchers_cost_no_more_than_one(
     assert sorted(instances.asked) == ["decode-0", "decode-1"]
 
 
-async def test_one_that_does_not_answer_holds_up_nobody(view: LiveView, instances: FakeInstances) -> None:
+async def test_an_instance_that_does_not_answer_delays_no_event(
+    view: LiveView, instances: FakeInstances
+) -> None:
     instances.silent = {"decode-0"}
     instances.held["decode-1"] = [("a", 5, False)]
     events = view.events()
@@ -190,7 +192,7 @@ async def test_one_that_does_not_answer_holds_up_nobody(view: LiveView, instance
     assert instances.asked.count("decode-0") == 1, "it is not asked again before it has answered"
 
 
-async def test_what_has_died_or_left_is_not_shown_any_more(view: LiveView, instances: FakeInstances) -> None:
+async def test_an_event_has_no_blocks_of_lost_instances(view: LiveView, instances: FakeInstances) -> None:
     instances.held = {name: [("a", 5, False)] for name in ("decode-0", "decode-1", "decode-2")}
     events = view.events()
     assert len((await following(events))["blocks"]) == 3
@@ -200,9 +202,7 @@ async def test_what_has_died_or_left_is_not_shown_any_more(view: LiveView, insta
     assert list((await following(events))["blocks"]) == ["decode-2"]
 
 
-async def test_numbers_of_requests_that_are_gone_are_forgotten(
-    view: LiveView, instances: FakeInstances
-) -> None:
+async def test_numbers_of_ended_requests_are_forgotten(view: LiveView, instances: FakeInstances) -> None:
     events = view.events()
     for number in range(50):
         instances.held["decode-0"] = [(f"r{number}", 1, False)]
@@ -211,7 +211,7 @@ async def test_numbers_of_requests_that_are_gone_are_forgotten(
     assert len(view._numbers) <= 2
 
 
-async def test_it_ends_with_the_server_and_has_a_bound(view: LiveView) -> None:
+async def test_streams_end_with_the_server_and_are_bounded(view: LiveView) -> None:
     ends = False
     events = [view.events(lambda: ends) for _ in range(MAX_WATCHERS)]
     for each in events:
