@@ -13,6 +13,7 @@ from migration.tasks import BackgroundTasks
 from pd_serve.api.server import bind, serve
 from pd_serve.comm.wire import CurveKeys, Wire
 from pd_serve.config import ServeConfig
+from pd_serve.errors import PdServeError
 from pd_serve.launch.api_server import ApiServer, import_api_modules
 from pd_serve.launch.console import Console
 from pd_serve.launch.flag_table import vllm_version
@@ -22,6 +23,9 @@ from pd_serve.manager.manager import Manager
 from pd_serve.platform.cpu import is_cpu_build
 from pd_serve.platform.environment import ray_environment
 from pd_serve.platform.memory import check_memory
+
+#: Time for Ray to start or to be joined, in seconds: a few, unless the machine is very busy.
+JOIN_S = 120.0
 
 if TYPE_CHECKING:
     from pd_serve.manager.ray_launcher import RayLauncher
@@ -87,7 +91,12 @@ class LocalService:
         launcher = self._launcher = RayLauncher(config.ray_address, model.environment)
         console.step("starting Ray and loading vLLM")
         parsing = self._tasks.start(asyncio.to_thread(parse, config, model))
-        await asyncio.to_thread(launcher.connect)
+        try:
+            async with asyncio.timeout(JOIN_S):
+                await asyncio.to_thread(launcher.connect)
+        except TimeoutError:
+            where = config.ray_address or "this machine"
+            raise PdServeError(f"Ray at {where} does not answer within {JOIN_S:g} s") from None
         self._catch_signals()  # Ray has replaced the handlers
         if is_cpu_build():  # importing takes longest: it goes on while the flags are parsed
             for name, role in config.instance_roles:

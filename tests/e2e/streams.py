@@ -4,9 +4,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from conftest import Reference
-
 from tests.e2e.completion_client import Answer, Body, CompletionClient, Move, Progress
+from tests.e2e.conftest import Reference
 from tests.e2e.test_same_output import assert_same
 
 

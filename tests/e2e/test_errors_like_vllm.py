@@ -4,9 +4,9 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Reference
 
 from tests.e2e.completion_client import CompletionClient
+from tests.e2e.conftest import Reference
 from tests.e2e.error_cases import ERROR_CASES
 from tests.e2e.server_process import ServerProcess
 from tests.e2e.verdicts import Verdicts

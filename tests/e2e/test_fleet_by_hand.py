@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import run_cluster
 
 from tests.e2e.completion_client import Answer, Body, CompletionClient
+from tests.e2e.conftest import run_cluster
 from tests.e2e.prompts import token_ids
 from tests.e2e.server_process import ServerProcess, pd_serve
 from tests.e2e.test_same_output import assert_same

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import run_cluster
 
 from tests.e2e.completion_client import CompletionClient
+from tests.e2e.conftest import run_cluster
 from tests.e2e.server_process import ServerProcess
 
 ROOT = Path(__file__).parents[2]

@@ -8,9 +8,9 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from conftest import TIMEOUT, Reference, run_cluster
 
 from tests.e2e.completion_client import CompletionClient
+from tests.e2e.conftest import TIMEOUT, Reference, run_cluster
 from tests.e2e.prompts import token_ids
 from tests.e2e.server_process import ServerProcess
 from tests.e2e.test_same_output import assert_same

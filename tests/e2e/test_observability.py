@@ -9,9 +9,9 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import run_cluster
 
 from tests.e2e.completion_client import Body, CompletionClient
+from tests.e2e.conftest import run_cluster
 from tests.e2e.otlp_receiver import OtlpReceiver
 from tests.e2e.prometheus import Prometheus, tool
 from tests.e2e.prompts import token_ids

@@ -6,10 +6,10 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import Reference
 from openai import AsyncOpenAI, OpenAI
 
 from tests.e2e.completion_client import CompletionClient
+from tests.e2e.conftest import Reference
 from tests.e2e.openai_session import CALLS, SETTINGS, WRONG, asynchronous, typed_error
 from tests.e2e.server_process import ServerProcess
 from tests.e2e.verdicts import Verdicts

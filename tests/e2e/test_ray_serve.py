@@ -14,10 +14,10 @@ import httpx
 import psutil
 import pytest
 import yaml
-from conftest import TIMEOUT
 
 from pd_serve.models.cache import cache_root
 from tests.e2e.completion_client import Body, CompletionClient
+from tests.e2e.conftest import TIMEOUT
 from tests.e2e.prompts import token_ids
 from tests.e2e.ray_cluster import ENVIRONMENT, RayCluster, free_ports, ray_cluster
 from tests.e2e.server_process import ServerProcess

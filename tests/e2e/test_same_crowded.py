@@ -4,9 +4,9 @@ import asyncio
 import random
 
 import pytest
-from conftest import Reference
 
 from tests.e2e.completion_client import Body, CompletionClient, Move, Progress
+from tests.e2e.conftest import Reference
 from tests.e2e.prompts import token_ids
 from tests.e2e.server_process import ServerProcess
 from tests.e2e.test_same_output import assert_same

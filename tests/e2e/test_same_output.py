@@ -4,9 +4,9 @@ import random
 from typing import Any
 
 import pytest
-from conftest import Reference
 
 from tests.e2e.completion_client import Answer, CompletionClient
+from tests.e2e.conftest import Reference
 from tests.e2e.prompts import token_ids
 from tests.e2e.server_process import ServerProcess
 

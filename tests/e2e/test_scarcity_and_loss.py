@@ -10,9 +10,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import Reference, run_cluster
 
 from tests.e2e.completion_client import Answer, Body, CompletionClient, Meanwhile
+from tests.e2e.conftest import Reference, run_cluster
 from tests.e2e.prompts import token_ids
 from tests.e2e.server_process import ServerProcess
 from tests.e2e.test_same_output import assert_same

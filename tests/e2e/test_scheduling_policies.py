@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Reference, run_cluster
 
 from tests.e2e.completion_client import Body, CompletionClient
+from tests.e2e.conftest import Reference, run_cluster
 from tests.e2e.prompts import token_ids
 from tests.e2e.server_process import ServerProcess
 from tests.e2e.streams import Stream, answers, streaming

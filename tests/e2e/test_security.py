@@ -12,9 +12,9 @@ import httpx
 import openai
 import psutil
 import pytest
-from conftest import run_cluster
 
 from pd_serve.api.keys import OPEN_PREFIXES
+from tests.e2e.conftest import run_cluster
 from tests.e2e.open_ports import Port, ask_all, listening, processes
 from tests.e2e.server_process import ServerProcess
 

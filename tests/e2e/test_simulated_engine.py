@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import run_cluster
 
 from tests.e2e.completion_client import Body, CompletionClient
+from tests.e2e.conftest import run_cluster
 from tests.e2e.prompts import token_ids
 from tests.e2e.server_process import ServerProcess
 from tests.e2e.test_same_output import assert_same

@@ -9,13 +9,13 @@ from argparse import Namespace
 from typing import Any
 
 import pytest
-from conftest import Reference
 from vllm.benchmarks import serve as vllm_bench
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from pd_serve import models
 from tests.e2e.compat_environment import COMPAT, SCRIPTS, needs_environment, output_of
 from tests.e2e.completion_client import CompletionClient
+from tests.e2e.conftest import Reference
 from tests.e2e.server_process import ServerProcess
 from tests.e2e.verdicts import Verdicts
 
