@@ -72,12 +72,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     add("--traces", type=Path, metavar="DIR", help="Folder of trace files. Default: $PD_SERVE_TRACES.")
     add("--rate", type=_above_zero, metavar="R", help="Mean requests/s. Required for a trace without times.")
     add("--rate-scale", type=_above_zero, default=1.0, metavar="X", help="Factor on the request rate.")
-    add(
-        "--requests",
-        type=_count,
-        metavar="N",
-        help="Number of requests. Default: all of the trace, or 10,000 generated.",
-    )
+    add("--requests", type=_count, metavar="N", help="Default: all of the trace, or 10,000 generated.")
     add("--max-tokens", type=_count, metavar="N", help="Longer answers are cut to this.")
     add("--max-prompt-tokens", type=_count, metavar="N", help="Longer prompts are cut to this.")
     add(
@@ -97,12 +92,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         metavar="ttft=2s,tpot=100ms",
         help=f"Limits of a good request: {', '.join(LIMITS)}.",
     )
-    add(
-        "--goodput",
-        type=_share,
-        metavar="SHARE",
-        help="Least share of good requests; below it the exit code is 3.",
-    )
+    add("--goodput", type=_share, metavar="SHARE", help="Exit code 3 below this share of good requests.")
     add(
         "--check",
         choices=CHECKS,
@@ -111,19 +101,9 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         "the same request sent again after the load (repeat); any, in the requested number (count). "
         "auto: the first that fits the model.",
     )
-    add(
-        "--warm-up",
-        type=int,
-        default=4,
-        metavar="N",
-        help="Requests before the load: checked, not counted.",
-    )
+    add("--warm-up", type=int, default=4, metavar="N", help="Uncounted requests before the load.")
     add("--model", help="The model's name in the API. Default: the first served model.")
-    add(
-        "--api-key",
-        default=os.environ.get("VLLM_API_KEY"),
-        help="API key of the service. Default: $VLLM_API_KEY.",
-    )
+    add("--api-key", default=os.environ.get("VLLM_API_KEY"), help="Default: $VLLM_API_KEY.")
     add("--report", type=Path, metavar="FILE.json", help="File for all numbers, including every request.")
 
 

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -144,26 +144,19 @@ async def running(server: ServerCommand, log: IO[bytes] | None = None) -> AsyncI
     Raises:
         PdServeError: The server did not start.
     """
-    if log is None:
-        with tempfile.TemporaryFile() as temporary:
-            async with running(server, temporary) as ready:
-                yield ready
-        return
-    process = await asyncio.create_subprocess_exec(
-        *server.command,
-        stdout=log,
-        stderr=log,
-        env=os.environ | server.environment,
-        start_new_session=True,
-    )
-    try:
-        if not await _is_ready(server.url, process):
-            log.seek(0)
-            output = log.read().decode(errors="replace").strip().splitlines() or ["nothing"]
-            raise PdServeError(f"{server.name} did not start; its last line of output: {output[-1]}")
-        yield RunningServer(server.url, psutil.Process(process.pid))
-    finally:
-        await _stop(process)
+    environment = os.environ | server.environment
+    with nullcontext(log) if log is not None else tempfile.TemporaryFile() as output:
+        process = await asyncio.create_subprocess_exec(
+            *server.command, stdout=output, stderr=output, env=environment, start_new_session=True
+        )
+        try:
+            if not await _is_ready(server.url, process):
+                output.seek(0)
+                lines = output.read().decode(errors="replace").strip().splitlines() or ["nothing"]
+                raise PdServeError(f"{server.name} did not start; its last line of output: {lines[-1]}")
+            yield RunningServer(server.url, psutil.Process(process.pid))
+        finally:
+            await _stop(process)
 
 
 @asynccontextmanager
