@@ -182,16 +182,6 @@ def test_wrong_counts_and_reasons_are_errors(damage: Callable[[list[Any]], None]
         check_counts(answer(parts), REQUEST)
 
 
-def test_error_chunks_and_chunks_after_the_end_are_errors() -> None:
-    with pytest.raises(StreamError, match="ended with an error"):
-        answer([*chunks(generated())[:3], {"error": {"message": "no"}}])
-    with pytest.raises(StreamError, match="after the finish reason"):
-        answer([*chunks(generated()), chunks(generated())[1]])
-    result = answer(chunks(generated()))
-    with pytest.raises(StreamError, match="went on after its end"):
-        result.add(chunks(generated())[0], 0.0)
-
-
 @pytest.mark.parametrize(
     "vocabulary", [LETTERS, Vocabulary(1000, 48_152, is_text=False), Vocabulary(1000, 31_000, is_text=False)]
 )
