@@ -7,8 +7,11 @@ import psutil
 
 from pd_serve.errors import InvalidRequestError, PdServeError
 
-#: Time for a TCP connection to the cluster's head, in seconds.
+#: Time to connect to the cluster's head, and for its first answer, in seconds each.
 CONNECT_S = 5.0
+
+#: The start of an HTTP/2 connection, which a gRPC server such as Ray's answers at once with its own settings.
+HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 
 #: Where `ray start` notes the address of the last cluster that it has started on this machine.
 CURRENT_CLUSTER = "/tmp/ray/ray_current_cluster"
@@ -30,7 +33,11 @@ def check_ray_address(address: str | None) -> None:
     if not host or not port.isdecimal():
         raise InvalidRequestError(f"--ray-address {where}: must be HOST:PORT, or auto")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+        with socket.create_connection((host.strip("[]"), int(port)), CONNECT_S) as connection:
+            if "RAY_USE_TLS" not in os.environ:
+                connection.sendall(HTTP2_PREFACE)
+                if not connection.recv(1):
+                    raise ConnectionError("the connection was closed")
     except (OSError, OverflowError) as error:
         if address == "auto" and _runs_here():
             return  # the noted cluster is gone; Ray finds the one that runs here
