@@ -57,11 +57,6 @@ class Prepared:
     flags: "ParsedFlags"
     engine_config: "VllmConfig"
 
-    @property
-    def placements(self) -> dict[str, Placement]:
-        """Requirements of an instance on its machine, by role."""
-        return placements(self.config, float(self.flags.server.tensor_parallel_size))
-
     def manager_config(self, host: str, keys: CurveKeys) -> ManagerConfig:
         config = self.config
         return ManagerConfig(
@@ -71,7 +66,7 @@ class Prepared:
             max_instances=config.max_instances,
             policies=config.policies,
             engine_args={role: self.flags.engine(role) for role in ROLES},
-            placements=self.placements,
+            placements=placements(config, float(self.flags.server.tensor_parallel_size)),
             host=host,
             keys=keys,
             environment=self.model.environment,
@@ -92,7 +87,7 @@ class Prepared:
 
 
 def placements(config: ServeConfig, workers: float) -> dict[str, Placement]:
-    """By role; an instance on GPUs takes one for each of its tensor-parallel workers."""
+    """Requirements of an instance, by role; on GPUs, one for each of its tensor-parallel workers."""
     gpus = 0.0 if is_cpu_build() or config.engine == "simulated" else workers
     return {role: Placement(gpus, config.resources[role], config.accelerator_type) for role in ROLES}
 

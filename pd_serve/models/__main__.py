@@ -3,21 +3,10 @@
 import sys
 
 from pd_serve.errors import PdServeError
-from pd_serve.models.catalog import DEFAULT_MODEL, demo_names, resolve
-
-
-def main(arguments: list[str]) -> int:
-    if len(arguments) > 1 or {"-h", "--help"} & set(arguments):
-        names = ", ".join(demo_names())
-        print(f"usage: python -m pd_serve.models [NAME]   demo models: {names}", file=sys.stderr)
-        return 2
-    try:
-        print(resolve(arguments[0] if arguments else DEFAULT_MODEL))
-    except PdServeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
+from pd_serve.models.catalog import DEFAULT_MODEL, resolve
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        print(resolve((sys.argv[1:] or [DEFAULT_MODEL])[0]))
+    except PdServeError as error:
+        sys.exit(f"error: {error}")
