@@ -42,8 +42,8 @@ def vllm_version() -> str:
     if importlib.util.find_spec("vllm") is not None:
         return "unknown"
     raise PdServeError(
-        "vLLM is not installed. On a CPU: pip install --no-deps -r requirements-cpu.txt; on GPUs: pip install "
-        "--no-deps -r deploy/docker/requirements-cuda.lock (docs/run.md, Install)"
+        "vLLM is not installed. On a CPU: pip install --no-deps -r requirements-cpu.txt; on GPUs:"
+        " pip install --no-deps -r deploy/docker/requirements-cuda.lock (docs/run.md, Install)"
     )
 
 
