@@ -1,0 +1,48 @@
+"""What instances ask of their machines, and the environment that a model needs."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from pd_serve.config import ServeConfig
+from pd_serve.launch import preparation
+from pd_serve.launch.preparation import find_model, placements
+
+
+@pytest.fixture(autouse=True)
+def _environment_of_the_process_stays() -> Iterator[None]:
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def test_on_gpus_an_instance_takes_one_for_each_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparation, "is_cpu_build", lambda: False)
+    config = ServeConfig(decode_resources='{"node_b": 1}', accelerator_type="A10G")
+
+    found = placements(config, 2.0)
+
+    assert found["prefill"].bundle() == {"GPU": 2.0, "accelerator_type:A10G": 0.001}
+    assert found["decode"].bundle() == {"GPU": 2.0, "node_b": 1.0, "accelerator_type:A10G": 0.001}
+
+
+@pytest.mark.parametrize(("cpu_build", "engine"), [(True, "vllm"), (False, "simulated")])
+def test_without_gpus_any_machine_will_do(
+    monkeypatch: pytest.MonkeyPatch, cpu_build: bool, engine: str
+) -> None:
+    monkeypatch.setattr(preparation, "is_cpu_build", lambda: cpu_build)
+
+    assert placements(ServeConfig(engine=engine), 2.0)["decode"].bundle() == {}
+
+
+def test_the_environment_of_the_engines_is_set_in_this_process_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+
+    source = find_model(ServeConfig(model="org/model", neutral=2))
+
+    assert source.path == "org/model"
+    assert source.environment["OMP_NUM_THREADS"] == "4"
+    assert source.environment.items() <= os.environ.items()

@@ -1,0 +1,32 @@
+"""A start that would not fit into the machine's memory is refused."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from pd_serve.errors import InvalidRequestError
+from pd_serve.platform.memory import PROCESS_BYTES, check_memory
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    """A model with a GiB of weights."""
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(2**30)
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(("spare", "fits"), [(0, True), (-1, False)])
+def test_instances_need_weights_cache_and_a_process_each(
+    monkeypatch: pytest.MonkeyPatch, model: str, spare: int, fits: bool
+) -> None:
+    needed = 2 * (PROCESS_BYTES + 2**30 + 2**29) + PROCESS_BYTES
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=needed + spare))
+
+    if fits:
+        check_memory(2, {"kv_cache_memory_bytes": 2**29}, model)
+    else:
+        with pytest.raises(InvalidRequestError, match=r"2 instances need about 4\.8 GiB, 4\.8 GiB are free"):
+            check_memory(2, {"kv_cache_memory_bytes": 2**29}, model)
