@@ -18,24 +18,24 @@ NAMES = {
 }
 
 
-def run_and_show(case: Scenario, traces: Path | None, json_file: Path | None) -> None:
-    """Runs a case, shows what came out, and writes it.
+def run_and_show(scenario: Scenario, traces: Path | None, json_file: Path | None) -> None:
+    """Runs a scenario, shows its summary, and writes it to a file if one is given.
 
     Raises:
-        InvalidRequestError: Something of the case cannot be.
+        InvalidRequestError: The scenario cannot be simulated.
     """
     provenance = report.provenance()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     screen = rich.console.Console(stderr=True, highlight=False)
     with Progress(*columns, console=screen, transient=True) as progress:
-        task = progress.add_task("requests", total=case.trace.requests)
+        task = progress.add_task("requests", total=scenario.trace.requests)
 
-        def tell(done: int, total: int) -> None:
+        def show(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total)
 
-        summary = run_scenario(case, traces, tell)
+        summary = run_scenario(scenario, traces, show)
     console = rich.console.Console(highlight=False)
-    console.print(latencies(summary, f"{case}"))
+    console.print(latencies(summary, f"{scenario}"))
     console.print(counts(summary))
     for problem in problems(summary):
         console.print(f"[bold red]wrong[/]  {problem}")
@@ -45,7 +45,7 @@ def run_and_show(case: Scenario, traces: Path | None, json_file: Path | None) ->
 
 
 def latencies(summary: dict[str, Any], title: str) -> Table:
-    """Mean, P50 and P99, of each priority too where there are two."""
+    """Mean, P50 and P99, also by class of priority if there are several."""
     table = Table("seconds", "requests", "mean", "P50", "P99", title=title, title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -60,7 +60,7 @@ def latencies(summary: dict[str, Any], title: str) -> Table:
 
 
 def counts(summary: dict[str, Any]) -> Table:
-    """All that is not a latency, one line each."""
+    """Goodput, preemptions, migrations and other counts, one line each."""
     grid = Table.grid(padding=(0, 2))
     slo = summary["slo"]
     moves = [
@@ -88,7 +88,7 @@ def counts(summary: dict[str, Any]) -> Table:
 
 
 def problems(summary: dict[str, Any]) -> list[str]:
-    """What must not happen, and did."""
+    """Violated guarantees: failures, lost or wrong tokens, leaked blocks."""
     names = ("failed", "lost_tokens", "duplicated_tokens", "wrong_tokens", "leaked_blocks")
     found = [f"{name.replace('_', ' ')}: {summary[name]}" for name in names if summary[name]]
     return [*found, *summary["integrity"]]

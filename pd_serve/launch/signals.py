@@ -1,11 +1,11 @@
-"""What SIGTERM does to a command that has started processes."""
+"""Ends a command on SIGTERM, with the processes that it has started."""
 
 import asyncio
 import signal
 
 
 def end_on_sigterm() -> None:
-    """SIGTERM cancels the task that calls this, so that what it has started ends with it."""
+    """From now on SIGTERM cancels the current task, which then ends what it has started."""
     this = asyncio.current_task()
     assert this is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)

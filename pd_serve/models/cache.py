@@ -1,4 +1,4 @@
-"""Directories that are made once and then only read, shared by all processes of a user."""
+"""Directories that are built once and then only read, shared by all processes of a user."""
 
 import fcntl
 import os
@@ -16,7 +16,7 @@ def cache_root() -> Path:
 
 
 def cached_directory(key: str, build: Callable[[Path], None]) -> Path:
-    """The directory `key` below the cache root, made by `build` when it is not there yet.
+    """The directory `key` below the cache root, built on first use.
 
     `build` fills an empty directory, which takes the final name only when `build` has returned: a directory
     that exists is complete. Of several processes one builds and the others wait. If `build` raises, nothing

@@ -1,4 +1,4 @@
-"""Names of models: the demo models this package makes itself, and everything vLLM accepts."""
+"""Names of models: the demo models, which are built here, and all that vLLM accepts."""
 
 import os
 from collections.abc import Callable
@@ -26,20 +26,20 @@ class DemoModel:
 _DEMO_MODELS = {
     "tiny": DemoModel("tiny", tiny.TINY.recipe, partial(tiny.build, tiny.TINY), "float32"),
     "bench": DemoModel("bench", tiny.BENCH.recipe, partial(tiny.build, tiny.BENCH), "float32"),
-    # Quantized weights, in which the first words of an answer are nearly tied: bfloat16 picks other ones.
+    # With its quantized weights the first words of an answer are nearly tied: bfloat16 would change them.
     "smollm2": DemoModel("SmolLM2-135M-Instruct", smollm2.RECIPE, smollm2.build, "float32"),
 }
 _ALIASES = {"smollm2-135m-instruct": "smollm2"}
 
 
 def resolve(name: str) -> str:
-    """What to give vLLM as its model for `name`; a demo model is made first if need be.
+    """The model that vLLM loads for `name`; a demo model is built on first use.
 
-    A demo name becomes its local directory. Anything else is returned as it is (a path that exists with `~`
-    expanded): vLLM takes local directories and hub names.
+    A demo name becomes its local directory. Another name is returned unchanged, a path with `~` expanded:
+    vLLM loads local directories and hub names.
 
     Raises:
-        InvalidRequestError: `name` is a path and nothing is there, or a demo model cannot be made here.
+        InvalidRequestError: `name` is a path that does not exist, or a demo model cannot be built here.
     """
     key = _demo_key(name)
     if key is not None:
@@ -57,13 +57,13 @@ def resolve(name: str) -> str:
 
 
 def served_name(name: str) -> str:
-    """What the API calls the model `name`, unless told otherwise: vLLM's rule, and short for demo models."""
+    """The default name of the model `name` in the API: vLLM's rule, and a short name for demo models."""
     key = _demo_key(name)
     return name if key is None else _DEMO_MODELS[key].served_name
 
 
 def default_dtype(name: str) -> str | None:
-    """The value of `--dtype` that suits the model `name` when the caller gives none; None leaves it to vLLM.
+    """The default of `--dtype` for the model `name`; None leaves it to vLLM.
 
     vLLM's own default runs float32 models in bfloat16 (Source: `vllm/config/model.py`, `_resolve_auto_dtype`)
     and its rounding would let the greedy text of the random models depend on the batch.
@@ -73,7 +73,7 @@ def default_dtype(name: str) -> str | None:
 
 
 def demo_names() -> list[str]:
-    """The short names that `resolve` knows itself."""
+    """The names of the demo models."""
     return sorted(_DEMO_MODELS)
 
 

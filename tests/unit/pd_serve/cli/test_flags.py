@@ -1,6 +1,9 @@
 """`pd-serve serve`: its help, and what the settings become that a command line gives."""
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Coroutine
 from typing import Any
 
@@ -121,3 +124,15 @@ def test_what_cannot_be_is_refused_before_anything_starts(
         run(*line.split())
 
     assert not served
+
+
+def test_the_shell_completes_our_flags() -> None:
+    words = {"COMP_WORDS": "pd-serve serve --pre", "COMP_CWORD": "2"}
+    environment = os.environ | words | {"_PD_SERVE_COMPLETE": "complete_bash"}
+    code = "from pd_serve.cli.main import app; app(prog_name='pd-serve')"
+
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+
+    assert done.stdout.split() == ["--prefill", "--prefill-resources"]
