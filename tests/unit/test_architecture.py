@@ -251,6 +251,7 @@ def test_the_core_of_the_migration_imports_nothing_heavy(package: str) -> None:
     "module",
     [
         "pd_serve.cli.main",
+        "pd_serve.launch.serve",
         "pd_serve.instance.llumlet",
         "pd_serve.comm.wire",
         "pd_serve.instance.instance_process",
