@@ -12,7 +12,7 @@ or committing (compiling a grammar, for one) would do so after the drop.
 
 from enum import StrEnum, auto
 
-from migration.state_machine import Table
+from migration.state_machine import Table, ignored
 
 
 class DestinationState(StrEnum):
@@ -68,17 +68,16 @@ DESTINATION_TABLE: Table[DestinationState, DestinationEvent, DestinationAction] 
         E.REFUSED: (S.ENDED, (A.SEND_REFUSED, A.CLOSE)),
         E.WITHDRAWN: _AWAIT_ENGINE,
         E.PEER_LOST: _AWAIT_ENGINE,
-        E.QUERIED: (S.RESERVING, ()),
-        E.KEEP_ALIVE: (S.RESERVING, ()),
+        **ignored(S.RESERVING, E.QUERIED, E.KEEP_ALIVE),
     },
     S.WAITING: {
         E.STAGE: (S.COPYING, (A.COPY,)),
         E.FINAL: (S.TAIL, (A.COPY,)),
-        E.KEEP_ALIVE: (S.WAITING, ()),
         E.WITHDRAWN: _DROP,
         E.TIMED_OUT: _DROP,
         E.PEER_LOST: _DROP,
         E.QUERIED: (S.WAITING, (A.SEND_PULL,)),  # the final state got lost: say so by asking on
+        E.KEEP_ALIVE: (S.WAITING, ()),
     },
     S.COPYING: {
         E.COPIED: (S.WAITING, (A.SEND_PULL,)),
@@ -87,8 +86,7 @@ DESTINATION_TABLE: Table[DestinationState, DestinationEvent, DestinationAction] 
         E.PEER_LOST: _STOP,
         E.TIMED_OUT: _STOP,
         E.STAGE: (S.COPYING, ()),  # repeated
-        E.KEEP_ALIVE: (S.COPYING, ()),
-        E.QUERIED: (S.COPYING, ()),
+        **ignored(S.COPYING, E.KEEP_ALIVE, E.QUERIED),
     },
     S.TAIL: {
         E.COPIED: (S.COMMITTING, (A.COMMIT,)),
@@ -97,28 +95,22 @@ DESTINATION_TABLE: Table[DestinationState, DestinationEvent, DestinationAction] 
         E.PEER_LOST: _STOP,
         E.TIMED_OUT: _STOP,
         E.FINAL: (S.TAIL, ()),  # repeated
-        E.STAGE: (S.TAIL, ()),
-        E.KEEP_ALIVE: (S.TAIL, ()),
         E.QUERIED: (S.TAIL, ()),  # the answer follows in a moment
+        **ignored(S.TAIL, E.STAGE, E.KEEP_ALIVE),
     },
     S.COMMITTING: {
         E.ENTERED: (S.COMMITTED, (A.SEND_COMMITTED,)),
         E.COMMIT_FAILED: _DROP,
         E.WITHDRAWN: _AWAIT_ENGINE,  # the drop undoes the commit
         E.PEER_LOST: (S.COMMITTING, ()),  # it is nearly ours
-        E.FINAL: (S.COMMITTING, ()),
-        E.STAGE: (S.COMMITTING, ()),
-        E.KEEP_ALIVE: (S.COMMITTING, ()),
-        E.QUERIED: (S.COMMITTING, ()),
+        **ignored(S.COMMITTING, E.FINAL, E.STAGE, E.KEEP_ALIVE, E.QUERIED),
     },
     S.COMMITTED: {
         E.FINAL: (S.COMMITTED, (A.SEND_COMMITTED,)),  # idempotent
         E.QUERIED: (S.COMMITTED, (A.SEND_COMMITTED,)),
         E.WITHDRAWN: _DROP,
-        E.STAGE: (S.COMMITTED, ()),
-        E.KEEP_ALIVE: (S.COMMITTED, ()),
-        E.PEER_LOST: (S.COMMITTED, ()),
         E.TIMED_OUT: (S.ENDED, (A.CLOSE,)),  # nobody will ask any more
+        **ignored(S.COMMITTED, E.STAGE, E.KEEP_ALIVE, E.PEER_LOST),
     },
     S.STOPPING: {
         E.COPIED: _DROP,
@@ -127,30 +119,21 @@ DESTINATION_TABLE: Table[DestinationState, DestinationEvent, DestinationAction] 
         E.REFUSED: _DROP,
         E.ENTERED: _DROP,
         E.COMMIT_FAILED: _DROP,
-        E.WITHDRAWN: (S.STOPPING, ()),
-        E.PEER_LOST: (S.STOPPING, ()),
-        E.TIMED_OUT: (S.STOPPING, ()),
-        E.STAGE: (S.STOPPING, ()),
-        E.FINAL: (S.STOPPING, ()),
-        E.KEEP_ALIVE: (S.STOPPING, ()),
-        E.QUERIED: (S.STOPPING, ()),
+        **ignored(
+            S.STOPPING, E.WITHDRAWN, E.PEER_LOST, E.TIMED_OUT, E.STAGE, E.FINAL, E.KEEP_ALIVE, E.QUERIED
+        ),
     },
     S.DROPPING: {
         E.ENGINE_DONE: (S.ENDED, (A.SEND_DROPPED, A.CLOSE)),
-        E.WITHDRAWN: (S.DROPPING, ()),
-        E.PEER_LOST: (S.DROPPING, ()),
-        E.TIMED_OUT: (S.DROPPING, ()),
-        E.STAGE: (S.DROPPING, ()),
-        E.FINAL: (S.DROPPING, ()),
-        E.KEEP_ALIVE: (S.DROPPING, ()),
-        E.QUERIED: (S.DROPPING, ()),
+        **ignored(
+            S.DROPPING, E.WITHDRAWN, E.PEER_LOST, E.TIMED_OUT, E.STAGE, E.FINAL, E.KEEP_ALIVE, E.QUERIED
+        ),
     },
     S.ENDED: {
         E.FINAL: (S.ENDED, (A.SEND_DROPPED,)),
         E.STAGE: (S.ENDED, (A.SEND_DROPPED,)),
         E.QUERIED: (S.ENDED, (A.SEND_DROPPED,)),
         E.KEEP_ALIVE: (S.ENDED, (A.SEND_DROPPED,)),
-        E.WITHDRAWN: (S.ENDED, ()),
-        E.PEER_LOST: (S.ENDED, ()),
+        **ignored(S.ENDED, E.WITHDRAWN, E.PEER_LOST),
     },
 }

@@ -16,7 +16,7 @@ lost destination did, the front end follows this side (see `docs/migration.md`).
 
 from enum import StrEnum, auto
 
-from migration.state_machine import Table
+from migration.state_machine import Table, ignored
 
 
 class SourceState(StrEnum):
@@ -101,8 +101,8 @@ SOURCE_TABLE: Table[SourceState, SourceEvent, SourceAction] = {
         E.TIMED_OUT: (S.ASKING, (A.SEND_QUERY,)),
         E.GAVE_UP: _WITHDRAW_AND_RETREAT,  # every answer was "no final state", and every one got lost
         E.GONE: _GIVE_UP,  # the client left: whatever the destination has made of it ends there too
-        E.CANCELLED: (S.SUSPENDED, ()),  # too late; the destination decides
         E.PULLED: (S.SUSPENDED, (A.SEND_FINAL,)),  # it has not seen the final state
+        E.CANCELLED: (S.SUSPENDED, ()),  # too late; the destination decides
     },
     S.ASKING: {
         E.ACKNOWLEDGED: _RELEASE,
@@ -111,49 +111,37 @@ SOURCE_TABLE: Table[SourceState, SourceEvent, SourceAction] = {
         E.TIMED_OUT: (S.ASKING, (A.SEND_QUERY,)),
         E.GAVE_UP: _WITHDRAW_AND_RETREAT,
         E.GONE: _GIVE_UP,
-        E.CANCELLED: (S.ASKING, ()),
         E.PULLED: (S.SUSPENDED, (A.SEND_FINAL,)),
+        E.CANCELLED: (S.ASKING, ()),
     },
     S.RETREATING: {
         E.ENGINE_DONE: _LET_GO,
         E.GONE: _LET_GO,
-        E.STAGE_READY: (S.RETREATING, ()),  # the answer that RESUME overtook
-        E.SUSPENDED: (S.RETREATING, ()),
         E.ACKNOWLEDGED: (S.RETREATING, (A.SEND_WITHDRAW,)),  # too late: it runs here again
-        E.DROPPED: (S.RETREATING, ()),
-        E.PULLED: (S.RETREATING, ()),
-        E.PEER_LOST: (S.RETREATING, ()),
-        E.CANCELLED: (S.RETREATING, ()),
-        E.TIMED_OUT: (S.RETREATING, ()),
+        E.STAGE_READY: (S.RETREATING, ()),  # the answer that RESUME overtook
+        **ignored(S.RETREATING, E.SUSPENDED, E.DROPPED, E.PULLED, E.PEER_LOST, E.CANCELLED, E.TIMED_OUT),
     },
     S.RELEASING: {
         E.ENGINE_DONE: (S.COMMITTED, (A.CLOSE,)),
         E.GONE: (S.RELEASING, ()),  # an abort here changes nothing any more
-        E.ACKNOWLEDGED: (S.RELEASING, ()),
-        E.DROPPED: (S.RELEASING, ()),
-        E.PULLED: (S.RELEASING, ()),
-        E.PEER_LOST: (S.RELEASING, ()),
-        E.CANCELLED: (S.RELEASING, ()),
-        E.TIMED_OUT: (S.RELEASING, ()),
+        **ignored(S.RELEASING, E.ACKNOWLEDGED, E.DROPPED, E.PULLED, E.PEER_LOST, E.CANCELLED, E.TIMED_OUT),
     },
     S.COMMITTED: {
-        E.ACKNOWLEDGED: (S.COMMITTED, ()),
-        E.DROPPED: (S.COMMITTED, ()),
-        E.PULLED: (S.COMMITTED, ()),
-        E.GONE: (S.COMMITTED, ()),
-        E.PEER_LOST: (S.COMMITTED, ()),
-        E.CANCELLED: (S.COMMITTED, ()),
+        **ignored(S.COMMITTED, E.ACKNOWLEDGED, E.DROPPED, E.PULLED, E.GONE, E.PEER_LOST, E.CANCELLED),
     },
     S.ABORTED: {
         E.ACKNOWLEDGED: (S.ABORTED, (A.SEND_WITHDRAW,)),
         E.PULLED: (S.ABORTED, (A.SEND_WITHDRAW,)),
-        E.STAGE_READY: (S.ABORTED, ()),
-        E.SUSPENDED: (S.ABORTED, ()),
-        E.DROPPED: (S.ABORTED, ()),
-        E.REFUSED: (S.ABORTED, ()),
-        E.GONE: (S.ABORTED, ()),
-        E.ENGINE_DONE: (S.ABORTED, ()),
-        E.PEER_LOST: (S.ABORTED, ()),
-        E.CANCELLED: (S.ABORTED, ()),
+        **ignored(
+            S.ABORTED,
+            E.STAGE_READY,
+            E.SUSPENDED,
+            E.DROPPED,
+            E.REFUSED,
+            E.GONE,
+            E.ENGINE_DONE,
+            E.PEER_LOST,
+            E.CANCELLED,
+        ),
     },
 }

@@ -7,7 +7,7 @@ actions. An event that the table does not list raises and changes nothing.
 
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Generic, TypeVar
+from typing import Generic, Never, TypeVar
 
 from migration.errors import ProtocolError
 
@@ -17,6 +17,11 @@ A = TypeVar("A", bound=StrEnum)
 
 Transition = tuple[S, tuple[A, ...]]
 Table = Mapping[S, Mapping[E, Transition[S, A]]]
+
+
+def ignored(state: S, *events: E) -> dict[E, tuple[S, tuple[Never, ...]]]:
+    """Entries of a table for events that change nothing in this state."""
+    return dict.fromkeys(events, (state, ()))
 
 
 class StateMachine(Generic[S, E, A]):

@@ -16,18 +16,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from migration.errors import PeerLostError
 from migration.transport.kv_transport import KvRegion
-from migration.transport.nixl_agent import Indices, NixlAgent, NixlFailure, memory_kind
+from migration.transport.nixl_agent import Indices, NixlFailure
+from migration.transport.nixl_connections import ConnectedPeer, ConnectError, NixlConnections
 
 # A read moves in chunks, two of them under way, and the reads take turns: a long one cannot hold up a short
 # one, and a cancelled one ends soon. Through shared memory 4 MiB take about 0.7 ms.
@@ -80,30 +78,6 @@ class ReadJob:
     under_way: list[_Chunk] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
-class _BlockList:
-    """All blocks of some regions, prepared for NIXL. Block b of region r has index `first[r] + b`."""
-
-    handle: int
-    first: Indices
-
-    def indices(self, blocks: Indices) -> Indices:
-        return (self.first[:, None] + blocks[None, :]).ravel()
-
-
-@dataclass(frozen=True, slots=True)
-class _Peer:
-    """A connected peer and its blocks, by memory kind."""
-
-    metadata: bytes
-    agent_name: str
-    blocks: dict[str, _BlockList]
-
-
-class _ConnectError(Exception):
-    """A peer could not be connected; nothing was started."""
-
-
 class NixlReader:
     """Reads blocks of peers into the local regions.
 
@@ -117,17 +91,12 @@ class NixlReader:
 
     def __init__(self, name: str, regions: Sequence[KvRegion]) -> None:
         self._name = name
-        self._regions = tuple(regions)
         self._block_bytes = sum(region.block_bytes for region in regions)
-        self._generations = itertools.count()
-        self._local: dict[str, _BlockList] = {}
-        self._peers: dict[str, _Peer] = {}
         self._active: list[ReadJob] = []
         self._inbox: list[ReadJob | str] = []  # reads to start, names of peers to forget
         self._closing = False
         self._wake = threading.Condition()
-        self._agent: NixlAgent | None = None
-        self._open_agent()
+        self._connections = NixlConnections(name, regions)
         self._thread = threading.Thread(target=self._run, name=f"nixl-reader-{name}", daemon=True)
         self._thread.start()
 
@@ -163,8 +132,8 @@ class NixlReader:
     def _run(self) -> None:
         last_move = 0.0
         try:
-            if self._agent is not None:
-                self._agent.enter_thread()
+            if self._connections.agent is not None:
+                self._connections.agent.enter_thread()
             while True:
                 with self._wake:
                     while not (self._inbox or self._active or self._closing):
@@ -215,7 +184,7 @@ class NixlReader:
                 for _ in range(min(CHUNKS_UNDER_WAY - len(job.under_way), len(job.waiting))):
                     self._post(job)
                     moved = True
-        except _ConnectError as error:
+        except ConnectError as error:
             self._lose(job, str(error))
             return True
         except NixlFailure as failure:
@@ -233,12 +202,13 @@ class NixlReader:
     def _post(self, job: ReadJob) -> None:
         """Starts a job's next chunk. Small reads through shared memory have ended after this."""
         peer = self._connect(job)
-        assert self._agent is not None
+        agent, local_blocks = self._connections.agent, self._connections.local
+        assert agent is not None
         chunk = job.waiting.popleft()
         job.under_way.append(chunk)
         for kind, remote in peer.blocks.items():
-            local = self._local[kind]
-            handle = self._agent.read(
+            local = local_blocks[kind]
+            handle = agent.read(
                 local.handle,
                 local.indices(job.local_blocks[chunk.pairs]),
                 remote.handle,
@@ -257,11 +227,12 @@ class NixlReader:
         return bool(ended)
 
     def _has_ended(self, chunk: _Chunk) -> bool:
-        assert self._agent is not None
+        agent = self._connections.agent
+        assert agent is not None
         while chunk.handles:
-            if not self._agent.is_done(chunk.handles[-1]):
+            if not agent.is_done(chunk.handles[-1]):
                 return False
-            self._agent.release(chunk.handles.pop())
+            agent.release(chunk.handles.pop())
         return True
 
     def _lose(self, job: ReadJob, why: str) -> None:
@@ -282,57 +253,26 @@ class NixlReader:
         with contextlib.suppress(RuntimeError):  # its event loop was closed meanwhile
             job.loop.call_soon_threadsafe(report)
 
-    def _connect(self, job: ReadJob) -> _Peer:
-        """The connection for a job, made if need be.
-
-        Raises:
-            _ConnectError: It cannot be made.
-        """
-        known = self._peers.get(job.peer)
+    def _connect(self, job: ReadJob) -> ConnectedPeer:
+        """The connection for a job, made if necessary. Raises: ConnectError."""
+        known = self._connections.peers.get(job.peer)
         if known is not None and known.metadata == job.metadata:
             return known
         if known is not None:  # the peer was started anew
             for other in [j for j in self._active if j.peer == job.peer and j.metadata != job.metadata]:
                 self._lose(other, "was started anew")
             self._disconnect(job.peer)
-        try:
-            agent = self._agent or self._open_agent()
-            agent_name = agent.connect(job.metadata)
-            try:
-                peer = _Peer(job.metadata, agent_name, _prepare(agent, agent_name, job.remote_regions))
-            except NixlFailure:
-                agent.disconnect(agent_name)
-                raise
-        except NixlFailure as failure:
-            raise _ConnectError(f"cannot connect: {failure}") from failure
-        self._peers[job.peer] = peer
-        return peer
+        return self._connections.connect(job.peer, job.metadata, job.remote_regions)
 
     def _disconnect(self, name: str) -> None:
-        peer = self._peers.pop(name, None)
-        if peer is None or self._agent is None:
-            return
         try:
-            for blocks in peer.blocks.values():
-                self._agent.discard(blocks.handle)
-            self._agent.disconnect(peer.agent_name)
+            self._connections.disconnect(name)
         except NixlFailure:
             self._reset()
 
-    def _open_agent(self) -> NixlAgent:
-        name = f"{self._name}/read-{next(self._generations)}"
-        agent = NixlAgent(name, self._regions, progress_thread=False)
-        try:
-            self._local = _prepare(agent, None, self._regions)
-        except NixlFailure:
-            agent.close()
-            raise
-        self._agent = agent
-        return agent
-
     def _reset(self) -> None:
         """Destroys the agent, and with it all transfers; what was under way waits to be posted again."""
-        agent, self._agent = self._agent, None
+        agent = self._connections.agent
         for job in self._active:
             job.waiting.extendleft(reversed(job.under_way))
             for chunk in job.under_way:
@@ -342,20 +282,4 @@ class NixlReader:
                         if agent is not None:
                             agent.release(handle)
             job.under_way.clear()
-        self._peers.clear()
-        self._local.clear()
-        if agent is not None:
-            agent.close()
-
-
-def _prepare(agent: NixlAgent, agent_name: str | None, regions: Sequence[KvRegion]) -> dict[str, _BlockList]:
-    kinds: dict[str, list[KvRegion]] = {}
-    for region in regions:
-        kinds.setdefault(memory_kind(region), []).append(region)
-    return {
-        kind: _BlockList(
-            agent.prepare(agent_name, members),
-            np.cumsum([0, *(member.num_blocks for member in members[:-1])], dtype=np.int32),
-        )
-        for kind, members in kinds.items()
-    }
+        self._connections.close()

@@ -5,63 +5,31 @@ that thread too, so that a token's way out does not wait for the event loop.
 """
 
 import asyncio
-import logging
 import time
-from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 from vllm.config import VllmConfig
-from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.engine.core import EngineCore
-from vllm.v1.request import Request
-from vllm.v1.serial_utils import MsgpackDecoder
 
 from migration.engine_interface import EngineEvents, EngineFacts, HeldBlocks, Reservation, RunningRequest
 from migration.engine_rules import mismatch
 from migration.errors import DestinationRefusedError, InvalidRequestError, RefusalCode, SourceGoneError
 from migration.messages import BlockRun, FinalState, MigrationId, RequestDescription, RequestId
 from migration.transport.kv_transport import KvRegion
-from migration.transport.regions import kv_regions
-from migration.vllm_engine import compatibility as support
-from migration.vllm_engine import worker
+from migration.vllm_engine import compatibility, worker
+from migration.vllm_engine.core_builder import build_core
 from migration.vllm_engine.engine_load import read_held_blocks, read_load
-from migration.vllm_engine.executor import compile_nothing_if_eager, executor_class
-from migration.vllm_engine.migrating_scheduler import (
-    MigratingAsyncScheduler,
-    MigratingScheduler,
-    StageWaiter,
-    Suspended,
-)
+from migration.vllm_engine.live_requests import LiveRequest, LiveRequests, OutputSink
+from migration.vllm_engine.migrating_scheduler import MigratingScheduler, StageWaiter, Suspended
+from migration.vllm_engine.request_loader import RequestLoader
+from migration.vllm_engine.scheduler_integrity import check_scheduler
 from migration.vllm_engine.step_loop import StepLoop
-
-logger = logging.getLogger(__name__)
 
 #: Least time between two load reports of a busy engine.
 LOAD_INTERVAL_S = 0.02
-
-
-#: How long a grammar may take to compile before a migration goes on without this destination.
-GRAMMAR_S = 30.0
-
-
-@dataclass(slots=True)
-class LiveRequest:
-    """What the step thread knows of a request beside vLLM's own `Request`.
-
-    Attributes:
-        payload: The request as it came, to be sent on unchanged.
-        client: Endpoint that takes its tokens.
-        epoch: Ownership epoch; tokens carry it.
-        emitted: Output tokens handed to the client so far, by any owner: the next token's index.
-    """
-
-    payload: list[bytes]
-    client: str
-    epoch: int
-    emitted: int
 
 
 #: Methods of `EngineCore` that vLLM's front end may call by name.
@@ -77,10 +45,6 @@ UTILITIES = frozenset(
         "get_weight_version",
     }
 )
-
-#: (request's ownership epoch, index of the first new token), one per output, in the outputs' order.
-TokenSpan = tuple[int, int]
-OutputSink = Callable[[str, EngineCoreOutputs, list[TokenSpan]], None]
 
 
 class VllmEngine:
@@ -102,8 +66,8 @@ class VllmEngine:
             on_idle=self._report_load,
             on_death=events.on_death,
         )
-        self._live: dict[str, LiveRequest] = {}
-        self._request_decoder = MsgpackDecoder(EngineCoreRequest)
+        self._live = LiveRequests()
+        self._loader: RequestLoader = None  # type: ignore[assignment]
         self._last_load_at = 0.0
         self.core: EngineCore = None
         self.scheduler: MigratingScheduler = None  # type: ignore[assignment]
@@ -142,23 +106,23 @@ class VllmEngine:
         output_token_ids: list[int] | None = None,
         handoff: bool = False,
     ) -> None:
-        request = self._decode(payload)
+        request = self._loader.decode(payload)
         done = output_token_ids or []
 
         def add() -> None:
             if done:
                 self._check_migration()
-                self._replay(request, done)
+                self._loader.replay(request, done)
                 self.scheduler.continue_by_recompute(request)
-                self._install(request, 0, None)
+                self._loader.install(request, 0, None)
             else:
                 self.core.add_request(request)
             self._live[request.request_id] = LiveRequest(payload, client, epoch, len(done))
-            if handoff and self.no_migration is None and support.unmovable(request) is None:
+            if handoff and self.no_migration is None and compatibility.unmovable(request) is None:
                 self.scheduler.handoff_ids.add(request.request_id)
 
         if done:
-            await self._grammar(request)
+            await self._loader.compile_grammar(request)
         await self._steps.call(add)
 
     async def abort(self, request_ids: list[RequestId], below_epoch: int | None = None) -> list[RequestId]:
@@ -177,7 +141,7 @@ class VllmEngine:
 
     async def abort_client(self, client: str) -> None:
         def abort() -> None:
-            ids = [request_id for request_id, live in self._live.items() if live.client == client]
+            ids = list(self._live.of_client(client))
             self.core.abort_requests(ids)
             self._forget(ids)
 
@@ -192,7 +156,7 @@ class VllmEngine:
             return [
                 RunningRequest(RequestId(r.request_id), r.priority, r.num_tokens, float(rank))
                 for rank, r in enumerate(self.scheduler.running)
-                if r.num_output_tokens and not r.is_prefill_chunk and support.unmovable(r) is None
+                if r.num_output_tokens and not r.is_prefill_chunk and compatibility.unmovable(r) is None
             ]
 
         return await self._steps.call(running)
@@ -201,7 +165,7 @@ class VllmEngine:
         def describe() -> RequestDescription:
             self._check_migration()
             request = self.scheduler.running_request(request_id)
-            if (why := support.unmovable(request)) is not None:
+            if (why := compatibility.unmovable(request)) is not None:
                 text = f"a request with {why} cannot move"
                 raise DestinationRefusedError(RefusalCode.UNSUPPORTED_REQUEST, text)
             live = self._live[request_id]
@@ -260,14 +224,14 @@ class VllmEngine:
             text = f"{request.max_total_tokens} tokens do not fit this instance's {most}"
             raise DestinationRefusedError(RefusalCode.TOO_LONG, text)
         try:
-            arriving = self._decode(request.payload)
+            arriving = self._loader.decode(request.payload)
         except (msgspec.MsgspecError, ValueError, TypeError, LookupError) as error:
             text = f"the request cannot be read: {error}"
             raise DestinationRefusedError(RefusalCode.UNSUPPORTED_REQUEST, text) from error
-        await self._grammar(arriving)
+        await self._loader.compile_grammar(arriving)
 
         def reserve() -> Reservation:
-            self._replay(arriving, request.output_token_ids)
+            self._loader.replay(arriving, request.output_token_ids)
             blocks, present = self.scheduler.reserve(migration_id, arriving)
             self._live[arriving.request_id] = LiveRequest(request.payload, request.client, request.epoch, 0)
             return Reservation(blocks, present)
@@ -286,10 +250,10 @@ class VllmEngine:
             live = self._live.get(arriving.request_id)
             if live is None:
                 raise DestinationRefusedError(RefusalCode.FINISHED, "the request's client has gone")
-            self._replay(arriving, state.output_token_ids[arriving.num_output_tokens :])
+            self._loader.replay(arriving, state.output_token_ids[arriving.num_output_tokens :])
             request = self.scheduler.commit(migration_id, state.num_computed_tokens)
             live.epoch, live.emitted = state.epoch + 1, len(state.output_token_ids)
-            self._install(request, state.num_computed_tokens, state.rng_state)
+            self._loader.install(request, state.num_computed_tokens, state.rng_state)
 
         await self._steps.call(commit)
 
@@ -309,7 +273,7 @@ class VllmEngine:
             known = set(self.core.scheduler.requests)
             problems = []
             if self.no_migration is None:
-                problems += self.scheduler.check_integrity()
+                problems += check_scheduler(self.scheduler)
                 known |= {r.request_id for r in self.scheduler.migration.arriving.values()}
             if lost := set(self._live) - known:
                 problems.append(f"bookkeeping for requests that are gone: {sorted(lost)}")
@@ -323,7 +287,7 @@ class VllmEngine:
 
     async def live_requests(self, client: str | None = None) -> list[RequestId]:
         return await self._steps.call(
-            lambda: [RequestId(name) for name, live in self._live.items() if client in (None, live.client)]
+            lambda: [RequestId(request_id) for request_id in self._live.of_client(client)]
         )
 
     async def held_blocks(self) -> list[HeldBlocks]:
@@ -337,43 +301,15 @@ class VllmEngine:
     # ---- on the step thread
 
     def _build(self) -> EngineCore:
-        config = self._make_config()
-        scheduling = config.scheduler_config
-        missing = support.missing_names()
-        if not missing:
-            # The class has to match: a synchronous scheduler under an asynchronous configuration loses
-            # the overlap of scheduling and execution.
-            scheduling.scheduler_cls = (
-                MigratingAsyncScheduler if scheduling.async_scheduling else MigratingScheduler
-            )
-        compile_nothing_if_eager(config)
-        self.core = EngineCore(config, executor_class(config), log_stats=True)
-        self.scheduler = self.core.scheduler
+        built = build_core(self._make_config())
+        self.core, self.scheduler = built.core, built.core.scheduler
+        self.no_migration, self.regions = built.no_migration, built.regions
+        self.compatibility = built.compatibility
         self._supported_tasks = tuple(self.core.get_supported_tasks())
-        if not missing:
-            missing = support.missing_attributes(self.core)
-        if missing:
-            self.no_migration = "this vLLM lacks " + ", ".join(missing)
-        else:
-            self.no_migration = support.unsupported_engine(config, self.core.scheduler.kv_cache_config)
+        self._loader = RequestLoader(self.core)
         if self.no_migration is None:
-            self._map_kv_memory(config)
-        if self.no_migration is not None:
-            logger.error("SERVING WITHOUT MIGRATION: %s", self.no_migration)
-        else:
             self.scheduler.on_prefill_started = self._prefill_started
         return self.core
-
-    def _map_kv_memory(self, config: VllmConfig) -> None:
-        tensors = self.core.collective_rpc(worker.kv_caches)[0]
-        num_blocks = self.core.scheduler.kv_cache_config.num_blocks
-        try:
-            self.regions = kv_regions(tensors, num_blocks)
-        except ValueError as error:
-            self.no_migration = str(error)
-            return
-        sizes = [(region.num_blocks, region.block_bytes) for region in self.regions]
-        self.compatibility = support.compatibility(config, sizes)
 
     def _at_boundary(self) -> None:
         if self.no_migration is None:
@@ -382,25 +318,7 @@ class VllmEngine:
             self._report_load()
 
     def _emit(self, outputs: dict[int, EngineCoreOutputs]) -> None:
-        by_client: dict[str, tuple[list[Any], list[TokenSpan]]] = defaultdict(lambda: ([], []))
-        ended: list[str] = []
-        stats = None
-        for batch in outputs.values():
-            stats = batch.scheduler_stats or stats
-            for output in batch.outputs:
-                live = self._live.get(output.request_id)
-                if live is None:
-                    continue
-                items, spans = by_client[live.client]
-                items.append(output)
-                spans.append((live.epoch, live.emitted))
-                live.emitted += len(output.new_token_ids)
-                if output.finish_reason is not None:
-                    ended.append(output.request_id)
-        for client, (items, spans) in by_client.items():
-            self._sink(client, EngineCoreOutputs(outputs=items, scheduler_stats=stats), spans)
-            stats = None
-        if ended:
+        if ended := self._live.emit(outputs, self._sink):
             self._forget(ended)
 
     def _forget(self, ended: list[Any]) -> None:
@@ -425,60 +343,6 @@ class VllmEngine:
             num_computed_tokens=request.num_computed_tokens,
             rng_state=self.core.collective_rpc(worker.rng_state, args=(request.request_id,))[0],
         )
-
-    def _replay(self, request: Request, token_ids: list[int]) -> None:
-        """Appends output tokens as decoding did, so that a grammar takes the same way."""
-        manager = self.core.structured_output_manager
-        if not request.use_structured_output:
-            request.append_output_token_ids(token_ids)
-            return
-        for token_id in token_ids:
-            request.append_output_token_ids(token_id)
-            if not manager.accept_tokens(request, [token_id]):
-                text = "the grammar does not accept the tokens so far"
-                raise DestinationRefusedError(RefusalCode.GRAMMAR, text)
-
-    def _install(self, request: Request, num_computed_tokens: int, rng_state: bytes | None) -> None:
-        if self.scheduler.use_v2_model_runner:
-            return
-        self.core.collective_rpc(
-            worker.install_request,
-            args=(
-                request.request_id,
-                request.prompt_token_ids,
-                list(request.output_token_ids),
-                request.sampling_params,
-                num_computed_tokens,
-                rng_state,
-            ),
-        )
-
-    # ---- between the threads
-
-    def _decode(self, payload: list[bytes]) -> Request:
-        message: EngineCoreRequest = self._request_decoder.decode(payload)
-        message.client_index = 0  # clients are told apart by their endpoint
-        request, _ = self.core.preprocess_add_request(message)
-        return request
-
-    async def _grammar(self, request: Request) -> None:
-        """Waits until a structured request's grammar is compiled.
-
-        Raises: DestinationRefusedError: it cannot be.
-        """
-        structured = request.structured_output_request
-        if structured is None:
-            return
-        try:
-            async with asyncio.timeout(GRAMMAR_S):
-                while not structured.is_grammar_ready:  # noqa: ASYNC110 - vLLM offers nothing to wait on
-                    await asyncio.sleep(0.002)
-        except TimeoutError:
-            text = f"the grammar does not compile within {GRAMMAR_S} s"
-            raise DestinationRefusedError(RefusalCode.GRAMMAR, text) from None
-        if isinstance(structured.grammar, Exception):
-            text = f"the grammar does not compile: {structured.grammar}"
-            raise DestinationRefusedError(RefusalCode.GRAMMAR, text)
 
     def _check_migration(self) -> None:
         if self.no_migration is not None:

@@ -68,7 +68,7 @@ class MigrationMixin:
         self.migration = MigrationState()
         self.handoff_ids: set[str] = set()
         self.on_prefill_started: Callable[[list[Any]], None] = lambda request_ids: None
-        self._max_active: int = self.max_num_active_reqs
+        self.max_active: int = self.max_num_active_reqs
         if self.vllm_config.max_concurrent_batches > 1:
             # A step in flight may still write the blocks of a request that has just been freed, and
             # a migration would write into them unordered with that step.
@@ -124,7 +124,7 @@ class MigrationMixin:
     def _hold_slots(self) -> None:
         """Keeps a model-runner slot free for every request that may enter or come back."""
         held = len(self.migration.suspended) + len(self.migration.arriving)
-        self.max_num_active_reqs: int = self._max_active - held
+        self.max_num_active_reqs: int = self.max_active - held
 
     # ---- source
 
@@ -218,7 +218,7 @@ class MigrationMixin:
             raise DestinationRefusedError(RefusalCode.ALREADY_HERE, "the request is here already")
         held = len(self.running) + len(self.migration.suspended) + len(self.migration.arriving)
         held += len(self.kv_holding_waiting)  # committed, and in the batch from the next step on
-        if held >= min(self._max_active, self.max_num_running_reqs):
+        if held >= min(self.max_active, self.max_num_running_reqs):
             text = f"all {held} slots of the batch are taken"
             raise DestinationRefusedError(RefusalCode.NO_BATCH_SLOT, text)
         request.prefill_stats = None  # the source has reported them
@@ -317,36 +317,6 @@ class MigrationMixin:
         # V2 runners take prompt and outputs from NewRequestData, so the request is new to them. V1
         # runners find the state that worker.install_request has put there, as after a preemption.
         return RequestStatus.WAITING if self.use_v2_model_runner else RequestStatus.PREEMPTED
-
-    # ---- books
-
-    def check_integrity(self) -> list[str]:
-        """What does not add up: leaked blocks, tables that should be empty, slots not given back."""
-        problems = []
-        state = self.migration
-        holders = set(self.requests) | {r.request_id for r in state.arriving.values()}
-        for manager in self.kv_cache_manager.coordinator.single_type_managers:
-            leaked = {rid for rid, blocks in manager.req_to_blocks.items() if blocks} - holders
-            if leaked:
-                problems.append(f"blocks are held for unknown requests {sorted(leaked)}")
-        pool = self.kv_cache_manager.block_pool
-        if not holders and not self.deferred_frees:
-            free, usable = pool.get_num_free_blocks(), pool.num_gpu_blocks - 1  # block 0 is the null block
-            if free != usable:
-                problems.append(f"at rest {usable - free} of {usable} blocks are not free")
-        if not set(state.suspended) <= set(self.requests):
-            problems.append("a suspended request is unknown to the scheduler")
-        if any(r in self.running for r in state.suspended.values()):
-            problems.append("a request is both suspended and running")
-        if self.max_num_active_reqs != self._max_active - len(state.suspended) - len(state.arriving):
-            problems.append("batch slots are not accounted for")
-        if not set(state.arrived) <= set(self.requests):
-            problems.append(f"ended requests are remembered as arrivals: {sorted(state.arrived)}")
-        if not self.requests:
-            for name, table in (("suspended", state.suspended), ("waiters", state.waiters)):
-                if table:
-                    problems.append(f"{name} is not empty at rest: {sorted(table)}")
-        return problems
 
 
 def _is_prefilling(request: Request) -> bool:

@@ -18,7 +18,8 @@ from vllm.v1.serial_utils import MsgpackEncoder
 
 from migration.engine_interface import EngineEvents
 from migration.messages import FinalState, MigrationId, RequestDescription, RequestId
-from migration.vllm_engine.adapter import TokenSpan, VllmEngine
+from migration.vllm_engine.adapter import VllmEngine
+from migration.vllm_engine.live_requests import TokenSpan
 from pd_serve.models import resolve
 from pd_serve.platform.cpu import cpu_engine_defaults
 

@@ -30,6 +30,7 @@ from migration.vllm_engine.migrating_scheduler import (
     StageWaiter,
     Suspended,
 )
+from migration.vllm_engine.scheduler_integrity import check_scheduler
 from pd_serve.errors import DestinationRefusedError, SourceGoneError
 from pd_serve.launch import engine_flags
 from pd_serve.models import resolve
@@ -401,7 +402,7 @@ class Node:
 
     def problems(self) -> list[str]:
         """What a node at rest should not show."""
-        problems = list(self.scheduler.check_integrity())
+        problems = check_scheduler(self.scheduler)
         usable = self.scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1
         if self.free_blocks != usable:
             problems.append(f"{usable - self.free_blocks} blocks are not free")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import pytest
 
-from migration.transport import nixl_reader
+from migration.transport import nixl_connections, nixl_reader
 from migration.transport.kv_transport import KvRegion
 from migration.transport.nixl_agent import Indices, NixlFailure
 from migration.transport.nixl_reader import NixlReader, ReadJob
@@ -130,7 +130,7 @@ class FakeAgent:
 @pytest.fixture
 def nixl(monkeypatch: pytest.MonkeyPatch) -> FakeNixl:
     fake = FakeNixl()
-    monkeypatch.setattr(nixl_reader, "NixlAgent", fake.agent)
+    monkeypatch.setattr(nixl_connections, "NixlAgent", fake.agent)
     monkeypatch.setattr(nixl_reader, "CHUNK_BYTES", 10 * 1024)  # ten blocks of one region
     return fake
 

@@ -1,0 +1,67 @@
+"""Builds vLLM's engine core with a migrating scheduler, and says whether it can migrate."""
+
+import logging
+from dataclasses import dataclass, field
+
+from vllm.config import VllmConfig
+from vllm.v1.engine.core import EngineCore
+
+from migration.transport.kv_transport import KvRegion
+from migration.transport.regions import kv_regions
+from migration.vllm_engine import compatibility, worker
+from migration.vllm_engine.executor import compile_nothing_if_eager, executor_class
+from migration.vllm_engine.migrating_scheduler import MigratingAsyncScheduler, MigratingScheduler
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class BuiltCore:
+    """An engine core on the step thread.
+
+    Attributes:
+        no_migration: Why requests cannot migrate; None if they can.
+        regions: The KV cache's memory, if they can.
+        compatibility: What has to be equal at the other end of a migration, by name.
+    """
+
+    core: EngineCore
+    no_migration: str | None
+    regions: list[KvRegion] = field(default_factory=list)
+    compatibility: dict[str, str] = field(default_factory=dict)
+
+
+def build_core(config: VllmConfig) -> BuiltCore:
+    """Loads the model. Raises: whatever vLLM raises."""
+    scheduling = config.scheduler_config
+    missing = compatibility.missing_names()
+    if not missing:
+        # The class has to match: a synchronous scheduler under an asynchronous configuration loses the
+        # overlap of scheduling and execution.
+        scheduling.scheduler_cls = (
+            MigratingAsyncScheduler if scheduling.async_scheduling else MigratingScheduler
+        )
+    compile_nothing_if_eager(config)
+    core = EngineCore(config, executor_class(config), log_stats=True)
+    missing = missing or compatibility.missing_attributes(core)
+    if missing:
+        built = BuiltCore(core, "this vLLM lacks " + ", ".join(missing))
+    else:
+        unsupported = compatibility.unsupported_engine(config, core.scheduler.kv_cache_config)
+        built = BuiltCore(core, unsupported)
+    if built.no_migration is None:
+        _map_kv_memory(built, config)
+    if built.no_migration is not None:
+        logger.error("SERVING WITHOUT MIGRATION: %s", built.no_migration)
+    return built
+
+
+def _map_kv_memory(built: BuiltCore, config: VllmConfig) -> None:
+    tensors = built.core.collective_rpc(worker.kv_caches)[0]
+    try:
+        built.regions = kv_regions(tensors, built.core.scheduler.kv_cache_config.num_blocks)
+    except ValueError as error:
+        built.no_migration = str(error)
+        return
+    sizes = [(region.num_blocks, region.block_bytes) for region in built.regions]
+    built.compatibility = compatibility.compatibility(config, sizes)

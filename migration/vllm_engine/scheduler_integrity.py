@@ -1,0 +1,32 @@
+"""Invariants of a migrating scheduler."""
+
+from typing import Any
+
+
+def check_scheduler(scheduler: Any) -> list[str]:
+    """The violated invariants, in words: leaked blocks, tables that should be empty, lost batch slots."""
+    problems = []
+    state = scheduler.migration
+    holders = set(scheduler.requests) | {r.request_id for r in state.arriving.values()}
+    for manager in scheduler.kv_cache_manager.coordinator.single_type_managers:
+        leaked = {rid for rid, blocks in manager.req_to_blocks.items() if blocks} - holders
+        if leaked:
+            problems.append(f"blocks are held for unknown requests {sorted(leaked)}")
+    pool = scheduler.kv_cache_manager.block_pool
+    if not holders and not scheduler.deferred_frees:
+        free, usable = pool.get_num_free_blocks(), pool.num_gpu_blocks - 1  # block 0 is the null block
+        if free != usable:
+            problems.append(f"at rest {usable - free} of {usable} blocks are not free")
+    if not set(state.suspended) <= set(scheduler.requests):
+        problems.append("a suspended request is unknown to the scheduler")
+    if any(r in scheduler.running for r in state.suspended.values()):
+        problems.append("a request is both suspended and running")
+    if scheduler.max_num_active_reqs != scheduler.max_active - len(state.suspended) - len(state.arriving):
+        problems.append("batch slots are not accounted for")
+    if not set(state.arrived) <= set(scheduler.requests):
+        problems.append(f"ended requests are remembered as arrivals: {sorted(state.arrived)}")
+    if not scheduler.requests:
+        for name, table in (("suspended", state.suspended), ("waiters", state.waiters)):
+            if table:
+                problems.append(f"{name} is not empty at rest: {sorted(table)}")
+    return problems
