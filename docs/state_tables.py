@@ -1,9 +1,10 @@
-"""Writes what docs/migration.md says about the two state tables and the bounds, from the code itself.
+"""Generates the state tables and the bounds in docs/migration.md from the code.
 
 `python docs/state_tables.py` rewrites the parts between the markers; with `--check` it changes nothing and
 exits with 1 where they differ (`tests/unit/test_docs.py` does the same).
 """
 
+import inspect
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from typing import Any
 
 from migration.bounds import MigrationBounds
 from migration.destination_table import DESTINATION_TABLE
+from migration.errors import RefusalCode
 from migration.source_table import SOURCE_TABLE
 
 PAGE = Path(__file__).with_name("migration.md")
@@ -48,16 +50,16 @@ def rows(table: Table) -> str:
                 continue
             done = ": " + ", ".join(action.name for action in actions) if actions else ""
             ways.setdefault(f"{following.name}{done}", []).append(event.name)
-        said = "<br>".join(f"{', '.join(events)} → {way}" for way, events in ways.items())
-        lines.append(f"| **{state.name}** | {said} | {', '.join(ignored)} |")
+        handled = "<br>".join(f"{', '.join(events)} → {way}" for way, events in ways.items())
+        lines.append(f"| **{state.name}** | {handled} | {', '.join(ignored)} |")
     return "\n".join(lines)
 
 
 def bounds() -> str:
     """The bounds with their defaults, described by the class's own docstring."""
     text = " ".join((MigrationBounds.__doc__ or "").split("Attributes:")[1].split())
-    described = dict(re.findall(r"((?:\w+, )*\w+): (.*?)(?= (?:\w+, )*\w+: |$)", text))
-    meaning = {name: said for names, said in described.items() for name in names.split(", ")}
+    descriptions = dict(re.findall(r"((?:\w+, )*\w+): (.*?)(?= (?:\w+, )*\w+: |$)", text))
+    meaning = {name: text for names, text in descriptions.items() for name in names.split(", ")}
     defaults = MigrationBounds()
     lines = ["| bound | default | for |", "|---|---|---|"]
     for item in fields(MigrationBounds):
@@ -66,6 +68,13 @@ def bounds() -> str:
         shown = "none" if value is None else f"{value:g}{unit}"
         lines.append(f"| `{item.name}` | {shown} | {meaning[item.name]} |")
     return "\n".join(lines)
+
+
+def refusal_codes() -> str:
+    """The codes of refusals, described by the comments of the enum."""
+    described = re.findall(r"    (\w+) = auto\(\)  # (.*)", inspect.getsource(RefusalCode))
+    lines = ["| code | the request did not move because |", "|---|---|"]
+    return "\n".join(lines + [f"| `{RefusalCode[name]}` | {text} |" for name, text in described])
 
 
 def _in_lines(events: list[str]) -> str:
@@ -79,6 +88,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "destination diagram": lambda: diagram(DESTINATION_TABLE, "RESERVING"),
     "destination table": lambda: rows(DESTINATION_TABLE),
     "bounds": bounds,
+    "refusal codes": refusal_codes,
 }
 
 

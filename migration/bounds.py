@@ -1,11 +1,11 @@
-"""Every wait of the protocol has a bound; they are all here, in seconds unless named otherwise."""
+"""The bounds of all waits of the protocol, in seconds unless named otherwise."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class MigrationBounds:
-    """Limits of one instance's migrations. No request waits longer than these add up to.
+    """Limits of one instance's migrations. No request waits longer than their sum.
 
     Attributes:
         reply_s: Source: for the destination's first answer.
@@ -13,7 +13,7 @@ class MigrationBounds:
         keep_alive_s: Source: how often a long prefill renews the destination's lease.
         acknowledge_s: Source: for the commit, before asking; then between questions.
         questions: Source: how often to ask before taking the request back.
-        lease_s: Destination: for the next word from the source, before the reservation is dropped.
+        lease_s: Destination: for the next message from the source, before the reservation is dropped.
         tail_s: Destination: for the last copy.
         log_s: Destination: how long a commit is remembered to answer questions.
         max_outgoing, max_incoming: Migrations at a time per instance.

@@ -38,18 +38,17 @@ logger = logging.getLogger(__name__)
 
 
 class MigrationCoordinator:
-    """Both sides of all migrations of one instance. Lives on one event loop.
-
-    Attributes:
-        num_offers: Requests that peers wanted to move here, so far; `num_refused` of them were refused.
-        protocol_errors: Messages that made no sense, so far.
+    """Both sides of all migrations of one instance. Belongs to one event loop.
 
     Args:
         name: This instance.
-        send: Sends a message to a peer; must not block and may lose it.
+        send: Sends a message to a peer; must not block, and may lose the message.
         on_ended: Called once per outgoing migration when it has ended.
-        on_failure: Called with what should never happen (a failed engine call); the instance is not
-            to be trusted after it.
+        on_failure: Called with the exception of a failed engine call; the instance must not be used any more.
+
+    Attributes:
+        num_offers, num_refused: Offers received from peers, and those of them that were refused.
+        protocol_errors: Messages that the state tables do not allow.
     """
 
     def __init__(
@@ -72,7 +71,7 @@ class MigrationCoordinator:
         self._on_ended = on_ended
         self._tasks = BackgroundTasks(on_failure)
         self._serial = itertools.count()
-        self._life = uuid.uuid4().hex[:8]  # ids of an earlier life of this instance must not match
+        self._incarnation = uuid.uuid4().hex[:8]  # ids from before a restart must not match
         self._outgoing: dict[MigrationId, OutgoingMigration] = {}
         self._by_request: dict[RequestId, OutgoingMigration] = {}
         self._starting: set[RequestId] = set()
@@ -100,20 +99,20 @@ class MigrationCoordinator:
 
     @property
     def bytes_received(self) -> int:
-        """KV copied here so far, for migrations that came to nothing too."""
+        """KV copied to this instance, aborted migrations included."""
         return self._bytes_received + sum(m.bytes_copied for m in self._incoming.values())
 
     async def migrate(
         self, request_id: RequestId, destination: InstanceId, reason: str, *, blocking: bool = False
     ) -> MigrationRecord:
-        """Moves a running request to `destination` and returns when that has ended, either way.
+        """Moves a running request to `destination` and returns when the migration has ended.
 
         Args:
             blocking: Stop-and-copy instead of live, for comparison.
 
         Raises:
             SourceGoneError: The request is not running here.
-            DestinationRefusedError: It is on its way already, cannot move, or too many are.
+            DestinationRefusedError: It is being migrated already, cannot move, or too many migrations leave.
         """
         if destination == self.name:
             text = f"the request is on {destination} already"
@@ -132,7 +131,7 @@ class MigrationCoordinator:
         if self._closed:
             raise DestinationRefusedError(RefusalCode.STOPPING, "the instance is stopping")
         migration = OutgoingMigration(
-            MigrationId(f"{self.name}.{self._life}.{next(self._serial)}"),
+            MigrationId(f"{self.name}.{self._incarnation}.{next(self._serial)}"),
             description,
             self.name,
             destination,
@@ -147,10 +146,10 @@ class MigrationCoordinator:
         )
         self._outgoing[migration.migration_id] = migration
         self._by_request[request_id] = migration
-        return await asyncio.shield(migration.ended)  # it goes on even if nobody waits any more
+        return await asyncio.shield(migration.ended)  # it goes on if the caller stops waiting
 
     def on_message(self, peer: InstanceId, message: AnyMigrationMessage) -> None:
-        """Takes a message from a peer. One that makes no sense is logged and changes nothing."""
+        """Takes a message from a peer. One that a state table does not allow is logged and changes nothing."""
         if self._closed:
             return
         try:
@@ -177,9 +176,9 @@ class MigrationCoordinator:
             migration.on_event(SourceEvent.CANCELLED, Refusal(RefusalCode.CANCELLED, why))
 
     async def drop_arriving(self, request_id: RequestId) -> None:
-        """Ends what is arriving of a request that this instance is about to get in another way.
+        """Ends migrations of a request to here, before the request is recomputed here.
 
-        Returns when nothing of it is held by a migration any more.
+        Returns when no migration holds anything of it.
         """
         arriving = [m for m in self._incoming.values() if m.request_id == request_id and m.holds_resources]
         refusal = Refusal(RefusalCode.SUPERSEDED, "the request comes here by a recompute")
@@ -200,7 +199,7 @@ class MigrationCoordinator:
                 incoming.on_event(DestinationEvent.PEER_LOST, refusal)
 
     async def close(self) -> None:
-        """Stops in the middle of whatever is under way; the peers find out by themselves."""
+        """Stops all migrations where they are; the peers notice by their bounds."""
         self._closed = True
         for outgoing in self._outgoing.values():
             outgoing.close()
@@ -231,8 +230,8 @@ class MigrationCoordinator:
         if migration is not None:
             migration.on_message(message)
         elif isinstance(message, Pull | Committed) and message.migration_id in self._given_up:
-            # An unknown one gets no answer: it may be a late word about a request that lives there. A
-            # reservation ends with its lease, and whom the front end does not follow it tells to end.
+            # An unknown migration gets no answer: the message may be a late one about a request that runs
+            # at the peer. A reservation ends with its lease, and API servers end copies that are stale.
             refusal = Refusal(RefusalCode.CANCELLED, "the source has given this migration up")
             self._send(peer, Withdraw(message.migration_id, refusal))
 

@@ -76,7 +76,7 @@ DESTINATION_TABLE: Table[DestinationState, DestinationEvent, DestinationAction] 
         E.WITHDRAWN: _DROP,
         E.TIMED_OUT: _DROP,
         E.PEER_LOST: _DROP,
-        E.QUERIED: (S.WAITING, (A.SEND_PULL,)),  # the final state got lost: say so by asking on
+        E.QUERIED: (S.WAITING, (A.SEND_PULL,)),  # the final state got lost: ask for it
         E.KEEP_ALIVE: (S.WAITING, ()),
     },
     S.COPYING: {
@@ -102,14 +102,14 @@ DESTINATION_TABLE: Table[DestinationState, DestinationEvent, DestinationAction] 
         E.ENTERED: (S.COMMITTED, (A.SEND_COMMITTED,)),
         E.COMMIT_FAILED: _DROP,
         E.WITHDRAWN: _AWAIT_ENGINE,  # the drop undoes the commit
-        E.PEER_LOST: (S.COMMITTING, ()),  # it is nearly ours
+        E.PEER_LOST: (S.COMMITTING, ()),  # the request is about to run here
         **ignored(S.COMMITTING, E.FINAL, E.STAGE, E.KEEP_ALIVE, E.QUERIED),
     },
     S.COMMITTED: {
         E.FINAL: (S.COMMITTED, (A.SEND_COMMITTED,)),  # idempotent
         E.QUERIED: (S.COMMITTED, (A.SEND_COMMITTED,)),
         E.WITHDRAWN: _DROP,
-        E.TIMED_OUT: (S.ENDED, (A.CLOSE,)),  # nobody will ask any more
+        E.TIMED_OUT: (S.ENDED, (A.CLOSE,)),  # the source no longer asks
         **ignored(S.COMMITTED, E.STAGE, E.KEEP_ALIVE, E.PEER_LOST),
     },
     S.STOPPING: {

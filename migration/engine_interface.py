@@ -73,7 +73,7 @@ class HeldBlocks(NamedTuple):
 
 @dataclass
 class EngineEvents:
-    """What an engine reports on its own account, on the llumlet's event loop."""
+    """Callbacks of an engine, all on the llumlet's event loop."""
 
     on_prefill_started: Callable[[list[RequestId]], None]  # requests that ask for a hand-off
     on_requests_ended: Callable[[list[RequestId]], None]  # finished or aborted, wherever they were
@@ -172,7 +172,7 @@ class Engine(Protocol):
         """Every request that holds something here, arriving ones included; of one client, or of all."""
 
     async def held_blocks(self) -> list[HeldBlocks]:
-        """Which requests hold KV blocks here, and how many. For whoever watches; no decision needs it."""
+        """The KV blocks of each request here. For the live page; no decision needs them."""
 
     async def utility(self, method: str, *arguments: object) -> object:
         """Calls one of the engine's own control methods, by the name that vLLM's front end uses.
@@ -181,4 +181,4 @@ class Engine(Protocol):
         """
 
     async def check_integrity(self) -> list[str]:
-        """What does not add up in the engine's books, in plain words; empty if all is well."""
+        """The violated invariants of the engine, in words; empty if all hold."""

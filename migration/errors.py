@@ -20,24 +20,24 @@ class RefusalCode(StrEnum):
     """Why a migration was refused, or ended without moving its request. The request itself goes on."""
 
     ALREADY_HERE = auto()  # the destination has the request
-    ALREADY_MIGRATING = auto()
+    ALREADY_MIGRATING = auto()  # one migration of a request at a time
     AMBIGUOUS_REQUEST = auto()  # the id names several running requests
-    CANCELLED = auto()  # the source gave it up
-    COPY_FAILED = auto()
+    CANCELLED = auto()  # the source gave the migration up
+    COPY_FAILED = auto()  # in an unforeseen way
     FINISHED = auto()  # the request ended, or its client left
     GRAMMAR = auto()  # the destination cannot continue the request's structured output
     INCOMPATIBLE = auto()  # model, version or KV layout differ
     JUST_LEFT = auto()  # the request left the destination in the present step
-    NO_BATCH_SLOT = auto()
-    NO_FREE_BLOCKS = auto()
+    NO_BATCH_SLOT = auto()  # the destination's batch is full
+    NO_FREE_BLOCKS = auto()  # the destination's KV cache is full
     NOT_RUNNING = auto()  # waiting, preempted, suspended or unknown at the source
     PEER_LOST = auto()  # an instance, or the path to its memory, is gone
     PREEMPTED = auto()  # by its source, while it was being copied
-    STOPPING = auto()  # the instance shuts down
+    STOPPING = auto()  # the source shuts down
     SUPERSEDED = auto()  # the destination gets the request by a recompute
-    TIMED_OUT = auto()
-    TOO_LONG = auto()  # for the destination's maximum length
-    TOO_MANY_MIGRATIONS = auto()
+    TIMED_OUT = auto()  # a bound of the protocol has passed
+    TOO_LONG = auto()  # prompt and max_tokens exceed the destination's maximum length
+    TOO_MANY_MIGRATIONS = auto()  # at the source or the destination, at a time
     UNKNOWN_MIGRATION = auto()  # the destination holds nothing for it
     UNSUPPORTED_ENGINE = auto()  # migration is off on this instance
     UNSUPPORTED_REQUEST = auto()  # multimodal input, LoRA...

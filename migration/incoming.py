@@ -45,7 +45,7 @@ _COPY_STATES = (DestinationState.COPYING, DestinationState.TAIL)
 
 
 class IncomingMigration:
-    """One request on its way here."""
+    """One request that is being moved to this instance."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class IncomingMigration:
                 logger.warning("migration %s: offered twice, ignored", self.migration_id)
 
     def close(self) -> None:
-        """The instance stops: no timer may fire any more. The owner of the tasks cancels them."""
+        """Disarms the timer: the instance stops. The coordinator cancels the tasks."""
         self._closed = True
         self._disarm_timer()
 
@@ -193,13 +193,13 @@ class IncomingMigration:
             self.on_event(DestinationEvent.COPIED)
 
     def _slice_blocks(self) -> int:
-        """How many blocks to copy at once. The tail is never cut: its request waits for it."""
+        """Blocks to copy at once. The tail is never divided: its request waits for it."""
         if self.state_machine.state is not DestinationState.COPYING or not self._pacer.paces:
             return len(self._local_blocks)
         return max(1, SLICE_BYTES // self._block_bytes) if self._block_bytes else 1
 
     def _copy_ended(self, copy: "asyncio.Task[None]") -> None:
-        """Speaks for a copy that could not: stopped, perhaps before its first step, or broken."""
+        """Reports a copy that was cancelled, perhaps before its first step, or failed unexpectedly."""
         if self._closed:
             return
         if copy.cancelled():
@@ -223,7 +223,7 @@ class IncomingMigration:
         self.on_event(DestinationEvent.ENGINE_DONE)
 
     def _arm_timer(self) -> None:
-        """Every word from the source renews the lease; the bound of a copy stands."""
+        """Every message from the source renews the lease, but not the bound of a copy."""
         self._disarm_timer()
         bounds = self._bounds
         bound_s = {

@@ -1,4 +1,4 @@
-"""What two llumlets say to each other about a migration. One-way; msgpack on the wire, never pickle."""
+"""The messages of a migration between two llumlets. One-way; msgpack on the wire, never pickle."""
 
 from typing import NewType
 
@@ -126,7 +126,7 @@ class KeepAlive(MigrationMessage, frozen=True, tag=True):
 
 
 class Withdraw(MigrationMessage, frozen=True, tag=True):
-    """Source → destination: forget it; end the request there if it has been committed."""
+    """Source → destination: drop the migration; end the request there if it has been committed."""
 
     refusal: Refusal
 

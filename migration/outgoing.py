@@ -38,10 +38,10 @@ logger = logging.getLogger(__name__)
 
 
 class OutgoingMigration:
-    """One request on its way from here to `destination`.
+    """One request that is being moved from here to `destination`.
 
     Args:
-        blocking: Suspend at once and copy everything then: the baseline that live migration beats.
+        blocking: Suspend at once and copy everything then: the baseline for comparison.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class OutgoingMigration:
                 self.on_event(SourceEvent.DROPPED, refusal.prefixed("dropped by the destination"))
 
     def close(self) -> None:
-        """The instance stops: no timer may fire any more. The owner of the tasks cancels them."""
+        """Disarms the timer: the instance stops. The coordinator cancels the tasks."""
         self._disarm_timer()
         self.ended.cancel()
 
@@ -187,7 +187,7 @@ class OutgoingMigration:
         self.on_event(SourceEvent.ENGINE_DONE)
 
     def _stage_copied(self, run: BlockRun) -> None:
-        """The destination has said so, perhaps more than once."""
+        """Records a stage when the destination first reports it as copied."""
         if self._stage_at is not None:
             begin, end = self._stage_at - self._began_at, self._loop.time() - self._began_at
             self._copies.append(CopyStage(begin, end, len(run.block_ids)))

@@ -1,4 +1,4 @@
-"""Copying no faster than the running requests can bear."""
+"""Limits the rate of copies, so that running requests are not slowed down."""
 
 import asyncio
 
@@ -22,7 +22,7 @@ class Pacer:
         return self._bytes_per_s is not None
 
     async def copied(self, num_bytes: int) -> None:
-        """Waits as long as the bytes just copied should have taken."""
+        """Waits until the copied bytes are within the rate."""
         if self._bytes_per_s is None:
             return
         now = asyncio.get_running_loop().time()

@@ -1,4 +1,4 @@
-"""`LocalTransport`: KV blocks between instances of one process, with failures and delays to order.
+"""`LocalTransport`: KV blocks between instances of one process, with failures and delays on demand.
 
 For tests, simulation and several instances in one process. It keeps the whole contract of `KvTransport`,
 bounds and lost peers included. Its only clock is the event loop's, so it runs in virtual time too.
@@ -34,10 +34,10 @@ class _Endpoint(msgspec.Struct, frozen=True, array_like=True):
 
 
 class LocalFabric:
-    """What connects local transports: who is there, how fast it is, and what is broken.
+    """What connects local transports: members, speed and failures.
 
     Latency and speed may be changed at any time and count for each read on its own: reads do not share
-    the speed, unless a subclass says so in `copy_s`. All of it is used from one event loop.
+    the speed, unless a subclass changes that in `copy_s`. Belongs to one event loop.
 
     Args:
         latency_s: Time before a read's first byte.
@@ -84,10 +84,10 @@ class LocalFabric:
         """A read of `source` by `destination` begins."""
 
     def end_read(self, source: str, destination: str) -> None:
-        """It has ended, either way."""
+        """The read has ended, or failed."""
 
     def copy_s(self, source: str, destination: str, num_bytes: int) -> float:
-        """How long it takes to copy so much, with all that is being read now."""
+        """Duration of a copy of `num_bytes`, with the reads that are in progress."""
         return num_bytes / self.bytes_per_s if self.bytes_per_s else 0.0
 
     def member(self, address: _Endpoint) -> LocalTransport | None:
@@ -106,7 +106,7 @@ class LocalFabric:
         self.announce()
 
     def announce(self) -> None:
-        """Wakes whoever waits in `change`."""
+        """Wakes all waiters in `change`."""
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 

@@ -164,7 +164,7 @@ class NixlAgent:
         return handle
 
     def is_done(self, handle: int) -> bool:
-        """Drives the agent's transfers on and tells if this one has ended. Does not wait.
+        """Drives the agent's transfers and returns whether this one has ended. Does not wait.
 
         Raises:
             NixlFailure: The read failed. Some of it may still be under way until `close`.
@@ -199,7 +199,7 @@ class NixlAgent:
 
 
 def memory_kind(region: KvRegion) -> str:
-    """NIXL's name for the kind of memory a region lies in."""
+    """NIXL's name for the memory kind of a region."""
     return "DRAM_SEG" if region.device_id < 0 else "VRAM_SEG"
 
 

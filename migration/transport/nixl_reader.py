@@ -7,8 +7,8 @@ request"). Only destroying the agent ends it for certain. Hence this shape:
 - All NIXL calls of the reading side happen in the reader's thread: no locks around NIXL, and two thread
   switches a read. The calls that can take long release the GIL.
 - A read that failed, or is overdue, ends by a **reset**: the agent is destroyed (3-7 ms measured, with a
-  stalled peer too) and made anew when needed. Only then its caller hears of it, so nothing writes to its
-  blocks any more. Reads of other peers go on: the chunks they had under way are posted once more.
+  stalled peer too) and opened again when needed. Only then does its caller get the error, so that nothing
+  writes to its blocks any more. Reads of other peers go on: their chunks under way are posted once more.
 - The agent has no progress thread. What is not polled does not move, and an idle reader costs nothing.
 """
 

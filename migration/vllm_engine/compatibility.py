@@ -1,6 +1,6 @@
-"""Which engines and which requests can migrate, and whether this vLLM is one that we know.
+"""Which engines and which requests can migrate, and whether this vLLM has all names that migration uses.
 
-What cannot move is refused with its reason and stays where it is; it is never broken.
+A request that cannot move is refused with the reason and stays where it is.
 """
 
 import hashlib
@@ -152,7 +152,7 @@ def unmovable(request: Any) -> str | None:
 
 
 def compatibility(vllm_config: Any, kv_regions: list[tuple[int, int]]) -> dict[str, str]:
-    """What has to be equal on both sides of a migration, by name; see DESIGN section 5."""
+    """What has to be equal on both sides of a migration, by name."""
     import vllm
 
     model = vllm_config.model_config

@@ -1,4 +1,4 @@
-"""Builds vLLM's engine core with a migrating scheduler, and says whether it can migrate."""
+"""Builds vLLM's engine core with a migrating scheduler, and checks whether it can migrate."""
 
 import logging
 from dataclasses import dataclass, field

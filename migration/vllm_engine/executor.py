@@ -1,4 +1,4 @@
-"""How vLLM's executor is chosen and set up, and what has to be done around it on a CPU."""
+"""Choice and set-up of vLLM's executor, with two corrections for CPUs."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ class SteadySeedsExecutor(UniProcExecutor):
 
 
 def compile_nothing_if_eager(config: Any) -> None:
-    """Lets `--enforce-eager` on a CPU mean what it says for the few helpers that vLLM compiles all the same.
+    """Extends `--enforce-eager` on a CPU to the few helpers that vLLM compiles nevertheless.
 
     The first request with logprobs would wait seconds for the C++ compiler, and with it every other
     request of its instance. Source: vllm/v1/sample/ops/logprobs.py, batched_count_greater_than.

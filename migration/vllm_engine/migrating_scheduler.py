@@ -36,7 +36,7 @@ class Suspended:
 
 @dataclass
 class StageWaiter:
-    """Somebody waits for the next stage of a request's migration; see `Engine.next_stage`."""
+    """A pending `Engine.next_stage`."""
 
     request_id: str
     incarnation: int
@@ -111,7 +111,7 @@ class MigrationMixin:
         return min(limit, share) if limit else share
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        """Every request ends here, whatever ends it: a stop while it drains just as much as an abort."""
+        """Called for every request that ends: a stop while it drains, or an abort."""
         result = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
         request_id = request.request_id
         self.handoff_ids.discard(request_id)
@@ -294,13 +294,13 @@ class MigrationMixin:
         arrived = self.migration.arrived.items()
         request_id = next((rid for rid, brought_by in arrived if brought_by == migration_id), None)
         if request_id is not None:
-            # If it has ended at its source before all of it was copied, its blocks hold who knows what.
+            # If the request ended at its source during the copy, the blocks may hold anything.
             self.kv_cache_manager.evict_blocks(set(self.kv_cache_manager.get_block_ids(request_id)[0]))
             self.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
         return request_id
 
     def continue_by_recompute(self, request: Request) -> None:
-        """Queues a request that has output tokens but no blocks: its former owner died."""
+        """Queues a request that has output tokens but no blocks: its former instance died."""
         request.prefill_stats = None
         request.status = self._entry_status()
         self.requests[request.request_id] = request

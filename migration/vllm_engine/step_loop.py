@@ -1,4 +1,4 @@
-"""vLLM's `EngineCore` stepped in a thread of ours, with calls from the event loop between the steps."""
+"""Steps vLLM's `EngineCore` in its own thread, with calls from the event loop between the steps."""
 
 import asyncio
 import logging
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class StepLoop:
-    """Owns the step thread: all of vLLM runs there, from building the core to its last step.
+    """The step thread: all of vLLM runs there, from building the core to its last step.
 
     Calls become closures in the thread's queue and run between two steps, in order; their results go
     back to the loop. While there is nothing to step, the thread sleeps in that queue.

@@ -1,4 +1,4 @@
-"""What has to be done beside vLLM's model runner. Functions for `Executor.collective_rpc`.
+"""State of vLLM's model runner that migration reads and writes. Functions for `Executor.collective_rpc`.
 
 They take the executor's worker (a `WorkerWrapperBase`) first and run on the step thread.
 """
@@ -34,7 +34,7 @@ def install_request(
     num_computed_tokens: int,
     saved_rng_state: bytes | None,
 ) -> None:
-    """Gives a V1 runner the state of a request that it meets in the middle of its decoding.
+    """Gives a V1 runner the state of a request that was decoded elsewhere.
 
     Without a saved generator state a seeded request's generator is wound forward by sampling once per
     output token, with the runner's own sampler: what that draws differs between platforms.

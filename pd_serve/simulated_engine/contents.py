@@ -3,7 +3,7 @@
 The KV of a token is a number made of the token and its position; a block holds the sum over its tokens, and
 the next token is made of the sum over all blocks of the request. As in attention the order of the blocks
 does not matter, since every entry knows its position, and every entry counts: a block that was lost, copied
-too early or to the wrong place changes what is said from then on.
+too early or to the wrong place changes all tokens generated from then on.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ _TOKEN, _POSITION, _NEXT, _BLOCK = (
     0xD6E8_FEB8_6659_FD93,
 )
 
-#: What a block holds that nobody has written: a freed one, or one that a copy was meant for.
+#: Content of a block that was not written: a freed one, or the target of a copy that did not happen.
 GARBAGE = 0xDEAD_DEAD_DEAD_DEAD
 
 
@@ -27,10 +27,10 @@ def kv_of(position: int, token: int) -> int:
 
 
 def token_after(digest: int, vocabulary: tuple[int, int]) -> int:
-    """The token that the model says after contents with this sum.
+    """The token that the model generates after contents with this sum.
 
     Args:
-        vocabulary: (first, number) of the tokens it can say.
+        vocabulary: (first, number) of the tokens that it can generate.
     """
     first, count = vocabulary
     return first + ((digest * _NEXT & MASK) >> 48) % count
@@ -85,7 +85,7 @@ class SegmentPrompt:
 def expected_output(
     prompt: Prompt, num_output_tokens: int, block_tokens: int, vocabulary: tuple[int, int] = (0, 1 << 16)
 ) -> list[int]:
-    """What any number of migrations, preemptions and restarts must not change."""
+    """The output of a request, whatever migrations, preemptions and restarts it goes through."""
     digest = 0
     for block in range(-(-prompt.num_tokens // block_tokens)):
         num_tokens = min(block_tokens, prompt.num_tokens - block * block_tokens)

@@ -27,7 +27,7 @@ class LinearCostModel:
     n² is taken per prompt, where attention is: a chunk of c tokens after h others costs p2 (c² + 2 c h).
     A mixed step runs both over the same weights, so its constant is counted once.
 
-    Source: FACTS of the project, section 2; fitted to the Llumnix paper's figure 10 and its artifact.
+    Source: fitted to the Llumnix paper's figure 10 and its artifact.
     """
 
     prefill_ms: tuple[float, float, float]

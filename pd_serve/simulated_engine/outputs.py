@@ -48,7 +48,7 @@ class SimulatedBatch:
 
 
 class SimulatedPayload(msgspec.Struct, frozen=True, array_like=True):
-    """A request without its tokens: what its prompt contains, not what it says.
+    """A request described by the contents of its prompt in place of its tokens.
 
     Attributes:
         segments: See `TraceRequest`.
@@ -75,7 +75,7 @@ _payload_decoder = msgspec.msgpack.Decoder(SimulatedPayload)
 
 
 def decode_payload(payload: list[bytes]) -> sequence.Sequence:
-    """What a simulated engine makes of a request."""
+    """Decodes a request for a simulated engine."""
     request = _payload_decoder.decode(payload[0])
     return sequence.Sequence(
         request.request_id, request.prompt, request.max_tokens, request.priority, request.arrival_s, payload

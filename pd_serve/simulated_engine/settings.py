@@ -1,12 +1,11 @@
-"""What a simulated engine is like: plain values."""
+"""Settings of a simulated engine."""
 
 from dataclasses import dataclass
 
 from pd_serve.simulated_engine.cost_model import CostModel
 
-#: Prompts say which contents they share in steps of so many tokens (as Mooncake's `hash_ids` do).
+#: Granularity in tokens at which prompts name the contents that they share (as Mooncake's `hash_ids`).
 SEGMENT_TOKENS = 512
-
 
 #: KV blocks of the paper's instances. Arithmetic gives 851; with what the engine keeps for itself when
 #: batches are large, this reproduces the paper's latencies best (docs/policies.md). Fitted once.
@@ -23,7 +22,7 @@ class EngineSettings:
         chunk_tokens: Token budget of a step with prompts mixed with decodes (chunked prefill); None for
             vLLM as in the paper: a step is prompts only or decodes only, prompts first.
         max_prefill_tokens: Prompt tokens per step without chunks.
-        vocabulary: (first, number) of the tokens that it says.
+        vocabulary: (first, number) of the tokens that it generates.
         kv_bytes_per_token: For the time that migrations take.
         migration_slowdown: Share by which steps are slower that begin while KV is being copied; the mean of
             what the paper measured.

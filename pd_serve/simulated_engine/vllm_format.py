@@ -1,4 +1,4 @@
-"""A simulated engine behind the real API: it takes vLLM's requests and says vLLM's outputs, in real time.
+"""A simulated engine behind the real API: it takes requests and sends outputs in vLLM's form, in real time.
 
 For load tests and demonstrations without a GPU: everything but the model is real.
 """
@@ -37,7 +37,7 @@ _decoder = MsgpackDecoder(EngineCoreRequest)
 
 
 def check_parameters(parameters: SamplingParams) -> None:
-    """For the API server: a client hears of it before anything has begun.
+    """Checks a request in the API server, so that its client gets the error before anything has begun.
 
     Raises:
         InvalidRequestError: They ask for what needs a model, logprobs or a grammar.
@@ -49,7 +49,7 @@ def check_parameters(parameters: SamplingParams) -> None:
 
 
 def decode_request(payload: list[bytes]) -> Sequence:
-    """What a simulated engine makes of a request of vLLM's. It generates until `max_tokens`.
+    """Decodes a request of vLLM's. The simulated engine generates until `max_tokens`.
 
     Raises:
         InvalidRequestError: It is not about tokens.
@@ -91,7 +91,7 @@ def make_engine(
 
 
 def _events(output: SimulatedOutput, now: float) -> list[EngineCoreEvent] | None:
-    """When its prefill began, as vLLM's engine says it with the first token."""
+    """The events with which vLLM's engine reports the prefill's begin, sent with the first token."""
     if output.times is None:
         return None
     queue_s, prefill_s = output.times
