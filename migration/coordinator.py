@@ -149,7 +149,7 @@ class MigrationCoordinator:
         return await asyncio.shield(migration.ended)  # it goes on if the caller stops waiting
 
     def on_message(self, peer: InstanceId, message: AnyMigrationMessage) -> None:
-        """Takes a message from a peer. One that a state table does not allow is logged and changes nothing."""
+        """Takes a message from a peer. One that is not allowed is logged and changes nothing."""
         if self._closed:
             return
         try:
