@@ -87,7 +87,7 @@ class SimulatedWire:
         self.name = name
         self._sender = name.encode()
         self._network = network
-        self._peers: dict[str, str] = {}
+        self.peers: dict[str, str] = {}
         self._bound: list[str] = []
 
     @staticmethod
@@ -101,13 +101,13 @@ class SimulatedWire:
         return address
 
     def connect(self, peer: str, address: str) -> None:
-        self._peers[peer] = address
+        self.peers[peer] = address
 
     def disconnect(self, peer: str) -> None:
-        self._peers.pop(peer, None)
+        self.peers.pop(peer, None)
 
     def send(self, peer: str, message: object, payload: Sequence[bytes] = ()) -> bool:
-        address = self._peers.get(peer)
+        address = self.peers.get(peer)
         if address is None:
             return False
         self._network.deliver(self.name, address, [self._sender, message, *payload])

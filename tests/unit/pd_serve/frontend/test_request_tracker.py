@@ -1,7 +1,7 @@
 """The API server's side of the cluster, over a wire that keeps what is sent and says what a test says."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -33,7 +33,6 @@ from pd_serve.comm.messages import (
     Reply,
     TokenHeader,
 )
-from pd_serve.comm.wire import Wire
 from pd_serve.errors import EngineDeadError, MigrationRefusedError, UnknownTargetError
 from pd_serve.frontend import request_tracker as request_router
 from pd_serve.frontend.request_tracker import MAX_RECOMPUTES, RequestTracker
@@ -41,36 +40,11 @@ from pd_serve.observe.timeline import ObservedMigration
 from router.load import InstanceLoad
 from router.request import Demand, NewRequest
 from tests.unit.pd_serve.made_migrations import FULL, migrated
+from tests.unit.pd_serve.recording_wire import RecordingWire
 
 M = TypeVar("M")
 R = RequestId("r")
 BLOCK_TOKENS = 16
-
-
-class FakeWire:
-    """Keeps what is sent to peers that are connected. Has the methods of `Wire` that a router uses."""
-
-    def __init__(self) -> None:
-        self.listeners: list[Callable[[list[bytes]], None]] = []
-        self.peers: dict[str, str] = {}
-        self.sent: list[tuple[str, Any, list[bytes]]] = []
-
-    decoder = staticmethod(Wire.decoder)
-
-    def listen(self, on_message: Callable[[list[bytes]], None]) -> str:
-        self.listeners.append(on_message)
-        return f"tcp://api:{len(self.listeners)}"
-
-    def connect(self, peer: str, address: str) -> None:
-        self.peers[peer] = address
-
-    def disconnect(self, peer: str) -> None:
-        self.peers.pop(peer, None)
-
-    def send(self, peer: str, message: object, payload: Sequence[bytes] = ()) -> bool:
-        if peer in self.peers:
-            self.sent.append((peer, message, list(payload)))
-        return peer in self.peers
 
 
 @dataclass
@@ -84,7 +58,7 @@ class World:
     """A router and what the instances around it say."""
 
     def __init__(self) -> None:
-        self.wire = FakeWire()
+        self.wire = RecordingWire("api")
         self.outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self.clock = Clock()
         self.router = RequestTracker(
@@ -115,7 +89,7 @@ class World:
         self.hear(name, report)
 
     def hear(self, sender: str, message: object) -> None:
-        self.wire.listeners[0]([sender.encode(), msgspec.msgpack.encode(message)])
+        self.wire.receive(sender, message)
 
     def tokens(
         self,
@@ -207,7 +181,7 @@ async def test_a_request_is_sent_to_a_prefill_instance_with_where_it_moves_next(
 
     [(peer, message, payload)] = [sent for sent in world.wire.sent if isinstance(sent[1], AddRequest)]
     assert peer == "p0"
-    assert message == add == AddRequest(R, "tcp://api:2", 0, ["d0", "d1"], [])
+    assert message == add == AddRequest(R, "api/1", 0, ["d0", "d1"], [])
     assert MsgpackDecoder(EngineCoreRequest).decode(payload) == request("r", 20)
 
 

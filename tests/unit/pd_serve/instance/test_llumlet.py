@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
-import msgspec
 import pytest
 
 from migration.bounds import MigrationBounds
@@ -42,43 +41,17 @@ from pd_serve.comm.messages import (
     SetRole,
     Subscribe,
 )
-from pd_serve.comm.wire import Wire
 from pd_serve.errors import DestinationRefusedError, EngineDeadError, SourceGoneError
 from pd_serve.instance.llumlet import HEARTBEAT_S, REPORT_INTERVAL_S, Llumlet
 from pd_serve.instance.peers import LEASE_S
 from router.load import EngineLoad, InstanceLoad
 from router.plugins import PolicyChoice
 from tests.unit.pd_serve.made_migrations import FULL
+from tests.unit.pd_serve.recording_wire import RecordingWire
 from tests.virtual_time import in_virtual_time
 
 M = TypeVar("M")
 R = RequestId("r")
-
-
-class FakeWire:
-    """Keeps what is sent to connected peers. Has the methods of `Wire` that a llumlet uses."""
-
-    def __init__(self) -> None:
-        self.on_message: Callable[[list[bytes]], None] = lambda frames: None
-        self.peers: dict[str, str] = {}
-        self.sent: list[tuple[str, Any]] = []
-
-    decoder = staticmethod(Wire.decoder)
-
-    def listen(self, on_message: Callable[[list[bytes]], None]) -> str:
-        self.on_message = on_message
-        return "tcp://p0"
-
-    def connect(self, peer: str, address: str) -> None:
-        self.peers[peer] = address
-
-    def disconnect(self, peer: str) -> None:
-        self.peers.pop(peer, None)
-
-    def send(self, peer: str, message: object, payload: Sequence[bytes] = ()) -> bool:
-        if peer in self.peers:
-            self.sent.append((peer, message))
-        return peer in self.peers
 
 
 class FakeEngine:
@@ -172,7 +145,7 @@ class World:
     """The llumlet p0, an API server and two decode instances, all of them in the hands of the test."""
 
     def __init__(self, bounds: MigrationBounds | None = None) -> None:
-        self.wire, self.engine = FakeWire(), FakeEngine()
+        self.wire, self.engine = RecordingWire("p0"), FakeEngine()
         self.fatal: list[BaseException] = []
         transport = LocalFabric().transport("p0")
         transport.register([KvRegion(0, 8, 64)])
@@ -203,7 +176,7 @@ class World:
             await asyncio.sleep(0)
 
     def hear(self, sender: str, message: object, *payload: bytes) -> None:
-        self.wire.on_message([sender.encode(), msgspec.msgpack.encode(message), *payload])
+        self.wire.receive(sender, message, payload)
 
     def hello(self, *peers: str, server: str = "api") -> None:
         addresses = {peer: f"tcp://{peer}" for peer in ("p0", *peers)}
@@ -222,7 +195,7 @@ class World:
         await self.settle()
 
     def sent(self, kind: type[M], to: str | None = None) -> list[M]:
-        return [m for peer, m in self.wire.sent if isinstance(m, kind) and to in (None, peer)]
+        return [m for peer, m, _ in self.wire.sent if isinstance(m, kind) and to in (None, peer)]
 
     def reports(self) -> list[LoadReport]:
         return self.sent(LoadReport, "api")

@@ -1,9 +1,9 @@
 """The scheduler's process, between a wire that keeps what is sent and a test that plays everybody else."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 
@@ -18,11 +18,11 @@ from pd_serve.comm.messages import (
     StopInstance,
     Subscribe,
 )
-from pd_serve.comm.wire import Wire
 from pd_serve.scheduler.scheduler_process import FIRST_LOOK_S, HEARTBEAT_S, SERVER_LEASE_S, SchedulerProcess
 from router.load import InstanceLoad
 from router.policies import policy_set
 from router.scaling import PoolBounds
+from tests.unit.pd_serve.recording_wire import RecordingWire
 from tests.virtual_time import in_virtual_time
 
 M = TypeVar("M")
@@ -31,36 +31,9 @@ FULL = InstanceLoad("d0", "decode", total_blocks=100, free_blocks=5, running=10,
 IDLE = InstanceLoad("d1", "decode", total_blocks=100, free_blocks=100, block_tokens=32)
 
 
-class FakeWire:
-    """Keeps what is sent to connected peers."""
-
-    def __init__(self) -> None:
-        self.on_message: Callable[[list[bytes]], None] = lambda frames: None
-        self.peers: dict[str, str] = {}
-        self.sent: list[tuple[str, Any]] = []
-
-    def decoder(self, kind: Any) -> Callable[[bytes], Any]:
-        return Wire.decoder(kind)
-
-    def listen(self, on_message: Callable[[list[bytes]], None]) -> str:
-        self.on_message = on_message
-        return "tcp://scheduler"
-
-    def connect(self, peer: str, address: str) -> None:
-        self.peers[peer] = address
-
-    def disconnect(self, peer: str) -> None:
-        self.peers.pop(peer, None)
-
-    def send(self, peer: str, message: object, payload: Sequence[bytes] = ()) -> bool:
-        if peer in self.peers:
-            self.sent.append((peer, message))
-        return peer in self.peers
-
-
 class World:
     def __init__(self, autoscale: Mapping[str, PoolBounds] | None = None, **settings: float) -> None:
-        self.wire = FakeWire()
+        self.wire = RecordingWire("scheduler")
         self.failures: list[BaseException] = []
         policies = policy_set("llumnix", **settings)
         self.process = SchedulerProcess(
@@ -68,7 +41,7 @@ class World:
         )
 
     def hear(self, sender: str, message: object) -> None:
-        self.wire.on_message([sender.encode(), msgspec.msgpack.encode(message)])
+        self.wire.receive(sender, message)
 
     def hello(self, *peers: str, server: str = "api", starting: dict[str, int] | None = None) -> None:
         addresses = {peer: f"tcp://{peer}" for peer in peers}
@@ -86,7 +59,7 @@ class World:
             await asyncio.sleep(0.5)
 
     def sent(self, kind: type[M], to: str | None = None) -> list[M]:
-        return [m for peer, m in self.wire.sent if isinstance(m, kind) and to in (None, peer)]
+        return [m for peer, m, _ in self.wire.sent if isinstance(m, kind) and to in (None, peer)]
 
 
 @asynccontextmanager
@@ -107,7 +80,7 @@ class TestMembership:
         async with a_world() as world:
             world.hello("d0", "d1")
             assert dict(world.process.members) == {"d0": "tcp://d0", "d1": "tcp://d1"}
-            assert world.sent(Subscribe) == [Subscribe("tcp://scheduler")] * 2
+            assert world.sent(Subscribe) == [Subscribe("scheduler/0")] * 2
             world.hello("d1", "d2")
             assert set(world.process.members) == set(world.wire.peers) - {"api"} == {"d1", "d2"}
             assert len(world.sent(Subscribe, "d1")) == 1
@@ -200,7 +173,7 @@ class TestStarts:
             for _ in range(10):
                 world.report(IDLE)
                 await asyncio.sleep(0.3)
-            assert [peer for peer, m in world.wire.sent if isinstance(m, StartInstance)] == ["api"]
+            assert [peer for peer, m, _ in world.wire.sent if isinstance(m, StartInstance)] == ["api"]
             assert world.process.starting["decode"] == 1
             for _ in range(10):
                 world.hello("d1", starting={"decode": 1})
