@@ -214,7 +214,7 @@ class ServeConfig(BaseSettings):
         try:
             super().__init__(**given)
         except ValidationError as error:
-            raise InvalidRequestError("; ".join(map(_complaint, error.errors()))) from None
+            raise InvalidRequestError("; ".join(map(_message, error.errors()))) from None
         except SettingsError as error:
             raise InvalidRequestError(f"environment: {error}") from None
         self._check()
@@ -313,8 +313,8 @@ class ServeConfig(BaseSettings):
         return EngineSettings(cost_model(self.cost_model), chunk_tokens=2048, prefix_caching=True)
 
 
-def _complaint(error: Any) -> str:
-    """One of pydantic's complaints, with the flag that it is about."""
+def _message(error: Any) -> str:
+    """The message of one of pydantic's errors, with its flag."""
     flag = "--" + str(error["loc"][0]).lower().replace("_", "-") if error["loc"] else ""
     said = error["msg"].removeprefix("Value error, ")
     return f"{flag}: {said}" if error["type"] != "extra_forbidden" else f"unknown setting {error['loc'][0]!r}"

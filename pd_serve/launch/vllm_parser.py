@@ -31,20 +31,20 @@ def garbage_collection_paused() -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_invalid_request() -> Iterator[None]:
-    """Turn what vLLM raises on a bad value into one line. Its own errors come in many types."""
+    """Turn the errors that vLLM raises on a bad value, which have many types, into one line."""
     from vllm.exceptions import VLLMError
 
     try:
         yield
     except ValidationError as error:
-        raise InvalidRequestError("; ".join(map(_complaint, error.errors()))) from error
+        raise InvalidRequestError("; ".join(map(_message, error.errors()))) from error
     except (VLLMError, ValueError, TypeError, KeyError, OSError, AssertionError, ImportError) as error:
         said = error.args[0] if isinstance(error, KeyError) and error.args else error
         raise InvalidRequestError(_one_line(str(said))) from error
 
 
-def _complaint(error: Mapping[str, Any]) -> str:
-    """One of pydantic's complaints, about the flag that it is about where there is one."""
+def _message(error: Mapping[str, Any]) -> str:
+    """The message of one of pydantic's errors, with its flag if there is one."""
     said = _one_line(error["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, "))
     flag = "--" + ".".join(str(part) for part in error["loc"]).replace("_", "-")
     return f"{flag}: {said}" if flag in options() else said
