@@ -131,6 +131,9 @@ class Timeline:
         def since(at: float | None) -> float | None:
             return None if at is None else round(at - self.issued_at, 6)
 
+        def span(begin: float, end: float | None) -> dict[str, float | None]:
+            return {"begin_s": since(begin), "end_s": since(end)}
+
         return {
             "id": self.request_id,
             "name": self.name,
@@ -145,16 +148,13 @@ class Timeline:
             "longest_gap_s": round(self.longest_gap_s, 6),
             "recomputes": self.recomputes,
             "stages": [
-                {"stage": s.name, "instance": s.instance, "begin_s": since(s.begin), "end_s": since(s.end)}
-                for s in self.stages
+                {"stage": stage.name, "instance": stage.instance, **span(stage.begin, stage.end)}
+                for stage in self.stages
             ],
             "instances": [
                 {
-                    "instance": stay.instance,
-                    "role": stay.role,
-                    "recompute": stay.recompute,
-                    "begin_s": since(stay.begin),
-                    "end_s": since(stay.end),
+                    **{"instance": stay.instance, "role": stay.role, "recompute": stay.recompute},
+                    **span(stay.begin, stay.end),
                 }
                 for stay in self.stays
             ],
@@ -166,14 +166,9 @@ class Timeline:
                     "outcome": m.record.outcome,
                     "code": None if m.record.refusal is None else m.record.refusal.code,
                     "why": m.record.why,
-                    "begin_s": since(m.begin),
-                    "end_s": since(m.end),
+                    **span(m.begin, m.end),
                     "stages": [
-                        {
-                            "begin_s": since(m.begin + copy.begin_s),
-                            "end_s": since(m.begin + copy.end_s),
-                            "blocks": copy.blocks,
-                        }
+                        {**span(m.begin + copy.begin_s, m.begin + copy.end_s), "blocks": copy.blocks}
                         for copy in m.record.copies
                     ],
                     "blocks": m.record.blocks,
