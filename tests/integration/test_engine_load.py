@@ -29,12 +29,12 @@ def make(kind: Kind, **settings: object) -> Node:
     return Node(kind, **({"streams": {}, "ended": {}} | settings))
 
 
-def test_at_rest(kind: Kind) -> None:
+def test_an_idle_engine_has_no_load(kind: Kind) -> None:
     node = make(kind, num_blocks=21)
     assert load_of(node) == EngineLoad(total_blocks=20, free_blocks=20, block_tokens=BLOCK)
 
 
-def test_who_waits_counts_with_what_it_needs(kind: Kind) -> None:
+def test_waiting_requests_count_with_the_blocks_they_need(kind: Kind) -> None:
     node = make(kind, num_blocks=21, max_num_seqs=1)
     node.add("a", prompt(3, 0), max_tokens=5)
     node.add("b", prompt(4, 1), max_tokens=5)
@@ -64,7 +64,7 @@ def test_the_head_of_the_line_is_the_most_urgent(kind: Kind) -> None:
     node.run_to_the_end()
 
 
-def test_the_preempted_are_those_that_wait_once_more(kind: Kind) -> None:
+def test_preempted_requests_are_those_that_wait_again(kind: Kind) -> None:
     node = make(kind, num_blocks=11)
     for number, name in enumerate("ab"):
         node.add(name, prompt(4, number), max_tokens=3 * BLOCK)
@@ -76,7 +76,7 @@ def test_the_preempted_are_those_that_wait_once_more(kind: Kind) -> None:
     assert load_of(node).preempted == 0
 
 
-def test_who_moves_counts_on_both_sides(kind: Kind) -> None:
+def test_a_moving_request_counts_on_both_sides(kind: Kind) -> None:
     streams: dict[str, list[int]] = {}
     source, destination = (make(kind, streams=streams) for _ in range(2))
     source.add("r", prompt(3), max_tokens=30)

@@ -188,7 +188,9 @@ class TestStages:
 
 
 class TestSuspension:
-    def test_it_drains_and_is_not_scheduled_any_more(self, kind: Kind, make: Callable[..., Node]) -> None:
+    def test_a_suspended_request_drains_and_is_not_scheduled(
+        self, kind: Kind, make: Callable[..., Node]
+    ) -> None:
         node = make(kind)
         request = node.add("r", PROMPT)
         node.add("other", PROMPT[:50])
@@ -215,7 +217,7 @@ class TestSuspension:
         abort(node, "other")
         assert node.streams["r"] == undisturbed(PROMPT, len(node.streams["r"]))
 
-    def test_alone_in_flight_it_drains_too(self, overlapped: Kind, make: Callable[..., Node]) -> None:
+    def test_the_only_request_drains_too(self, overlapped: Kind, make: Callable[..., Node]) -> None:
         node = make(overlapped)
         request = node.add("r", PROMPT)
         decoding(node, "r")
@@ -226,7 +228,9 @@ class TestSuspension:
         assert answer.final.request is request
         node.call(node.scheduler.release, "r")
 
-    def test_finishing_while_it_drains_means_gone(self, overlapped: Kind, make: Callable[..., Node]) -> None:
+    def test_a_request_that_finishes_while_it_drains_is_gone(
+        self, overlapped: Kind, make: Callable[..., Node]
+    ) -> None:
         node = make(overlapped)
         request = node.add("r", PROMPT, max_tokens=5)
         decoding(node, "r", 4)
@@ -242,7 +246,9 @@ class TestSuspension:
         assert node.scheduler.running == []
         assert node.streams["r"] == undisturbed(PROMPT, 5)
 
-    def test_resumed_it_does_not_wait_for_a_long_prompt(self, kind: Kind, make: Callable[..., Node]) -> None:
+    def test_a_resumed_request_does_not_wait_for_a_long_prompt(
+        self, kind: Kind, make: Callable[..., Node]
+    ) -> None:
         node = make(kind, max_batched_tokens=64)
         request = node.add("r", PROMPT, max_tokens=40)
         decoding(node, "r", 2)
@@ -257,7 +263,7 @@ class TestSuspension:
         assert node.streams["r"] == undisturbed(PROMPT, 40)
 
     @pytest.mark.parametrize("drained", [False, True])
-    def test_resumed_it_goes_on(self, kind: Kind, make: Callable[..., Node], drained: bool) -> None:
+    def test_a_resumed_request_goes_on(self, kind: Kind, make: Callable[..., Node], drained: bool) -> None:
         node = make(kind)
         request = node.add("r", PROMPT, max_tokens=40)
         node.add("other", PROMPT[:40], max_tokens=40)
@@ -272,7 +278,7 @@ class TestSuspension:
         assert node.streams["r"] == undisturbed(PROMPT, 40)
         assert node.streams["other"] == undisturbed(PROMPT[:40], 40)
 
-    def test_released_it_leaves_without_a_word(self, kind: Kind, make: Callable[..., Node]) -> None:
+    def test_a_released_request_leaves_without_output(self, kind: Kind, make: Callable[..., Node]) -> None:
         node = make(kind)
         free = node.free_blocks
         request = node.add("r", PROMPT)
@@ -291,7 +297,9 @@ class TestSuspension:
         assert "r" not in node.ended
 
     @pytest.mark.parametrize("drained", [False, True])
-    def test_aborted_it_leaves_nothing(self, kind: Kind, make: Callable[..., Node], drained: bool) -> None:
+    def test_an_aborted_suspended_request_leaves_nothing(
+        self, kind: Kind, make: Callable[..., Node], drained: bool
+    ) -> None:
         node = make(kind, max_num_seqs=2)
         request = node.add("r", PROMPT)
         decoding(node, "r", 5)
@@ -335,7 +343,9 @@ class TestReservation:
         request = node.request(request_id, prompt, 1000)
         return node.call(node.scheduler.reserve, migration_id, request)
 
-    def test_it_holds_blocks_with_slack_out_of_sight(self, kind: Kind, make: Callable[..., Node]) -> None:
+    def test_a_reservation_holds_blocks_with_slack_that_the_scheduler_does_not_see(
+        self, kind: Kind, make: Callable[..., Node]
+    ) -> None:
         node = make(kind)
         free = node.free_blocks
         blocks, present = self.reserve(node)
@@ -349,13 +359,15 @@ class TestReservation:
         assert node.free_blocks == free
         node.call(node.scheduler.drop, "m")
 
-    def test_refused_without_blocks(self, kind: Kind, make: Callable[..., Node]) -> None:
+    def test_a_reservation_is_refused_without_free_blocks(
+        self, kind: Kind, make: Callable[..., Node]
+    ) -> None:
         node = make(kind, num_blocks=6)
         with pytest.raises(DestinationRefusedError, match="no 6 free KV blocks"):
             self.reserve(node)
         assert node.problems() == []
 
-    def test_refused_for_blocks_that_a_prompt_in_progress_needs(
+    def test_blocks_that_a_prompt_in_progress_needs_are_not_reserved(
         self, kind: Kind, make: Callable[..., Node]
     ) -> None:
         node = make(kind, num_blocks=21, max_batched_tokens=BLOCK)
@@ -368,7 +380,9 @@ class TestReservation:
         node.run_to_the_end()
         node.call(node.scheduler.drop, "m")
 
-    def test_refused_without_a_slot(self, kind: Kind, make: Callable[..., Node]) -> None:
+    def test_a_reservation_is_refused_without_a_batch_slot(
+        self, kind: Kind, make: Callable[..., Node]
+    ) -> None:
         node = make(kind, max_num_seqs=2)
         request = node.add("running", PROMPT, max_tokens=10)
         decoding(node, "running")
@@ -384,7 +398,7 @@ class TestReservation:
         for migration_id in "ab":
             node.call(node.scheduler.drop, migration_id)
 
-    def test_refused_if_it_is_here(self, kind: Kind, make: Callable[..., Node]) -> None:
+    def test_a_request_that_is_here_is_refused(self, kind: Kind, make: Callable[..., Node]) -> None:
         node = make(kind)
         node.add("r", PROMPT, max_tokens=3)
         with pytest.raises(DestinationRefusedError, match="here already"):
@@ -395,7 +409,7 @@ class TestReservation:
             self.reserve(node, migration_id="again")
         node.call(node.scheduler.drop, "m")
 
-    def test_a_prefix_that_is_here_is_shared(self, kind: Kind, make: Callable[..., Node]) -> None:
+    def test_a_cached_prefix_is_shared(self, kind: Kind, make: Callable[..., Node]) -> None:
         source, destination = make(kind), make(kind)
         destination.add("earlier", [*PROMPT[:70], 7, 8, 9], max_tokens=10)
         decoding(destination, "earlier")
@@ -411,7 +425,9 @@ class TestReservation:
         destination.run_to_the_end()
         assert source.streams["r"] == undisturbed(PROMPT, 60)
 
-    def test_all_of_it_may_be_here_from_an_earlier_stay(self, kind: Kind, make: Callable[..., Node]) -> None:
+    def test_all_blocks_may_be_cached_from_an_earlier_stay(
+        self, kind: Kind, make: Callable[..., Node]
+    ) -> None:
         here, there = make(kind), make(kind)
         here.add("r", PROMPT, max_tokens=100)
         decoding(here, "r", 30)
@@ -426,7 +442,7 @@ class TestReservation:
         here.run_to_the_end()
         assert here.streams["r"] == undisturbed(PROMPT, 100)
 
-    def test_it_grows(self, kind: Kind, make: Callable[..., Node]) -> None:
+    def test_a_reservation_grows(self, kind: Kind, make: Callable[..., Node]) -> None:
         node = make(kind, num_blocks=11)
         blocks, _ = self.reserve(node)
         grow = node.scheduler.grow
@@ -458,7 +474,7 @@ class TestReservation:
         assert set(self.reserve(node, prompt=prompt)[0]) & set(blocks)
         node.call(node.scheduler.drop, "m")
 
-    def test_not_even_those_of_a_request_that_ended_by_itself(
+    def test_blocks_of_a_request_that_finished_in_flight_are_not_given_away(
         self, overlapped: Kind, make: Callable[..., Node]
     ) -> None:
         """It was scheduled once more before the output that ended it was looked at."""
@@ -486,7 +502,7 @@ class TestCommit:
         )
         return move
 
-    def test_it_enters_the_next_batch_before_those_who_wait(
+    def test_a_committed_request_enters_before_waiting_requests(
         self, kind: Kind, make: Callable[..., Node]
     ) -> None:
         source, destination = make(kind), make(kind)
@@ -521,7 +537,7 @@ class TestCommit:
         destination.run_to_the_end()
         assert source.streams["r"] == undisturbed(PROMPT, 50)
 
-    def test_its_blocks_can_be_found_in_the_prefix_cache(self, kind: Kind, make: Callable[..., Node]) -> None:
+    def test_committed_blocks_are_in_the_prefix_cache(self, kind: Kind, make: Callable[..., Node]) -> None:
         source, destination = make(kind), make(kind)
         source.add("r", PROMPT, max_tokens=50)
         decoding(source, "r", 40)
@@ -532,7 +548,7 @@ class TestCommit:
         destination.run_to_the_end()
         assert source.streams["r"] == source.streams["same"] == undisturbed(PROMPT, 50)
 
-    def test_more_tokens_than_reserved_for_are_made_room_for(
+    def test_a_commit_allocates_blocks_for_tokens_beyond_the_reservation(
         self, kind: Kind, make: Callable[..., Node]
     ) -> None:
         source, destination = make(kind), make(kind)
@@ -548,7 +564,9 @@ class TestCommit:
         destination.run_to_the_end()
         assert source.streams["r"] == undisturbed(PROMPT, 300)
 
-    def test_refused_without_room_for_the_next_token(self, kind: Kind, make: Callable[..., Node]) -> None:
+    def test_a_commit_is_refused_without_room_for_the_next_token(
+        self, kind: Kind, make: Callable[..., Node]
+    ) -> None:
         """128 tokens are computed, all of them fit; the 129th would not."""
         source, destination = make(kind), make(kind, num_blocks=8)
         source.add("r", PROMPT[:60], max_tokens=200)
@@ -568,7 +586,9 @@ class TestCommit:
         source.run_to_the_end()
         assert source.streams["r"] == undisturbed(PROMPT[:60], 200)
 
-    def test_refused_in_the_very_step_in_which_it_left(self, kind: Kind, make: Callable[..., Node]) -> None:
+    def test_a_commit_is_refused_in_the_step_in_which_the_request_left(
+        self, kind: Kind, make: Callable[..., Node]
+    ) -> None:
         """A V1 runner would forget its new state together with the old one."""
         here, there = make(kind), make(kind)
         here.add("r", PROMPT, max_tokens=30)
@@ -583,13 +603,13 @@ class TestCommit:
         here.run_to_the_end()
         assert here.streams["r"] == undisturbed(PROMPT, 30)
 
-    def test_nothing_reserved_nothing_committed(self, kind: Kind, make: Callable[..., Node]) -> None:
+    def test_a_commit_without_reservation_is_refused(self, kind: Kind, make: Callable[..., Node]) -> None:
         node = make(kind)
         with pytest.raises(DestinationRefusedError, match="nothing is reserved"):
             node.scheduler.commit("m", 5)
 
     @pytest.mark.parametrize("steps", [0, 1, 2, 5])
-    def test_dropped_after_the_commit_it_ends_without_a_word(
+    def test_a_drop_after_the_commit_ends_the_request_without_output(
         self, kind: Kind, make: Callable[..., Node], steps: int
     ) -> None:
         source, destination = make(kind), make(kind)
@@ -609,7 +629,7 @@ class TestCommit:
         source.run_to_the_end()
         assert source.streams["r"] == undisturbed(PROMPT, 40)
 
-    def test_what_it_brought_is_not_believed_after_a_drop(
+    def test_a_drop_evicts_the_blocks_from_the_prefix_cache(
         self, kind: Kind, make: Callable[..., Node]
     ) -> None:
         """Its source may have ended it, and used its blocks again, while the last ones were being copied."""
@@ -645,7 +665,7 @@ class TestCommit:
         here.run_to_the_end()
         assert here.streams["r"] == undisturbed(PROMPT, 60)
 
-    def test_a_prompt_in_progress_does_not_keep_it_waiting(
+    def test_a_committed_request_does_not_wait_for_a_prompt_in_progress(
         self, kind: Kind, make: Callable[..., Node]
     ) -> None:
         source, destination = make(kind), make(kind, max_batched_tokens=64)
@@ -665,7 +685,9 @@ class TestCommit:
 
 
 class TestRecompute:
-    def test_it_goes_on_from_its_output_tokens(self, kind: Kind, make: Callable[..., Node]) -> None:
+    def test_a_recomputed_request_continues_from_its_output_tokens(
+        self, kind: Kind, make: Callable[..., Node]
+    ) -> None:
         dead, heir = make(kind), make(kind, max_batched_tokens=64)
         lost = dead.add("r", PROMPT, max_tokens=40)
         decoding(dead, "r", 17)
@@ -683,7 +705,9 @@ class TestRecompute:
 
 
 class TestSlots:
-    def test_suspended_and_arriving_requests_keep_theirs(self, kind: Kind, make: Callable[..., Node]) -> None:
+    def test_suspended_and_arriving_requests_keep_their_slots(
+        self, kind: Kind, make: Callable[..., Node]
+    ) -> None:
         node, other = make(kind, max_num_seqs=3), make(kind)
         for name in "abcde":
             node.add(name, PROMPT[:40], max_tokens=20)
@@ -771,7 +795,9 @@ class TestPriorities:
 
 
 class TestHandOff:
-    def test_the_first_step_of_a_prompt_starts_it_once(self, kind: Kind, make: Callable[..., Node]) -> None:
+    def test_the_first_step_of_a_prompt_starts_a_hand_off_once(
+        self, kind: Kind, make: Callable[..., Node]
+    ) -> None:
         source, destination = make(kind, max_batched_tokens=64), make(kind)
         moves: list[Move] = []
         source.scheduler.on_prefill_started = lambda ids: moves.extend(
@@ -793,7 +819,7 @@ class TestHandOff:
         assert source.scheduler.handoff_ids == set()
         assert source.streams["r"] == undisturbed(prompt, 30)
 
-    def test_an_aborted_request_asks_no_more(self, kind: Kind, make: Callable[..., Node]) -> None:
+    def test_an_aborted_request_starts_no_hand_off(self, kind: Kind, make: Callable[..., Node]) -> None:
         node = make(kind)
         node.add("r", PROMPT)
         node.scheduler.handoff_ids.add("r")
@@ -802,7 +828,7 @@ class TestHandOff:
 
 
 @pytest.mark.parametrize("suspend", [False, True])
-def test_to_and_fro(kind: Kind, make: Callable[..., Node], suspend: bool) -> None:
+def test_a_request_moves_to_and_fro(kind: Kind, make: Callable[..., Node], suspend: bool) -> None:
     nodes = [make(kind, max_batched_tokens=64), make(kind, num_blocks=40)]
     for name in "abc":
         nodes[0].add(name, PROMPT[: ord(name) - 60], max_tokens=250)

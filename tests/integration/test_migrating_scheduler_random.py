@@ -129,7 +129,9 @@ class TwoNodes:
     prefix_caching=st.booleans(),
     events=st.lists(st.tuples(st.sampled_from(EVENTS), st.integers(0, 2**32)), min_size=100, max_size=300),
 )
-def test_random_lives(kind: Kind, policy: str, prefix_caching: bool, events: list[tuple[str, int]]) -> None:
+def test_random_operations_keep_the_output_and_all_blocks(
+    kind: Kind, policy: str, prefix_caching: bool, events: list[tuple[str, int]]
+) -> None:
     two = TwoNodes(kind, policy, prefix_caching)
     for event, seed in events:
         getattr(two, event)(Random(seed))

@@ -79,7 +79,7 @@ def sampling(name: str, max_tokens: int) -> Any:
 SAMPLINGS = ["greedy", "penalties", "seeded", "seeded, top-k, min-p"]
 
 
-async def test_nothing_is_missing(rig: Any) -> None:
+async def test_this_vllm_has_all_names_that_migration_uses(rig: Any) -> None:
     from migration.vllm_engine import compatibility as support
 
     assert support.missing_names() == []
@@ -88,7 +88,7 @@ async def test_nothing_is_missing(rig: Any) -> None:
     assert rig.engine.regions
 
 
-async def test_who_can_be_moved(rig: Any) -> None:
+async def test_decoding_requests_can_be_moved(rig: Any) -> None:
     """What decodes here, with what a choice goes by; not what has left, nor what is of a kind that stays."""
     from tests.integration.engine_rig import eventually, greedy
 
@@ -108,7 +108,7 @@ async def test_who_can_be_moved(rig: Any) -> None:
     assert await rig.engine.running_requests() == []
 
 
-async def test_whose_blocks_are_held(rig: Any) -> None:
+async def test_held_blocks_are_counted_by_request(rig: Any) -> None:
     """Of what runs here, and of what is on its way here; the page counts both."""
     from tests.integration.engine_rig import eventually, greedy
 
@@ -129,7 +129,7 @@ async def test_whose_blocks_are_held(rig: Any) -> None:
 
 class TestSameTokens:
     @pytest.mark.parametrize("name", SAMPLINGS)
-    async def test_out_and_in_again(self, rig: Any, name: str) -> None:
+    async def test_a_request_that_leaves_and_returns_has_the_same_tokens(self, rig: Any, name: str) -> None:
         """What leaves is all that counts: blocks, tokens, and the state of a seeded request's generator."""
         from tests.integration.engine_rig import eventually
 
@@ -146,7 +146,7 @@ class TestSameTokens:
         assert sorted(set(stream.epochs)) == [0, 1, 2, 3]
 
     @pytest.mark.parametrize("name", SAMPLINGS)
-    async def test_recomputed_from_its_output_tokens(self, rig: Any, name: str) -> None:
+    async def test_a_recomputed_request_has_the_same_tokens(self, rig: Any, name: str) -> None:
         """Without blocks and generator state: its owner has died."""
         from tests.integration.engine_rig import CLIENT, Stream, payload
 
@@ -158,7 +158,7 @@ class TestSameTokens:
         assert await rig.finish(stream) == expected
         assert stream.epochs[24:26] == [0, 1]
 
-    async def test_taken_back(self, rig: Any) -> None:
+    async def test_a_request_that_is_taken_back_has_the_same_tokens(self, rig: Any) -> None:
         """Suspended, its final state sent, and nobody wants it: it goes on under the epoch it is given."""
         from tests.integration.engine_rig import eventually
 
@@ -180,7 +180,7 @@ class TestRefusals:
         await eventually(lambda: len(stream.tokens) >= 2)
         return await rig.leave("r")
 
-    async def test_describe_what_is_not_here(self, rig: Any) -> None:
+    async def test_a_request_that_is_not_running_here_is_not_described(self, rig: Any) -> None:
         with pytest.raises(SourceGoneError):
             await rig.engine.describe(RequestId("nobody"))
         with pytest.raises(SourceGoneError):
@@ -189,7 +189,7 @@ class TestRefusals:
         await rig.engine.release(RequestId("nobody"))
         await rig.engine.drop(MigrationId("none"))
 
-    async def test_what_cannot_move_runs_on(self, rig: Any) -> None:
+    async def test_a_request_that_cannot_move_runs_on(self, rig: Any) -> None:
         from tests.integration.engine_rig import eventually, greedy
 
         expected = await rig.generate("alone", PROMPT[:40], greedy(30))
@@ -213,31 +213,33 @@ class TestRefusals:
             "KV layout",
         ],
     )
-    async def test_another_kind_of_engine(self, rig: Any, baggage: Any, name: str) -> None:
+    async def test_a_different_engine_is_refused(self, rig: Any, baggage: Any, name: str) -> None:
         ours = rig.engine.compatibility
         assert baggage.description.compatibility == ours
         theirs = baggage.with_description(compatibility=ours | {name: "something else"})
         with pytest.raises(DestinationRefusedError, match=f"^{name} differs: something else there, .* here$"):
             await rig.engine.reserve(MigrationId("m"), theirs)
 
-    async def test_an_engine_that_does_not_know_a_name(self, rig: Any, baggage: Any) -> None:
+    async def test_an_engine_without_a_property_is_refused(self, rig: Any, baggage: Any) -> None:
         with pytest.raises(DestinationRefusedError, match="differs: None there"):
             await rig.engine.reserve(MigrationId("m"), baggage.with_description(compatibility={}))
 
-    async def test_too_long_for_this_engine(self, rig: Any, baggage: Any) -> None:
+    async def test_a_request_that_is_too_long_is_refused(self, rig: Any, baggage: Any) -> None:
         long = baggage.with_description(max_total_tokens=2049)
         with pytest.raises(DestinationRefusedError, match="2049 tokens do not fit this instance's 2048"):
             await rig.engine.reserve(MigrationId("m"), long)
 
     @pytest.mark.parametrize("frames", [[b""], [b"\xc1"], [b"\x93\x01\x02\x03"], []])
-    async def test_unreadable_requests(self, rig: Any, baggage: Any, frames: list[bytes]) -> None:
+    async def test_an_unreadable_request_is_refused(
+        self, rig: Any, baggage: Any, frames: list[bytes]
+    ) -> None:
         with pytest.raises(DestinationRefusedError, match="cannot be read"):
             await rig.engine.reserve(MigrationId("m"), baggage.with_description(payload=frames))
         with pytest.raises((msgspec.MsgspecError, ValueError, TypeError, LookupError)):
             await rig.engine.add(frames, "client")
         assert not rig.deaths
 
-    async def test_a_request_that_vllm_does_not_take(self, rig: Any) -> None:
+    async def test_a_request_that_vllm_refuses_raises_its_error(self, rig: Any) -> None:
         from vllm.pooling_params import PoolingParams
 
         from tests.integration.engine_rig import CLIENT, payload
@@ -245,7 +247,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match="Unsupported task"):
             await rig.engine.add(payload("r", PROMPT, pooling_params=PoolingParams(task="embed")), CLIENT)
 
-    async def test_a_client_that_leaves_while_its_request_arrives(self, rig: Any, baggage: Any) -> None:
+    async def test_a_commit_is_refused_after_the_client_left(self, rig: Any, baggage: Any) -> None:
         from tests.integration.engine_rig import CLIENT, greedy
 
         migration_id = MigrationId("m")
@@ -256,7 +258,7 @@ class TestRefusals:
         await rig.engine.drop(migration_id)
         assert len(await rig.generate("next", PROMPT[:40], greedy(3))) == 3
 
-    async def test_a_commit_that_is_withdrawn(self, rig: Any, baggage: Any) -> None:
+    async def test_a_withdrawn_commit_ends_the_request(self, rig: Any, baggage: Any) -> None:
         num_tokens = len(rig.streams["r"].tokens)
         await rig.come_back(baggage)
         await rig.engine.drop(MigrationId("m"))
@@ -264,7 +266,7 @@ class TestRefusals:
         assert not rig.streams["r"].ended
         assert set(rig.streams["r"].epochs[num_tokens:]) <= {1}
 
-    async def test_aborts_know_epochs(self, rig: Any, baggage: Any) -> None:
+    async def test_an_abort_spares_requests_of_a_higher_epoch(self, rig: Any, baggage: Any) -> None:
         await rig.come_back(baggage)  # under epoch 1
         ids = [RequestId("r"), RequestId("nobody")]
         assert await rig.engine.abort(ids, below_epoch=1) == ["nobody"]
@@ -295,7 +297,7 @@ class TestUnmovable:
         json_only = StructuredOutputsParams(json_object=True)
         assert unmovable(self.request(SamplingParams(max_tokens=5, structured_outputs=json_only))) is None
 
-    async def test_the_others_do_not(self) -> None:
+    async def test_unsupported_requests_do_not_move(self) -> None:
         import torch
         from vllm.lora.request import LoRARequest
         from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
@@ -325,7 +327,7 @@ class TestUnmovable:
             assert why in str(unmovable(request))
 
 
-async def test_a_step_that_fails_is_the_engines_death(
+async def test_a_failed_step_ends_the_engine(
     shared: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The last test of this engine."""
@@ -346,7 +348,7 @@ async def test_a_step_that_fails_is_the_engines_death(
         await rig.engine.describe(RequestId("r"))
 
 
-async def test_a_vllm_that_we_do_not_know(
+async def test_an_unknown_vllm_serves_without_migration(
     environment: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It serves, with vLLM's own scheduler, and says loudly that nothing will move."""

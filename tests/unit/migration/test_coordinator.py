@@ -57,7 +57,7 @@ async def not_moved(cluster: MigratingCluster, source: str = "a", destination: s
 class TestUndisturbed:
     @pytest.mark.parametrize("async_scheduling", [False, True])
     @in_virtual_time
-    async def test_moves_while_it_decodes(self, async_scheduling: bool) -> None:
+    async def test_a_request_moves_while_it_decodes(self, async_scheduling: bool) -> None:
         async with MigratingCluster("a", "b", async_scheduling=async_scheduling) as cluster:
             await cluster.add("a", PROMPT, 40)
             await cluster.tokens(5)
@@ -72,7 +72,7 @@ class TestUndisturbed:
             assert cluster.routes["r"].recomputes == 0
 
     @in_virtual_time
-    async def test_blocking_copies_all_at_once(self) -> None:
+    async def test_a_blocking_migration_copies_everything_in_one_stage(self) -> None:
         async with MigratingCluster("a", "b") as cluster:
             await cluster.add("a", PROMPT, 40)
             await cluster.tokens(5)
@@ -92,7 +92,7 @@ class TestUndisturbed:
             await cluster.check()
 
     @in_virtual_time
-    async def test_ping_pong(self) -> None:
+    async def test_a_request_returns_to_the_instance_it_has_just_left(self) -> None:
         """A request comes back to the instance that it has just left, again and again."""
         async with MigratingCluster("a", "b", async_scheduling=True) as cluster:
             await cluster.add("a", PROMPT, 120)
@@ -105,7 +105,7 @@ class TestUndisturbed:
             assert cluster.routes["r"].ledger.epoch == 10
 
     @in_virtual_time
-    async def test_eight_at_once(self) -> None:
+    async def test_eight_requests_move_at_once(self) -> None:
         async with MigratingCluster("a", "b", num_blocks=256, chunk_tokens=32) as cluster:
             for number in range(8):
                 await cluster.add("a", PROMPT + 1, 30 + number, request_id=f"r{number}", seed=number)
@@ -116,7 +116,7 @@ class TestUndisturbed:
             await cluster.check()
 
     @in_virtual_time
-    async def test_in_both_directions_at_once(self) -> None:
+    async def test_requests_move_in_both_directions_at_once(self) -> None:
         async with MigratingCluster("a", "b") as cluster:
             await cluster.add("a", PROMPT, 40, request_id="there")
             await cluster.add("b", PROMPT, 50, request_id="back")
@@ -130,7 +130,7 @@ class TestUndisturbed:
 
     @pytest.mark.parametrize("async_scheduling", [False, True])
     @in_virtual_time
-    async def test_hand_off_during_a_chunked_prefill(self, async_scheduling: bool) -> None:
+    async def test_a_hand_off_copies_during_a_chunked_prefill(self, async_scheduling: bool) -> None:
         """Stages move while the prompt is being computed; the first token comes from the source."""
         prompt = PROMPT * 8
         async with MigratingCluster("a", "b", async_scheduling=async_scheduling) as cluster:
@@ -145,7 +145,7 @@ class TestUndisturbed:
             assert cluster.routes["r"].ledger.owner == "b"
 
     @in_virtual_time
-    async def test_a_long_prefill_keeps_the_reservation(self) -> None:
+    async def test_a_long_prefill_keeps_the_reservation_alive(self) -> None:
         """The destination has all of the prompt in its prefix cache, so nothing can be staged for long."""
         prompt = PROMPT * 16
         bounds = replace(BOUNDS, lease_s=0.25)
@@ -158,7 +158,7 @@ class TestUndisturbed:
             assert any(isinstance(message, KeepAlive) for message in cluster.sent)
 
     @in_virtual_time
-    async def test_a_request_that_never_catches_up_is_suspended_all_the_same(self) -> None:
+    async def test_a_request_that_outruns_its_copy_is_suspended_after_the_last_stage(self) -> None:
         """Copying takes as long as decoding: after so many stages the rest is copied at once."""
         async with MigratingCluster("a", "b", bounds=replace(BOUNDS, max_stages=3)) as cluster:
             cluster.fabric.latency_s = 0.15
@@ -171,7 +171,7 @@ class TestUndisturbed:
 
 class TestRefused:
     @in_virtual_time
-    async def test_with_the_reason(self) -> None:
+    async def test_a_refused_migration_has_the_reason(self) -> None:
         async with MigratingCluster("a", "b") as cluster:
             differs = Refusal(RefusalCode.INCOMPATIBLE, "the model differs")
             cluster["b"].faults.always_refused["reserve"] = differs
@@ -182,7 +182,7 @@ class TestRefused:
             await cluster.check()
 
     @in_virtual_time
-    async def test_by_who_has_no_blocks(self) -> None:
+    async def test_a_destination_without_free_blocks_refuses(self) -> None:
         async with MigratingCluster("a", "b", num_blocks=12) as cluster:
             await cluster.add("b", PROMPT * 2, 20, request_id="large", seed=1)
             await cluster.add("a", PROMPT, 30)
@@ -192,7 +192,7 @@ class TestRefused:
             await cluster.check()
 
     @in_virtual_time
-    async def test_beyond_the_limit_of_arrivals(self) -> None:
+    async def test_arrivals_above_the_limit_are_refused(self) -> None:
         bounds = replace(BOUNDS, max_incoming=2)
         async with MigratingCluster("a", "b", num_blocks=128, bounds=bounds) as cluster:
             for number in range(4):
@@ -204,7 +204,7 @@ class TestRefused:
             await cluster.check()
 
     @in_virtual_time
-    async def test_beyond_the_limit_of_departures(self) -> None:
+    async def test_departures_above_the_limit_are_refused(self) -> None:
         bounds = replace(BOUNDS, max_outgoing=2)
         async with MigratingCluster("a", "b", num_blocks=128, bounds=bounds) as cluster:
             for number in range(4):
@@ -216,7 +216,7 @@ class TestRefused:
             await cluster.check()
 
     @in_virtual_time
-    async def test_what_cannot_begin(self) -> None:
+    async def test_a_migration_that_cannot_begin_is_refused_at_the_source(self) -> None:
         async with MigratingCluster("a", "b", "c") as cluster:
             await cluster.add("a", PROMPT, 40)
             await cluster.tokens(2)
@@ -391,7 +391,7 @@ DISASTERS = [
 @pytest.mark.parametrize("disaster", DISASTERS)
 @pytest.mark.parametrize("phase", PHASES)
 @in_virtual_time
-async def test_every_disaster_in_every_phase(phase: Scene, disaster: Scene) -> None:
+async def test_the_output_survives_every_disaster_in_every_phase(phase: Scene, disaster: Scene) -> None:
     async with MigratingCluster("a", "b", "c") as cluster:
         await enter(phase, cluster, 60)
         await disaster(cluster)
@@ -402,7 +402,9 @@ async def test_every_disaster_in_every_phase(phase: Scene, disaster: Scene) -> N
 @pytest.mark.parametrize("phase", RUNNING_PHASES)
 @pytest.mark.parametrize("async_scheduling", [False, True])
 @in_virtual_time
-async def test_source_finishes_in_every_phase(phase: Scene, async_scheduling: bool) -> None:
+async def test_a_request_may_finish_at_its_source_in_every_phase(
+    phase: Scene, async_scheduling: bool
+) -> None:
     async with MigratingCluster("a", "b", async_scheduling=async_scheduling) as cluster:
         await enter(phase, cluster, 60)
         sequence = cluster["a"].engine.sequences["r"]
@@ -416,7 +418,7 @@ async def test_source_finishes_in_every_phase(phase: Scene, async_scheduling: bo
 
 
 @in_virtual_time
-async def test_source_finishes_with_its_last_step_in_flight() -> None:
+async def test_a_suspended_request_may_finish_with_its_step_in_flight() -> None:
     """Suspended at a step boundary, and the step in flight brings the last token."""
     for tokens in range(8, 20):
         async with MigratingCluster("a", "b", async_scheduling=True) as cluster:
@@ -444,7 +446,7 @@ async def test_every_wait_has_a_bound(phase: Scene) -> None:
 
 
 @in_virtual_time
-async def test_a_destination_that_knows_nothing_of_it_says_so() -> None:
+async def test_a_destination_answers_a_final_state_that_it_does_not_know() -> None:
     """It has dropped the reservation and this word was lost: the final state is answered all the same."""
     async with MigratingCluster("a", "b") as cluster:
         await cluster.add("a", PROMPT, 60)
@@ -481,7 +483,7 @@ MESSAGES = [Offer, Refused, Pull, Stage, Final, KeepAlive, Withdraw, Query, Comm
 @pytest.mark.parametrize("phase", [nothing, *PHASES])
 @pytest.mark.parametrize("kind", MESSAGES)
 @in_virtual_time
-async def test_one_message_is_lost(kind: type[MigrationMessage], phase: Scene) -> None:
+async def test_the_output_survives_one_lost_message(kind: type[MigrationMessage], phase: Scene) -> None:
     async with MigratingCluster("a", "b") as cluster:
         if phase is nothing:
             await enter(nothing, cluster, 60)
@@ -497,7 +499,7 @@ async def test_one_message_is_lost(kind: type[MigrationMessage], phase: Scene) -
 
 @pytest.mark.parametrize("kind", MESSAGES)
 @in_virtual_time
-async def test_all_messages_of_a_kind_are_lost(kind: type[MigrationMessage]) -> None:
+async def test_a_migration_ends_if_all_messages_of_one_type_are_lost(kind: type[MigrationMessage]) -> None:
     """For good: the request stays, or has moved, but it never waits for ever."""
     async with MigratingCluster("a", "b") as cluster:
         await cluster.add("a", PROMPT, 60)
@@ -511,7 +513,7 @@ async def test_all_messages_of_a_kind_are_lost(kind: type[MigrationMessage]) -> 
 
 @pytest.mark.parametrize("kind", MESSAGES)
 @in_virtual_time
-async def test_messages_come_twice(kind: type[MigrationMessage]) -> None:
+async def test_doubled_messages_move_a_request_once(kind: type[MigrationMessage]) -> None:
     async with MigratingCluster("a", "b") as cluster:
         await cluster.add("a", PROMPT, 60)
         await cluster.tokens(3)
@@ -547,7 +549,7 @@ async def test_a_lost_final_state_is_sent_again() -> None:
 
 
 @in_virtual_time
-async def test_gives_up_after_so_many_questions() -> None:
+async def test_a_source_takes_the_request_back_after_the_last_question() -> None:
     """The destination has committed and decodes; all its answers are lost. The source outranks it."""
     async with MigratingCluster("a", "b") as cluster:
         await cluster.add("a", PROMPT, 200)
@@ -562,7 +564,7 @@ async def test_gives_up_after_so_many_questions() -> None:
 
 
 @in_virtual_time
-async def test_a_late_word_about_an_old_migration_ends_nothing() -> None:
+async def test_a_late_message_of_an_old_migration_ends_nothing() -> None:
     """More migrations have followed than a source remembers; the request lives at its destination."""
     async with MigratingCluster("a", "b") as cluster:
         await cluster.add("a", PROMPT, 60)
@@ -581,7 +583,7 @@ async def test_a_late_word_about_an_old_migration_ends_nothing() -> None:
 
 
 @in_virtual_time
-async def test_stage_and_withdrawal_in_one_breath() -> None:
+async def test_a_copy_that_is_withdrawn_before_its_first_step_ends() -> None:
     """The copy is stopped before its first step, and says so all the same."""
     async with MigratingCluster("a", "b") as cluster:
         await cluster.add("a", PROMPT, 60)
@@ -659,7 +661,7 @@ async def test_aborted_between_the_engines_answer_and_its_arrival() -> None:
 
 
 @in_virtual_time
-async def test_who_waits_for_an_outcome_may_leave() -> None:
+async def test_a_migration_goes_on_if_its_caller_stops_waiting() -> None:
     async with MigratingCluster("a", "b") as cluster:
         await cluster.add("a", PROMPT, 60)
         await cluster.tokens(3)
@@ -685,7 +687,7 @@ async def test_closing_stops_all_timers_and_tasks(phase: Scene) -> None:
 
 
 @in_virtual_time
-async def test_messages_without_sense_change_nothing(caplog: pytest.LogCaptureFixture) -> None:
+async def test_messages_that_are_not_allowed_change_nothing(caplog: pytest.LogCaptureFixture) -> None:
     async with MigratingCluster("a", "b") as cluster:
         await cluster.add("a", PROMPT, 60)
         await cluster.tokens(3)
@@ -703,7 +705,7 @@ async def test_messages_without_sense_change_nothing(caplog: pytest.LogCaptureFi
 
 @pytest.mark.parametrize("phase", [reserving, offered, staging, tail, committing, committed])
 @in_virtual_time
-async def test_recomputed_where_an_older_copy_is_or_arrives(phase: Scene) -> None:
+async def test_a_request_is_recomputed_where_an_older_copy_is_or_arrives(phase: Scene) -> None:
     """The source dies and the very destination of the migration gets the request anew."""
     async with MigratingCluster("b", "a") as cluster:  # b is the first survivor
         await enter(phase, cluster, 60)
@@ -717,7 +719,7 @@ async def test_recomputed_where_an_older_copy_is_or_arrives(phase: Scene) -> Non
 
 @pytest.mark.parametrize("seed", range(20))
 @in_virtual_time
-async def test_random_migrations_under_random_faults(seed: int) -> None:
+async def test_the_output_survives_random_migrations_under_random_faults(seed: int) -> None:
     """Three crowded instances, requests on the move, a lossy network, preemptions, aborts, a death."""
     rng = random.Random(seed)
     async with MigratingCluster("a", "b", "c", num_blocks=96, async_scheduling=seed % 2 == 1) as cluster:

@@ -42,7 +42,7 @@ def test_gives_everything_back_when_the_source_is_lost_or_withdraws(
     assert next_state in {S.STOPPING, S.DROPPING}
 
 
-def test_what_is_nearly_ours_survives_its_source() -> None:
+def test_a_request_being_committed_survives_its_source() -> None:
     """The front end recomputes the request under a higher epoch, or follows this one: both are right."""
     for state in (S.COMMITTING, S.COMMITTED):
         assert DESTINATION_TABLE[state][E.PEER_LOST] == (state, ())
@@ -54,12 +54,12 @@ def test_a_withdrawn_commit_is_undone() -> None:
 
 
 @pytest.mark.parametrize("state", [S.WAITING, S.COPYING, S.TAIL])
-def test_leases_end(state: DestinationState) -> None:
+def test_every_wait_for_the_source_has_a_lease(state: DestinationState) -> None:
     next_state, _ = DESTINATION_TABLE[state][E.TIMED_OUT]
     assert next_state in {S.STOPPING, S.DROPPING}
 
 
-def test_says_committed_only_when_it_is() -> None:
+def test_a_commit_is_acknowledged_only_after_it() -> None:
     saying = steps_with(DESTINATION_TABLE, A.SEND_COMMITTED)
     assert saying
     assert {step.next_state for step in saying} == {S.COMMITTED}
@@ -83,7 +83,7 @@ def test_ends_with_nothing_held() -> None:
 
 
 @pytest.mark.parametrize("state", ENDS_OF_FLIGHT)
-def test_drops_nothing_under_what_is_in_flight(state: DestinationState) -> None:
+def test_nothing_is_dropped_while_a_copy_or_call_is_in_flight(state: DestinationState) -> None:
     """The end of the flight drops; everything else that ends the migration goes to STOPPING and waits."""
     for event, (next_state, actions) in DESTINATION_TABLE[state].items():
         if event in ENDS_OF_FLIGHT[state]:
@@ -95,7 +95,7 @@ def test_drops_nothing_under_what_is_in_flight(state: DestinationState) -> None:
             assert actions == ()
 
 
-def test_stopping_waits_for_the_end_of_the_flight() -> None:
+def test_stopping_waits_for_the_copy_or_call_in_flight() -> None:
     row = DESTINATION_TABLE[S.STOPPING]
     for event, (next_state, actions) in row.items():
         if event in ANY_END_OF_FLIGHT:
@@ -105,7 +105,7 @@ def test_stopping_waits_for_the_end_of_the_flight() -> None:
     assert set(row) >= ANY_END_OF_FLIGHT
 
 
-def test_one_thing_in_flight_at_a_time() -> None:
+def test_one_copy_or_call_is_in_flight_at_a_time() -> None:
     begins = {A.COPY: {S.COPYING, S.TAIL}, A.COMMIT: {S.COMMITTING}}
     for step in steps(DESTINATION_TABLE):
         for action, states in begins.items():

@@ -33,7 +33,7 @@ def test_leaves_every_wait_for_the_destination_when_that_is_lost(state: SourceSt
 
 
 @pytest.mark.parametrize("state", set(S) - ENDS - {S.RELEASING})
-def test_is_over_at_once_when_the_request_has_ended(state: SourceState) -> None:
+def test_a_migration_ends_at_once_with_its_request(state: SourceState) -> None:
     next_state, actions = SOURCE_TABLE[state][E.GONE]
     assert next_state is S.ABORTED
     assert A.CLOSE in actions
@@ -44,13 +44,13 @@ def test_is_over_at_once_when_the_request_has_ended(state: SourceState) -> None:
 
 
 @pytest.mark.parametrize("state", set(S) - ENDS)
-def test_takes_what_may_come_at_any_time(state: SourceState) -> None:
+def test_every_state_handles_end_loss_and_cancellation(state: SourceState) -> None:
     """No state forbids the request to end, the peer to die, or the instance to change its mind."""
     assert {E.GONE, E.PEER_LOST, E.CANCELLED} <= set(SOURCE_TABLE[state])
 
 
 @pytest.mark.parametrize("state", set(S) - ENDS)
-def test_takes_its_bound(state: SourceState) -> None:
+def test_every_state_handles_its_bound(state: SourceState) -> None:
     """What the driver's timer feeds is allowed wherever it is armed, and leaves or reminds."""
     next_state, actions = SOURCE_TABLE[state][E.TIMED_OUT]
     engine_only = state in {S.RETREATING, S.RELEASING}
@@ -90,7 +90,7 @@ def test_a_suspended_request_is_resumed_released_or_gone() -> None:
         assert kept_running or step.event is E.GONE or {A.RESUME, A.RELEASE} & set(step.actions)
 
 
-def test_a_late_commit_of_what_runs_here_again_is_withdrawn() -> None:
+def test_a_late_commit_of_a_request_taken_back_is_withdrawn() -> None:
     for state in (S.RETREATING, S.ABORTED):
         assert SOURCE_TABLE[state][E.ACKNOWLEDGED] == (state, (A.SEND_WITHDRAW,))
 

@@ -52,7 +52,7 @@ def test_tables_are_whole_and_closed(table: Any, states: Any, events: Any, actio
     assert {action for _, (_, performed) in entries for action in performed} == set(actions)
 
 
-def test_a_refused_event_quotes_the_story() -> None:
+def test_a_refused_event_quotes_the_history() -> None:
     machine = StateMachine(SOURCE_TABLE, SourceState.OFFERED)
     machine.handle(SourceEvent.PULLED)
     machine.handle(SourceEvent.STAGE_READY)

@@ -214,7 +214,7 @@ async def test_memory_that_is_not_there_takes_time_and_copies_nothing() -> None:
     assert time.monotonic() - began > 0.019
 
 
-async def test_wrong_use_is_refused() -> None:
+async def test_wrong_calls_are_refused() -> None:
     fabric = LocalFabric()
     source, _ = _instance(fabric, "source")
     target, ours = _instance(fabric, "target", fill=0)

@@ -62,7 +62,7 @@ def test_axes_of_size_one_do_not_matter() -> None:
     assert kv_regions([odd], BLOCKS, 0) == kv_regions([plain], BLOCKS, 0)
 
 
-def test_one_block_only() -> None:
+def test_a_cache_of_one_block_is_one_region() -> None:
     (region,) = kv_regions([_numbered(1, TOKENS, DIM)], 1, 0)
     assert (region.num_blocks, region.block_bytes) == (1, TOKENS * DIM * 8)
 

@@ -58,7 +58,7 @@ def test_withdrawn_blocks_are_not_found_any_more() -> None:
     assert (pool.cached([1, 2]), pool.check_integrity([])) == ([], [])
 
 
-def test_integrity_tells_of_lost_and_of_twice_held_blocks() -> None:
+def test_lost_and_twice_held_blocks_violate_integrity() -> None:
     pool = BlockPool(3)
     blocks = pool.allocate(2)
 

@@ -21,12 +21,12 @@ def written(path: Path, model: LinearCostModel) -> Path:
     return path
 
 
-def test_by_name() -> None:
+def test_a_cost_model_is_found_by_name() -> None:
     assert cost_model("a10-llama-7b") is COST_MODELS["a10-llama-7b"]
 
 
 @pytest.mark.parametrize("name", COST_MODELS)
-def test_a_model_is_found_again_from_its_own_times(name: str, tmp_path: Path) -> None:
+def test_a_fit_recovers_the_model_that_made_the_times(name: str, tmp_path: Path) -> None:
     model = COST_MODELS[name]
 
     found = cost_model(str(written(tmp_path / "measured.csv", model)))
@@ -54,7 +54,7 @@ def test_no_cost_falls_with_size(tmp_path: Path) -> None:
         (f"{HEADER}\nprefill,1,x,0,5\n", "cannot be read"),
     ],
 )
-def test_a_file_that_is_no_cost_model(content: str, message: str, tmp_path: Path) -> None:
+def test_a_file_without_the_columns_is_refused(content: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.csv"
     path.write_text(content)
 
@@ -62,12 +62,12 @@ def test_a_file_that_is_no_cost_model(content: str, message: str, tmp_path: Path
         cost_model(str(path))
 
 
-def test_an_unknown_name() -> None:
+def test_an_unknown_cost_model_is_refused() -> None:
     with pytest.raises(InvalidRequestError, match="known: a10-llama-7b"):
         cost_model("h100")
 
 
-def test_a_file_of_something_else(tmp_path: Path) -> None:
+def test_a_binary_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "picture.csv"
     path.write_bytes(b"\x89PNG\xff\xfe")
 
@@ -76,7 +76,7 @@ def test_a_file_of_something_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ms", ["0", "-1", "nan"])
-def test_a_step_takes_time(ms: str, tmp_path: Path) -> None:
+def test_a_step_without_duration_is_refused(ms: str, tmp_path: Path) -> None:
     path = tmp_path / "zero.csv"
     path.write_text(f"{HEADER}\ndecode,1,1,100,{ms}\n")
 

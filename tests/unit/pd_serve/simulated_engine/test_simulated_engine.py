@@ -94,7 +94,7 @@ class Rig:
 
 
 @in_virtual_time
-async def test_it_says_what_follows_from_the_prompt() -> None:
+async def test_the_output_follows_from_the_prompt() -> None:
     rig = Rig()
     await rig.add("r", 10, 9)
 
@@ -136,7 +136,7 @@ async def test_a_changed_block_changes_the_output(when: str) -> None:
     st.booleans(),
     st.integers(24, 40),
 )
-def test_whatever_is_preempted_cached_or_chunked(
+def test_the_output_does_not_depend_on_preemption_caching_or_chunks(
     requests: list[tuple[int, int, int]], chunk_tokens: int | None, prefix_caching: bool, num_blocks: int
 ) -> None:
     """Requests that share their beginnings, in blocks that do not suffice for all of them."""
@@ -250,7 +250,7 @@ async def test_it_continues_from_known_tokens_wherever_a_chunk_ends(known: int) 
 
 
 @in_virtual_time
-async def test_aborted_requests_give_everything_back_wherever_they_are() -> None:
+async def test_an_aborted_request_frees_its_blocks_wherever_it_is() -> None:
     rig = Rig(num_blocks=10)
     for name in ("running", "waiting"):
         await rig.add(name, 24, 8)
@@ -313,7 +313,7 @@ async def moved(spoil: Callable[[list[int], list[int]], tuple[list[int], list[in
 
 
 @in_virtual_time
-async def test_a_moved_request_goes_on_as_if_nothing_had_been() -> None:
+async def test_a_moved_request_continues_with_the_same_output() -> None:
     one, other = await moved(lambda remote, local: (remote, local))
 
     assert other.said["r"] == other.expected("r")
@@ -357,7 +357,7 @@ async def test_a_reservation_is_refused_without_room_and_given_back_when_dropped
 
 
 @in_virtual_time
-async def test_a_preempted_request_is_not_there_to_be_moved() -> None:
+async def test_a_preempted_request_cannot_be_moved() -> None:
     rig = Rig(num_blocks=10)
     await rig.add("first", 16, 20)
     await rig.add("victim", 16, 20)

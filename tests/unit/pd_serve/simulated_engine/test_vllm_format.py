@@ -37,7 +37,7 @@ def encoded(**fields: Any) -> list[bytes]:
         (SamplingParams(structured_outputs=StructuredOutputsParams(json_object=True)), "follows no grammar"),
     ],
 )
-def test_what_needs_a_model_is_refused(parameters: SamplingParams, says: str) -> None:
+def test_parameters_that_need_a_model_are_refused(parameters: SamplingParams, says: str) -> None:
     with pytest.raises(InvalidRequestError, match=says):
         check_parameters(parameters)
 
