@@ -9,8 +9,9 @@ Source: nixl 1.5.1, `nixl_cu12/_api.py`; `src/plugins/ucx/ucx_engine_thread.cpp`
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,13 @@ class NixlAgent:
             self.close()
             raise NixlFailure(f"NIXL agent {name!r} could not be set up: {error!r}") from error
 
+    @contextlib.contextmanager
+    def _failing_as(self, call: str) -> Iterator[None]:
+        try:
+            yield
+        except self._errors as error:
+            raise NixlFailure(f"{call}: {error!r}") from error
+
     def enter_thread(self) -> None:
         """To be called first in a thread that reads: UCX copies on the thread's current CUDA device."""
         if self._cuda_device >= 0:
@@ -91,17 +99,13 @@ class NixlAgent:
         Raises:
             NixlFailure: The metadata is not valid, or the peer cannot be reached from here.
         """
-        try:
+        with self._failing_as("peer's metadata refused"):
             return bytes(self._agent.loadRemoteMD(metadata)).decode()
-        except self._errors as error:
-            raise NixlFailure(f"peer's metadata refused: {error!r}") from error
 
     def disconnect(self, agent_name: str) -> None:
         """Drops a peer. Reads of it must have ended."""
-        try:
+        with self._failing_as(f"disconnect from {agent_name!r}"):
             self._agent.invalidateRemoteMD(agent_name)
-        except self._errors as error:
-            raise NixlFailure(f"disconnect from {agent_name!r}: {error!r}") from error
 
     def prepare(self, agent_name: str | None, regions: Sequence[KvRegion]) -> int:
         """Makes a list of all blocks of some regions of one memory kind, to read by index from then on.
@@ -124,17 +128,13 @@ class NixlAgent:
             dtype=np.int64,
         )
         owner = nixl.NIXL_INIT_AGENT if agent_name is None else agent_name
-        try:
+        with self._failing_as(f"block list of {agent_name or 'this agent'}"):
             return int(self._agent.prepXferDlist(owner, getattr(nixl, memory_kind(regions[0])), rows, []))
-        except self._errors as error:
-            raise NixlFailure(f"block list of {agent_name or 'this agent'}: {error!r}") from error
 
     def discard(self, prepared: int) -> None:
         """Frees what `prepare` made."""
-        try:
+        with self._failing_as("release of a block list"):
             self._agent.releasedDlistH(prepared)
-        except self._errors as error:
-            raise NixlFailure(f"release of a block list: {error!r}") from error
 
     def read(self, local: int, local_indices: Indices, remote: int, remote_indices: Indices) -> int | None:
         """Starts a read; NIXL merges runs that touch on both sides.
@@ -169,17 +169,13 @@ class NixlAgent:
         Raises:
             NixlFailure: The read failed. Some of it may still be under way until `close`.
         """
-        try:
+        with self._failing_as("read"):
             return bool(self._agent.getXferStatus(handle) == self._nixl.NIXL_SUCCESS)
-        except self._errors as error:
-            raise NixlFailure(f"read: {error!r}") from error
 
     def release(self, handle: int) -> None:
         """Frees a read's handle. This does not stop the read: only `close` does, for all of them."""
-        try:
+        with self._failing_as("release of a read"):
             self._agent.releaseXferReq(handle)
-        except self._errors as error:
-            raise NixlFailure(f"release of a read: {error!r}") from error
 
     def close(self) -> None:
         """Destroys the agent, its UCX worker and all connections: after this nothing reads or writes.

@@ -243,10 +243,7 @@ class VllmEngine:
 
     async def commit(self, migration_id: MigrationId, state: FinalState) -> None:
         def commit() -> None:
-            arriving = self.scheduler.migration.arriving.get(migration_id)
-            if arriving is None:
-                text = "nothing is reserved for this migration"
-                raise DestinationRefusedError(RefusalCode.UNKNOWN_MIGRATION, text)
+            arriving = self.scheduler.arriving_request(migration_id)
             live = self._live.get(arriving.request_id)
             if live is None:
                 raise DestinationRefusedError(RefusalCode.FINISHED, "the request's client has gone")

@@ -247,7 +247,7 @@ class MigrationMixin:
 
     def grow(self, migration_id: str, num_blocks: int) -> list[int]:
         """Raises: DestinationRefusedError: no free blocks; the reservation stays as it was."""
-        request = self._arriving_request(migration_id)
+        request = self.arriving_request(migration_id)
         manager = self.kv_cache_manager
         missing = num_blocks - len(manager.get_block_ids(request.request_id)[0])
         if missing > 0:
@@ -264,7 +264,7 @@ class MigrationMixin:
 
     def commit(self, migration_id: str, num_computed_tokens: int) -> Request:
         """Lets a reserved request, whose tokens are complete by now, enter the next batch."""
-        request = self._arriving_request(migration_id)
+        request = self.arriving_request(migration_id)
         if request.request_id in self.finished_req_ids:
             # It left this instance within this very step; the worker would drop its new state.
             text = "the request has only just left this instance"
@@ -306,7 +306,8 @@ class MigrationMixin:
         self.requests[request.request_id] = request
         self._enqueue_waiting_request(request)
 
-    def _arriving_request(self, migration_id: str) -> Request:
+    def arriving_request(self, migration_id: str) -> Request:
+        """Raises: DestinationRefusedError: nothing is reserved for this migration."""
         try:
             return self.migration.arriving[migration_id]
         except KeyError:
