@@ -18,7 +18,7 @@ from pd_serve.launch.api_server import ApiServer, import_api_modules
 from pd_serve.launch.console import Console
 from pd_serve.launch.flag_table import vllm_version
 from pd_serve.launch.preparation import Prepared, find_model, parse, placements
-from pd_serve.launch.ray_address import check_ray_address
+from pd_serve.launch.ray_address import find_ray_cluster
 from pd_serve.manager.manager import Manager
 from pd_serve.platform.cpu import is_cpu_build
 from pd_serve.platform.environment import ray_environment
@@ -80,7 +80,7 @@ class LocalService:
     async def start(self) -> None:
         config, console = self._config, self._console
         gc.disable()  # as in the instances: collecting while importing costs a tenth of the time
-        await asyncio.to_thread(check_ray_address, config.ray_address)
+        ray_address = await asyncio.to_thread(find_ray_cluster, config.ray_address)
         console.step(f"preparing the model {config.model}")
         model = await asyncio.to_thread(find_model, config)
         check_memory(config.num_instances, {}, model.path)  # the least it takes, before anything starts
@@ -88,7 +88,7 @@ class LocalService:
 
         from pd_serve.manager.ray_launcher import RayLauncher
 
-        launcher = self._launcher = RayLauncher(config.ray_address, model.environment)
+        launcher = self._launcher = RayLauncher(ray_address, model.environment)
         console.step("starting Ray and loading vLLM")
         parsing = self._tasks.start(asyncio.to_thread(parse, config, model))
         try:

@@ -51,7 +51,7 @@ def complaint(server: ServerProcess) -> str:
         (["tiny", "--neutral", "0", "--prefill", "0", "--decode", "0"], "--neutral"),
         (["tiny", "--autoscale-decode", "3:1"], "--autoscale-decode: 3:1: must be 1 <= MIN <= MAX"),
         (["--decode", "2", "tiny", "other"], "unexpected argument 'other'; MODEL is 'tiny' already"),
-        (["tiny", "--ray-address", "127.0.0.1:1"], "no Ray cluster answers at 127.0.0.1:1"),
+        (["tiny", "--ray-address", "127.0.0.1:1"], "no Ray cluster answers at --ray-address 127.0.0.1:1 ("),
         (["tiny", "--policy", "fastest"], "no policy 'fastest'; there are round-robin"),
         (["./there/is/no/such/model"], "./there/is/no/such/model"),
     ],

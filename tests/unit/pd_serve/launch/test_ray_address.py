@@ -5,12 +5,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from pd_serve.errors import InvalidRequestError, PdServeError
 from pd_serve.launch import ray_address
-from pd_serve.launch.ray_address import check_ray_address
+from pd_serve.launch.ray_address import find_ray_cluster
 
 
 @pytest.fixture
@@ -20,8 +22,18 @@ def closed_address() -> str:
         return f"127.0.0.1:{sock.getsockname()[1]}"
 
 
+@pytest.fixture(autouse=True)
+def _this_machine_is_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
 def test_without_an_address_there_is_nothing_to_check() -> None:
-    check_ray_address(None)
+    assert find_ray_cluster(None) is None
+
+
+#: The first frame of a gRPC server.
+SETTINGS = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 
 
 @contextmanager
@@ -46,9 +58,9 @@ def listening(answer: bytes | None) -> Iterator[str]:
         thread.join()
 
 
-def test_a_server_that_answers_is_accepted() -> None:
-    with listening(bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))) as address:
-        check_ray_address(address)
+def test_a_server_that_answers_is_joined() -> None:
+    with listening(SETTINGS) as address:
+        assert find_ray_cluster(address) == address
 
 
 @pytest.mark.parametrize(("answer", "says"), [(None, "timed out"), (b"", "the connection was closed")])
@@ -58,30 +70,56 @@ def test_a_listener_that_does_not_answer_is_refused(
     monkeypatch.setattr(ray_address, "CONNECT_S", 0.2)
 
     with listening(answer) as address, pytest.raises(PdServeError, match=f"{address}.*{says}"):
-        check_ray_address(address)
+        find_ray_cluster(address)
 
 
 def test_an_address_without_a_listener_is_refused_with_the_reason(closed_address: str) -> None:
-    with pytest.raises(PdServeError, match=f"no Ray cluster answers at {closed_address}.*refused"):
-        check_ray_address(closed_address)
+    with pytest.raises(PdServeError, match=f"--ray-address {closed_address} \\(.*refused"):
+        find_ray_cluster(closed_address)
 
 
 @pytest.mark.parametrize("address", ["here", "here:", ":6379", "here:port"])
 def test_a_text_that_is_not_an_address_is_refused(address: str) -> None:
     with pytest.raises(InvalidRequestError, match="must be HOST:PORT, or auto"):
-        check_ray_address(address)
+        find_ray_cluster(address)
 
 
-def test_auto_checks_the_cluster_that_ray_has_noted(
+def test_auto_joins_the_first_cluster_of_this_machine_that_answers(
     closed_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A noted cluster that is gone, and the private one of another service, are passed over."""
     noted = tmp_path / "ray_current_cluster"
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(ray_address, "CURRENT_CLUSTER", str(noted))
-    monkeypatch.setattr(ray_address, "_runs_here", lambda: False)
-    check_ray_address("auto")  # nothing noted: left to Ray
-
     noted.write_text(f"{closed_address}\n")
+    monkeypatch.setattr(ray_address, "CURRENT_CLUSTER", str(noted))
+    with listening(SETTINGS) as address:
+        raylet = SimpleNamespace(info={"cmdline": ["/ray/raylet", f"--gcs-address={address}"]})
+        other = SimpleNamespace(info={"cmdline": ["grep", "--gcs-address=1.2.3.4:5"]})
+        monkeypatch.setattr(psutil, "process_iter", lambda attributes: [other, raylet])
 
-    with pytest.raises(PdServeError, match=f"answers at {closed_address} \\(--ray-address auto\\)"):
-        check_ray_address("auto")
+        assert find_ray_cluster("auto") == address
+
+
+def test_auto_without_a_cluster_is_refused(
+    closed_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "process_iter", lambda attributes: [])
+    monkeypatch.setattr(ray_address, "CURRENT_CLUSTER", str(tmp_path / "none"))
+
+    with pytest.raises(PdServeError, match=r"--ray-address auto \(none is known here\)"):
+        find_ray_cluster("auto")
+
+    monkeypatch.setenv("RAY_ADDRESS", closed_address)
+    with pytest.raises(PdServeError, match=rf"--ray-address auto \({closed_address}: .*refused"):
+        find_ray_cluster("auto")
+
+
+def test_loopback_is_checked_at_the_address_that_ray_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
+
+    assert ray_address._as_ray_connects("10.0.0.7") == "10.0.0.7"
+    assert ray_address._as_ray_connects("localhost") != "localhost" or not has_route()
+
+
+def has_route() -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        return sock.connect_ex(("8.8.8.8", 53)) == 0
