@@ -1,7 +1,6 @@
-"""A simulated engine behind the same interface as vLLM's: it batches, preempts, caches and migrates, and its
-tokens depend on the contents of all KV blocks of their request.
+"""A simulated engine behind the same interface as vLLM's, in the virtual or real time of its event loop.
 
-It takes its time from the event loop: virtual in a simulation, real behind a real API.
+It batches, preempts, caches and migrates; its tokens depend on the contents of all KV blocks of their request.
 """
 
 import asyncio
@@ -92,7 +91,7 @@ class SimulatedEngine:
         return EngineFacts(None, max_tokens, settings.num_blocks, settings.block_tokens, ("generate",))
 
     async def start(self) -> None:
-        """Nothing has to be loaded; the first load report follows."""
+        """Nothing has to be loaded."""
 
     async def stop(self) -> None:
         """Ends all steps; pending calls are never answered."""
@@ -115,12 +114,11 @@ class SimulatedEngine:
         sequence.output = list(output_token_ids or ())
         sequence.emitted = len(sequence.output)
         sequence.added_at = self._loop.time()
-        most = self.batcher.num_blocks(sequence.prompt_tokens + sequence.max_tokens)
-        if most > self.settings.num_blocks - self.batcher.watermark_blocks:
-            raise InvalidRequestError(
-                f"{sequence.prompt_tokens} + {sequence.max_tokens} tokens do not fit into"
-                f" {self.settings.num_blocks} blocks"
-            )
+        prompt_tokens, max_tokens = sequence.prompt_tokens, sequence.max_tokens
+        blocks = self.settings.num_blocks
+        if self.batcher.num_blocks(prompt_tokens + max_tokens) > blocks - self.batcher.watermark_blocks:
+            text = f"{prompt_tokens} + {max_tokens} tokens do not fit into {blocks} blocks"
+            raise InvalidRequestError(text)
 
         def add() -> None:
             if sequence.request_id in self.sequences:
@@ -284,9 +282,8 @@ class SimulatedEngine:
 
     def begin(self, step: Step) -> float:
         step.begin(self._loop.time())
-        duration_s = step.duration_s
-        if self._is_copying():
-            duration_s *= 1.0 + self.settings.migration_slowdown
+        slowdown = self.settings.migration_slowdown if self._is_copying() else 0.0
+        duration_s = step.duration_s * (1.0 + slowdown)
         self.busy_s += duration_s
         return duration_s
 
@@ -314,17 +311,13 @@ class SimulatedEngine:
         self._migrations.settle_stages()
 
     def report(self) -> None:
-        """As vLLM's adapter: what only grows by a token per request is reported less often than steps end."""
+        """As vLLM's adapter: growth by a token per request is reported less often than steps end."""
         if self._ended:
             ended, self._ended = self._ended, []
             self._loop.call_soon(self._events.on_requests_ended, ended)
         batcher, migrations, now = self.batcher, self._migrations, self._loop.time()
-        state = (
-            len(batcher.running),
-            len(batcher.waiting),
-            len(migrations.arriving),
-            len(migrations.suspended),
-        )
+        groups = (batcher.running, batcher.waiting, migrations.arriving, migrations.suspended)
+        state = tuple(map(len, groups))
         if state != self._reported or now - self._reported_at >= LOAD_INTERVAL_S:
             self._reported, self._reported_at = state, now
             self._events.on_load(self.load())
@@ -335,8 +328,7 @@ class SimulatedEngine:
         self._events.on_prefill_started([RequestId(s.request_id) for s in sequences])
 
     def _is_in_flight(self, sequence: Sequence) -> bool:
-        step = self._step_loop.in_flight
-        return step is not None and sequence in step.decodes
+        return (step := self._step_loop.in_flight) is not None and sequence in step.decodes
 
     def _held(self) -> list[tuple[Sequence, bool]]:
         """Sequences that may hold something here, and whether they are arriving."""
