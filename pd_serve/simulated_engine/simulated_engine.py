@@ -1,6 +1,6 @@
 """A simulated engine behind the same interface as vLLM's, in the virtual or real time of its event loop.
 
-It batches, preempts, caches and migrates; its tokens depend on the contents of all KV blocks of their request.
+It batches, preempts, caches and migrates. Its tokens depend on the contents of all blocks of their request.
 """
 
 import asyncio
