@@ -1,7 +1,7 @@
 """Reading request traces: Azure's CSV, Mooncake's JSON lines, lengths only as CSV.
 
 The files are not part of this project. They are looked for in the folder given, in the folder that the
-environment variable PD_SERVE_TRACES names, or in `../shared/traces` beside the project.
+environment variable PD_SERVE_TRACES names, or in a folder shared/traces beside the project's own.
 """
 
 import csv
