@@ -9,16 +9,17 @@ from pathlib import Path
 from prometheus_client.core import Metric
 from prometheus_client.metrics import MetricWrapperBase
 
-from pd_serve.comm.messages import (
-    InstanceStats,
-    LoadReport,
+from pd_serve.comm.cluster_state import (
+    ClusterState,
     ProcessStats,
-    SchedulerReport,
+    RestartState,
+    SchedulerState,
     SchedulerStats,
 )
+from pd_serve.comm.messages import InstanceStats
 from pd_serve.observe import metrics
 from pd_serve.observe.cluster_metrics import ClusterMetrics
-from pd_serve.observe.cluster_reports import ClusterReports
+from pd_serve.observe.cluster_report import ClusterReport
 from pd_serve.observe.histogram import BatchHistogram
 from router.load import InstanceLoad
 from router.request import NO_DEMAND
@@ -68,12 +69,16 @@ def _reported() -> Iterable[tuple[Metric, list[str]]]:
         InstanceLoad("decode-0", "decode", total_blocks=100, free_blocks=50),
         ProcessStats(1.0, 1.0, 1.0),
     )
-    reports = ClusterReports(lambda: NO_DEMAND, lambda: 0, lambda: 0.0)
-    reports.on_load("decode-0", LoadReport(load, [], InstanceStats(process, 0, 0, 0, 0)))
-    reports.on_scheduler(SchedulerReport([], SchedulerStats(process, 1, {"drain": 1}, {"drain": 1})))
-    for metric in ClusterMetrics(reports).collect():
+    stats = SchedulerStats(process, 1, {"drain": 1}, {"drain": 1})
+    scheduler, restart = SchedulerState("alive", "", None, 0), RestartState(False, "")
+    report = ClusterReport(
+        loads=[load],
+        slots={"decode-0": 0},
+        stats={"decode-0": InstanceStats(process, 0, 0, 0, 0)},
+        stranded={},
+        waiting=NO_DEMAND,
+        num_running=0,
+        state=ClusterState([], scheduler, [], [], restart, [], scheduler_stats=stats),
+    )
+    for metric in ClusterMetrics(lambda: report).collect():
         yield metric, list(metric.samples[0].labels)
-
-
-if __name__ == "__main__":
-    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

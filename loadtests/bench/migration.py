@@ -74,10 +74,10 @@ class MigrationBenchmark:
 
     def __init__(self, service: LocalService) -> None:
         self._client = service.api.client
-        self._tracker = service.api.tracker
+        self._frontend = service.api.frontend
         self._logs: dict[str, TokenLog] = {}
         self._serial = 0
-        self._tracker.observer = self._observe
+        self._frontend.tokens.observer = self._observe
 
     def _observe(self, request_id: str, instance: str, count: int, now: float) -> None:
         log = self._logs.setdefault(request_id, TokenLog())
@@ -108,7 +108,7 @@ class MigrationBenchmark:
             at, started = len(log.times), time.monotonic()
             # Without the first tokens after a move: they belong to a new batch.
             samples.normal += log.gaps_ms(begin + 3, at)
-            migrated = await self._tracker.migrate(request_id, there, mode)
+            migrated = await self._frontend.migrate(request_id, there, mode)
             samples.gaps[mode].append(migrated.downtime_ms)
             if mode == "live":
                 samples.during += [
@@ -169,7 +169,7 @@ async def _measure(service: LocalService, rounds: int, console: rich.console.Con
                 await bench.handoff(length, samples)
                 await bench.moves(length, modes, samples)
                 progress.advance(task)
-    problems = await service.api.tracker.check_integrity()
+    problems = await service.api.frontend.check_integrity()
     if problems:
         raise PdServeError(f"the cluster violates an invariant after the benchmark: {problems}")
     rows = [_row(length, samples) for length, samples in results.items()]

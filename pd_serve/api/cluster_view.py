@@ -2,7 +2,7 @@
 
 from typing import Any, Protocol
 
-from pd_serve.observe.timeline import ObservedMigration
+from pd_serve.comm.requests import ManualMigration
 
 
 class ClusterView(Protocol):
@@ -33,7 +33,7 @@ class ClusterView(Protocol):
         """
         ...
 
-    async def migrate(self, request_id: str, destination: str) -> ObservedMigration:
+    async def migrate(self, request_id: str, destination: str) -> ManualMigration:
         """Moves a running request to an instance.
 
         Args:

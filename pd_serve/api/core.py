@@ -8,12 +8,13 @@ from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.core_client import EngineCoreClient
 
 from pd_serve.api.codec import VllmCodec
-from pd_serve.frontend.request_tracker import RequestTracker
+from pd_serve.comm.requests import CallEngine
+from pd_serve.frontend.frontend import Frontend
 from router.request import NewRequest, prefix_keys
 
 
 class ClusterCore(EngineCoreClient):
-    """Passes requests to the router and outputs back to `AsyncLLM`.
+    """Passes requests to the frontend and outputs back to `AsyncLLM`.
 
     Methods of the base class that are not defined here (LoRA, pause, sleep, profile, collective RPC) raise
     `NotImplementedError`, which vLLM answers with 501.
@@ -27,14 +28,14 @@ class ClusterCore(EngineCoreClient):
 
     def __init__(
         self,
-        router: RequestTracker,
+        frontend: Frontend,
         outputs: "asyncio.Queue[EngineCoreOutputs]",
         codec: VllmCodec,
         supported_tasks: tuple[str, ...],
     ) -> None:
         self.resources = SimpleNamespace(engine_dead=False)
-        self.engine_ranks_managed = router.instances.slots
-        self._router = router
+        self.engine_ranks_managed = frontend.instances.slots
+        self._frontend = frontend
         self._outputs = outputs
         self._codec = codec
         self._supported_tasks = supported_tasks
@@ -48,7 +49,7 @@ class ClusterCore(EngineCoreClient):
         new = NewRequest(len(token_ids), request.priority, prefix_keys(token_ids))
         parameters = request.sampling_params
         max_tokens = parameters.max_tokens if parameters is not None else 0  # pooling
-        self._router.submit(
+        self._frontend.requests.submit(
             request.request_id,
             self._codec.encode_request(request),
             new,
@@ -63,30 +64,31 @@ class ClusterCore(EngineCoreClient):
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         """Ends requests on any instance. Unknown and finished ids are ignored; ids may repeat."""
-        self._router.abort(request_ids)
+        self._frontend.requests.abort(request_ids)
 
     async def reset_mm_cache_async(self) -> None:
-        await self._router.instances.call_all("reset_mm_cache")
+        await self._frontend.instances.call_all(CallEngine("reset_mm_cache", []))
 
     async def reset_prefix_cache_async(
         self, reset_running_requests: bool = False, reset_connector: bool = False
     ) -> bool:
-        done = await self._router.instances.call_all(
-            "reset_prefix_cache", reset_running_requests, reset_connector
+        done = await self._frontend.instances.call_all(
+            CallEngine("reset_prefix_cache", [reset_running_requests, reset_connector])
         )
         return all(done.values())
 
     async def reset_encoder_cache_async(self) -> None:
-        await self._router.instances.call_all("reset_encoder_cache")
+        await self._frontend.instances.call_all(CallEngine("reset_encoder_cache", []))
 
     async def is_scheduler_paused_async(self) -> bool:
-        return any((await self._router.instances.call_all("is_scheduler_paused")).values())
+        return any((await self._frontend.instances.call_all(CallEngine("is_scheduler_paused", []))).values())
 
     async def is_sleeping_async(self) -> bool:
-        return any((await self._router.instances.call_all("is_sleeping")).values())
+        return any((await self._frontend.instances.call_all(CallEngine("is_sleeping", []))).values())
 
     async def get_weight_version_async(self) -> Any:
-        return next(iter((await self._router.instances.call_all("get_weight_version")).values()), "default")
+        versions = await self._frontend.instances.call_all(CallEngine("get_weight_version", []))
+        return next(iter(versions.values()), "default")
 
     def dp_engines_running(self) -> bool:
         return True

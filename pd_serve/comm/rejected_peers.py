@@ -1,4 +1,4 @@
-"""Who knocks without the cluster's secret: ZeroMQ refuses him, and here it is said, once for each address."""
+"""Logs rejected peers: connections without the cluster's secret, which ZeroMQ refuses. Once per address."""
 
 import logging
 import socket
@@ -17,7 +17,7 @@ FAILURES = (
     | zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
 )
 
-#: Addresses that are remembered; strangers from further ones are refused without a line.
+#: Addresses that are remembered. Peers at further addresses are refused without a log line.
 MAX_ADDRESSES = 1000
 
 
@@ -26,31 +26,33 @@ class RejectedPeerLog:
 
     Args:
         name: Of the process, for the log.
-        otherwise: Who it was when that cannot be found out, because the connection is closed already.
+        fallback: Logged in place of an address that is not known, because the connection is closed already.
     """
 
-    def __init__(self, name: str, otherwise: str) -> None:
+    def __init__(self, name: str, fallback: str) -> None:
         self._name = name
-        self._otherwise = otherwise
+        self._fallback = fallback
         self._seen: set[str] = set()
 
     def watch(self, listener: zmq.asyncio.Socket) -> Coroutine[Any, Any, None]:
-        """To be called before the socket is bound. Returns what is to run as long as it is open."""
+        """Call before the socket is bound. Returns a coroutine to run as long as it is open."""
         events = FAILURES | zmq.Event.ACCEPTED | zmq.Event.DISCONNECTED
         return self._read(listener.get_monitor_socket(events))
 
     async def _read(self, monitor: zmq.asyncio.Socket) -> None:
-        """Failures do not say whose they are. The connection's end, which does, comes right after: one thread
-        of libzmq sends both. (Source: libzmq 4.3.5, stream_engine_base.cpp, error.)"""
+        """A failure event does not name its connection. The event of the connection's end, which does,
+        follows
+        at once: one thread of libzmq sends both. Source: libzmq 4.3.5, stream_engine_base.cpp, error.
+        """
         peers: dict[int, str] = {}
         failed = False
         while True:
             message = await recv_monitor_message(monitor)
             event, descriptor = message["event"], message["value"]
             if event == zmq.Event.ACCEPTED:
-                peers[descriptor] = _peer_of(descriptor) or self._otherwise
+                peers[descriptor] = _peer_of(descriptor) or self._fallback
             elif event == zmq.Event.DISCONNECTED:
-                peer = peers.pop(descriptor, self._otherwise)
+                peer = peers.pop(descriptor, self._fallback)
                 if failed:
                     self._note(peer)
                 failed = False
@@ -63,7 +65,7 @@ class RejectedPeerLog:
         self._seen.add(peer)
         logger.warning(
             "%s: refused a peer at %s, which does not have this cluster's secret;"
-            " further ones there are refused without a word",
+            " further ones there are refused without a log line",
             self._name,
             peer,
         )

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import msgspec
 
 from migration.tasks import BackgroundTasks
-from pd_serve.comm.messages import Holdings, InstanceInfo
+from pd_serve.comm.membership import InstanceInfo
+from pd_serve.comm.requests import Holdings, ListHoldings
 from pd_serve.dashboard.recent import SLOT_S, Move, RecentEvents
 from pd_serve.errors import PdServeError
 
@@ -33,7 +34,7 @@ class HoldingsSource(Protocol):
 
     def __iter__(self) -> Iterator[InstanceInfo]: ...
 
-    async def ask(self, instance_id: str, method: str) -> Any: ...
+    async def call(self, instance_id: str, request: ListHoldings) -> Holdings: ...
 
 
 class RequestNumbers:
@@ -140,9 +141,7 @@ class LiveView:
 
     async def _ask_one(self, instance_id: str) -> None:
         try:
-            self._holdings[instance_id] = msgspec.convert(
-                await self._instances.ask(instance_id, "holdings"), Holdings
-            )
+            self._holdings[instance_id] = await self._instances.call(instance_id, ListHoldings())
         except (PdServeError, TimeoutError):
             self._holdings.pop(instance_id, None)  # it has died, or hangs
         finally:

@@ -1,4 +1,4 @@
-"""Moving one request because somebody asks for it, and waiting until it speaks from there."""
+"""Moves one request because an operator asks for it, and waits until its tokens come from there."""
 
 import asyncio
 from collections.abc import Mapping
@@ -6,84 +6,84 @@ from typing import Literal
 
 from migration.messages import InstanceId, RequestId
 from migration.record import MigrationRecord
-from pd_serve.comm.instance_directory import CALL_TIMEOUT_S, InstanceDirectory
-from pd_serve.comm.messages import AbortRequests, AddRequest, MigrateRequest
+from pd_serve.comm.message_wire import MessageWire
+from pd_serve.comm.messages import AbortRequests
+from pd_serve.comm.requests import ManualMigration, MoveRequest
+from pd_serve.comm.timing import CALL_TIMEOUT_S
 from pd_serve.errors import EngineDeadError, MigrationRefusedError, RefusalCode, UnknownTargetError
+from pd_serve.frontend.instances import Instances
+from pd_serve.frontend.placement import Placement
 from pd_serve.frontend.tracked_request import TrackedRequest
-from pd_serve.observe.timeline import ObservedMigration
 
+#: Blocking (stop-and-copy) and recompute are baselines for the benchmark.
 MigrationMode = Literal["live", "blocking", "recompute"]
 
 
-class ManualMigration:
-    """Args: `routes` are the router's requests in progress."""
+class ManualMigrations:
+    """Args: `requests` are those in progress."""
 
-    def __init__(self, routes: Mapping[RequestId, TrackedRequest], instances: InstanceDirectory) -> None:
-        self._routes = routes
+    def __init__(
+        self,
+        wire: MessageWire,
+        requests: Mapping[RequestId, TrackedRequest],
+        instances: Instances,
+        placement: Placement,
+    ) -> None:
+        self._wire = wire
+        self._requests = requests
         self._instances = instances
+        self._placement = placement
 
     async def migrate(
         self, request_id: str, destination: str, mode: MigrationMode = "live"
-    ) -> ObservedMigration:
-        """See `ClusterView`. The other modes are baselines for the benchmark: stop-and-copy, and abort
-        here with a recompute there."""
-        route = self._routes.get(RequestId(request_id))
-        if route is None:
+    ) -> ManualMigration:
+        """See `pd_serve.api.cluster_view.ClusterView.migrate`."""
+        request = self._requests.get(RequestId(request_id))
+        if request is None:
             raise UnknownTargetError(f"no running request {request_id!r}")
         if destination not in self._instances:
             raise UnknownTargetError(f"no instance {destination!r}; see GET /cluster")
         if mode == "recompute":
-            return await self._restart(route, destination)
+            return await self._restart(request, destination)
+        move = MoveRequest(request.request_id, InstanceId(destination), blocking=mode == "blocking")
         while True:
-            owner, moves = route.ledger.owner, route.ledger.num_moves
+            owner, moves = request.ledger.owner, request.ledger.num_moves
             try:
-                record: MigrationRecord = (
-                    await self._instances.call(
-                        owner,
-                        lambda call_id: MigrateRequest(
-                            call_id, route.request_id, destination, "manual", blocking=mode == "blocking"
-                        ),
-                    )
-                ).record
+                record = await self._instances.call(owner, move)
             except EngineDeadError as error:
                 text = f"{error}; the request is recomputed elsewhere"
                 raise MigrationRefusedError(text, RefusalCode.PEER_LOST) from error
             if record.refusal is None:
                 break
-            if record.refusal.code is not RefusalCode.NOT_RUNNING or route.ledger.owner == owner:
+            if record.refusal.code is not RefusalCode.NOT_RUNNING or request.ledger.owner == owner:
                 raise MigrationRefusedError(record.why, record.refusal.code)
-        await self._next_owner_speaks(route, moves)
-        return self._moved(route, record)
+            # It has moved on meanwhile: ask its next owner.
+        await self._next_owner_heard(request, moves)
+        return ManualMigration(record, request.ledger.last_gap_s)
 
-    async def _restart(self, route: TrackedRequest, destination: str) -> ObservedMigration:
-        owner, moves = route.ledger.owner, route.ledger.num_moves
-        epoch = route.ledger.take_over(destination)
-        self._instances.send(owner, AbortRequests([route.request_id], epoch))
-        tokens = list(route.ledger.token_ids)
-        message = AddRequest(route.request_id, self._instances.token_endpoint, epoch, None, tokens)
-        self._instances.send(destination, message, route.payload)
-        await self._next_owner_speaks(route, moves)
+    async def _restart(self, request: TrackedRequest, destination: str) -> ManualMigration:
+        owner, moves = request.ledger.owner, request.ledger.num_moves
+        epoch = request.ledger.take_over(destination)
+        self._wire.send(owner, AbortRequests([request.request_id], epoch))
+        num_tokens = request.num_tokens
+        self._placement.move_by_recompute(request, destination)
+        await self._next_owner_heard(request, moves)
         record = MigrationRecord(
-            request_id=route.request_id,
+            request_id=request.request_id,
             source=InstanceId(owner),
             destination=InstanceId(destination),
             reason="manual",
-            tokens=route.request.prompt_tokens + len(tokens),
+            tokens=num_tokens,
         )
-        return self._moved(route, record)
+        return ManualMigration(record, request.ledger.last_gap_s)
 
-    @staticmethod
-    def _moved(route: TrackedRequest, record: MigrationRecord) -> ObservedMigration:
-        now = asyncio.get_running_loop().time()
-        return ObservedMigration(record, now, downtime_s=route.ledger.last_gap_s)
-
-    async def _next_owner_speaks(self, route: TrackedRequest, moves: int) -> None:
+    async def _next_owner_heard(self, request: TrackedRequest, moves: int) -> None:
         """Returns at the first token of an owner after the first `moves`, or when the request has ended."""
-        ledger = route.ledger
+        ledger = request.ledger
         async with asyncio.timeout(CALL_TIMEOUT_S):
-            while route.request_id in self._routes and not (
+            while request.request_id in self._requests and not (
                 ledger.num_moves > moves and ledger.owner_has_spoken
             ):
                 waiter = asyncio.get_running_loop().create_future()
-                route.moved.append(waiter)
+                request.moved.append(waiter)
                 await waiter

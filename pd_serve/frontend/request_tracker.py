@@ -1,458 +1,235 @@
-"""The API server's side of the cluster: where every request is, its tokens in order, its migrations.
+"""The requests of one API server, from their arrival to their end, wherever they run."""
 
-It dispatches new requests by the latest loads, follows each request's owner by the tokens' epochs, and
-recomputes requests elsewhere when their owner dies. All of it on one event loop.
-"""
-
-import asyncio
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from migration.messages import RequestId
 from migration.record import MigrationRecord
-from pd_serve.comm.messages import (
-    AbortRequests,
-    AddRequest,
-    InstanceInfo,
-    LoadReport,
-    MigrateRequest,
-    MigrationEnded,
-    Reply,
-    SchedulerReport,
-    StartInstance,
-    StopInstance,
-)
-from pd_serve.comm.outputs import OutputBatch, RequestOutput
-from pd_serve.comm.roster import InstanceRegistry
-from pd_serve.comm.wire import Wire
+from pd_serve.comm.message_wire import MessageWire
+from pd_serve.comm.messages import AbortRequests, LoadReport, RequestFailed
+from pd_serve.comm.outputs import OutputBatch
 from pd_serve.errors import EngineDeadError
-from pd_serve.frontend.manual_migration import ManualMigration, MigrationMode
+from pd_serve.frontend.instances import Instances
 from pd_serve.frontend.output_codec import OutputCodec
-from pd_serve.frontend.snapshot import instance_row
+from pd_serve.frontend.placement import Placement
 from pd_serve.frontend.token_ledger import TokenLedger
 from pd_serve.frontend.tracked_request import TrackedRequest
-from pd_serve.observe.cluster_reports import ClusterReports
 from pd_serve.observe.recorder import RequestRecorder
-from pd_serve.observe.timeline import ObservedMigration
-from router.dispatch import can_start
-from router.dispatcher import Dispatcher
 from router.request import NewRequest
-from router.waiting_line import WaitingLine
 
 logger = logging.getLogger(__name__)
 
-#: How often a request is recomputed because its owner died, before the client gets an error.
+#: How often a request is recomputed because its instance has died, before its client gets an error.
 MAX_RECOMPUTES = 3
 
-#: How long to leave a request where it is after asking for its hand-off once more.
-PLACE_AGAIN_S = 0.25
 
-
-class RequestTracker(InstanceRegistry):
-    """The requests of one API server.
+class RequestTracker:
+    """Starts requests, follows their owners, recomputes those that die with an instance.
 
     Args:
         codec: Knows the encoding of the engines' outputs.
-        deliver: Takes batches of outputs, every token exactly once and in order.
-        block_tokens: Tokens per KV block.
-        num_slots, owns, on_scaling, on_decided, on_silent: See `Roster`.
-        clock: The time that deliveries are measured by, in seconds.
-        dispatcher: Decides where requests start and are handed off to.
+        deliver: Takes batches of outputs.
         recorder: Told what happens to every request.
+        clock: The time that requests are recorded by, in seconds.
+
+    Attributes:
+        requests: Those in progress.
+        num_waiting: Those without a first token.
+        migrations: Committed and aborted ones of all API servers' requests, by reason.
     """
 
     def __init__(
         self,
-        name: str,
-        wire: Wire,
+        wire: MessageWire,
+        instances: Instances,
+        placement: Placement,
         codec: OutputCodec,
         deliver: Callable[[OutputBatch], None],
-        *,
-        block_tokens: int,
-        num_slots: int,
-        owns: bool = True,
-        clock: Callable[[], float] = time.monotonic,
-        on_scaling: Callable[[StartInstance | StopInstance], None] = lambda wanted: None,
-        on_decided: Callable[[SchedulerReport], None] = lambda report: None,
-        on_silent: Callable[[str], object] | None = None,
-        dispatcher: Dispatcher | None = None,
-        recorder: RequestRecorder | None = None,
+        recorder: RequestRecorder,
+        clock: Callable[[], float],
     ) -> None:
-        self._dispatcher = dispatcher or Dispatcher()
-        super().__init__(
-            name,
-            wire,
-            on_tokens=self._on_tokens,
-            num_slots=num_slots,
-            owns=owns,
-            waiting=lambda: self._line.demand,
-            is_claimed=self._has_requests_at,
-            on_scaling=on_scaling,
-            on_decided=on_decided,
-            on_silent=on_silent,
-            book=self._dispatcher.loads,
-        )
+        self._wire = wire
+        self._instances = instances
+        self._placement = placement
         self._codec = codec
-        self._recorder = recorder or RequestRecorder()
         self._deliver = deliver
+        self._recorder = recorder
         self._clock = clock
-        #: Told (request, instance, tokens so far, time in s) at every delivery; for measurements.
-        self.observer: Callable[[RequestId, str, int, float], None] | None = None
-        self._block_tokens = block_tokens
-        self._loop = asyncio.get_running_loop()
-        self._line = WaitingLine(self._dispatcher)
-        self._routes: dict[RequestId, TrackedRequest] = {}
-        self._by_hand = ManualMigration(self._routes, self.instances)
-        self._num_waiting = 0
-        self._migrations: dict[str, Counter[str]] = {"handoff": Counter(), "manual": Counter()}
-        self.reports = ClusterReports(lambda: self._line.demand, lambda: len(self._routes), self._loop.time)
+        self.requests: dict[RequestId, TrackedRequest] = {}
+        self.num_waiting = 0
+        self.migrations: dict[str, Counter[str]] = {"handoff": Counter(), "manual": Counter()}
 
-    def join(self, info: InstanceInfo) -> None:
-        super().join(info)
-        self.reports.joined(info, self.instances.slot_of(info.instance_id))
-        self._recorder.instance_joined(info)
-
-    def leave(self, instance_id: str) -> bool:
-        """An instance is dead or stopped: its requests are recomputed elsewhere."""
-        if not super().leave(instance_id):
-            return False
-        self.reports.left(instance_id)
-        for route in list(self._routes.values()):
-            # With a gap, tokens of a former owner may have been lost with it.
-            if instance_id in (route.ledger.owner, route.committed_to) or route.ledger.has_gap:
-                self._recompute(route, instance_id)
-        if self._line and not self._dispatcher.is_serving:
-            for request_id in list(self._line):
-                logger.error("request %s: there is no instance left that it could wait for", request_id)
-                self._fail(self._routes[RequestId(request_id)])
-        return True
-
-    def _has_requests_at(self, instance_id: str) -> bool:
-        return any(instance_id in (route.ledger.owner, route.committed_to) for route in self._routes.values())
-
-    # ---- requests
+    # ---- from clients
 
     def submit(
         self,
         request_id: str,
         payload: list[bytes],
-        request: NewRequest,
+        new: NewRequest,
         *,
         max_tokens: int | None = None,
         name: str = "",
         trace_headers: Mapping[str, str] | None = None,
     ) -> None:
-        """Starts a request on a prefill instance.
+        """Starts a request.
 
         Args:
             payload: The request as its engine decodes it.
-            max_tokens: How many it may generate, if that is known: for one, no other instance is needed.
-            name: What its client calls it.
+            max_tokens: Most tokens that it may generate, if that is known: with one, no decode instance is
+                needed.
+            name: The request's id as its client knows it.
             trace_headers: The client's `traceparent` and the like.
 
         Raises:
-            EngineDeadError: no live instance takes new requests.
+            EngineDeadError: No live instance takes new requests.
         """
-        route = TrackedRequest(RequestId(request_id), payload, request, TokenLedger(""), max_tokens)
-        self._recorder.issued(request_id, self._clock(), request, name=name, trace_headers=trace_headers)
+        request = TrackedRequest(RequestId(request_id), payload, new, TokenLedger(""), max_tokens)
+        self._recorder.issued(request_id, self._clock(), new, name=name, trace_headers=trace_headers)
         try:
-            placed = self._place(route, epoch=0, may_wait=True)
+            placed = self._placement.place(request, epoch=0, may_wait=True)
         except EngineDeadError:
             self._recorder.ended(request_id, "error", self._clock())
             raise
         if not placed:
-            self._line.add(request_id, request, self._loop.time())
-        self._routes[route.request_id] = route
-        self._num_waiting += 1
+            self._placement.enqueue(request)
+        self.requests[request.request_id] = request
+        self.num_waiting += 1
 
     def abort(self, request_ids: list[str]) -> None:
         """Ends requests wherever they are. Unknown ids are ignored."""
         by_owner: dict[str, list[RequestId]] = {}
         for request_id in request_ids:
-            route = self._routes.get(RequestId(request_id))
-            if route is not None:
-                by_owner.setdefault(route.ledger.owner, []).append(route.request_id)
-                self._end(route, "abort")
+            request = self.requests.get(RequestId(request_id))
+            if request is not None:
+                by_owner.setdefault(request.ledger.owner, []).append(request.request_id)
+                self._end(request, "abort")
         for owner, owned in by_owner.items():
-            self.instances.send(owner, AbortRequests(owned))
+            self._wire.send(owner, AbortRequests(owned))
 
-    def _place(self, route: TrackedRequest, epoch: int, *, may_wait: bool = False) -> bool:
-        """Sends a request to where it starts. False: it has to wait for room, and may.
+    # ---- from instances
 
-        Raises:
-            EngineDeadError: no live instance takes new requests.
-        """
-        request = route.request
-        if route.ledger.token_ids:  # computed again, with what has been generated
-            num_tokens = request.prompt_tokens + len(route.ledger.token_ids)
-            request = NewRequest(num_tokens, request.priority, request.prefix_keys)
-        instance_id = self._dispatcher.dispatch(request, may_wait=may_wait)
-        if instance_id is None:
-            if may_wait and self._dispatcher.is_serving:
-                return False
-            raise EngineDeadError("no live instance takes new requests; see GET /cluster")
-        route.ledger.owner = instance_id
-        self._recorder.dispatched(route.request_id, instance_id, self._book[instance_id].role, self._clock())
-        handoff: list[str] | None = None
-        if self._book[instance_id].role == "prefill" and not route.ends_with_prefill:
-            num_blocks = self._blocks_of(route)
-            handoff = self._dispatcher.destinations(num_blocks, request.priority)
-            if handoff:
-                route.destination = handoff[0]
-                self._book.expect(handoff[0], route.request_id, num_blocks)
-        message = AddRequest(
-            route.request_id, self.instances.token_endpoint, epoch, handoff, list(route.ledger.token_ids)
+    def on_load(self, instance_id: str, report: LoadReport) -> None:
+        """An instance has reported: it may have room for requests that wait, or hold stranded ones."""
+        if self._placement.line:
+            self._place_waiting(instance_id)
+        for request_id in report.stranded:
+            if (request := self.requests.get(request_id)) is not None:
+                self._placement.hand_off_stranded(instance_id, request)
+
+    def on_migration_ended(self, record: MigrationRecord) -> None:
+        self.migrations.setdefault(record.reason, Counter())[record.outcome] += 1
+        self._recorder.migrated(record, self._clock())
+        request = self.requests.get(record.request_id)
+        if request is None:
+            return
+        if not record.committed:
+            self._placement.settle(request, record.destination)
+        elif request.is_on(record.source):
+            # Until the next instance has sent a token, its death would go unnoticed otherwise.
+            if record.destination in self._instances:
+                request.committed_to = record.destination
+            else:
+                self._recompute(request, record.destination)
+
+    def on_request_failed(self, message: RequestFailed) -> None:
+        if (request := self.requests.get(message.request_id)) is not None:
+            logger.error("request %s: %s", request.request_id, message.error)
+            self._fail(request)
+
+    def instance_left(self, instance_id: str) -> None:
+        """An instance is dead or stopped: its requests are recomputed elsewhere."""
+        for request in list(self.requests.values()):
+            # With a gap, tokens of an earlier owner may have been lost with it.
+            if request.is_on(instance_id) or request.ledger.has_gap:
+                self._recompute(request, instance_id)
+        if self._placement.line and not self._placement.is_serving:
+            for request_id in list(self._placement.line):
+                logger.error("request %s: no instance is left that it could wait for", request_id)
+                self._fail(self.requests[RequestId(request_id)])
+
+    def has_requests_on(self, instance_id: str) -> bool:
+        return any(request.is_on(instance_id) for request in self.requests.values())
+
+    # ---- TokenListener
+
+    def first_token(self, request: TrackedRequest) -> None:
+        self.num_waiting -= 1
+
+    def owner_changed(self, request: TrackedRequest) -> None:
+        self._placement.settle(request)
+        if request.ledger.owner == request.committed_to:
+            request.committed_to = ""
+
+    def owner_heard(self, request: TrackedRequest, now: float, prefill_s: float | None) -> None:
+        owner = request.ledger.owner
+        load = self._instances.load_of(owner)
+        role = load.role if load is not None else ""
+        gap_s = request.ledger.last_gap_s
+        self._recorder.first_token_from(
+            request.request_id, owner, role, now, gap_s=gap_s, prefill_s=prefill_s
         )
-        self.instances.send(instance_id, message, route.payload)
-        return True
+
+    def finished(self, request: TrackedRequest, outcome: str) -> None:
+        self._end(request, outcome)
+
+    # ---- the rest
+
+    def find(self, name: str) -> list[dict[str, Any]]:
+        """Timelines of requests by name, those in progress up to date; see `RequestRecorder.find`."""
+        found = self._recorder.find(name)
+        for timeline in found:
+            if (request := self.requests.get(timeline["id"])) is not None:
+                timeline["output_tokens"] = len(request.ledger.token_ids)
+                timeline["longest_gap_s"] = round(request.ledger.longest_gap_s, 6)
+        return found
 
     def _place_waiting(self, instance_id: str) -> None:
-        """An instance has reported: there may be room for those who wait."""
-        for request_id in self._line.take(instance_id, self._loop.time()):
-            route = self._routes[RequestId(request_id)]
+        for request_id in self._placement.line.take(instance_id, self._placement.now):
+            request = self.requests[RequestId(request_id)]
             try:
-                self._place(route, epoch=route.ledger.epoch)
+                self._placement.place(request, epoch=request.ledger.epoch)
             except EngineDeadError as error:
                 logger.error("request %s: %s", request_id, error)
-                self._fail(route)
+                self._fail(request)
 
-    def _blocks_of(self, route: TrackedRequest) -> int:
-        return -(-(route.request.prompt_tokens + len(route.ledger.token_ids) + 1) // self._block_tokens)
-
-    def _recompute(self, route: TrackedRequest, lost: str) -> None:
+    def _recompute(self, request: TrackedRequest, lost: str) -> None:
         """Continues a request that was lost with an instance, from the tokens that the client has."""
-        route.recomputes += 1
-        self._recorder.lost(route.request_id, lost, self._clock())
-        route.committed_to = ""
-        self._book.settled(route.destination, route.request_id)
-        epoch = route.ledger.take_over("")
+        request.recomputes += 1
+        self._recorder.lost(request.request_id, lost, self._clock())
+        request.committed_to = ""
+        self._placement.settle(request)
+        epoch = request.ledger.take_over("")
         try:
-            if route.recomputes > MAX_RECOMPUTES:
-                raise EngineDeadError(f"its instances died {route.recomputes} times")
-            self._place(route, epoch)
+            if request.recomputes > MAX_RECOMPUTES:
+                raise EngineDeadError(f"its instances died {request.recomputes} times")
+            self._placement.place(request, epoch)
         except EngineDeadError as error:
-            logger.error("request %s: lost with %s: %s", route.request_id, lost, error)
-            self._fail(route)
+            logger.error("request %s: lost with %s: %s", request.request_id, lost, error)
+            self._fail(request)
         else:
             logger.warning(
                 "request %s: %s died, %s recomputes it from token %d",
-                route.request_id,
+                request.request_id,
                 lost,
-                route.ledger.owner,
-                len(route.ledger.token_ids),
+                request.ledger.owner,
+                len(request.ledger.token_ids),
             )
 
-    def _fail(self, route: TrackedRequest) -> None:
-        self._end(route, "error")
-        self._deliver(self._codec.failed(route.request_id))
+    def _fail(self, request: TrackedRequest) -> None:
+        self._end(request, "error")
+        self._deliver(self._codec.failed(request.request_id))
 
-    def _end(self, route: TrackedRequest, outcome: str) -> None:
-        del self._routes[route.request_id]
-        tokens, longest_gap_s = len(route.ledger.token_ids), route.ledger.longest_gap_s
+    def _end(self, request: TrackedRequest, outcome: str) -> None:
+        del self.requests[request.request_id]
+        tokens, longest_gap_s = len(request.ledger.token_ids), request.ledger.longest_gap_s
         self._recorder.ended(
-            route.request_id, outcome, self._clock(), tokens=tokens, longest_gap_s=longest_gap_s
+            request.request_id, outcome, self._clock(), tokens=tokens, longest_gap_s=longest_gap_s
         )
-        if not route.ledger.token_ids:
-            self._num_waiting -= 1
-            if not route.ledger.owner:
-                self._line.discard(route.request_id)
-        self._book.settled(route.destination, route.request_id)
-        for waiter in route.moved:
-            if not waiter.done():
-                waiter.set_result(None)
-
-    # ---- tokens
-
-    def _on_tokens(self, frames: list[bytes]) -> None:
-        header, outputs = self._codec.decode(frames)
-        if header.instance_id not in self.instances:
-            # Its requests are recomputed, or will be when the instance that has sent them there says so;
-            # a late token would make it the owner once more.
-            return
-        now, source = self._clock(), header.instance_id
-        deliver: list[RequestOutput] = []
-        last_token_at: dict[float, int] = {}  # of most outputs of a step it is the same
-        stale: list[tuple[RequestId, int | None]] = []
-        for output, (epoch, index) in zip(outputs.outputs, header.spans, strict=True):
-            route = self._routes.get(output.request_id)
-            if (
-                route is not None
-                and (before := route.ledger.extend(source, epoch, index, output, now)) is not None
-            ):
-                deliver.append(output)
-                last_token_at[before] = last_token_at.get(before, 0) + 1
-                if self.observer is not None:
-                    self.observer(route.request_id, source, index + len(output.new_token_ids), now)
-                continue
-            if route is None:
-                if output.finish_reason is None:
-                    stale.append((RequestId(output.request_id), None))
-                continue
-            ledger = route.ledger
-            waiting, moves, before = not ledger.token_ids, ledger.num_moves, ledger.last_token_at
-            heard = ledger.heard_epoch
-            ready, is_stale = ledger.accept(source, epoch, index, output, now)
-            deliver += ready
-            if is_stale:
-                stale.append((route.request_id, epoch + 1))  # the copy that has said this, no later one
-            if waiting and ledger.token_ids:
-                self._num_waiting -= 1
-            if ledger.num_moves != moves:
-                self._book.settled(route.destination, route.request_id)
-                if ledger.owner == route.committed_to:
-                    route.committed_to = ""
-            if ready and before:
-                last_token_at[before] = last_token_at.get(before, 0) + 1
-            if ledger.heard_epoch != heard:
-                self._first_heard(route, outputs, output, now)
-            if ready and self.observer is not None:
-                self.observer(route.request_id, source, len(ledger.token_ids), now)
-            if route.moved and ledger.owner_has_spoken:
-                for waiter in route.moved:
-                    if not waiter.done():
-                        waiter.set_result(None)
-                route.moved.clear()
-            if ledger.finished:
-                self._end(route, str(ready[-1].finish_reason))
-        for request_id, below_epoch in stale:
-            self.instances.send(source, AbortRequests([request_id], below_epoch))
-        if last_token_at:
-            self._recorder.token_gaps({now - at: number for at, number in last_token_at.items()})
-        if deliver or outputs.scheduler_stats is not None:
-            outputs.outputs = deliver
-            outputs.engine_index = self.instances.slot_of(source)
-            self._deliver(outputs)
-
-    def _first_heard(
-        self, route: TrackedRequest, outputs: OutputBatch, output: RequestOutput, now: float
-    ) -> None:
-        """The first token of an owner has been delivered."""
-        owner = route.ledger.owner
-        load = self._book.get(owner)
-        self._recorder.first_token_from(
-            route.request_id,
-            owner,
-            load.role if load is not None else "",
-            now,
-            gap_s=route.ledger.last_gap_s,
-            prefill_s=self._codec.prefill_s(outputs, output),
-        )
-
-    # ---- messages from instances
-
-    def _on_load(self, instance_id: str, report: LoadReport) -> None:
-        self.reports.on_load(instance_id, report)
-        if self._line:
-            self._place_waiting(instance_id)
-        for request_id in report.stranded:
-            self._place_stranded(instance_id, request_id)
-
-    def _on_message(self, sender: str, message: Any) -> None:
-        match message:
-            case SchedulerReport():
-                self.reports.on_scheduler(message)
-                super()._on_message(sender, message)
-            case MigrationEnded(call_id="", record=record):
-                self._migrations.setdefault(record.reason, Counter())[record.outcome] += 1
-                self._recorder.migrated(record, self._clock())
-                if record.committed:
-                    self._on_committed(record)
-                else:
-                    self._book.settled(record.destination, record.request_id)
-            case MigrationEnded(call_id=call_id) | Reply(call_id=call_id):
-                if isinstance(message, Reply) and call_id.startswith("add:"):
-                    route = self._routes.get(RequestId(call_id.removeprefix("add:")))
-                    if route is not None:
-                        logger.error("request %s: %s", route.request_id, message.error)
-                        self._fail(route)
-                else:
-                    self.instances.answered(message)
-            case _:
-                super()._on_message(sender, message)
-
-    def _on_committed(self, record: MigrationRecord) -> None:
-        """The request has left an instance. Until it speaks from the next one, that may die unnoticed."""
-        route = self._routes.get(record.request_id)
-        if route is None or record.source not in (route.ledger.owner, route.committed_to):
-            return
-        if record.destination in self.instances:
-            route.committed_to = record.destination
-        else:
-            self._recompute(route, record.destination)
-
-    def _place_stranded(self, source: str, request_id: RequestId) -> None:
-        """A request waits on a prefill instance for a decode instance that has room."""
-        route = self._routes.get(request_id)
-        if (
-            route is None
-            or route.ledger.owner != source
-            or self._loop.time() < route.placed_at + PLACE_AGAIN_S
-        ):
-            return
-        num_blocks = self._blocks_of(route)
-        for destination in self._dispatcher.destinations(num_blocks, route.request.priority)[:1]:
-            if self._book.free_blocks(destination) > num_blocks:
-                route.placed_at = self._loop.time()
-                self._book.settled(route.destination, request_id)
-                route.destination = destination
-                self._book.expect(destination, request_id, num_blocks)
-                self.instances.send(source, MigrateRequest("", request_id, destination, "handoff"))
-
-    # ---- ClusterView
-
-    def find_requests(self, name: str) -> list[dict[str, Any]]:
-        found = self._recorder.find(name)
-        for request in found:
-            if (route := self._routes.get(request["id"])) is not None:
-                request["output_tokens"] = len(route.ledger.token_ids)
-                request["longest_gap_s"] = round(route.ledger.longest_gap_s, 6)
-        return found
-
-    @property
-    def num_waiting(self) -> int:
-        return self._num_waiting
-
-    @property
-    def num_live(self) -> int:
-        return sum(can_start(load) for load in self._book)
-
-    def snapshot(self) -> dict[str, Any]:
-        instances = [instance_row(info, self._book.get(info.instance_id)) for info in self.instances]
-        migrations = {
-            reason: {"committed": counts["committed"], "aborted": counts["aborted"]}
-            for reason, counts in self._migrations.items()
-        }
-        return {
-            "instances": instances,
-            "waiting_line": self._line.demand._asdict(),
-            "migrations": migrations,
-        }
-
-    async def migrate(
-        self, request_id: str, destination: str, mode: MigrationMode = "live"
-    ) -> ObservedMigration:
-        return await self._by_hand.migrate(request_id, destination, mode)
-
-    async def check_integrity(self) -> list[str]:
-        """Asks every instance, until nothing is wrong or what is wrong stays so for a while."""
-        deadline = self._loop.time() + 3.0
-        while True:
-            problems = await self._problems()
-            if not problems or self._loop.time() > deadline:
-                return problems
-            await asyncio.sleep(0.1)
-
-    async def _problems(self) -> list[str]:
-        problems: list[str] = []
-        for found in (await self.instances.call_all("check_integrity")).values():
-            problems += found
-        ours = self.instances.token_endpoint
-        for instance_id, live in (await self.instances.call_all("live_requests", ours)).items():
-            if orphans := sorted(set(live) - set(self._routes)):
-                problems.append(f"{instance_id}: holds requests that nobody waits for: {orphans}")
-        if self._num_waiting != sum(not route.ledger.token_ids for route in self._routes.values()):
-            problems.append("the count of waiting requests is off")
-        return problems
+        if not request.ledger.token_ids:
+            self.num_waiting -= 1
+            if not request.ledger.owner:
+                self._placement.line.discard(request.request_id)
+        self._placement.settle(request)
+        request.wake_movers()

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from pd_serve.comm.messages import InstanceInfo
+from pd_serve.comm.cluster_state import StartingInstance
+from pd_serve.comm.membership import InstanceInfo
 from router.freeness import freeness
 from router.load import InstanceLoad
 
@@ -24,3 +25,10 @@ def instance_row(info: InstanceInfo, load: InstanceLoad | None) -> dict[str, Any
         "migrating_in": load.migrating_in if load else 0,
         "migrating_out": load.migrating_out if load else 0,
     }
+
+
+def starting_row(starting: StartingInstance) -> dict[str, Any]:
+    """A row for an instance that does not serve yet."""
+    counts = ("total_blocks", "free_blocks", "running", "waiting", "migrating_in", "migrating_out")
+    row = {"id": starting.id, "role": starting.role, "state": starting.state}
+    return row | {"draining": False, "node": "", "pid": 0, "freeness": 0.0} | dict.fromkeys(counts, 0)

@@ -13,18 +13,19 @@ class TrackedRequest:
     """One request in progress.
 
     Attributes:
-        payload: The encoded request, kept in case its owner dies.
-        request: What dispatch needs to know of it.
-        max_tokens: It ends with so many at the latest; None: nobody knows.
-        ledger: Its tokens and its owner.
-        destination: Where it is expected next, and counts in the load book.
-        committed_to: Where it lives by its last owner's word; empty once the ledger has heard from there.
-        moved: Waiters for the first token from the next owner.
+        payload: The encoded request, kept in case its instance dies.
+        new: The request as dispatch sees it.
+        max_tokens: Most tokens that it may generate; None if that is not known.
+        ledger: Its tokens and its owner, the instance that runs it.
+        destination: Decode instance that it is expected on; it counts in the projected load there.
+        committed_to: Instance that it runs on by its last owner's word; empty once a token has come from
+            there.
+        moved: Futures that wait for the first token from the next owner.
     """
 
     request_id: RequestId
     payload: list[bytes]
-    request: NewRequest
+    new: NewRequest
     ledger: TokenLedger
     max_tokens: int | None = None
     destination: str = ""
@@ -34,6 +35,22 @@ class TrackedRequest:
     moved: list[asyncio.Future[None]] = field(default_factory=list)
 
     @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens so far."""
+        return self.new.prompt_tokens + len(self.ledger.token_ids)
+
+    @property
     def ends_with_prefill(self) -> bool:
         """Whether the first token from its next prefill is its last one."""
         return self.max_tokens is not None and self.max_tokens - len(self.ledger.token_ids) <= 1
+
+    def is_on(self, instance_id: str) -> bool:
+        """Whether it runs on this instance, or has been committed to it."""
+        return instance_id in (self.ledger.owner, self.committed_to)
+
+    def wake_movers(self) -> None:
+        """The next owner has been heard, or the request has ended."""
+        for waiter in self.moved:
+            if not waiter.done():
+                waiter.set_result(None)
+        self.moved.clear()

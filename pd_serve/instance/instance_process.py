@@ -11,7 +11,7 @@ from typing import Any
 from migration.bounds import MigrationBounds
 from migration.engine_interface import Engine
 from migration.messages import InstanceId
-from pd_serve.comm.messages import InstanceInfo, TokenHeader
+from pd_serve.comm.membership import InstanceInfo
 from pd_serve.comm.wire import CurveKeys, Wire
 from pd_serve.instance.engine_factory import create_engine, import_engines
 from pd_serve.simulated_engine.settings import EngineSettings
@@ -61,6 +61,7 @@ class Instance:
         await self.load()
         from migration.transport.nixl import NixlTransport
         from pd_serve.instance.llumlet import Llumlet
+        from pd_serve.instance.token_publisher import TokenPublisher
 
         name = InstanceId(config.instance_id)
         self._config = config
@@ -112,33 +113,3 @@ class Instance:
         logger.critical("this instance ends: %s", error, exc_info=error)
         self._transport.close()
         os._exit(1)
-
-
-class TokenPublisher:
-    """Sends every step's outputs to the API servers, one message each. Belongs to the step thread."""
-
-    def __init__(self, name: str, wire: Wire) -> None:
-        from vllm.v1.serial_utils import MsgpackEncoder
-
-        self._name = name
-        self._wire = wire
-        self._encoder = MsgpackEncoder()
-        self._sockets: dict[str, Any] = {}
-
-    def publish(self, client: str, outputs: Any, spans: list[tuple[int, int]]) -> None:
-        import msgspec
-        import zmq
-
-        socket = self._sockets.get(client)
-        if socket is None:
-            socket = self._sockets[client] = self._wire.publisher(client)
-        frames = [msgspec.msgpack.encode(TokenHeader(self._name, spans)), *self._encoder.encode(outputs)]
-        try:
-            socket.send_multipart(frames, zmq.NOBLOCK)
-        except zmq.Again:
-            logger.warning("API server %s does not read its tokens", client)
-
-    def close(self) -> None:
-        """Once the step thread has ended; an open socket would hold up the wire's end."""
-        for publisher in self._sockets.values():
-            publisher.close(linger=0)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pd_serve import models
 from pd_serve.comm.wire import CurveKeys
 from pd_serve.config import ServeConfig
-from pd_serve.manager.manager import ManagerConfig
+from pd_serve.manager.manager_config import ManagerConfig
 from pd_serve.platform.cpu import (
     CPU_PREFILL_CHUNK_TOKENS,
     CPU_STAGE_BYTES_PER_S,

@@ -19,17 +19,19 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
-from pd_serve.comm.wire import CurveKeys, Wire, is_local
+from pd_serve.comm.membership import MANAGER
+from pd_serve.comm.wire import CurveKeys, Wire
 from pd_serve.config import ServeConfig
 from pd_serve.errors import EngineDeadError
 from pd_serve.launch.api_server import ApiServer, import_api_modules
 from pd_serve.launch.console import LogProgress
 from pd_serve.launch.credentials import with_credentials
 from pd_serve.launch.preparation import find_model, parse
-from pd_serve.manager.manager import Manager, ManagerConfig
+from pd_serve.manager.manager import Manager
+from pd_serve.manager.manager_config import ManagerConfig
+from pd_serve.manager.ray_actors import own_address
 from pd_serve.manager.ray_launcher import RayLauncher
 from pd_serve.observe.logs import configure_logging
-from router.load import ROLES
 
 logger = logging.getLogger(__name__)
 
@@ -91,13 +93,13 @@ class InstanceManager:
     """
 
     async def __init__(self, config: ManagerConfig, version: str) -> None:  # type: ignore[misc]
-        configure_logging("manager")
+        configure_logging(MANAGER)
         service = f"{serve.get_replica_context().app_name}:{version}"
         self._launcher = RayLauncher("auto", config.environment, service=service)
-        self._manager = Manager(config, self._launcher, LogProgress())
+        wire = Wire(MANAGER, own_address(config.host), config.keys)
+        self._manager = Manager(config, wire, self._launcher, LogProgress())
         if not await self._manager.take_over():
-            names = [(f"{role}-{n}", role) for role in ROLES for n in range(config.instances[role])]
-            await self._manager.start(names)
+            await self._manager.start()
 
     async def address(self) -> str:
         """Its address for API servers."""
@@ -130,8 +132,7 @@ class ApiServerDeployment:
             except ray.exceptions.RayError as error:
                 raise EngineDeadError(f"no manager: {error}") from error
 
-        own = host if is_local(host) else str(ray.util.get_node_ip_address())
-        wire = Wire(f"api-{uuid4().hex[:8]}", own, keys)
+        wire = Wire(f"api-{uuid4().hex[:8]}", own_address(host), keys)
         self._api = await ApiServer.start(prepared, wire, find_manager)
         # vLLM's error handlers end their server when the engine client is dead; here the health check does.
         self._api.app.state.server = SimpleNamespace(should_exit=False)

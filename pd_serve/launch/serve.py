@@ -11,6 +11,7 @@ from uuid import uuid4
 
 from migration.tasks import BackgroundTasks
 from pd_serve.api.server import bind, serve
+from pd_serve.comm.membership import MANAGER
 from pd_serve.comm.wire import CurveKeys, Wire
 from pd_serve.config import ServeConfig
 from pd_serve.errors import PdServeError
@@ -108,8 +109,9 @@ class LocalService:
         host = "127.0.0.1" if local else launcher.node_address()
         keys = CurveKeys.of(config.cluster_secret)
         console.step(f"starting {config.num_instances} instances")
-        manager = self._manager = Manager(prepared.manager_config(host, keys), launcher, console)
-        starting = self._tasks.start(manager.start(config.instance_roles))
+        wire = Wire(MANAGER, host, keys)
+        manager = self._manager = Manager(prepared.manager_config(host, keys), wire, launcher, console)
+        starting = self._tasks.start(manager.start())
 
         async def find_manager() -> str:
             return manager.address
@@ -148,6 +150,6 @@ class LocalService:
         self._console.banner(
             f"http{'s' if server.ssl_certfile else ''}://{config.host or '0.0.0.0'}:{config.port}",
             server.served_model_name[0],
-            [f"{info.instance_id} (pid {info.pid})" for info in self.api.tracker.instances],
+            [f"{info.instance_id} (pid {info.pid})" for info in self.api.frontend.instances],
             needs_key=bool(config.api_key),
         )

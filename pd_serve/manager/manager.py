@@ -1,160 +1,154 @@
-"""The owner of the instances and the scheduler: starts them, keeps as many as are asked for, ends them.
+"""The manager of the instances and the scheduler: starts, watches, replaces, scales, drains, restarts them.
 
-It is no part of any request's way: API servers go on while it is away, and the next one finds what it left.
+No request depends on it. API servers and instances go on while it is away, and the next manager finds the
+instances and takes over.
 """
 
 import asyncio
-import logging
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from migration.tasks import BackgroundTasks
-from pd_serve.comm.messages import InstanceInfo, SchedulerReport, StartInstance, StopInstance
-from pd_serve.comm.roster import InstanceRegistry
-from pd_serve.comm.wire import CurveKeys, Wire
-from pd_serve.errors import EngineDeadError
+from pd_serve.comm.cluster_state import ClusterState
+from pd_serve.comm.membership import SCHEDULER, ApiServerInfo, InstanceInfo, Join, Membership
+from pd_serve.comm.message_wire import MessageWire
+from pd_serve.comm.messages import LoadReport, SchedulerReport, StartInstance, StopInstance, ToManager
+from pd_serve.comm.requests import (
+    Call,
+    DrainInstance,
+    FindRequests,
+    ManualMigration,
+    MigrateByName,
+    RestartInstances,
+    ScalePools,
+)
+from pd_serve.comm.rpc import Answer, RpcClient, RpcServer
+from pd_serve.comm.timing import HEARTBEAT_S, INSTANCE_LEASE_S
+from pd_serve.errors import MigrationRefusedError, UnknownTargetError
 from pd_serve.instance.instance_process import InstanceConfig
-from pd_serve.manager.instance_pool import InstancePool
-from pd_serve.manager.manager_link import MANAGER, ManagerDesk
+from pd_serve.manager.announcer import Announcer
+from pd_serve.manager.decision_log import DecisionLog
+from pd_serve.manager.launcher import Launcher, ManagerNotes
+from pd_serve.manager.manager_config import ManagerConfig
+from pd_serve.manager.pool_sizes import PoolSizes
+from pd_serve.manager.register import InstanceRegister
+from pd_serve.manager.rolling_restart import RollingRestart
+from pd_serve.manager.scheduler_keeper import SchedulerKeeper
+from pd_serve.manager.starter import Starter
+from pd_serve.manager.stopper import Stopper
 from pd_serve.platform.memory import check_memory
-from pd_serve.platform.placement import Placement
 from pd_serve.scheduler.scheduler_process import SchedulerConfig
-from pd_serve.simulated_engine.settings import EngineSettings
-from router.scaling import PoolBounds
-from router.settings import PolicySet
-
-logger = logging.getLogger(__name__)
-
-#: A scheduler that dies sooner would die again at once: the next one waits a little.
-SCHEDULER_LIFE_S = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class ManagerConfig:
-    """What instances and the scheduler are started with. Plain values: it travels through Ray.
-
-    Attributes:
-        instances: How many at the start, by role.
-        max_instances: The scheduler gets never more than so many.
-        engine_args: Arguments of vLLM's `AsyncEngineArgs`, by role.
-        placements: What instances ask of their machine, by role.
-        host: Address that sockets bind to; if it leaves the machine, each binds to its own machine's.
-        checks_memory: All of them share this machine: a start is refused if its memory does not suffice.
-    """
-
-    model: str
-    instances: dict[str, int]
-    autoscale: dict[str, PoolBounds]
-    max_instances: int
-    policies: PolicySet
-    engine_args: dict[str, dict[str, Any]]
-    placements: dict[str, Placement]
-    host: str
-    keys: CurveKeys
-    environment: dict[str, str] = field(default_factory=dict)
-    stage_bytes_per_s: float | None = None
-    simulated: EngineSettings | None = None
-    replaces: bool = True
-    checks_memory: bool = False
-
-
-class Cluster(Protocol):
-    """What starts and ends processes; see `pd_serve.manager.ray_launcher.RayCluster`."""
-
-    on_lost: Callable[[str], None]
-
-    def launch(self, name: str, placement: Placement) -> None: ...
-    def waits_for(self, name: str) -> str: ...
-    def start(self, config: InstanceConfig) -> Awaitable[InstanceInfo]: ...
-    def stop_instance(self, name: str) -> Awaitable[None]: ...
-    def find(self) -> Awaitable[tuple[list[InstanceInfo], Any]]: ...
-    def note(self, notes: Any) -> None: ...
-    def start_scheduler(self, config: SchedulerConfig) -> Awaitable[tuple[str, int]]: ...
-    def scheduler_ended(self) -> Awaitable[None]: ...
-
-
-class Notice(Protocol):
-    """Where a person looks."""
+class OperatorNotices(Protocol):
+    """Progress and warnings for the operator."""
 
     def step(self, text: str) -> None: ...
     def warn(self, text: str) -> None: ...
 
 
 class Manager:
-    """Lives on one event loop, until `close`. The processes are the cluster's, and end with that.
+    """Lives on one event loop, until `close`. The processes belong to the launcher and end with it.
 
     Attributes:
         address: Where API servers reach it.
     """
 
-    def __init__(self, config: ManagerConfig, cluster: Cluster, notice: Notice) -> None:
+    def __init__(
+        self, config: ManagerConfig, wire: MessageWire, launcher: Launcher, notices: OperatorNotices
+    ) -> None:
         self._config = config
-        self._cluster = cluster
-        self._notice = notice
-        self._loop = asyncio.get_running_loop()
-        self._tasks = BackgroundTasks()
-        self._wire = Wire(MANAGER, config.host, config.keys)
-        self._desk = ManagerDesk(self._wire)
-        self.address = self._desk.address
-        self._roster = InstanceRegistry(
-            MANAGER,
-            self._wire,
-            is_claimed=self._desk.is_claimed,
-            on_scaling=self._on_scaling,
-            on_decided=self._on_decided,
-            on_silent=self._on_silent,
+        self._wire = wire
+        self._launcher = launcher
+        self._notices = notices
+        self._tasks = BackgroundTasks(wire.failures.task_failed)
+        self._notes = ManagerNotes()
+        self._noted_by: list[str] = []
+        self.register = InstanceRegister()
+        self.log = DecisionLog(self._changed)
+        self._announcer = Announcer(wire, self._membership, self.state)
+        self._starter = Starter(
+            self.register, self.log, self._start, launcher.waits_for, self._changed, config.instances
         )
-        self._fleet = InstancePool(
-            self._roster,
-            self._start_instance,
-            cluster.stop_instance,
-            max_instances=config.max_instances,
-            instances=config.instances,
-            autoscale=config.autoscale,
-            policy=config.policies.name,
+        self._stopper = Stopper(
+            self.register, self.log, wire, self._stop, self._announcer.is_used, self._changed
+        )
+        self._sizes = PoolSizes(
+            self.register,
+            self._starter,
+            self._stopper,
+            config.instances,
+            config.autoscale,
             replaces=config.replaces,
-            waits_for=cluster.waits_for,
-            on_change=self._changed,
         )
-        self._noted: dict[str, Any] = {}
-        self._version = 0
-        cluster.on_lost = self._on_lost
+        self._restart = RollingRestart(self.register, self._starter, self._stopper, self.log)
+        scheduler = SchedulerConfig(config.policies, config.autoscale, config.host, config.keys)
+        self._scheduler = SchedulerKeeper(launcher, scheduler, self._on_scheduler_started, notices.warn)
+        self._calls = RpcClient(wire, Call)
+        self._server = RpcServer(
+            wire,
+            {
+                DrainInstance: self._drain,
+                ScalePools: self._scale,
+                RestartInstances: self._restart_all,
+                MigrateByName: self._migrate,
+                FindRequests: self._find_requests,
+            },
+        )
+        launcher.on_lost = self._on_lost
+        self.address = wire.listen(ToManager, self._on_message)
 
-    async def start(self, names: list[tuple[str, str]]) -> None:
-        """Starts the instances, by id and role. Raises: PdServeError: one does not start."""
-        await self._fleet.fill(names)
-        self._serve(took_over=False)
+    async def start(self) -> None:
+        """Starts the first instances. Raises: PdServeError: one does not start."""
+        await self._starter.start_first(self._config.first_names())
+        self._open(took_over=False)
 
     async def take_over(self) -> bool:
-        """Goes on with the instances that the last owner has left. False: there are none."""
-        infos, notes = await self._cluster.find()
+        """Goes on with the instances that the last manager has left. False: there are none."""
+        infos, notes = await self._launcher.find()
         if not infos:
             return False
-        notes = notes or self._fleet.notes()
-        self._version = notes.get("version", 0)
-        self._fleet.take_over(infos, notes)
-        self._notice.step(f"took over {', '.join(info.instance_id for info in infos)}")
-        self._serve(took_over=True)
+        if notes is not None:
+            self._notes = replace(notes, term=notes.term + 1)
+            self._sizes.wanted = dict(notes.wanted)
+            self._starter.next_numbers = dict(notes.next_numbers)
+            self._stopper.drained_by_operator = set(notes.drained_by_operator)
+        for info in infos:
+            self._register_instance(info)
+        await self._launcher.keep_notes(self._notes)  # the next term, before any process sees it
+        self._sizes.start_missing("missing after the restart of the manager")
+        self._notices.step(f"took over {', '.join(info.instance_id for info in infos)}")
+        self._open(took_over=True)
         return True
 
-    def _serve(self, *, took_over: bool) -> None:
-        self._desk.open(self._roster, self._fleet, took_over=took_over)
-        self._tasks.start(self._keep_scheduler())
+    def _open(self, *, took_over: bool) -> None:
+        self._announcer.open(took_over=took_over)
+        self._scheduler.open()
+        self._tasks.start(self._watch_leases())
         self._changed()
 
     async def close(self) -> None:
         await self._tasks.cancel()
-        await self._fleet.close()
-        await self._desk.close()
-        await self._roster.close()
+        for part in (
+            self._scheduler,
+            self._restart,
+            self._starter,
+            self._stopper,
+            self._announcer,
+            self._server,
+        ):
+            await part.close()
         await self._wire.close()
 
-    async def _start_instance(self, name: str, role: str) -> InstanceInfo:
+    # ---- processes
+
+    async def _start(self, name: str, role: str) -> InstanceInfo:
         config = self._config
-        if config.checks_memory and name not in config_names(config):
+        if config.checks_memory and (name, role) not in config.first_names():
             check_memory(1, config.engine_args[role], config.model)
-        self._cluster.launch(name, config.placements[role])
+        self._launcher.launch(name, config.placements[role])
         instance = InstanceConfig(
             name,
             role,
@@ -165,63 +159,164 @@ class Manager:
             config.stage_bytes_per_s,
             config.simulated,
         )
-        info = await self._cluster.start(instance)
-        self._notice.step(f"{name} is ready (pid {info.pid})")
+        info = await self._launcher.start(instance)
+        self._wire.connect(name, info.address)
+        self._notices.step(f"{name} is ready (pid {info.pid})")
         if info.no_migration is not None:
-            self._notice.warn(f"{name} SERVES WITHOUT MIGRATION: {info.no_migration}")
+            self._notices.warn(f"{name} SERVES WITHOUT MIGRATION: {info.no_migration}")
         return info
 
-    async def _keep_scheduler(self) -> None:
-        """Always one scheduler: the next as soon as one has died, unless they die at once."""
-        config = self._config
-        scheduler = SchedulerConfig(config.policies, config.autoscale, config.host, config.keys)
-        pause_s = 0.0
-        while True:
-            await asyncio.sleep(pause_s)
-            began = self._loop.time()
-            try:
-                address, pid = await self._cluster.start_scheduler(scheduler)
-                self._desk.scheduler_at(address)
-                self._fleet.scheduler_started(address, pid)
-                await self._cluster.scheduler_ended()
-                self._notice.warn("the scheduler has died and is started again; requests go on")
-            except EngineDeadError as error:
-                self._notice.warn(f"{error}; nothing is moved or scaled")
-            self._fleet.scheduler_lost()
-            pause_s = 0.0 if self._loop.time() - began > SCHEDULER_LIFE_S else min(pause_s + 1.0, 10.0)
+    def _register_instance(self, info: InstanceInfo) -> None:
+        self._wire.connect(info.instance_id, info.address)
+        self.register.add(info)
 
-    # ---- what happens
-
-    def _on_scaling(self, wanted: StartInstance | StopInstance) -> None:
-        self._fleet.on_scaling(wanted)
-
-    def _on_decided(self, report: SchedulerReport) -> None:
-        self._fleet.on_decided(report)
+    async def _stop(self, instance_id: str) -> None:
+        await self._launcher.stop_instance(instance_id)
+        self._wire.disconnect(instance_id)
 
     def _on_lost(self, instance_id: str) -> None:
-        self._notice.warn(f"{instance_id} has died; its requests are recomputed elsewhere")
-        self._fleet.lost(instance_id)
+        """The process of an instance has died."""
+        self._notices.warn(f"{instance_id} has died; its requests are recomputed elsewhere")
+        self._lose(instance_id)
 
-    def _on_silent(self, instance_id: str) -> None:
-        """Its process may hang: nothing of it is to come to life again."""
-        self._notice.warn(f"{instance_id} hangs and is ended; its requests are recomputed elsewhere")
-        self._fleet.lost(instance_id)
-        self._tasks.start(self._end(instance_id))
+    def _lose(self, instance_id: str) -> None:
+        if instance_id not in self.register:
+            return
+        role, age_s = self.register.role_of(instance_id), self.register.age_s(instance_id)
+        self.register.remove(instance_id)
+        self._wire.disconnect(instance_id)
+        self._stopper.forget(instance_id)
+        self._starter.died(role, age_s)
+        self._sizes.replace_dead(instance_id, role)
+        self._changed()
 
-    async def _end(self, instance_id: str) -> None:
-        await self._cluster.stop_instance(instance_id)
+    async def _watch_leases(self) -> None:
+        """Ends instances that report nothing any more: a process that hangs must not come back to life."""
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            for instance_id in self.register.silent_for(INSTANCE_LEASE_S):
+                self._notices.warn(
+                    f"{instance_id} has reported nothing for {INSTANCE_LEASE_S:.0f} s and is ended;"
+                    " its requests are recomputed elsewhere"
+                )
+                self._lose(instance_id)
+                self._tasks.start(self._launcher.stop_instance(instance_id))
+
+    def _on_scheduler_started(self, address: str) -> None:
+        self._wire.connect(SCHEDULER, address)
+        self._changed()
+
+    # ---- what all processes are told
+
+    def announce_soon(self) -> None:
+        """Tells every process the membership, without a change of it."""
+        self._announcer.announce_soon()
 
     def _changed(self) -> None:
-        """API servers are told; the instances keep what the next owner would not see."""
-        self._desk.changed()
-        notes = self._fleet.notes()
-        state = {"notes": notes, "kept_by": [info.instance_id for info in self._roster.instances]}
-        if state != self._noted:
-            self._noted = state
-            self._version += 1
-            self._cluster.note(notes | {"version": self._version})
+        """Announces the membership, and has the instances keep what the next manager would not see."""
+        self._announcer.announce_soon()
+        kept_by = list(self.register.infos)
+        notes = replace(
+            self._notes,
+            wanted=dict(self._sizes.wanted),
+            next_numbers=dict(self._starter.next_numbers),
+            drained_by_operator=sorted(self._stopper.drained_by_operator),
+        )
+        if (notes, kept_by) != (self._notes, self._noted_by):
+            self._notes, self._noted_by = replace(notes, version=notes.version + 1), kept_by
+            self._tasks.start(self._launcher.keep_notes(self._notes))
 
+    def _membership(self, api_servers: dict[str, ApiServerInfo]) -> Membership:
+        return Membership(
+            term=self._notes.term,
+            address=self.address,
+            instances=self.register.in_order(),
+            leaving=sorted(self._stopper.leaving),
+            starting=dict(self._starter.num_starting),
+            scheduler=self._scheduler.address,
+            api_servers=api_servers,
+        )
 
-def config_names(config: ManagerConfig) -> set[str]:
-    """Ids of the instances at the start."""
-    return {f"{role}-{number}" for role, count in config.instances.items() for number in range(count)}
+    def state(self) -> ClusterState:
+        """What `GET /cluster` and `/metrics` show beside the instances."""
+        return ClusterState(
+            starting=self._starter.rows(),
+            scheduler=self._scheduler.state,
+            scaled=self.log.scaled(),
+            decisions=self.log.latest(),
+            restart=self._restart.state,
+            api_servers=self._announcer.api_servers,
+            scheduler_stats=self._scheduler.stats,
+            problems=self._wire.failures.problems(),
+        )
+
+    # ---- messages
+
+    def _on_message(self, sender: str, message: Any, payload: Sequence[bytes]) -> None:
+        match message:
+            case Join():
+                self._announcer.on_join(sender, message)
+            case LoadReport(load=load):
+                self.register.on_report(load)
+            case SchedulerReport():
+                self._on_scheduler_report(message)
+            case StartInstance(role=role, reason=reason):
+                self._start_wanted(role, reason)
+            case StopInstance(instance_id=instance_id, reason=reason):
+                self._stopper.stop_empty(instance_id, reason)
+            case Call(call_id=call_id, request=request):
+                self._server.on_call(sender, call_id, request)
+            case Answer():
+                self._calls.on_answer(message)
+
+    def _on_scheduler_report(self, report: SchedulerReport) -> None:
+        self._scheduler.on_report(report.stats)
+        for decision in report.decisions:
+            # What the scheduler tells an instance that the operator drains has no effect there.
+            if decision.instance_id not in self._stopper.drained_by_operator:
+                self.log.add(f"{decision.instance_id} {decision.action}: {decision.reason}")
+
+    def _start_wanted(self, role: str, reason: str) -> None:
+        """The scheduler wants one more instance. It asks again if it does not get one."""
+        at_most = self._config.max_instances
+        if len(self.register) + len(self._starter.not_ready) < at_most and not self._starter.is_backing_off(
+            role
+        ):
+            self._starter.start_once(role, reason)
+
+    # ---- calls of API servers
+
+    async def _drain(self, sender: str, request: DrainInstance) -> None:
+        instance_id = request.instance_id
+        if instance_id not in self.register:
+            raise UnknownTargetError(f"no instance {instance_id!r}; see GET /cluster")
+        if request.draining and (why := self.register.why_needed(instance_id)) is not None:
+            raise MigrationRefusedError(why)
+        self._stopper.drain(instance_id, request.draining, "asked for by the operator")
+        if not request.draining:
+            self._sizes.keep(instance_id)
+        elif request.stop:
+            self._sizes.stop_one(instance_id)
+
+    async def _scale(self, sender: str, request: ScalePools) -> None:
+        self._sizes.scale(request.sizes)
+        self._changed()
+
+    async def _restart_all(self, sender: str, request: RestartInstances) -> None:
+        self._restart.begin()
+
+    async def _migrate(self, sender: str, request: MigrateByName) -> ManualMigration:
+        """The sender does not have this request. Asks the other API servers."""
+        for api_server in self._others(sender):
+            try:
+                return await self._calls.call(api_server, request)
+            except UnknownTargetError:
+                continue
+        raise UnknownTargetError(f"no running request {request.request_id!r}")
+
+    async def _find_requests(self, sender: str, request: FindRequests) -> list[dict[str, Any]]:
+        calls = (self._calls.call(api_server, request) for api_server in self._others(sender))
+        return list(itertools.chain.from_iterable(await asyncio.gather(*calls)))
+
+    def _others(self, sender: str) -> list[str]:
+        return [name for name in self._announcer.api_servers if name != sender]

@@ -1,4 +1,4 @@
-"""Starting, watching and stopping processes. The only place of the service that knows Ray."""
+"""Runs the processes of a service as Ray actors; see `pd_serve.manager.launcher.Launcher`."""
 
 import asyncio
 import contextlib
@@ -6,7 +6,6 @@ import logging
 import os
 import secrets
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -14,17 +13,17 @@ import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from migration.tasks import BackgroundTasks
-from pd_serve.comm.messages import InstanceInfo
-from pd_serve.comm.wire import Wire, is_local
+from pd_serve.comm.membership import SCHEDULER, InstanceInfo
 from pd_serve.errors import EngineDeadError, PdServeError
-from pd_serve.instance.instance_process import Instance, InstanceConfig
-from pd_serve.observe.logs import configure_logging
+from pd_serve.instance.instance_process import InstanceConfig
+from pd_serve.manager.launcher import ManagerNotes
+from pd_serve.manager.ray_actors import InstanceActor, SchedulerActor
 from pd_serve.platform.placement import Placement
-from pd_serve.scheduler.scheduler_process import SCHEDULER, SchedulerConfig, SchedulerProcess
+from pd_serve.scheduler.scheduler_process import SchedulerConfig
 
 logger = logging.getLogger(__name__)
 
-#: Where Ray knows actors that outlive their owner, by the service's name and their own.
+#: Ray's namespace of actors that outlive the manager, named by the service and by themselves.
 NAMESPACE = "pd_serve"
 
 #: How long instances may take to end by themselves before they are killed.
@@ -33,7 +32,7 @@ STOP_S = 3.0
 #: What `ray.init` raises, beside a bare `Exception` when a node takes too long. Source: ray/_private/node.py.
 CONNECT_ERRORS = (ConnectionError, TimeoutError, ValueError, RuntimeError, ray.exceptions.RayError)
 
-#: A local cluster serves one purpose and ends with its owner: leave out what costs start-up time.
+#: A local cluster serves this service only, and ends with it: without what costs start-up time.
 LOCAL_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_prestart_worker_first_driver": "0",
@@ -45,88 +44,15 @@ LOCAL_SETTINGS = {
 }
 
 
-class InstanceActor:
-    """Ray's view of an instance: an async actor, one process."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        configure_logging(name)
-        self._instance = Instance()
-        self._started: asyncio.Task[InstanceInfo] | None = None
-        self._notes: Any = None
-
-    def __repr__(self) -> str:
-        return self._name  # Ray puts it in front of every line of log
-
-    async def load(self) -> None:
-        await self._instance.load()
-
-    async def start(self, config: InstanceConfig) -> InstanceInfo:
-        config = replace(config, host=_own_address(config.host))
-        self._started = asyncio.ensure_future(self._instance.start(config))
-        return await self._started
-
-    async def found(self) -> tuple[InstanceInfo | None, Any]:
-        """For the next owner: what it is, once it is ready, and the last one's notes. None: never started."""
-        return (await self._started if self._started is not None else None), self._notes
-
-    async def note(self, notes: Any) -> None:
-        """Keeps what the next owner has to know."""
-        self._notes = notes
-
-    async def wait(self) -> None:
-        """Returns when the instance was stopped; fails at once when its process dies."""
-        await self._instance.wait()
-
-    async def stop(self) -> None:
-        await self._instance.stop()
-
-
-class SchedulerActor:
-    """The scheduler's process. It imports neither vLLM nor torch, and is ready in about a second."""
-
-    def __init__(self) -> None:
-        configure_logging(SCHEDULER)
-        self._stopped = asyncio.Event()
-
-    def __repr__(self) -> str:
-        return SCHEDULER
-
-    async def start(self, config: SchedulerConfig) -> tuple[str, int]:
-        """Returns its address and its process id."""
-        self._wire = Wire(SCHEDULER, _own_address(config.host), config.keys)
-        self._scheduler = SchedulerProcess(
-            SCHEDULER,
-            self._wire,
-            config.policies,
-            autoscale=config.autoscale or None,
-            on_failure=self._die,
-        )
-        return self._scheduler.address, os.getpid()
-
-    async def wait(self) -> None:
-        """Returns when the scheduler was stopped; fails at once when its process dies."""
-        await self._stopped.wait()
-
-    async def stop(self) -> None:
-        await self._scheduler.close()
-        await self._wire.close()
-        self._stopped.set()
-
-    def _die(self, error: BaseException) -> None:
-        logger.critical("the scheduler ends: %s", error, exc_info=error)
-        os._exit(1)
-
-
 class RayLauncher:
     """The instances of one service, and its scheduler.
 
     Args:
         address: An existing cluster's address; None starts a local one that ends with this process.
-        environment: What every instance's process finds in its environment.
+        environment: Environment variables of every instance's process.
         on_lost: Called with the id of an instance whose process has died.
-        service: With a name, actors outlive this process, and the next one of that name finds them; Ray has
-            been joined already, and goes on.
+        service: With a name, actors outlive this process, and the next manager of that name finds them. Ray
+            has been joined already, and goes on.
     """
 
     def __init__(
@@ -160,7 +86,8 @@ class RayLauncher:
             for name, value in LOCAL_SETTINGS.items():
                 os.environ.setdefault(name, value)
             if not os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
-                # Ray's ports ask for it. Ray's own way is one token for ever, in a file that others can read.
+                # Ray's ports require it. Ray itself would keep one token for ever, in a file that others can
+                # read.
                 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         try:
             ray.init(
@@ -186,7 +113,7 @@ class RayLauncher:
     # ---- instances
 
     def launch(self, name: str, placement: Placement) -> None:
-        """Starts an instance's process, which begins to import what it needs. Again: nothing."""
+        """See `Launcher`."""
         if name in self._actors:
             return
         options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 1000, **self._lasting(name)}
@@ -201,7 +128,7 @@ class RayLauncher:
         actor.load.remote()
 
     def _lasting(self, name: str, *, runtime_env: bool = True) -> dict[str, Any]:
-        """Ray's options for what is to outlive this process."""
+        """Ray's options for actors that outlive this process."""
         if self._service is None:
             return {}
         lasting: dict[str, Any] = {"name": f"{self._service}:{name}", "lifetime": "detached"}
@@ -210,15 +137,11 @@ class RayLauncher:
         return lasting
 
     def waits_for(self, name: str) -> str:
-        """What an instance waits for that is launched and not placed, in words; else ""."""
+        """See `Launcher`."""
         return self._waits_for.get(name, "")
 
     async def start(self, config: InstanceConfig) -> InstanceInfo:
-        """Gives a launched instance its model and waits until it is ready.
-
-        Raises:
-            EngineDeadError: It did not come up; the message says why.
-        """
+        """See `Launcher`. The error says why the instance did not become ready."""
         name = config.instance_id
         actor = self._actors[name]
         try:
@@ -252,7 +175,7 @@ class RayLauncher:
         self._watchers.start(self._watch(info.instance_id, actor))
 
     async def stop_instance(self, name: str) -> None:
-        """Stops one instance that nobody needs any more, by force if it does not end by itself."""
+        """See `Launcher`."""
         actor = self._actors.pop(name, None)
         if actor is None:
             return
@@ -261,7 +184,7 @@ class RayLauncher:
         self._free(name)
 
     def _discard(self, name: str) -> None:
-        """Ends an instance that is not up, and what it may hold already."""
+        """Ends an instance that is not ready, and frees its resources."""
         if (actor := self._actors.pop(name, None)) is not None and ray.is_initialized():
             ray.kill(actor)
             self._free(name)
@@ -270,17 +193,18 @@ class RayLauncher:
         if (group := self._groups.pop(name, None)) is not None:
             ray.util.remove_placement_group(group)
 
-    # ---- the next owner
+    # ---- taking over
 
-    async def find(self) -> tuple[list[InstanceInfo], Any]:
-        """The running instances of the service, and the notes that they keep. Ends those never started."""
-        infos, notes = [], None
+    async def find(self) -> tuple[list[InstanceInfo], ManagerNotes | None]:
+        """The running instances of the service, and the latest notes. Ends actors that were never started."""
+        infos: list[InstanceInfo] = []
+        found_notes: list[ManagerNotes] = []
         for name, actor in (await asyncio.to_thread(self._named_actors)).items():
             if name == SCHEDULER:
-                ray.kill(actor)  # it keeps nothing, and is there again in a second
+                ray.kill(actor)  # it keeps no state, and the next one is ready in a second
                 continue
             try:
-                info, kept = await actor.found.remote()
+                info, notes = await actor.found.remote()
             except ray.exceptions.RayError:
                 continue
             with contextlib.suppress(ValueError):
@@ -293,31 +217,31 @@ class RayLauncher:
                 continue
             self._keep(info, actor)
             infos.append(info)
-            notes = max(notes, kept, key=lambda kept: kept["version"] if kept else 0)
-        return infos, notes
+            found_notes += [notes] if notes is not None else []
+        return infos, max(found_notes, key=lambda notes: (notes.term, notes.version), default=None)
 
     def _named_actors(self) -> dict[str, Any]:
         prefix = f"{self._service}:"
         found = {}
         for row in ray.util.list_named_actors(all_namespaces=True):
             if row["namespace"] == NAMESPACE and row["name"].startswith(prefix):
-                with contextlib.suppress(ValueError):  # it has died since
+                with contextlib.suppress(ValueError):  # it has died meanwhile
                     found[row["name"].removeprefix(prefix)] = ray.get_actor(row["name"], NAMESPACE)
         return found
 
-    def note(self, notes: Any) -> None:
-        """Has every instance keep what the next owner has to know."""
-        for actor in self._actors.values():
-            actor.note.remote(notes)
+    async def keep_notes(self, notes: ManagerNotes) -> None:
+        kept = [asyncio.ensure_future(_settled(a.keep_notes.remote(notes))) for a in self._actors.values()]
+        if kept:
+            await asyncio.wait(kept, timeout=STOP_S)
 
     # ---- the scheduler
 
     async def start_scheduler(self, config: SchedulerConfig) -> tuple[str, int]:
-        """Starts the scheduler's process. Returns its address and process id. Raises: EngineDeadError."""
+        """See `Launcher`."""
         options = {"num_cpus": 0, "max_concurrency": 10, **self._lasting(SCHEDULER)}
         try:
             actor = self._scheduler = ray.remote(SchedulerActor).options(**options).remote()
-        except ValueError as error:  # the last one's name is not free yet
+        except ValueError as error:  # the name of the last one is not free yet
             raise EngineDeadError(f"the scheduler does not start: {error}") from error
         try:
             address, pid = await actor.start.remote(config)
@@ -328,7 +252,7 @@ class RayLauncher:
         return address, pid
 
     async def scheduler_ended(self) -> None:
-        """Returns when the process of the scheduler that was started last is dead."""
+        """See `Launcher`."""
         with contextlib.suppress(ray.exceptions.RayError):
             await self._scheduler.wait.remote()
 
@@ -355,7 +279,7 @@ class RayLauncher:
         for name in list(self._groups):
             self._free(name)
         if self._address is None and self._service is None:
-            # The raylet reaps its workers; ended before that, it would leave them as zombies.
+            # The raylet reaps its workers. If it ended before that, they would stay as zombies.
             deadline = asyncio.get_running_loop().time() + STOP_S
             while any(map(psutil.pid_exists, self._pids.values())):
                 await asyncio.sleep(0.02)
@@ -372,13 +296,8 @@ class RayLauncher:
                 self.on_lost(instance_id)
 
 
-def _own_address(host: str) -> str:
-    """Where an actor's sockets are: on loopback as the service is, or on the machine that Ray has chosen."""
-    return host if is_local(host) else str(ray.util.get_node_ip_address())
-
-
 def _end_children() -> None:
-    """Ends what Ray left behind, as when it was interrupted while starting. All of it is our own."""
+    """Ends child processes that Ray has left, as when it was interrupted while starting."""
     children = psutil.Process().children(recursive=True)
     for child in children:
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -18,8 +18,9 @@ import msgspec
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from pd_serve.comm.messages import InstanceStats, SchedulerStats
-from pd_serve.observe.cluster_reports import ClusterReports
+from pd_serve.comm.cluster_state import SchedulerStats
+from pd_serve.comm.messages import InstanceStats
+from pd_serve.observe.cluster_report import ClusterReport
 from router.freeness import fragmented_blocks, freeness, virtual_usage
 from router.load import ROLES, InstanceLoad
 
@@ -82,25 +83,25 @@ _SCHEDULER = tuple(metrics_of(SchedulerStats))
 
 
 class ClusterMetrics(Collector):
-    """Args: `reports` are read at every scrape."""
+    """Args: `report` gives what is known now; called at every scrape."""
 
-    def __init__(self, reports: ClusterReports) -> None:
-        self._reports = reports
+    def __init__(self, report: Callable[[], ClusterReport]) -> None:
+        self._report = report
 
     def collect(self) -> Iterator[Metric]:
-        yield from self._instances()
-        yield from self._cluster()
-        yield from self._scheduler()
+        report = self._report()
+        yield from self._instances(report)
+        yield from self._cluster(report)
+        yield from self._scheduler(report)
 
-    def _instances(self) -> Iterator[Metric]:
-        reports = self._reports
-        loads = [((load.instance_id, load.role), load) for load in reports.loads.values()]
+    def _instances(self, report: ClusterReport) -> Iterator[Metric]:
+        loads = [((load.instance_id, load.role), load) for load in report.loads]
         info = GaugeMetricFamily(
             "pd_serve_instance_info",
             "1 for every instance; `engine` is its number in vLLM's metrics.",
             labels=[*_INSTANCE_LABELS, "engine"],
         )
-        slots = reports.slots
+        slots = report.slots
         for labels, load in loads:
             info.add_metric([*labels, str(slots.get(load.instance_id, ""))], 1)
         yield info
@@ -109,19 +110,19 @@ class ClusterMetrics(Collector):
         stranded = ReportedMetric(
             "stranded",
             "Requests on a prefill instance that wait for a decode instance to take them.",
-            lambda load: reports.stranded.get(load.instance_id, 0),
+            lambda load: report.stranded.get(load.instance_id, 0),
         )
         yield stranded.family("pd_serve_instance", _INSTANCE_LABELS, loads)
         stats = [
-            (labels, reports.stats[load.instance_id])
+            (labels, report.stats[load.instance_id])
             for labels, load in loads
-            if load.instance_id in reports.stats
+            if load.instance_id in report.stats
         ]
         for metric in _STATS:
             yield metric.family("pd_serve_instance", _INSTANCE_LABELS, stats)
 
-    def _cluster(self) -> Iterator[Metric]:
-        loads = self._reports.loads.values()
+    def _cluster(self, report: ClusterReport) -> Iterator[Metric]:
+        loads = report.loads
         yield GaugeMetricFamily(
             "pd_serve_fragmented_blocks",
             "Free KV blocks that would suffice for queued requests if they were on one instance.",
@@ -132,32 +133,33 @@ class ClusterMetrics(Collector):
         yield GaugeMetricFamily(
             "pd_serve_waiting_line_requests",
             "Requests that wait in the API server until an instance has room.",
-            self._reports.waiting.requests,
+            report.waiting.requests,
         )
         yield GaugeMetricFamily(
             "pd_serve_running_requests",
             "Requests of this API server in progress, waiting ones included.",
-            self._reports.num_running,
+            report.num_running,
         )
 
-    def _scheduler(self) -> Iterator[Metric]:
-        stats = self._reports.scheduler
+    def _scheduler(self, report: ClusterReport) -> Iterator[Metric]:
+        stats = report.state.scheduler_stats if report.state is not None else None
         yield GaugeMetricFamily(
-            "pd_serve_scheduler_up", "1 while the scheduler reports.", float(stats is not None)
+            "pd_serve_scheduler_up", "1 while the scheduler report.", float(stats is not None)
         )
         for metric in _SCHEDULER:
             yield metric.family("pd_serve_scheduler", (), [] if stats is None else [((), stats)])
         yield CounterMetricFamily(
             "pd_serve_scheduler_restarts",
             "Schedulers started in place of one that died.",
-            self._reports.scheduler_restarts,
+            report.state.scheduler.restarts if report.state is not None else 0,
         )
         scaled = CounterMetricFamily(
             "pd_serve_scaled_instances",
             "Instances started and stopped while serving, by action (start, stop) and role.",
             labels=["action", "role"],
         )
+        counts = {(c.action, c.role): c.instances for c in report.state.scaled} if report.state else {}
         for action in ("start", "stop"):
             for role in ROLES:
-                scaled.add_metric([action, role], self._reports.scaled.get((action, role), 0))
+                scaled.add_metric([action, role], counts.get((action, role), 0))
         yield scaled

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from pd_serve.observe.cluster_metrics import ClusterMetrics
-from pd_serve.observe.cluster_reports import ClusterReports
+from pd_serve.observe.cluster_report import ClusterReport
 
 
 class WithInstances(Collector):
@@ -36,11 +36,17 @@ class WithInstances(Collector):
             yield _named(metric, instances) if metric.name.startswith("vllm:") else metric
 
 
-def show_metrics(app: FastAPI, reports: ClusterReports, registry: CollectorRegistry = REGISTRY) -> None:
+def show_metrics(
+    app: FastAPI, report: Callable[[], ClusterReport], registry: CollectorRegistry = REGISTRY
+) -> None:
     """Serves the metrics of a registry and of the cluster, in place of vLLM's own `/metrics`."""
     shown = CollectorRegistry(auto_describe=True)  # for `?name[]=`
-    shown.register(WithInstances(lambda: {str(slot): name for name, slot in reports.slots.items()}, registry))
-    shown.register(ClusterMetrics(reports))
+
+    def instances() -> dict[str, str]:
+        return {str(slot): name for name, slot in report().slots.items()}
+
+    shown.register(WithInstances(instances, registry))
+    shown.register(ClusterMetrics(report))
 
     async def metrics(request: Request) -> Response:
         # Runs on the event loop, as all code that changes these values. In the plain text format only:

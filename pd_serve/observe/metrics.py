@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from prometheus_client import Counter, Histogram
 
-from pd_serve.comm.messages import InstanceInfo
+from pd_serve.comm.membership import InstanceInfo
 from pd_serve.observe.histogram import BatchHistogram
 from pd_serve.observe.recorder import Observer
 from pd_serve.observe.timeline import ObservedMigration, Stage, Stay, Timeline

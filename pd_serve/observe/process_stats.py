@@ -4,7 +4,7 @@ import resource
 import time
 from pathlib import Path
 
-from pd_serve.comm.messages import ProcessStats
+from pd_serve.comm.cluster_state import ProcessStats
 
 _STARTED_AT = time.time()
 _STATM = Path("/proc/self/statm")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from migration.record import MigrationRecord
-from pd_serve.comm.messages import InstanceInfo
+from pd_serve.comm.membership import InstanceInfo
 from pd_serve.observe.timeline import ObservedMigration, Stage, Stay, Timeline
 from router.request import NewRequest
 

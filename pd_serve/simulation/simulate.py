@@ -74,34 +74,34 @@ class Simulation:
         if self._left:
             await self._all_ended.wait()
         end = self._loop.time()
-        instance_s = cluster.instance_s + sum(
-            end - max(i.started_at, self._zero) for i in cluster.instances.values()
+        instance_s = cluster.launcher.instance_s + sum(
+            end - max(i.started_at, self._zero) for i in cluster.launcher.instances.values()
         )
         sampling.cancel()
         leaked, integrity = await self._rest()
-        migrations = cluster.router.snapshot()["migrations"]
+        migrations = cluster.frontend.snapshot()["migrations"]
         await cluster.stop()
         self._check_tokens()
         return SimulationResult(
             records=self.records,
             samples=self.samples,
             migrations=migrations,
-            preemptions=cluster.preemptions,
-            preemption_loss_s=cluster.preemption_loss_s,
+            preemptions=cluster.launcher.preemptions,
+            preemption_loss_s=cluster.launcher.preemption_loss_s,
             instance_s=instance_s,
             duration_s=end - self._zero,
             leaked_blocks=leaked,
             integrity=integrity,
             scaling=[(at - self._zero, what) for at, what in cluster.scaling],
-            steps=cluster.steps,
+            steps=cluster.launcher.steps,
             wall_s=time.perf_counter() - began,
         )
 
     def _on_exception(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """An exception that no task handled fails the integrity of the run; each kind is logged once."""
         failure = repr(context.get("exception") or context["message"])
-        if failure not in self.cluster.failures:
-            self.cluster.failures.append(failure)
+        if failure not in self.cluster.launcher.failures:
+            self.cluster.launcher.failures.append(failure)
             loop.default_exception_handler(context)
 
     # ---- clients
@@ -119,7 +119,7 @@ class Simulation:
         )
         new = NewRequest(request.prompt_tokens, request.priority, _prefix_keys(request))
         try:
-            self.cluster.router.submit(payload.request_id, payload.encode(), new)
+            self.cluster.frontend.requests.submit(payload.request_id, payload.encode(), new)
         except PdServeError:
             self.records[number].failed = True
             self._end_one()
@@ -168,7 +168,7 @@ class Simulation:
 
     async def _sample(self) -> None:
         while True:
-            engines = [instance.engine.load() for instance in self.cluster.instances.values()]
+            engines = [instance.engine.load() for instance in self.cluster.launcher.instances.values()]
             self.samples.append(
                 Sample(
                     at_s=self._loop.time() - self._zero,

@@ -5,14 +5,13 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from migration.transport.local import LocalFabric
+from pd_serve.comm.message_wire import HandlerFailures, OnFrames, OnMessage
 from pd_serve.simulation.config import NetworkSettings
 from pd_serve.simulation.message_faults import MessageFaults
-
-OnFrames = Callable[[list[Any]], None]
 
 #: What a control message without payload takes on a link.
 MESSAGE_BYTES = 300
@@ -81,23 +80,31 @@ class SimulatedNetwork:
 
 
 class SimulatedWire:
-    """One process's end of the network. Messages are handed over as they are, not encoded."""
+    """One process's end of the network; see `pd_serve.comm.message_wire.MessageWire`.
+
+    Messages are handed over as they are, not encoded.
+    """
 
     def __init__(self, name: str, network: SimulatedNetwork) -> None:
         self.name = name
-        self._sender = name.encode()
+        self.failures = HandlerFailures(name)
         self._network = network
         self.peers: dict[str, str] = {}
         self._bound: list[str] = []
 
-    @staticmethod
-    def decoder(kind: Any) -> Callable[[Any], Any]:
-        return lambda message: message
+    def listen(self, kind: Any, on_message: OnMessage) -> str:
+        def on_frames(frames: list[Any]) -> None:
+            try:
+                on_message(frames[0], frames[1], frames[2:])
+            except Exception as error:
+                self.failures.record(f"handling {type(frames[1]).__name__} from {frames[0]}", error)
 
-    def listen(self, on_message: OnFrames) -> str:
+        return self.listen_for_frames(on_frames)
+
+    def listen_for_frames(self, on_frames: OnFrames) -> str:
         address = f"{self.name}/{len(self._bound)}"
         self._bound.append(address)
-        self._network.listen(address, on_message)
+        self._network.listen(address, on_frames)
         return address
 
     def connect(self, peer: str, address: str) -> None:
@@ -110,11 +117,11 @@ class SimulatedWire:
         address = self.peers.get(peer)
         if address is None:
             return False
-        self._network.deliver(self.name, address, [self._sender, message, *payload])
+        self._network.deliver(self.name, address, [self.name, message, *payload])
         return True
 
     def send_to(self, address: str, frames: list[Any]) -> None:
-        """To an address that is not a named peer: a step's tokens to the API server that they are for."""
+        """Sends frames to an address that is not a peer's: a step's tokens to their API server."""
         self._network.deliver(self.name, address, frames)
 
     async def close(self) -> None:

@@ -16,7 +16,7 @@ from vllm.v1.serial_utils import CUSTOM_TYPE_CLOUDPICKLE, CUSTOM_TYPE_PICKLE, Ms
 
 from migration.messages import AnyMigrationMessage
 from migration.transport.nixl import _Endpoint
-from pd_serve.comm.messages import ToApiServer, ToInstance, TokenHeader, ToScheduler
+from pd_serve.comm.messages import ToApiServer, ToInstance, TokenHeader, ToManager, ToScheduler
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(
@@ -33,6 +33,7 @@ OUR_DECODERS = {
     "to an instance": msgspec.msgpack.Decoder(ToInstance),
     "to an API server": msgspec.msgpack.Decoder(ToApiServer),
     "to the scheduler": msgspec.msgpack.Decoder(ToScheduler),
+    "to the manager": msgspec.msgpack.Decoder(ToManager),
     "between llumlets": msgspec.msgpack.Decoder(AnyMigrationMessage),
     "header of tokens": msgspec.msgpack.Decoder(TokenHeader),
     "where KV blocks are": msgspec.msgpack.Decoder(_Endpoint),

@@ -90,19 +90,19 @@ async def _measure(
     num_requests = 2 * max(1, batch_tokens // num_tokens) - 1  # the destination has room for one more
     for number in range(num_requests):
         payload = SimulatedPayload(str(number), num_tokens, 400, 0, loop.time(), (), number)
-        cluster.router.submit(payload.request_id, payload.encode(), NewRequest(num_tokens))
+        cluster.frontend.requests.submit(payload.request_id, payload.encode(), NewRequest(num_tokens))
         await asyncio.sleep(0.01)
     while len(started) < num_requests:  # noqa: ASYNC110
         await asyncio.sleep(0.05)
     await asyncio.sleep(1.0)
 
-    first, second = cluster.instances.values()
+    first, second = cluster.launcher.instances.values()
     moved = next(iter(first.engine.batcher.running)).request_id
     usual = _StepTimer(first.engine)
     await asyncio.sleep(0.5)
     step_ms = usual.mean_ms() or 0.0
     watch = _Stopwatch(first.engine, second.engine)
-    report = await cluster.router.migrate(moved, second.name, mode)
+    report = await cluster.frontend.migrate(moved, second.name, mode)
     away_ms = (watch.ready_at - watch.left_at) * 1e3 if mode != "recompute" else report.downtime_ms - step_ms
     await cluster.stop()
     return MigrationCost(away_ms, report.downtime_ms, step_ms, watch.step_ms or step_ms, report.record.stages)

@@ -7,7 +7,7 @@ from fastapi import FastAPI
 
 from pd_serve.api import cluster_routes
 from pd_serve.api.cluster_models import InstanceResponse, TimelineResponse
-from pd_serve.comm.messages import InstanceInfo
+from pd_serve.comm.membership import InstanceInfo
 from pd_serve.frontend.snapshot import instance_row
 from pd_serve.observe.recorder import RequestRecorder
 from router.load import InstanceLoad

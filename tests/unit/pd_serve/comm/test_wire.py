@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import msgspec
@@ -12,11 +12,9 @@ import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
 from migration.messages import RequestId
-from pd_serve.comm.messages import AbortRequests, PeerLost, ToInstance
+from pd_serve.comm.messages import AbortRequests, SetRole, ToInstance
 from pd_serve.comm.rejected_peers import RejectedPeerLog
 from pd_serve.comm.wire import CurveKeys, Wire, is_local
-
-decode = msgspec.msgpack.Decoder(ToInstance).decode
 
 MakeWire = Callable[..., Wire]
 
@@ -24,14 +22,14 @@ KEYS = CurveKeys.generate()
 
 
 class Inbox:
-    """Takes the messages of a wire, as a llumlet does, and what it cannot make sense of it lets out."""
+    """Keeps the messages of a wire."""
 
     def __init__(self) -> None:
         self.messages: list[tuple[str, object, list[bytes]]] = []
         self._arrived = asyncio.Event()
 
-    def on_message(self, frames: list[bytes]) -> None:
-        self.messages.append((frames[0].decode(), decode(frames[1]), frames[2:]))
+    def on_message(self, sender: str, message: object, payload: Sequence[bytes]) -> None:
+        self.messages.append((sender, message, list(payload)))
         self._arrived.set()
 
     async def wait_for(self, count: int) -> None:
@@ -42,8 +40,8 @@ class Inbox:
 
     @property
     def said(self) -> list[tuple[str, str]]:
-        """(sender, instance id) of the `PeerLost` messages, which the tests count with."""
-        return [(sender, getattr(message, "instance_id", "")) for sender, message, _ in self.messages]
+        """(sender, role) of the `SetRole` messages, which the tests count with."""
+        return [(sender, getattr(message, "role", "")) for sender, message, _ in self.messages]
 
 
 @pytest.fixture
@@ -64,7 +62,7 @@ async def make_wire() -> AsyncIterator[MakeWire]:
 
 async def test_a_message_arrives_with_its_sender_and_its_payload_frames(make_wire: MakeWire) -> None:
     a, b, inbox = make_wire("a"), make_wire("b"), Inbox()
-    a.connect("b", b.listen(inbox.on_message))
+    a.connect("b", b.listen(ToInstance, inbox.on_message))
     message = AbortRequests([RequestId("r")], 7)
 
     assert a.send("b", message, [b"", b"\x00\xff" * 40_000])
@@ -76,14 +74,14 @@ async def test_a_message_arrives_with_its_sender_and_its_payload_frames(make_wir
 async def test_messages_of_one_sender_arrive_in_order(make_wire: MakeWire) -> None:
     """Two senders at once: their messages mix, but neither overtakes itself."""
     receiver, inbox = make_wire("r"), Inbox()
-    address = receiver.listen(inbox.on_message)
+    address = receiver.listen(ToInstance, inbox.on_message)
     senders = [make_wire("a"), make_wire("b")]
     for sender in senders:
         sender.connect("r", address)
 
     for number in range(300):
         for sender in senders:
-            assert sender.send("r", PeerLost(str(number)))
+            assert sender.send("r", SetRole(str(number)))
     await inbox.wait_for(600)
 
     for name in ("a", "b"):
@@ -92,10 +90,10 @@ async def test_messages_of_one_sender_arrive_in_order(make_wire: MakeWire) -> No
 
 async def test_both_directions(make_wire: MakeWire) -> None:
     a, b, to_a, to_b = make_wire("a"), make_wire("b"), Inbox(), Inbox()
-    a.connect("b", b.listen(to_b.on_message))
-    b.connect("a", a.listen(to_a.on_message))
-    a.send("b", PeerLost("1"))
-    b.send("a", PeerLost("2"))
+    a.connect("b", b.listen(ToInstance, to_b.on_message))
+    b.connect("a", a.listen(ToInstance, to_a.on_message))
+    a.send("b", SetRole("1"))
+    b.send("a", SetRole("2"))
 
     await to_a.wait_for(1)
     await to_b.wait_for(1)
@@ -106,10 +104,10 @@ async def test_both_directions(make_wire: MakeWire) -> None:
 async def test_what_is_sent_before_the_peer_listens_waits_for_it(make_wire: MakeWire) -> None:
     """Instances are told of each other at once, in any order."""
     a, b, inbox = make_wire("a"), make_wire("b"), Inbox()
-    address = b.listen(inbox.on_message)
+    address = b.listen(ToInstance, inbox.on_message)
     a.connect("b", address)
     for number in range(10):
-        assert a.send("b", PeerLost(str(number)))  # without a turn of the loop in between
+        assert a.send("b", SetRole(str(number)))  # without a turn of the loop in between
 
     await inbox.wait_for(10)
 
@@ -119,11 +117,11 @@ async def test_what_is_sent_before_the_peer_listens_waits_for_it(make_wire: Make
 async def test_sockets_for_another_thread_send_to_the_same_place(make_wire: MakeWire) -> None:
     """The step thread's tokens."""
     a, b, inbox = make_wire("a"), make_wire("b"), Inbox()
-    address = b.listen(inbox.on_message)
+    address = b.listen(ToInstance, inbox.on_message)
 
     def publish() -> None:
         socket = a.publisher(address)
-        socket.send_multipart([b"thread", msgspec.msgpack.encode(PeerLost("1"))])
+        socket.send_multipart([b"thread", msgspec.msgpack.encode(SetRole("1"))])
         socket.close(linger=10_000)
 
     await asyncio.to_thread(publish)
@@ -137,26 +135,26 @@ async def test_sockets_for_another_thread_send_to_the_same_place(make_wire: Make
 
 async def test_a_message_to_an_unknown_peer_is_not_sent(make_wire: MakeWire) -> None:
     a, b, inbox = make_wire("a"), make_wire("b"), Inbox()
-    assert not a.send("b", PeerLost("1"))
+    assert not a.send("b", SetRole("1"))
 
-    a.connect("b", b.listen(inbox.on_message))
-    assert a.send("b", PeerLost("2"))
+    a.connect("b", b.listen(ToInstance, inbox.on_message))
+    assert a.send("b", SetRole("2"))
     a.disconnect("b")
     a.disconnect("b")
 
-    assert not a.send("b", PeerLost("3"))
+    assert not a.send("b", SetRole("3"))
 
 
 async def test_a_new_address_replaces_the_old_one(make_wire: MakeWire) -> None:
     """An instance was started anew under its name: the old process hears nothing more."""
     a, before, after = make_wire("a"), Inbox(), Inbox()
     old, new = make_wire("old"), make_wire("new")
-    a.connect("b", old.listen(before.on_message))
-    a.send("b", PeerLost("1"))
+    a.connect("b", old.listen(ToInstance, before.on_message))
+    a.send("b", SetRole("1"))
     await before.wait_for(1)
 
-    a.connect("b", new.listen(after.on_message))
-    a.send("b", PeerLost("2"))
+    a.connect("b", new.listen(ToInstance, after.on_message))
+    a.send("b", SetRole("2"))
     await after.wait_for(1)
 
     assert (before.said, after.said) == ([("a", "1")], [("a", "2")])
@@ -165,10 +163,10 @@ async def test_a_new_address_replaces_the_old_one(make_wire: MakeWire) -> None:
 async def test_the_same_address_again_keeps_what_is_on_its_way(make_wire: MakeWire) -> None:
     """Every heartbeat names all addresses."""
     a, b, inbox = make_wire("a"), make_wire("b"), Inbox()
-    address = b.listen(inbox.on_message)
+    address = b.listen(ToInstance, inbox.on_message)
     for number in range(20):
         a.connect("b", address)
-        a.send("b", PeerLost(str(number)))
+        a.send("b", SetRole(str(number)))
 
     await inbox.wait_for(20)
 
@@ -183,10 +181,10 @@ async def test_a_peer_that_does_not_read_is_not_waited_for(
     a = make_wire("a")
     a.connect("b", "tcp://127.0.0.1:1")
 
-    sent = [a.send("b", PeerLost(str(number))) for number in range(20)]
+    sent = [a.send("b", SetRole(str(number))) for number in range(20)]
 
     assert not all(sent)
-    assert "b does not read: a PeerLost is dropped" in caplog.text
+    assert "b does not read: a SetRole is dropped" in caplog.text
 
 
 # ---- what makes no sense
@@ -198,9 +196,9 @@ async def test_a_peer_that_does_not_read_is_not_waited_for(
         [b"x", b"\xc1"],
         [b"x", b""],
         [b"x", msgspec.msgpack.encode({"type": "NoSuchMessage"})],
-        [b"x", msgspec.msgpack.encode({"type": "PeerLost"})],
-        [b"x", msgspec.msgpack.encode({"type": "PeerLost", "instance_id": 5})],
-        [b"\xff\xfe", msgspec.msgpack.encode(PeerLost("1"))],
+        [b"x", msgspec.msgpack.encode({"type": "SetRole"})],
+        [b"x", msgspec.msgpack.encode({"type": "SetRole", "role": 5})],
+        [b"\xff\xfe", msgspec.msgpack.encode(SetRole("1"))],
         [b"x"],
         [b""],
     ],
@@ -215,35 +213,39 @@ async def test_a_peer_that_does_not_read_is_not_waited_for(
         "nothing",
     ],
 )
-async def test_garbage_is_ignored_and_what_follows_is_heard(make_wire: MakeWire, frames: list[bytes]) -> None:
+async def test_garbage_is_counted_and_the_next_message_arrives(
+    make_wire: MakeWire, frames: list[bytes]
+) -> None:
     a, b, inbox = make_wire("a"), make_wire("b"), Inbox()
 
-    with a.publisher(b.listen(inbox.on_message)) as stranger:
+    with a.publisher(b.listen(ToInstance, inbox.on_message)) as stranger:
         stranger.send_multipart(frames)
-        stranger.send_multipart([b"a", msgspec.msgpack.encode(PeerLost("1"))])
+        stranger.send_multipart([b"a", msgspec.msgpack.encode(SetRole("1"))])
         await inbox.wait_for(1)
 
     assert inbox.said == [("a", "1")]
+    assert len(b.failures) == 1
 
 
-async def test_a_handler_that_fails_does_not_end_the_receiving(
+async def test_a_handler_that_fails_is_counted_and_the_next_message_arrives(
     make_wire: MakeWire, caplog: pytest.LogCaptureFixture
 ) -> None:
     a, b, inbox = make_wire("a"), make_wire("b"), Inbox()
 
-    def fail_once(frames: list[bytes]) -> None:
+    def fail_once(sender: str, message: object, payload: Sequence[bytes]) -> None:
         if not caplog.records:
             raise RuntimeError("a bug")
-        inbox.on_message(frames)
+        inbox.on_message(sender, message, payload)
 
-    a.connect("b", b.listen(fail_once))
+    a.connect("b", b.listen(ToInstance, fail_once))
     with caplog.at_level(logging.ERROR):
-        a.send("b", PeerLost("1"))
-        a.send("b", PeerLost("2"))
+        a.send("b", SetRole("1"))
+        a.send("b", SetRole("2"))
         await inbox.wait_for(1)
 
     assert inbox.said == [("a", "2")]
     assert "a bug" in caplog.text
+    assert b.failures.problems() == ["b: handling SetRole from a failed: RuntimeError: a bug (1 times)"]
 
 
 # ---- who may talk
@@ -283,9 +285,9 @@ def test_keys_are_not_shown() -> None:
 async def test_derived_keys_are_heard(make_wire: MakeWire) -> None:
     inbox = Inbox()
     a, b = (make_wire(name, keys=CurveKeys.derive(b"s" * 32)) for name in "ab")
-    a.connect("b", b.listen(inbox.on_message))
+    a.connect("b", b.listen(ToInstance, inbox.on_message))
 
-    a.send("b", PeerLost("1"))
+    a.send("b", SetRole("1"))
     await inbox.wait_for(1)
 
     assert inbox.said == [("a", "1")]
@@ -302,7 +304,7 @@ def stranger(address: str, has: str) -> Iterator[None]:
             socket.curve_serverkey = guessed.public
             socket.curve_publickey, socket.curve_secretkey = others.public, others.secret
         socket.connect(address)
-        socket.send_multipart([b"stranger", msgspec.msgpack.encode(PeerLost("1"))], zmq.NOBLOCK)
+        socket.send_multipart([b"stranger", msgspec.msgpack.encode(SetRole("1"))], zmq.NOBLOCK)
         yield
 
 
@@ -326,12 +328,12 @@ async def test_a_stranger_is_not_heard(
     """Its message waits for a handshake that fails; then a peer talks, and is all that is heard."""
     inbox = Inbox()
     b, peer = make_wire("b"), make_wire("peer")
-    address = b.listen(inbox.on_message)
+    address = b.listen(ToInstance, inbox.on_message)
 
     with stranger(address, has):
         await refused(caplog, "b")
         peer.connect("b", address)
-        peer.send("b", PeerLost("2"))
+        peer.send("b", SetRole("2"))
         await inbox.wait_for(1)
 
     assert inbox.said == [("peer", "2")]
@@ -349,7 +351,7 @@ async def test_strangers_who_try_on_are_one_line(
         note(log, peer)
 
     monkeypatch.setattr(RejectedPeerLog, "_note", count)
-    address = make_wire("b").listen(Inbox().on_message)
+    address = make_wire("b").listen(ToInstance, Inbox().on_message)
 
     with stranger(address, "no keys"), stranger(address, "keys of its own"):
         async with asyncio.timeout(30):
@@ -362,7 +364,7 @@ async def test_strangers_who_try_on_are_one_line(
 async def test_what_is_no_zeromq_at_all_gets_nothing(make_wire: MakeWire) -> None:
     """But for the greeting, which ZeroMQ says to whoever comes."""
     b, inbox = make_wire("b"), Inbox()
-    host, port = b.listen(inbox.on_message).removeprefix("tcp://").split(":")
+    host, port = b.listen(ToInstance, inbox.on_message).removeprefix("tcp://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
 
     writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" + b"x" * 100)
@@ -380,12 +382,12 @@ async def test_a_frame_that_is_too_long_is_not_kept(
     """It ends the connection; what is sent on the next one is heard."""
     monkeypatch.setattr("pd_serve.comm.wire.MAX_FRAME_BYTES", 10_000)
     a, b, inbox = make_wire("a"), make_wire("b"), Inbox()
-    a.connect("b", b.listen(inbox.on_message))
+    a.connect("b", b.listen(ToInstance, inbox.on_message))
 
-    a.send("b", PeerLost("1"), [bytes(20_000)])
+    a.send("b", SetRole("1"), [bytes(20_000)])
     async with asyncio.timeout(30):
         while not inbox.messages:
-            a.send("b", PeerLost("2"))
+            a.send("b", SetRole("2"))
             await asyncio.sleep(0.01)
 
     assert ("a", "1") not in inbox.said
@@ -398,8 +400,8 @@ async def test_a_wire_with_other_keys_is_not_heard(
     inbox = Inbox()
     a, b = make_wire("a", keys=CurveKeys.generate()), make_wire("b")
 
-    a.connect("b", b.listen(inbox.on_message))
-    a.send("b", PeerLost("1"))
+    a.connect("b", b.listen(ToInstance, inbox.on_message))
+    a.send("b", SetRole("1"))
     await refused(caplog, "b")
 
     assert inbox.said == []
@@ -413,7 +415,7 @@ async def test_a_listener_without_keys_does_not_read_the_cluster_s_messages(make
         with impostor.get_monitor_socket(failures) as handshakes:
             port = impostor.bind_to_random_port("tcp://127.0.0.1")
             a.connect("impostor", f"tcp://127.0.0.1:{port}")
-            a.send("impostor", PeerLost("1"))
+            a.send("impostor", SetRole("1"))
             async with asyncio.timeout(30):
                 await recv_monitor_message(handshakes)
             assert await impostor.poll(100) == 0

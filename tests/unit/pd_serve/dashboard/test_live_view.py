@@ -5,13 +5,13 @@ import json
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-import msgspec
 import pytest
 
 from migration.engine_interface import HeldBlocks
 from migration.errors import Refusal, RefusalCode
 from migration.messages import InstanceId, RequestId
-from pd_serve.comm.messages import Holdings, InstanceInfo
+from pd_serve.comm.membership import InstanceInfo
+from pd_serve.comm.requests import Holdings, ListHoldings
 from pd_serve.dashboard import live_view
 from pd_serve.dashboard.live_view import MAX_MOVES, MAX_WATCHERS, LiveView
 from pd_serve.dashboard.recent import RecentEvents
@@ -20,7 +20,7 @@ from tests.unit.pd_serve.made_migrations import migrated
 
 
 class FakeInstances:
-    """Answers as over the wire: with lists.
+    """Answers calls.
 
     Attributes:
         asked: Instances that were asked, in order.
@@ -39,8 +39,7 @@ class FakeInstances:
         for name in self.held:
             yield InstanceInfo(name, "decode", "", "node", 1, None, [], 1000, 100, 16)
 
-    async def ask(self, instance_id: str, method: str) -> Any:
-        assert method == "holdings"
+    async def call(self, instance_id: str, request: ListHoldings) -> Holdings:
         self.asked.append(instance_id)
         if instance_id in self.silent:
             await asyncio.Event().wait()
@@ -48,7 +47,7 @@ class FakeInstances:
             raise EngineDeadError("it has died")
         held = [HeldBlocks(RequestId(r), blocks, comes) for r, blocks, comes in self.held[instance_id]]
         leaving = [(RequestId(r), InstanceId(to), why) for r, to, why in self.leaving.get(instance_id, [])]
-        return msgspec.msgpack.decode(msgspec.msgpack.encode(Holdings(held, leaving)))
+        return Holdings(held, leaving)
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ from migration.messages import (
     Committed,
     Final,
     FinalState,
+    InstanceId,
     MigrationId,
     MigrationMessage,
     Offer,
@@ -24,30 +25,38 @@ from migration.messages import (
     RequestId,
     Withdraw,
 )
+from migration.record import MigrationRecord
 from migration.transport.kv_transport import KvRegion
 from migration.transport.local import LocalFabric
 from pd_serve.comm.messages import (
     AbortRequests,
     AddRequest,
-    Call,
-    Hello,
+    HandOff,
+    Heartbeat,
     LoadReport,
-    MigrateRequest,
     MigrationEnded,
     MoveOut,
-    PeerLost,
-    Reply,
+    RequestFailed,
     SetDraining,
     SetRole,
-    Subscribe,
 )
+from pd_serve.comm.requests import (
+    AnyRequest,
+    Call,
+    CallEngine,
+    CheckIntegrity,
+    LiveRequests,
+    MoveRequest,
+)
+from pd_serve.comm.rpc import Answer
+from pd_serve.comm.timing import INSTANCE_HEARTBEAT_S, ORPHAN_S, REPORT_INTERVAL_S
 from pd_serve.errors import DestinationRefusedError, EngineDeadError, SourceGoneError
-from pd_serve.instance.llumlet import HEARTBEAT_S, REPORT_INTERVAL_S, Llumlet
-from pd_serve.instance.peers import LEASE_S
+from pd_serve.instance.llumlet import Llumlet
 from router.load import EngineLoad, InstanceLoad
 from router.plugins import PolicyChoice
+from tests.members import membership
+from tests.recording_wire import RecordingWire
 from tests.unit.pd_serve.made_migrations import FULL
-from tests.unit.pd_serve.recording_wire import RecordingWire
 from tests.virtual_time import in_virtual_time
 
 M = TypeVar("M")
@@ -152,13 +161,13 @@ class World:
         self.llumlet = self.engine.llumlet = Llumlet(
             "p0",  # type: ignore[arg-type]
             "prefill",
-            self.wire,  # type: ignore[arg-type]
+            self.wire,
             transport,
             bounds=bounds,
             on_fatal=self.fatal.append,
         )
         self.llumlet.start(self.engine)  # type: ignore[arg-type]
-        self.hello("d0", "d1")
+        self.members("d0", "d1")
 
     async def __aenter__(self) -> "World":
         await self.settle()
@@ -176,11 +185,17 @@ class World:
             await asyncio.sleep(0)
 
     def hear(self, sender: str, message: object, *payload: bytes) -> None:
-        self.wire.receive(sender, message, payload)
+        self.wire.hear(sender, message, *payload)
 
-    def hello(self, *peers: str, server: str = "api") -> None:
-        addresses = {peer: f"tcp://{peer}" for peer in ("p0", *peers)}
-        self.hear(server, Hello(f"tcp://{server}", f"tcp://{server}/tokens", addresses))
+    def members(self, *peers: str, api_servers: Sequence[str] = ("api",), scheduler: str = "") -> None:
+        """The manager tells the membership."""
+        self.hear("manager", membership("p0", *peers, api_servers=api_servers, scheduler=scheduler))
+
+    async def call(self, request: AnyRequest) -> Answer:
+        """An API server calls, and gets the answer."""
+        self.hear("api", Call("call", request))
+        await self.settle()
+        return self.sent(Answer, "api")[-1]
 
     def add(self, request_id: str = "r", handoff: Sequence[str] | None = None, epoch: int = 0) -> None:
         candidates = None if handoff is None else list(handoff)
@@ -195,7 +210,7 @@ class World:
         await self.settle()
 
     def sent(self, kind: type[M], to: str | None = None) -> list[M]:
-        return [m for peer, m, _ in self.wire.sent if isinstance(m, kind) and to in (None, peer)]
+        return self.wire.sent_to(kind, to)
 
     def reports(self) -> list[LoadReport]:
         return self.sent(LoadReport, "api")
@@ -222,7 +237,7 @@ class TestRequests:
             options = {"epoch": 0, "output_token_ids": [], "handoff": True}
             assert world.engine.called("add") == [[[b"one", b"two"], "api/tokens", options]]
             assert not world.engine.called("abort")
-            assert world.llumlet.load().requests_added == 1
+            assert world.llumlet.reporter.load().requests_added == 1
 
     @in_virtual_time
     async def test_one_that_the_engine_cannot_take_is_answered(self) -> None:
@@ -231,7 +246,7 @@ class TestRequests:
             world.engine.fail["add"] = ValueError("nonsense")
             world.add(handoff=["d0"])
             await world.settle()
-            assert world.sent(Reply, "api") == [Reply("add:r", error="ValueError: nonsense")]
+            assert world.sent(RequestFailed, "api") == [RequestFailed(R, "ValueError: nonsense")]
             assert not world.fatal
             assert await world.llumlet.check_integrity() == []
 
@@ -241,11 +256,11 @@ class TestRequests:
         async with World() as world:
             world.engine.held["add"] = asyncio.Event()
             world.add()
-            await asyncio.sleep(HEARTBEAT_S)
+            await asyncio.sleep(INSTANCE_HEARTBEAT_S)
             assert world.reports()[-1].load.requests_added == 0
             world.engine.fail["add"] = ValueError("nonsense")
             world.engine.held["add"].set()
-            await asyncio.sleep(HEARTBEAT_S)
+            await asyncio.sleep(INSTANCE_HEARTBEAT_S)
             assert world.reports()[-1].load.requests_added == 1
 
     @in_virtual_time
@@ -333,7 +348,7 @@ class TestHandOff:
             await world.move("d1")
             assert world.engine.called("release") == [[R]]
             (ended,) = world.sent(MigrationEnded, "api")
-            assert (ended.record.committed, ended.record.destination, ended.call_id) == (True, "d1", "")
+            assert (ended.record.committed, ended.record.destination) == (True, "d1")
             assert not world.sent(Offer, "d0")
             assert await world.llumlet.check_integrity() == []
 
@@ -348,7 +363,7 @@ class TestHandOff:
             await world.answer("d0", lambda migration_id: Refused(migration_id, FULL))
             assert world.reports()[-1].stranded == ["r"]
             assert [ended.record.why for ended in world.sent(MigrationEnded)] == ["refused: full"] * 2
-            world.hear("api", MigrateRequest("", R, "d0", "handoff"))
+            world.hear("api", HandOff(R, "d0"))
             await world.settle()
             await world.move("d0")
             assert world.reports()[-1].stranded == []
@@ -363,7 +378,7 @@ class TestHandOff:
             await world.start_prefill()
             assert not world.sent(Offer)
             assert world.reports()[-1].stranded == ["r"]
-            world.hear("api", MigrateRequest("", R, "d1", "handoff"))
+            world.hear("api", HandOff(R, "d1"))
             await world.settle()
             await world.move("d1")
             assert world.reports()[-1].stranded == []
@@ -386,7 +401,7 @@ class TestHandOff:
             assert await world.llumlet.check_integrity() == ["p0: requests wait for a hand-off: ['r']"]
             world.engine.end("r")
             await world.settle()
-            await asyncio.sleep(HEARTBEAT_S)
+            await asyncio.sleep(INSTANCE_HEARTBEAT_S)
             assert world.reports()[-1].stranded == []
             assert await world.llumlet.check_integrity() == []
 
@@ -441,76 +456,96 @@ class TestHandOff:
             assert not world.sent(Offer)
 
 
-class TestMigrateRequest:
+class TestMoveRequest:
     @in_virtual_time
-    async def test_is_answered_with_its_call_id(self) -> None:
+    async def test_is_answered_with_the_cost_of_the_migration(self) -> None:
         async with World() as world:
             world.engine.running.add("r")
-            world.hear("api", MigrateRequest("call", R, "d0", "manual"))
+            world.hear("api", Call("call", MoveRequest(R, InstanceId("d0"))))
             await world.settle()
             await world.move("d0")
-            ended = world.sent(MigrationEnded, "api")
-            assert sorted(message.call_id for message in ended) == ["", "call"]
-            assert all(message.record.committed and message.record.tokens == 12 for message in ended)
+            (answer,) = world.sent(Answer, "api")
+            assert (answer.call_id, answer.error) == ("call", None)
+            assert isinstance(answer.result, MigrationRecord)
+            assert (answer.result.committed, answer.result.tokens) == (True, 12)
+            assert [ended.record.committed for ended in world.sent(MigrationEnded, "api")] == [True]
 
     @in_virtual_time
-    async def test_of_a_request_that_is_not_here(self) -> None:
+    async def test_of_a_request_that_does_not_run_here_is_an_error(self) -> None:
         async with World() as world:
-            world.hear("api", MigrateRequest("call", R, "d0", "manual"))
-            await world.settle()
-            (ended,) = world.sent(MigrationEnded, "api")
-            assert ended.call_id == "call"
-            assert ended.record.refusal == Refusal(RefusalCode.NOT_RUNNING, "not running here")
+            answer = await world.call(MoveRequest(R, InstanceId("d0")))
+            assert answer.result.refusal == Refusal(RefusalCode.NOT_RUNNING, "not running here")
 
     @in_virtual_time
-    async def test_to_itself_is_refused(self) -> None:
+    async def test_to_the_instance_itself_is_refused(self) -> None:
         async with World() as world:
             world.engine.running.add("r")
-            world.hear("api", MigrateRequest("call", R, "p0", "manual"))
-            await world.settle()
-            (ended,) = world.sent(MigrationEnded, "api")
-            assert ended.record.refusal == Refusal(RefusalCode.ALREADY_HERE, "the request is on p0 already")
+            answer = await world.call(MoveRequest(R, InstanceId("p0")))
+            assert answer.result.refusal == Refusal(RefusalCode.ALREADY_HERE, "the request is on p0 already")
 
-
-class TestMembers:
     @in_virtual_time
-    async def test_come_with_hello(self) -> None:
+    async def test_whose_destination_refuses_is_refused(self) -> None:
         async with World() as world:
-            assert world.wire.peers == {"api": "tcp://api", "d0": "tcp://d0", "d1": "tcp://d1"}
+            world.engine.running.add("r")
+            world.hear("api", Call("call", MoveRequest(R, InstanceId("d0"))))
+            await world.settle()
+            await world.answer("d0", lambda migration_id: Refused(migration_id, FULL))
+            (answer,) = world.sent(Answer, "api")
+            assert answer.result.refusal == FULL.prefixed("refused")
 
-    @pytest.mark.parametrize("silent", [False, True])
+
+class TestMembership:
     @in_virtual_time
-    async def test_that_go_end_their_migrations(self, silent: bool) -> None:
-        """Told so, or missing from the next hello."""
+    async def test_connects_the_instance_to_all_others(self) -> None:
+        async with World() as world:
+            world.members("d0", "d1", scheduler="tcp://scheduler")
+            assert world.wire.peers == {
+                "manager": "tcp://manager",
+                "api": "tcp://api",
+                "scheduler": "tcp://scheduler",
+                "d0": "tcp://d0",
+                "d1": "tcp://d1",
+            }
+
+    @in_virtual_time
+    async def test_without_a_peer_ends_the_migrations_with_it(self) -> None:
         async with World() as world:
             world.add(handoff=["d1", "d0"])
             await world.start_prefill()
-            if silent:
-                world.hello("d0")
-            else:
-                world.hear("api", PeerLost("d1"))
+            world.members("d0")
             await world.settle()
             assert "d1" not in world.wire.peers
             assert [ended.record.why for ended in world.sent(MigrationEnded)] == ["d1 died"]
             assert len(world.sent(Offer, "d0")) == 1  # the next candidate
 
     @in_virtual_time
-    async def test_unknown_ones_cannot_go(self) -> None:
+    async def test_of_an_earlier_manager_changes_nothing(self) -> None:
         async with World() as world:
-            world.hear("api", PeerLost("d7"))
+            world.hear("manager", membership("p0", "d0", "d1", api_servers=["api"], term=2))
+            world.hear("manager", membership("p0", term=1))
             await world.settle()
-            assert not world.fatal
+            assert {"d0", "d1", "api"} <= set(world.wire.peers)
+            assert not world.engine.called("abort_client")
 
     @in_virtual_time
-    async def test_an_api_server_that_falls_silent_takes_its_requests_with_it(self) -> None:
+    async def test_without_an_api_server_ends_its_requests(self) -> None:
         async with World() as world:
-            world.hello("d0", "d1", server="other")
-            for _ in range(3):
-                await asyncio.sleep(LEASE_S / 2)
-                world.hello("d0", "d1", server="other")
+            world.members("d0", "d1", api_servers=["other"])
+            await world.settle()
             assert world.engine.called("abort_client") == [["tcp://api/tokens"]]
             assert "api" not in world.wire.peers
             assert "other" in world.wire.peers
+
+    @in_virtual_time
+    async def test_may_be_missing_as_long_as_an_api_server_is_heard(self) -> None:
+        """The manager is absent; an instance that serves goes on."""
+        async with World() as world:
+            for _ in range(5):
+                await asyncio.sleep(ORPHAN_S / 2)
+                world.hear("api", Heartbeat())
+            assert not world.fatal
+            await asyncio.sleep(ORPHAN_S + 2 * INSTANCE_HEARTBEAT_S)
+            assert [type(error) for error in world.fatal] == [EngineDeadError]
 
 
 class TestCalls:
@@ -518,21 +553,28 @@ class TestCalls:
     async def test_are_answered(self) -> None:
         async with World() as world:
             world.engine.running |= {"b", "a"}
-            world.hear("api", Call("1", "check_integrity"))
-            world.hear("api", Call("2", "live_requests"))
-            world.hear("api", Call("3", "list_loras", ["x"]))
-            await world.settle()
-            values = {reply.call_id: reply.value for reply in world.sent(Reply, "api")}
-            assert values == {"1": [], "2": ["a", "b"], "3": [1, 2, 3]}
+            assert (await world.call(CheckIntegrity())).result == []
+            assert (await world.call(LiveRequests("tcp://api/tokens"))).result == ["a", "b"]
+            assert (await world.call(CallEngine("list_loras", ["x"]))).result == [1, 2, 3]
             assert world.engine.called("utility") == [["list_loras", "x"]]
 
     @in_virtual_time
-    async def test_that_fail_are_answered_too(self) -> None:
+    async def test_that_the_engine_fails_are_answered_with_its_error(self) -> None:
         async with World() as world:
             world.engine.fail["utility"] = ValueError("no such thing")
-            world.hear("api", Call("1", "anything"))
-            await world.settle()
-            assert world.sent(Reply) == [Reply("1", None, "ValueError: no such thing")]
+            answer = await world.call(CallEngine("anything", []))
+            assert answer.error == "p0: ValueError: no such thing"
+            assert await world.llumlet.check_integrity() == [], "an engine's error is no bug of a handler"
+
+    @in_virtual_time
+    async def test_that_fail_by_a_bug_show_in_the_integrity(self) -> None:
+        async with World() as world:
+            world.engine.live_requests = None  # type: ignore[assignment,method-assign]
+            answer = await world.call(LiveRequests("tcp://api/tokens"))
+            assert answer.error_class == "EngineDeadError"
+            (problem,) = await world.llumlet.check_integrity()
+            assert "serving LiveRequests to api failed: TypeError" in problem
+            assert world.fatal == []
 
 
 class TestReports:
@@ -564,7 +606,7 @@ class TestReports:
     async def test_come_without_a_cause_too(self) -> None:
         async with World() as world:
             before = len(world.reports())
-            await asyncio.sleep(3.5 * HEARTBEAT_S)
+            await asyncio.sleep(3.5 * INSTANCE_HEARTBEAT_S)
             assert len(world.reports()) == before + 3
 
     @in_virtual_time
@@ -572,14 +614,14 @@ class TestReports:
         async with World() as world:
             world.add(handoff=["d1"])
             await world.start_prefill()
-            assert world.llumlet.load().migrating_out == 1
+            assert world.llumlet.reporter.load().migrating_out == 1
             description = RequestDescription(R, [b"payload"], "client", 0, 0, [1], 10, 100, {})
             world.hear("d0", Offer(MigrationId("m"), "test", description, b""))
             await world.settle()
-            assert world.llumlet.load().migrating_in == 1
+            assert world.llumlet.reporter.load().migrating_in == 1
             world.hear("d0", Withdraw(MigrationId("m"), Refusal(RefusalCode.CANCELLED, "enough")))
             await world.settle()
-            assert world.llumlet.load().migrating_in == 0
+            assert world.llumlet.reporter.load().migrating_in == 0
 
 
 class TestScheduler:
@@ -591,22 +633,32 @@ class TestScheduler:
         world.hear("scheduler", MoveOut(destination, reason, PolicyChoice(selection)))
 
     @in_virtual_time
-    async def test_gets_every_report_from_its_first_word_on(self) -> None:
+    async def test_gets_every_report_as_soon_as_it_is_a_member(self) -> None:
         async with World() as world:
-            world.hear("scheduler", Subscribe("tcp://scheduler"))
+            world.members("d0", "d1", scheduler="tcp://scheduler")
             await world.settle()
             assert world.sent(LoadReport, "scheduler") == world.reports()[-1:]
-            world.hear("scheduler", Subscribe("tcp://its-successor"))
+            world.members("d0", "d1", scheduler="tcp://its-successor")
             assert world.wire.peers["scheduler"] == "tcp://its-successor"
 
     @in_virtual_time
-    async def test_that_is_silent_for_long_is_forgotten(self) -> None:
+    async def test_is_refused_a_move_by_a_policy_that_is_not_installed(self) -> None:
         async with World() as world:
-            world.hear("scheduler", Subscribe("tcp://scheduler"))
-            for _ in range(5):
-                await asyncio.sleep(LEASE_S / 4)
-                world.hello("d0", "d1")
-            assert "scheduler" not in world.wire.peers
+            world.engine.running.add("r")
+            self.move_out(world, "mine")
+            await world.settle()
+            assert not world.sent(Offer)
+            assert world.llumlet.reporter.load().moves_decided == 1
+            assert world.fatal == []
+
+    @in_virtual_time
+    async def test_cannot_end_an_instance_by_an_order_whose_handling_fails(self) -> None:
+        async with World() as world:
+            world.engine.fail["running_requests"] = KeyError("a bug")
+            self.move_out(world)
+            await world.settle()
+            assert world.fatal == []
+            assert "a background task failed" in (await world.llumlet.check_integrity())[0]
 
     @in_virtual_time
     async def test_has_a_request_moved_that_the_instance_chooses(self) -> None:
@@ -615,7 +667,7 @@ class TestScheduler:
             world.engine.priorities["high"] = -1
             self.move_out(world)
             await world.settle()
-            assert world.llumlet.load().moves_decided == 1
+            assert world.llumlet.reporter.load().moves_decided == 1
             assert world.reports()[-1].load.migrating_out == 1
             await world.move("d0")
             (ended,) = world.sent(MigrationEnded, "api")
@@ -631,7 +683,7 @@ class TestScheduler:
                 self.move_out(world)
             await world.settle()
             assert {offer.request.request_id for offer in world.sent(Offer, "d0")} == {"a", "b"}
-            assert world.llumlet.load().moves_decided == 3
+            assert world.llumlet.reporter.load().moves_decided == 3
 
     @in_virtual_time
     async def test_moves_even_high_priority_to_empty_an_instance(self) -> None:
@@ -646,23 +698,13 @@ class TestScheduler:
             assert len(world.sent(Offer, "d0")) == 1
 
     @in_virtual_time
-    async def test_is_refused_a_move_by_a_policy_that_is_not_installed(self) -> None:
-        async with World() as world:
-            world.engine.running.add("r")
-            self.move_out(world, "mine")
-            await world.settle()
-            assert not world.sent(Offer)
-            assert world.llumlet.load().moves_decided == 1
-            assert world.fatal == []
-
-    @in_virtual_time
     async def test_hears_of_a_move_that_did_not_happen_by_the_loads_only(self) -> None:
         async with World() as world:
             world.engine.running.add("r")
             self.move_out(world)
             await world.settle()
             await world.answer("d0", lambda migration_id: Refused(migration_id, FULL))
-            assert world.llumlet.load().migrating_out == 0
+            assert world.llumlet.reporter.load().migrating_out == 0
             assert "r" in world.engine.running
             assert world.fatal == []
 
@@ -682,13 +724,13 @@ class TestScheduler:
                 assert world.reports()[-1].load.draining is draining
 
     @in_virtual_time
-    async def test_does_not_use_again_what_is_drained_by_hand(self) -> None:
+    async def test_does_not_use_again_what_is_drained_by_the_operator(self) -> None:
         async with World() as world:
-            world.hear("api", SetDraining(True, by_hand=True))
+            world.hear("api", SetDraining(True, by_operator=True))
             world.hear("scheduler", SetDraining(False))
             await world.settle()
             assert world.reports()[-1].load.draining
-            world.hear("api", SetDraining(False, by_hand=True))
+            world.hear("api", SetDraining(False, by_operator=True))
             await world.settle()
             assert not world.reports()[-1].load.draining
 

@@ -8,17 +8,17 @@ from fastapi.testclient import TestClient
 from msgspec import Meta
 from prometheus_client import CollectorRegistry, Gauge
 
-from migration.messages import RequestId
-from pd_serve.comm.messages import (
-    InstanceInfo,
-    InstanceStats,
-    LoadReport,
+from pd_serve.comm.cluster_state import (
+    ClusterState,
     ProcessStats,
-    SchedulerReport,
+    RestartState,
+    ScaledCount,
+    SchedulerState,
     SchedulerStats,
 )
+from pd_serve.comm.messages import InstanceStats
 from pd_serve.observe.cluster_metrics import ClusterMetrics, metrics_of
-from pd_serve.observe.cluster_reports import SCHEDULER_LEASE_S, ClusterReports
+from pd_serve.observe.cluster_report import ClusterReport
 from pd_serve.observe.exposition import show_metrics
 from router.load import InstanceLoad
 from router.request import Demand
@@ -31,21 +31,34 @@ LOADS = [
 
 
 class World:
-    def __init__(self) -> None:
-        self.now = 100.0
-        self.reports = ClusterReports(lambda: Demand(3, 99), lambda: 5, lambda: self.now)
-        for slot, load in enumerate(LOADS):
-            self.join(load.instance_id, slot)
-            self.reports.on_load(load.instance_id, LoadReport(load, []))
-        self.registry = CollectorRegistry()
-        self.registry.register(ClusterMetrics(self.reports))
+    """What an API server knows, as a test says."""
 
-    def join(self, instance_id: str, slot: int) -> None:
-        info = InstanceInfo(instance_id, "decode", "", "node", 1, None, ["generate"], 8192, 100, 16)
-        self.reports.joined(info, slot)
+    def __init__(self) -> None:
+        self.loads = list(LOADS)
+        self.slots = {load.instance_id: slot for slot, load in enumerate(LOADS)}
+        self.stats: dict[str, InstanceStats] = {}
+        self.stranded: dict[str, int] = {}
+        self.state: ClusterState | None = None
+        self.registry = CollectorRegistry()
+        self.registry.register(ClusterMetrics(self.report))
+
+    def report(self) -> ClusterReport:
+        return ClusterReport(self.loads, self.slots, self.stats, self.stranded, Demand(3, 99), 5, self.state)
 
     def value(self, name: str, **labels: str) -> float | None:
         return self.registry.get_sample_value(f"pd_serve_{name}", labels)
+
+
+def state(scheduler_stats: SchedulerStats | None = None, **changed: Any) -> ClusterState:
+    known: dict[str, Any] = {
+        "starting": [],
+        "scheduler": SchedulerState("alive", "llumnix", 7, 0),
+        "scaled": [],
+        "decisions": [],
+        "restart": RestartState(False, ""),
+        "api_servers": [],
+    }
+    return ClusterState(**(known | changed), scheduler_stats=scheduler_stats)
 
 
 class ToyStats(msgspec.Struct):
@@ -106,30 +119,28 @@ def test_statistics_of_an_instance_are_exported_until_it_leaves() -> None:
     labels: dict[str, Any] = {"instance": "d0", "role": "decode"}
     assert world.value("instance_offers_total", **labels) is None
 
-    world.reports.on_load("d0", LoadReport(LOADS[1], [RequestId("r")], stats))
-    world.reports.on_load("d0", LoadReport(LOADS[1], [RequestId("r")]))
+    world.stats["d0"], world.stranded["d0"] = stats, 1
 
     assert world.value("instance_offers_total", **labels) == 9
     assert world.value("instance_received_bytes_total", **labels) == 77
     assert world.value("instance_cpu_seconds_total", **labels) == 7.0
     assert world.value("instance_stranded", **labels) == 1
 
-    world.reports.left("d0")
+    world.loads.pop()
     assert world.value("instance_offers_total", **labels) is None
 
 
-def test_statistics_of_the_scheduler_are_exported_until_its_lease_ends() -> None:
+def test_statistics_of_the_scheduler_are_exported_while_it_is_alive() -> None:
     world = World()
     assert world.value("scheduler_up") == 0
 
-    world.reports.on_scheduler(SchedulerReport([], SchedulerStats(PROCESS, 2, {"balance": 4}, {"drain": 1})))
-    world.reports.on_scheduler(SchedulerReport(["d0 is drained: x"]))
+    world.state = state(SchedulerStats(PROCESS, 2, {"balance": 4}, {"drain": 1}))
 
     assert world.value("scheduler_up") == 1
     assert world.value("scheduler_moves_total", reason="balance") == 4
     assert world.value("scheduler_decisions_total", decision="drain") == 1
 
-    world.now += 2 * SCHEDULER_LEASE_S
+    world.state = state()
     assert world.value("scheduler_up") == 0
     assert world.value("scheduler_moves_total", reason="balance") is None
 
@@ -138,8 +149,8 @@ def test_restarts_and_scaling_of_the_manager_are_exported() -> None:
     world = World()
     assert world.value("scaled_instances_total", action="start", role="decode") == 0
 
-    scaled = [{"action": "start", "role": "decode", "instances": 3}]
-    world.reports.on_manager({"scheduler": {"restarts": 2}, "scaled": scaled})
+    scheduler = SchedulerState("alive", "llumnix", 7, restarts=2)
+    world.state = state(scheduler=scheduler, scaled=[ScaledCount("start", "decode", 3)])
 
     assert world.value("scaled_instances_total", action="start", role="decode") == 3
     assert world.value("scaled_instances_total", action="stop", role="decode") == 0
@@ -153,7 +164,7 @@ def test_vllms_metrics_get_the_instance_that_has_their_engine_number() -> None:
     for engine in ("0", "1", "2"):
         gauge.labels(engine, "tiny").set(1)
     Gauge("other", "Other.", ["engine"], registry=vllms).labels("0").set(1)
-    show_metrics(app, world.reports, vllms)
+    show_metrics(app, world.report, vllms)
 
     accepts = {"Accept": "application/openmetrics-text;version=1.0.0,text/plain;q=0.5"}  # as Prometheus
     with TestClient(app, headers=accepts) as client:
@@ -163,8 +174,7 @@ def test_vllms_metrics_get_the_instance_that_has_their_engine_number() -> None:
         assert 'other{engine="0"} 1.0' in text
         assert 'pd_serve_instance_total_blocks{instance="p0",role="prefill"} 100.0' in text
 
-        world.reports.left("p0")
-        world.join("d7", 0)
+        world.slots = {"d7": 0, "d0": 1}
         assert 'vllm:running{engine="0",instance="d7",model_name="tiny"} 1.0' in client.get("/metrics").text
         named = client.get("/metrics", params={"name[]": "pd_serve_scheduler_up"}).text
         assert [line for line in named.splitlines() if line[0] != "#"] == ["pd_serve_scheduler_up 0.0"]

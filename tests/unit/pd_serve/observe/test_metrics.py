@@ -3,7 +3,7 @@
 from prometheus_client import REGISTRY
 
 from migration.errors import Refusal, RefusalCode
-from pd_serve.comm.messages import InstanceInfo
+from pd_serve.comm.membership import InstanceInfo
 from pd_serve.observe.metrics import RequestMetrics
 from pd_serve.observe.recorder import RequestRecorder
 from router.request import NewRequest

@@ -31,7 +31,7 @@ class Node:
 
     def __init__(self, name: str, net: SimulatedNetwork) -> None:
         self.wire = SimulatedWire(name, net)
-        self.address = self.wire.listen(self._hear)
+        self.address = self.wire.listen_for_frames(self._hear)
         self.heard: list[tuple[float, list[Any]]] = []
         self.pool = BlockPool(10)
         self.transport = net.fabric.transport(name)

@@ -1,0 +1,152 @@
+"""Membership: told by the manager alone, followed in the same way by every other process.
+
+The manager sends all of it on every change and as a heartbeat, so that a lost message is mended by the next
+one. While the manager is absent every process goes on with the last membership that it got.
+"""
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import msgspec
+
+#: The manager's name on the wire, and the scheduler's.
+MANAGER = "manager"
+SCHEDULER = "scheduler"
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceInfo:
+    """A started instance. It does not change as long as the instance lives.
+
+    Attributes:
+        role: The role at its start; load reports tell the present one.
+        address: Where it takes messages.
+        no_migration: Why its requests cannot move; None if they can.
+        max_model_len: Tokens that a request may have in all.
+        num_blocks, block_tokens: KV blocks, and tokens per block.
+    """
+
+    instance_id: str
+    role: str
+    address: str
+    node: str
+    pid: int
+    no_migration: str | None
+    supported_tasks: list[str]
+    max_model_len: int
+    num_blocks: int
+    block_tokens: int
+
+
+class ApiServerInfo(msgspec.Struct, frozen=True):
+    """Where an API server takes messages, and where it takes tokens."""
+
+    address: str
+    token_endpoint: str
+
+
+class Join(msgspec.Struct, frozen=True, tag=True):
+    """API server → manager: a new member, and its heartbeat.
+
+    Attributes:
+        unused: Instances of `Membership.leaving` that the sender has no request on, and will send none to.
+    """
+
+    info: ApiServerInfo
+    unused: list[str]
+
+
+class Membership(msgspec.Struct, frozen=True, tag=True):
+    """Manager → every other process: all members.
+
+    Attributes:
+        term: Of the manager. A manager that takes over has a higher one; messages of earlier terms are
+            ignored.
+        address: Where the manager takes messages.
+        leaving: Instances that are stopped as soon as they are empty.
+        starting: Number of instances that are being started, by role.
+        scheduler: The scheduler's address; "" if there is none.
+    """
+
+    term: int
+    address: str
+    instances: list[InstanceInfo] = []
+    leaving: list[str] = []
+    starting: dict[str, int] = {}
+    scheduler: str = ""
+    api_servers: dict[str, ApiServerInfo] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class MembershipChange:
+    """What a membership message has changed; `api_servers_left` by name."""
+
+    joined: list[InstanceInfo] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    api_servers_left: dict[str, ApiServerInfo] = field(default_factory=dict)
+
+
+class PeerConnections(Protocol):
+    """The part of `pd_serve.comm.wire.Wire` that membership needs."""
+
+    def connect(self, peer: str, address: str) -> None: ...
+    def disconnect(self, peer: str) -> None: ...
+
+
+class MembershipView:
+    """One process's view of the membership. Keeps its wire connected to all other members.
+
+    Args:
+        name: Of the process itself.
+
+    Attributes:
+        instances, api_servers: By id and by name, the process itself included if it is one of them.
+        latest: The last message; None before the first one.
+        heard_at: When that came, on the event loop's clock.
+    """
+
+    def __init__(self, name: str, wire: PeerConnections) -> None:
+        self._name = name
+        self._wire = wire
+        self._loop = asyncio.get_running_loop()
+        self.instances: dict[str, InstanceInfo] = {}
+        self.api_servers: dict[str, ApiServerInfo] = {}
+        self.latest: Membership | None = None
+        self.heard_at = self._loop.time()
+
+    def has_peer(self, instance_id: str) -> bool:
+        """Whether another instance of this id is a member."""
+        return instance_id in self.instances and instance_id != self._name
+
+    def update(self, message: Membership) -> MembershipChange | None:
+        """Takes the manager's message. None if it is an earlier manager's, and was ignored."""
+        if self.latest is not None and message.term < self.latest.term:
+            return None
+        self.latest, self.heard_at = message, self._loop.time()
+        self._wire.connect(MANAGER, message.address)
+        instances = {info.instance_id: info for info in message.instances}
+        change = MembershipChange(
+            joined=[info for name, info in instances.items() if self.instances.get(name) != info],
+            left=[name for name, info in self.instances.items() if instances.get(name) != info],
+            api_servers_left={
+                name: info
+                for name, info in self.api_servers.items()
+                if message.api_servers.get(name, info) != info or name not in message.api_servers
+            },
+        )
+        self.instances, self.api_servers = instances, dict(message.api_servers)
+        self._connect(change)
+        return change
+
+    def _connect(self, change: MembershipChange) -> None:
+        assert self.latest is not None
+        for gone in (*change.left, *change.api_servers_left):
+            self._wire.disconnect(gone)
+        members = {name: info.address for name, info in self.instances.items()}
+        members |= {name: info.address for name, info in self.api_servers.items()}
+        members.pop(self._name, None)
+        for name, address in members.items():
+            self._wire.connect(name, address)
+        if self.latest.scheduler and self._name != SCHEDULER:
+            self._wire.connect(SCHEDULER, self.latest.scheduler)

@@ -1,0 +1,145 @@
+"""Remote calls over one-way messages: typed requests, answers with a bound, errors that keep their class."""
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Generic, TypeVar, get_args
+
+import msgspec
+
+from migration.tasks import BackgroundTasks
+from pd_serve.comm.message_wire import MessageWire
+from pd_serve.comm.timing import CALL_TIMEOUT_S
+from pd_serve.errors import (
+    EngineDeadError,
+    InvalidRequestError,
+    MigrationRefusedError,
+    PdServeError,
+    RefusalCode,
+    UnknownTargetError,
+)
+
+logger = logging.getLogger(__name__)
+
+R = TypeVar("R")
+
+#: Errors that keep their class on the way to the caller. Others arrive as `EngineDeadError`.
+ERRORS: dict[str, type[PdServeError]] = {
+    kind.__name__: kind
+    for kind in (PdServeError, InvalidRequestError, UnknownTargetError, MigrationRefusedError)
+}
+
+
+class Request(msgspec.Struct, Generic[R], frozen=True, tag=True):
+    """Base of all requests. The type parameter is what the answer holds."""
+
+    @classmethod
+    def result_type(cls) -> Any:
+        return get_args(cls.__orig_bases__[0])[0]  # type: ignore[attr-defined]
+
+
+class Answer(msgspec.Struct, frozen=True, tag=True):
+    """Answer to a call: its result, or an error with the name of its class and its refusal code."""
+
+    call_id: str
+    result: Any = None
+    error: str | None = None
+    error_class: str = ""
+    code: RefusalCode | None = None
+
+    @classmethod
+    def of(cls, call_id: str, error: PdServeError) -> "Answer":
+        """The answer that raises this error at the caller."""
+        return cls(call_id, None, str(error), type(error).__name__, getattr(error, "code", None))
+
+    def raised(self) -> PdServeError:
+        """The error at the caller, of the same class."""
+        kind, text = ERRORS.get(self.error_class, EngineDeadError), self.error or ""
+        return kind(text, self.code) if issubclass(kind, MigrationRefusedError) else kind(text)
+
+
+class RpcClient:
+    """The calling side. Lives on one event loop.
+
+    Args:
+        make_call: Wraps a call id and a request in the message to send; see `pd_serve.comm.requests.Call`.
+    """
+
+    def __init__(self, wire: MessageWire, make_call: Callable[[str, Any], object]) -> None:
+        self._wire = wire
+        self._make_call = make_call
+        self._ids = itertools.count()
+        self._waiting: dict[str, tuple[str, asyncio.Future[Any]]] = {}
+
+    async def call(self, peer: str, request: Request[R]) -> R:
+        """Sends a request and waits for its answer.
+
+        Raises:
+            EngineDeadError: The peer is not connected, or has died meanwhile.
+            TimeoutError: No answer within `CALL_TIMEOUT_S`.
+            PdServeError: The peer answered with this error.
+        """
+        call_id = f"{self._wire.name}.{next(self._ids)}"
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._waiting[call_id] = (peer, future)
+        try:
+            if not self._wire.send(peer, self._make_call(call_id, request)):
+                raise EngineDeadError(f"{peer} is not connected")
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                result: R = msgspec.convert(await future, request.result_type())
+                return result
+        finally:
+            del self._waiting[call_id]
+
+    def on_answer(self, answer: Answer) -> None:
+        """Takes an answer. One that no call waits for any more is ignored."""
+        _, future = self._waiting.get(answer.call_id, ("", None))
+        if future is None or future.done():
+            return
+        if answer.error is None:
+            future.set_result(answer.result)
+        else:
+            future.set_exception(answer.raised())
+
+    def peer_lost(self, peer: str) -> None:
+        """Fails all calls to a peer that has died."""
+        for called, future in self._waiting.values():
+            if called == peer and not future.done():
+                future.set_exception(EngineDeadError(f"{peer} has died"))
+
+
+class RpcServer:
+    """The answering side.
+
+    Args:
+        handlers: By type of request, a coroutine function of (sender, request).
+    """
+
+    def __init__(
+        self, wire: MessageWire, handlers: Mapping[type, Callable[[str, Any], Awaitable[Any]]]
+    ) -> None:
+        self._wire = wire
+        self._handlers = handlers
+        self._tasks = BackgroundTasks(wire.failures.task_failed)
+
+    async def close(self) -> None:
+        await self._tasks.cancel()
+
+    def on_call(self, sender: str, call_id: str, request: Any) -> None:
+        self._tasks.start(self._answer(sender, call_id, request))
+
+    async def _answer(self, sender: str, call_id: str, request: Any) -> None:
+        handler = self._handlers.get(type(request))
+        try:
+            if handler is None:
+                raise InvalidRequestError(f"{self._wire.name} does not serve {type(request).__name__}")
+            answer = Answer(call_id, await handler(sender, request))
+        except PdServeError as error:
+            answer = Answer.of(call_id, error)
+        except TimeoutError:
+            answer = Answer(call_id, None, "no answer in time", EngineDeadError.__name__)
+        except Exception as error:
+            self._wire.failures.record(f"serving {type(request).__name__} to {sender}", error)
+            answer = Answer(call_id, None, f"{type(error).__name__}: {error}", EngineDeadError.__name__)
+        self._wire.send(sender, answer)

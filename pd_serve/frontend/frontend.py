@@ -1,0 +1,264 @@
+"""The API server's part of the control plane: one inbox, and behind it membership, requests and calls."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from pd_serve.comm.cluster_state import ClusterState
+from pd_serve.comm.membership import ApiServerInfo, InstanceInfo, Membership, MembershipView
+from pd_serve.comm.message_wire import MessageWire
+from pd_serve.comm.messages import (
+    InstanceStats,
+    LoadReport,
+    MigrationEnded,
+    RequestFailed,
+    ToApiServer,
+)
+from pd_serve.comm.outputs import OutputBatch
+from pd_serve.comm.requests import (
+    Call,
+    CheckIntegrity,
+    DrainInstance,
+    FindRequests,
+    LiveRequests,
+    ManualMigration,
+    MigrateByName,
+    RestartInstances,
+    ScalePools,
+)
+from pd_serve.comm.rpc import Answer, RpcServer
+from pd_serve.comm.timing import INTEGRITY_SETTLE_S
+from pd_serve.errors import MigrationRefusedError, RefusalCode, UnknownTargetError
+from pd_serve.frontend.instances import Instances
+from pd_serve.frontend.manager_client import ManagerClient
+from pd_serve.frontend.manual_migration import ManualMigrations, MigrationMode
+from pd_serve.frontend.output_codec import OutputCodec
+from pd_serve.frontend.placement import Placement
+from pd_serve.frontend.request_tracker import RequestTracker
+from pd_serve.frontend.snapshot import instance_row, starting_row
+from pd_serve.frontend.token_stream import TokenStream
+from pd_serve.observe.cluster_report import ClusterReport
+from pd_serve.observe.recorder import RequestRecorder
+from router.dispatch import can_start
+from router.dispatcher import Dispatcher
+
+
+class Frontend:
+    """Implements `pd_serve.api.cluster_view.ClusterView`. Lives on one event loop, until `close`.
+
+    Args:
+        wire: Its name is the API server's. Closed by `close`.
+        find_manager: See `ManagerClient`.
+        codec: Knows the encoding of the engines' outputs.
+        deliver: Takes batches of outputs, every token exactly once and in order.
+        dispatcher: Decides where requests start and are handed off to.
+        num_slots: See `Instances`.
+        clock: The time that requests are recorded by, in seconds.
+
+    Attributes:
+        tokens: Their `observer` may be set, for measurements.
+        internal_ids: Engines' ids of a request by what a client calls it; set by the engine client.
+    """
+
+    def __init__(
+        self,
+        wire: MessageWire,
+        find_manager: Callable[[], Awaitable[str]],
+        codec: OutputCodec,
+        deliver: Callable[[OutputBatch], None],
+        dispatcher: Dispatcher,
+        *,
+        num_slots: int,
+        recorder: RequestRecorder | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._wire = wire
+        self._loop = asyncio.get_running_loop()
+        self._members = MembershipView(wire.name, wire)
+        self._stats: dict[str, InstanceStats] = {}
+        self._stranded: dict[str, int] = {}
+        self.internal_ids: Callable[[str], list[str]] = lambda request_id: [request_id]
+        self._recorder = recorder = recorder or RequestRecorder()
+        self.instances = Instances(wire, self._members, dispatcher.loads, num_slots)
+        token_endpoint = wire.listen_for_frames(lambda frames: self.tokens.on_frames(frames))
+        placement = Placement(wire, token_endpoint, dispatcher, recorder, clock)
+        self.requests = RequestTracker(wire, self.instances, placement, codec, deliver, recorder, clock)
+        self.tokens = TokenStream(
+            wire, self.instances, self.requests.requests, codec, deliver, recorder, self.requests, clock
+        )
+        self._placement = placement
+        self._manual = ManualMigrations(wire, self.requests.requests, self.instances, placement)
+        self._manager = ManagerClient(
+            wire,
+            self._members,
+            self.instances.calls,
+            find_manager,
+            lambda: placement.demand,
+            self._is_unused,
+        )
+        self._server = RpcServer(
+            wire, {MigrateByName: self._serve_migrate, FindRequests: self._serve_find_requests}
+        )
+        info = ApiServerInfo(wire.listen(ToApiServer, self._on_message), token_endpoint)
+        self._token_endpoint = token_endpoint
+        self._manager.open(info)
+
+    async def close(self) -> None:
+        await self._manager.close()
+        await self._server.close()
+        await self._wire.close()
+
+    async def wait_for_instances(self) -> list[InstanceInfo]:
+        """Returns when there are instances, and all of them have reported."""
+        await self.instances.wait_for_reports()
+        return list(self.instances)
+
+    # ---- messages
+
+    def _on_message(self, sender: str, message: Any, payload: Sequence[bytes]) -> None:
+        match message:
+            case LoadReport(load=load):
+                if sender in self.instances:
+                    self.instances.loads.report(load)
+                    self._stranded[sender] = len(message.stranded)
+                    if message.stats is not None:
+                        self._stats[sender] = message.stats
+                    self.requests.on_load(sender, message)
+            case MigrationEnded(record=record):
+                self.requests.on_migration_ended(record)
+            case RequestFailed():
+                self.requests.on_request_failed(message)
+            case Membership():
+                self._on_membership(message)
+            case ClusterState():
+                self._manager.on_state(message)
+            case Answer():
+                self.instances.calls.on_answer(message)
+            case Call(call_id=call_id, request=request):
+                self._server.on_call(sender, call_id, request)
+
+    def _on_membership(self, message: Membership) -> None:
+        change = self._members.update(message)
+        if change is None:
+            return
+        for instance_id in change.left:
+            self.instances.remove(instance_id)
+            self._stats.pop(instance_id, None)
+            self._stranded.pop(instance_id, None)
+        for info in change.joined:
+            self.instances.add(info)
+            self._recorder.instance_joined(info)
+        for instance_id in change.left:
+            self.requests.instance_left(instance_id)
+
+    def _is_unused(self, instance_id: str) -> bool:
+        load = self.instances.load_of(instance_id)
+        return (
+            load is not None
+            and load.draining
+            and load.is_empty
+            and not self.requests.has_requests_on(instance_id)
+        )
+
+    # ---- ClusterView
+
+    @property
+    def num_waiting(self) -> int:
+        return self.requests.num_waiting
+
+    @property
+    def num_live(self) -> int:
+        return sum(can_start(load) for load in self.instances.loads)
+
+    def snapshot(self) -> dict[str, Any]:
+        rows = [instance_row(info, self.instances.load_of(info.instance_id)) for info in self.instances]
+        snapshot: dict[str, Any] = {
+            "instances": rows,
+            "waiting_line": self._placement.demand._asdict(),
+            "migrations": {
+                reason: {"committed": counts["committed"], "aborted": counts["aborted"]}
+                for reason, counts in self.requests.migrations.items()
+            },
+        }
+        if (state := self._manager.state) is None:
+            return snapshot
+        known = {row["id"] for row in rows}
+        rows += [starting_row(starting) for starting in state.starting if starting.id not in known]
+        shown: dict[str, Any] = msgspec.to_builtins(state)
+        for name in ("type", "starting", "scheduler_stats", "problems"):
+            shown.pop(name, None)
+        return snapshot | {"manager": "alive" if self._manager.is_alive else "absent"} | shown
+
+    def report(self) -> ClusterReport:
+        """For `/metrics`."""
+        return ClusterReport(
+            loads=list(self.instances.loads),
+            slots=self.instances.slots_by_instance(),
+            stats=self._stats,
+            stranded=self._stranded,
+            waiting=self._placement.demand,
+            num_running=len(self.requests.requests),
+            state=self._manager.state,
+        )
+
+    async def migrate(
+        self, request_id: str, destination: str, mode: MigrationMode = "live"
+    ) -> ManualMigration:
+        try:
+            return await self._manual.migrate(request_id, destination, mode)
+        except UnknownTargetError:
+            if destination not in self.instances:
+                raise
+        return await self._manager.call(MigrateByName(request_id, destination))  # of another API server
+
+    async def find_requests(self, name: str) -> list[dict[str, Any]]:
+        return self.requests.find(name) or await self._manager.call(FindRequests(name))
+
+    async def drain(self, instance_id: str, *, draining: bool = True, stop: bool = False) -> None:
+        await self._manager.call(DrainInstance(instance_id, draining, stop))
+
+    async def scale(self, sizes: dict[str, int]) -> None:
+        await self._manager.call(ScalePools(sizes))
+
+    async def restart(self) -> None:
+        await self._manager.call(RestartInstances())
+
+    async def check_integrity(self) -> list[str]:
+        """Asks every instance, until nothing is wrong or a problem stays for `INTEGRITY_SETTLE_S`."""
+        deadline = self._loop.time() + INTEGRITY_SETTLE_S
+        while True:
+            problems = await self._problems()
+            if not problems or self._loop.time() > deadline:
+                return problems
+            await asyncio.sleep(0.1)
+
+    async def _problems(self) -> list[str]:
+        problems = self._wire.failures.problems()
+        if (state := self._manager.state) is not None:
+            problems += state.problems
+            problems += state.scheduler_stats.problems if state.scheduler_stats is not None else []
+        for found in (await self.instances.call_all(CheckIntegrity())).values():
+            problems += found
+        live = await self.instances.call_all(LiveRequests(self._token_endpoint))
+        for instance_id, request_ids in live.items():
+            if orphans := sorted(set(request_ids) - set(self.requests.requests)):
+                problems.append(f"{instance_id}: holds requests that no client waits for: {orphans}")
+        waiting = sum(not request.ledger.token_ids for request in self.requests.requests.values())
+        if self.num_waiting != waiting:
+            problems.append(f"{self.num_waiting} requests are counted as waiting, and {waiting} wait")
+        return problems
+
+    # ---- calls of other API servers, by way of the manager
+
+    async def _serve_migrate(self, sender: str, request: MigrateByName) -> ManualMigration:
+        ids = self.internal_ids(request.request_id)
+        if len(ids) > 1:
+            text = f"{request.request_id} names {len(ids)} running requests"
+            raise MigrationRefusedError(text, RefusalCode.AMBIGUOUS_REQUEST)
+        return await self._manual.migrate(ids[0] if ids else request.request_id, request.destination)
+
+    async def _serve_find_requests(self, sender: str, request: FindRequests) -> list[dict[str, Any]]:
+        return self.requests.find(request.name)

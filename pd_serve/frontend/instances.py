@@ -1,0 +1,91 @@
+"""The instances that an API server can reach: their slots, their loads, calls to them."""
+
+import asyncio
+from collections.abc import Iterator
+from typing import TypeVar
+
+from pd_serve.comm.membership import InstanceInfo, MembershipView
+from pd_serve.comm.message_wire import MessageWire
+from pd_serve.comm.requests import Call
+from pd_serve.comm.rpc import Request, RpcClient
+from pd_serve.comm.timing import POLL_S
+from pd_serve.errors import EngineDeadError, PdServeError, UnknownTargetError
+from router.load import InstanceLoad
+from router.projected_loads import ProjectedLoads
+
+R = TypeVar("R")
+
+
+class Instances:
+    """Args:
+        num_slots: Instances that may live at a time; vLLM's metrics tell engines apart by slot.
+
+    Attributes:
+        slots: All slots.
+        loads: Reported loads, corrected by what was decided since.
+    """
+
+    def __init__(
+        self, wire: MessageWire, members: MembershipView, loads: ProjectedLoads, num_slots: int
+    ) -> None:
+        self.slots = list(range(num_slots))
+        self.loads = loads
+        self._members = members
+        self._slot_of: dict[str, int] = {}
+        self.calls = RpcClient(wire, Call)
+
+    def __iter__(self) -> Iterator[InstanceInfo]:
+        return iter(self._members.instances.values())
+
+    def __contains__(self, instance_id: object) -> bool:
+        return instance_id in self._members.instances
+
+    def slot_of(self, instance_id: str) -> int:
+        """An index that vLLM's metrics know."""
+        return self._slot_of[instance_id]
+
+    def slots_by_instance(self) -> dict[str, int]:
+        return dict(self._slot_of)
+
+    def add(self, info: InstanceInfo) -> None:
+        free = set(self.slots) - set(self._slot_of.values())
+        self._slot_of[info.instance_id] = min(free, default=0)
+
+    def remove(self, instance_id: str) -> None:
+        """It is dead or stopped: calls to it fail."""
+        self._slot_of.pop(instance_id, None)
+        self.loads.remove(instance_id)
+        self.calls.peer_lost(instance_id)
+
+    def load_of(self, instance_id: str) -> InstanceLoad | None:
+        """Its last report."""
+        return self.loads.get(instance_id)
+
+    async def wait_for_reports(self) -> None:
+        """Returns when there are instances, and every one has reported its load."""
+        while not len(self._slot_of) or not all(info.instance_id in self.loads for info in self):  # noqa: ASYNC110
+            await asyncio.sleep(POLL_S)
+
+    async def call(self, instance_id: str, request: Request[R]) -> R:
+        """Calls one instance.
+
+        Raises:
+            UnknownTargetError: No such instance.
+            EngineDeadError: It died meanwhile, or its engine has failed.
+            TimeoutError: No answer in time.
+            PdServeError: Its answer.
+        """
+        if instance_id not in self:
+            raise UnknownTargetError(f"no instance {instance_id!r}; see GET /cluster")
+        return await self.calls.call(instance_id, request)
+
+    async def call_all(self, request: Request[R]) -> dict[str, R]:
+        """Calls every instance. Raises: EngineDeadError: one failed."""
+        names = [info.instance_id for info in self]
+        try:
+            values = await asyncio.gather(*(self.call(name, request) for name in names))
+        except EngineDeadError:
+            raise
+        except PdServeError as error:
+            raise EngineDeadError(str(error)) from error
+        return dict(zip(names, values, strict=True))

@@ -1,0 +1,120 @@
+"""Where each request of an API server starts, and where it is handed off to."""
+
+import asyncio
+from collections.abc import Callable
+
+from migration.messages import RequestId
+from pd_serve.comm.message_wire import MessageWire
+from pd_serve.comm.messages import AddRequest, HandOff
+from pd_serve.comm.timing import HANDOFF_RETRY_S
+from pd_serve.errors import EngineDeadError
+from pd_serve.frontend.tracked_request import TrackedRequest
+from pd_serve.observe.recorder import RequestRecorder
+from router.dispatcher import Dispatcher
+from router.request import Demand, NewRequest
+from router.waiting_line import WaitingLine
+
+
+class Placement:
+    """Args:
+    clock: The time that requests are recorded by, in seconds.
+    """
+
+    def __init__(
+        self,
+        wire: MessageWire,
+        token_endpoint: str,
+        dispatcher: Dispatcher,
+        recorder: RequestRecorder,
+        clock: Callable[[], float],
+    ) -> None:
+        self._wire = wire
+        self._token_endpoint = token_endpoint
+        self._dispatcher = dispatcher
+        self._loads = dispatcher.loads
+        self._recorder = recorder
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        self.line = WaitingLine(dispatcher)
+
+    @property
+    def now(self) -> float:
+        """Of the waiting line's clock."""
+        return self._loop.time()
+
+    @property
+    def demand(self) -> Demand:
+        """Requests that are bound to no instance yet."""
+        return self.line.demand
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether any instance takes new requests."""
+        return self._dispatcher.is_serving
+
+    def place(self, request: TrackedRequest, epoch: int, *, may_wait: bool = False) -> bool:
+        """Sends a request to the instance that it starts on. False: it has to wait for room, and may.
+
+        Raises:
+            EngineDeadError: No live instance takes new requests.
+        """
+        new = request.new
+        if request.ledger.token_ids:  # recomputed, with the tokens generated so far
+            new = NewRequest(request.num_tokens, new.priority, new.prefix_keys)
+        instance_id = self._dispatcher.dispatch(new, may_wait=may_wait)
+        if instance_id is None:
+            if may_wait and self._dispatcher.is_serving:
+                return False
+            raise EngineDeadError("no live instance takes new requests; see GET /cluster")
+        request.ledger.owner = instance_id
+        role = self._loads[instance_id].role
+        self._recorder.dispatched(request.request_id, instance_id, role, self._clock())
+        handoff = self._handoff_candidates(request) if role == "prefill" else None
+        message = AddRequest(
+            request.request_id, self._token_endpoint, epoch, handoff, list(request.ledger.token_ids)
+        )
+        self._wire.send(instance_id, message, request.payload)
+        return True
+
+    def move_by_recompute(self, request: TrackedRequest, destination: str) -> None:
+        """Starts a request on another instance, which computes its tokens again."""
+        epoch, tokens = request.ledger.epoch, list(request.ledger.token_ids)
+        message = AddRequest(request.request_id, self._token_endpoint, epoch, None, tokens)
+        self._wire.send(destination, message, request.payload)
+
+    def enqueue(self, request: TrackedRequest) -> None:
+        self.line.add(request.request_id, request.new, self._loop.time())
+
+    def settle(self, request: TrackedRequest, destination: str | None = None) -> None:
+        """A request has arrived at its expected destination, or will not."""
+        self._loads.settled(destination or request.destination, request.request_id)
+
+    def hand_off_stranded(self, source: str, request: TrackedRequest) -> None:
+        """Hands off a request that waits on its prefill instance, if a decode instance has room."""
+        if request.ledger.owner != source or self._loop.time() < request.placed_at + HANDOFF_RETRY_S:
+            return
+        num_blocks = self._blocks_of(request, source)
+        for destination in self._dispatcher.destinations(num_blocks, request.new.priority)[:1]:
+            if self._loads.free_blocks(destination) > num_blocks:
+                request.placed_at = self._loop.time()
+                self.settle(request)
+                self._expect(request, destination, num_blocks)
+                self._wire.send(source, HandOff(RequestId(request.request_id), destination))
+
+    def _handoff_candidates(self, request: TrackedRequest) -> list[str] | None:
+        """Decode instances, best first; the request counts at the first one from now on."""
+        if request.ends_with_prefill:
+            return None
+        num_blocks = self._blocks_of(request, request.ledger.owner)
+        candidates = self._dispatcher.destinations(num_blocks, request.new.priority)
+        if candidates:
+            self._expect(request, candidates[0], num_blocks)
+        return candidates
+
+    def _expect(self, request: TrackedRequest, destination: str, num_blocks: int) -> None:
+        request.destination = destination
+        self._loads.expect(destination, request.request_id, num_blocks)
+
+    def _blocks_of(self, request: TrackedRequest, instance_id: str) -> int:
+        """Blocks that hold its tokens and the next one."""
+        return -(-(request.num_tokens + 1) // self._loads[instance_id].block_tokens)

@@ -1,0 +1,136 @@
+"""Tokens from instances to clients: each index once and in order, whichever instance sends it."""
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from migration.messages import RequestId
+from pd_serve.comm.message_wire import MessageWire
+from pd_serve.comm.messages import AbortRequests
+from pd_serve.comm.outputs import OutputBatch, RequestOutput
+from pd_serve.frontend.instances import Instances
+from pd_serve.frontend.output_codec import OutputCodec
+from pd_serve.frontend.tracked_request import TrackedRequest
+from pd_serve.observe.recorder import RequestRecorder
+
+#: Called with (request, instance, tokens so far, time in s) at every delivery; for measurements.
+TokenObserver = Callable[[RequestId, str, int, float], None]
+
+
+class TokenListener(Protocol):
+    """What the tokens tell about a request."""
+
+    def first_token(self, request: TrackedRequest) -> None:
+        """Its first token has been delivered."""
+
+    def owner_changed(self, request: TrackedRequest) -> None:
+        """A token has come from another instance than before."""
+
+    def owner_heard(self, request: TrackedRequest, now: float, prefill_s: float | None) -> None:
+        """The first token of its present owner has been delivered. `prefill_s`: how long its prefill took."""
+
+    def finished(self, request: TrackedRequest, outcome: str) -> None:
+        """Its last token has been delivered."""
+
+
+class TokenStream:
+    """Args:
+        requests: Those in progress.
+        deliver: Takes batches of outputs.
+        clock: The time that deliveries are measured by, in seconds.
+
+    Attributes:
+        observer: For measurements; None for none.
+    """
+
+    def __init__(
+        self,
+        wire: MessageWire,
+        instances: Instances,
+        requests: Mapping[RequestId, TrackedRequest],
+        codec: OutputCodec,
+        deliver: Callable[[OutputBatch], None],
+        recorder: RequestRecorder,
+        listener: TokenListener,
+        clock: Callable[[], float],
+    ) -> None:
+        self._wire = wire
+        self._instances = instances
+        self._requests = requests
+        self._codec = codec
+        self._deliver = deliver
+        self._recorder = recorder
+        self._listener = listener
+        self._clock = clock
+        self.observer: TokenObserver | None = None
+
+    def on_frames(self, frames: list[bytes]) -> None:
+        """Takes one step's outputs of one instance."""
+        header, batch = self._codec.decode(frames)
+        source = header.instance_id
+        if source not in self._instances:
+            # Its requests are recomputed, or will be when the instance that has sent them there reports it. A
+            # late token would make this instance the owner once more.
+            return
+        now = self._clock()
+        deliver: list[RequestOutput] = []
+        gaps: dict[
+            float, int
+        ] = {}  # outputs by the time of the last delivery: of most of a step it is the same
+        for output, (epoch, index) in zip(batch.outputs, header.spans, strict=True):
+            request = self._requests.get(output.request_id)
+            if request is None:
+                if output.finish_reason is None:
+                    self._end_copy(source, RequestId(output.request_id), None)
+                continue
+            before = request.ledger.extend(source, epoch, index, output, now)
+            if before is not None:
+                deliver.append(output)
+                gaps[before] = gaps.get(before, 0) + 1
+                if self.observer is not None:
+                    self.observer(request.request_id, source, index + len(output.new_token_ids), now)
+                continue
+            before = request.ledger.last_token_at
+            if ready := self._accept(request, source, epoch, index, output, batch, now):
+                deliver += ready
+                if before:
+                    gaps[before] = gaps.get(before, 0) + 1
+        if gaps:
+            self._recorder.token_gaps({now - at: number for at, number in gaps.items()})
+        if deliver or batch.scheduler_stats is not None:
+            batch.outputs = deliver
+            batch.engine_index = self._instances.slot_of(source)
+            self._deliver(batch)
+
+    def _accept(
+        self,
+        request: TrackedRequest,
+        source: str,
+        epoch: int,
+        index: int,
+        output: RequestOutput,
+        batch: OutputBatch,
+        now: float,
+    ) -> list[RequestOutput]:
+        """Takes an output that is not simply the next one. Returns the outputs to deliver."""
+        ledger, listener = request.ledger, self._listener
+        had_tokens, moves, heard = bool(ledger.token_ids), ledger.num_moves, ledger.heard_epoch
+        ready, is_stale = ledger.accept(source, epoch, index, output, now)
+        if is_stale:
+            self._end_copy(source, request.request_id, epoch + 1)  # the copy that has sent this, no later one
+        if ledger.token_ids and not had_tokens:
+            listener.first_token(request)
+        if ledger.num_moves != moves:
+            listener.owner_changed(request)
+        if ledger.heard_epoch != heard:
+            listener.owner_heard(request, now, self._codec.prefill_s(batch, output))
+        if ready and self.observer is not None:
+            self.observer(request.request_id, source, len(ledger.token_ids), now)
+        if request.moved and ledger.owner_has_spoken:
+            request.wake_movers()
+        if ledger.finished:
+            listener.finished(request, str(ready[-1].finish_reason))
+        return ready
+
+    def _end_copy(self, source: str, request_id: RequestId, below_epoch: int | None) -> None:
+        """Ends a copy of a request that no client follows any more."""
+        self._wire.send(source, AbortRequests([request_id], below_epoch))

@@ -1,0 +1,100 @@
+"""Hand-offs: a prefill instance gives each of its requests to a decode instance after the first step."""
+
+import logging
+
+from migration.coordinator import MigrationCoordinator
+from migration.engine_interface import Engine
+from migration.errors import DestinationRefusedError, MigrationError, SourceGoneError
+from migration.messages import InstanceId, RequestId
+from migration.tasks import BackgroundTasks
+from pd_serve.comm.membership import MembershipView
+from pd_serve.instance.load_reporter import LoadReporter
+
+logger = logging.getLogger(__name__)
+
+
+class Handoffs:
+    """From the request's arrival, through the attempts that its first step starts, to a stranded request.
+
+    A stranded request decodes here until an API server, which knows all loads, names another destination.
+
+    Args:
+        tasks: Run the attempts.
+    """
+
+    def __init__(
+        self, name: str, members: MembershipView, reporter: LoadReporter, tasks: BackgroundTasks
+    ) -> None:
+        self._name = name
+        self._members = members
+        self._reporter = reporter
+        self._tasks = tasks
+        self._candidates: dict[RequestId, list[str]] = {}
+        self._stranded: set[RequestId] = set()
+        self._engine: Engine
+        self._coordinator: MigrationCoordinator
+
+    def start(self, engine: Engine, coordinator: MigrationCoordinator) -> None:
+        self._engine, self._coordinator = engine, coordinator
+
+    def expect(self, request_id: RequestId, candidates: list[str]) -> None:
+        """Hands the request off to one of these instances, best first, once its prefill has started."""
+        self._candidates[request_id] = candidates
+
+    def forget(self, request_id: RequestId) -> None:
+        """The request has ended, has moved, or was not taken."""
+        self._candidates.pop(request_id, None)
+        self._stranded.discard(request_id)
+
+    @property
+    def stranded(self) -> list[RequestId]:
+        return sorted(self._stranded)
+
+    @property
+    def unfinished(self) -> list[RequestId]:
+        """Requests that wait for a hand-off, stranded or not; none when the instance is at rest."""
+        return sorted(self._stranded | set(self._candidates))
+
+    def on_prefill_started(self, request_ids: list[RequestId]) -> None:
+        for request_id in request_ids:
+            if (candidates := self._candidates.pop(request_id, None)) is not None:
+                self._tasks.start(self._hand_off(request_id, candidates))
+
+    def retry(self, request_id: RequestId, destination: str) -> None:
+        """An API server has found a destination for a stranded request."""
+        self._tasks.start(self._retry(request_id, destination))
+
+    async def _retry(self, request_id: RequestId, destination: str) -> None:
+        try:
+            await self._coordinator.migrate(request_id, InstanceId(destination), "handoff")
+        except MigrationError as error:
+            self._log_stay(request_id, error)
+
+    def _log_stay(self, request_id: RequestId, error: MigrationError) -> None:
+        code = error.refusal.code
+        logger.info("request %s: stays on %s (%s): %s", request_id, self._name, code, error)
+
+    async def _hand_off(self, request_id: RequestId, candidates: list[str]) -> None:
+        for candidate in candidates:
+            if not self._members.has_peer(candidate):
+                continue  # it is stopped or dead, so no answer would come
+            try:
+                record = await self._coordinator.migrate(request_id, InstanceId(candidate), "handoff")
+            except SourceGoneError:
+                return
+            except DestinationRefusedError as error:
+                self._log_stay(request_id, error)
+                break
+            if record.committed:
+                return
+        await self._strand(request_id)
+
+    async def _strand(self, request_id: RequestId) -> None:
+        self._stranded.add(request_id)  # before the engine is asked, so that its end meanwhile removes it
+        try:
+            await self._engine.describe(request_id)
+        except MigrationError:
+            self._stranded.discard(request_id)  # it does not run here any more
+            return
+        logger.info("request %s: no decode instance takes it, %s decodes it", request_id, self._name)
+        self._reporter.report_soon()

@@ -1,0 +1,123 @@
+"""What an instance reports of itself, when, and to which processes."""
+
+import asyncio
+from collections.abc import Callable
+
+from msgspec.structs import asdict
+
+from migration.coordinator import MigrationCoordinator
+from migration.messages import RequestId
+from pd_serve.comm.membership import MANAGER, SCHEDULER, MembershipView
+from pd_serve.comm.message_wire import MessageWire
+from pd_serve.comm.messages import InstanceStats, LoadReport
+from pd_serve.comm.timing import PROGRESS_REPORT_INTERVAL_S, REPORT_INTERVAL_S, STATS_INTERVAL_S
+from pd_serve.observe.process_stats import process_stats
+from router.load import EngineLoad, InstanceLoad
+
+#: A change of one of these is reported at once, other changes only every `PROGRESS_REPORT_INTERVAL_S`.
+REPORTED_ON_CHANGE = ("total_blocks", "running", "suspended", "waiting", "waiting_tokens", "reserved_blocks")
+
+
+class LoadReporter:
+    """Reports load to API servers and the scheduler; to the manager as a heartbeat, and while it drains.
+
+    Args:
+        stranded: Gives the requests that wait here for a decode instance.
+
+    Attributes:
+        role: Present role of the instance.
+        draining: It takes no new requests, and what it has moves away.
+        drained_by_operator: So until the operator says otherwise, whatever the scheduler says.
+        requests_added: New requests received; tells API servers which dispatches a report includes.
+        moves_decided: Orders to move a request answered; tells the scheduler which orders a report includes.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        role: str,
+        wire: MessageWire,
+        members: MembershipView,
+        stranded: Callable[[], list[RequestId]],
+    ) -> None:
+        self.role = role
+        self.draining = False
+        self.drained_by_operator = False
+        self.requests_added = 0
+        self.moves_decided = 0
+        self._name = name
+        self._wire = wire
+        self._members = members
+        self._stranded = stranded
+        self._loop = asyncio.get_running_loop()
+        self._coordinator: MigrationCoordinator | None = None
+        self._engine = EngineLoad(block_tokens=1)  # until the engine reports
+        self._reported_at = 0.0
+        self._stats_at = -STATS_INTERVAL_S
+        self._due: asyncio.TimerHandle | None = None
+
+    def start(self, coordinator: MigrationCoordinator) -> None:
+        self._coordinator = coordinator
+
+    def close(self) -> None:
+        if self._due is not None:
+            self._due.cancel()
+
+    def set_draining(self, draining: bool, *, by_operator: bool) -> None:
+        if by_operator:
+            self.drained_by_operator = draining
+        self.draining = draining or self.drained_by_operator
+        self.report_soon()
+
+    def on_engine_load(self, load: EngineLoad) -> None:
+        """Takes the engine's load after a step."""
+        before, self._engine = self._engine, load
+        changed = any(getattr(load, name) != getattr(before, name) for name in REPORTED_ON_CHANGE)
+        if changed or self._loop.time() - self._reported_at >= PROGRESS_REPORT_INTERVAL_S:
+            self.report_soon()
+
+    def load(self) -> InstanceLoad:
+        coordinator = self._coordinator
+        return InstanceLoad(
+            instance_id=self._name,
+            role=self.role,
+            migrating_in=coordinator.num_incoming if coordinator else 0,
+            migrating_out=coordinator.num_outgoing if coordinator else 0,
+            draining=self.draining,
+            requests_added=self.requests_added,
+            moves_decided=self.moves_decided,
+            **asdict(self._engine),
+        )
+
+    def stats(self) -> InstanceStats | None:
+        """For metrics; None before the engine has started."""
+        if (coordinator := self._coordinator) is None:
+            return None
+        return InstanceStats(
+            process=process_stats(),
+            offers=coordinator.num_offers,
+            refused_offers=coordinator.num_refused,
+            bytes_received=coordinator.bytes_received,
+            protocol_errors=coordinator.protocol_errors + len(self._wire.failures),
+        )
+
+    def report_soon(self) -> None:
+        """Reports as soon as the last report is old enough."""
+        if self._due is None:
+            delay = max(0.0, self._reported_at + REPORT_INTERVAL_S - self._loop.time())
+            self._due = self._loop.call_later(delay, self._report)
+
+    def _report(self) -> None:
+        self._due = None
+        self._reported_at = self._loop.time()
+        if self._coordinator is None:
+            return
+        stats = None
+        if self._reported_at - self._stats_at >= STATS_INTERVAL_S:
+            self._stats_at, stats = self._reported_at, self.stats()
+        report = LoadReport(self.load(), self._stranded(), stats)
+        for api_server in self._members.api_servers:
+            self._wire.send(api_server, report)
+        self._wire.send(SCHEDULER, report)
+        if stats is not None or self.draining:
+            self._wire.send(MANAGER, report)

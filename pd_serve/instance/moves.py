@@ -1,0 +1,87 @@
+"""Migrations that the scheduler or an operator orders, and reports of all migrations that have ended."""
+
+import logging
+
+from migration.coordinator import MigrationCoordinator
+from migration.engine_interface import Engine
+from migration.errors import DestinationRefusedError, MigrationError, SourceGoneError
+from migration.messages import InstanceId
+from migration.record import MigrationRecord
+from pd_serve.comm.membership import MembershipView
+from pd_serve.comm.message_wire import MessageWire
+from pd_serve.comm.messages import MigrationEnded, MoveOut
+from pd_serve.comm.requests import MoveRequest
+from pd_serve.instance.load_reporter import LoadReporter
+from router.rescheduling.selection import RequestSelector
+
+logger = logging.getLogger(__name__)
+
+
+class Moves:
+    """Carries out `MoveOut` orders and `MoveRequest` calls, and tells API servers how migrations ended."""
+
+    def __init__(self, name: str, wire: MessageWire, members: MembershipView, reporter: LoadReporter) -> None:
+        self._name = name
+        self._wire = wire
+        self._members = members
+        self._reporter = reporter
+        self._selector = RequestSelector()
+        self._engine: Engine
+        self._coordinator: MigrationCoordinator
+
+    def start(self, engine: Engine, coordinator: MigrationCoordinator) -> None:
+        self._engine, self._coordinator = engine, coordinator
+
+    async def move_out(self, order: MoveOut) -> None:
+        """Moves a request of this instance's choice. The scheduler has found this instance too full."""
+        destination = order.destination
+        running = await self._engine.running_requests()
+        requests = [r for r in running if not self._coordinator.is_leaving(r.request_id)]
+        chosen = self._selector.select(order.selection, requests, self._reporter.load(), destination)
+        self._reporter.moves_decided += 1
+        self._reporter.report_soon()
+        if chosen is None:
+            return
+        try:
+            await self._coordinator.migrate(
+                chosen.request_id, InstanceId(destination.instance_id), order.reason
+            )
+        except MigrationError as error:
+            code = error.refusal.code
+            logger.info(
+                "request %s: %s did not happen (%s): %s", chosen.request_id, order.reason, code, error
+            )
+
+    async def move(self, sender: str, request: MoveRequest) -> MigrationRecord:
+        """Serves a `MoveRequest`."""
+        try:
+            return await self._coordinator.migrate(
+                request.request_id, request.destination, "manual", blocking=request.blocking
+            )
+        except (SourceGoneError, DestinationRefusedError) as error:
+            return MigrationRecord(
+                request_id=request.request_id,
+                source=InstanceId(self._name),
+                destination=request.destination,
+                reason="manual",
+                refusal=error.refusal,
+            )
+
+    def on_ended(self, record: MigrationRecord) -> None:
+        """Logs a finished migration and tells all API servers. A committed hand-off is routine."""
+        if record.refusal is None:
+            outcome = f"committed, {record.blocks} blocks in {record.stages} stages"
+        else:
+            outcome = f"did not happen ({record.refusal.code}): {record.why}"
+        logger.log(
+            logging.DEBUG if record.committed and record.reason == "handoff" else logging.INFO,
+            "request %s: %s %s -> %s %s",
+            record.request_id,
+            record.reason,
+            self._name,
+            record.destination,
+            outcome,
+        )
+        for api_server in self._members.api_servers:
+            self._wire.send(api_server, MigrationEnded(record))
+        self._reporter.report_soon()

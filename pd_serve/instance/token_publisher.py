@@ -1,0 +1,39 @@
+"""Tokens from the step thread to the API servers, one message per step and API server."""
+
+import logging
+
+import msgspec
+import zmq
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.serial_utils import MsgpackEncoder
+
+from pd_serve.comm.messages import TokenHeader
+from pd_serve.comm.wire import Wire
+
+logger = logging.getLogger(__name__)
+
+
+class TokenPublisher:
+    """Belongs to the step thread."""
+
+    def __init__(self, name: str, wire: Wire) -> None:
+        self._name = name
+        self._wire = wire
+        self._encoder = MsgpackEncoder()
+        self._sockets: dict[str, zmq.Socket[bytes]] = {}
+
+    def publish(self, client: str, outputs: EngineCoreOutputs, spans: list[tuple[int, int]]) -> None:
+        """Sends a step's outputs to the token endpoint `client`; see `TokenHeader` for `spans`."""
+        socket = self._sockets.get(client)
+        if socket is None:
+            socket = self._sockets[client] = self._wire.publisher(client)
+        frames = [msgspec.msgpack.encode(TokenHeader(self._name, spans)), *self._encoder.encode(outputs)]
+        try:
+            socket.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.Again:
+            logger.warning("the API server at %s does not read its tokens", client)
+
+    def close(self) -> None:
+        """Call after the step thread has ended. An open socket would delay the end of the wire."""
+        for publisher in self._sockets.values():
+            publisher.close(linger=0)

@@ -1,0 +1,26 @@
+"""Exponential backoff between failed starts."""
+
+from pd_serve.comm.timing import MAX_START_BACKOFF_S, START_BACKOFF_S
+
+
+class Backoff:
+    """Of one role: a pool whose instances fail does not delay the starts of another.
+
+    Attributes:
+        retry_at: Earliest time of the next start.
+        failed_at: Time of the last failure; None without one.
+    """
+
+    def __init__(self) -> None:
+        self.retry_at = 0.0
+        self.failed_at: float | None = None
+        self._pause_s = START_BACKOFF_S
+
+    def failed(self, now: float) -> None:
+        self.failed_at = now
+        self.retry_at = now + self._pause_s
+        self._pause_s = min(2 * self._pause_s, MAX_START_BACKOFF_S)
+
+    def reset(self) -> None:
+        """Starts succeed again."""
+        self.failed_at, self._pause_s = None, START_BACKOFF_S

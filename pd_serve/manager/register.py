@@ -1,0 +1,88 @@
+"""The instances that serve, and their last load reports."""
+
+import asyncio
+
+from pd_serve.comm.membership import InstanceInfo
+from router.dispatch import can_start
+from router.load import ROLES, InstanceLoad
+
+
+class InstanceRegister:
+    """Attributes:
+    infos: By instance id.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.infos: dict[str, InstanceInfo] = {}
+        self._loads: dict[str, InstanceLoad] = {}
+        self._heard_at: dict[str, float] = {}
+        self._ready_at: dict[str, float] = {}
+
+    def __contains__(self, instance_id: object) -> bool:
+        return instance_id in self.infos
+
+    def __len__(self) -> int:
+        return len(self.infos)
+
+    def add(self, info: InstanceInfo) -> None:
+        self.infos[info.instance_id] = info
+        self._heard_at[info.instance_id] = self._ready_at[info.instance_id] = self._loop.time()
+
+    def remove(self, instance_id: str) -> None:
+        for table in (self.infos, self._loads, self._heard_at, self._ready_at):
+            table.pop(instance_id, None)
+
+    def on_report(self, load: InstanceLoad) -> None:
+        """Takes a load report. One of an instance that is not registered is ignored."""
+        if load.instance_id in self.infos:
+            self._loads[load.instance_id] = load
+            self._heard_at[load.instance_id] = self._loop.time()
+
+    def load_of(self, instance_id: str) -> InstanceLoad | None:
+        """Its last report; None before the first one."""
+        return self._loads.get(instance_id)
+
+    def role_of(self, instance_id: str) -> str:
+        """Its present role."""
+        load = self._loads.get(instance_id)
+        return load.role if load is not None else self.infos[instance_id].role
+
+    def roles(self) -> dict[str, str]:
+        """Present roles, by instance id."""
+        return {instance_id: self.role_of(instance_id) for instance_id in self.infos}
+
+    def num_requests(self, instance_id: str) -> int:
+        load = self._loads.get(instance_id)
+        return load.running + load.waiting if load is not None else 0
+
+    def age_s(self, instance_id: str) -> float:
+        """Time since it was ready."""
+        return self._loop.time() - self._ready_at[instance_id]
+
+    def silent_for(self, lease_s: float) -> list[str]:
+        """Instances that have reported nothing for this long."""
+        oldest = self._loop.time() - lease_s
+        return [instance_id for instance_id, heard_at in self._heard_at.items() if heard_at < oldest]
+
+    def can_serve(self) -> bool:
+        """Whether requests can be prefilled and decoded."""
+        roles = {info.role for info in self.infos.values()}
+        return "neutral" in roles or {"prefill", "decode"} <= roles
+
+    def why_needed(self, instance_id: str) -> str | None:
+        """Why the cluster could not serve without this instance; None if it could."""
+        others = [load for name, load in self._loads.items() if name != instance_id and not load.draining]
+        if not any(map(can_start, others)):
+            return f"{instance_id} is the last instance that takes new requests"
+        if any(load.role == "prefill" for load in others) and not any(o.role == "decode" for o in others):
+            return f"{instance_id} is the last decode instance"
+        return None
+
+    def in_order(self) -> list[InstanceInfo]:
+        """By role and number, not by the time at which they were ready."""
+        return sorted(self.infos.values(), key=_by_role_and_number)
+
+
+def _by_role_and_number(info: InstanceInfo) -> tuple[int, int]:
+    return ROLES.index(info.role), int(info.instance_id.rpartition("-")[2])

@@ -1,0 +1,82 @@
+"""Keeps one scheduler running, and what it has last reported."""
+
+import asyncio
+from collections.abc import Callable
+
+from migration.tasks import BackgroundTasks
+from pd_serve.comm.cluster_state import SchedulerState, SchedulerStats
+from pd_serve.comm.timing import EARLY_SCHEDULER_DEATH_S, MAX_SCHEDULER_PAUSE_S, SCHEDULER_LEASE_S
+from pd_serve.errors import EngineDeadError
+from pd_serve.manager.launcher import Launcher
+from pd_serve.scheduler.scheduler_process import SchedulerConfig
+
+
+class SchedulerKeeper:
+    """Args:
+        on_start: Called with the address of every scheduler that has started.
+        warn: Tells the operator.
+
+    Attributes:
+        address: Of the scheduler that was started last; "" before the first one.
+    """
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        config: SchedulerConfig,
+        on_start: Callable[[str], None],
+        warn: Callable[[str], None],
+    ) -> None:
+        self._launcher = launcher
+        self._config = config
+        self._on_start = on_start
+        self._warn = warn
+        self._loop = asyncio.get_running_loop()
+        self._tasks = BackgroundTasks()
+        self._heard_at: float | None = None
+        self._pid: int | None = None
+        self._starts = 0
+        self._stats: SchedulerStats | None = None
+        self.address = ""
+
+    def open(self) -> None:
+        self._tasks.start(self._keep())
+
+    async def close(self) -> None:
+        await self._tasks.cancel()
+
+    def on_report(self, stats: SchedulerStats | None) -> None:
+        self._heard_at = self._loop.time()
+        self._stats = stats or self._stats
+
+    @property
+    def is_alive(self) -> bool:
+        return self._heard_at is not None and self._loop.time() - self._heard_at < SCHEDULER_LEASE_S
+
+    @property
+    def state(self) -> SchedulerState:
+        alive = "alive" if self.is_alive else "absent"
+        return SchedulerState(alive, self._config.policies.name, self._pid, max(0, self._starts - 1))
+
+    @property
+    def stats(self) -> SchedulerStats | None:
+        """None while there is no scheduler."""
+        return self._stats if self.is_alive else None
+
+    async def _keep(self) -> None:
+        """Starts another scheduler as soon as one has died; after a pause if that had just started."""
+        pause_s = 0.0
+        while True:
+            await asyncio.sleep(pause_s)
+            began = self._loop.time()
+            try:
+                self.address, self._pid = await self._launcher.start_scheduler(self._config)
+                self._starts += 1
+                self._on_start(self.address)
+                await self._launcher.scheduler_ended()
+                self._warn("the scheduler has died and is started again; requests go on")
+            except EngineDeadError as error:
+                self._warn(f"{error}; no request is moved and no pool scaled meanwhile")
+            self._heard_at = self._pid = None
+            lived_s = self._loop.time() - began
+            pause_s = 0.0 if lived_s > EARLY_SCHEDULER_DEATH_S else min(pause_s + 1.0, MAX_SCHEDULER_PAUSE_S)

@@ -1,0 +1,218 @@
+"""Starts instances: the first ones, those that the scheduler wants, and those that are missing."""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+
+from migration.tasks import BackgroundTasks
+from pd_serve.comm.cluster_state import StartingInstance
+from pd_serve.comm.membership import InstanceInfo
+from pd_serve.comm.timing import EARLY_DEATH_S, POLL_S, START_TIMEOUT_S
+from pd_serve.errors import EngineDeadError, PdServeError
+from pd_serve.manager.backoff import Backoff
+from pd_serve.manager.decision_log import DecisionLog
+from pd_serve.manager.register import InstanceRegister
+
+logger = logging.getLogger(__name__)
+
+
+class Starter:
+    """Args:
+        start: Starts an instance by id and role, and returns when it is ready. Raises: PdServeError.
+        waits_for: What an instance that is being started waits for, in words; "" if for nothing but itself.
+        on_change: Called when `starting` or the register has changed.
+
+    Attributes:
+        next_numbers: Number of the next instance id, by role. Ids are not used again, since messages about an
+            earlier instance of that id may still arrive.
+    """
+
+    def __init__(
+        self,
+        register: InstanceRegister,
+        log: DecisionLog,
+        start: Callable[[str, str], Awaitable[InstanceInfo]],
+        waits_for: Callable[[str], str],
+        on_change: Callable[[], None],
+        next_numbers: Mapping[str, int],
+    ) -> None:
+        self._register = register
+        self._log = log
+        self._start = start
+        self._waits_for = waits_for
+        self._on_change = on_change
+        self.next_numbers = dict(next_numbers)
+        self._loop = asyncio.get_running_loop()
+        self._tasks = BackgroundTasks()
+        self._starting: dict[str, str] = {}  # role by id, until the first load report
+        self._queued: list[tuple[str, str]] = []  # role and reason of starts that repeat until they succeed
+        self._retries: dict[str, asyncio.TimerHandle] = {}  # by role
+        self._backoffs: dict[str, Backoff] = {role: Backoff() for role in next_numbers}
+
+    async def close(self) -> None:
+        for timer in self._retries.values():
+            timer.cancel()
+        await self._tasks.cancel()
+
+    # ---- what is on its way
+
+    @property
+    def not_ready(self) -> dict[str, str]:
+        """Roles of the instances that are being started and not registered yet, by id."""
+        return {name: role for name, role in self._starting.items() if name not in self._register}
+
+    @property
+    def num_starting(self) -> Counter[str]:
+        """By role. An instance counts until it reports, so that the scheduler asks for no other one."""
+        return Counter(self._starting.values())
+
+    def num_coming(self, role: str) -> int:
+        """Instances of a role that are not registered yet, queued ones included."""
+        return list(self.not_ready.values()).count(role) + [r for r, _ in self._queued].count(role)
+
+    def rows(self) -> list[StartingInstance]:
+        """For `GET /cluster`."""
+        rows = [StartingInstance(n, r, self._waits_for(n) or "starting") for n, r in self.not_ready.items()]
+        return rows + [StartingInstance("", role, f"to be started: {why}") for role, why in self._queued]
+
+    def is_backing_off(self, role: str) -> bool:
+        """Whether the last start of this role has failed a short time ago."""
+        return self._loop.time() < self._backoffs[role].retry_at
+
+    # ---- starting
+
+    async def start_first(self, names: list[tuple[str, str]]) -> None:
+        """Starts the first instances, by id and role.
+
+        Returns when each is ready or waits for resources, and those that are ready can serve.
+
+        Raises:
+            PdServeError: One does not start.
+        """
+        starts: dict[asyncio.Future[None], str] = {}
+        for name, role in names:
+            self._starting[name] = role
+            starts[asyncio.ensure_future(self._start_or_fail(name))] = role
+        try:
+            while starts and not (all(map(self._waits_for, self.not_ready)) and self._register.can_serve()):
+                done, _ = await asyncio.wait(starts, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
+                for start in done:
+                    start.result()
+                    del starts[start]
+        except BaseException:
+            for start in starts:
+                start.cancel()
+            await asyncio.gather(*starts, return_exceptions=True)
+            raise
+        for start, role in starts.items():
+            self._tasks.start(self._finish_late(start, role))
+
+    async def _start_or_fail(self, name: str) -> None:
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                info = await self._start(name, self._starting[name])
+        except TimeoutError as error:
+            raise EngineDeadError(f"{name} has not started: {self._why_late(name)}") from error
+        finally:
+            del self._starting[name]
+        self._ready(info)
+
+    async def _finish_late(self, start: "asyncio.Future[None]", role: str) -> None:
+        try:
+            await start
+        except PdServeError as error:
+            self._log.add(str(error))
+            self._failed(role)
+            self.start_until_ready(role, "there were no resources for it at the start")
+        finally:
+            start.cancel()
+
+    def start_once(self, role: str, reason: str) -> None:
+        """One more instance of a role. If its start fails it is not repeated."""
+        self._tasks.start(self.bring_up(self.new_id(role, reason), role))
+
+    def start_until_ready(self, role: str, reason: str) -> None:
+        """One more instance of a role. Its start is repeated until it succeeds."""
+        self._queued.append((role, reason))
+        self._start_queued(role)
+        self._on_change()
+
+    def unqueue(self, role: str) -> bool:
+        """Takes back one start that has not begun. False: there is none."""
+        for queued in self._queued:
+            if queued[0] == role:
+                self._queued.remove(queued)
+                self._on_change()
+                return True
+        return False
+
+    def _start_queued(self, role: str) -> None:
+        """Starts the queued instances of a role as soon as its backoff ends."""
+        if role not in self._retries:
+            at = max(self._backoffs[role].retry_at, self._loop.time())
+            self._retries[role] = self._loop.call_at(at, self._backoff_ended, role)
+
+    def _backoff_ended(self, role: str) -> None:
+        del self._retries[role]
+        if self.is_backing_off(role):
+            return self._start_queued(role)  # another start has failed meanwhile
+        reasons = [reason for queued, reason in self._queued if queued == role]
+        self._queued = [queued for queued in self._queued if queued[0] != role]
+        for reason in reasons:
+            self._tasks.start(self._repeat(role, reason))
+
+    async def _repeat(self, role: str, reason: str) -> None:
+        if not await self.bring_up(self.new_id(role, reason), role):
+            self.start_until_ready(role, reason)
+
+    def new_id(self, role: str, reason: str) -> str:
+        """The id of an instance that is started next."""
+        number = self.next_numbers.get(role, 0)
+        self.next_numbers[role] = number + 1
+        name = f"{role}-{number}"
+        self._starting[name] = role
+        self._log.add(f"{name} is started: {reason}")
+        return name
+
+    async def bring_up(self, name: str, role: str) -> bool:
+        """Starts an instance with an id of `new_id`. Returns whether it is ready and has reported."""
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                self._ready(await self._start(name, role))
+                while name in self._register and self._register.load_of(name) is None:  # noqa: ASYNC110
+                    await asyncio.sleep(POLL_S)
+        except Exception as error:
+            if not isinstance(error, PdServeError | TimeoutError):
+                logger.exception("%s: starting it failed", name)
+            self._log.add(f"{name} has not started: {str(error) or self._why_late(name)}")
+            self._failed(role)
+            return False
+        else:
+            self._log.count("start", role)
+            return True
+        finally:
+            del self._starting[name]
+            self._on_change()
+
+    def _ready(self, info: InstanceInfo) -> None:
+        self._register.add(info)
+        self._on_change()
+
+    def _why_late(self, name: str) -> str:
+        return self._waits_for(name) or f"not ready after {START_TIMEOUT_S:.0f} s"
+
+    # ---- failures
+
+    def died(self, role: str, age_s: float) -> None:
+        """An instance has died. Soon after its start, that counts as a failed start."""
+        if age_s < EARLY_DEATH_S:
+            self._failed(role)
+
+    def _failed(self, role: str) -> None:
+        backoff = self._backoffs.setdefault(role, Backoff())
+        now, failed_at = self._loop.time(), backoff.failed_at
+        ages = [self._register.age_s(n) for n, r in self._register.roles().items() if r == role]
+        if failed_at is not None and any(EARLY_DEATH_S <= age < now - failed_at for age in ages):
+            backoff.reset()  # since the last failure an instance has started, and has lived
+        backoff.failed(now)

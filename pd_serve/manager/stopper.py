@@ -1,0 +1,103 @@
+"""Drains instances, and stops them when they are empty."""
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable
+
+from migration.tasks import BackgroundTasks
+from pd_serve.comm.message_wire import MessageWire
+from pd_serve.comm.messages import SetDraining
+from pd_serve.comm.timing import POLL_S, STOP_PATIENCE_S
+from pd_serve.manager.decision_log import DecisionLog
+from pd_serve.manager.register import InstanceRegister
+
+
+class Stopper:
+    """Args:
+        stop: Ends the process of an instance.
+        is_used: Whether an API server may still have requests on an instance that is leaving.
+        on_change: Called when `leaving` or the register has changed.
+
+    Attributes:
+        leaving: Instances that are stopped as soon as they are empty.
+        drained_by_operator: The scheduler neither uses nor stops these.
+    """
+
+    def __init__(
+        self,
+        register: InstanceRegister,
+        log: DecisionLog,
+        wire: MessageWire,
+        stop: Callable[[str], Awaitable[None]],
+        is_used: Callable[[str], bool],
+        on_change: Callable[[], None],
+    ) -> None:
+        self._register = register
+        self._log = log
+        self._wire = wire
+        self._stop = stop
+        self._is_used = is_used
+        self._on_change = on_change
+        self._loop = asyncio.get_running_loop()
+        self._tasks = BackgroundTasks()
+        self.leaving: set[str] = set()
+        self.drained_by_operator: set[str] = set()
+
+    async def close(self) -> None:
+        await self._tasks.cancel()
+
+    def drain(self, instance_id: str, draining: bool, reason: str) -> None:
+        """Takes an instance out of use until the operator says otherwise, or uses it again."""
+        if draining:
+            self.drained_by_operator.add(instance_id)
+        else:
+            self.drained_by_operator.discard(instance_id)
+        self._wire.send(instance_id, SetDraining(draining, by_operator=True))
+        self._log.add(f"{instance_id} is {'drained' if draining else 'used again'}: {reason}")
+
+    def stop_drained(self, instance_id: str, reason: str) -> None:
+        """Stops an instance that the operator drains, however long it takes to become empty."""
+        self._begin(instance_id, reason, math.inf)
+
+    def stop_empty(self, instance_id: str, reason: str) -> None:
+        """Stops an instance that the scheduler has drained and found empty."""
+        if instance_id not in self.drained_by_operator:
+            self._begin(instance_id, reason, STOP_PATIENCE_S)
+
+    def forget(self, instance_id: str) -> None:
+        """It has died."""
+        self.drained_by_operator.discard(instance_id)
+
+    def _begin(self, instance_id: str, reason: str, patience_s: float) -> None:
+        if instance_id in self._register and instance_id not in self.leaving:
+            self.leaving.add(instance_id)
+            self._on_change()
+            self._tasks.start(self._take_down(instance_id, reason, self._loop.time() + patience_s))
+
+    async def _take_down(self, instance_id: str, reason: str, deadline: float) -> None:
+        by_operator = instance_id in self.drained_by_operator
+        try:
+            while True:
+                await asyncio.sleep(POLL_S)
+                if instance_id not in self._register:
+                    return  # it has died
+                if by_operator and instance_id not in self.drained_by_operator:
+                    return  # it is used again
+                load = self._register.load_of(instance_id)
+                if load is None:
+                    continue
+                if not by_operator and not load.draining:
+                    return  # it is used again
+                is_empty = load.draining and load.is_empty and not self._is_used(instance_id)
+                if is_empty or self._loop.time() > deadline:
+                    break
+            role = self._register.role_of(instance_id)
+            self._register.remove(instance_id)
+            self._on_change()
+            await self._stop(instance_id)
+            self._log.add(f"{instance_id} is stopped: {reason}")
+            self._log.count("stop", role)
+        finally:
+            self.leaving.discard(instance_id)
+            self.drained_by_operator.discard(instance_id)
+            self._on_change()

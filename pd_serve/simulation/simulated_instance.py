@@ -1,0 +1,77 @@
+"""One simulated instance: the real llumlet on a simulated engine, KV transport and wire."""
+
+import logging
+
+from migration.bounds import MigrationBounds
+from migration.messages import InstanceId
+from migration.transport.local import LocalTransport
+from pd_serve.comm.membership import InstanceInfo
+from pd_serve.comm.messages import TokenHeader
+from pd_serve.instance.llumlet import Llumlet
+from pd_serve.simulated_engine.outputs import SimulatedBatch, SimulatedOutput, decode_payload
+from pd_serve.simulated_engine.simulated_engine import SimulatedEngine
+from pd_serve.simulation.config import SimulationConfig
+from pd_serve.simulation.simulated_network import SimulatedNetwork, SimulatedWire
+
+logger = logging.getLogger(__name__)
+
+
+class SimulatedInstance:
+    """Attributes:
+    failure: What has failed in a way that must not happen; None if nothing has.
+    """
+
+    def __init__(
+        self, name: str, role: str, config: SimulationConfig, network: SimulatedNetwork, started_at: float
+    ) -> None:
+        self.name = name
+        self.role = role
+        self.started_at = started_at
+        self.failure: BaseException | None = None
+        self.wire = SimulatedWire(name, network)
+        self.transport: LocalTransport = network.fabric.transport(name)
+        bounds = MigrationBounds(max_outgoing=config.max_migrations, max_incoming=config.max_migrations)
+        self.llumlet = Llumlet(
+            InstanceId(name), role, self.wire, self.transport, bounds=bounds, on_fatal=self._failed
+        )
+        leaving, entering = network.fabric.leaving, network.fabric.entering
+
+        def is_copying() -> bool:
+            return bool(leaving[name] or entering[name])
+
+        settings = config.engines.get(role) or config.engines["neutral"]
+        self.engine = SimulatedEngine(
+            settings, decode_payload, self._publish, self.llumlet.events, is_copying
+        )
+        self.transport.register(self.engine.regions)
+        self.llumlet.start(self.engine)
+
+    @property
+    def info(self) -> InstanceInfo:
+        facts = self.engine.facts
+        return InstanceInfo(
+            instance_id=self.name,
+            role=self.role,
+            address=self.llumlet.address,
+            node="simulated",
+            pid=0,
+            no_migration=facts.no_migration,
+            supported_tasks=["generate"],
+            max_model_len=facts.max_model_len,
+            num_blocks=facts.num_blocks,
+            block_tokens=facts.block_tokens,
+        )
+
+    async def stop(self) -> None:
+        """Ends it in the middle of whatever it does, as when its process ends."""
+        await self.engine.stop()
+        await self.llumlet.close()
+        self.transport.close()
+        await self.wire.close()
+
+    def _publish(self, client: str, outputs: list[SimulatedOutput], spans: list[tuple[int, int]]) -> None:
+        self.wire.send_to(client, [TokenHeader(self.name, spans), SimulatedBatch(outputs)])
+
+    def _failed(self, error: BaseException) -> None:
+        logger.error("%s has failed", self.name, exc_info=error)
+        self.failure = error

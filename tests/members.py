@@ -1,0 +1,31 @@
+"""Memberships as a manager would tell them."""
+
+from collections.abc import Sequence
+
+from pd_serve.comm.membership import ApiServerInfo, InstanceInfo, Membership
+
+ROLES = {"p": "prefill", "d": "decode", "n": "neutral"}
+
+
+def instance_info(name: str, *, pid: int = 1) -> InstanceInfo:
+    """An instance whose role the first letter of its name tells."""
+    return InstanceInfo(name, ROLES[name[0]], f"tcp://{name}", "node", pid, None, ["generate"], 512, 100, 16)
+
+
+def membership(
+    *instances: str,
+    api_servers: Sequence[str] = (),
+    scheduler: str = "",
+    starting: dict[str, int] | None = None,
+    leaving: Sequence[str] = (),
+    term: int = 1,
+) -> Membership:
+    return Membership(
+        term=term,
+        address="tcp://manager",
+        instances=[instance_info(name) for name in instances],
+        leaving=list(leaving),
+        starting=starting or {},
+        scheduler=scheduler,
+        api_servers={name: ApiServerInfo(f"tcp://{name}", f"tcp://{name}/tokens") for name in api_servers},
+    )

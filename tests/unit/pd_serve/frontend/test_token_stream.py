@@ -1,0 +1,123 @@
+"""Tokens of several owners, as one stream to the API."""
+
+import msgspec
+from vllm.v1.engine import (
+    EngineCoreEvent,
+    EngineCoreEventType,
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    FinishReason,
+)
+from vllm.v1.serial_utils import MsgpackEncoder
+
+from migration.messages import RequestId
+from pd_serve.comm.messages import AbortRequests, TokenHeader
+from tests.unit.pd_serve.frontend.frontend_world import R, World
+
+
+async def test_tokens_of_two_owners_are_delivered_in_order(world: World) -> None:
+    """The destination's first token overtakes the source's second."""
+    world.submit()
+    world.tokens("p0", 0, 0, 10)
+    world.tokens("d0", 1, 2, 12)
+    assert world.delivered_tokens() == [10]
+
+    world.tokens("p0", 0, 1, 11)
+    world.tokens("d0", 1, 3, 13, finish=FinishReason.LENGTH)
+
+    outputs = world.delivered()
+    assert [token for output in outputs for token in output.new_token_ids] == [11, 12, 13]
+    assert [output.finish_reason for output in outputs] == [None, None, FinishReason.LENGTH]
+    assert world.sent(AbortRequests) == []
+
+
+async def test_a_step_s_outputs_are_those_of_its_instance(world: World) -> None:
+    """vLLM's metrics tell instances apart by slot."""
+    world.submit()
+    world.tokens("p0", 0, 0, 10)
+    world.tokens("d0", 1, 1, 11)
+
+    slots = [world.outputs.get_nowait().engine_index for _ in range(2)]
+
+    assert slots == [0, 2]
+
+
+async def test_a_token_for_a_request_that_has_ended_makes_its_sender_end_it(world: World) -> None:
+    """The client is gone; its request lives on where no abort has found it."""
+    world.tokens("d1", 3, 5, 15, of="gone")
+
+    assert world.sent(AbortRequests) == [("d1", AbortRequests([RequestId("gone")], None))]
+    assert world.delivered() == []
+
+
+async def test_the_last_token_of_a_request_that_has_ended_needs_no_abort(world: World) -> None:
+    world.tokens("d1", 3, 5, 15, finish=FinishReason.STOP, of="gone")
+
+    assert world.sent(AbortRequests) == []
+
+
+async def test_a_stale_abort_names_the_epoch_of_the_copy_that_spoke(world: World) -> None:
+    """It may own the request again by the time the message is there: that copy must live."""
+    world.submit()
+    world.tokens("p0", 0, 0, 10)
+    world.tokens("d0", 4, 1, 11)
+    world.tokens("p0", 0, 1, 99)
+
+    assert world.sent(AbortRequests) == [("p0", AbortRequests([R], 1))]
+    assert world.delivered_tokens() == [10, 11]
+
+
+async def test_of_two_owners_under_one_epoch_the_second_to_be_heard_is_ended(world: World) -> None:
+    """A migration is taken back at its source under the epoch at which its destination decodes on."""
+    world.submit()
+    world.tokens("p0", 2, 0, 10)
+    world.tokens("d0", 2, 1, 99)
+
+    assert world.sent(AbortRequests) == [("d0", AbortRequests([R], 3))]
+    assert world.delivered_tokens() == [10]
+
+
+async def test_num_waiting_counts_requests_without_a_first_token(world: World) -> None:
+    for name in ("r", "s", "t"):
+        world.submit(name)
+    assert world.frontend.num_waiting == 3
+
+    world.tokens("p0", 0, 0, 10, of="r")
+    assert world.frontend.num_waiting == 2
+    world.tokens("p0", 0, 1, 11, of="r", finish=FinishReason.STOP)
+    world.requests.abort(["s"])
+    assert world.frontend.num_waiting == 1
+    world.tokens("p0", 0, 0, 10, of="t", finish=FinishReason.STOP)
+    assert world.frontend.num_waiting == 0
+
+
+async def test_token_gaps_are_counted_by_message(world: World) -> None:
+    """Two requests that are in the same steps have the same gaps."""
+    gaps: list[dict[float, int]] = []
+    world.frontend.tokens._recorder.token_gaps = gaps.append  # type: ignore[assignment,method-assign]
+    for now, index in [(100.0, 0), (101.0, 1), (101.5, 2)]:
+        world.clock.now = now
+        if index == 0:
+            world.submit("r")
+            world.submit("s")
+            world.tokens("p0", 0, 0, 10, of="s")
+            world.clock.now += 0.5
+        world.tokens("p0", 0, index, 10 + index)
+    assert gaps == [{0.5: 1}, {0.5: 1}]
+
+
+async def test_how_long_a_prefill_took_is_the_engine_s_word(world: World) -> None:
+    world.clock.now = 100.0
+    world.submit()
+    world.clock.now = 103.0
+    scheduled = EngineCoreEvent(EngineCoreEventType.SCHEDULED, 50.0)
+    output = EngineCoreOutput("r", [10], events=[scheduled])
+    batch = EngineCoreOutputs(outputs=[output], timestamp=52.0)
+    frames = [bytes(frame) for frame in MsgpackEncoder().encode(batch)]
+    world.wire.hear_frames(msgspec.msgpack.encode(TokenHeader("p0", [(0, 0)])), *frames)
+
+    (timeline,) = world.requests.find("r")
+    assert [(s["stage"], s["begin_s"], s["end_s"]) for s in timeline["stages"][1:]] == [
+        ("queue", 0.0, 1.0),
+        ("prefill", 1.0, 3.0),
+    ]

@@ -1,0 +1,232 @@
+"""A manager, its launcher and the processes around it in the hands of a test, in virtual time."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from pd_serve.comm.membership import ApiServerInfo, InstanceInfo, Join, Membership
+from pd_serve.comm.messages import LoadReport, SetDraining, StartInstance, StopInstance
+from pd_serve.comm.requests import AnyRequest, Call
+from pd_serve.comm.rpc import Answer
+from pd_serve.comm.timing import HEARTBEAT_S
+from pd_serve.comm.wire import CurveKeys
+from pd_serve.errors import EngineDeadError
+from pd_serve.instance.instance_process import InstanceConfig
+from pd_serve.manager.launcher import ManagerNotes
+from pd_serve.manager.manager import Manager
+from pd_serve.manager.manager_config import ManagerConfig
+from pd_serve.platform.placement import Placement
+from pd_serve.scheduler.scheduler_process import SchedulerConfig
+from router.load import InstanceLoad
+from router.policies import policy_set
+from router.scaling import PoolBounds
+from tests.recording_wire import RecordingWire
+
+M = TypeVar("M")
+
+#: Time that an instance takes to start.
+START_S = 15.0
+
+
+def info(name: str) -> InstanceInfo:
+    role = name.split("-")[0]
+    return InstanceInfo(name, role, f"tcp://{name}", "node", 1, None, ["generate"], 512, 100, 16)
+
+
+class FakeLauncher:
+    """Starts instances in `START_S`.
+
+    Attributes:
+        fails: Raised by every start; None: starts succeed.
+        waits: Instances that wait for resources.
+        found: What the next manager finds.
+        scheduler_fails: Raised by the next starts of a scheduler.
+    """
+
+    def __init__(self) -> None:
+        self.on_lost: Any = None
+        self.fails: Exception | None = None
+        self.waits: set[str] = set()
+        self.stopped: list[str] = []
+        self.notes: ManagerNotes | None = None
+        self.found: list[InstanceInfo] = []
+        self.scheduler_starts = 0
+        self.scheduler_fails: Exception | None = None
+        self.scheduler_dead = asyncio.Event()
+
+    def launch(self, name: str, placement: Placement) -> None: ...
+
+    def waits_for(self, name: str) -> str:
+        return "waiting for resources: 1 GPU" if name in self.waits else ""
+
+    async def start(self, config: InstanceConfig) -> InstanceInfo:
+        await asyncio.sleep(START_S)
+        while config.instance_id in self.waits:  # noqa: ASYNC110
+            await asyncio.sleep(1)
+        if self.fails is not None:
+            raise self.fails
+        return info(config.instance_id)
+
+    async def stop_instance(self, name: str) -> None:
+        self.stopped.append(name)
+
+    async def find(self) -> tuple[list[InstanceInfo], ManagerNotes | None]:
+        return self.found, self.notes
+
+    async def keep_notes(self, notes: ManagerNotes) -> None:
+        self.notes = notes
+
+    async def start_scheduler(self, config: SchedulerConfig) -> tuple[str, int]:
+        if self.scheduler_fails is not None:
+            raise self.scheduler_fails
+        self.scheduler_starts += 1
+        self.scheduler_dead.clear()
+        return f"tcp://scheduler-{self.scheduler_starts}", self.scheduler_starts
+
+    async def scheduler_ended(self) -> None:
+        await self.scheduler_dead.wait()
+
+
+class Notices:
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def step(self, text: str) -> None: ...
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+class World:
+    """One prefill and two decode instances, and one API server.
+
+    Instances report every half a second, drain when they are told so, and hold no requests.
+
+    Attributes:
+        busy: Instances that the API server has requests on.
+        held: Draining and role of instances that the test reports for itself.
+        silent: Instances that report nothing.
+        fewest: The smallest number of instances so far.
+    """
+
+    def __init__(
+        self,
+        autoscale: Mapping[str, PoolBounds] | None = None,
+        *,
+        replaces: bool = True,
+        launcher: FakeLauncher | None = None,
+    ) -> None:
+        self.wire = RecordingWire("manager")
+        self.launcher = launcher or FakeLauncher()
+        self.notices = Notices()
+        self.busy: set[str] = set()
+        self.silent: set[str] = set()
+        self.joined: list[str] = ["api"]
+        self.fewest = 3
+        self._draining: dict[str, bool] = {}
+        self._obeyed = 0
+        config = ManagerConfig(
+            model="tiny",
+            instances={"prefill": 1, "decode": 2, "neutral": 0},
+            autoscale=dict(autoscale or {}),
+            max_instances=5,
+            policies=policy_set("llumnix"),
+            engine_args={role: {} for role in ("prefill", "decode", "neutral")},
+            placements={role: Placement() for role in ("prefill", "decode", "neutral")},
+            host="127.0.0.1",
+            keys=CurveKeys(b"", b""),
+            replaces=replaces,
+        )
+        self.manager = Manager(config, self.wire, self.launcher, self.notices)
+        self._peers = asyncio.create_task(self._play_peers())
+
+    async def close(self) -> None:
+        self._peers.cancel()
+        await self.manager.close()
+
+    async def _play_peers(self) -> None:
+        while True:
+            await asyncio.sleep(0.1)
+            self.play_peers()
+
+    def play_peers(self) -> None:
+        for peer, message, _ in self.wire.sent[self._obeyed :]:
+            if isinstance(message, SetDraining):
+                self._draining[peer] = message.draining
+        self._obeyed = len(self.wire.sent)
+        for name in self.names:
+            if name not in self.silent:
+                self.report(name)
+        unused = [name for name in self.members.leaving if name not in self.busy]
+        for api_server in self.joined:
+            self.join(api_server, *unused)
+        self.fewest = min(self.fewest, len(self.names))
+
+    # ---- processes
+
+    def join(self, api_server: str, *unused: str) -> None:
+        address = f"tcp://{api_server}"
+        self.wire.hear(api_server, Join(ApiServerInfo(address, f"{address}/tokens"), list(unused)))
+
+    def report(self, name: str, **load: Any) -> None:
+        draining = self._draining.get(name, False)
+        role = name.split("-")[0]
+        self.wire.hear(name, LoadReport(InstanceLoad(name, role, draining=draining, **load), []))
+
+    def drain_by_scheduler(self, name: str, draining: bool = True) -> None:
+        self._draining[name] = draining
+        self.report(name)
+
+    def want_one(self, role: str = "decode", times: int = 1) -> None:
+        for _ in range(times):
+            self.wire.hear("scheduler", StartInstance(role, "it is too full"))
+
+    def want_stopped(self, name: str) -> None:
+        self.wire.hear("scheduler", StopInstance(name, "drained and empty"))
+
+    async def call(self, request: AnyRequest, caller: str = "api") -> Any:
+        """What the manager answers. Raises its error."""
+        self.wire.hear(caller, Call("call", request))
+        answers = len(self.sent(Answer, caller))
+        while len(self.sent(Answer, caller)) == answers:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        answer = self.sent(Answer, caller)[-1]
+        if answer.error is not None:
+            raise answer.raised()
+        return answer.result
+
+    # ---- what can be seen
+
+    def sent(self, kind: type[M], to: str | None = None) -> list[M]:
+        return self.wire.sent_to(kind, to)
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self.manager.register.infos)
+
+    @property
+    def members(self) -> Membership:
+        """As announced now."""
+        return self.manager._membership({})
+
+    @property
+    def decisions(self) -> list[str]:
+        return [decision.what for decision in self.manager.state().decisions]
+
+
+@asynccontextmanager
+async def a_world(
+    autoscale: Mapping[str, PoolBounds] | None = None, *, replaces: bool = True
+) -> AsyncIterator[World]:
+    """Its instances have started."""
+    world = World(autoscale, replaces=replaces)
+    try:
+        await world.manager.start()
+        await asyncio.sleep(2 * HEARTBEAT_S)
+        yield world
+    finally:
+        await world.close()
+
+
+DEAD = EngineDeadError("no memory is left")

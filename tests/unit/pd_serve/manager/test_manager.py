@@ -1,0 +1,187 @@
+"""The manager as a whole: lost and silent instances, take-over, requests of other API servers."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from migration.messages import InstanceId, RequestId
+from migration.record import MigrationRecord
+from pd_serve.comm.membership import Membership
+from pd_serve.comm.requests import (
+    Call,
+    DrainInstance,
+    FindRequests,
+    ManualMigration,
+    MigrateByName,
+    ScalePools,
+)
+from pd_serve.comm.rpc import Answer
+from pd_serve.comm.timing import HEARTBEAT_S, INSTANCE_LEASE_S, TAKE_OVER_GRACE_S
+from pd_serve.errors import UnknownTargetError
+from pd_serve.manager.launcher import ManagerNotes
+from tests.unit.pd_serve.manager.manager_world import START_S, FakeLauncher, World, a_world, info
+from tests.virtual_time import in_virtual_time
+
+RECORD = MigrationRecord(
+    request_id=RequestId("r"),
+    source=InstanceId("decode-1"),
+    destination=InstanceId("decode-0"),
+    reason="manual",
+    tokens=120,
+)
+
+
+@in_virtual_time
+async def test_a_silent_instance_is_ended_and_replaced() -> None:
+    """Its process may hang: it must not come back to life with its old requests."""
+    async with a_world() as world:
+        await asyncio.sleep(100)
+        world.silent.add("decode-0")
+        await asyncio.sleep(INSTANCE_LEASE_S + 2 * HEARTBEAT_S)
+        assert world.launcher.stopped == ["decode-0"]
+        assert "decode-0 has reported nothing for 30 s" in world.notices.warnings[-1]
+        await asyncio.sleep(START_S + 1)
+        assert world.names == ["decode-1", "decode-2", "prefill-0"]
+
+
+@in_virtual_time
+async def test_an_instance_that_is_lost_twice_is_replaced_once() -> None:
+    async with a_world() as world:
+        await asyncio.sleep(100)
+        world.launcher.on_lost("decode-0")
+        world.launcher.on_lost("decode-0")
+        await asyncio.sleep(START_S + 1)
+        assert world.names == ["decode-1", "decode-2", "prefill-0"]
+
+
+@in_virtual_time
+async def test_a_bug_in_a_handler_is_counted_and_shown() -> None:
+    async with a_world() as world:
+        world.wire.failures.record("handling Join from api", KeyError("x"))
+        (problem,) = world.manager.state().problems
+        assert "handling Join from api failed: KeyError: 'x' (1 times)" in problem
+
+
+class TestRequestsOfOtherApiServers:
+    """Each API server has its own requests; the manager asks the others."""
+
+    async def ask(self, world: World, request: Any, answers: dict[str, Answer]) -> Any:
+        """Calls as "api"; every other API server answers as given, with the id of its call."""
+        asking = asyncio.create_task(world.call(request))
+        answered: set[str] = set()
+        while not asking.done():
+            await asyncio.sleep(0.01)
+            for name, answer in answers.items():
+                for call in world.sent(Call, name):
+                    if (name, call.call_id) not in answered:  # type: ignore[comparison-overlap]
+                        answered.add((name, call.call_id))  # type: ignore[arg-type]
+                        reply = Answer(call.call_id, answer.result, answer.error, answer.error_class)
+                        world.wire.hear(name, reply)
+        return await asking
+
+    @in_virtual_time
+    async def test_a_request_is_moved_by_the_api_server_that_has_it(self) -> None:
+        async with a_world() as world:
+            world.joined += ["b", "c"]
+            await asyncio.sleep(1)
+            unknown = Answer("", None, "no running request 'r'", "UnknownTargetError")
+            cost = ManualMigration(RECORD, 0.0085)
+            answers = {"b": unknown, "c": Answer("", cost)}
+            assert await self.ask(world, MigrateByName("r", "decode-0"), answers) == cost
+            with pytest.raises(UnknownTargetError, match="no running request 'r'"):
+                await self.ask(world, MigrateByName("r", "decode-0"), {"b": unknown, "c": unknown})
+
+    @in_virtual_time
+    async def test_requests_are_found_at_all_of_them(self) -> None:
+        async with a_world() as world:
+            world.joined += ["b", "c"]
+            await asyncio.sleep(1)
+            answers = {"b": Answer("", [{"id": "r-0"}]), "c": Answer("", [{"id": "r-1"}])}
+            found = await self.ask(world, FindRequests("r"), answers)
+            assert found == [{"id": "r-0"}, {"id": "r-1"}]
+
+
+def leave(before: Callable[[World], Any]) -> tuple[list[str], ManagerNotes]:
+    """What a manager leaves: its instances and its notes."""
+    left: list[Any] = []
+
+    @in_virtual_time
+    async def first() -> None:
+        async with a_world() as world:
+            await before(world)
+            await asyncio.sleep(100)
+            left.extend([world.names, world.launcher.notes])
+
+    first()
+    return left[0], left[1]
+
+
+class TestTakeOver:
+    @staticmethod
+    async def take_over(names: list[str], notes: ManagerNotes | None) -> World:
+        launcher = FakeLauncher()
+        launcher.found, launcher.notes = [info(name) for name in names], notes
+        world = World(launcher=launcher)
+        assert await world.manager.take_over()
+        return world
+
+    def test_goes_on_with_the_instances_and_the_wanted_sizes(self) -> None:
+        names, notes = leave(lambda world: world.call(ScalePools({"decode": 3})))
+
+        @in_virtual_time
+        async def second() -> None:
+            world = await self.take_over([name for name in names if name != "decode-2"], notes)
+            assert world.names == ["decode-0", "decode-1", "prefill-0"]
+            await asyncio.sleep(START_S + 1)
+            assert world.names == ["decode-0", "decode-1", "decode-3", "prefill-0"], "an id is used once"
+            await world.close()
+
+        second()
+
+    def test_has_a_higher_term_which_the_instances_keep_first(self) -> None:
+        names, notes = leave(lambda world: asyncio.sleep(0))
+
+        @in_virtual_time
+        async def second() -> None:
+            world = await self.take_over(names, notes)
+            assert world.launcher.notes is not None
+            assert world.launcher.notes.term == notes.term + 1
+            await asyncio.sleep(1)
+            assert world.sent(Membership, "decode-0")[-1].term == notes.term + 1
+            await world.close()
+
+        second()
+
+    def test_goes_on_draining_what_the_operator_drains(self) -> None:
+        names, notes = leave(lambda world: world.call(DrainInstance("decode-1", True, False)))
+
+        @in_virtual_time
+        async def second() -> None:
+            world = await self.take_over(names, notes)
+            world.drain_by_scheduler("decode-1")
+            world.want_stopped("decode-1")
+            await asyncio.sleep(60)
+            assert not world.launcher.stopped
+            await world.close()
+
+        second()
+
+    @in_virtual_time
+    async def test_counts_instances_as_used_until_api_servers_had_time_to_come(self) -> None:
+        world = await self.take_over(["prefill-0", "decode-0", "decode-1"], None)
+        world.joined.clear()
+        world.drain_by_scheduler("decode-1")
+        world.want_stopped("decode-1")
+        await asyncio.sleep(TAKE_OVER_GRACE_S - 1)
+        assert not world.launcher.stopped
+        await asyncio.sleep(2)
+        assert world.launcher.stopped == ["decode-1"]
+        await world.close()
+
+    @in_virtual_time
+    async def test_without_instances_there_is_nothing_to_take_over(self) -> None:
+        world = World()
+        assert not await world.manager.take_over()
+        await world.close()

@@ -1,0 +1,49 @@
+"""Every instance is replaced by a new one, one after another."""
+
+import asyncio
+
+import pytest
+
+from pd_serve.comm.cluster_state import RestartState
+from pd_serve.comm.requests import DrainInstance, RestartInstances
+from pd_serve.errors import MigrationRefusedError
+from tests.unit.pd_serve.manager.manager_world import DEAD, START_S, a_world
+from tests.virtual_time import in_virtual_time
+
+
+@in_virtual_time
+async def test_every_instance_is_replaced_and_never_one_is_missing() -> None:
+    async with a_world() as world:
+        world.fewest = 3
+        await world.call(RestartInstances())
+        with pytest.raises(MigrationRefusedError, match="under way: "):
+            await world.call(RestartInstances())
+        await asyncio.sleep(4 * START_S)
+        assert world.names == ["decode-2", "decode-3", "prefill-1"]
+        assert world.launcher.stopped == ["prefill-0", "decode-0", "decode-1"]
+        assert world.fewest == 3
+        assert world.manager.state().restart == RestartState(False, "3 of 3 done")
+
+
+@in_virtual_time
+async def test_it_is_given_up_when_a_new_instance_does_not_start() -> None:
+    async with a_world() as world:
+        world.launcher.fails = DEAD
+        await world.call(RestartInstances())
+        await asyncio.sleep(4 * START_S)
+        assert world.names == ["decode-0", "decode-1", "prefill-0"]
+        assert "given up after 0 of 3" in world.manager.state().restart.progress
+
+
+@in_virtual_time
+async def test_it_is_given_up_when_the_operator_uses_the_old_instance_again() -> None:
+    async with a_world() as world:
+        world.busy.add("prefill-0")
+        await world.call(RestartInstances())
+        await asyncio.sleep(START_S + 1)
+        await world.call(DrainInstance("prefill-0", False, False))
+        await asyncio.sleep(1)
+        restart = world.manager.state().restart
+        assert (restart.running, "prefill-0 is used again" in restart.progress) == (False, True)
+        world.busy.clear()
+        await world.call(RestartInstances())

@@ -1,0 +1,51 @@
+"""One scheduler is always running, as far as it can be started."""
+
+import asyncio
+
+from pd_serve.comm.messages import Decision, SchedulerReport
+from pd_serve.comm.timing import MAX_SCHEDULER_PAUSE_S, SCHEDULER_LEASE_S
+from pd_serve.errors import EngineDeadError
+from tests.unit.pd_serve.manager.manager_world import World, a_world
+from tests.virtual_time import in_virtual_time
+
+
+def state(world: World) -> tuple[str, int | None, int]:
+    scheduler = world.manager.state().scheduler
+    return scheduler.state, scheduler.pid, scheduler.restarts
+
+
+@in_virtual_time
+async def test_the_scheduler_is_alive_as_long_as_it_reports() -> None:
+    async with a_world() as world:
+        assert state(world)[0] == "absent"
+        assert world.members.scheduler == "tcp://scheduler-1"
+        world.wire.hear("scheduler", SchedulerReport([]))
+        assert state(world) == ("alive", 1, 0)
+        await asyncio.sleep(SCHEDULER_LEASE_S)
+        assert state(world)[0] == "absent"
+        world.wire.hear("scheduler", SchedulerReport([Decision("decode-0", "is drained", "x")]))
+        assert (state(world)[0], world.decisions) == ("alive", ["decode-0 is drained: x"])
+
+
+@in_virtual_time
+async def test_a_dead_scheduler_is_replaced_and_members_get_its_address() -> None:
+    async with a_world() as world:
+        await asyncio.sleep(60)
+        world.launcher.scheduler_dead.set()
+        await asyncio.sleep(0.1)
+        assert state(world) == ("absent", 2, 1)
+        assert world.members.scheduler == "tcp://scheduler-2"
+        assert "the scheduler has died" in world.notices.warnings[-1]
+
+
+@in_virtual_time
+async def test_schedulers_that_cannot_start_are_tried_again_with_pauses() -> None:
+    async with a_world() as world:
+        world.launcher.scheduler_fails = EngineDeadError("the scheduler does not start: no memory")
+        world.launcher.scheduler_dead.set()
+        await asyncio.sleep(300)
+        failed = [text for text in world.notices.warnings if "no memory" in text]
+        assert 300 / MAX_SCHEDULER_PAUSE_S <= len(failed) < 50
+        world.launcher.scheduler_fails = None
+        await asyncio.sleep(2 * MAX_SCHEDULER_PAUSE_S)
+        assert world.launcher.scheduler_starts == 2

@@ -1,0 +1,128 @@
+"""Instances that drain, become empty and stop, by the scheduler's wish or the operator's."""
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from pd_serve.comm.messages import Decision, SchedulerReport, SetDraining
+from pd_serve.comm.requests import DrainInstance
+from pd_serve.comm.timing import STOP_PATIENCE_S
+from pd_serve.errors import MigrationRefusedError, UnknownTargetError
+from tests.unit.pd_serve.manager.manager_world import World, a_world
+from tests.virtual_time import in_virtual_time
+
+
+class TestForTheScheduler:
+    @in_virtual_time
+    async def test_an_empty_instance_is_stopped_once(self) -> None:
+        async with a_world() as world:
+            world.drain_by_scheduler("decode-1")
+            world.want_stopped("decode-1")
+            world.want_stopped("decode-1")
+            await asyncio.sleep(1)
+            assert (world.names, world.launcher.stopped) == (["decode-0", "prefill-0"], ["decode-1"])
+            assert world.decisions == ["decode-1 is stopped: drained and empty"]
+
+    @in_virtual_time
+    async def test_requests_on_their_way_to_it_delay_the_stop(self) -> None:
+        async with a_world() as world:
+            world.drain_by_scheduler("decode-1")
+            world.busy.add("decode-1")
+            world.want_stopped("decode-1")
+            await asyncio.sleep(STOP_PATIENCE_S / 2)
+            assert not world.launcher.stopped
+            world.busy.clear()
+            await asyncio.sleep(1)
+            assert world.launcher.stopped == ["decode-1"]
+
+    @in_virtual_time
+    async def test_the_delay_has_a_bound(self) -> None:
+        async with a_world() as world:
+            world.drain_by_scheduler("decode-1")
+            world.busy.add("decode-1")
+            world.want_stopped("decode-1")
+            await asyncio.sleep(STOP_PATIENCE_S + 1)
+            assert world.launcher.stopped == ["decode-1"]
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda world: world.drain_by_scheduler("decode-1", draining=False),
+            lambda world: world.launcher.on_lost("decode-1"),
+        ],
+        ids=["it is used again", "it has died"],
+    )
+    def test_the_stop_is_given_up(self, change: Callable[[World], None]) -> None:
+        @in_virtual_time
+        async def test() -> None:
+            async with a_world() as world:
+                world.drain_by_scheduler("decode-1")
+                world.busy.add("decode-1")
+                world.want_stopped("decode-1")
+                await asyncio.sleep(1)
+                change(world)
+                await asyncio.sleep(2 * STOP_PATIENCE_S)
+                assert not world.launcher.stopped
+
+        test()
+
+    @in_virtual_time
+    async def test_the_stop_of_an_unknown_instance_is_ignored(self) -> None:
+        async with a_world() as world:
+            world.want_stopped("decode-7")
+            await asyncio.sleep(1)
+            assert not world.launcher.stopped
+
+
+class TestForTheOperator:
+    @in_virtual_time
+    async def test_a_drained_instance_is_kept_whatever_the_scheduler_says(self) -> None:
+        async with a_world() as world:
+            await world.call(DrainInstance("decode-1", True, False))
+            assert world.sent(SetDraining, "decode-1") == [SetDraining(True, by_operator=True)]
+            await asyncio.sleep(1)
+            world.want_stopped("decode-1")
+            again = Decision("decode-1", "is used again", "more would be better")
+            world.wire.hear("scheduler", SchedulerReport([again]))
+            await asyncio.sleep(2 * STOP_PATIENCE_S)
+            assert not world.launcher.stopped
+            assert world.decisions == ["decode-1 is drained: asked for by the operator"]
+            await world.call(DrainInstance("decode-1", False, False))
+            assert world.sent(SetDraining, "decode-1")[-1] == SetDraining(False, by_operator=True)
+
+    @in_virtual_time
+    async def test_an_instance_is_stopped_as_soon_as_it_is_empty_however_long_that_takes(self) -> None:
+        async with a_world() as world:
+            world.busy.add("decode-1")
+            await world.call(DrainInstance("decode-1", True, True))
+            await asyncio.sleep(100 * STOP_PATIENCE_S)
+            assert not world.launcher.stopped
+            world.busy.clear()
+            await asyncio.sleep(1)
+            assert world.launcher.stopped == ["decode-1"]
+            assert world.decisions[0] == "decode-1 is stopped: drained by the operator"
+
+    @in_virtual_time
+    async def test_an_instance_that_is_used_again_is_not_stopped(self) -> None:
+        async with a_world() as world:
+            world.busy.add("decode-1")
+            await world.call(DrainInstance("decode-1", True, True))
+            await asyncio.sleep(1)
+            await world.call(DrainInstance("decode-1", False, False))
+            world.busy.clear()
+            await asyncio.sleep(1)
+            assert not world.launcher.stopped
+
+    @in_virtual_time
+    async def test_an_unknown_instance_and_the_last_of_its_role_are_refused(self) -> None:
+        async with a_world() as world:
+            with pytest.raises(UnknownTargetError):
+                await world.call(DrainInstance("decode-7", True, False))
+            with pytest.raises(MigrationRefusedError, match="the last instance that takes new requests"):
+                await world.call(DrainInstance("prefill-0", True, False))
+            await world.call(DrainInstance("decode-0", True, False))
+            await asyncio.sleep(1)
+            with pytest.raises(MigrationRefusedError, match="the last decode instance"):
+                await world.call(DrainInstance("decode-1", True, False))
+            assert not world.sent(SetDraining, "decode-1")
