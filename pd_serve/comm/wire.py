@@ -142,7 +142,7 @@ class Wire:
         try:
             known[1].send_multipart(frames, zmq.NOBLOCK, copy=True)
         except zmq.Again:
-            logger.warning("%s does not read its messages: a %s is dropped", peer, type(message).__name__)
+            logger.warning("%s does not read: a %s is dropped", peer, type(message).__name__)
             return False
         return True
 
