@@ -5,7 +5,7 @@ Instances are asked for the KV blocks of their requests only while a page is ope
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 

@@ -1,14 +1,16 @@
 """Tokens from the step thread to the API servers, one message per step and API server."""
 
 import logging
+from typing import TYPE_CHECKING
 
 import msgspec
 import zmq
-from vllm.v1.engine import EngineCoreOutputs
-from vllm.v1.serial_utils import MsgpackEncoder
 
 from pd_serve.comm.messages import TokenHeader
 from pd_serve.comm.wire import Wire
+
+if TYPE_CHECKING:
+    from vllm.v1.engine import EngineCoreOutputs
 
 logger = logging.getLogger(__name__)
 
@@ -17,12 +19,14 @@ class TokenPublisher:
     """Belongs to the step thread."""
 
     def __init__(self, name: str, wire: Wire) -> None:
+        from vllm.v1.serial_utils import MsgpackEncoder
+
         self._name = name
         self._wire = wire
         self._encoder = MsgpackEncoder()
         self._sockets: dict[str, zmq.Socket[bytes]] = {}
 
-    def publish(self, client: str, outputs: EngineCoreOutputs, spans: list[tuple[int, int]]) -> None:
+    def publish(self, client: str, outputs: "EngineCoreOutputs", spans: list[tuple[int, int]]) -> None:
         """Sends a step's outputs to the token endpoint `client`; see `TokenHeader` for `spans`."""
         socket = self._sockets.get(client)
         if socket is None:

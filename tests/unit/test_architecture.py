@@ -224,7 +224,11 @@ def test_ray_is_imported_where_processes_are_started() -> None:
         found.file for found in IMPORTS if found.package == "ray" and not found.file.startswith("deploy/")
     }
 
-    assert files == {"pd_serve/manager/ray_launcher.py", "pd_serve/launch/ray_serve.py"}
+    assert files == {
+        "pd_serve/manager/ray_actors.py",
+        "pd_serve/manager/ray_launcher.py",
+        "pd_serve/launch/ray_serve.py",
+    }
 
 
 def test_sockets_are_made_in_the_service_only() -> None:

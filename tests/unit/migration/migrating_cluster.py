@@ -148,7 +148,7 @@ class MigratingCluster:
         transport = self.fabric.transport(name)
         transport.register(engine.regions)
         wire = SimulatedWire(name, self.network)
-        address = wire.listen(lambda frames: self._on_message(node, frames[0].decode(), frames[1]))
+        address = wire.listen_for_frames(lambda frames: self._on_message(node, frames[0], frames[1]))
 
         def send(peer: InstanceId, message: MigrationMessage) -> None:
             self.sent.append(message)

@@ -18,7 +18,8 @@ class World:
         self.received: list[Any] = []
         self._sender = SimulatedWire("a", network)
         receiver = SimulatedWire("b", network)
-        self._sender.connect("b", receiver.listen(lambda frames: self.received.append(frames[1])))
+        address = receiver.listen_for_frames(lambda frames: self.received.append(frames[1]))
+        self._sender.connect("b", address)
 
     async def send(self, *messages: object) -> list[Any]:
         """Everything that arrives soon."""
