@@ -82,3 +82,7 @@ def _reported() -> Iterable[tuple[Metric, list[str]]]:
     )
     for metric in ClusterMetrics(lambda: report).collect():
         yield metric, list(metric.samples[0].labels)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
