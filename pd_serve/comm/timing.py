@@ -17,9 +17,6 @@ INSTANCE_LEASE_S = 30.0  # the manager ends its process and takes it out of the 
 #: An instance or scheduler ends itself when neither manager nor API servers have sent anything for this long.
 ORPHAN_S = 120.0
 
-#: After a new manager has taken over, the time that API servers have to find it. Until then instances that
-#: are to be stopped count as still used.
-TAKE_OVER_GRACE_S = 10.0
 
 #: Bound of one remote call.
 CALL_TIMEOUT_S = 60.0

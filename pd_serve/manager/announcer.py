@@ -1,14 +1,16 @@
 """Tells every process the membership, and keeps the leases of API servers."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 
 from migration.tasks import BackgroundTasks
 from pd_serve.comm.cluster_state import ClusterState
+from pd_serve.comm.leases import Leases
 from pd_serve.comm.membership import SCHEDULER, ApiServerInfo, Join, Membership
 from pd_serve.comm.message_wire import MessageWire
-from pd_serve.comm.timing import API_SERVER_LEASE_S, HEARTBEAT_S, TAKE_OVER_GRACE_S
+from pd_serve.comm.timing import API_SERVER_LEASE_S, HEARTBEAT_S
 
 logger = logging.getLogger(__name__)
 
@@ -17,28 +19,28 @@ class Announcer:
     """Sends the membership on every change and as a heartbeat.
 
     Args:
-        membership: Gives the present membership with these API servers.
+        membership: Gives the present membership.
         state: Gives what API servers show beside the members.
+        on_change: Called when an API server has joined or is gone.
     """
 
     def __init__(
         self,
         wire: MessageWire,
-        membership: Callable[[dict[str, ApiServerInfo]], Membership],
+        membership: Callable[[], Membership],
         state: Callable[[], ClusterState],
+        on_change: Callable[[], None],
     ) -> None:
         self._wire = wire
         self._membership = membership
         self._state = state
-        self._loop = asyncio.get_running_loop()
-        self._joins: dict[str, tuple[float, Join]] = {}
-        self._all_found_at = 0.0
+        self._on_change = on_change
+        self._joins: dict[str, Join] = {}
+        self._leases = Leases(API_SERVER_LEASE_S)
         self._changed = asyncio.Event()
         self._tasks = BackgroundTasks()
 
-    def open(self, *, took_over: bool) -> None:
-        """Begins to announce. After a take-over, API servers have yet to find this manager."""
-        self._all_found_at = self._loop.time() + (TAKE_OVER_GRACE_S if took_over else 0.0)
+    def open(self) -> None:
         self._tasks.start(self._announce())
 
     async def close(self) -> None:
@@ -48,40 +50,41 @@ class Announcer:
         self._changed.set()
 
     @property
-    def api_servers(self) -> list[str]:
-        return sorted(self._joins)
+    def api_servers(self) -> dict[str, ApiServerInfo]:
+        """Those that have joined, by name."""
+        return {name: self._joins[name].info for name in sorted(self._joins)}
 
     def on_join(self, sender: str, join: Join) -> None:
         known = self._joins.get(sender)
-        self._joins[sender] = (self._loop.time(), join)
+        self._joins[sender] = join
+        self._leases.renew(sender)
         self._wire.connect(sender, join.info.address)
-        if known is None or known[1].info != join.info:
-            self.announce_soon()
+        if known is None or known.info != join.info:
+            self._on_change()
 
     def is_used(self, instance_id: str) -> bool:
         """Whether an API server may still have requests on an instance that is leaving."""
-        used = any(instance_id not in join.unused for _, join in self._joins.values())
-        return used or self._loop.time() < self._all_found_at
+        return any(instance_id not in join.unused for join in self._joins.values())
 
     async def _announce(self) -> None:
         while True:
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(HEARTBEAT_S):
                     await self._changed.wait()
-            except TimeoutError:
-                self._drop_silent_api_servers()
+            self._drop_silent_api_servers()
             self._changed.clear()
             self._send()
 
     def _drop_silent_api_servers(self) -> None:
-        oldest = self._loop.time() - API_SERVER_LEASE_S
-        for name in [name for name, (heard_at, _) in self._joins.items() if heard_at < oldest]:
+        for name in self._leases.expired():
             logger.warning("API server %s is gone", name)
+            self._leases.drop(name)
             del self._joins[name]
             self._wire.disconnect(name)
+            self._on_change()
 
     def _send(self) -> None:
-        membership = self._membership({name: join.info for name, (_, join) in self._joins.items()})
+        membership = self._membership()
         for info in membership.instances:
             self._wire.send(info.instance_id, membership)
         self._wire.send(SCHEDULER, membership)

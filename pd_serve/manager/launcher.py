@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from pd_serve.comm.membership import InstanceInfo
+from pd_serve.comm.membership import ApiServerInfo, InstanceInfo
 from pd_serve.instance.instance_process import InstanceConfig
 from pd_serve.platform.placement import Placement
 from pd_serve.scheduler.scheduler_process import SchedulerConfig
@@ -20,6 +20,7 @@ class ManagerNotes:
         wanted: Wanted number of instances by role.
         next_numbers: Number of the next instance id, by role. Ids are not used again.
         drained_by_operator: Instances that an operator drains.
+        api_servers: Those that have joined, by name.
     """
 
     term: int = 1
@@ -27,6 +28,12 @@ class ManagerNotes:
     wanted: dict[str, int] = field(default_factory=dict)
     next_numbers: dict[str, int] = field(default_factory=dict)
     drained_by_operator: list[str] = field(default_factory=list)
+    api_servers: dict[str, ApiServerInfo] = field(default_factory=dict)
+
+    @property
+    def age(self) -> tuple[int, int]:
+        """The higher one of two is of the later notes."""
+        return self.term, self.version
 
 
 class Launcher(Protocol):
@@ -58,8 +65,8 @@ class Launcher(Protocol):
         """Finds the running instances of the last manager, and its latest notes."""
         ...
 
-    async def keep_notes(self, notes: ManagerNotes) -> None:
-        """Has every instance keep the notes."""
+    async def keep_notes(self, notes: ManagerNotes) -> int:
+        """Has every instance keep the notes, unless it has later ones. Returns the highest term there."""
         ...
 
     async def start_scheduler(self, config: SchedulerConfig) -> tuple[str, int]:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from migration.tasks import BackgroundTasks
 from pd_serve.comm.cluster_state import ClusterState
-from pd_serve.comm.membership import SCHEDULER, ApiServerInfo, InstanceInfo, Join, Membership
+from pd_serve.comm.membership import SCHEDULER, InstanceInfo, Join, Membership
 from pd_serve.comm.message_wire import MessageWire
 from pd_serve.comm.messages import LoadReport, SchedulerReport, StartInstance, StopInstance, ToManager
 from pd_serve.comm.requests import (
@@ -66,9 +66,11 @@ class Manager:
         self._tasks = BackgroundTasks(wire.failures.task_failed)
         self._notes = ManagerNotes()
         self._noted_by: list[str] = []
+        self._closed = False
+        self._closing: asyncio.Future[None] | None = None
         self.register = InstanceRegister()
         self.log = DecisionLog(self._changed)
-        self._announcer = Announcer(wire, self._membership, self.state)
+        self._announcer = Announcer(wire, self._membership, self.state, self._changed)
         self._starter = Starter(
             self.register, self.log, self._start, launcher.waits_for, self._changed, config.instances
         )
@@ -85,7 +87,9 @@ class Manager:
         )
         self._restart = RollingRestart(self.register, self._starter, self._stopper, self.log)
         scheduler = SchedulerConfig(config.policies, config.autoscale, config.host, config.keys)
-        self._scheduler = SchedulerKeeper(launcher, scheduler, self._on_scheduler_started, notices.warn)
+        self._scheduler = SchedulerKeeper(
+            launcher, scheduler, self._keep_notes, self._on_scheduler_started, notices.warn
+        )
         self._calls = RpcClient(wire, Call)
         self._server = RpcServer(
             wire,
@@ -103,7 +107,7 @@ class Manager:
     async def start(self) -> None:
         """Starts the first instances. Raises: PdServeError: one does not start."""
         await self._starter.start_first(self._config.first_names())
-        self._open(took_over=False)
+        self._open()
 
     async def take_over(self) -> bool:
         """Goes on with the instances that the last manager has left. False: there are none."""
@@ -117,19 +121,22 @@ class Manager:
             self._stopper.drained_by_operator = set(notes.drained_by_operator)
         for info in infos:
             self._register_instance(info)
+        for name, api_server in (notes or self._notes).api_servers.items():
+            self._announcer.on_join(name, Join(api_server, unused=[]))
         await self._launcher.keep_notes(self._notes)  # the next term, before any process sees it
         self._sizes.start_missing("missing after the restart of the manager")
         self._notices.step(f"took over {', '.join(info.instance_id for info in infos)}")
-        self._open(took_over=True)
+        self._open()
         return True
 
-    def _open(self, *, took_over: bool) -> None:
-        self._announcer.open(took_over=took_over)
+    def _open(self) -> None:
+        self._announcer.open()
         self._scheduler.open()
         self._tasks.start(self._watch_leases())
         self._changed()
 
     async def close(self) -> None:
+        self._closed = True
         await self._tasks.cancel()
         for part in (
             self._scheduler,
@@ -176,6 +183,8 @@ class Manager:
 
     def _on_lost(self, instance_id: str) -> None:
         """The process of an instance has died."""
+        if self._closed:
+            return
         self._notices.warn(f"{instance_id} has died; its requests are recomputed elsewhere")
         self._lose(instance_id)
 
@@ -194,7 +203,10 @@ class Manager:
         """Ends instances that report nothing any more: a process that hangs must not come back to life."""
         while True:
             await asyncio.sleep(HEARTBEAT_S)
-            for instance_id in self.register.silent_for(INSTANCE_LEASE_S):
+            silent = self.register.silent()
+            if silent and not await self._keep_notes():
+                return
+            for instance_id in silent:
                 self._notices.warn(
                     f"{instance_id} has reported nothing for {INSTANCE_LEASE_S:.0f} s and is ended;"
                     " its requests are recomputed elsewhere"
@@ -221,12 +233,22 @@ class Manager:
             wanted=dict(self._sizes.wanted),
             next_numbers=dict(self._starter.next_numbers),
             drained_by_operator=sorted(self._stopper.drained_by_operator),
+            api_servers=self._announcer.api_servers,
         )
         if (notes, kept_by) != (self._notes, self._noted_by):
             self._notes, self._noted_by = replace(notes, version=notes.version + 1), kept_by
-            self._tasks.start(self._launcher.keep_notes(self._notes))
+            self._tasks.start(self._keep_notes())
 
-    def _membership(self, api_servers: dict[str, ApiServerInfo]) -> Membership:
+    async def _keep_notes(self) -> bool:
+        """Has the instances keep the notes. False: another manager has taken over, and this one ends."""
+        term = await self._launcher.keep_notes(self._notes)
+        if term > self._notes.term and not self._closed:
+            self._notices.warn("another manager has taken over; this one ends")
+            self._closed = True
+            self._closing = asyncio.ensure_future(self.close())
+        return not self._closed
+
+    def _membership(self) -> Membership:
         return Membership(
             term=self._notes.term,
             address=self.address,
@@ -234,7 +256,7 @@ class Manager:
             leaving=sorted(self._stopper.leaving),
             starting=dict(self._starter.num_starting),
             scheduler=self._scheduler.address,
-            api_servers=api_servers,
+            api_servers=self._announcer.api_servers,
         )
 
     def state(self) -> ClusterState:
@@ -245,7 +267,7 @@ class Manager:
             scaled=self.log.scaled(),
             decisions=self.log.latest(),
             restart=self._restart.state,
-            api_servers=self._announcer.api_servers,
+            api_servers=list(self._announcer.api_servers),
             scheduler_stats=self._scheduler.stats,
             problems=self._wire.failures.problems(),
         )

@@ -42,9 +42,11 @@ class InstanceActor:
         """For the next manager: the instance once it is ready (None: never started), and the last notes."""
         return (await self._started if self._started is not None else None), self._notes
 
-    async def keep_notes(self, notes: ManagerNotes) -> None:
-        """Keeps what the next manager has to know."""
-        self._notes = notes
+    async def keep_notes(self, notes: ManagerNotes) -> int:
+        """Keeps what the next manager has to know. Returns the term of the latest notes."""
+        if self._notes is None or notes.age > self._notes.age:
+            self._notes = notes
+        return self._notes.term
 
     async def wait(self) -> None:
         """Returns when the instance was stopped; fails at once when its process dies."""

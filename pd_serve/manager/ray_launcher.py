@@ -218,7 +218,7 @@ class RayLauncher:
             self._keep(info, actor)
             infos.append(info)
             found_notes += [notes] if notes is not None else []
-        return infos, max(found_notes, key=lambda notes: (notes.term, notes.version), default=None)
+        return infos, max(found_notes, key=lambda notes: notes.age, default=None)
 
     def _named_actors(self) -> dict[str, Any]:
         prefix = f"{self._service}:"
@@ -229,10 +229,11 @@ class RayLauncher:
                     found[row["name"].removeprefix(prefix)] = ray.get_actor(row["name"], NAMESPACE)
         return found
 
-    async def keep_notes(self, notes: ManagerNotes) -> None:
-        kept = [asyncio.ensure_future(_settled(a.keep_notes.remote(notes))) for a in self._actors.values()]
-        if kept:
-            await asyncio.wait(kept, timeout=STOP_S)
+    async def keep_notes(self, notes: ManagerNotes) -> int:
+        """See `Launcher`."""
+        asked = [asyncio.ensure_future(_settled(a.keep_notes.remote(notes))) for a in self._actors.values()]
+        done, _ = await asyncio.wait(asked, timeout=STOP_S) if asked else (set(), set())
+        return max((task.result() or 0 for task in done), default=0)
 
     # ---- the scheduler
 

@@ -2,7 +2,9 @@
 
 import asyncio
 
+from pd_serve.comm.leases import Leases
 from pd_serve.comm.membership import InstanceInfo
+from pd_serve.comm.timing import INSTANCE_LEASE_S
 from router.dispatch import can_start
 from router.load import ROLES, InstanceLoad
 
@@ -16,7 +18,7 @@ class InstanceRegister:
         self._loop = asyncio.get_running_loop()
         self.infos: dict[str, InstanceInfo] = {}
         self._loads: dict[str, InstanceLoad] = {}
-        self._heard_at: dict[str, float] = {}
+        self._leases = Leases(INSTANCE_LEASE_S)
         self._ready_at: dict[str, float] = {}
 
     def __contains__(self, instance_id: object) -> bool:
@@ -27,17 +29,19 @@ class InstanceRegister:
 
     def add(self, info: InstanceInfo) -> None:
         self.infos[info.instance_id] = info
-        self._heard_at[info.instance_id] = self._ready_at[info.instance_id] = self._loop.time()
+        self._ready_at[info.instance_id] = self._loop.time()
+        self._leases.renew(info.instance_id)
 
     def remove(self, instance_id: str) -> None:
-        for table in (self.infos, self._loads, self._heard_at, self._ready_at):
+        for table in (self.infos, self._loads, self._ready_at):
             table.pop(instance_id, None)
+        self._leases.drop(instance_id)
 
     def on_report(self, load: InstanceLoad) -> None:
         """Takes a load report. One of an instance that is not registered is ignored."""
         if load.instance_id in self.infos:
             self._loads[load.instance_id] = load
-            self._heard_at[load.instance_id] = self._loop.time()
+            self._leases.renew(load.instance_id)
 
     def load_of(self, instance_id: str) -> InstanceLoad | None:
         """Its last report; None before the first one."""
@@ -60,10 +64,9 @@ class InstanceRegister:
         """Time since it was ready."""
         return self._loop.time() - self._ready_at[instance_id]
 
-    def silent_for(self, lease_s: float) -> list[str]:
-        """Instances that have reported nothing for this long."""
-        oldest = self._loop.time() - lease_s
-        return [instance_id for instance_id, heard_at in self._heard_at.items() if heard_at < oldest]
+    def silent(self) -> list[str]:
+        """Instances that have reported nothing for the time of their lease."""
+        return self._leases.expired()
 
     def can_serve(self) -> bool:
         """Whether requests can be prefilled and decoded."""

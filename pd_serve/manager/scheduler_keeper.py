@@ -1,7 +1,7 @@
 """Keeps one scheduler running, and what it has last reported."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from migration.tasks import BackgroundTasks
 from pd_serve.comm.cluster_state import SchedulerState, SchedulerStats
@@ -13,6 +13,7 @@ from pd_serve.scheduler.scheduler_process import SchedulerConfig
 
 class SchedulerKeeper:
     """Args:
+        may_start: Asked before every start. False ends the keeping.
         on_start: Called with the address of every scheduler that has started.
         warn: Tells the operator.
 
@@ -24,11 +25,13 @@ class SchedulerKeeper:
         self,
         launcher: Launcher,
         config: SchedulerConfig,
+        may_start: Callable[[], Awaitable[bool]],
         on_start: Callable[[str], None],
         warn: Callable[[str], None],
     ) -> None:
         self._launcher = launcher
         self._config = config
+        self._may_start = may_start
         self._on_start = on_start
         self._warn = warn
         self._loop = asyncio.get_running_loop()
@@ -68,6 +71,8 @@ class SchedulerKeeper:
         pause_s = 0.0
         while True:
             await asyncio.sleep(pause_s)
+            if not await self._may_start():
+                return
             began = self._loop.time()
             try:
                 self.address, self._pid = await self._launcher.start_scheduler(self._config)

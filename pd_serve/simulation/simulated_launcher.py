@@ -66,8 +66,10 @@ class SimulatedLauncher:
         await self.kill_scheduler()
         return [instance.info for instance in self.instances.values()], self._notes
 
-    async def keep_notes(self, notes: ManagerNotes) -> None:
-        self._notes = notes
+    async def keep_notes(self, notes: ManagerNotes) -> int:
+        if self._notes is None or notes.age > self._notes.age:
+            self._notes = notes
+        return self._notes.term
 
     async def start_scheduler(self, config: SchedulerConfig) -> tuple[str, int]:
         self._scheduler_ended.clear()

@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -36,8 +37,11 @@ class SimulatedNetwork:
         self._cut: set[str] = set()
         self._arrives: dict[str, float] = {}  # when the last message of a sender arrives
 
-    def listen(self, address: str, on_message: OnFrames) -> None:
+    def listen(self, name: str, on_message: OnFrames) -> str:
+        """Returns the address, which no other listener of the node has."""
+        address = next(a for n in itertools.count() if (a := f"{name}/{n}") not in self._listeners)
         self._listeners[address] = on_message
+        return address
 
     def silence(self, address: str) -> None:
         self._listeners.pop(address, None)
@@ -102,10 +106,8 @@ class SimulatedWire:
         return self.listen_for_frames(on_frames)
 
     def listen_for_frames(self, on_frames: OnFrames) -> str:
-        address = f"{self.name}/{len(self._bound)}"
-        self._bound.append(address)
-        self._network.listen(address, on_frames)
-        return address
+        self._bound.append(self._network.listen(self.name, on_frames))
+        return self._bound[-1]
 
     def connect(self, peer: str, address: str) -> None:
         self.peers[peer] = address
@@ -127,6 +129,7 @@ class SimulatedWire:
     async def close(self) -> None:
         for address in self._bound:
             self._network.silence(address)
+        self._bound.clear()
 
 
 class SimulatedFabric(LocalFabric):

@@ -74,8 +74,10 @@ class FakeLauncher:
     async def find(self) -> tuple[list[InstanceInfo], ManagerNotes | None]:
         return self.found, self.notes
 
-    async def keep_notes(self, notes: ManagerNotes) -> None:
-        self.notes = notes
+    async def keep_notes(self, notes: ManagerNotes) -> int:
+        if self.notes is None or notes.age > self.notes.age:
+            self.notes = notes
+        return self.notes.term
 
     async def start_scheduler(self, config: SchedulerConfig) -> tuple[str, int]:
         if self.scheduler_fails is not None:
@@ -208,7 +210,7 @@ class World:
     @property
     def members(self) -> Membership:
         """As announced now."""
-        return self.manager._membership({})
+        return self.manager._membership()
 
     @property
     def decisions(self) -> list[str]:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from pd_serve.comm.requests import (
     ScalePools,
 )
 from pd_serve.comm.rpc import Answer
-from pd_serve.comm.timing import HEARTBEAT_S, INSTANCE_LEASE_S, TAKE_OVER_GRACE_S
+from pd_serve.comm.timing import API_SERVER_LEASE_S, HEARTBEAT_S, INSTANCE_LEASE_S
 from pd_serve.errors import UnknownTargetError
 from pd_serve.manager.launcher import ManagerNotes
 from tests.unit.pd_serve.manager.manager_world import START_S, FakeLauncher, World, a_world, info
@@ -168,17 +169,39 @@ class TestTakeOver:
 
         second()
 
+    def test_keeps_the_api_servers_for_the_time_of_their_lease(self) -> None:
+        """Instances end the requests of an API server that is no member. It has yet to find the manager."""
+        names, notes = leave(lambda world: asyncio.sleep(0))
+
+        @in_virtual_time
+        async def second() -> None:
+            world = await self.take_over(names, notes)
+            world.joined.clear()
+            await asyncio.sleep(API_SERVER_LEASE_S - 1)
+            told = world.sent(Membership, "decode-0")
+            assert told
+            assert all(list(message.api_servers) == ["api"] for message in told)
+            await asyncio.sleep(3)
+            assert world.sent(Membership, "decode-0")[-1].api_servers == {}
+            await world.close()
+
+        second()
+
     @in_virtual_time
-    async def test_counts_instances_as_used_until_api_servers_had_time_to_come(self) -> None:
-        world = await self.take_over(["prefill-0", "decode-0", "decode-1"], None)
-        world.joined.clear()
-        world.drain_by_scheduler("decode-1")
-        world.want_stopped("decode-1")
-        await asyncio.sleep(TAKE_OVER_GRACE_S - 1)
-        assert not world.launcher.stopped
-        await asyncio.sleep(2)
-        assert world.launcher.stopped == ["decode-1"]
-        await world.close()
+    async def test_ends_the_earlier_manager_before_that_ends_an_instance_or_starts_a_scheduler(self) -> None:
+        """It was cut off, and so it hears of no instance any more."""
+        async with a_world() as world:
+            await asyncio.sleep(100)
+            assert world.launcher.notes is not None
+            world.launcher.notes = replace(world.launcher.notes, term=2)
+            world.silent.update(world.names)
+            world.joined.clear()
+            starts = world.launcher.scheduler_starts
+            world.launcher.scheduler_dead.set()
+            await asyncio.sleep(3 * INSTANCE_LEASE_S)
+            assert world.launcher.stopped == []
+            assert world.launcher.scheduler_starts == starts
+            assert world.notices.warnings[-1] == "another manager has taken over; this one ends"
 
     @in_virtual_time
     async def test_without_instances_there_is_nothing_to_take_over(self) -> None:

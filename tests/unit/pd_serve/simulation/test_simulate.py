@@ -238,7 +238,7 @@ def num_moved(migrations: dict[str, dict[str, int]]) -> int:
     return sum(outcomes["committed"] for reason, outcomes in migrations.items() if reason != "handoff")
 
 
-@pytest.mark.parametrize("absent_s", [1.0, 60.0])
+@pytest.mark.parametrize("absent_s", [1.3, 60.7])
 def test_an_absent_manager_disturbs_no_request(absent_s: float) -> None:
     async def fault(simulation: Simulation) -> None:
         await asyncio.sleep(4.0)
@@ -265,7 +265,7 @@ def test_an_instance_that_dies_without_a_manager_is_replaced_by_the_next_one() -
         await asyncio.sleep(30.0)
         assert sorted(cluster.launcher.instances) == ["decode-0", "decode-2", "prefill-0", "prefill-1"]
 
-    result = simulate_with(config(instances={"prefill": 2, "decode": 2}), fault)
+    result = simulate_with(config(instances={"prefill": 2, "decode": 2}, requests=workload(300, 4.0)), fault)
 
     assert_nothing_is_lost(result)
 
@@ -280,15 +280,16 @@ def test_messages_of_an_earlier_manager_are_ignored() -> None:
         assert earlier is not None
         await cluster.replace_manager()
         assert cluster.manager is not None
+        await asyncio.sleep(1.0)  # the API server hears of it
         await cluster.frontend.scale({"prefill": 2, "decode": 3})
         await asyncio.sleep(20.0)
         earlier.announce_soon()
-        await asyncio.sleep(5.0)
+        await asyncio.sleep(40.0)
         rows = cluster.frontend.snapshot()["instances"]
         assert len([row for row in rows if row["role"] == "decode"]) == 3
         await earlier.close()
 
-    result = simulate_with(config(instances={"prefill": 2, "decode": 2}), fault)
+    result = simulate_with(config(instances={"prefill": 2, "decode": 2}, requests=workload(300, 4.0)), fault)
 
     assert_nothing_is_lost(result)
 
