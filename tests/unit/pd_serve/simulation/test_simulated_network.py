@@ -58,7 +58,7 @@ async def test_messages_take_the_latency_and_stay_in_order() -> None:
     assert not a.wire.send("nobody", "third")
     await asyncio.sleep(1)
 
-    assert b.heard == [(0.001, [b"a", "first", b"payload"]), (0.001, [b"a", "second"])]
+    assert b.heard == [(0.001, ["a", "first", b"payload"]), (0.001, ["a", "second"])]
 
 
 @in_virtual_time
