@@ -158,12 +158,6 @@ PATH = re.compile(
 )
 DOCUMENT = re.compile(r"(?<![\w/.-])[\w-]+\.md\b")
 
-#: Known, to be corrected.
-PENDING = {
-    ("pd_serve/instance/llumlet.py", "DESIGN"),
-    ("pd_serve/simulation/simulated_cluster.py", "DESIGN"),
-}
-
 #: Written when something runs, and not kept.
 GENERATED = {"results/loadtest/report.html"}
 
@@ -245,4 +239,4 @@ def test_nothing_cites_a_file_that_is_not_in_the_repository(folder: str) -> None
         for name in absent(text, page)
     }
 
-    assert cited - PENDING == set()
+    assert cited == set()
