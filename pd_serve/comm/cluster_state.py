@@ -1,4 +1,4 @@
-"""What the manager tells API servers beside the membership, for `GET /cluster` and `/metrics`."""
+"""The state of the cluster that the manager sends to API servers, for `GET /cluster` and `/metrics`."""
 
 from typing import Annotated
 
@@ -26,7 +26,7 @@ class SchedulerStats(msgspec.Struct, frozen=True):
     """Metrics of the scheduler. Counts are since its start.
 
     Attributes:
-        problems: Failures of its message handlers, in words.
+        problems: Failures of the scheduler's message handlers, one text each.
     """
 
     process: ProcessStats
@@ -47,9 +47,11 @@ class SchedulerStats(msgspec.Struct, frozen=True):
 
 
 class SchedulerState(msgspec.Struct, frozen=True):
-    """Attributes:
-    state: "alive" or "absent".
-    restarts: Schedulers started in the place of a dead one.
+    """The scheduler as the manager sees it.
+
+    Attributes:
+        state: "alive" or "absent".
+        restarts: Schedulers started in place of one that died.
     """
 
     state: str
@@ -59,7 +61,7 @@ class SchedulerState(msgspec.Struct, frozen=True):
 
 
 class StartingInstance(msgspec.Struct, frozen=True):
-    """An instance that does not serve yet; its id is "" until its start begins. `state` in words."""
+    """An instance that does not serve yet. `id` is "" until its start begins; `state` is a text."""
 
     id: str
     role: str
@@ -67,7 +69,7 @@ class StartingInstance(msgspec.Struct, frozen=True):
 
 
 class ScaledCount(msgspec.Struct, frozen=True):
-    """Instances started or stopped (`action`) while serving."""
+    """Number of instances started or stopped (`action`) while serving."""
 
     action: str
     role: str
@@ -75,12 +77,14 @@ class ScaledCount(msgspec.Struct, frozen=True):
 
 
 class PastDecision(msgspec.Struct, frozen=True):
+    """A decision about instances, with its reason."""
+
     seconds_ago: float
     what: str
 
 
 class RestartState(msgspec.Struct, frozen=True):
-    """The rolling restart: whether one is under way, and how far the last one came, in words."""
+    """The rolling restart: whether one is running, and the progress of the last one as a text."""
 
     running: bool
     progress: str
@@ -91,9 +95,9 @@ class ClusterState(msgspec.Struct, frozen=True, tag=True):
 
     Attributes:
         starting: Instances that do not serve yet.
-        decisions: The latest ones, newest first.
-        scheduler_stats: The last ones; None while there is no scheduler.
-        problems: Failures of the manager's message handlers, in words.
+        decisions: The latest decisions, newest first.
+        scheduler_stats: Last metrics of the scheduler; None while there is no scheduler.
+        problems: Failures of the manager's message handlers, one text each.
     """
 
     starting: list[StartingInstance]

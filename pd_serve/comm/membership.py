@@ -1,7 +1,7 @@
-"""Membership: told by the manager alone, followed in the same way by every other process.
+"""Membership of the cluster: only the manager sends it; every other process follows it in the same way.
 
-The manager sends all of it on every change and as a heartbeat, so that a lost message is mended by the next
-one. While the manager is absent every process goes on with the last membership that it got.
+The manager sends the whole membership on every change and as a heartbeat, so the next message makes up for a
+lost one. While the manager is absent, every process keeps the last membership that it received.
 """
 
 import asyncio
@@ -10,20 +10,20 @@ from typing import Protocol
 
 import msgspec
 
-#: The manager's name on the wire, and the scheduler's.
+#: Names of the manager and the scheduler on the wire.
 MANAGER = "manager"
 SCHEDULER = "scheduler"
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceInfo:
-    """A started instance. It does not change as long as the instance lives.
+    """A started instance. These values do not change until the instance ends.
 
     Attributes:
-        role: The role at its start; load reports tell the present one.
-        address: Where it takes messages.
+        role: The role at the start; load reports have the present role.
+        address: The instance receives messages there.
         no_migration: Why its requests cannot move; None if they can.
-        max_model_len: Tokens that a request may have in all.
+        max_model_len: Maximum number of prompt and output tokens of a request.
         num_blocks, block_tokens: KV blocks, and tokens per block.
     """
 
@@ -40,17 +40,18 @@ class InstanceInfo:
 
 
 class ApiServerInfo(msgspec.Struct, frozen=True):
-    """Where an API server takes messages, and where it takes tokens."""
+    """Addresses at which an API server receives messages and tokens."""
 
     address: str
     token_endpoint: str
 
 
 class Join(msgspec.Struct, frozen=True, tag=True):
-    """API server → manager: a new member, and its heartbeat.
+    """API server → manager: the sender joins the cluster. Repeated as a heartbeat.
 
     Attributes:
-        unused: Instances of `Membership.leaving` that the sender has no request on, and will send none to.
+        unused: Instances of `Membership.leaving` on which the sender has no requests, and to which it will
+            send none.
     """
 
     info: ApiServerInfo
@@ -61,9 +62,9 @@ class Membership(msgspec.Struct, frozen=True, tag=True):
     """Manager → every other process: all members.
 
     Attributes:
-        term: Of the manager. A manager that takes over has a higher one; messages of earlier terms are
+        term: Term of the manager. A manager that takes over has a higher term; messages of earlier terms are
             ignored.
-        address: Where the manager takes messages.
+        address: The manager receives messages there.
         leaving: Instances that are stopped as soon as they are empty.
         starting: Number of instances that are being started, by role.
         scheduler: The scheduler's address; "" if there is none.
@@ -80,7 +81,7 @@ class Membership(msgspec.Struct, frozen=True, tag=True):
 
 @dataclass(frozen=True, slots=True)
 class MembershipChange:
-    """What a membership message has changed; `api_servers_left` by name."""
+    """The changes by one membership message; `api_servers_left` by name."""
 
     joined: list[InstanceInfo] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
@@ -98,12 +99,12 @@ class MembershipView:
     """One process's view of the membership. Keeps its wire connected to all other members.
 
     Args:
-        name: Of the process itself.
+        name: Name of this process.
 
     Attributes:
-        instances, api_servers: By id and by name, the process itself included if it is one of them.
+        instances, api_servers: Members by id or name, including this process if it is one of them.
         latest: The last message; None before the first one.
-        heard_at: When that came, on the event loop's clock.
+        received_at: Arrival of the last message, on the event loop's clock.
     """
 
     def __init__(self, name: str, wire: PeerConnections) -> None:
@@ -113,17 +114,17 @@ class MembershipView:
         self.instances: dict[str, InstanceInfo] = {}
         self.api_servers: dict[str, ApiServerInfo] = {}
         self.latest: Membership | None = None
-        self.heard_at = self._loop.time()
+        self.received_at = self._loop.time()
 
     def has_peer(self, instance_id: str) -> bool:
         """Whether another instance of this id is a member."""
         return instance_id in self.instances and instance_id != self._name
 
     def update(self, message: Membership) -> MembershipChange | None:
-        """Takes the manager's message. None if it is an earlier manager's, and was ignored."""
+        """Applies a message of the manager. Returns None if its term is an earlier one, and ignores it."""
         if self.latest is not None and message.term < self.latest.term:
             return None
-        self.latest, self.heard_at = message, self._loop.time()
+        self.latest, self.received_at = message, self._loop.time()
         self._wire.connect(MANAGER, message.address)
         instances = {info.instance_id: info for info in message.instances}
         change = MembershipChange(

@@ -1,5 +1,4 @@
-"""The messages of one process: what every kind of wire offers, and what becomes of failures in message
-handlers.
+"""Interface of a wire, on which one process exchanges messages, and the counter of failed message handlers.
 
 `pd_serve.comm.wire.Wire` sends them over ZeroMQ, `pd_serve.simulation.simulated_network.SimulatedWire` in
 virtual time.
@@ -15,10 +14,10 @@ logger = logging.getLogger(__name__)
 #: Takes the sender's name, the decoded message and further frames.
 OnMessage = Callable[[str, Any, Sequence[bytes]], None]
 
-#: Takes the frames of a message as they are.
+#: Takes the frames of a message without decoding them.
 OnFrames = Callable[[list[Any]], None]
 
-#: Different failures that are counted apart; further ones are counted together.
+#: Number of kinds of failures with a count of their own; all others share one count.
 MAX_KINDS = 100
 
 
@@ -26,19 +25,19 @@ class MessageWire(Protocol):
     """One-way messages, in order per sender.
 
     Attributes:
-        name: Of this process, which receivers see as the sender.
-        failures: Of its message handlers.
+        name: Name of this process; receivers see it as the sender.
+        failures: Failures of this process's message handlers.
     """
 
     name: str
     failures: "HandlerFailures"
 
     def listen(self, kind: Any, on_message: OnMessage) -> str:
-        """Takes messages of these types. Returns the address to send them to."""
+        """Receives messages of these types. Returns the address to send them to."""
         ...
 
     def listen_for_frames(self, on_frames: OnFrames) -> str:
-        """Takes messages without decoding them. Returns the address to send them to."""
+        """Receives messages without decoding them. Returns the address to send them to."""
         ...
 
     def connect(self, peer: str, address: str) -> None:
@@ -46,20 +45,20 @@ class MessageWire(Protocol):
         ...
 
     def disconnect(self, peer: str) -> None:
-        """Forgets a peer. Unknown peers are ignored."""
+        """Removes a peer. Unknown peers are ignored."""
         ...
 
     def send(self, peer: str, message: object, payload: Sequence[bytes] = ()) -> bool:
-        """Sends a message and further frames. Never blocks. False: the peer is unknown or does not read."""
+        """Sends a message and frames without blocking. False if the peer is unknown or does not read."""
         ...
 
     async def close(self) -> None: ...
 
 
 class HandlerFailures:
-    """Counts messages that could not be decoded or whose handler failed by a bug. There should be none.
+    """Counts messages that could not be decoded or whose handler failed. Each is a bug.
 
-    The process goes on, and `GET /cluster/integrity` shows them.
+    The process continues, and `GET /cluster/integrity` lists the failures.
     """
 
     def __init__(self, process: str) -> None:
@@ -67,7 +66,11 @@ class HandlerFailures:
         self._counts: Counter[str] = Counter()
 
     def record(self, what: str, error: BaseException) -> None:
-        """Args: `what` failed, such as "handling a Membership from manager"."""
+        """Counts and logs a failure.
+
+        Args:
+            what: The operation that failed, such as "handling Membership from manager".
+        """
         kind = f"{what} failed: {type(error).__name__}: {error}"
         if kind not in self._counts and len(self._counts) >= MAX_KINDS:
             kind = "further failures in message handlers"
@@ -75,7 +78,7 @@ class HandlerFailures:
         logger.error("%s: %s failed", self._process, what, exc_info=error)
 
     def task_failed(self, error: BaseException) -> None:
-        """For tasks that a message has started."""
+        """Counts the failure of a task that a message handler has started."""
         self.record("a background task", error)
 
     def __len__(self) -> int:

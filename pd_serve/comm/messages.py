@@ -1,7 +1,6 @@
 """One-way messages between processes, by channel; msgpack on the wire, never pickle.
 
-Migration messages between instances travel on the same sockets (`migration.messages`). Membership and remote
-calls
+Migration messages between instances (`migration.messages`) use the same sockets. Membership and remote calls
 have modules of their own: `pd_serve.comm.membership`, `pd_serve.comm.requests`.
 """
 
@@ -39,7 +38,7 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     """API server → instance or scheduler.
 
     Attributes:
-        waiting: Requests at the sender that are bound to no instance yet, and the tokens of their prompts.
+        waiting: Requests in the sender's waiting line, and the tokens of their prompts.
     """
 
     waiting: Demand = NO_DEMAND
@@ -50,9 +49,9 @@ class AddRequest(msgspec.Struct, frozen=True, tag=True):
 
     Attributes:
         client: Token endpoint of the API server.
-        handoff: Decode instances to move to after the first step, best first. Empty: there are none now, so
-            it is stranded until there are. None: it stays.
-        output_token_ids: Tokens generated before its last instance died.
+        handoff: Decode instances for the hand-off after the first step, best first. Empty: there is none now,
+            and the request is stranded until there is one. None: no hand-off.
+        output_token_ids: Tokens generated before the request was lost with its last instance.
     """
 
     request_id: RequestId
@@ -63,11 +62,11 @@ class AddRequest(msgspec.Struct, frozen=True, tag=True):
 
 
 class AbortRequests(msgspec.Struct, frozen=True, tag=True):
-    """API server → instance, or passed on by an instance that the request has left.
+    """API server → instance; an instance that a request has left forwards it to the request's destination.
 
     Attributes:
-        below_epoch: Ends only what is owned under a lower epoch: an old copy, and not the one that replaced
-            it, which this message may meet on its way. None: ends any copy.
+        below_epoch: Ends only copies of a lower epoch: an old copy, not the copy that replaced it, which may
+            be on the same instance. None: ends any copy.
     """
 
     request_ids: list[RequestId]
@@ -88,8 +87,8 @@ class MoveOut(msgspec.Struct, frozen=True, tag=True):
     """Scheduler → instance: move one running request of your choice.
 
     Attributes:
-        destination: Its load as the scheduler sees it.
-        selection: The policy to choose by; see `router.rescheduling.selection`.
+        destination: Load of the destination as the scheduler sees it.
+        selection: The policy that chooses the request; see `router.rescheduling.selection`.
     """
 
     destination: InstanceLoad
@@ -107,7 +106,7 @@ class SetDraining(msgspec.Struct, frozen=True, tag=True):
     """Scheduler or manager → instance: take no new requests, or take them again.
 
     Attributes:
-        by_operator: From the manager. What an operator drains, the scheduler does not use again.
+        by_operator: The manager sends it for an operator. The scheduler cannot end a drain by an operator.
     """
 
     draining: bool
@@ -132,7 +131,7 @@ class StopInstance(msgspec.Struct, frozen=True, tag=True):
 
 
 class Decision(msgspec.Struct, frozen=True):
-    """A decision of the scheduler about one instance; `action` in words: "is drained", "becomes decode"."""
+    """A decision of the scheduler about one instance; `action` is a text: "is drained", "becomes decode"."""
 
     instance_id: str
     action: str
@@ -172,8 +171,8 @@ class LoadReport(msgspec.Struct, frozen=True, tag=True):
     """Instance → API servers and scheduler; to the manager as a heartbeat, and while it drains.
 
     Attributes:
-        stranded: Requests that wait here for a decode instance to take them.
-        stats: About once a second.
+        stranded: Requests that wait on this instance until a decode instance takes them.
+        stats: Metrics of the instance, about once a second.
     """
 
     load: InstanceLoad
@@ -205,7 +204,7 @@ class TokenHeader(msgspec.Struct, frozen=True, array_like=True):
     spans: list[tuple[int, int]]
 
 
-# ---- what each kind of process takes
+# ---- messages that each kind of process receives
 
 MigrationWire = Offer | Refused | Pull | Stage | Final | KeepAlive | Withdraw | Query | Committed | Dropped
 ToInstance = (

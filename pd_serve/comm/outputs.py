@@ -1,4 +1,4 @@
-"""What API servers read of an engine's outputs, whatever the engine is."""
+"""The parts of an engine's outputs that API servers read, the same for every engine."""
 
 from typing import Protocol
 
@@ -10,7 +10,7 @@ class RequestOutput(Protocol):
 
     Attributes:
         new_logprobs: One row per token, or None.
-        finish_reason: None until the request ends; its text is the reason.
+        finish_reason: None until the request ends; `str` of it is the reason.
     """
 
     request_id: RequestId
@@ -23,7 +23,7 @@ class OutputBatch(Protocol):
     """One step's outputs for one API server; vLLM's `EngineCoreOutputs`, or a simulated engine's.
 
     Attributes:
-        scheduler_stats: vLLM's, or None.
+        scheduler_stats: vLLM's scheduler statistics, or None.
         engine_index: Slot number of the engine, set by the API server.
     """
 

@@ -25,8 +25,8 @@ class RejectedPeerLog:
     """The refused connections of one process.
 
     Args:
-        name: Of the process, for the log.
-        fallback: Logged in place of an address that is not known, because the connection is closed already.
+        name: Name of the process, for the log.
+        fallback: Logged in place of an address that is unknown because the connection is closed already.
     """
 
     def __init__(self, name: str, fallback: str) -> None:
@@ -40,9 +40,10 @@ class RejectedPeerLog:
         return self._read(listener.get_monitor_socket(events))
 
     async def _read(self, monitor: zmq.asyncio.Socket) -> None:
-        """A failure event does not name its connection. The event of the connection's end, which does,
-        follows
-        at once: one thread of libzmq sends both. Source: libzmq 4.3.5, stream_engine_base.cpp, error.
+        """Matches failures to addresses.
+
+        A failure event does not name its connection. The disconnect event, which does, follows at once: one
+        thread of libzmq sends both. Source: libzmq 4.3.5, stream_engine_base.cpp, error.
         """
         peers: dict[int, str] = {}
         failed = False
@@ -72,7 +73,7 @@ class RejectedPeerLog:
 
 
 def _peer_of(descriptor: int) -> str | None:
-    """The address at the other end of a connection that libzmq may be closing at this moment."""
+    """Address of a connection's peer; None if libzmq has closed the connection meanwhile."""
     try:
         with socket.fromfd(descriptor, socket.AF_INET, socket.SOCK_STREAM) as connection:
             return str(connection.getpeername()[0])

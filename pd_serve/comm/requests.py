@@ -1,4 +1,4 @@
-"""All remote calls: what is asked, of which process, and what the answer holds."""
+"""All remote calls: the request, the process that serves it, and the type of the answer."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ class CheckIntegrity(Request[list[str]], frozen=True, tag=True):
 
 
 class LiveRequests(Request[list[RequestId]], frozen=True, tag=True):
-    """Lists the requests of one API server, by its token endpoint, that hold something on the instance."""
+    """Lists the requests of one API server, given by its token endpoint, that the instance holds."""
 
     token_endpoint: str
 
@@ -27,7 +27,7 @@ class Holdings(msgspec.Struct, frozen=True, array_like=True):
 
     Attributes:
         held: KV blocks by request.
-        leaving: Migrations under way from here: request, destination, reason.
+        leaving: Outgoing migrations in progress: request, destination, reason.
     """
 
     held: list[HeldBlocks]
@@ -39,16 +39,16 @@ class ListHoldings(Request[Holdings], frozen=True, tag=True):
 
 
 class CallEngine(Request[Any], frozen=True, tag=True):
-    """Calls one of the engine's own control methods, by the name that vLLM's front end uses."""
+    """Calls a control method of the engine, by its name in vLLM's engine-core client."""
 
     method: str
     arguments: list[Any]
 
 
 class MoveRequest(Request[MigrationRecord], frozen=True, tag=True):
-    """Moves a request and answers when that has ended, successfully or not.
+    """Moves a request. The answer comes when the migration has ended, successfully or not.
 
-    Args:
+    Attributes:
         blocking: Stop-and-copy instead of live migration, for comparison.
     """
 
@@ -61,13 +61,15 @@ class MoveRequest(Request[MigrationRecord], frozen=True, tag=True):
 
 
 class DrainInstance(Request[None], frozen=True, tag=True):
+    """Drains an instance, and stops it when it is empty if `stop`; or ends its drain."""
+
     instance_id: str
     draining: bool
     stop: bool
 
 
 class ScalePools(Request[None], frozen=True, tag=True):
-    """Args: `sizes` by role."""
+    """Changes the sizes of pools, by role."""
 
     sizes: dict[str, int]
 
@@ -80,7 +82,7 @@ class RestartInstances(Request[None], frozen=True, tag=True):
 
 
 class ManualMigration(msgspec.Struct, frozen=True):
-    """A request that an operator has moved.
+    """A migration that an operator has requested.
 
     Attributes:
         downtime_s: Gap between the last token from the source and the first from the destination; 0 if the
@@ -96,7 +98,7 @@ class ManualMigration(msgspec.Struct, frozen=True):
 
 
 class MigrateByName(Request[ManualMigration], frozen=True, tag=True):
-    """Moves a request of another API server, by any name that its client knows."""
+    """Moves a request of another API server; `request_id` is one of the ids that its client may use."""
 
     request_id: str
     destination: str
@@ -123,7 +125,7 @@ AnyRequest = (
 
 
 class Call(msgspec.Struct, frozen=True, tag=True):
-    """A request on its way; answered by `pd_serve.comm.rpc.Answer` with the same call id."""
+    """Message of a remote call; its `pd_serve.comm.rpc.Answer` has the same call id."""
 
     call_id: str
     request: AnyRequest

@@ -1,4 +1,4 @@
-"""Remote calls over one-way messages: typed requests, answers with a bound, errors that keep their class."""
+"""Remote calls over one-way messages: typed requests, a timeout, and errors that keep their class."""
 
 import asyncio
 import itertools
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
-#: Errors that keep their class on the way to the caller. Others arrive as `EngineDeadError`.
+#: Errors that the caller gets with their class. It gets others as `EngineDeadError`.
 ERRORS: dict[str, type[PdServeError]] = {
     kind.__name__: kind
     for kind in (PdServeError, InvalidRequestError, UnknownTargetError, MigrationRefusedError)
@@ -32,7 +32,7 @@ ERRORS: dict[str, type[PdServeError]] = {
 
 
 class Request(msgspec.Struct, Generic[R], frozen=True, tag=True):
-    """Base of all requests. The type parameter is what the answer holds."""
+    """Base of all requests. The type parameter is the type of the result."""
 
     @classmethod
     def result_type(cls) -> Any:
@@ -40,7 +40,7 @@ class Request(msgspec.Struct, Generic[R], frozen=True, tag=True):
 
 
 class Answer(msgspec.Struct, frozen=True, tag=True):
-    """Answer to a call: its result, or an error with the name of its class and its refusal code."""
+    """Answer to a call: the result, or an error with the name of its class and its refusal code."""
 
     call_id: str
     result: Any = None
@@ -50,17 +50,17 @@ class Answer(msgspec.Struct, frozen=True, tag=True):
 
     @classmethod
     def of(cls, call_id: str, error: PdServeError) -> "Answer":
-        """The answer that raises this error at the caller."""
+        """The answer that makes `RpcClient.call` raise this error."""
         return cls(call_id, None, str(error), type(error).__name__, getattr(error, "code", None))
 
     def raised(self) -> PdServeError:
-        """The error at the caller, of the same class."""
+        """The error that `RpcClient.call` raises, of the same class."""
         kind, text = ERRORS.get(self.error_class, EngineDeadError), self.error or ""
         return kind(text, self.code) if issubclass(kind, MigrationRefusedError) else kind(text)
 
 
 class RpcClient:
-    """The calling side. Lives on one event loop.
+    """The calling side. Used on one event loop.
 
     Args:
         make_call: Wraps a call id and a request in the message to send; see `pd_serve.comm.requests.Call`.
@@ -76,7 +76,7 @@ class RpcClient:
         """Sends a request and waits for its answer.
 
         Raises:
-            EngineDeadError: The peer is not connected, or has died meanwhile.
+            EngineDeadError: The peer is not connected, or died before it answered.
             TimeoutError: No answer within `CALL_TIMEOUT_S`.
             PdServeError: The peer answered with this error.
         """
@@ -93,7 +93,7 @@ class RpcClient:
             del self._waiting[call_id]
 
     def on_answer(self, answer: Answer) -> None:
-        """Takes an answer. One that no call waits for any more is ignored."""
+        """Receives an answer. An answer to a call that has ended is ignored."""
         _, future = self._waiting.get(answer.call_id, ("", None))
         if future is None or future.done():
             return
@@ -113,7 +113,7 @@ class RpcServer:
     """The answering side.
 
     Args:
-        handlers: By type of request, a coroutine function of (sender, request).
+        handlers: A coroutine function of (sender, request) for each type of request.
     """
 
     def __init__(

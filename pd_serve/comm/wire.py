@@ -1,8 +1,8 @@
 """ZeroMQ between the processes of a cluster: one inbound socket per process, one outbound socket per peer.
 
 All traffic is one-way messages, in order per sender. Every socket uses CURVE with the cluster's key pair, on
-loopback too: messages are encrypted, and a peer without the key is refused. A peer that has the key belongs
-to the cluster; its messages are trusted, its name included.
+loopback too: messages are encrypted, and a peer without the key is rejected. The name and the messages of a
+peer with the key are trusted.
 """
 
 import hashlib
@@ -23,19 +23,17 @@ from pd_serve.comm.rejected_peers import RejectedPeerLog
 
 logger = logging.getLogger(__name__)
 
-#: Messages that may wait for a peer that does not read. Further ones are dropped, like messages that are
-#: lost.
+#: Maximum number of messages queued for a peer that does not read. Further messages are dropped.
 HIGH_WATER_MARK = 100_000
 
-
-#: Longest frame that is received, in bytes. It bounds the memory that a peer without the key can occupy. The
-#: longest frame that is sent is a request, of at most `--max-body-bytes`.
+#: Maximum length of a received frame, in bytes. It bounds the memory that a peer without the key can occupy.
+#: The longest frame that pd-serve sends is a request, of at most `--max-body-bytes`.
 MAX_FRAME_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class CurveKeys:
-    """The cluster's CURVE key pair (Z85). It admits a process to the cluster and travels through Ray only."""
+    """The cluster's CURVE key pair (Z85), which admits a process to the cluster. Only Ray distributes it."""
 
     public: bytes = field(repr=False)
     secret: bytes = field(repr=False)
@@ -51,7 +49,7 @@ class CurveKeys:
 
     @classmethod
     def derive(cls, cluster_secret: bytes) -> "CurveKeys":
-        """The pair derived from a secret, which should be as hard to guess as a key of 32 bytes."""
+        """The pair derived from a secret, which should have the entropy of a key of 32 bytes."""
         hashed = hashlib.blake2b(cluster_secret, digest_size=32, person=b"pd-serve CURVE").digest()
         secret = z85.encode(hashed)
         return cls(zmq.curve_public(secret), secret)
@@ -62,7 +60,7 @@ def is_local(host: str) -> bool:
 
 
 class Wire:
-    """The sockets of one process. Lives on one event loop; `publisher` makes sockets for other threads."""
+    """The sockets of one process. Used on one event loop; `publisher` makes sockets for other threads."""
 
     def __init__(self, name: str, host: str, keys: CurveKeys) -> None:
         self.name = name
@@ -170,5 +168,5 @@ class Wire:
             try:
                 frames = await socket.recv_multipart()
             except zmq.Again:
-                continue  # a peer was lost in the middle of a message, whose beginning is thrown away
+                continue  # a peer died in the middle of a message, whose first frames are discarded
             on_frames(frames)

@@ -61,7 +61,7 @@ class ManagerClient:
     def is_alive(self) -> bool:
         """Whether the manager has been heard within its lease."""
         known = self._members.latest is not None
-        return known and self._loop.time() - self._members.heard_at <= MANAGER_LEASE_S
+        return known and self._loop.time() - self._members.received_at <= MANAGER_LEASE_S
 
     def on_state(self, state: ClusterState) -> None:
         self._state = state

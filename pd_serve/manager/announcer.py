@@ -1,4 +1,4 @@
-"""Tells every process the membership, and keeps the leases of API servers."""
+"""Sends the membership to every process, and holds the leases of API servers."""
 
 import asyncio
 import contextlib
@@ -19,9 +19,9 @@ class Announcer:
     """Sends the membership on every change and as a heartbeat.
 
     Args:
-        membership: Gives the present membership.
-        state: Gives what API servers show beside the members.
-        on_change: Called when an API server has joined or is gone.
+        membership: Returns the present membership.
+        state: Returns the state of the cluster, which API servers get with the membership.
+        on_change: Called when an API server has joined or its lease has expired.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Announcer:
 
     @property
     def api_servers(self) -> dict[str, ApiServerInfo]:
-        """Those that have joined, by name."""
+        """The API servers that have joined, by name."""
         return {name: self._joins[name].info for name in sorted(self._joins)}
 
     def on_join(self, sender: str, join: Join) -> None:
@@ -71,11 +71,11 @@ class Announcer:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(HEARTBEAT_S):
                     await self._changed.wait()
-            self._drop_silent_api_servers()
+            self._drop_expired_api_servers()
             self._changed.clear()
             self._send()
 
-    def _drop_silent_api_servers(self) -> None:
+    def _drop_expired_api_servers(self) -> None:
         for name in self._leases.expired():
             logger.warning("API server %s is gone", name)
             self._leases.drop(name)

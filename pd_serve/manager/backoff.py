@@ -4,11 +4,11 @@ from pd_serve.comm.timing import MAX_START_BACKOFF_S, START_BACKOFF_S
 
 
 class Backoff:
-    """Of one role: a pool whose instances fail does not delay the starts of another.
+    """Backoff of one role: failures in one pool do not delay starts in another.
 
     Attributes:
         retry_at: Earliest time of the next start.
-        failed_at: Time of the last failure; None without one.
+        failed_at: Time of the last failure; None if there is none.
     """
 
     def __init__(self) -> None:
@@ -22,5 +22,5 @@ class Backoff:
         self._pause_s = min(2 * self._pause_s, MAX_START_BACKOFF_S)
 
     def reset(self) -> None:
-        """Starts succeed again."""
+        """Forgets the failures: starts succeed again."""
         self.failed_at, self._pause_s = None, START_BACKOFF_S

@@ -13,7 +13,10 @@ NUM_DECISIONS = 20
 
 
 class DecisionLog:
-    """Args: `on_change` is called after every entry.
+    """Logs decisions, keeps the last `NUM_DECISIONS`, and counts started and stopped instances.
+
+    Args:
+        on_change: Called after every entry.
 
     Attributes:
         observer: Called with every entry; for measurements.
@@ -33,7 +36,7 @@ class DecisionLog:
         self._on_change()
 
     def count(self, action: str, role: str) -> None:
-        """One more instance was started ("start") or stopped ("stop") while serving."""
+        """Counts an instance that was started ("start") or stopped ("stop") while serving."""
         self._scaled[action, role] += 1
 
     def latest(self) -> list[PastDecision]:

@@ -1,4 +1,4 @@
-"""The seam between the manager and what runs its processes."""
+"""Interface between the manager and the platform that runs its processes, and the manager's notes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,15 +12,15 @@ from pd_serve.scheduler.scheduler_process import SchedulerConfig
 
 @dataclass(frozen=True, slots=True)
 class ManagerNotes:
-    """What the next manager has to know and cannot see. The instances keep it; a later version replaces it.
+    """State of the manager that the next manager needs. The instances keep the latest notes.
 
     Attributes:
-        term: Of the manager that wrote it; see `Membership.term`.
-        version: Counts the changes.
+        term: Term of the manager that wrote the notes; see `Membership.term`.
+        version: Number of changes.
         wanted: Wanted number of instances by role.
         next_numbers: Number of the next instance id, by role. Ids are not used again.
         drained_by_operator: Instances that an operator drains.
-        api_servers: Those that have joined, by name.
+        api_servers: API servers that have joined, by name.
     """
 
     term: int = 1
@@ -32,7 +32,7 @@ class ManagerNotes:
 
     @property
     def age(self) -> tuple[int, int]:
-        """The higher one of two is of the later notes."""
+        """Sort key: later notes have a higher one."""
         return self.term, self.version
 
 
@@ -46,15 +46,15 @@ class Launcher(Protocol):
     on_lost: Callable[[str], None]
 
     def launch(self, name: str, placement: Placement) -> None:
-        """Starts the process of an instance, which begins to import what it needs. Idempotent."""
+        """Starts the process of an instance, which begins its imports. Idempotent."""
         ...
 
     def waits_for(self, name: str) -> str:
-        """What a launched instance waits for, in words; "" if for nothing but itself."""
+        """The resources that a launched instance waits for, as a text; "" if it has them."""
         ...
 
     async def start(self, config: InstanceConfig) -> InstanceInfo:
-        """Gives a launched instance its model and waits until it is ready. Raises: EngineDeadError."""
+        """Loads the model in a launched instance. Returns when it is ready. Raises: EngineDeadError."""
         ...
 
     async def stop_instance(self, name: str) -> None:
@@ -62,11 +62,11 @@ class Launcher(Protocol):
         ...
 
     async def find(self) -> tuple[list[InstanceInfo], ManagerNotes | None]:
-        """Finds the running instances of the last manager, and its latest notes."""
+        """Finds the running instances of the last manager and their latest notes."""
         ...
 
     async def keep_notes(self, notes: ManagerNotes) -> int:
-        """Has every instance keep the notes, unless it has later ones. Returns the highest term there."""
+        """Gives the notes to every instance, which keeps the later ones. Returns the highest term kept."""
         ...
 
     async def start_scheduler(self, config: SchedulerConfig) -> tuple[str, int]:
@@ -74,5 +74,5 @@ class Launcher(Protocol):
         ...
 
     async def scheduler_ended(self) -> None:
-        """Returns when the process of the scheduler that was started last is dead."""
+        """Returns when the process of the last started scheduler has ended."""
         ...

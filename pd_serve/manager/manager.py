@@ -1,7 +1,7 @@
 """The manager of the instances and the scheduler: starts, watches, replaces, scales, drains, restarts them.
 
-No request depends on it. API servers and instances go on while it is away, and the next manager finds the
-instances and takes over.
+No request passes through it. API servers and instances continue while it is absent, and the next manager
+finds the instances and takes over.
 """
 
 import asyncio
@@ -50,10 +50,12 @@ class OperatorNotices(Protocol):
 
 
 class Manager:
-    """Lives on one event loop, until `close`. The processes belong to the launcher and end with it.
+    """The manager of a cluster. Runs on one event loop until `close`.
+
+    `close` does not end the processes; the launcher does.
 
     Attributes:
-        address: Where API servers reach it.
+        address: Address at which it receives messages.
     """
 
     def __init__(
@@ -110,7 +112,7 @@ class Manager:
         self._open()
 
     async def take_over(self) -> bool:
-        """Goes on with the instances that the last manager has left. False: there are none."""
+        """Takes over the instances of the last manager. Returns False if there are none."""
         infos, notes = await self._launcher.find()
         if not infos:
             return False
@@ -200,7 +202,7 @@ class Manager:
         self._changed()
 
     async def _watch_leases(self) -> None:
-        """Ends instances that report nothing any more: a process that hangs must not come back to life."""
+        """Ends instances whose lease has expired: after it, a suspended process must not continue."""
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             silent = self.register.silent()
@@ -218,14 +220,14 @@ class Manager:
         self._wire.connect(SCHEDULER, address)
         self._changed()
 
-    # ---- what all processes are told
+    # ---- membership and notes
 
     def announce_soon(self) -> None:
-        """Tells every process the membership, without a change of it."""
+        """Sends the present membership to every process."""
         self._announcer.announce_soon()
 
     def _changed(self) -> None:
-        """Announces the membership, and has the instances keep what the next manager would not see."""
+        """Announces the membership, and gives changed notes to the instances."""
         self._announcer.announce_soon()
         kept_by = list(self.register.infos)
         notes = replace(
@@ -240,7 +242,7 @@ class Manager:
             self._tasks.start(self._keep_notes())
 
     async def _keep_notes(self) -> bool:
-        """Has the instances keep the notes. False: another manager has taken over, and this one ends."""
+        """Gives the notes to the instances. Returns False, and ends, if another manager has taken over."""
         term = await self._launcher.keep_notes(self._notes)
         if term > self._notes.term and not self._closed:
             self._notices.warn("another manager has taken over; this one ends")
@@ -260,7 +262,7 @@ class Manager:
         )
 
     def state(self) -> ClusterState:
-        """What `GET /cluster` and `/metrics` show beside the instances."""
+        """The state for `GET /cluster` and `/metrics`, apart from the instances."""
         return ClusterState(
             starting=self._starter.rows(),
             scheduler=self._scheduler.state,
@@ -294,12 +296,12 @@ class Manager:
     def _on_scheduler_report(self, report: SchedulerReport) -> None:
         self._scheduler.on_report(report.stats)
         for decision in report.decisions:
-            # What the scheduler tells an instance that the operator drains has no effect there.
+            # The scheduler's decisions about an instance that the operator drains have no effect.
             if decision.instance_id not in self._stopper.drained_by_operator:
                 self.log.add(f"{decision.instance_id} {decision.action}: {decision.reason}")
 
     def _start_wanted(self, role: str, reason: str) -> None:
-        """The scheduler wants one more instance. It asks again if it does not get one."""
+        """Starts an instance for the scheduler, if one may start now. The scheduler repeats its request."""
         at_most = self._config.max_instances
         if len(self.register) + len(self._starter.not_ready) < at_most and not self._starter.is_backing_off(
             role
@@ -316,7 +318,7 @@ class Manager:
             raise MigrationRefusedError(why)
         self._stopper.drain(instance_id, request.draining, "asked for by the operator")
         if not request.draining:
-            self._sizes.keep(instance_id)
+            self._sizes.undo_stop(instance_id)
         elif request.stop:
             self._sizes.stop_one(instance_id)
 
@@ -328,7 +330,7 @@ class Manager:
         self._restart.begin()
 
     async def _migrate(self, sender: str, request: MigrateByName) -> ManualMigration:
-        """The sender does not have this request. Asks the other API servers."""
+        """Calls the other API servers until one has the request."""
         for api_server in self._others(sender):
             try:
                 return await self._calls.call(api_server, request)

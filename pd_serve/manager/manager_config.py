@@ -1,4 +1,4 @@
-"""What a manager is started with."""
+"""Configuration of a manager."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,15 +12,15 @@ from router.settings import PolicySet
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ManagerConfig:
-    """What instances and the scheduler are started with. Plain values: it travels through Ray.
+    """Configuration of a cluster's instances and scheduler. Plain values: Ray serializes it.
 
     Attributes:
         instances: Number at the start, by role.
-        max_instances: The scheduler gets never more than this number.
+        max_instances: Maximum number of instances that the scheduler may have started.
         engine_args: Arguments of vLLM's `AsyncEngineArgs`, by role.
-        placements: What instances need of their machine, by role.
-        host: Address that sockets bind to; if it is not loopback, each binds to its own machine's.
-        checks_memory: All of them share this machine: a start is refused if its memory does not suffice.
+        placements: Resources of an instance, by role.
+        host: Loopback, or an address in place of which each process binds to its own machine's.
+        checks_memory: All instances run on this machine; refuses a start if its memory does not suffice.
     """
 
     model: str

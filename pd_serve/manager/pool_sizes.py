@@ -1,4 +1,4 @@
-"""The wanted number of instances of each role, and what brings the pools to it."""
+"""The wanted size of each pool, and the starts and stops that lead to it."""
 
 from collections.abc import Mapping
 
@@ -10,12 +10,14 @@ from router.scaling import PoolBounds
 
 
 class PoolSizes:
-    """Args:
-        autoscale: Bounds by role, for the pools whose size the scheduler decides.
-        replaces: In the other pools, another instance is started in place of one that has died.
+    """Sizes of the pools: replaces dead instances and changes sizes for the operator.
+
+    Args:
+        autoscale: Bounds by role, for the pools that the scheduler scales.
+        replaces: In the other pools, starts an instance in place of each one that died.
 
     Attributes:
-        wanted: By role. It changes with `scale` and with instances that an operator stops.
+        wanted: Wanted sizes, by role. `scale` and instances that an operator stops change them.
     """
 
     def __init__(
@@ -34,17 +36,17 @@ class PoolSizes:
         self._autoscale = autoscale
         self._replaces = replaces
         self.wanted = dict(wanted)
-        self._given_up: dict[str, str] = {}  # roles of instances that an operator stops, by id
+        self._stopped: dict[str, str] = {}  # roles of instances that an operator stops, by id
 
     def size(self, role: str) -> int:
-        """Instances of a role that serve and stay, or are on their way."""
+        """Number of instances of a role that serve and are not leaving, or are being started."""
         staying = [
             n for n, r in self._register.roles().items() if r == role and n not in self._stopper.leaving
         ]
         return len(staying) + self._starter.num_coming(role)
 
     def scale(self, sizes: Mapping[str, int]) -> None:
-        """Gives pools another size: starts instances, or drains and stops those with the fewest requests.
+        """Changes the sizes of pools: starts instances, or drains and stops those with the fewest requests.
 
         Raises:
             InvalidRequestError: No such role, or the service could not serve with these sizes.
@@ -82,26 +84,26 @@ class PoolSizes:
             self._stopper.stop_drained(instance_id, reason)
 
     def start_missing(self, reason: str) -> None:
-        """Starts what is missing of the wanted sizes."""
+        """Starts instances until every pool has its wanted size."""
         for role, wanted in self.wanted.items():
             for _ in range(wanted - self.size(role)):
                 self._starter.start_until_ready(role, reason)
 
     def stop_one(self, instance_id: str) -> None:
-        """The operator stops this instance: its pool is one smaller from now on. Again: nothing."""
-        if instance_id not in self._given_up:
-            role = self._given_up[instance_id] = self._register.role_of(instance_id)
+        """Stops an instance for the operator, and makes its pool smaller by one. Idempotent."""
+        if instance_id not in self._stopped:
+            role = self._stopped[instance_id] = self._register.role_of(instance_id)
             self.wanted[role] -= 1
             self._stopper.stop_drained(instance_id, "drained by the operator")
 
-    def keep(self, instance_id: str) -> None:
-        """The operator uses an instance again that was to be stopped."""
-        if (role := self._given_up.pop(instance_id, None)) is not None:
+    def undo_stop(self, instance_id: str) -> None:
+        """Undoes `stop_one`: the operator uses the instance again."""
+        if (role := self._stopped.pop(instance_id, None)) is not None:
             self.wanted[role] += 1
 
     def replace_dead(self, instance_id: str, role: str) -> None:
-        """An instance of this role has died."""
+        """Starts an instance in place of a dead one that was not leaving, if the scheduler does not scale."""
         was_leaving = instance_id in self._stopper.leaving
-        self._given_up.pop(instance_id, None)
+        self._stopped.pop(instance_id, None)
         if self._replaces and role not in self._autoscale and not was_leaving:
             self._starter.start_until_ready(role, f"in the place of {instance_id}, which has died")

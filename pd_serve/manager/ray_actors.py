@@ -1,4 +1,4 @@
-"""Ray's view of the processes of a service: one actor per instance, and one for the scheduler."""
+"""Ray actors of a service: one for each instance, and one for the scheduler."""
 
 import asyncio
 import logging
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class InstanceActor:
-    """An instance: an async actor, one process."""
+    """An instance: an async actor in a process of its own."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -28,7 +28,7 @@ class InstanceActor:
         self._notes: ManagerNotes | None = None
 
     def __repr__(self) -> str:
-        return self._name  # Ray puts it in front of every log line
+        return self._name  # Ray's prefix of every log line
 
     async def load(self) -> None:
         await self._instance.load()
@@ -39,17 +39,17 @@ class InstanceActor:
         return await self._started
 
     async def found(self) -> tuple[InstanceInfo | None, ManagerNotes | None]:
-        """For the next manager: the instance once it is ready (None: never started), and the last notes."""
+        """For the next manager: the instance (None if never started) when it is ready, and its notes."""
         return (await self._started if self._started is not None else None), self._notes
 
     async def keep_notes(self, notes: ManagerNotes) -> int:
-        """Keeps what the next manager has to know. Returns the term of the latest notes."""
+        """Keeps the notes if they are the latest. Returns the term of the latest notes."""
         if self._notes is None or notes.age > self._notes.age:
             self._notes = notes
         return self._notes.term
 
     async def wait(self) -> None:
-        """Returns when the instance was stopped; fails at once when its process dies."""
+        """Returns when the instance is stopped; Ray raises an error if its process dies."""
         await self._instance.wait()
 
     async def stop(self) -> None:
@@ -57,7 +57,7 @@ class InstanceActor:
 
 
 class SchedulerActor:
-    """The scheduler's process. It imports neither vLLM nor torch, and is ready in about a second."""
+    """The scheduler, in a process of its own. Without vLLM and torch it is ready in about a second."""
 
     def __init__(self) -> None:
         configure_logging(SCHEDULER)
@@ -67,7 +67,7 @@ class SchedulerActor:
         return SCHEDULER
 
     async def start(self, config: SchedulerConfig) -> tuple[str, int]:
-        """Returns its address and its process id."""
+        """Starts the scheduler. Returns its address and its process id."""
         self._wire = Wire(SCHEDULER, own_address(config.host), config.keys)
         self._scheduler = SchedulerProcess(
             self._wire,
@@ -78,7 +78,7 @@ class SchedulerActor:
         return self._scheduler.address, os.getpid()
 
     async def wait(self) -> None:
-        """Returns when the scheduler was stopped; fails at once when its process dies."""
+        """Returns when the scheduler is stopped; Ray raises an error if its process dies."""
         await self._stopped.wait()
 
     async def stop(self) -> None:
@@ -92,5 +92,5 @@ class SchedulerActor:
 
 
 def own_address(host: str) -> str:
-    """The address of an actor's sockets: loopback if the service is on loopback, else that of its machine."""
+    """Address of an actor's sockets: loopback if `host` is, otherwise the address of the actor's machine."""
     return host if is_local(host) else str(ray.util.get_node_ip_address())

@@ -1,4 +1,4 @@
-"""Runs the processes of a service as Ray actors; see `pd_serve.manager.launcher.Launcher`."""
+"""The launcher of production: runs the processes of a service as Ray actors."""
 
 import asyncio
 import contextlib
@@ -23,16 +23,16 @@ from pd_serve.scheduler.scheduler_process import SchedulerConfig
 
 logger = logging.getLogger(__name__)
 
-#: Ray's namespace of actors that outlive the manager, named by the service and by themselves.
+#: Ray's namespace of actors that outlive the manager. Their names are "service:name".
 NAMESPACE = "pd_serve"
 
-#: How long instances may take to end by themselves before they are killed.
+#: Time for instances to end by themselves before they are killed.
 STOP_S = 3.0
 
-#: What `ray.init` raises, beside a bare `Exception` when a node takes too long. Source: ray/_private/node.py.
+#: Errors of `ray.init`; a slow node is a bare `Exception`. Source: ray/_private/node.py.
 CONNECT_ERRORS = (ConnectionError, TimeoutError, ValueError, RuntimeError, ray.exceptions.RayError)
 
-#: A local cluster serves this service only, and ends with it: without what costs start-up time.
+#: Settings of a local cluster, which runs only this service, for a short start-up time.
 LOCAL_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_prestart_worker_first_driver": "0",
@@ -45,14 +45,14 @@ LOCAL_SETTINGS = {
 
 
 class RayLauncher:
-    """The instances of one service, and its scheduler.
+    """Implements `pd_serve.manager.launcher.Launcher` for the instances and the scheduler of one service.
 
     Args:
-        address: An existing cluster's address; None starts a local one that ends with this process.
+        address: Address of a running cluster; None starts a local one that ends with this process.
         environment: Environment variables of every instance's process.
         on_lost: Called with the id of an instance whose process has died.
-        service: With a name, actors outlive this process, and the next manager of that name finds them. Ray
-            has been joined already, and goes on.
+        service: With a name, actors outlive this process, and the next manager with that name finds them.
+            This process is connected to Ray already, and Ray continues after it.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class RayLauncher:
         """Starts or joins Ray. Blocks for seconds.
 
         Raises:
-            PdServeError: No cluster at that address, or none that starts here.
+            PdServeError: There is no cluster at the address, or a local one does not start.
         """
         if self._service is not None:
             return
@@ -86,8 +86,7 @@ class RayLauncher:
             for name, value in LOCAL_SETTINGS.items():
                 os.environ.setdefault(name, value)
             if not os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
-                # Ray's ports require it. Ray itself would keep one token for ever, in a file that others can
-                # read.
+                # Ray's ports require a token. Ray's own token is permanent, in a file that others can read.
                 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         try:
             ray.init(
@@ -107,7 +106,7 @@ class RayLauncher:
 
     @staticmethod
     def node_address() -> str:
-        """This machine's address as the other machines of the cluster know it."""
+        """This machine's address in the cluster."""
         return str(ray.util.get_node_ip_address())
 
     # ---- instances
@@ -141,7 +140,7 @@ class RayLauncher:
         return self._waits_for.get(name, "")
 
     async def start(self, config: InstanceConfig) -> InstanceInfo:
-        """See `Launcher`. The error says why the instance did not become ready."""
+        """See `Launcher`. The error has the reason."""
         name = config.instance_id
         actor = self._actors[name]
         try:
@@ -162,7 +161,7 @@ class RayLauncher:
         return info
 
     async def _placed(self, name: str) -> None:
-        """Returns when the cluster has the resources."""
+        """Waits for the instance's resources."""
         group = self._groups.get(name)
         while group is not None and not await asyncio.to_thread(group.wait, 1):
             amounts = ", ".join(f"{amount:g} {what}" for what, amount in group.bundle_specs[0].items())
@@ -196,12 +195,12 @@ class RayLauncher:
     # ---- taking over
 
     async def find(self) -> tuple[list[InstanceInfo], ManagerNotes | None]:
-        """The running instances of the service, and the latest notes. Ends actors that were never started."""
+        """See `Launcher`. Ends instances that were never started, and the scheduler."""
         infos: list[InstanceInfo] = []
         found_notes: list[ManagerNotes] = []
         for name, actor in (await asyncio.to_thread(self._named_actors)).items():
             if name == SCHEDULER:
-                ray.kill(actor)  # it keeps no state, and the next one is ready in a second
+                ray.kill(actor)  # it has no state to keep; the next one is ready in a second
                 continue
             try:
                 info, notes = await actor.found.remote()
@@ -225,14 +224,14 @@ class RayLauncher:
         found = {}
         for row in ray.util.list_named_actors(all_namespaces=True):
             if row["namespace"] == NAMESPACE and row["name"].startswith(prefix):
-                with contextlib.suppress(ValueError):  # it has died meanwhile
+                with contextlib.suppress(ValueError):  # the actor has died meanwhile
                     found[row["name"].removeprefix(prefix)] = ray.get_actor(row["name"], NAMESPACE)
         return found
 
     async def keep_notes(self, notes: ManagerNotes) -> int:
         """See `Launcher`."""
-        asked = [asyncio.ensure_future(_settled(a.keep_notes.remote(notes))) for a in self._actors.values()]
-        done, _ = await asyncio.wait(asked, timeout=STOP_S) if asked else (set(), set())
+        calls = [asyncio.ensure_future(_settled(a.keep_notes.remote(notes))) for a in self._actors.values()]
+        done, _ = await asyncio.wait(calls, timeout=STOP_S) if calls else (set(), set())
         return max((task.result() or 0 for task in done), default=0)
 
     # ---- the scheduler
@@ -242,7 +241,7 @@ class RayLauncher:
         options = {"num_cpus": 0, "max_concurrency": 10, **self._lasting(SCHEDULER)}
         try:
             actor = self._scheduler = ray.remote(SchedulerActor).options(**options).remote()
-        except ValueError as error:  # the name of the last one is not free yet
+        except ValueError as error:  # the last scheduler's name is not free yet
             raise EngineDeadError(f"the scheduler does not start: {error}") from error
         try:
             address, pid = await actor.start.remote(config)
@@ -260,7 +259,7 @@ class RayLauncher:
     # ---- the end
 
     async def stop(self) -> None:
-        """Stops all instances, by force after a while, and a local Ray with them."""
+        """Stops all instances, kills those that do not end within `STOP_S`, and ends a local Ray."""
         await self._watchers.cancel()
         if ray.is_initialized():
             await self._stop_instances()
@@ -280,7 +279,7 @@ class RayLauncher:
         for name in list(self._groups):
             self._free(name)
         if self._address is None and self._service is None:
-            # The raylet reaps its workers. If it ended before that, they would stay as zombies.
+            # The raylet reaps its workers. If it ended first, they would stay as zombies.
             deadline = asyncio.get_running_loop().time() + STOP_S
             while any(map(psutil.pid_exists, self._pids.values())):
                 await asyncio.sleep(0.02)
@@ -292,13 +291,13 @@ class RayLauncher:
             await actor.wait.remote()
         except ray.exceptions.RayError:
             self._pids.pop(instance_id, None)
-            if self._actors.pop(instance_id, None) is not None:  # else it was stopped
+            if self._actors.pop(instance_id, None) is not None:  # otherwise it was stopped
                 self._free(instance_id)
                 self.on_lost(instance_id)
 
 
 def _end_children() -> None:
-    """Ends child processes that Ray has left, as when it was interrupted while starting."""
+    """Ends child processes that Ray has left, for example when its start was interrupted."""
     children = psutil.Process().children(recursive=True)
     for child in children:
         with contextlib.suppress(psutil.NoSuchProcess):

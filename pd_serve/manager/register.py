@@ -10,8 +10,10 @@ from router.load import ROLES, InstanceLoad
 
 
 class InstanceRegister:
-    """Attributes:
-    infos: By instance id.
+    """Ready instances with their last load reports and leases.
+
+    Attributes:
+        infos: By instance id.
     """
 
     def __init__(self) -> None:
@@ -38,17 +40,17 @@ class InstanceRegister:
         self._leases.drop(instance_id)
 
     def on_report(self, load: InstanceLoad) -> None:
-        """Takes a load report. One of an instance that is not registered is ignored."""
+        """Keeps a load report and renews the lease. Ignores instances that are not registered."""
         if load.instance_id in self.infos:
             self._loads[load.instance_id] = load
             self._leases.renew(load.instance_id)
 
     def load_of(self, instance_id: str) -> InstanceLoad | None:
-        """Its last report; None before the first one."""
+        """Last load report of an instance; None before the first one."""
         return self._loads.get(instance_id)
 
     def role_of(self, instance_id: str) -> str:
-        """Its present role."""
+        """Present role of an instance."""
         load = self._loads.get(instance_id)
         return load.role if load is not None else self.infos[instance_id].role
 
@@ -61,11 +63,11 @@ class InstanceRegister:
         return load.running + load.waiting if load is not None else 0
 
     def age_s(self, instance_id: str) -> float:
-        """Time since it was ready."""
+        """Time since the instance was ready, in seconds."""
         return self._loop.time() - self._ready_at[instance_id]
 
     def silent(self) -> list[str]:
-        """Instances that have reported nothing for the time of their lease."""
+        """Instances whose lease has expired."""
         return self._leases.expired()
 
     def can_serve(self) -> bool:
@@ -83,7 +85,7 @@ class InstanceRegister:
         return None
 
     def in_order(self) -> list[InstanceInfo]:
-        """By role and number, not by the time at which they were ready."""
+        """All instances by role and number, whatever the order in which they became ready."""
         return sorted(self.infos.values(), key=_by_role_and_number)
 
 

@@ -1,4 +1,4 @@
-"""Rolling restart: a new instance in the place of each, one after another, while requests go on."""
+"""Rolling restart: replaces all instances, one after another, while requests continue."""
 
 import asyncio
 
@@ -13,7 +13,7 @@ from pd_serve.manager.stopper import Stopper
 
 
 class RollingRestart:
-    """At most one is under way."""
+    """Replaces all instances on demand. At most one restart runs at a time."""
 
     def __init__(
         self, register: InstanceRegister, starter: Starter, stopper: Stopper, log: DecisionLog
@@ -33,7 +33,7 @@ class RollingRestart:
         return RestartState(bool(len(self._tasks)), self._progress)
 
     def begin(self) -> None:
-        """Raises: MigrationRefusedError: one is under way already."""
+        """Begins a restart. Raises: MigrationRefusedError: A restart is running."""
         if len(self._tasks):
             raise MigrationRefusedError(f"a restart is under way: {self._progress}")
         self._progress = "begins"
@@ -52,7 +52,7 @@ class RollingRestart:
         self._log.add(f"restart: {self._progress}")
 
     async def _replace(self, old: str, role: str) -> str | None:
-        """Returns why it was given up; None if `old` is stopped and another instance serves."""
+        """Replaces one instance. Returns the reason if it is given up, None if it has succeeded."""
         name = self._starter.new_id(role, f"in the place of {old}, by a restart")
         if not await self._starter.bring_up(name, role):
             return f"{name} has not started"

@@ -1,4 +1,4 @@
-"""Keeps one scheduler running, and what it has last reported."""
+"""Keeps one scheduler running, and has its last report."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -12,13 +12,15 @@ from pd_serve.scheduler.scheduler_process import SchedulerConfig
 
 
 class SchedulerKeeper:
-    """Args:
-        may_start: Asked before every start. False ends the keeping.
+    """Starts the scheduler, and starts another one whenever it has died.
+
+    Args:
+        may_start: Called before every start. If it returns False, no more schedulers are started.
         on_start: Called with the address of every scheduler that has started.
-        warn: Tells the operator.
+        warn: Shows a warning to the operator.
 
     Attributes:
-        address: Of the scheduler that was started last; "" before the first one.
+        address: Address of the last started scheduler; "" before the first one.
     """
 
     def __init__(
@@ -36,7 +38,7 @@ class SchedulerKeeper:
         self._warn = warn
         self._loop = asyncio.get_running_loop()
         self._tasks = BackgroundTasks()
-        self._heard_at: float | None = None
+        self._reported_at: float | None = None
         self._pid: int | None = None
         self._starts = 0
         self._stats: SchedulerStats | None = None
@@ -49,12 +51,12 @@ class SchedulerKeeper:
         await self._tasks.cancel()
 
     def on_report(self, stats: SchedulerStats | None) -> None:
-        self._heard_at = self._loop.time()
+        self._reported_at = self._loop.time()
         self._stats = stats or self._stats
 
     @property
     def is_alive(self) -> bool:
-        return self._heard_at is not None and self._loop.time() - self._heard_at < SCHEDULER_LEASE_S
+        return self._reported_at is not None and self._loop.time() - self._reported_at < SCHEDULER_LEASE_S
 
     @property
     def state(self) -> SchedulerState:
@@ -63,11 +65,11 @@ class SchedulerKeeper:
 
     @property
     def stats(self) -> SchedulerStats | None:
-        """None while there is no scheduler."""
+        """Last metrics of the scheduler; None while it is absent."""
         return self._stats if self.is_alive else None
 
     async def _keep(self) -> None:
-        """Starts another scheduler as soon as one has died; after a pause if that had just started."""
+        """Starts another scheduler when one has died, after a pause if it died soon after its start."""
         pause_s = 0.0
         while True:
             await asyncio.sleep(pause_s)
@@ -82,6 +84,6 @@ class SchedulerKeeper:
                 self._warn("the scheduler has died and is started again; requests go on")
             except EngineDeadError as error:
                 self._warn(f"{error}; no request is moved and no pool scaled meanwhile")
-            self._heard_at = self._pid = None
+            self._reported_at = self._pid = None
             lived_s = self._loop.time() - began
             pause_s = 0.0 if lived_s > EARLY_SCHEDULER_DEATH_S else min(pause_s + 1.0, MAX_SCHEDULER_PAUSE_S)

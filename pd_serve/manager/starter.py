@@ -1,4 +1,4 @@
-"""Starts instances: the first ones, those that the scheduler wants, and those that are missing."""
+"""Starts instances: at the start of the service, for the scheduler, and to reach the wanted sizes."""
 
 import asyncio
 import logging
@@ -18,14 +18,16 @@ logger = logging.getLogger(__name__)
 
 
 class Starter:
-    """Args:
+    """Starts instances, with a backoff after failed starts.
+
+    Args:
         start: Starts an instance by id and role, and returns when it is ready. Raises: PdServeError.
-        waits_for: What an instance that is being started waits for, in words; "" if for nothing but itself.
-        on_change: Called when `starting` or the register has changed.
+        waits_for: Returns the resources that a starting instance waits for, as a text; "" if it has them.
+        on_change: Called when the starting instances or the register have changed.
 
     Attributes:
-        next_numbers: Number of the next instance id, by role. Ids are not used again, since messages about an
-            earlier instance of that id may still arrive.
+        next_numbers: Number of the next instance id, by role. Ids are not used again, because messages about
+            an earlier instance with that id may still arrive.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class Starter:
         self._loop = asyncio.get_running_loop()
         self._tasks = BackgroundTasks()
         self._starting: dict[str, str] = {}  # role by id, until the first load report
-        self._queued: list[tuple[str, str]] = []  # role and reason of starts that repeat until they succeed
+        self._queued: list[tuple[str, str]] = []  # role and reason of starts that have to succeed
         self._retries: dict[str, asyncio.TimerHandle] = {}  # by role
         self._backoffs: dict[str, Backoff] = {role: Backoff() for role in next_numbers}
 
@@ -55,20 +57,20 @@ class Starter:
             timer.cancel()
         await self._tasks.cancel()
 
-    # ---- what is on its way
+    # ---- starting instances
 
     @property
     def not_ready(self) -> dict[str, str]:
-        """Roles of the instances that are being started and not registered yet, by id."""
+        """Roles of the starting instances that are not registered yet, by id."""
         return {name: role for name, role in self._starting.items() if name not in self._register}
 
     @property
     def num_starting(self) -> Counter[str]:
-        """By role. An instance counts until it reports, so that the scheduler asks for no other one."""
+        """By role. An instance counts until it reports, so that the scheduler requests no other one."""
         return Counter(self._starting.values())
 
     def num_coming(self, role: str) -> int:
-        """Instances of a role that are not registered yet, queued ones included."""
+        """Number of starting instances of a role that are not registered yet, including queued ones."""
         return list(self.not_ready.values()).count(role) + [r for r, _ in self._queued].count(role)
 
     def rows(self) -> list[StartingInstance]:
@@ -77,7 +79,7 @@ class Starter:
         return rows + [StartingInstance("", role, f"to be started: {why}") for role, why in self._queued]
 
     def is_backing_off(self, role: str) -> bool:
-        """Whether the last start of this role has failed a short time ago."""
+        """Whether the backoff of this role has not ended."""
         return self._loop.time() < self._backoffs[role].retry_at
 
     # ---- starting
@@ -85,10 +87,10 @@ class Starter:
     async def start_first(self, names: list[tuple[str, str]]) -> None:
         """Starts the first instances, by id and role.
 
-        Returns when each is ready or waits for resources, and those that are ready can serve.
+        Returns when every instance is ready or waits for resources, and the ready ones suffice to serve.
 
         Raises:
-            PdServeError: One does not start.
+            PdServeError: An instance does not start.
         """
         starts: dict[asyncio.Future[None], str] = {}
         for name, role in names:
@@ -129,17 +131,17 @@ class Starter:
             start.cancel()
 
     def start_once(self, role: str, reason: str) -> None:
-        """One more instance of a role. If its start fails it is not repeated."""
+        """Starts an instance of a role. A failed start is not repeated."""
         self._tasks.start(self.bring_up(self.new_id(role, reason), role))
 
     def start_until_ready(self, role: str, reason: str) -> None:
-        """One more instance of a role. Its start is repeated until it succeeds."""
+        """Starts an instance of a role, again and again until it succeeds."""
         self._queued.append((role, reason))
         self._start_queued(role)
         self._on_change()
 
     def unqueue(self, role: str) -> bool:
-        """Takes back one start that has not begun. False: there is none."""
+        """Cancels one start that has not begun. Returns False if there is none."""
         for queued in self._queued:
             if queued[0] == role:
                 self._queued.remove(queued)
@@ -167,7 +169,7 @@ class Starter:
             self.start_until_ready(role, reason)
 
     def new_id(self, role: str, reason: str) -> str:
-        """The id of an instance that is started next."""
+        """Id of the next instance of a role, which counts as starting from now on."""
         number = self.next_numbers.get(role, 0)
         self.next_numbers[role] = number + 1
         name = f"{role}-{number}"
@@ -205,7 +207,7 @@ class Starter:
     # ---- failures
 
     def died(self, role: str, age_s: float) -> None:
-        """An instance has died. Soon after its start, that counts as a failed start."""
+        """Counts the death of an instance soon after its start as a failed start."""
         if age_s < EARLY_DEATH_S:
             self._failed(role)
 
@@ -214,5 +216,5 @@ class Starter:
         now, failed_at = self._loop.time(), backoff.failed_at
         ages = [self._register.age_s(n) for n, r in self._register.roles().items() if r == role]
         if failed_at is not None and any(EARLY_DEATH_S <= age < now - failed_at for age in ages):
-            backoff.reset()  # since the last failure an instance has started, and has lived
+            backoff.reset()  # since the last failure an instance has started and has not died early
         backoff.failed(now)

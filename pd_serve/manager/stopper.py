@@ -13,14 +13,16 @@ from pd_serve.manager.register import InstanceRegister
 
 
 class Stopper:
-    """Args:
+    """Drains instances, and stops those that are leaving.
+
+    Args:
         stop: Ends the process of an instance.
         is_used: Whether an API server may still have requests on an instance that is leaving.
         on_change: Called when `leaving` or the register has changed.
 
     Attributes:
         leaving: Instances that are stopped as soon as they are empty.
-        drained_by_operator: The scheduler neither uses nor stops these.
+        drained_by_operator: Instances that an operator drains. The scheduler neither uses nor stops them.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class Stopper:
         await self._tasks.cancel()
 
     def drain(self, instance_id: str, draining: bool, reason: str) -> None:
-        """Takes an instance out of use until the operator says otherwise, or uses it again."""
+        """Drains an instance for the operator, or ends its drain."""
         if draining:
             self.drained_by_operator.add(instance_id)
         else:
@@ -65,7 +67,7 @@ class Stopper:
             self._begin(instance_id, reason, STOP_PATIENCE_S)
 
     def forget(self, instance_id: str) -> None:
-        """It has died."""
+        """Removes an instance that has died."""
         self.drained_by_operator.discard(instance_id)
 
     def _begin(self, instance_id: str, reason: str, patience_s: float) -> None:
@@ -80,14 +82,14 @@ class Stopper:
             while True:
                 await asyncio.sleep(POLL_S)
                 if instance_id not in self._register:
-                    return  # it has died
+                    return  # the instance has died
                 if by_operator and instance_id not in self.drained_by_operator:
-                    return  # it is used again
+                    return  # the operator uses it again
                 load = self._register.load_of(instance_id)
                 if load is None:
                     continue
                 if not by_operator and not load.draining:
-                    return  # it is used again
+                    return  # the scheduler uses it again
                 is_empty = load.draining and load.is_empty and not self._is_used(instance_id)
                 if is_empty or self._loop.time() > deadline:
                     break

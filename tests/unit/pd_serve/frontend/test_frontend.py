@@ -51,7 +51,7 @@ async def test_a_snapshot_shows_members_starting_instances_and_the_manager_s_sta
 
 async def test_without_a_manager_the_last_members_are_shown_and_the_manager_as_absent(world: World) -> None:
     world.wire.hear(MANAGER, STATE)
-    world.frontend._members.heard_at -= 60
+    world.frontend._members.received_at -= 60
 
     snapshot = world.frontend.snapshot()
 
