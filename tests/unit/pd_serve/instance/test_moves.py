@@ -1,0 +1,142 @@
+"""Moves that the scheduler orders or an operator requests."""
+
+from migration.errors import Refusal, RefusalCode
+from migration.messages import (
+    InstanceId,
+    Offer,
+    Refused,
+)
+from migration.record import MigrationRecord
+from pd_serve.comm.messages import (
+    MigrationEnded,
+    MoveOut,
+)
+from pd_serve.comm.requests import (
+    Call,
+    MoveRequest,
+)
+from pd_serve.comm.rpc import Answer
+from router.load import InstanceLoad
+from router.plugins import PolicyChoice
+from tests.unit.pd_serve.instance.instance_world import R, World
+from tests.unit.pd_serve.made_migrations import FULL
+from tests.virtual_time import in_virtual_time
+
+
+def order_move(world: World, selection: str = "shortest", reason: str = "balance") -> None:
+    """The scheduler orders a move to d0."""
+    destination = InstanceLoad("d0", "decode", total_blocks=100, free_blocks=100)
+    world.hear("scheduler", MoveOut(destination, reason, PolicyChoice(selection)))
+
+
+@in_virtual_time
+async def test_a_move_request_is_answered_with_the_record_of_the_migration() -> None:
+    async with World() as world:
+        world.engine.running.add("r")
+        world.hear("api", Call("call", MoveRequest(R, InstanceId("d0"))))
+        await world.settle()
+        await world.move("d0")
+        (answer,) = world.sent(Answer, "api")
+        assert (answer.call_id, answer.error) == ("call", None)
+        assert isinstance(answer.result, MigrationRecord)
+        assert (answer.result.committed, answer.result.tokens) == (True, 12)
+        assert [ended.record.committed for ended in world.sent(MigrationEnded, "api")] == [True]
+
+
+@in_virtual_time
+async def test_a_move_of_a_request_that_does_not_run_here_is_refused() -> None:
+    async with World() as world:
+        answer = await world.call(MoveRequest(R, InstanceId("d0")))
+        assert answer.result.refusal == Refusal(RefusalCode.NOT_RUNNING, "not running here")
+
+
+@in_virtual_time
+async def test_a_move_to_the_instance_itself_is_refused() -> None:
+    async with World() as world:
+        world.engine.running.add("r")
+        answer = await world.call(MoveRequest(R, InstanceId("p0")))
+        assert answer.result.refusal == Refusal(RefusalCode.ALREADY_HERE, "the request is on p0 already")
+
+
+@in_virtual_time
+async def test_a_move_that_its_destination_refuses_is_answered_with_the_refusal() -> None:
+    async with World() as world:
+        world.engine.running.add("r")
+        world.hear("api", Call("call", MoveRequest(R, InstanceId("d0"))))
+        await world.settle()
+        await world.answer("d0", lambda migration_id: Refused(migration_id, FULL))
+        (answer,) = world.sent(Answer, "api")
+        assert answer.result.refusal == FULL.prefixed("refused")
+
+
+@in_virtual_time
+async def test_an_order_with_an_unknown_policy_moves_nothing_and_counts_as_decided() -> None:
+    async with World() as world:
+        world.engine.running.add("r")
+        order_move(world, "mine")
+        await world.settle()
+        assert not world.sent(Offer)
+        assert world.llumlet.reporter.load().moves_decided == 1
+        assert world.fatal == []
+
+
+@in_virtual_time
+async def test_an_order_whose_handling_fails_is_counted_and_does_not_end_the_instance() -> None:
+    async with World() as world:
+        world.engine.fail["running_requests"] = KeyError("a bug")
+        order_move(world)
+        await world.settle()
+        assert world.fatal == []
+        assert "a background task failed" in (await world.llumlet.check_integrity())[0]
+
+
+@in_virtual_time
+async def test_an_order_moves_the_request_that_the_policy_selects() -> None:
+    async with World() as world:
+        world.engine.running |= {"high", "normal"}
+        world.engine.priorities["high"] = -1
+        order_move(world)
+        await world.settle()
+        assert world.llumlet.reporter.load().moves_decided == 1
+        assert world.reports()[-1].load.migrating_out == 1
+        await world.move("d0")
+        (ended,) = world.sent(MigrationEnded, "api")
+        record = ended.record
+        assert (record.request_id, record.destination, record.reason) == ("normal", "d0", "balance")
+        assert record.committed
+
+
+@in_virtual_time
+async def test_repeated_orders_move_each_request_once() -> None:
+    async with World() as world:
+        world.engine.running |= {"a", "b"}
+        for _ in range(3):
+            order_move(world)
+        await world.settle()
+        assert {offer.request.request_id for offer in world.sent(Offer, "d0")} == {"a", "b"}
+        assert world.llumlet.reporter.load().moves_decided == 3
+
+
+@in_virtual_time
+async def test_only_a_drain_moves_requests_of_high_priority() -> None:
+    async with World() as world:
+        world.engine.running.add("high")
+        world.engine.priorities["high"] = -1
+        order_move(world)
+        await world.settle()
+        assert not world.sent(Offer)
+        order_move(world, "drain", "drain")
+        await world.settle()
+        assert len(world.sent(Offer, "d0")) == 1
+
+
+@in_virtual_time
+async def test_a_refused_move_leaves_the_request_running_here() -> None:
+    async with World() as world:
+        world.engine.running.add("r")
+        order_move(world)
+        await world.settle()
+        await world.answer("d0", lambda migration_id: Refused(migration_id, FULL))
+        assert world.llumlet.reporter.load().migrating_out == 0
+        assert "r" in world.engine.running
+        assert world.fatal == []
