@@ -38,7 +38,9 @@ def pool(cluster: dict[str, Any], state: str = "ready") -> list[str]:
     return [row["id"] for row in rows if row["role"] == "decode" and row["state"] == state]
 
 
-async def test_pool_follows_the_load(client: CompletionClient, reference: Reference) -> None:
+async def test_the_pool_grows_and_shrinks_with_the_load(
+    client: CompletionClient, reference: Reference
+) -> None:
     async with load(client, reference, BODIES):
         cluster = await client.until(lambda cluster: pool(cluster, "starting") == ["decode-1"])
         assert "decode-1 is started: average freeness" in str(cluster["decisions"])
@@ -52,7 +54,9 @@ async def test_pool_follows_the_load(client: CompletionClient, reference: Refere
         assert len(pool(cluster)) == 1
 
 
-async def test_there_is_always_one(client: CompletionClient, reference: Reference) -> None:
+async def test_the_last_decode_instance_is_not_drained_and_is_replaced(
+    client: CompletionClient, reference: Reference
+) -> None:
     """Nobody can drain the last one, and when it dies there is soon another one."""
     (only,) = pool(await client.cluster())
     response = await client.http.post("/cluster/drain", json={"instance": only})

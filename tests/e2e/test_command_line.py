@@ -56,7 +56,7 @@ def complaint(server: ServerProcess) -> str:
         (["./there/is/no/such/model"], "./there/is/no/such/model"),
     ],
 )
-def test_what_cannot_be_is_one_clear_line(
+def test_a_refused_command_line_is_one_clear_line(
     start: Callable[..., ServerProcess], arguments: list[str], says: str
 ) -> None:
     line = complaint(start(*arguments, "--port", "0"))

@@ -57,7 +57,7 @@ async def until(client: CompletionClient, what: Callable[[dict[str, Any]], bool]
             await asyncio.sleep(0.002)
 
 
-async def test_while_waiting(client: CompletionClient) -> None:
+async def test_a_waiting_request_ends_with_its_client(client: CompletionClient) -> None:
     ahead = await begin(client, LONG)
     await until(client, lambda prefill: prefill["running"] > 0)
     behind = await begin(client, LONG)
@@ -67,24 +67,30 @@ async def test_while_waiting(client: CompletionClient) -> None:
     await leave(ahead)
 
 
-async def test_during_prefill(client: CompletionClient) -> None:
+async def test_a_request_in_prefill_ends_with_its_client(client: CompletionClient) -> None:
     task = await begin(client, LONG)
     await until(client, lambda prefill: prefill["running"] > 0)
     await leave(task)
 
 
+async def committed(client: CompletionClient, reason: str) -> int:
+    return int((await client.cluster())["migrations"][reason]["committed"])
+
+
 @pytest.mark.parametrize("length", [20, 1200])
-async def test_at_the_hand_off(client: CompletionClient, length: int) -> None:
+async def test_a_request_ends_with_its_client_at_the_hand_off(client: CompletionClient, length: int) -> None:
     rng = random.Random(length)
     body = {"prompt": token_ids(length), "max_tokens": 500}
+    before = await committed(client, "handoff")
     for _ in range(10):
         async with client.open(body) as events:
             async for _ in events:  # the first token leaves when the hand-off completes
                 await asyncio.sleep(rng.uniform(0.0, 0.02))
                 break
+    assert await committed(client, "handoff") > before, "no request was handed off"
 
 
-async def test_while_decoding(client: CompletionClient) -> None:
+async def test_decoding_requests_end_with_their_clients(client: CompletionClient) -> None:
     body = {"prompt": token_ids(50), "max_tokens": 2000}
 
     async def read() -> None:
@@ -98,11 +104,14 @@ async def test_while_decoding(client: CompletionClient) -> None:
     await asyncio.gather(*(read() for _ in range(8)))
 
 
-async def test_in_the_middle_of_a_migration(client: CompletionClient) -> None:
-    """Abort and migration race each other, at every offset."""
+async def test_requests_end_with_their_clients_amid_migrations(client: CompletionClient) -> None:
+    """Abort and migration race each other, at every offset: moves commit, and clients leave amid moves."""
     rng = random.Random(9)
+    under_way = 0  # moves that had no answer yet when their client left
 
     async def race(number: int) -> int:
+        """Returns the number of committed moves."""
+        nonlocal under_way
         request_id = f"race-{number}-{rng.random()}"
         seen = 0
         moves = []
@@ -115,7 +124,13 @@ async def test_in_the_middle_of_a_migration(client: CompletionClient) -> None:
                         moves.append(asyncio.create_task(client.migrate(request_id, place)))
                     await asyncio.sleep(rng.uniform(0.0, 0.03))
                     break
+            under_way += sum(not move.done() for move in moves)
         return sum(move.done for move in await asyncio.gather(*moves))
 
+    before = await committed(client, "manual")
+    moved = 0
     for number in range(0, 40, 4):
-        await asyncio.gather(*(race(number + i) for i in range(4)))
+        moved += sum(await asyncio.gather(*(race(number + i) for i in range(4))))
+    assert moved > 0, "no request was moved"
+    assert under_way > 0, "no client left amid a move"
+    await client.until(lambda cluster: cluster["migrations"]["manual"]["committed"] >= before + moved)

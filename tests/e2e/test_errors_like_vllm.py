@@ -36,7 +36,9 @@ def seen(answer: httpx.Response) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ERROR_CASES)
-async def test_refusal(client: CompletionClient, reference: Reference, verdicts: Verdicts, name: str) -> None:
+async def test_a_refusal_is_the_same_as_plain_vllms(
+    client: CompletionClient, reference: Reference, verdicts: Verdicts, name: str
+) -> None:
     case = ERROR_CASES[name]
     async with reference.http as http:
         theirs = seen(await case.ask(http))

@@ -23,13 +23,15 @@ def server(logs: Path) -> Iterator[ServerProcess]:
         yield server
 
 
-async def test_instances(client: CompletionClient) -> None:
+async def test_all_instances_are_neutral(client: CompletionClient) -> None:
     instances = (await client.cluster())["instances"]
     assert [instance["role"] for instance in instances] == ["neutral", "neutral"]
 
 
 @pytest.mark.parametrize("length", [1, 700])
-async def test_no_hand_offs(client: CompletionClient, reference: Reference, length: int) -> None:
+async def test_requests_are_migrated_by_hand_and_never_handed_off(
+    client: CompletionClient, reference: Reference, length: int
+) -> None:
     body = {"prompt": token_ids(length), "max_tokens": 150}
     assert_same(await client.stream(body), await reference(body))
     answer = await client.stream(body, client.wander(random.Random(length)))
@@ -40,7 +42,9 @@ async def test_no_hand_offs(client: CompletionClient, reference: Reference, leng
     assert migrations["manual"]["committed"] > 0
 
 
-async def test_overload_is_refused_at_the_door(client: CompletionClient, reference: Reference) -> None:
+async def test_requests_beyond_the_waiting_limit_get_429(
+    client: CompletionClient, reference: Reference
+) -> None:
     bodies = [{"prompt": token_ids(3000, i), "max_tokens": 20} for i in range(10)]
 
     async def ask(number: int) -> bool:
@@ -96,7 +100,7 @@ async def test_a_client_that_tries_again_is_served(client: CompletionClient) -> 
     ("request_id", "destination", "says"),
     [("unknown", "neutral-0", "no running request 'unknown'"), ("", "neutral-9", "no instance 'neutral-9'")],
 )
-async def test_migrate_what_is_not_there(
+async def test_migrating_an_unknown_request_or_to_an_unknown_instance_is_404(
     client: CompletionClient, request_id: str, destination: str, says: str
 ) -> None:
     async with client.open({"prompt": [65], "max_tokens": 500}, "present") as events:
@@ -106,7 +110,7 @@ async def test_migrate_what_is_not_there(
     assert says in move.body["error"]["message"]
 
 
-async def test_migrate_to_where_it_is(client: CompletionClient) -> None:
+async def test_migrating_a_request_to_its_own_instance_is_409(client: CompletionClient) -> None:
     """One of the two instances has it already, the other does not."""
     async with client.open({"prompt": [65], "max_tokens": 1500}, "mine") as events:
         await anext(events)

@@ -76,7 +76,7 @@ async def timeline(client: CompletionClient, name: str) -> dict[str, Any]:
     return dict(found)
 
 
-async def test_timeline(client: CompletionClient) -> None:
+async def test_a_timeline_shows_stages_instances_and_migrations(client: CompletionClient) -> None:
     await moved_request(client, "traveller")
 
     found = await timeline(client, "traveller")
@@ -98,7 +98,7 @@ async def test_timeline(client: CompletionClient) -> None:
     assert (await timeline(client, found["id"]))["id"] == found["id"]
 
 
-async def test_no_such_request(client: CompletionClient) -> None:
+async def test_a_timeline_of_an_unknown_request_is_404(client: CompletionClient) -> None:
     response = await client.http.get("/cluster/requests/nobody")
 
     assert response.status_code == 404
@@ -117,7 +117,9 @@ async def drained(client: CompletionClient) -> None:
     await client.until(lambda cluster: all(not i["draining"] for i in cluster["instances"]))
 
 
-async def test_dashboards(client: CompletionClient, prometheus: Prometheus) -> None:
+async def test_every_query_of_the_dashboards_has_data(
+    client: CompletionClient, prometheus: Prometheus
+) -> None:
     """Every query of every panel has an answer; and the ones that matter most, the right one."""
     await asyncio.to_thread(prometheus.wait_for_scrapes, 2)
     await client.integrity()
@@ -156,7 +158,7 @@ async def test_dashboards(client: CompletionClient, prometheus: Prometheus) -> N
     assert [rule["name"] for rule in rules if rule["health"] == "err"] == []
 
 
-def test_names_of_metrics(server: ServerProcess) -> None:
+def test_promtool_finds_nothing_wrong_with_our_metrics(server: ServerProcess) -> None:
     """Prometheus' own linter finds nothing wrong with ours."""
     if (promtool := tool("promtool")) is None:
         pytest.skip("no promtool on the PATH, and apt-get cannot fetch prometheus' package")
@@ -169,7 +171,9 @@ def test_names_of_metrics(server: ServerProcess) -> None:
     assert checked.returncode == 0, checked.stderr
 
 
-async def test_spans(client: CompletionClient, receiver: OtlpReceiver) -> None:
+async def test_spans_of_a_request_are_children_of_the_clients_span(
+    client: CompletionClient, receiver: OtlpReceiver
+) -> None:
     """Children of the client's span: the request, and in it what has become of it."""
     await moved_request(client, "traced", {"traceparent": f"00-{TRACE}-{CLIENT_SPAN}-01"})
 
@@ -195,7 +199,9 @@ async def test_spans(client: CompletionClient, receiver: OtlpReceiver) -> None:
     assert attributes["pd_serve.request.name"] == "cmpl-traced-0"
 
 
-async def test_log_lines(client: CompletionClient, server: ServerProcess) -> None:
+async def test_log_lines_follow_a_request_through_all_processes(
+    client: CompletionClient, server: ServerProcess
+) -> None:
     """JSON each, and with one request's id from the API server through all instances to the end."""
     await moved_request(client, "logged")
     request_id = (await timeline(client, "logged"))["id"]

@@ -41,7 +41,9 @@ async def handed_off(client: CompletionClient) -> int:
 
 
 @pytest.mark.parametrize("name", CALLS)
-async def test_call(client: CompletionClient, both: Both, verdicts: Verdicts, name: str) -> None:
+async def test_a_call_has_plain_vllms_answer_across_a_hand_off(
+    client: CompletionClient, both: Both, verdicts: Verdicts, name: str
+) -> None:
     """Every answer crosses a hand-off."""
     theirs, ours = both
     before = await handed_off(client)
@@ -50,12 +52,14 @@ async def test_call(client: CompletionClient, both: Both, verdicts: Verdicts, na
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_typed_error(both: Both, verdicts: Verdicts, name: str) -> None:
+def test_an_error_has_the_same_type_as_plain_vllms(both: Both, verdicts: Verdicts, name: str) -> None:
     theirs, ours = (typed_error(client, WRONG[name]) for client in both)
     verdicts.compare(SUITE, f"error: {name}", theirs, ours)
 
 
-async def test_many_at_a_time(client: CompletionClient, reference: Reference, verdicts: Verdicts) -> None:
+async def test_concurrent_streams_have_plain_vllms_answers(
+    client: CompletionClient, reference: Reference, verdicts: Verdicts
+) -> None:
     async with (
         AsyncOpenAI(base_url=f"{reference.url}/v1", **OPTIONS) as theirs,
         AsyncOpenAI(base_url=f"{client.http.base_url}/v1", **OPTIONS) as ours,
@@ -75,7 +79,9 @@ LONG: Any = {
 
 
 @pytest.mark.parametrize("leave", [lambda stream: stream.close(), lambda stream: None], ids=["close", "drop"])
-async def test_leaving_a_stream(client: CompletionClient, leave: Callable[[Any], None]) -> None:
+async def test_leaving_a_stream_ends_its_request(
+    client: CompletionClient, leave: Callable[[Any], None]
+) -> None:
     """`client` sees to it that every block is free again."""
     with OpenAI(base_url=f"{client.http.base_url}/v1", **OPTIONS) as ours:
         stream = ours.completions.create(**LONG)
@@ -84,7 +90,7 @@ async def test_leaving_a_stream(client: CompletionClient, leave: Callable[[Any],
         leave(stream)
 
 
-async def test_leaving_an_asynchronous_stream(client: CompletionClient) -> None:
+async def test_leaving_an_asynchronous_stream_ends_its_request(client: CompletionClient) -> None:
     async with AsyncOpenAI(base_url=f"{client.http.base_url}/v1", **OPTIONS) as ours:
         async with await ours.completions.create(**LONG) as stream:
             async for _ in stream:

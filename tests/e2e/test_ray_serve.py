@@ -6,6 +6,7 @@ Simulated engines first, whose words show what becomes of the KV cache; then rea
 import asyncio
 import secrets
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,16 +44,69 @@ def head(logs: Path) -> Iterator[RayCluster]:
         yield head
 
 
+class Application:
+    """The application of a Ray cluster: deploy/serve.yaml as it is, but for the port and the engines."""
+
+    def __init__(self, head: RayCluster, logs: Path) -> None:
+        self._head = head
+        self._path = logs / "serve.yaml"
+        self._config: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "serve.yaml").read_text())
+        self._config["http_options"]["port"] = head.port
+        self._arguments: dict[str, Any] = self._config["applications"][0]["args"]
+        self._arguments["engine"] = "simulated"
+        self._deployed: dict[str, Any] = {"applications": []}
+
+    @property
+    def is_deployed(self) -> bool:
+        return bool(self._deployed["applications"])
+
+    def deploy_shipped(self) -> None:
+        """Returns when it is whole. Does nothing if no test has deployed anything else meanwhile."""
+        if self._deployed == self._config:
+            return
+        self._deploy(self._config)
+        self._head.wait_ready(READY_S)
+        deadline = time.monotonic() + READY_S
+        while not self._is_whole():
+            assert time.monotonic() < deadline, self._head.tail()
+            time.sleep(0.2)
+
+    def deploy_with(self, **arguments: Any) -> None:
+        (application,) = self._config["applications"]
+        changed = application | {"args": self._arguments | arguments}
+        self._deploy(self._config | {"applications": [changed]})
+
+    def delete(self) -> None:
+        self._deploy(self._config | {"applications": []})
+
+    def _deploy(self, config: dict[str, Any]) -> None:
+        self._deployed = config
+        self._path.write_text(yaml.safe_dump(config))
+        self._head.deploy(self._path)
+
+    def _is_whole(self) -> bool:
+        try:
+            cluster = httpx.get(f"{self._head.url}/cluster").json()
+        except (httpx.HTTPError, ValueError):
+            return False
+        numbers = [self._arguments[name] for name in ("prefill", "decode", "api_servers")]
+        return numbers == [*_by_role(cluster), len(cluster.get("api_servers", []))]
+
+
+def _by_role(cluster: dict[str, Any]) -> list[int]:
+    roles = [row["role"] for row in cluster.get("instances", []) if row["state"] == "ready"]
+    return [roles.count("prefill"), roles.count("decode")]
+
+
 @pytest.fixture(scope="module")
-def server(head: RayCluster, logs: Path) -> RayCluster:
-    """deploy/serve.yaml as it is, but for the port and the engines."""
-    config = yaml.safe_load((ROOT / "deploy" / "serve.yaml").read_text())
-    config["http_options"]["port"] = head.port
-    config["applications"][0]["args"]["engine"] = "simulated"
-    path = logs / "serve.yaml"
-    path.write_text(yaml.safe_dump(config))
-    head.deploy(path)
-    head.wait_ready(READY_S)
+def application(head: RayCluster, logs: Path) -> Application:
+    return Application(head, logs)
+
+
+@pytest.fixture
+def server(head: RayCluster, application: Application) -> RayCluster:
+    """With the application as it is shipped, whatever the last test has deployed."""
+    application.deploy_shipped()
     return head
 
 
@@ -150,7 +204,7 @@ async def test_streams_go_on_while_a_dead_manager_is_replaced(
             await asyncio.sleep(0.2)
     last = before["scheduler"]["pid"]
     await client.until(
-        lambda cluster: cluster["owner"] == "alive" and cluster["scheduler"]["pid"] not in (last, None),
+        lambda cluster: cluster["manager"] == "alive" and cluster["scheduler"]["pid"] not in (last, None),
         START_S,
     )
     after = await wait_for_servers(client, 2)
@@ -213,14 +267,10 @@ async def retried(client: CompletionClient, body: Body) -> Any:
 
 
 async def test_an_application_deployed_again_has_other_instances(
-    client: CompletionClient, head: RayCluster, logs: Path
+    client: CompletionClient, application: Application
 ) -> None:
     before = await client.cluster()
-    config = yaml.safe_load((logs / "serve.yaml").read_text())
-    config["applications"][0]["args"] |= {"decode": 1, "api_servers": 1}
-    path = logs / "other.yaml"
-    path.write_text(yaml.safe_dump(config))
-    head.deploy(path)
+    application.deploy_with(decode=1, api_servers=1)
     async with asyncio.timeout(READY_S):
         while not await is_other(client, before):  # noqa: ASYNC110
             await asyncio.sleep(0.2)
@@ -236,12 +286,13 @@ async def is_other(client: CompletionClient, before: dict[str, Any]) -> bool:
 
 
 async def test_instances_and_scheduler_end_with_the_application(
-    head: RayCluster, server: RayCluster, logs: Path
+    head: RayCluster, application: Application
 ) -> None:
-    config = yaml.safe_load((logs / "serve.yaml").read_text()) | {"applications": []}
-    path = logs / "empty.yaml"
-    path.write_text(yaml.safe_dump(config))
-    head.deploy(path)
+    if not application.is_deployed:
+        application.deploy_shipped()
+    assert head.processes("InstanceActor")
+    assert head.processes("SchedulerActor")
+    application.delete()
     async with asyncio.timeout(60):
         while head.processes("InstanceActor") or head.processes("SchedulerActor"):  # noqa: ASYNC110
             await asyncio.sleep(0.2)

@@ -32,7 +32,9 @@ def with_role(cluster: dict[str, Any], role: str) -> list[str]:
     return [row["id"] for row in cluster["instances"] if row["role"] == role]
 
 
-async def test_to_and_fro(client: CompletionClient, reference: Reference) -> None:
+async def test_an_idle_decode_instance_becomes_prefill_and_back(
+    client: CompletionClient, reference: Reference
+) -> None:
     async with load(client, reference, PROMPTS):
         cluster = await client.until(lambda cluster: len(with_role(cluster, "prefill")) == 2)
         (helper,) = set(with_role(cluster, "prefill")) - {"prefill-0"}

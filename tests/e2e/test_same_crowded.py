@@ -31,7 +31,9 @@ def crowd(seed: int) -> list[Body]:
     return bodies
 
 
-async def test_ping_pong(client: CompletionClient, reference: Reference) -> None:
+async def test_a_request_moved_eleven_times_has_plain_vllms_answer(
+    client: CompletionClient, reference: Reference
+) -> None:
     body = {"prompt": token_ids(200), "max_tokens": 500}
     places = ["prefill-0", *["decode-0", "decode-1"] * 5]
     answer = await client.stream(body, client.tour(places))
@@ -39,7 +41,9 @@ async def test_ping_pong(client: CompletionClient, reference: Reference) -> None
     assert_same(answer, await reference(body))
 
 
-async def test_crowd_on_the_move(client: CompletionClient, reference: Reference) -> None:
+async def test_32_moving_requests_have_plain_vllms_answers(
+    client: CompletionClient, reference: Reference
+) -> None:
     bodies = crowd(1)
     expected = [await reference(body) for body in bodies]
     answers = await asyncio.gather(
@@ -50,7 +54,9 @@ async def test_crowd_on_the_move(client: CompletionClient, reference: Reference)
     assert sum(move.done for answer in answers for move in answer.moves) >= 32
 
 
-async def test_seeds_do_not_feel_chunks(client: CompletionClient, reference: Reference) -> None:
+async def test_chunked_prompts_leave_seeded_answers_unchanged(
+    client: CompletionClient, reference: Reference
+) -> None:
     """A burst fills the steps of the prefill instance, so that prompts are cut; each alone is not."""
     bodies = [
         {"prompt": token_ids(300, i), "max_tokens": 30, "temperature": 1, "seed": i, "logprobs": 0}
@@ -61,7 +67,9 @@ async def test_seeds_do_not_feel_chunks(client: CompletionClient, reference: Ref
         assert_same(answer, theirs)
 
 
-async def test_stop_string_straddles_migrations(client: CompletionClient, reference: Reference) -> None:
+async def test_a_stop_string_is_found_across_migrations(
+    client: CompletionClient, reference: Reference
+) -> None:
     prompt = token_ids(60)
     text = (await reference({"prompt": prompt, "max_tokens": 300})).only.text
     begin, end = 150, 200
@@ -76,7 +84,9 @@ async def test_stop_string_straddles_migrations(client: CompletionClient, refere
     assert any(begin < tokens < end for tokens in outputs), f"no migration inside the stop string: {outputs}"
 
 
-async def test_children_move_on_their_own(client: CompletionClient, reference: Reference) -> None:
+async def test_choices_of_one_request_move_independently(
+    client: CompletionClient, reference: Reference
+) -> None:
     """n = 2: each choice is a request of its own to the engines."""
     body = {"prompt": token_ids(90), "max_tokens": 250, "n": 2, "temperature": 1, "seed": 3}
 
@@ -98,7 +108,7 @@ async def test_children_move_on_their_own(client: CompletionClient, reference: R
     assert sum(move.done for move in answer.moves) >= 4
 
 
-async def test_chat(client: CompletionClient, reference: Reference) -> None:
+async def test_chat_has_plain_vllms_answer(client: CompletionClient, reference: Reference) -> None:
     """The other route, not streamed, by text."""
     body = {
         "model": "tiny",

@@ -44,7 +44,9 @@ def _numbers(prompt_logprobs: list[Any] | None) -> dict[tuple[int, str], float]:
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-async def test_handed_off(client: CompletionClient, reference: Reference, length: int) -> None:
+async def test_a_handed_off_request_has_plain_vllms_answer(
+    client: CompletionClient, reference: Reference, length: int
+) -> None:
     body = {"prompt": token_ids(length), "max_tokens": 150}
     before = (await client.cluster())["migrations"]["handoff"]["committed"]
     assert_same(await client.stream(body), await reference(body))
@@ -52,7 +54,7 @@ async def test_handed_off(client: CompletionClient, reference: Reference, length
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-async def test_migrated_at_random_moments(
+async def test_a_request_migrated_at_random_moments_has_plain_vllms_answer(
     client: CompletionClient, reference: Reference, length: int
 ) -> None:
     rng = random.Random(length)

@@ -59,7 +59,9 @@ def server(cluster: ServerProcess) -> ServerProcess:
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-async def test_parameters(client: CompletionClient, reference: Reference, name: str) -> None:
+async def test_sampling_parameters_survive_migrations(
+    client: CompletionClient, reference: Reference, name: str
+) -> None:
     body = {"prompt": token_ids(100), "max_tokens": 120, **PARAMETERS[name]}
     expected = await reference(body)
     ask = client.answer if "prompt_logprobs" in body else client.stream  # vLLM does not stream those

@@ -32,7 +32,9 @@ async def handoffs(client: CompletionClient) -> dict[str, int]:
     return dict((await client.cluster())["migrations"]["handoff"])
 
 
-async def test_present_blocks_are_not_copied(client: CompletionClient, reference: Reference) -> None:
+async def test_blocks_present_at_the_destination_are_not_copied(
+    client: CompletionClient, reference: Reference
+) -> None:
     """A second request with the same 20 blocks in front, and one that comes back, bring little along."""
     copied = []
     for tail in range(2):
@@ -48,7 +50,7 @@ async def test_present_blocks_are_not_copied(client: CompletionClient, reference
     assert max(second) < 15
 
 
-async def test_prefill_instance_decodes_until_there_is_room(
+async def test_the_prefill_instance_decodes_until_there_is_room(
     client: CompletionClient, reference: Reference
 ) -> None:
     """Three requests make an instance too full for one of the long ones that come then."""
@@ -65,7 +67,9 @@ async def test_prefill_instance_decodes_until_there_is_room(
     assert after["committed"] > before["committed"] + len(fillers), "those that waited were never handed off"
 
 
-async def test_preempted_on_a_full_instance(client: CompletionClient, reference: Reference) -> None:
+async def test_preempted_and_moving_requests_have_plain_vllms_answers(
+    client: CompletionClient, reference: Reference
+) -> None:
     """Decode instances take more than they can finish at once: requests are preempted, also while moving."""
     bodies: list[Body] = [{"prompt": token_ids(200, i), "max_tokens": 400} for i in range(18)]
     expected = [await reference(body) for body in bodies]
@@ -123,7 +127,9 @@ def mixed(count: int) -> list[Body]:
     return bodies
 
 
-async def test_decode_instance_dies(client: CompletionClient, reference: Reference) -> None:
+async def test_requests_of_a_dead_decode_instance_go_on_elsewhere(
+    client: CompletionClient, reference: Reference
+) -> None:
     bodies = mixed(6)
     expected = [await reference(body) for body in bodies]
     async with decoding(client, bodies, 30) as streams:
@@ -135,7 +141,9 @@ async def test_decode_instance_dies(client: CompletionClient, reference: Referen
     assert_same(await client.stream(bodies[0]), expected[0])
 
 
-async def test_decode_instance_dies_amid_migrations(client: CompletionClient, reference: Reference) -> None:
+async def test_requests_survive_a_decode_instance_that_dies_amid_migrations(
+    client: CompletionClient, reference: Reference
+) -> None:
     bodies = mixed(6)
     expected = [await reference(body) for body in bodies]
     async with decoding(client, bodies, 10, client.wander(random.Random(6))) as streams:
@@ -147,7 +155,9 @@ async def test_decode_instance_dies_amid_migrations(client: CompletionClient, re
     await gone(client, "decode-1")
 
 
-async def test_prefill_instance_dies(client: CompletionClient, reference: Reference) -> None:
+async def test_without_prefill_instances_new_requests_get_503_and_others_go_on(
+    client: CompletionClient, reference: Reference
+) -> None:
     """What decodes elsewhere goes on; what is new is refused, in OpenAI's words."""
     bodies = [{"prompt": token_ids(100, i), "max_tokens": 300} for i in range(3)]
     expected = [await reference(body) for body in bodies]

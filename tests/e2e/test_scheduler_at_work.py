@@ -78,11 +78,15 @@ async def assert_balanced(client: CompletionClient, reference: Reference) -> Non
         assert_same(answer, theirs)
 
 
-async def test_imbalance_is_balanced(client: CompletionClient, reference: Reference) -> None:
+async def test_the_scheduler_moves_requests_off_a_crowded_instance(
+    client: CompletionClient, reference: Reference
+) -> None:
     await assert_balanced(client, reference)
 
 
-async def test_drained_instance_ends_empty(client: CompletionClient, reference: Reference) -> None:
+async def test_a_drained_instance_becomes_empty_by_migrations(
+    client: CompletionClient, reference: Reference
+) -> None:
     bodies: list[Body] = [{"prompt": token_ids(200, i), "max_tokens": 450} for i in range(3)]
     expected = [await reference(body) for body in bodies]
     async with streaming(client, bodies, 30) as streams:
@@ -111,13 +115,17 @@ async def test_drained_instance_ends_empty(client: CompletionClient, reference: 
     ("name", "status", "says"),
     [("decode-9", 404, "no instance 'decode-9'"), ("prefill-0", 409, "the last instance that takes new")],
 )
-async def test_drain_what_cannot_be(client: CompletionClient, name: str, status: int, says: str) -> None:
+async def test_an_impossible_drain_is_refused_with_its_reason(
+    client: CompletionClient, name: str, status: int, says: str
+) -> None:
     response = await client.http.post("/cluster/drain", json={"instance": name})
     assert response.status_code == status
     assert says in response.json()["error"]["message"]
 
 
-async def test_scheduler_dies(client: CompletionClient, reference: Reference) -> None:
+async def test_streams_go_on_while_a_dead_scheduler_is_replaced(
+    client: CompletionClient, reference: Reference
+) -> None:
     """No stream stops, and the next one balances as the first."""
     bodies: list[Body] = [{"prompt": token_ids(50, i), "max_tokens": 300} for i in range(4)]
     expected = [await reference(body) for body in bodies]
@@ -134,7 +142,9 @@ async def test_scheduler_dies(client: CompletionClient, reference: Reference) ->
     await assert_balanced(client, reference)
 
 
-async def test_drained_and_stopped(client: CompletionClient, reference: Reference) -> None:
+async def test_an_instance_drained_with_stop_ends_without_recomputation(
+    client: CompletionClient, reference: Reference
+) -> None:
     """The last test here: one decode instance is gone after it."""
     bodies: list[Body] = [{"prompt": token_ids(200, i), "max_tokens": 450} for i in range(3)]
     expected = [await reference(body) for body in bodies]
@@ -148,6 +158,6 @@ async def test_drained_and_stopped(client: CompletionClient, reference: Referenc
     for answer, theirs in zip(ours, expected, strict=True):
         assert_same(answer, theirs)
     decisions = [decision["what"] for decision in (await client.cluster())["decisions"]]
-    assert decisions[0] == "decode-1 is stopped: drained by hand"
+    assert decisions[0] == "decode-1 is stopped: drained by the operator"
     metrics = (await client.http.get("/metrics")).text
     assert "pd_serve_recomputed_requests_total 0.0" in metrics

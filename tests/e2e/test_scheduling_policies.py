@@ -42,7 +42,9 @@ def server(logs: Path, settings: str) -> Iterator[ServerProcess]:
 
 
 @pytest.mark.parametrize("settings", ["llumnix, bound soon", "infaas++"], indirect=True)
-async def test_room_in_pieces(client: CompletionClient, reference: Reference, policy: str) -> None:
+async def test_defragmentation_makes_room_for_a_large_request(
+    client: CompletionClient, reference: Reference, policy: str
+) -> None:
     """Both instances have 43 blocks free, and 47 are needed: one instance has to make room for it.
 
     With `llumnix` it waits in the line first, then at the instance that gives requests away.
@@ -67,7 +69,7 @@ async def test_room_in_pieces(client: CompletionClient, reference: Reference, po
 
 @pytest.mark.parametrize("settings", ["llumnix", "infaas++"], indirect=True)
 @pytest.mark.parametrize("how", ["body", "header"])
-async def test_high_priority_overtakes(
+async def test_a_high_priority_request_overtakes_waiting_ones(
     client: CompletionClient, reference: Reference, policy: str, how: str
 ) -> None:
     """Four requests fill both instances and six wait; what comes last goes first.

@@ -48,7 +48,7 @@ def found(report: dict[str, Any]) -> dict[str, Any]:
 
 @needs_environment
 @pytest.mark.timeout(1800)
-async def test_schemathesis(
+async def test_schemathesis_finds_the_same_as_at_plain_vllm(
     client: CompletionClient, reference: Reference, verdicts: Verdicts, tmp_path: Path
 ) -> None:
     """Both are asked the same, by vLLM's document."""
@@ -68,7 +68,9 @@ async def test_schemathesis(
 
 @needs_environment
 @pytest.mark.timeout(900)
-async def test_schemathesis_on_the_routes_of_ours(client: CompletionClient, tmp_path: Path) -> None:
+async def test_schemathesis_finds_nothing_at_the_cluster_routes(
+    client: CompletionClient, tmp_path: Path
+) -> None:
     """`/cluster` keeps to its document, and nothing comes of nonsense. `client` asks for its integrity."""
     document = tmp_path / "ours.json"
     document.write_text((await client.http.get("/openapi.json")).text)

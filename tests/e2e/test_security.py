@@ -67,7 +67,7 @@ def ports_by_protocol(server: ServerProcess) -> dict[str, list[Port]]:
     return found
 
 
-def test_nobody_answers_a_stranger(server: ServerProcess) -> None:
+def test_no_port_answers_a_peer_without_the_secret(server: ServerProcess) -> None:
     """All listening ports of all processes. Those that speak gRPC are Ray's, also in our processes."""
     ports = ports_by_protocol(server)
 
@@ -76,9 +76,9 @@ def test_nobody_answers_a_stranger(server: ServerProcess) -> None:
     assert [port for ports in ports.values() for port in ports if not port.is_loopback] == []
     assert set(ports) == {"http", "zeromq", "grpc", "nothing"}
 
-    # ZeroMQ: three of the API server (messages, tokens, owner), two of the owner, one of everybody else.
+    # ZeroMQ: two of the API server (messages, tokens), one of the manager and of every other process.
     assert Counter(port.process for port in ports["zeromq"]) == {
-        "pd-serve": 5,
+        "pd-serve": 3,
         "ray::InstanceActor": 2,
         "ray::SchedulerActor": 1,
     }
@@ -114,7 +114,7 @@ def refusals(server: ServerProcess) -> list[str]:
     return re.findall(r"(\S+): refused a peer at 127\.0\.0\.1, ", server.tail(10**6))
 
 
-def test_strangers_are_one_line_for_each_process_and_change_nothing(server: ServerProcess) -> None:
+def test_rejected_peers_are_one_log_line_per_process_and_change_nothing(server: ServerProcess) -> None:
     """They have said that decode-0 is lost."""
     for port in ports_by_protocol(server)["zeromq"]:
         assert not port.lets_in("none")
@@ -125,11 +125,11 @@ def test_strangers_are_one_line_for_each_process_and_change_nothing(server: Serv
     assert states == ["ready", "ready"]
     wait_for(lambda: len(refusals(server)) >= 5)  # Ray passes the lines on
     names = sorted(name.split("-")[0] for name in refusals(server))
-    assert names == ["api", "decode", "owner", "prefill", "scheduler"]
+    assert names == ["api", "decode", "manager", "prefill", "scheduler"]
 
 
 @pytest.mark.parametrize("key", [None, "wrong", ADMIN_KEY])
-def test_every_path_wants_the_api_key(server: ServerProcess, key: str | None) -> None:
+def test_every_path_requires_the_api_key(server: ServerProcess, key: str | None) -> None:
     """But for those that are open by design, and `/cluster`."""
     paths = ask(server, "/openapi.json").json()["paths"]
     answers = {
@@ -144,13 +144,13 @@ def test_every_path_wants_the_api_key(server: ServerProcess, key: str | None) ->
     assert all(answer.json() == {"error": "Unauthorized"} for answer in answers.values())
 
 
-def test_the_keys_open_what_they_are_for(server: ServerProcess) -> None:
+def test_each_key_opens_only_its_own_paths(server: ServerProcess) -> None:
     assert ask(server, "/v1/models", API_KEY).status_code == 200
     assert ask(server, "/cluster", ADMIN_KEY).status_code == 200
     assert ask(server, "/cluster", API_KEY).status_code == 401
 
 
-def test_a_client_of_openai_knows_what_a_wrong_key_is(server: ServerProcess) -> None:
+def test_openai_python_raises_authentication_error_for_a_wrong_key(server: ServerProcess) -> None:
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="sk-wrong", max_retries=0)
     with client, pytest.raises(openai.AuthenticationError):
         client.models.list()
@@ -158,7 +158,7 @@ def test_a_client_of_openai_knows_what_a_wrong_key_is(server: ServerProcess) -> 
         assert [model.id for model in client.models.list()] == ["tiny"]
 
 
-def test_the_limits_of_the_command_line_hold(server: ServerProcess) -> None:
+def test_the_limits_of_body_and_connections_hold(server: ServerProcess) -> None:
     headers = {"Authorization": f"Bearer {API_KEY}"}
     body = {"model": "tiny", "prompt": "x" * 100_000}
     assert httpx.post(f"{server.url}/v1/completions", json=body, headers=headers).status_code == 413
@@ -186,7 +186,7 @@ def test_no_secret_is_shown(server: ServerProcess) -> None:
         assert "PD_SERVE_CLUSTER_SECRET" not in process.environ(), process
 
 
-def test_ray_s_token_is_of_this_run_only(server: ServerProcess) -> None:
+def test_rays_token_is_new_in_each_run(server: ServerProcess) -> None:
     [raylet] = [process for process in processes(server) if process.name() == "raylet"]
     token = raylet.environ()["RAY_AUTH_TOKEN"]
 

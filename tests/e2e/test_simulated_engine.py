@@ -28,7 +28,7 @@ async def handed_off(client: CompletionClient) -> int:
     return int((await client.cluster())["migrations"]["handoff"]["committed"])
 
 
-async def test_completions(client: CompletionClient) -> None:
+async def test_completions_of_a_prompt_are_equal_and_handed_off_once(client: CompletionClient) -> None:
     """Streamed and not, the same prompt has the same answer, and each is handed off once."""
     body: Body = {"prompt": token_ids(100), "max_tokens": 40}
     before = await handed_off(client)
@@ -47,7 +47,7 @@ async def test_completions(client: CompletionClient) -> None:
     assert await handed_off(client) == before + 4
 
 
-async def test_chat(client: CompletionClient) -> None:
+async def test_streamed_chat_adds_up_to_the_text_of_its_tokens(client: CompletionClient) -> None:
     body: Body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 20}
     whole = (await client.http.post("/v1/chat/completions", json=body)).json()
     text = whole["choices"][0]["message"]["content"]
@@ -61,7 +61,7 @@ async def test_chat(client: CompletionClient) -> None:
     assert "".join(delta.get("content") or "" for delta in deltas) == text
 
 
-async def test_migrated(client: CompletionClient) -> None:
+async def test_a_migrated_request_has_the_unmoved_ones_answer(client: CompletionClient) -> None:
     """Each token depends on the contents of all KV blocks: one that is lost or stale would show."""
     body: Body = {"prompt": token_ids(500, 2), "max_tokens": 150}
     expected = await client.answer(body)
@@ -84,7 +84,7 @@ async def test_migrated(client: CompletionClient) -> None:
         ),
     ],
 )
-async def test_what_needs_a_model_is_refused(
+async def test_parameters_that_need_a_model_are_refused(
     client: CompletionClient, path: str, body: Body, says: str, stream: bool
 ) -> None:
     request = {"model": "tiny", "max_tokens": 5, "stream": stream, **body}
@@ -94,7 +94,9 @@ async def test_what_needs_a_model_is_refused(
     assert says in response.json()["error"]["message"]
 
 
-async def test_the_decode_pool_dies_and_one_comes_back(client: CompletionClient) -> None:
+async def test_requests_go_on_when_the_decode_pool_dies_and_one_instance_comes_back(
+    client: CompletionClient,
+) -> None:
     """Meanwhile the prefill instance decodes what it had to compute again; then it hands that off."""
     bodies: list[Body] = [{"prompt": token_ids(200, i), "max_tokens": 300} for i in range(6)]
     await client.drain("decode-0")

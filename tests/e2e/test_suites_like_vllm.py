@@ -32,7 +32,9 @@ def server(cluster: ServerProcess) -> ServerProcess:
     return cluster
 
 
-async def test_vllm_s_benchmark(client: CompletionClient, reference: Reference, verdicts: Verdicts) -> None:
+async def test_vllm_bench_serve_counts_the_same_as_at_plain_vllm(
+    client: CompletionClient, reference: Reference, verdicts: Verdicts
+) -> None:
     """As `vllm bench serve` runs it; one after the other, for it counts by the process."""
 
     def bench(url: str) -> dict[str, Any]:
@@ -53,7 +55,9 @@ async def test_vllm_s_benchmark(client: CompletionClient, reference: Reference, 
 
 @needs_environment
 @pytest.mark.parametrize("name", ["litellm", "langchain"])
-async def test_client(client: CompletionClient, reference: Reference, verdicts: Verdicts, name: str) -> None:
+async def test_a_client_library_finds_the_same_as_at_plain_vllm(
+    client: CompletionClient, reference: Reference, verdicts: Verdicts, name: str
+) -> None:
     async def session(url: str) -> dict[str, Any]:
         printed = await output_of(COMPAT / "bin" / "python", SCRIPTS / f"{name}_session.py", url)
         return dict(json.loads(printed.splitlines()[-1]))
@@ -65,7 +69,9 @@ async def test_client(client: CompletionClient, reference: Reference, verdicts: 
 
 @needs_canary
 @pytest.mark.timeout(900)
-async def test_compatcanary(client: CompletionClient, reference: Reference, verdicts: Verdicts) -> None:
+async def test_compatcanary_finds_the_same_as_at_plain_vllm(
+    client: CompletionClient, reference: Reference, verdicts: Verdicts
+) -> None:
     async def scan(url: str) -> dict[str, Any]:
         arguments = ("--model", "tiny", "--format", "json", "--fail-on", "never", "--timeout", "300")
         cli = CANARY / "src" / "cli.js"

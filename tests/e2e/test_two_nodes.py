@@ -70,12 +70,12 @@ async def test_roles_are_on_their_nodes_and_requests_move_between_them(client: C
     assert len(answer.moves) == 3
 
 
-async def test_what_there_is_no_room_for_says_so(client: CompletionClient) -> None:
+async def test_an_instance_without_room_shows_what_it_waits_for(client: CompletionClient) -> None:
     (row,) = [row for row in (await client.cluster())["instances"] if not row["pid"]]
     assert (row["role"], row["state"]) == ("decode", "waiting for resources: 1 node_b")
 
 
-async def test_room_that_becomes_free_is_taken(client: CompletionClient) -> None:
+async def test_a_waiting_instance_starts_when_room_becomes_free(client: CompletionClient) -> None:
     """Nobody has to ask again."""
     cluster = await client.cluster()
     (there,) = [row for row in cluster["instances"] if row["role"] == "decode" and row["pid"]]

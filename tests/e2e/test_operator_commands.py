@@ -25,14 +25,14 @@ BODIES: list[Body] = [{"prompt": token_ids(150, i), "max_tokens": 200} for i in 
 @pytest.fixture(scope="module")
 def server(logs: Path) -> Iterator[ServerProcess]:
     flags = ("--engine", "simulated", "--prefill", "1", "--decode", "1")
-    with run_cluster(logs / "by_hand.log", *flags) as server:
+    with run_cluster(logs / "operator_commands.log", *flags) as server:
         yield server
 
 
 @asynccontextmanager
 async def load(client: CompletionClient) -> AsyncIterator[list[Answer]]:
     """Each body again and again; every answer has to be the first one, token by token."""
-    expected = [await client.answer(body) for body in BODIES]
+    expected = await asyncio.gather(*map(client.answer, BODIES))
     done = asyncio.Event()
     had: list[Answer] = []
 
@@ -66,7 +66,9 @@ def ready(cluster: dict[str, Any]) -> list[str]:
     return [row["id"] for row in cluster["instances"] if row["state"] == "ready"]
 
 
-async def test_scaled_and_renewed_under_load(client: CompletionClient, server: ServerProcess) -> None:
+async def test_streams_stay_whole_while_pools_are_scaled_and_restarted(
+    client: CompletionClient, server: ServerProcess
+) -> None:
     async with load(client) as had:
         assert (await command(server, "scale", "decode=2"))[0] == 0
         await client.until(lambda cluster: "decode-1" in ready(cluster), START_S)
@@ -84,7 +86,7 @@ async def test_scaled_and_renewed_under_load(client: CompletionClient, server: S
     assert "pd_serve_recomputed_requests_total 0.0" in metrics
 
 
-async def test_a_dead_one_is_replaced(client: CompletionClient) -> None:
+async def test_a_dead_instance_is_replaced_under_load(client: CompletionClient) -> None:
     async with load(client):
         (row,) = [row for row in (await client.cluster())["instances"] if row["role"] == "decode"]
         os.kill(row["pid"], signal.SIGKILL)
@@ -98,12 +100,12 @@ async def test_a_dead_one_is_replaced(client: CompletionClient) -> None:
     [
         (("scale", "decode=0"), 1, "prefill and decode instances need each other"),
         (("scale", "encode=1"), 2, "no role 'encode'"),
-        (("scale", "decode"), 2, "it has to be ROLE=N"),
+        (("scale", "decode"), 2, "must be ROLE=N"),
         (("drain", "decode-99"), 1, "no instance 'decode-99'"),
         (("drain", "prefill-1"), 1, "the last instance that takes new requests"),
     ],
 )
-async def test_refused(
+async def test_an_impossible_command_is_refused_with_its_reason(
     client: CompletionClient, server: ServerProcess, arguments: tuple[str, ...], code: int, says: str
 ) -> None:
     found, output = await command(server, *arguments)
