@@ -106,9 +106,10 @@ class InstanceManager:
         return self._manager.address
 
     async def __del__(self) -> None:
-        """The application is deleted."""
-        await self._manager.close()
-        await self._launcher.stop()
+        """The application is deleted, or another manager has taken the instances over."""
+        if await self._manager.is_latest():
+            await self._manager.close()
+            await self._launcher.stop()
 
 
 @serve.deployment(

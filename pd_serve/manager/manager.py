@@ -241,6 +241,10 @@ class Manager:
             self._notes, self._noted_by = replace(notes, version=notes.version + 1), kept_by
             self._tasks.start(self._keep_notes())
 
+    async def is_latest(self) -> bool:
+        """Whether no other manager has taken over. If one has, this one ends."""
+        return await self._keep_notes()
+
     async def _keep_notes(self) -> bool:
         """Gives the notes to the instances. Returns False, and ends, if another manager has taken over."""
         term = await self._launcher.keep_notes(self._notes)
