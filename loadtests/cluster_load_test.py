@@ -15,7 +15,7 @@ import httpx
 from loadtests.outcome import EXIT_FAILED, EXIT_OK
 from loadtests.report import cluster_samples
 from loadtests.report.cluster_samples import ClusterSample
-from loadtests.report.page import LoadReport
+from loadtests.report.page import LoadTestReport
 from loadtests.servers import ServerCommand, free_port, running, script
 from loadtests.terminal import say
 
@@ -202,7 +202,7 @@ class ClusterLoadTest:
         self.problems += [f"{count} requests: {kind}" for kind, count in failures.items()]
         rows = [{"at_s": round(sample.at_s, 3), **sample.cluster} for sample in samples]
         (self.out / "samples.json").write_text(json.dumps({"events": events, "samples": rows}))
-        LoadReport(result, samples, events, self.problems, commands).write(self.out)
+        LoadTestReport(result, samples, events, self.problems, commands).write(self.out)
         for problem in self.problems:
             say(f"FAILED: {problem}")
         summary = result["summary"]

@@ -26,7 +26,7 @@ TITLES = {
 
 
 @dataclass(frozen=True, slots=True)
-class LoadReport:
+class LoadTestReport:
     """The content of a report.
 
     Attributes:

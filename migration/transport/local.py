@@ -26,7 +26,7 @@ class _Health(Enum):
     FAILED = "failed"
 
 
-class _Endpoint(msgspec.Struct, frozen=True, array_like=True):
+class _LocalEndpoint(msgspec.Struct, frozen=True, array_like=True):
     """What a peer needs to read from an instance: its name, and which of its incarnations."""
 
     name: str
@@ -58,7 +58,7 @@ class LocalFabric:
 
     def transport(self, name: str) -> LocalTransport:
         """Makes the transport of an instance. One of the same name made before counts as dead from now on."""
-        member = LocalTransport(self, _Endpoint(name, next(self._incarnations)))
+        member = LocalTransport(self, _LocalEndpoint(name, next(self._incarnations)))
         self._members[name] = member
         self.announce()
         return member
@@ -90,13 +90,13 @@ class LocalFabric:
         """Duration of a copy of `num_bytes`, with the reads that are in progress."""
         return num_bytes / self.bytes_per_s if self.bytes_per_s else 0.0
 
-    def member(self, address: _Endpoint) -> LocalTransport | None:
+    def member(self, address: _LocalEndpoint) -> LocalTransport | None:
         """The instance behind an endpoint; None if it is closed, was started anew, or has failed."""
         member = self._members.get(address.name)
         alive = member is not None and member.address == address
         return member if alive and self._health.get(address.name) is not _Health.FAILED else None
 
-    def is_stalled(self, address: _Endpoint) -> bool:
+    def is_stalled(self, address: _LocalEndpoint) -> bool:
         return self._health.get(address.name) is _Health.STALLED
 
     def leave(self, member: LocalTransport) -> None:
@@ -126,7 +126,7 @@ class LocalTransport:
         regions: What is registered.
     """
 
-    def __init__(self, fabric: LocalFabric, address: _Endpoint) -> None:
+    def __init__(self, fabric: LocalFabric, address: _LocalEndpoint) -> None:
         self.address = address
         self.regions: tuple[KvRegion, ...] = ()
         self._fabric = fabric
@@ -161,7 +161,7 @@ class LocalTransport:
                 exist. Nothing was copied.
         """
         try:
-            source = msgspec.msgpack.decode(endpoint, type=_Endpoint)
+            source = msgspec.msgpack.decode(endpoint, type=_LocalEndpoint)
         except msgspec.DecodeError as error:
             raise ValueError(f"not a local transport's endpoint: {error}") from error
         pairs = list(zip(remote_blocks, local_blocks, strict=True))
@@ -195,7 +195,7 @@ class LocalTransport:
         self._connections.clear()
         self._fabric.leave(self)
 
-    def _source(self, peer: str, source: _Endpoint, connection: object) -> LocalTransport:
+    def _source(self, peer: str, source: _LocalEndpoint, connection: object) -> LocalTransport:
         """The live transport to read from.
 
         Raises:
@@ -209,7 +209,7 @@ class LocalTransport:
         return remote
 
     async def _elapse(
-        self, peer: str, source: _Endpoint, connection: object, duration_s: float
+        self, peer: str, source: _LocalEndpoint, connection: object, duration_s: float
     ) -> LocalTransport:
         """Lets the time pass, not counting a stall of the peer. Visits the event loop at least once.
 

@@ -39,7 +39,7 @@ from migration.transport.nixl_agent import NixlAgent, NixlFailure, memory_kind
 from migration.transport.nixl_reader import NixlReader, ReadJob
 
 
-class _Endpoint(msgspec.Struct, frozen=True, array_like=True):
+class _NixlEndpoint(msgspec.Struct, frozen=True, array_like=True):
     """What a peer needs to read from an instance.
 
     Attributes:
@@ -86,7 +86,7 @@ class NixlTransport:
             self.close()
             raise PdServeError(str(failure)) from failure
         self._regions = tuple(regions)
-        self._endpoint = msgspec.msgpack.encode(_Endpoint(self._server.metadata(), list(regions)))
+        self._endpoint = msgspec.msgpack.encode(_NixlEndpoint(self._server.metadata(), list(regions)))
 
     def endpoint(self) -> bytes:
         """What a peer has to know to read from here: about 1 kB and 40 bytes a region.
@@ -160,9 +160,9 @@ class NixlTransport:
         if server is not None:
             server.close()
 
-    def _checked(self, endpoint: bytes) -> _Endpoint:
+    def _checked(self, endpoint: bytes) -> _NixlEndpoint:
         try:
-            remote = msgspec.msgpack.decode(endpoint, type=_Endpoint)
+            remote = msgspec.msgpack.decode(endpoint, type=_NixlEndpoint)
         except msgspec.DecodeError as error:
             raise ValueError(f"not a NIXL transport's endpoint: {error}") from error
         layouts = [[(r.block_bytes, memory_kind(r)) for r in rs] for rs in (remote.regions, self._regions)]

@@ -16,7 +16,7 @@ class CheckIntegrity(Request[list[str]], frozen=True, tag=True):
     """Checks the invariants of one instance. Answer: the violations."""
 
 
-class LiveRequests(Request[list[RequestId]], frozen=True, tag=True):
+class ListRequests(Request[list[RequestId]], frozen=True, tag=True):
     """Lists the requests of one API server, given by its token endpoint, that the instance holds."""
 
     token_endpoint: str
@@ -112,7 +112,7 @@ class FindRequests(Request[list[dict[str, Any]]], frozen=True, tag=True):
 
 AnyRequest = (
     CheckIntegrity
-    | LiveRequests
+    | ListRequests
     | ListHoldings
     | CallEngine
     | MoveRequest

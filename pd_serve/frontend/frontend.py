@@ -23,7 +23,7 @@ from pd_serve.comm.requests import (
     CheckIntegrity,
     DrainInstance,
     FindRequests,
-    LiveRequests,
+    ListRequests,
     ManualMigration,
     MigrateByName,
     RestartInstances,
@@ -36,7 +36,7 @@ from pd_serve.frontend.instances import Instances
 from pd_serve.frontend.manager_client import ManagerClient
 from pd_serve.frontend.manual_migration import ManualMigrations, MigrationMode
 from pd_serve.frontend.output_codec import OutputCodec
-from pd_serve.frontend.placement import Placement
+from pd_serve.frontend.placement import RequestPlacement
 from pd_serve.frontend.request_tracker import RequestTracker
 from pd_serve.frontend.snapshot import instance_row, starting_row
 from pd_serve.frontend.token_stream import TokenStream
@@ -84,7 +84,7 @@ class Frontend:
         self._recorder = recorder = recorder or RequestRecorder()
         self.instances = Instances(wire, self._members, dispatcher.loads, num_slots)
         token_endpoint = wire.listen_for_frames(lambda frames: self.tokens.on_frames(frames))
-        placement = Placement(wire, token_endpoint, dispatcher, recorder, clock)
+        placement = RequestPlacement(wire, token_endpoint, dispatcher, recorder, clock)
         self.requests = RequestTracker(wire, self.instances, placement, codec, deliver, recorder, clock)
         self.tokens = TokenStream(
             wire, self.instances, self.requests.requests, codec, deliver, recorder, self.requests, clock
@@ -242,7 +242,7 @@ class Frontend:
             problems += state.scheduler_stats.problems if state.scheduler_stats is not None else []
         for found in (await self.instances.call_all(CheckIntegrity())).values():
             problems += found
-        live = await self.instances.call_all(LiveRequests(self._token_endpoint))
+        live = await self.instances.call_all(ListRequests(self._token_endpoint))
         for instance_id, request_ids in live.items():
             if orphans := sorted(set(request_ids) - set(self.requests.requests)):
                 problems.append(f"{instance_id}: holds requests that no client waits for: {orphans}")

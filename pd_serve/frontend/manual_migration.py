@@ -12,7 +12,7 @@ from pd_serve.comm.requests import ManualMigration, MoveRequest
 from pd_serve.comm.timing import CALL_TIMEOUT_S
 from pd_serve.errors import EngineDeadError, MigrationRefusedError, RefusalCode, UnknownTargetError
 from pd_serve.frontend.instances import Instances
-from pd_serve.frontend.placement import Placement
+from pd_serve.frontend.placement import RequestPlacement
 from pd_serve.frontend.tracked_request import TrackedRequest
 
 #: Blocking (stop-and-copy) and recompute are baselines for the benchmark.
@@ -27,7 +27,7 @@ class ManualMigrations:
         wire: MessageWire,
         requests: Mapping[RequestId, TrackedRequest],
         instances: Instances,
-        placement: Placement,
+        placement: RequestPlacement,
     ) -> None:
         self._wire = wire
         self._requests = requests

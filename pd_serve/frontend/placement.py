@@ -15,7 +15,7 @@ from router.request import Demand, NewRequest
 from router.waiting_line import WaitingLine
 
 
-class Placement:
+class RequestPlacement:
     """Args:
     clock: The time that requests are recorded by, in seconds.
     """

@@ -13,7 +13,7 @@ from pd_serve.comm.outputs import OutputBatch
 from pd_serve.errors import EngineDeadError
 from pd_serve.frontend.instances import Instances
 from pd_serve.frontend.output_codec import OutputCodec
-from pd_serve.frontend.placement import Placement
+from pd_serve.frontend.placement import RequestPlacement
 from pd_serve.frontend.token_ledger import TokenLedger
 from pd_serve.frontend.tracked_request import TrackedRequest
 from pd_serve.observe.recorder import RequestRecorder
@@ -44,7 +44,7 @@ class RequestTracker:
         self,
         wire: MessageWire,
         instances: Instances,
-        placement: Placement,
+        placement: RequestPlacement,
         codec: OutputCodec,
         deliver: Callable[[OutputBatch], None],
         recorder: RequestRecorder,

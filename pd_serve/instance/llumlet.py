@@ -38,7 +38,7 @@ from pd_serve.comm.requests import (
     CheckIntegrity,
     Holdings,
     ListHoldings,
-    LiveRequests,
+    ListRequests,
     MoveRequest,
 )
 from pd_serve.comm.rpc import RpcServer
@@ -96,7 +96,7 @@ class Llumlet:
             wire,
             {
                 CheckIntegrity: self._serve_integrity,
-                LiveRequests: self._live_requests,
+                ListRequests: self._live_requests,
                 ListHoldings: self._holdings,
                 CallEngine: self._call_engine,
                 MoveRequest: self._moves.move,
@@ -258,7 +258,7 @@ class Llumlet:
     async def _serve_integrity(self, sender: str, request: CheckIntegrity) -> list[str]:
         return await self.check_integrity()
 
-    async def _live_requests(self, sender: str, request: LiveRequests) -> list[RequestId]:
+    async def _live_requests(self, sender: str, request: ListRequests) -> list[RequestId]:
         return await self.engine.live_requests(request.token_endpoint)
 
     async def _holdings(self, sender: str, request: ListHoldings) -> Holdings:

@@ -10,7 +10,7 @@ from prometheus_client import Counter, Histogram
 from pd_serve.comm.membership import InstanceInfo
 from pd_serve.observe.histogram import BatchHistogram
 from pd_serve.observe.recorder import Observer
-from pd_serve.observe.timeline import ObservedMigration, Stage, Stay, Timeline
+from pd_serve.observe.timeline import ObservedMigration, RequestStage, Stay, Timeline
 
 #: Seconds, from a short prompt on a fast GPU to a long wait in a full cluster.
 LATENCY_BUCKETS = (
@@ -146,7 +146,7 @@ class RequestMetrics(Observer):
         assert request.first_token_at is not None
         TTFT.observe(request.first_token_at - request.issued_at)
 
-    def stage(self, request: Timeline, stage: Stage) -> None:
+    def stage(self, request: Timeline, stage: RequestStage) -> None:
         STAGE.labels(stage.name).observe(stage.seconds)
 
     def migrated(self, request: Timeline, migration: ObservedMigration) -> None:

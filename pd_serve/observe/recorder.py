@@ -10,7 +10,7 @@ from typing import Any
 
 from migration.record import MigrationRecord
 from pd_serve.comm.membership import InstanceInfo
-from pd_serve.observe.timeline import ObservedMigration, Stage, Stay, Timeline
+from pd_serve.observe.timeline import ObservedMigration, RequestStage, Stay, Timeline
 from router.request import NewRequest
 
 #: Ended requests whose timelines are kept.
@@ -32,7 +32,7 @@ class Observer:
     def first_token(self, request: Timeline) -> None:
         """The first token of the request has arrived."""
 
-    def stage(self, request: Timeline, stage: Stage) -> None:
+    def stage(self, request: Timeline, stage: RequestStage) -> None:
         """A stage of the request has ended."""
 
     def moved(self, request: Timeline, stay: Stay) -> None:
@@ -223,7 +223,7 @@ class RequestRecorder:
             self._stage(request, name, stay.instance, stay.first_token_at, now)
 
     def _stage(self, request: Timeline, name: str, instance: str, begin: float, end: float) -> None:
-        stage = Stage(name, instance, begin, end)
+        stage = RequestStage(name, instance, begin, end)
         request.stages.append(stage)
         self._tell(lambda observer: observer.stage(request, stage))
 

@@ -17,7 +17,7 @@ MAX_ENTRIES = 100
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class RequestStage:
     """A stage of a request.
 
     Attributes:
@@ -108,7 +108,7 @@ class Timeline:
     recomputes: int = 0
     waits_since: float = 0.0
     trace: Any = None
-    stages: deque[Stage] = field(default_factory=lambda: deque(maxlen=MAX_ENTRIES))
+    stages: deque[RequestStage] = field(default_factory=lambda: deque(maxlen=MAX_ENTRIES))
     stays: deque[Stay] = field(default_factory=lambda: deque(maxlen=MAX_ENTRIES))
     migrations: deque[ObservedMigration] = field(default_factory=lambda: deque(maxlen=MAX_ENTRIES))
 

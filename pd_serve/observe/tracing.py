@@ -10,7 +10,7 @@ from opentelemetry.trace import SpanKind, StatusCode, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from pd_serve.observe.recorder import Observer
-from pd_serve.observe.timeline import ObservedMigration, Stage, Timeline
+from pd_serve.observe.timeline import ObservedMigration, RequestStage, Timeline
 
 
 def traces_endpoint(environment: Mapping[str, str]) -> str | None:
@@ -65,7 +65,7 @@ class RequestTracer(Observer):
             },
         )
 
-    def stage(self, request: Timeline, stage: Stage) -> None:
+    def stage(self, request: Timeline, stage: RequestStage) -> None:
         self._span(
             request.trace,
             stage.name,

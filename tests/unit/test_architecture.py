@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -270,3 +271,15 @@ def test_importing_it_imports_nothing_that_takes_seconds(module: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
 
     assert done.stdout.split() == []
+
+
+def test_a_class_name_exists_once() -> None:
+    """A reader looks for a class by its name."""
+    places: dict[str, list[str]] = defaultdict(list)
+    for top in ("router", "migration", "pd_serve", "loadtests", "deploy"):
+        for path in sorted((ROOT / top).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ClassDef):
+                    places[node.name].append(path.relative_to(ROOT).as_posix())
+
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}

@@ -4,7 +4,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-from loadtests.report.page import LoadReport
+from loadtests.report.page import LoadTestReport
 from tests.unit.loadtests.report.made_report import SAMPLES, load_result
 
 
@@ -21,7 +21,7 @@ class Resources(HTMLParser):
 
 def test_the_page_needs_no_other_file(tmp_path: Path) -> None:
     events = [(1.5, "decode-0 is drained")]
-    report = LoadReport(load_result(), SAMPLES, events, ["1 requests: HTTP 503"], ["pd-serve <x>"])
+    report = LoadTestReport(load_result(), SAMPLES, events, ["1 requests: HTTP 503"], ["pd-serve <x>"])
     report.write(tmp_path)
     html = (tmp_path / "report.html").read_text()
     resources = Resources()
@@ -42,7 +42,7 @@ def test_the_page_needs_no_other_file(tmp_path: Path) -> None:
 
 
 def test_the_page_of_a_good_run_says_so() -> None:
-    html = LoadReport(load_result(), SAMPLES).html({})
+    html = LoadTestReport(load_result(), SAMPLES).html({})
     assert "all correct (check: simulated)" in html
     assert "95.2 %" not in html
     assert "Good (ttft ≤ 1 s): 47.6 %" in html

@@ -18,7 +18,7 @@ from pd_serve.comm.requests import (
     CheckIntegrity,
     DrainInstance,
     FindRequests,
-    LiveRequests,
+    ListRequests,
     RestartInstances,
     ScalePools,
 )
@@ -132,7 +132,7 @@ async def test_integrity_collects_the_problems_of_all_processes(world: World) ->
             answered.add(call.call_id)
             if isinstance(call.request, CheckIntegrity):
                 world.answer(call, ["d0: a block is lost"] if peer == "d0" else [])
-            elif isinstance(call.request, LiveRequests):
+            elif isinstance(call.request, ListRequests):
                 world.answer(call, ["gone"] if peer == "d1" else [])
 
     problems = await checking

@@ -19,7 +19,7 @@ from pd_serve.comm.messages import (
 from pd_serve.comm.requests import (
     CallEngine,
     CheckIntegrity,
-    LiveRequests,
+    ListRequests,
 )
 from pd_serve.comm.timing import INSTANCE_HEARTBEAT_S, ORPHAN_S
 from pd_serve.errors import EngineDeadError
@@ -190,7 +190,7 @@ async def test_remote_calls_are_answered() -> None:
     async with World() as world:
         world.engine.running |= {"b", "a"}
         assert (await world.call(CheckIntegrity())).result == []
-        assert (await world.call(LiveRequests("tcp://api/tokens"))).result == ["a", "b"]
+        assert (await world.call(ListRequests("tcp://api/tokens"))).result == ["a", "b"]
         assert (await world.call(CallEngine("list_loras", ["x"]))).result == [1, 2, 3]
         assert world.engine.called("utility") == [["list_loras", "x"]]
 
@@ -208,8 +208,8 @@ async def test_a_call_that_fails_in_the_engine_is_answered_with_its_error() -> N
 async def test_a_call_that_fails_by_a_bug_shows_in_the_integrity_check() -> None:
     async with World() as world:
         world.engine.live_requests = None  # type: ignore[assignment,method-assign]
-        answer = await world.call(LiveRequests("tcp://api/tokens"))
+        answer = await world.call(ListRequests("tcp://api/tokens"))
         assert answer.error_class == "EngineDeadError"
         (problem,) = await world.llumlet.check_integrity()
-        assert "serving LiveRequests to api failed: TypeError" in problem
+        assert "serving ListRequests to api failed: TypeError" in problem
         assert world.fatal == []

@@ -7,7 +7,7 @@ import pytest
 
 from migration.messages import CopyStage
 from pd_serve.observe.recorder import Observer, RequestRecorder, names
-from pd_serve.observe.timeline import MAX_ENTRIES, ObservedMigration, Stage, Stay, Timeline
+from pd_serve.observe.timeline import MAX_ENTRIES, ObservedMigration, RequestStage, Stay, Timeline
 from router.request import NewRequest
 from tests.unit.pd_serve.made_migrations import FULL, migrated
 
@@ -27,7 +27,7 @@ class Listener(Observer):
     def first_token(self, request: Timeline) -> None:
         self.heard.append("first token")
 
-    def stage(self, request: Timeline, stage: Stage) -> None:
+    def stage(self, request: Timeline, stage: RequestStage) -> None:
         self.heard.append((stage.name, stage.instance, stage.begin, stage.end))
 
     def moved(self, request: Timeline, stay: Stay) -> None:
