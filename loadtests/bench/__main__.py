@@ -4,6 +4,7 @@ A benchmark's module is imported when its command runs: some import vLLM.
 """
 
 import asyncio
+import signal
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
@@ -13,7 +14,7 @@ import typer
 
 from loadtests.bench.report import BenchmarkReport
 from pd_serve.errors import PdServeError
-from pd_serve.launch.signals import end_on_sigterm
+from pd_serve.launch.signals import end_on
 from pd_serve.observe.logs import configure_logging
 
 app = typer.Typer(
@@ -96,7 +97,7 @@ def _run(benchmark: Coroutine[Any, Any, None]) -> None:
 
 
 async def _until_sigterm(benchmark: Coroutine[Any, Any, None]) -> None:
-    end_on_sigterm()
+    end_on(signal.SIGTERM)
     try:
         await benchmark
     except asyncio.CancelledError:

@@ -228,7 +228,7 @@ async def run(report: BenchmarkReport, rounds: int) -> None:
     model_length = f"--max-model-len={max(LENGTHS) + MAX_TOKENS}"
     flags = ("--no-enable-prefix-caching", "--max-num-seqs=8", model_length)
     config = ServeConfig(model="bench", prefill=1, decode=2, flags=flags)
-    service = LocalService(config, Console(), lambda: None)
+    service = LocalService(config, Console())
     try:
         await service.start()
         result = await _measure(service, rounds, report.console)

@@ -15,6 +15,7 @@ class BodyLimitMiddleware:
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self.app = app
         self._max_bytes = max_bytes
+        self._message = f"The body of the request is longer than {max_bytes} bytes."
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves or refuses one ASGI connection."""
@@ -35,7 +36,3 @@ class BodyLimitMiddleware:
             return message
 
         await self.app(scope, receive_and_count, send)
-
-    @property
-    def _message(self) -> str:
-        return f"The body of the request is longer than {self._max_bytes} bytes."

@@ -21,6 +21,7 @@ from pd_serve.api.cluster_models import (
     responses,
 )
 from pd_serve.api.errors import error_response
+from pd_serve.api.keys import ADMIN_PREFIX
 from pd_serve.errors import (
     EngineDeadError,
     InvalidRequestError,
@@ -29,8 +30,6 @@ from pd_serve.errors import (
     UnknownTargetError,
 )
 from pd_serve.observe import metrics
-
-PREFIX = "/cluster"
 
 MANAGER_ABSENT = "The manager of the instances is absent; try again in a moment."
 
@@ -58,7 +57,7 @@ class _AnyText(PathConvertor):
 
 register_url_convertor("text", _AnyText())
 
-router = APIRouter(prefix=PREFIX, tags=["cluster"], route_class=_Route)
+router = APIRouter(prefix=ADMIN_PREFIX, tags=["cluster"], route_class=_Route)
 
 
 @router.get("", responses=responses(ok=ClusterResponse))

@@ -30,6 +30,10 @@ GENERATING_PATHS = frozenset(
 )
 
 
+#: Header of refusals, in seconds.
+RETRY_AFTER = {"Retry-After": "1"}
+
+
 class _Arrival:
     """One arriving request; begins and ends at most once."""
 
@@ -68,20 +72,16 @@ class OverloadMiddleware:
     Args:
         cluster: Asked for `num_live` and `num_waiting` on every generating request.
         max_waiting: Requests that may wait for their first token; None for no limit.
-        retry_after_s: Value of `Retry-After` in refusals.
 
     Attributes:
         num_arriving: Requests whose body is complete and which the cluster does not count yet.
     """
 
-    def __init__(
-        self, app: ASGIApp, *, cluster: ClusterView, max_waiting: int | None = None, retry_after_s: int = 1
-    ) -> None:
+    def __init__(self, app: ASGIApp, *, cluster: ClusterView, max_waiting: int | None = None) -> None:
         self.app = app
         self.num_arriving = 0
         self._cluster = cluster
         self._max_waiting = max_waiting
-        self._headers = {"Retry-After": str(retry_after_s)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves or refuses one ASGI connection."""
@@ -104,7 +104,7 @@ class OverloadMiddleware:
 
         async def send_with_hint(message: Message) -> None:
             if message["type"] == "http.response.start" and message["status"] in (429, 503):
-                MutableHeaders(scope=message).setdefault("Retry-After", self._headers["Retry-After"])
+                MutableHeaders(scope=message).setdefault("Retry-After", RETRY_AFTER["Retry-After"])
             await send(message)
 
         token = _arrival.set(arrival)
@@ -116,9 +116,9 @@ class OverloadMiddleware:
 
     def _refusal(self) -> JSONResponse | None:
         if self._cluster.num_live == 0:
-            return error_response(503, "No instance is available.", headers=self._headers)
+            return error_response(503, "No instance is available.", headers=RETRY_AFTER)
         waiting = self._cluster.num_waiting + self.num_arriving
         if self._max_waiting is not None and waiting >= self._max_waiting:
             message = f"{waiting} requests are already waiting for their first token; try again later."
-            return error_response(429, message, headers=self._headers)
+            return error_response(429, message, headers=RETRY_AFTER)
         return None

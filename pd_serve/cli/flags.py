@@ -93,11 +93,8 @@ def _option(name: str, setting: FieldInfo) -> Any:
 
 def _type(annotation: Any) -> Any:
     """The type that the command line reads: texts, except for numbers, paths, choices and switches."""
-    (inner,) = (
-        [one for one in get_args(annotation) if one is not NoneType]
-        if NoneType in get_args(annotation)
-        else [annotation]
-    )
+    options = get_args(annotation)
+    inner = next(one for one in options if one is not NoneType) if NoneType in options else annotation
     if get_origin(inner) is tuple and get_args(inner)[1:] == (...,):
         return list[str]
     return inner if inner in (int, float, bool, Path) or get_origin(inner) is Literal else str

@@ -7,7 +7,7 @@ import typer
 from pd_serve.cli import service_client
 from pd_serve.cli import status as status_tables
 from pd_serve.cli.service_client import ServiceClient
-from pd_serve.errors import InvalidRequestError
+from pd_serve.errors import InvalidRequestError, PdServeError
 from pd_serve.launch.console import Console
 from pd_serve.launch.credentials import ADMIN_VARIABLE
 
@@ -56,11 +56,13 @@ def drain(
     admin_key: AdminKey = None,
 ) -> None:
     """Keep new requests from an instance, and move its running ones away."""
-    service = ServiceClient(url, admin_key or api_key)
+    service, console = ServiceClient(url, admin_key or api_key), Console()
     if node is not None and instance is None and not (stop or undo):
-        service_client.drain_node(service, Console(), node, wait_s=wait)
+        service_client.drain_node(service, console, node, wait_s=wait)
     elif instance is not None and node is None:
-        service_client.drain(service, Console(), instance, stop=stop, undo=undo)
+        service.post("drain", {"instance": instance, "stop": stop, "draining": not undo})
+        what = "takes requests again" if undo else "drains, and stops when it is empty" if stop else "drains"
+        console.step(f"{instance} {what}; see pd-serve status")
     else:
         raise InvalidRequestError("give an instance, or --node alone")
 
@@ -73,15 +75,18 @@ def scale(
     admin_key: AdminKey = None,
 ) -> None:
     """Set the number of instances of a role: starts instances, or drains and stops them."""
-    service = ServiceClient(url, admin_key or api_key)
-    service_client.scale(service, Console(), service_client.parse_sizes(sizes))
+    service, console = ServiceClient(url, admin_key or api_key), Console()
+    wanted = service_client.parse_sizes(sizes)
+    service.post("scale", wanted)
+    shown = ", ".join(f"{role}={size}" for role, size in wanted.items())
+    console.step(f"scaling to {shown}; see pd-serve status")
 
 
 @app.command()
 def restart(url: Url = DEFAULT_URL, api_key: ApiKey = None, admin_key: AdminKey = None) -> None:
     """Replace all instances by new ones, one after another, while requests go on."""
-    service = ServiceClient(url, admin_key or api_key)
-    service_client.restart(service, Console())
+    service, console = ServiceClient(url, admin_key or api_key), Console()
+    service_client.restart(service, console)
 
 
 @app.command()
@@ -97,12 +102,18 @@ def migrate(
     admin_key: AdminKey = None,
 ) -> None:
     """Move a running request to another instance."""
-    service = ServiceClient(url, admin_key or api_key)
-    service_client.migrate(service, Console(), request, destination)
+    service, console = ServiceClient(url, admin_key or api_key), Console()
+    done = service.post("migrate", {"request_id": request, "destination": destination})
+    console.step(
+        f"{request} runs on {destination}: {done['tokens']} tokens, {done['blocks']} blocks in"
+        f" {done['stages']} stages, {done['downtime_ms']:.1f} ms without a token"
+    )
 
 
 @app.command()
 def integrity(url: Url = DEFAULT_URL, api_key: ApiKey = None, admin_key: AdminKey = None) -> None:
     """Check the invariants of all instances."""
-    service = ServiceClient(url, admin_key or api_key)
-    service_client.check_integrity(service, Console())
+    service, console = ServiceClient(url, admin_key or api_key), Console()
+    if violations := service.get("integrity")["violations"]:
+        raise PdServeError("\n".join(violations))
+    console.step("all invariants hold")

@@ -70,12 +70,6 @@ def parse_sizes(texts: list[str]) -> dict[str, int]:
     return sizes
 
 
-def drain(service: ServiceClient, progress: Progress, instance: str, *, stop: bool, undo: bool) -> None:
-    service.post("drain", {"instance": instance, "stop": stop, "draining": not undo})
-    what = "takes requests again" if undo else "drains, and stops when it is empty" if stop else "drains"
-    progress.step(f"{instance} {what}; see pd-serve status")
-
-
 def drain_node(service: ServiceClient, progress: Progress, node: str, *, wait_s: float) -> None:
     """Drains all instances of a machine, before it goes away.
 
@@ -114,12 +108,6 @@ def _requests(service: ServiceClient, ids: list[str]) -> int:
     return sum(row["running"] + row["waiting"] for row in rows)
 
 
-def scale(service: ServiceClient, progress: Progress, sizes: dict[str, int]) -> None:
-    service.post("scale", sizes)
-    shown = ", ".join(f"{role}={size}" for role, size in sizes.items())
-    progress.step(f"scaling to {shown}; see pd-serve status")
-
-
 def restart(service: ServiceClient, progress: Progress) -> None:
     """Returns when all instances are new ones. Raises: PdServeError: the service gave it up."""
     before = {row["id"] for row in service.get()["instances"] if row["pid"]}
@@ -136,18 +124,3 @@ def restart(service: ServiceClient, progress: Progress) -> None:
             break
     if left := before & {row["id"] for row in cluster["instances"]}:
         raise PdServeError(f"still there: {', '.join(sorted(left))}; see pd-serve status")
-
-
-def migrate(service: ServiceClient, progress: Progress, request: str, destination: str) -> None:
-    done = service.post("migrate", {"request_id": request, "destination": destination})
-    progress.step(
-        f"{request} runs on {destination}: {done['tokens']} tokens, {done['blocks']} blocks in"
-        f" {done['stages']} stages, {done['downtime_ms']:.1f} ms without a token"
-    )
-
-
-def check_integrity(service: ServiceClient, progress: Progress) -> None:
-    """Raises: PdServeError: an invariant does not hold; each is a line."""
-    if violations := service.get("integrity")["violations"]:
-        raise PdServeError("\n".join(violations))
-    progress.step("all invariants hold")

@@ -1,12 +1,17 @@
 """`pd-serve simulate`: one workload on one simulated cluster. Imports what takes time when a command runs."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pd_serve.config import DEFAULT_COST_MODEL, DEFAULT_POLICY, parse_settings
+from pd_serve.config import DEFAULT_COST_MODEL, DEFAULT_POLICY, parse_bounds, parse_settings
+from pd_serve.errors import InvalidRequestError
 from pd_serve.simulated_engine.settings import FITTED_BLOCKS
+from router.scaling import PoolBounds
+
+DEFAULT_INSTANCES = 16
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -76,13 +81,12 @@ def run(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")] = None,
 ) -> None:
     """Simulate one workload on one cluster, and show its latencies."""
-    from pd_serve.cli import simulate_options as options
     from pd_serve.cli import simulate_output as output
     from pd_serve.simulation.scenario import Scenario
     from pd_serve.simulation.summary import Slo
     from pd_serve.simulation.workloads import TraceSpec
 
-    cluster = options.instances(instances, prefill, decode)
+    cluster = cluster_of(instances, prefill, decode)
     scenario = Scenario(
         trace=TraceSpec(trace, rate, requests, arrivals, priority_fraction, seed),
         policy=policy,
@@ -92,8 +96,42 @@ def run(
         num_blocks=blocks,
         chunk_tokens=chunk_tokens,
         prefix_caching=prefix_caching,
-        autoscale=options.bounds(autoscale or [], list(cluster)),
+        autoscale=bounds_of(autoscale or [], list(cluster)),
         max_migrations=max_migrations,
         slo=Slo(slo_ttft, slo_tpot),
     )
     output.run_and_show(scenario, traces, json_file)
+
+
+def cluster_of(neutral: int | None, prefill: int, decode: int) -> dict[str, int]:
+    """Number of instances at the start, by role: neutral, or prefill and decode, or all three.
+
+    Raises:
+        InvalidRequestError: No instance could prefill, or none decode.
+    """
+    if neutral is None:
+        neutral = 0 if prefill or decode else DEFAULT_INSTANCES
+    if not neutral and not (prefill and decode):
+        raise InvalidRequestError(
+            "--prefill and --decode must both be at least 1 without neutral --instances"
+        )
+    counts = {"prefill": prefill, "decode": decode, "neutral": neutral}
+    return {role: count for role, count in counts.items() if count}
+
+
+def bounds_of(texts: Iterable[str], roles: Sequence[str]) -> dict[str, PoolBounds]:
+    """Bounds by role from `MIN:MAX` for all roles, or `ROLE=MIN:MAX` for one.
+
+    Raises:
+        InvalidRequestError: The text is neither, or there is no such role.
+    """
+    found: dict[str, PoolBounds] = {}
+    for text in texts:
+        role, equals, span = text.rpartition("=")
+        if equals and role not in roles:
+            raise InvalidRequestError(f"--autoscale {text}: there are no {role} instances")
+        try:
+            found |= dict.fromkeys([role] if equals else roles, parse_bounds(span))
+        except ValueError as error:
+            raise InvalidRequestError(f"--autoscale: {error}") from None
+    return found

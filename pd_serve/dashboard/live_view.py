@@ -48,9 +48,6 @@ class RequestNumbers:
         self.last = 0
         self._numbers: dict[str, int] = {}
 
-    def __len__(self) -> int:
-        return len(self._numbers)
-
     def of(self, request_id: str) -> int:
         if (number := self._numbers.get(request_id)) is None:
             self.last += 1

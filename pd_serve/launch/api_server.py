@@ -1,6 +1,8 @@
 """One API server: the HTTP application, and the frontend behind it."""
 
 import asyncio
+import logging
+import time
 from argparse import Namespace
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
@@ -13,7 +15,9 @@ from pd_serve.dashboard.live_view import LiveView
 from pd_serve.dashboard.recent import RecentEvents
 from pd_serve.frontend.frontend import Frontend
 from pd_serve.launch.preparation import Prepared
-from pd_serve.observe.setup import make_recorder
+from pd_serve.observe import request_log
+from pd_serve.observe.metrics import RequestMetrics
+from pd_serve.observe.recorder import Observer, RequestRecorder
 from router.dispatcher import Dispatcher
 
 if TYPE_CHECKING:
@@ -71,11 +75,7 @@ class ApiServer:
                 outputs.put_nowait,
                 Dispatcher(config.policies, clock=asyncio.get_running_loop().time),
                 num_slots=config.max_instances + SPARE_SLOTS,
-                recorder=make_recorder(
-                    recent,
-                    log_requests=server.enable_log_requests,
-                    traced=server.otlp_traces_endpoint is not None,
-                ),
+                recorder=_recorder(server, recent),
             )
             stack.push_async_callback(frontend.close)
             infos = await frontend.wait_for_instances()
@@ -108,6 +108,20 @@ class ApiServer:
 
     async def close(self) -> None:
         await self._stack.aclose()
+
+
+def _recorder(server: Namespace, recent: RecentEvents) -> RequestRecorder:
+    """A recorder with all observers; its clock is `time.monotonic`."""
+    unix_offset_s = time.time() - time.monotonic()
+    observers: list[Observer] = [RequestMetrics(), recent]
+    level = logging.INFO if server.enable_log_requests else logging.DEBUG
+    if request_log.logger.isEnabledFor(level):
+        observers.append(request_log.RequestLog(level))
+    if server.otlp_traces_endpoint is not None:
+        from pd_serve.observe.tracing import RequestTracer
+
+        observers.append(RequestTracer(unix_offset_s))
+    return RequestRecorder(observers, unix_offset_s=unix_offset_s)
 
 
 def _max_model_len(config: ServeConfig, server: Namespace, infos: Sequence[InstanceInfo]) -> int:

@@ -51,13 +51,11 @@ class EngineFlag:
     Attributes:
         tokens: Name and values as vLLM's parser takes them, without the prefix of a role.
         role: The role whose instances it is for; None for all.
-        written: The name as it was written.
     """
 
     spec: FlagSpec
     tokens: list[str]
     role: str | None
-    written: str
 
     @property
     def setting(self) -> str:
@@ -158,7 +156,7 @@ def _engine_flag(written: str, equals: str, value: str, own: Mapping[str, int | 
         raise InvalidRequestError(f"{written}: {name} is a flag of the API server, not of the instances")
     if role and SAME_EVERYWHERE.fullmatch(spec.dest):
         raise InvalidRequestError(f"{written}: must be the same on all instances; use {name}")
-    return EngineFlag(spec, [name + dot + keys + equals + value], role, written)
+    return EngineFlag(spec, [name + dot + keys + equals + value], role)
 
 
 def _is_flag(token: str) -> bool:

@@ -5,7 +5,6 @@ import gc
 import os
 import signal
 import socket
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -20,6 +19,7 @@ from pd_serve.launch.console import Console
 from pd_serve.launch.flag_table import vllm_version
 from pd_serve.launch.preparation import Prepared, find_model, parse, placements
 from pd_serve.launch.ray_address import find_ray_cluster
+from pd_serve.launch.signals import end_on
 from pd_serve.manager.manager import Manager
 from pd_serve.platform.cpu import is_cpu_build
 from pd_serve.platform.environment import ray_environment
@@ -28,25 +28,20 @@ from pd_serve.platform.memory import check_memory
 #: Time for Ray to start or to be joined, in seconds: a few, unless the machine is very busy.
 JOIN_S = 120.0
 
+#: They end the service.
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 if TYPE_CHECKING:
     from pd_serve.manager.ray_launcher import RayLauncher
 
 
 async def run(config: ServeConfig, console: Console) -> None:
     """Serves until SIGINT or SIGTERM. Raises: PdServeError: with one line that says what to change."""
-    main = asyncio.current_task()
-    assert main is not None
-    loop = asyncio.get_running_loop()
-
-    def catch_signals() -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, main.cancel)
-
-    catch_signals()
+    end_on(*SIGNALS)
     vllm_version()  # a clear error at once, if vLLM is not installed
     sock = bind(config.host, config.port)
     config = config.model_copy(update={"port": sock.getsockname()[1]})
-    service = LocalService(config, console, catch_signals)
+    service = LocalService(config, console)
     try:
         await service.start()
         await service.serve(sock)
@@ -61,9 +56,8 @@ async def run(config: ServeConfig, console: Console) -> None:
 class LocalService:
     """All that one `pd-serve serve` starts, and ends again."""
 
-    def __init__(self, config: ServeConfig, console: Console, catch_signals: Callable[[], None]) -> None:
+    def __init__(self, config: ServeConfig, console: Console) -> None:
         self._config = config
-        self._catch_signals = catch_signals
         self._console = console
         # All of them are awaited by `start`, which raises their errors: no error is logged besides.
         self._tasks = BackgroundTasks(on_failure=lambda error: None)
@@ -98,7 +92,7 @@ class LocalService:
         except TimeoutError:
             where = config.ray_address or "this machine"
             raise PdServeError(f"Ray at {where} does not answer within {JOIN_S:g} s") from None
-        self._catch_signals()  # Ray has replaced the handlers
+        end_on(*SIGNALS)  # Ray has replaced the handlers
         if is_cpu_build():  # importing takes longest: it goes on while the flags are parsed
             for name, role in config.instance_roles:
                 launcher.launch(name, placements(config, 1)[role])

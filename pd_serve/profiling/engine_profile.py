@@ -7,6 +7,7 @@ median over the rounds. All prompts are different, so that nothing is found in t
 
 import asyncio
 import random
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -19,7 +20,7 @@ from rich.table import Table
 from pd_serve.config import ServeConfig
 from pd_serve.errors import PdServeError
 from pd_serve.launch.preparation import find_model, parse
-from pd_serve.launch.signals import end_on_sigterm
+from pd_serve.launch.signals import end_on
 from pd_serve.observe import provenance as report
 from pd_serve.profiling.measured_engine import MeasuredEngine
 from pd_serve.profiling.profile_points import (
@@ -61,7 +62,7 @@ async def run(
     Raises:
         PdServeError: The engine does not start, or was stopped.
     """
-    end_on_sigterm()
+    end_on(signal.SIGTERM)
     provenance = report.provenance()
     console = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
     with console.status(f"starting an engine with {model}"):

@@ -1,14 +1,13 @@
 """Operations on a running service: what is sent, how progress is followed, what is refused."""
 
-import json
 from typing import Any
 
-import httpx
 import pytest
 
 from pd_serve.cli import service_client as control
 from pd_serve.errors import InvalidRequestError, MigrationRefusedError, PdServeError
 from pd_serve.launch.console import Console
+from tests.unit.pd_serve.cli.made_answers import answering
 
 
 class FakeService(control.ServiceClient):
@@ -76,51 +75,6 @@ def test_a_machine_without_instances_is_done_at_once(capsys: pytest.CaptureFixtu
 def test_a_service_that_does_not_answer_is_an_error() -> None:
     with pytest.raises(PdServeError, match="no service at"):
         control.drain_node(control.ServiceClient("http://127.0.0.1:1", None), Console(), "a", wait_s=60)
-
-
-def answering(monkeypatch: pytest.MonkeyPatch, status: int, body: object) -> list[httpx.Request]:
-    """All services answer so. Returns what they are sent."""
-    sent: list[httpx.Request] = []
-
-    def respond(request: httpx.Request) -> httpx.Response:
-        sent.append(request)
-        return httpx.Response(status, json=body)
-
-    client = httpx.Client
-    monkeypatch.setattr(
-        httpx, "Client", lambda **options: client(transport=httpx.MockTransport(respond), **options)
-    )
-    return sent
-
-
-def test_a_request_is_migrated_with_the_key(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sent = answering(monkeypatch, 200, {"downtime_ms": 12.9, "stages": 2, "blocks": 21, "tokens": 657})
-
-    control.migrate(control.ServiceClient("http://there/", "sk-a"), Console(), "demo", "decode-1")
-
-    assert (sent[0].method, str(sent[0].url)) == ("POST", "http://there/cluster/migrate")
-    assert json.loads(sent[0].content) == {"request_id": "demo", "destination": "decode-1"}
-    assert sent[0].headers["Authorization"] == "Bearer sk-a"
-    assert "657 tokens, 21 blocks in 2 stages, 12.9 ms" in capsys.readouterr().err
-
-
-def test_violated_invariants_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    answering(monkeypatch, 200, {"ok": False, "violations": ["decode-0: 3 blocks leaked", "b"]})
-
-    with pytest.raises(PdServeError, match="3 blocks leaked\nb"):
-        control.check_integrity(control.ServiceClient("http://there", None), Console())
-
-
-def test_invariants_that_hold_are_progress(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    answering(monkeypatch, 200, {"ok": True, "violations": []})
-
-    control.check_integrity(control.ServiceClient("http://there", None), Console())
-
-    assert "all invariants hold" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

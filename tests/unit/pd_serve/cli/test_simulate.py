@@ -7,9 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pd_serve.cli import simulate_options as options
-from pd_serve.cli import simulate_output
-from pd_serve.cli.simulate import app
+from pd_serve.cli import simulate, simulate_output
 from pd_serve.errors import InvalidRequestError
 from pd_serve.simulation.scenario import run_scenario
 from tests.unit.loadtests.experiments.made_results import stand_in
@@ -26,7 +24,7 @@ def test_run_shows_a_table_and_writes_numbers(tmp_path: Path) -> None:
     arguments = f"run --trace s-s --rate 5 --requests 40 --prefill 2 --decode 3 --policy p2c --json {path}"
     more = "--arrivals gamma:2 --priority-fraction 0.1 --autoscale decode=1:4 --set headroom=1 --seed 7"
 
-    done = CliRunner().invoke(app, f"{arguments} {more}".split(), catch_exceptions=False)
+    done = CliRunner().invoke(simulate.app, f"{arguments} {more}".split(), catch_exceptions=False)
 
     assert done.exit_code == 0
     assert "prefill (TTFT), high" in done.output
@@ -41,7 +39,7 @@ def test_run_shows_a_table_and_writes_numbers(tmp_path: Path) -> None:
 
 def test_run_without_a_rate_says_so() -> None:
     with pytest.raises(InvalidRequestError, match="a rate is needed"):
-        CliRunner().invoke(app, ["run", "--trace", "s-s"], catch_exceptions=False)
+        CliRunner().invoke(simulate.app, ["run", "--trace", "s-s"], catch_exceptions=False)
 
 
 @pytest.mark.parametrize(
@@ -54,17 +52,17 @@ def test_run_without_a_rate_says_so() -> None:
     ],
 )
 def test_the_cluster(given: tuple[int | None, int, int], expected: dict[str, int]) -> None:
-    assert options.instances(*given) == expected
+    assert simulate.cluster_of(*given) == expected
 
 
 def test_a_cluster_that_cannot_serve() -> None:
     with pytest.raises(InvalidRequestError, match="both be at least 1"):
-        options.instances(None, 2, 0)
+        simulate.cluster_of(None, 2, 0)
 
 
 def test_bounds_of_pools() -> None:
-    assert options.bounds(["1:8"], ["neutral"]) == {"neutral": (1, 8)}
-    assert options.bounds(["1:8", "decode=2:4"], ["prefill", "decode"]) == {
+    assert simulate.bounds_of(["1:8"], ["neutral"]) == {"neutral": (1, 8)}
+    assert simulate.bounds_of(["1:8", "decode=2:4"], ["prefill", "decode"]) == {
         "prefill": (1, 8),
         "decode": (2, 4),
     }
@@ -73,4 +71,4 @@ def test_bounds_of_pools() -> None:
 @pytest.mark.parametrize("text", ["8:1", "0:4", "4", "a:b", "decode=1:2"])
 def test_bounds_that_cannot_be(text: str) -> None:
     with pytest.raises(InvalidRequestError, match="--autoscale"):
-        options.bounds([text], ["neutral"])
+        simulate.bounds_of([text], ["neutral"])
