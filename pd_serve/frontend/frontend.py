@@ -1,4 +1,4 @@
-"""The API server's part of the control plane: one inbox, and behind it membership, requests and calls."""
+"""The API server's part of the control plane: receives its messages, tracks requests, serves `/cluster`."""
 
 import asyncio
 import time
@@ -47,20 +47,20 @@ from router.dispatcher import Dispatcher
 
 
 class Frontend:
-    """Implements `pd_serve.api.cluster_view.ClusterView`. Lives on one event loop, until `close`.
+    """Implements `pd_serve.api.cluster_view.ClusterView`. Runs on one event loop until `close`.
 
     Args:
-        wire: Its name is the API server's. Closed by `close`.
+        wire: Has the API server's name. `close` closes it.
         find_manager: See `ManagerClient`.
-        codec: Knows the encoding of the engines' outputs.
-        deliver: Takes batches of outputs, every token exactly once and in order.
-        dispatcher: Decides where requests start and are handed off to.
+        codec: Decodes the engines' outputs.
+        deliver: Receives batches of outputs, every token exactly once and in order.
+        dispatcher: Decides where requests start and where they are handed off to.
         num_slots: See `Instances`.
-        clock: The time that requests are recorded by, in seconds.
+        clock: Clock of the recorded times, in seconds.
 
     Attributes:
-        tokens: Their `observer` may be set, for measurements.
-        internal_ids: Engines' ids of a request by what a client calls it; set by the engine client.
+        tokens: Has an `observer`, for measurements.
+        internal_ids: Returns the engines' ids of a request by the client's id; set by the engine client.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Frontend:
         await self._wire.close()
 
     async def wait_for_instances(self) -> list[InstanceInfo]:
-        """Returns when there are instances, and all of them have reported."""
+        """Returns the instances as soon as there are any and all of them have reported their load."""
         await self.instances.wait_for_reports()
         return list(self.instances)
 
@@ -227,7 +227,7 @@ class Frontend:
         await self._manager.call(RestartInstances())
 
     async def check_integrity(self) -> list[str]:
-        """Asks every instance, until nothing is wrong or a problem stays for `INTEGRITY_SETTLE_S`."""
+        """Checks all processes until there is no problem, or a problem persists for `INTEGRITY_SETTLE_S`."""
         deadline = self._loop.time() + INTEGRITY_SETTLE_S
         while True:
             problems = await self._problems()
@@ -251,7 +251,7 @@ class Frontend:
             problems.append(f"{self.num_waiting} requests are counted as waiting, and {waiting} wait")
         return problems
 
-    # ---- calls of other API servers, by way of the manager
+    # ---- calls of other API servers, forwarded by the manager
 
     async def _serve_migrate(self, sender: str, request: MigrateByName) -> ManualMigration:
         ids = self.internal_ids(request.request_id)

@@ -1,4 +1,4 @@
-"""The instances that an API server can reach: their slots, their loads, calls to them."""
+"""The instances of the cluster as an API server sees them: slots, loads, remote calls."""
 
 import asyncio
 from collections.abc import Iterator
@@ -17,12 +17,14 @@ R = TypeVar("R")
 
 
 class Instances:
-    """Args:
-        num_slots: Instances that may live at a time; vLLM's metrics tell engines apart by slot.
+    """The instances in the membership, each with a slot: the index of its engine in vLLM's metrics.
+
+    Args:
+        num_slots: Maximum number of instances at a time.
 
     Attributes:
         slots: All slots.
-        loads: Reported loads, corrected by what was decided since.
+        loads: Reported loads, corrected by the decisions since.
     """
 
     def __init__(
@@ -41,7 +43,7 @@ class Instances:
         return instance_id in self._members.instances
 
     def slot_of(self, instance_id: str) -> int:
-        """An index that vLLM's metrics know."""
+        """Slot of an instance."""
         return self._slot_of[instance_id]
 
     def slots_by_instance(self) -> dict[str, int]:
@@ -52,13 +54,13 @@ class Instances:
         self._slot_of[info.instance_id] = min(free, default=0)
 
     def remove(self, instance_id: str) -> None:
-        """It is dead or stopped: calls to it fail."""
+        """Removes an instance that died or was stopped. Calls to it fail."""
         self._slot_of.pop(instance_id, None)
         self.loads.remove(instance_id)
         self.calls.peer_lost(instance_id)
 
     def load_of(self, instance_id: str) -> InstanceLoad | None:
-        """Its last report."""
+        """Last reported load of an instance; None before the first report."""
         return self.loads.get(instance_id)
 
     async def wait_for_reports(self) -> None:
@@ -70,17 +72,17 @@ class Instances:
         """Calls one instance.
 
         Raises:
-            UnknownTargetError: No such instance.
-            EngineDeadError: It died meanwhile, or its engine has failed.
-            TimeoutError: No answer in time.
-            PdServeError: Its answer.
+            UnknownTargetError: There is no such instance.
+            EngineDeadError: The instance died before it answered, or its engine has failed.
+            TimeoutError: No answer within `CALL_TIMEOUT_S`.
+            PdServeError: The instance answered with this error.
         """
         if instance_id not in self:
             raise UnknownTargetError(f"no instance {instance_id!r}; see GET /cluster")
         return await self.calls.call(instance_id, request)
 
     async def call_all(self, request: Request[R]) -> dict[str, R]:
-        """Calls every instance. Raises: EngineDeadError: one failed."""
+        """Calls every instance. Raises: EngineDeadError: A call failed."""
         names = [info.instance_id for info in self]
         try:
             values = await asyncio.gather(*(self.call(name, request) for name in names))

@@ -1,4 +1,4 @@
-"""The API server's link to the manager: finds it, joins, follows the membership, calls it."""
+"""An API server's client of the manager: finds it, joins the cluster, calls it, sends heartbeats."""
 
 import asyncio
 import logging
@@ -23,10 +23,12 @@ R = TypeVar("R")
 
 
 class ManagerClient:
-    """Args:
-    find_manager: Gives the manager's address. Raises: PdServeError: it cannot be found now.
-    demand: Gives the requests here that are bound to no instance yet.
-    is_unused: Whether a leaving instance has no request of this API server, and will get none.
+    """Finds and calls the manager, and sends this API server's heartbeats to all processes.
+
+    Args:
+        find_manager: Returns the manager's address. Raises: PdServeError: It cannot be found now.
+        demand: Returns the demand of the waiting line.
+        is_unused: Whether a leaving instance has no request of this API server, and will get none.
     """
 
     def __init__(
@@ -50,8 +52,8 @@ class ManagerClient:
         self._searched_at = self._joined_at = -MANAGER_LEASE_S
 
     def open(self, info: ApiServerInfo) -> None:
-        """Begins to look for the manager, and to join. Args: `info` is of this API server."""
-        self._tasks.start(self._keep_in_touch(info))
+        """Begins to look for the manager, to join and to send heartbeats; `info` is this API server's."""
+        self._tasks.start(self._keep_joined(info))
         self._tasks.start(self._heartbeat())
 
     async def close(self) -> None:
@@ -59,7 +61,7 @@ class ManagerClient:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the manager has been heard within its lease."""
+        """Whether the manager's lease has not expired."""
         known = self._members.latest is not None
         return known and self._loop.time() - self._members.received_at <= MANAGER_LEASE_S
 
@@ -68,7 +70,7 @@ class ManagerClient:
 
     @property
     def state(self) -> ClusterState | None:
-        """What the manager last told; without it, scheduler and restart count as absent and ended."""
+        """Last state from the manager. While it is absent, the scheduler counts as absent, too."""
         state = self._state
         if state is None or self.is_alive:
             return state
@@ -80,7 +82,7 @@ class ManagerClient:
         )
 
     async def call(self, request: Request[R]) -> R:
-        """Calls the manager. Raises: EngineDeadError: it is absent; PdServeError: its answer."""
+        """Calls the manager. Raises: EngineDeadError: It is absent. PdServeError: It answered so."""
         if not self.is_alive:
             raise EngineDeadError("the manager is absent")
         try:
@@ -88,8 +90,8 @@ class ManagerClient:
         except TimeoutError as error:
             raise EngineDeadError("the manager does not answer") from error
 
-    async def _keep_in_touch(self, info: ApiServerInfo) -> None:
-        """Joins as a heartbeat, and as soon as a leaving instance is not used here any more."""
+    async def _keep_joined(self, info: ApiServerInfo) -> None:
+        """Sends `Join` as a heartbeat, and as soon as a leaving instance becomes unused."""
         unused: list[str] = []
         while True:
             now = self._loop.time()

@@ -1,4 +1,4 @@
-"""Moves one request because an operator asks for it, and waits until its tokens come from there."""
+"""Manual migrations: moves one request for an operator, and waits for a token from the destination."""
 
 import asyncio
 from collections.abc import Mapping
@@ -20,7 +20,11 @@ MigrationMode = Literal["live", "blocking", "recompute"]
 
 
 class ManualMigrations:
-    """Args: `requests` are those in progress."""
+    """Moves single requests for operators.
+
+    Args:
+        requests: Requests in progress, by id.
+    """
 
     def __init__(
         self,
@@ -57,8 +61,8 @@ class ManualMigrations:
                 break
             if record.refusal.code is not RefusalCode.NOT_RUNNING or request.ledger.owner == owner:
                 raise MigrationRefusedError(record.why, record.refusal.code)
-            # It has moved on meanwhile: ask its next owner.
-        await self._next_owner_heard(request, moves)
+            # The request has moved meanwhile: call its next owner.
+        await self._wait_for_next_owner(request, moves)
         return ManualMigration(record, request.ledger.last_gap_s)
 
     async def _restart(self, request: TrackedRequest, destination: str) -> ManualMigration:
@@ -67,7 +71,7 @@ class ManualMigrations:
         self._wire.send(owner, AbortRequests([request.request_id], epoch))
         num_tokens = request.num_tokens
         self._placement.move_by_recompute(request, destination)
-        await self._next_owner_heard(request, moves)
+        await self._wait_for_next_owner(request, moves)
         record = MigrationRecord(
             request_id=request.request_id,
             source=InstanceId(owner),
@@ -77,13 +81,13 @@ class ManualMigrations:
         )
         return ManualMigration(record, request.ledger.last_gap_s)
 
-    async def _next_owner_heard(self, request: TrackedRequest, moves: int) -> None:
-        """Returns at the first token of an owner after the first `moves`, or when the request has ended."""
+    async def _wait_for_next_owner(self, request: TrackedRequest, moves: int) -> None:
+        """Returns at the first token of an owner after `moves` moves, or when the request has ended."""
         ledger = request.ledger
         async with asyncio.timeout(CALL_TIMEOUT_S):
             while request.request_id in self._requests and not (
-                ledger.num_moves > moves and ledger.owner_has_spoken
+                ledger.num_moves > moves and ledger.has_token_of_owner
             ):
                 waiter = asyncio.get_running_loop().create_future()
-                request.moved.append(waiter)
+                request.move_waiters.append(waiter)
                 await waiter

@@ -1,4 +1,4 @@
-"""How an API server decodes the outputs of its engines."""
+"""Interface of the codec with which an API server decodes the outputs of engines."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -14,7 +14,7 @@ class OutputCodec(Protocol):
         """Decodes a message of a token socket."""
 
     def prefill_s(self, batch: OutputBatch, output: RequestOutput) -> float | None:
-        """Duration of the prefill that this first output ends; None if the engine does not report it."""
+        """Duration of the prefill of a first output, in seconds; None if the engine does not report it."""
 
     def failed(self, request_id: str) -> OutputBatch:
         """A batch that ends a request with an error."""

@@ -16,8 +16,10 @@ from router.waiting_line import WaitingLine
 
 
 class RequestPlacement:
-    """Args:
-    clock: The time that requests are recorded by, in seconds.
+    """Sends requests to instances, and requests without room to the waiting line.
+
+    Args:
+        clock: Clock of the recorded times, in seconds.
     """
 
     def __init__(
@@ -39,12 +41,12 @@ class RequestPlacement:
 
     @property
     def now(self) -> float:
-        """Of the waiting line's clock."""
+        """Time of the waiting line's clock, in seconds."""
         return self._loop.time()
 
     @property
     def demand(self) -> Demand:
-        """Requests that are bound to no instance yet."""
+        """Demand of the waiting line."""
         return self.line.demand
 
     @property
@@ -53,7 +55,10 @@ class RequestPlacement:
         return self._dispatcher.is_serving
 
     def place(self, request: TrackedRequest, epoch: int, *, may_wait: bool = False) -> bool:
-        """Sends a request to the instance that it starts on. False: it has to wait for room, and may.
+        """Sends a request to the instance that it starts on. Returns False if it has to wait for room.
+
+        Args:
+            may_wait: Whether the request may wait.
 
         Raises:
             EngineDeadError: No live instance takes new requests.
@@ -77,7 +82,7 @@ class RequestPlacement:
         return True
 
     def move_by_recompute(self, request: TrackedRequest, destination: str) -> None:
-        """Starts a request on another instance, which computes its tokens again."""
+        """Starts a request on another instance, which recomputes its KV cache."""
         epoch, tokens = request.ledger.epoch, list(request.ledger.token_ids)
         message = AddRequest(request.request_id, self._token_endpoint, epoch, None, tokens)
         self._wire.send(destination, message, request.payload)
@@ -86,11 +91,11 @@ class RequestPlacement:
         self.line.add(request.request_id, request.new, self._loop.time())
 
     def settle(self, request: TrackedRequest, destination: str | None = None) -> None:
-        """A request has arrived at its expected destination, or will not."""
+        """Removes a request from its destination's projected load: it has arrived, or will not."""
         self._loads.settled(destination or request.destination, request.request_id)
 
     def hand_off_stranded(self, source: str, request: TrackedRequest) -> None:
-        """Hands off a request that waits on its prefill instance, if a decode instance has room."""
+        """Hands off a stranded request if a decode instance has room."""
         if request.ledger.owner != source or self._loop.time() < request.placed_at + HANDOFF_RETRY_S:
             return
         num_blocks = self._blocks_of(request, source)
@@ -102,7 +107,7 @@ class RequestPlacement:
                 self._wire.send(source, HandOff(RequestId(request.request_id), destination))
 
     def _handoff_candidates(self, request: TrackedRequest) -> list[str] | None:
-        """Decode instances, best first; the request counts at the first one from now on."""
+        """Decode instances, best first. The request counts in the projected load of the first one."""
         if request.ends_with_prefill:
             return None
         num_blocks = self._blocks_of(request, request.ledger.owner)
@@ -116,5 +121,5 @@ class RequestPlacement:
         self._loads.expect(destination, request.request_id, num_blocks)
 
     def _blocks_of(self, request: TrackedRequest, instance_id: str) -> int:
-        """Blocks that hold its tokens and the next one."""
+        """Number of KV blocks for the request's tokens and the next one."""
         return -(-(request.num_tokens + 1) // self._loads[instance_id].block_tokens)

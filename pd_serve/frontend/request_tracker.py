@@ -1,4 +1,4 @@
-"""The requests of one API server, from their arrival to their end, wherever they run."""
+"""The requests of one API server, from arrival to end, on whichever instance they run."""
 
 import logging
 from collections import Counter
@@ -26,18 +26,18 @@ MAX_RECOMPUTES = 3
 
 
 class RequestTracker:
-    """Starts requests, follows their owners, recomputes those that die with an instance.
+    """Starts requests, follows their owners, and recomputes requests that were lost with an instance.
 
     Args:
-        codec: Knows the encoding of the engines' outputs.
-        deliver: Takes batches of outputs.
-        recorder: Told what happens to every request.
-        clock: The time that requests are recorded by, in seconds.
+        codec: Encodes an error output.
+        deliver: Receives batches of outputs.
+        recorder: Records the events of every request.
+        clock: Clock of the recorded times, in seconds.
 
     Attributes:
-        requests: Those in progress.
-        num_waiting: Those without a first token.
-        migrations: Committed and aborted ones of all API servers' requests, by reason.
+        requests: Requests in progress, by id.
+        num_waiting: Number of requests without a first token.
+        migrations: Committed and aborted migrations of all API servers' requests, by reason.
     """
 
     def __init__(
@@ -76,11 +76,10 @@ class RequestTracker:
         """Starts a request.
 
         Args:
-            payload: The request as its engine decodes it.
-            max_tokens: Most tokens that it may generate, if that is known: with one, no decode instance is
-                needed.
-            name: The request's id as its client knows it.
-            trace_headers: The client's `traceparent` and the like.
+            payload: The request in the engine's encoding.
+            max_tokens: Maximum number of output tokens, if known; a request of one needs no decode instance.
+            name: The client's id of the request.
+            trace_headers: The client's trace context headers, such as `traceparent`.
 
         Raises:
             EngineDeadError: No live instance takes new requests.
@@ -98,7 +97,7 @@ class RequestTracker:
         self.num_waiting += 1
 
     def abort(self, request_ids: list[str]) -> None:
-        """Ends requests wherever they are. Unknown ids are ignored."""
+        """Aborts requests on their owners. Unknown ids are ignored."""
         by_owner: dict[str, list[RequestId]] = {}
         for request_id in request_ids:
             request = self.requests.get(RequestId(request_id))
@@ -111,7 +110,7 @@ class RequestTracker:
     # ---- from instances
 
     def on_load(self, instance_id: str, report: LoadReport) -> None:
-        """An instance has reported: it may have room for requests that wait, or hold stranded ones."""
+        """Gives waiting requests to an instance that reports room, and hands off its stranded requests."""
         if self._placement.line:
             self._place_waiting(instance_id)
         for request_id in report.stranded:
@@ -127,7 +126,7 @@ class RequestTracker:
         if not record.committed:
             self._placement.settle(request, record.destination)
         elif request.is_on(record.source):
-            # Until the next instance has sent a token, its death would go unnoticed otherwise.
+            # If the destination dies before its first token, the request has to be recomputed.
             if record.destination in self._instances:
                 request.committed_to = record.destination
             else:
@@ -139,9 +138,9 @@ class RequestTracker:
             self._fail(request)
 
     def instance_left(self, instance_id: str) -> None:
-        """An instance is dead or stopped: its requests are recomputed elsewhere."""
+        """Recomputes the requests of an instance that died or was stopped."""
         for request in list(self.requests.values()):
-            # With a gap, tokens of an earlier owner may have been lost with it.
+            # With a gap, the instance may have been an earlier owner whose last tokens were lost.
             if request.is_on(instance_id) or request.ledger.has_gap:
                 self._recompute(request, instance_id)
         if self._placement.line and not self._placement.is_serving:
@@ -162,7 +161,7 @@ class RequestTracker:
         if request.ledger.owner == request.committed_to:
             request.committed_to = ""
 
-    def owner_heard(self, request: TrackedRequest, now: float, prefill_s: float | None) -> None:
+    def first_token_of_owner(self, request: TrackedRequest, now: float, prefill_s: float | None) -> None:
         owner = request.ledger.owner
         load = self._instances.load_of(owner)
         role = load.role if load is not None else ""
@@ -174,10 +173,10 @@ class RequestTracker:
     def finished(self, request: TrackedRequest, outcome: str) -> None:
         self._end(request, outcome)
 
-    # ---- the rest
+    # ---- timelines, waiting line, recomputes, ends
 
     def find(self, name: str) -> list[dict[str, Any]]:
-        """Timelines of requests by name, those in progress up to date; see `RequestRecorder.find`."""
+        """Timelines of requests by name, with the present numbers of tokens; see `RequestRecorder.find`."""
         found = self._recorder.find(name)
         for timeline in found:
             if (request := self.requests.get(timeline["id"])) is not None:
@@ -195,7 +194,7 @@ class RequestTracker:
                 self._fail(request)
 
     def _recompute(self, request: TrackedRequest, lost: str) -> None:
-        """Continues a request that was lost with an instance, from the tokens that the client has."""
+        """Continues a request that was lost with an instance, after the tokens that the client has."""
         request.recomputes += 1
         self._recorder.lost(request.request_id, lost, self._clock())
         request.committed_to = ""
@@ -232,4 +231,4 @@ class RequestTracker:
             if not request.ledger.owner:
                 self._placement.line.discard(request.request_id)
         self._placement.settle(request)
-        request.wake_movers()
+        request.wake_move_waiters()

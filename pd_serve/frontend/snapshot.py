@@ -1,4 +1,4 @@
-"""An instance as `GET /cluster` shows it."""
+"""Rows of instances in `GET /cluster`."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from router.load import InstanceLoad
 
 
 def instance_row(info: InstanceInfo, load: InstanceLoad | None) -> dict[str, Any]:
-    """Args: `load` is its last report; None before the first one."""
+    """The row of a started instance; `load` is None before its first report."""
     return {
         "id": info.instance_id,
         "role": load.role if load else info.role,
@@ -28,7 +28,7 @@ def instance_row(info: InstanceInfo, load: InstanceLoad | None) -> dict[str, Any
 
 
 def starting_row(starting: StartingInstance) -> dict[str, Any]:
-    """A row for an instance that does not serve yet."""
+    """The row of an instance that does not serve yet."""
     counts = ("total_blocks", "free_blocks", "running", "waiting", "migrating_in", "migrating_out")
     row = {"id": starting.id, "role": starting.role, "state": starting.state}
     return row | {"draining": False, "node": "", "pid": 0, "freeness": 0.0} | dict.fromkeys(counts, 0)

@@ -1,7 +1,7 @@
-"""Every token index exactly once, in order, whoever sends it.
+"""Delivers every token index exactly once and in order, from any instance.
 
-Tokens of one request may come from several owners over several sockets, late or twice. Each output
-carries its owner's epoch and the index of its first token.
+Tokens of one request may come from several owners on several sockets, late or twice. Each output has the
+epoch of its sender and the index of its first token.
 """
 
 from dataclasses import dataclass, field
@@ -12,17 +12,17 @@ from pd_serve.comm.outputs import RequestOutput
 
 @dataclass
 class TokenLedger:
-    """One request's tokens, as its API server has taken them.
+    """The tokens of one request that have been delivered, and its owner.
 
     Attributes:
+        owner: The instance that sent the highest epoch.
+        epoch: Highest epoch received.
         token_ids: Delivered output tokens; their number is the next index.
-        epoch: Highest ownership epoch seen.
-        owner: The instance that spoke with it.
         finished: The last output has been delivered.
         last_token_at: Time of the last delivery, in seconds.
-        longest_gap_s: Between any two deliveries.
-        last_gap_s: Between the last token of the former owner and the first of the present one.
-        num_moves: Changes of owner.
+        longest_gap_s: Longest time between two deliveries.
+        last_gap_s: Time between the last token of the former owner and the first of the present one.
+        num_moves: Number of changes of the owner.
     """
 
     owner: str
@@ -37,9 +37,10 @@ class TokenLedger:
     _early: dict[int, tuple[int, RequestOutput]] = field(default_factory=dict)
 
     def extend(self, source: str, epoch: int, index: int, output: RequestOutput, now: float) -> float | None:
-        """Takes what nearly every output is: the next one, from the owner, not its first and not the last.
+        """Fast path of `accept` for the owner's next output, if it is neither its first nor its last.
 
-        Returns: the time of the last delivery before; None if nothing has happened, and it is for `accept`.
+        Returns:
+            Time of the delivery before; None if nothing was done and `accept` has to take the output.
         """
         token_ids = self.token_ids
         if (
@@ -61,11 +62,11 @@ class TokenLedger:
     def accept(
         self, source: str, epoch: int, index: int, output: RequestOutput, now: float
     ) -> tuple[list[RequestOutput], bool]:
-        """Takes one output of vLLM's (`EngineCoreOutput`), whose first new token has this index.
+        """Takes one output (vLLM's `EngineCoreOutput`) whose first new token has this index.
 
         Returns:
-            The outputs that can be delivered now, in order (often this one, none if it is early or known);
-            and whether its sender is not the owner any more, and should be told to end the request.
+            The outputs to deliver now, in order (often this one; none if it is early or a duplicate), and
+            whether its sender is a former owner whose copy of the request has to be ended.
         """
         if epoch > self.epoch:
             if source != self.owner:
@@ -73,8 +74,8 @@ class TokenLedger:
             self.owner, self.epoch, self._epoch_begin = source, epoch, index
             self._early = {i: e for i, e in self._early.items() if i < index or e[0] >= epoch}
         elif source != self.owner and epoch == self.epoch:
-            # A request taken back outranks its destination, but not where that one has moved it on to.
-            # Of two owners with one epoch the first to be heard is the owner.
+            # A source that takes a request back has a higher epoch than its destination, but possibly the
+            # same epoch as an instance to which the destination moved it on. The first sender is the owner.
             return [], True
         elif epoch < self.epoch and index >= self._epoch_begin:
             return [], source != self.owner
@@ -84,10 +85,10 @@ class TokenLedger:
             first = min(self._early)
             if first > len(self.token_ids):
                 break
-            said_under, ready = self._early.pop(first)
-            if said_under < self.epoch:
-                # The present owner has continued: neither what follows its first token nor the end of
-                # the request is for a former owner to say.
+            sent_epoch, ready = self._early.pop(first)
+            if sent_epoch < self.epoch:
+                # The present owner has continued: drop the former owner's tokens after the first token of
+                # the present one, and its end of the request.
                 _keep(ready, 0, max(self._epoch_begin - first, 0))
                 ready.finish_reason = None
             if self._take(first, ready, now):
@@ -95,23 +96,23 @@ class TokenLedger:
         return deliver, False
 
     @property
-    def owner_has_spoken(self) -> bool:
+    def has_token_of_owner(self) -> bool:
         """Whether a token of the present owner has been delivered."""
         return len(self.token_ids) > self._epoch_begin
 
     @property
-    def heard_epoch(self) -> int:
-        """Of the last owner of whom a token has been delivered, if it is the present one; else -1."""
-        return self.epoch if self.owner_has_spoken else -1
+    def delivered_epoch(self) -> int:
+        """The epoch if a token of the present owner has been delivered, otherwise -1."""
+        return self.epoch if self.has_token_of_owner else -1
 
     @property
     def has_gap(self) -> bool:
-        """Whether the present owner has been heard, but not all that its predecessors said before."""
+        """Whether tokens of former owners, before the first token of the present owner, have not arrived."""
         return len(self.token_ids) < self._epoch_begin
 
     def take_over(self, owner: str) -> int:
-        """The former owner died: `owner` continues from what has been delivered. Returns its epoch."""
-        # Far above anything that migrations of the lost owner may have handed out.
+        """Makes `owner` continue after the delivered tokens, as the former owner died. Returns its epoch."""
+        # Higher than every epoch that migrations of the lost owner may have reached.
         self.epoch += 1000
         self._epoch_begin = len(self.token_ids)
         self._early.clear()
@@ -120,7 +121,7 @@ class TokenLedger:
         return self.epoch
 
     def _take(self, index: int, output: RequestOutput, now: float) -> bool:
-        """Adds an output's new tokens, cutting those that are known. False if nothing is left of it."""
+        """Adds an output's tokens without those delivered before. Returns False if none is left."""
         known = len(self.token_ids) - index
         if known > 0 and known >= len(output.new_token_ids) and output.finish_reason is None:
             return False
@@ -138,7 +139,7 @@ class TokenLedger:
 
 
 def _keep(output: Any, begin: int, end: int) -> None:
-    """Leaves of an output only its new tokens [begin, end), and what belongs to them."""
+    """Keeps of an output only the new tokens [begin, end) and their logprobs."""
     if begin == 0 and end >= len(output.new_token_ids):
         return
     output.new_token_ids = output.new_token_ids[begin:end]

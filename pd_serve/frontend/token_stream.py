@@ -1,4 +1,4 @@
-"""Tokens from instances to clients: each index once and in order, whichever instance sends it."""
+"""Passes tokens from instances to clients: each index once and in order, from any instance."""
 
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -17,29 +17,31 @@ TokenObserver = Callable[[RequestId, str, int, float], None]
 
 
 class TokenListener(Protocol):
-    """What the tokens tell about a request."""
+    """Called on events in a request's tokens."""
 
     def first_token(self, request: TrackedRequest) -> None:
-        """Its first token has been delivered."""
+        """The first token has been delivered."""
 
     def owner_changed(self, request: TrackedRequest) -> None:
         """A token has come from another instance than before."""
 
-    def owner_heard(self, request: TrackedRequest, now: float, prefill_s: float | None) -> None:
-        """The first token of its present owner has been delivered. `prefill_s`: how long its prefill took."""
+    def first_token_of_owner(self, request: TrackedRequest, now: float, prefill_s: float | None) -> None:
+        """The present owner's first token has been delivered; `prefill_s` is the duration of its prefill."""
 
     def finished(self, request: TrackedRequest, outcome: str) -> None:
-        """Its last token has been delivered."""
+        """The last token has been delivered."""
 
 
 class TokenStream:
-    """Args:
-        requests: Those in progress.
-        deliver: Takes batches of outputs.
-        clock: The time that deliveries are measured by, in seconds.
+    """Receives the outputs of all instances, and delivers the next tokens of every request.
+
+    Args:
+        requests: Requests in progress, by id.
+        deliver: Receives batches of outputs.
+        clock: Clock of the deliveries, in seconds.
 
     Attributes:
-        observer: For measurements; None for none.
+        observer: Called at every delivery; None outside of measurements.
     """
 
     def __init__(
@@ -64,18 +66,17 @@ class TokenStream:
         self.observer: TokenObserver | None = None
 
     def on_frames(self, frames: list[bytes]) -> None:
-        """Takes one step's outputs of one instance."""
+        """Receives the outputs of one step of one instance."""
         header, batch = self._codec.decode(frames)
         source = header.instance_id
         if source not in self._instances:
-            # Its requests are recomputed, or will be when the instance that has sent them there reports it. A
-            # late token would make this instance the owner once more.
+            # The requests of this instance are recomputed, or will be when the source of their migration
+            # reports the commit. A late token would make this instance the owner again.
             return
         now = self._clock()
         deliver: list[RequestOutput] = []
-        gaps: dict[
-            float, int
-        ] = {}  # outputs by the time of the last delivery: of most of a step it is the same
+        #: Number of outputs by time of the delivery before, which is the same for most outputs of a step.
+        gaps: dict[float, int] = {}
         for output, (epoch, index) in zip(batch.outputs, header.spans, strict=True):
             request = self._requests.get(output.request_id)
             if request is None:
@@ -111,26 +112,26 @@ class TokenStream:
         batch: OutputBatch,
         now: float,
     ) -> list[RequestOutput]:
-        """Takes an output that is not simply the next one. Returns the outputs to deliver."""
+        """Takes an output that `TokenLedger.extend` did not take. Returns the outputs to deliver."""
         ledger, listener = request.ledger, self._listener
-        had_tokens, moves, heard = bool(ledger.token_ids), ledger.num_moves, ledger.heard_epoch
+        had_tokens, moves, delivered = bool(ledger.token_ids), ledger.num_moves, ledger.delivered_epoch
         ready, is_stale = ledger.accept(source, epoch, index, output, now)
         if is_stale:
-            self._end_copy(source, request.request_id, epoch + 1)  # the copy that has sent this, no later one
+            self._end_copy(source, request.request_id, epoch + 1)  # this copy, not a later one
         if ledger.token_ids and not had_tokens:
             listener.first_token(request)
         if ledger.num_moves != moves:
             listener.owner_changed(request)
-        if ledger.heard_epoch != heard:
-            listener.owner_heard(request, now, self._codec.prefill_s(batch, output))
+        if ledger.delivered_epoch != delivered:
+            listener.first_token_of_owner(request, now, self._codec.prefill_s(batch, output))
         if ready and self.observer is not None:
             self.observer(request.request_id, source, len(ledger.token_ids), now)
-        if request.moved and ledger.owner_has_spoken:
-            request.wake_movers()
+        if request.move_waiters and ledger.has_token_of_owner:
+            request.wake_move_waiters()
         if ledger.finished:
             listener.finished(request, str(ready[-1].finish_reason))
         return ready
 
     def _end_copy(self, source: str, request_id: RequestId, below_epoch: int | None) -> None:
-        """Ends a copy of a request that no client follows any more."""
+        """Ends an outdated copy of a request on the instance `source`."""
         self._wire.send(source, AbortRequests([request_id], below_epoch))

@@ -1,4 +1,4 @@
-"""What an API server keeps of a request in progress."""
+"""State of a request in progress in its API server."""
 
 import asyncio
 from dataclasses import dataclass, field
@@ -13,14 +13,13 @@ class TrackedRequest:
     """One request in progress.
 
     Attributes:
-        payload: The encoded request, kept in case its instance dies.
-        new: The request as dispatch sees it.
-        max_tokens: Most tokens that it may generate; None if that is not known.
-        ledger: Its tokens and its owner, the instance that runs it.
-        destination: Decode instance that it is expected on; it counts in the projected load there.
-        committed_to: Instance that it runs on by its last owner's word; empty once a token has come from
-            there.
-        moved: Futures that wait for the first token from the next owner.
+        payload: The encoded request, kept for a recompute.
+        new: The request in the form that dispatch uses.
+        max_tokens: Maximum number of output tokens; None if unknown.
+        ledger: The request's tokens and its owner, the instance that runs it.
+        destination: Decode instance in whose projected load it counts.
+        committed_to: Destination of a committed migration until its first token has come; otherwise "".
+        move_waiters: Futures that wait for the first token from the next owner.
     """
 
     request_id: RequestId
@@ -32,25 +31,25 @@ class TrackedRequest:
     committed_to: str = ""
     recomputes: int = 0
     placed_at: float = 0.0
-    moved: list[asyncio.Future[None]] = field(default_factory=list)
+    move_waiters: list[asyncio.Future[None]] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and output tokens so far."""
+        """Number of prompt and output tokens so far."""
         return self.new.prompt_tokens + len(self.ledger.token_ids)
 
     @property
     def ends_with_prefill(self) -> bool:
-        """Whether the first token from its next prefill is its last one."""
+        """Whether its next prefill generates its last token."""
         return self.max_tokens is not None and self.max_tokens - len(self.ledger.token_ids) <= 1
 
     def is_on(self, instance_id: str) -> bool:
-        """Whether it runs on this instance, or has been committed to it."""
+        """Whether it runs on this instance, or a migration to it has been committed."""
         return instance_id in (self.ledger.owner, self.committed_to)
 
-    def wake_movers(self) -> None:
-        """The next owner has been heard, or the request has ended."""
-        for waiter in self.moved:
+    def wake_move_waiters(self) -> None:
+        """Call at the first token of the next owner, and at the end of the request."""
+        for waiter in self.move_waiters:
             if not waiter.done():
                 waiter.set_result(None)
-        self.moved.clear()
+        self.move_waiters.clear()

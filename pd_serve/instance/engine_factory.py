@@ -1,4 +1,4 @@
-"""Which inference engine an instance runs: another engine is its own package and a branch here."""
+"""Creates the inference engine of an instance. A further engine is a package of its own and a branch here."""
 
 import gc
 import sys
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.engine import EngineCoreOutputs
 
-#: Takes a step's outputs for one API server: its endpoint, the outputs, and (epoch, index) of each.
+#: Publishes a step's outputs for one API server: its token endpoint, the outputs, and (epoch, index) of each.
 PublishOutputs = Callable[[str, "EngineCoreOutputs", list[tuple[int, int]]], None]
 
 
@@ -23,12 +23,12 @@ def create_engine(
     publish: PublishOutputs,
     events: EngineEvents,
 ) -> Engine:
-    """Creates the engine of an instance; it still has to be started.
+    """Creates the engine of an instance, without starting it.
 
     Args:
         engine_args: Arguments of vLLM's `AsyncEngineArgs`.
-        simulated: Settings of a simulated engine, to be used in place of vLLM's.
-        publish: Sends outputs to API servers. Called on the engine's own thread if it has one.
+        simulated: Settings of a simulated engine, which replaces vLLM's; None for vLLM's.
+        publish: Sends outputs to API servers. Called on the engine's step thread if it has one.
     """
     if simulated is not None:
         from pd_serve.simulated_engine.vllm_format import make_engine
@@ -40,14 +40,14 @@ def create_engine(
 
 
 def import_engines() -> None:
-    """Imports everything that an instance needs and that takes seconds.
+    """Imports the slow modules of an instance, which takes seconds.
 
-    Garbage collection during the imports costs a tenth of their time, and vLLM collects five times while
-    it starts: with all objects of the modules frozen, an instance needs 1.4 s of CPU less (measured).
+    Garbage collection takes a tenth of the time of the imports, and vLLM collects five times during its
+    start. Freezing the modules' objects saves 1.4 s of CPU time per instance (measured).
     """
     gc.disable()
-    # The step thread, the event loop and the transport's thread take turns often: with Python's default
-    # of 5 ms the copy of one block waits up to 37 ms for them (measured; 2.5 ms at 0.2 ms).
+    # The step thread, the event loop and the transport's thread switch often: with Python's default interval
+    # of 5 ms the copy of a block waits up to 37 ms for the others (measured; 2.5 ms at 0.2 ms).
     sys.setswitchinterval(0.0005)
     import pd_serve.instance.llumlet  # noqa: F401
 
@@ -58,6 +58,6 @@ def _vllm_config(engine_args: dict[str, Any]) -> "VllmConfig":
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
 
-    # A few defaults depend on the context (batch sizes on GPUs): use those of vLLM's own server.
+    # Some defaults depend on the context (batch sizes on GPUs): use those of vLLM's server.
     context = UsageContext.ENGINE_CONTEXT if is_cpu_build() else UsageContext.OPENAI_API_SERVER
     return AsyncEngineArgs(**engine_args).create_engine_config(context)

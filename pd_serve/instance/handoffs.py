@@ -14,12 +14,13 @@ logger = logging.getLogger(__name__)
 
 
 class Handoffs:
-    """From the request's arrival, through the attempts that its first step starts, to a stranded request.
+    """Hand-offs of a prefill instance: starts one at a request's first step, and lists stranded requests.
 
-    A stranded request decodes here until an API server, which knows all loads, names another destination.
+    A stranded request decodes on its prefill instance until an API server, which has all loads, chooses
+    another destination.
 
     Args:
-        tasks: Run the attempts.
+        tasks: Tasks of the hand-offs.
     """
 
     def __init__(
@@ -38,11 +39,11 @@ class Handoffs:
         self._engine, self._coordinator = engine, coordinator
 
     def expect(self, request_id: RequestId, candidates: list[str]) -> None:
-        """Hands the request off to one of these instances, best first, once its prefill has started."""
+        """Hands the request off to one of these instances, best first, when its prefill starts."""
         self._candidates[request_id] = candidates
 
     def forget(self, request_id: RequestId) -> None:
-        """The request has ended, has moved, or was not taken."""
+        """Removes a request that has ended, has moved, or that the engine refused."""
         self._candidates.pop(request_id, None)
         self._stranded.discard(request_id)
 
@@ -52,7 +53,7 @@ class Handoffs:
 
     @property
     def unfinished(self) -> list[RequestId]:
-        """Requests that wait for a hand-off, stranded or not; none when the instance is at rest."""
+        """Requests that wait for a hand-off, including stranded ones; none when the instance is at rest."""
         return sorted(self._stranded | set(self._candidates))
 
     def on_prefill_started(self, request_ids: list[RequestId]) -> None:
@@ -61,7 +62,7 @@ class Handoffs:
                 self._tasks.start(self._hand_off(request_id, candidates))
 
     def retry(self, request_id: RequestId, destination: str) -> None:
-        """An API server has found a destination for a stranded request."""
+        """Hands off a stranded request to the destination that an API server has chosen."""
         self._tasks.start(self._retry(request_id, destination))
 
     async def _retry(self, request_id: RequestId, destination: str) -> None:
@@ -77,7 +78,7 @@ class Handoffs:
     async def _hand_off(self, request_id: RequestId, candidates: list[str]) -> None:
         for candidate in candidates:
             if not self._members.has_peer(candidate):
-                continue  # it is stopped or dead, so no answer would come
+                continue  # stopped or dead, so that it would not answer
             try:
                 record = await self._coordinator.migrate(request_id, InstanceId(candidate), "handoff")
             except SourceGoneError:
@@ -90,11 +91,11 @@ class Handoffs:
         await self._strand(request_id)
 
     async def _strand(self, request_id: RequestId) -> None:
-        self._stranded.add(request_id)  # before the engine is asked, so that its end meanwhile removes it
+        self._stranded.add(request_id)  # before the engine's answer: the request may end meanwhile
         try:
             await self._engine.describe(request_id)
         except MigrationError:
-            self._stranded.discard(request_id)  # it does not run here any more
+            self._stranded.discard(request_id)  # the request does not run here any more
             return
         logger.info("request %s: no decode instance takes it, %s decodes it", request_id, self._name)
         self._reporter.report_soon()

@@ -21,14 +21,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class InstanceConfig:
-    """What an instance is started with. Plain values: it travels through Ray.
+    """Configuration of an instance. Plain values: Ray serializes it.
 
     Attributes:
         engine_args: Arguments of vLLM's `AsyncEngineArgs`.
         host: Address that this instance's sockets bind to.
         keys: The cluster's key pair.
         stage_bytes_per_s: See `MigrationBounds`.
-        simulated: A simulated engine instead of vLLM's, and what it is like.
+        simulated: Settings of a simulated engine, which replaces vLLM's; None for vLLM's.
     """
 
     instance_id: str
@@ -42,7 +42,7 @@ class InstanceConfig:
 
 
 class Instance:
-    """Started once; when its engine dies the whole process ends, so that nothing half-alive is left."""
+    """An instance, which is started once. When its engine dies, the whole process ends."""
 
     def __init__(self) -> None:
         self._stopped = asyncio.Event()
@@ -50,13 +50,13 @@ class Instance:
         self._config: InstanceConfig | None = None
 
     async def load(self) -> None:
-        """Imports vLLM and the transport: seconds of CPU, so it begins before the configuration is known."""
+        """Imports vLLM and the transport, which takes seconds; called before the configuration is known."""
         if self._loaded is None:
             self._loaded = asyncio.ensure_future(asyncio.to_thread(import_engines))
         await self._loaded
 
     async def start(self, config: InstanceConfig) -> InstanceInfo:
-        """Loads the model and opens the sockets. Raises: whatever vLLM raises."""
+        """Loads the model and opens the sockets. Raises the errors of vLLM's start."""
         os.environ.update(config.environment)
         await self.load()
         from migration.transport.nixl import NixlTransport
@@ -100,7 +100,7 @@ class Instance:
         await self._stopped.wait()
 
     async def stop(self) -> None:
-        """Ends everything it holds: sockets, engine thread, shared memory."""
+        """Stops the engine thread and frees sockets and shared memory."""
         if self._config is not None:
             await self.llumlet.close()
             await self._engine.stop()

@@ -1,8 +1,7 @@
 """The llumlet: one instance's local scheduler and migration coordinator, on the event loop.
 
-It takes messages from API servers, the scheduler, the manager and other llumlets, and hands each to the part
-that
-it is for: the engine, hand-offs, ordered moves, the load reporter, the migration coordinator.
+It receives the messages of API servers, the scheduler, the manager and other llumlets, and passes each to the
+engine, the hand-offs, the ordered moves, the load reporter or the migration coordinator.
 """
 
 import asyncio
@@ -49,14 +48,16 @@ from pd_serve.instance.moves import Moves
 
 logger = logging.getLogger(__name__)
 
-#: Requests that have left whose destinations are remembered, to pass aborts on.
+#: Maximum number of moved requests whose destinations are kept, to forward aborts.
 MAX_FORWARDS = 10_000
 
 
 class Llumlet:
-    """Args:
-    on_fatal: Called when the engine or a migration fails in a way that must not happen. The instance is not
-        to be trusted after it.
+    """The llumlet of an instance. Runs on one event loop until `close`.
+
+    Args:
+        on_fatal: Called on an unexpected failure of the engine or of a migration, after which the state of
+            the instance may be wrong. It has to end the process.
     """
 
     def __init__(
@@ -76,14 +77,14 @@ class Llumlet:
         self._on_fatal = on_fatal
         self._loop = asyncio.get_running_loop()
         self._tasks = BackgroundTasks(on_fatal)
-        #: Orders from other processes: one that fails is counted, and ends nothing.
+        #: Orders of the scheduler: the failure of one is counted and does not end the instance.
         self._orders = BackgroundTasks(wire.failures.task_failed)
         self._members = MembershipView(name, wire)
         self.reporter = LoadReporter(name, role, wire, self._members, lambda: self.handoffs.stranded)
         self.handoffs = Handoffs(name, self._members, self.reporter, self._tasks)
         self._moves = Moves(name, wire, self._members, self.reporter)
         self._forwards: OrderedDict[RequestId, InstanceId] = OrderedDict()
-        self._heard_at = self._loop.time()
+        self._last_message_at = self._loop.time()
         self.engine: Engine
         self.coordinator: MigrationCoordinator | None = None
         self.events = EngineEvents(
@@ -107,7 +108,7 @@ class Llumlet:
     def start(self, engine: Engine) -> None:
         """Begins to serve with an engine that is ready."""
         self.engine = engine
-        self._heard_at = self._loop.time()
+        self._last_message_at = self._loop.time()
         self.coordinator = MigrationCoordinator(
             self.name,
             engine,
@@ -134,8 +135,7 @@ class Llumlet:
 
     def _on_message(self, sender: str, message: Any, payload: Sequence[bytes]) -> None:
         if self.coordinator is None:
-            # the engine is still loading; nothing is sent here before the membership has this instance
-            return
+            return  # the engine is loading, and the membership does not have this instance yet
         match message:
             case AddRequest():
                 self._tasks.start(self._add(sender, message, [bytes(frame) for frame in payload]))
@@ -151,7 +151,7 @@ class Llumlet:
             case SetDraining(draining=draining, by_operator=by_operator):
                 self.reporter.set_draining(draining, by_operator=by_operator)
             case Heartbeat():
-                self._heard_at = self._loop.time()
+                self._last_message_at = self._loop.time()
             case Membership():
                 self._on_membership(message)
             case Call(call_id=call_id, request=request):
@@ -166,7 +166,7 @@ class Llumlet:
         change = self._members.update(message)
         if change is None:
             return
-        self._heard_at = self._loop.time()
+        self._last_message_at = self._loop.time()
         for instance_id in change.left:
             logger.info("%s: %s is gone", self.name, instance_id)
             self.coordinator.peer_lost(InstanceId(instance_id))
@@ -182,7 +182,7 @@ class Llumlet:
         while True:
             await asyncio.sleep(INSTANCE_HEARTBEAT_S)
             self.reporter.report_soon()
-            if self._loop.time() - self._heard_at > ORPHAN_S:
+            if self._loop.time() - self._last_message_at > ORPHAN_S:
                 raise EngineDeadError(
                     f"neither manager nor API servers have sent {self.name} anything for {ORPHAN_S:.0f} s"
                 )
@@ -195,8 +195,7 @@ class Llumlet:
         logger.debug("request %s: is queued on %s", request_id, self.name)
         self._forwards.pop(request_id, None)
         if message.epoch:
-            # It is recomputed: an older copy, which no API server follows any more, may be here or on its
-            # way.
+            # A recompute: an older copy of the request may be on this instance or in transit to it.
             await self.coordinator.drop_arriving(request_id)
             await self.engine.abort([request_id], message.epoch)
         if message.handoff is not None:
@@ -212,17 +211,17 @@ class Llumlet:
         except EngineDeadError:
             raise
         except Exception as error:
-            # One bad request must not end the instance; its client gets vLLM's internal error.
+            # One bad request must not end the instance. The client gets vLLM's internal error.
             logger.exception("request %s: the engine cannot take it", request_id)
             self.handoffs.forget(request_id)
             self._wire.send(sender, RequestFailed(request_id, f"{type(error).__name__}: {error}"))
         finally:
-            # Counted when the engine's load includes it, not before. A step may be long, and a report
-            # meanwhile would say that the request has arrived while its blocks still look free.
+            # Counted only when the engine's load includes the request. A report during a long step would
+            # otherwise count the request as arrived and its blocks as free.
             self.reporter.requests_added += 1
 
     async def _abort(self, message: AbortRequests) -> None:
-        """Ends requests here, and passes the order on for those that have moved."""
+        """Aborts requests here, and forwards the abort for requests that have moved."""
         unknown = await self.engine.abort(message.request_ids, message.below_epoch)
         by_destination: dict[InstanceId, list[RequestId]] = {}
         for request_id in unknown:

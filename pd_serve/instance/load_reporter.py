@@ -1,4 +1,4 @@
-"""What an instance reports of itself, when, and to which processes."""
+"""Load reports of an instance: their contents, times and receivers."""
 
 import asyncio
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from pd_serve.comm.timing import PROGRESS_REPORT_INTERVAL_S, REPORT_INTERVAL_S, 
 from pd_serve.observe.process_stats import process_stats
 from router.load import EngineLoad, InstanceLoad
 
-#: A change of one of these is reported at once, other changes only every `PROGRESS_REPORT_INTERVAL_S`.
+#: Fields whose changes are reported at once, other changes only every `PROGRESS_REPORT_INTERVAL_S`.
 REPORTED_ON_CHANGE = ("total_blocks", "running", "suspended", "waiting", "waiting_tokens", "reserved_blocks")
 
 
@@ -22,14 +22,14 @@ class LoadReporter:
     """Reports load to API servers and the scheduler; to the manager as a heartbeat, and while it drains.
 
     Args:
-        stranded: Gives the requests that wait here for a decode instance.
+        stranded: Returns the stranded requests.
 
     Attributes:
         role: Present role of the instance.
-        draining: It takes no new requests, and what it has moves away.
-        drained_by_operator: So until the operator says otherwise, whatever the scheduler says.
-        requests_added: New requests received; tells API servers which dispatches a report includes.
-        moves_decided: Orders to move a request answered; tells the scheduler which orders a report includes.
+        draining: The instance takes no new requests, and its requests move away.
+        drained_by_operator: Only the operator can end the drain.
+        requests_added: Number of new requests; shows API servers which dispatches a report includes.
+        moves_decided: Number of handled orders to move; shows the scheduler which orders a report includes.
     """
 
     def __init__(

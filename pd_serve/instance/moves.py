@@ -1,4 +1,4 @@
-"""Migrations that the scheduler or an operator orders, and reports of all migrations that have ended."""
+"""Migrations ordered by the scheduler or an operator, and reports of all ended migrations."""
 
 import logging
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class Moves:
-    """Carries out `MoveOut` orders and `MoveRequest` calls, and tells API servers how migrations ended."""
+    """Carries out `MoveOut` orders and `MoveRequest` calls, and reports ended migrations to API servers."""
 
     def __init__(self, name: str, wire: MessageWire, members: MembershipView, reporter: LoadReporter) -> None:
         self._name = name
@@ -33,7 +33,7 @@ class Moves:
         self._engine, self._coordinator = engine, coordinator
 
     async def move_out(self, order: MoveOut) -> None:
-        """Moves a request of this instance's choice. The scheduler has found this instance too full."""
+        """Carries out an order of the scheduler: chooses a running request and moves it."""
         destination = order.destination
         running = await self._engine.running_requests()
         requests = [r for r in running if not self._coordinator.is_leaving(r.request_id)]
@@ -68,7 +68,7 @@ class Moves:
             )
 
     def on_ended(self, record: MigrationRecord) -> None:
-        """Logs a finished migration and tells all API servers. A committed hand-off is routine."""
+        """Logs an ended migration (committed hand-offs at DEBUG) and reports it to all API servers."""
         if record.refusal is None:
             outcome = f"committed, {record.blocks} blocks in {record.stages} stages"
         else:

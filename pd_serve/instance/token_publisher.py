@@ -1,4 +1,4 @@
-"""Tokens from the step thread to the API servers, one message per step and API server."""
+"""Sends tokens from the step thread to the API servers, one message per step and API server."""
 
 import logging
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class TokenPublisher:
-    """Belongs to the step thread."""
+    """Sends a step's outputs. Used on the step thread only, except for `close`."""
 
     def __init__(self, name: str, wire: Wire) -> None:
         from vllm.v1.serial_utils import MsgpackEncoder
@@ -38,6 +38,6 @@ class TokenPublisher:
             logger.warning("the API server at %s does not read its tokens", client)
 
     def close(self) -> None:
-        """Call after the step thread has ended. An open socket would delay the end of the wire."""
+        """Closes the sockets. Call it after the step thread has ended and before the wire is closed."""
         for publisher in self._sockets.values():
             publisher.close(linger=0)

@@ -1,9 +1,8 @@
-"""The global scheduler as a process: `router.scheduler` between load reports of instances and commands to
-them.
+"""The global scheduler as a process: load reports to `router.scheduler`, its decisions to instances.
 
-It sees instances, never requests, and keeps nothing that a new one would miss: membership comes from the
-manager, loads from the instances. It may die at any time. Until the next one has all reports, requests stay
-where they are.
+It sees instances, never requests, and has no state that a new scheduler would lack: membership comes from the
+manager, loads from the instances. It may die at any time. Requests stay where they are until the next
+scheduler has all reports.
 """
 
 import asyncio
@@ -44,10 +43,10 @@ from router.settings import PolicySet
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """What a scheduler is started with. Plain values: it travels through Ray.
+    """Configuration of a scheduler. Plain values: Ray serializes it.
 
     Attributes:
-        autoscale: Bounds by role; a role without them does not scale.
+        autoscale: Bounds by role; a role without bounds is not scaled.
     """
 
     policies: PolicySet
@@ -57,12 +56,12 @@ class SchedulerConfig:
 
 
 class SchedulerProcess:
-    """Implements `router.scheduler.SchedulerActions` by messages. Lives on one event loop, until `close`.
+    """Implements `router.scheduler.SchedulerActions` with messages. Runs on one event loop until `close`.
 
     Args:
         policies: From `router.policies.policy_set`.
         autoscale: Bounds by role, for the pools whose size may change.
-        on_failure: Called when the loop has failed. The scheduler decides nothing any more; end the process.
+        on_failure: Called when the scheduler's loop has failed. It has to end the process.
     """
 
     def __init__(
@@ -79,14 +78,13 @@ class SchedulerProcess:
         self._tasks = BackgroundTasks(on_failure)
         self._members = MembershipView(SCHEDULER, wire)
         self._waiting: dict[str, Demand] = {}
-        self._asked: Counter[str] = (
-            Counter()
-        )  # instances asked for and not in `Membership.starting` yet, by role
-        self._unheard: set[str] = set()
-        self._all_heard = asyncio.Event()
+        #: Requested instances that are not in `Membership.starting` yet, by role.
+        self._requested: Counter[str] = Counter()
+        self._unreported: set[str] = set()
+        self._all_reported = asyncio.Event()
         self._moves = Counter(dict.fromkeys(("balance", "defragment", "drain"), 0))
         self._scaling = Counter(dict.fromkeys(("start", "stop", "drain", "use_again", "set_role"), 0))
-        self._heard_at = self._loop.time()
+        self._last_message_at = self._loop.time()
         self.scheduler = Scheduler(policies, self, autoscale=autoscale, rng=random.Random(seed))
         self.address = wire.listen(ToScheduler, self._on_message)
         self._tasks.start(self._decide())
@@ -97,13 +95,13 @@ class SchedulerProcess:
 
     @property
     def starting(self) -> Counter[str]:
-        """Instances that are on their way, by role."""
+        """Number of requested and starting instances, by role."""
         latest = self._members.latest
-        return self._asked + Counter(latest.starting if latest is not None else {})
+        return self._requested + Counter(latest.starting if latest is not None else {})
 
     @property
     def waiting(self) -> Demand:
-        """Requests at all API servers that are bound to no instance yet."""
+        """Demand of the waiting lines of all API servers."""
         demands = self._waiting.values()
         return Demand(sum(demand.requests for demand in demands), sum(demand.tokens for demand in demands))
 
@@ -114,9 +112,9 @@ class SchedulerProcess:
             case LoadReport(load=load):
                 if sender in self._members.instances:
                     self.scheduler.report(load)
-                    self._heard(sender)
+                    self._reported(sender)
             case Heartbeat(waiting=waiting):
-                self._heard_at = self._loop.time()
+                self._last_message_at = self._loop.time()
                 if sender in self._members.api_servers:
                     self._waiting[sender] = waiting
             case Membership():
@@ -127,34 +125,34 @@ class SchedulerProcess:
         change = self._members.update(message)
         if change is None:
             return
-        self._heard_at = self._loop.time()
-        self._asked.clear()
+        self._last_message_at = self._loop.time()
+        self._requested.clear()
         for api_server in change.api_servers_left:
             self._waiting.pop(api_server, None)
         for instance_id in change.left:
             self.scheduler.remove(instance_id)
-            self._heard(instance_id)
-        self._unheard.update(info.instance_id for info in change.joined)
+            self._reported(instance_id)
+        self._unreported.update(info.instance_id for info in change.joined)
         if is_first:
             self._report()
 
-    def _heard(self, instance_id: str) -> None:
-        self._unheard.discard(instance_id)
-        if not self._unheard:
-            self._all_heard.set()
+    def _reported(self, instance_id: str) -> None:
+        self._unreported.discard(instance_id)
+        if not self._unreported:
+            self._all_reported.set()
 
     async def _decide(self) -> None:
-        """Runs the scheduler, once it has all reports: on half of them every pool would look too small."""
+        """Runs the scheduler when all instances have reported: without some, pools would look too small."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FIRST_REPORTS_S):
-                await self._all_heard.wait()
+                await self._all_reported.wait()
         await self.scheduler.run()
 
     async def _heartbeat(self) -> None:
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             self._report(stats=self.stats())
-            if self._loop.time() - self._heard_at > ORPHAN_S:
+            if self._loop.time() - self._last_message_at > ORPHAN_S:
                 raise EngineDeadError(
                     f"neither manager nor API servers have sent the scheduler anything for {ORPHAN_S:.0f} s"
                 )
@@ -177,7 +175,7 @@ class SchedulerProcess:
 
     def start(self, role: str, reason: str) -> None:
         self._scaling["start"] += 1
-        self._asked[role] += 1
+        self._requested[role] += 1
         self._wire.send(MANAGER, StartInstance(role, reason))
 
     def stop(self, instance_id: str, reason: str) -> None:
@@ -186,9 +184,9 @@ class SchedulerProcess:
 
     def stats(self) -> SchedulerStats:
         """For metrics."""
-        heard = len(self._members.instances) - len(self._unheard)
+        reporting = len(self._members.instances) - len(self._unreported)
         problems = self._wire.failures.problems()
-        return SchedulerStats(process_stats(), heard, dict(self._moves), dict(self._scaling), problems)
+        return SchedulerStats(process_stats(), reporting, dict(self._moves), dict(self._scaling), problems)
 
     def _report(self, *decisions: Decision, stats: SchedulerStats | None = None) -> None:
         self._wire.send(MANAGER, SchedulerReport(list(decisions), stats))

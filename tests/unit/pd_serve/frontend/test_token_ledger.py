@@ -199,10 +199,10 @@ def test_an_early_output_waits_for_those_before_it() -> None:
     assert ledger.accept("a", 0, 0, out(10), 1.0) == ([out(10)], False)
 
     assert ledger.accept("b", 1, 2, out(12), 2.0) == ([], False)
-    assert (ledger.owner, ledger.has_gap, ledger.owner_has_spoken) == ("b", True, False)
+    assert (ledger.owner, ledger.has_gap, ledger.has_token_of_owner) == ("b", True, False)
 
     assert ledger.accept("a", 0, 1, out(11), 3.0) == ([out(11), out(12)], False)
-    assert (ledger.token_ids, ledger.has_gap, ledger.owner_has_spoken) == ([10, 11, 12], False, True)
+    assert (ledger.token_ids, ledger.has_gap, ledger.has_token_of_owner) == ([10, 11, 12], False, True)
 
 
 def test_an_early_end_ends_nothing_before_its_time() -> None:
@@ -269,7 +269,12 @@ def test_take_over_continues_from_what_was_delivered_above_all_former_epochs() -
     epoch = ledger.take_over("c")
 
     assert epoch > 7
-    assert (ledger.owner, ledger.epoch, ledger.has_gap, ledger.owner_has_spoken) == ("c", epoch, False, False)
+    assert (ledger.owner, ledger.epoch, ledger.has_gap, ledger.has_token_of_owner) == (
+        "c",
+        epoch,
+        False,
+        False,
+    )
     assert ledger.accept("c", epoch, 1, out(21), 3.0) == ([out(21)], False)
     assert ledger.accept("b", 7, 3, out(13), 4.0) == ([], True)
     assert ledger.token_ids == [10, 21]
@@ -394,10 +399,10 @@ def test_the_longest_gap_is_between_any_two_deliveries() -> None:
 
 def test_the_epoch_under_which_the_present_owner_was_heard() -> None:
     ledger = TokenLedger("a")
-    assert ledger.heard_epoch == -1
+    assert ledger.delivered_epoch == -1
     ledger.accept("b", 1, 1, out(2), 10.0)  # early: it speaks before its predecessor's token is there
-    assert ledger.heard_epoch == -1
+    assert ledger.delivered_epoch == -1
     ledger.accept("a", 0, 0, out(1), 11.0)
-    assert ledger.heard_epoch == 1
+    assert ledger.delivered_epoch == 1
     ledger.take_over("c")
-    assert ledger.heard_epoch == -1
+    assert ledger.delivered_epoch == -1
