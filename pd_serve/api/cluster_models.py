@@ -5,6 +5,7 @@ Responses may have further fields; clients should ignore fields that they do not
 
 from typing import Annotated, Any, Literal
 
+import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
@@ -53,32 +54,6 @@ class MigrateResponse(_Response):
     tokens: Count
 
 
-class InstanceResponse(_Response):
-    """One instance by its latest report; `freeness` is null for minus infinity, while it drains."""
-
-    id: str
-    role: str
-    state: str
-    draining: bool
-    node: str
-    pid: int
-    total_blocks: Count
-    free_blocks: Count
-    running: Count
-    waiting: Count
-    freeness: float | None
-    migrating_in: Count
-    migrating_out: Count
-
-
-class ClusterResponse(_Response):
-    """The instances, the requests that wait for one, and numbers of migrations by reason and outcome."""
-
-    instances: list[InstanceResponse]
-    waiting_line: dict[str, Any]
-    migrations: dict[str, dict[str, Count]]
-
-
 class TimelineResponse(_Response):
     """The timeline of one request; times are in seconds since it was issued."""
 
@@ -110,12 +85,26 @@ class UnauthorizedResponse(BaseModel):
     error: Literal["Unauthorized"]
 
 
+def _schema(kind: type[msgspec.Struct]) -> dict[str, Any]:
+    """The JSON schema of a struct without references, as part of an OpenAPI document."""
+    (found,), components = msgspec.json.schema_components([kind], ref_template="{name}")
+
+    def inlined(node: Any) -> Any:
+        if isinstance(node, dict):
+            if "$ref" in node:
+                return inlined(components[node["$ref"]])
+            return {key: inlined(value) for key, value in node.items()}
+        return [inlined(item) for item in node] if isinstance(node, list | tuple) else node
+
+    return dict(inlined(found))
+
+
 def responses(*errors: int, ok: Any = None, accepted: Any = None) -> dict[int | str, dict[str, Any]]:
     """The `responses` of a route, for the OpenAPI document.
 
     Args:
         errors: Statuses of its errors, which have OpenAI's format.
-        ok: Model of a 200.
+        ok: Type of a 200: a pydantic model or a msgspec struct.
         accepted: Model of a 202.
     """
     descriptions = {
@@ -128,7 +117,9 @@ def responses(*errors: int, ok: Any = None, accepted: Any = None) -> dict[int | 
         401: {"model": UnauthorizedResponse, "description": "Missing or wrong key"}
     }
     found |= {status: {"model": ErrorResponse, "description": descriptions[status]} for status in errors}
-    if ok is not None:
+    if isinstance(ok, type) and issubclass(ok, msgspec.Struct):
+        found[200] = {"content": {"application/json": {"schema": _schema(ok)}}}
+    elif ok is not None:
         found[200] = {"model": ok}
     if accepted is not None:
         found[202] = {"model": accepted, "description": "The operation has begun"}

@@ -1,9 +1,9 @@
 """`/cluster`: show the cluster, move requests, drain, scale and restart instances, check invariants."""
 
-import math
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Request
 from fastapi.routing import APIRoute
 from starlette.convertors import PathConvertor, register_url_convertor
@@ -11,7 +11,6 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from pd_serve.api.cluster_models import (
-    ClusterResponse,
     DrainBody,
     IntegrityResponse,
     MigrateBody,
@@ -20,6 +19,7 @@ from pd_serve.api.cluster_models import (
     TimelinesResponse,
     responses,
 )
+from pd_serve.api.cluster_view import ClusterView
 from pd_serve.api.errors import error_response
 from pd_serve.api.keys import ADMIN_PREFIX
 from pd_serve.errors import (
@@ -29,6 +29,7 @@ from pd_serve.errors import (
     RefusalCode,
     UnknownTargetError,
 )
+from pd_serve.frontend.snapshot import ClusterSnapshot
 from pd_serve.observe import metrics
 
 MANAGER_ABSENT = "The manager of the instances is absent; try again in a moment."
@@ -57,20 +58,26 @@ class _AnyText(PathConvertor):
 
 register_url_convertor("text", _AnyText())
 
+
+def _view(request: Request) -> ClusterView:
+    view: ClusterView = request.app.state.cluster
+    return view
+
+
 router = APIRouter(prefix=ADMIN_PREFIX, tags=["cluster"], route_class=_Route)
 
 
-@router.get("", responses=responses(ok=ClusterResponse))
-async def cluster(request: Request) -> JSONResponse:
+@router.get("", responses=responses(ok=ClusterSnapshot))
+async def cluster(request: Request) -> Response:
     """All instances, the requests that wait for one, and numbers of migrations by reason and outcome."""
-    return JSONResponse(_finite(request.app.state.cluster.snapshot()))
+    return Response(msgspec.json.encode(_view(request).snapshot()), media_type="application/json")
 
 
 @router.get("/requests/{request_id:text}", responses=responses(404, 503, ok=TimelinesResponse))
 async def request_timeline(request_id: str, request: Request) -> Response:
     """The timelines of a request, running or ended lately; several for n > 1."""
     try:
-        found = await request.app.state.cluster.find_requests(request_id)
+        found = await _view(request).find_requests(request_id)
     except (EngineDeadError, TimeoutError):
         return error_response(503, MANAGER_ABSENT)
     if not found:
@@ -82,15 +89,14 @@ async def request_timeline(request_id: str, request: Request) -> Response:
 @router.post("/migrate", responses=responses(400, 404, 409, ok=MigrateResponse))
 async def migrate(body: MigrateBody, request: Request) -> Response:
     """Moves a running request to another instance and reports the cost."""
-    state = request.app.state
-    ids = state.engine_client.internal_ids(body.request_id)
+    ids = request.app.state.engine_client.internal_ids(body.request_id)
     if len(ids) > 1:
         message = f"{body.request_id} names {len(ids)} running requests, choose one: {', '.join(sorted(ids))}"
         return error_response(409, message, param="request_id", reason=RefusalCode.AMBIGUOUS_REQUEST)
     # An unknown id may be that of a request of another API server.
     request_id = ids[0] if ids else body.request_id
     try:
-        moved = await state.cluster.migrate(request_id, body.destination)
+        moved = await _view(request).migrate(request_id, body.destination)
     except UnknownTargetError as error:
         return error_response(404, str(error))
     except MigrationRefusedError as error:
@@ -108,7 +114,7 @@ async def migrate(body: MigrateBody, request: Request) -> Response:
 @router.post("/drain", status_code=202, responses=responses(400, 404, 409, 503, accepted=DrainBody))
 async def drain(body: DrainBody, request: Request) -> Response:
     """Begins to drain an instance, with "stop" until it is stopped; "draining": false uses it again."""
-    drained = request.app.state.cluster.drain(body.instance, draining=body.draining, stop=body.stop)
+    drained = _view(request).drain(body.instance, draining=body.draining, stop=body.stop)
     return await _accepted(drained, body.model_dump())
 
 
@@ -116,13 +122,13 @@ async def drain(body: DrainBody, request: Request) -> Response:
 async def scale(body: Sizes, request: Request) -> Response:
     """Begins to change the number of instances of pools: {"decode": 4}."""
     sizes: dict[str, int] = dict(body.items())
-    return await _accepted(request.app.state.cluster.scale(sizes), sizes)
+    return await _accepted(_view(request).scale(sizes), sizes)
 
 
 @router.post("/restart", status_code=202, responses=responses(409, 503, accepted=dict[str, Any]))
 async def restart(request: Request) -> Response:
     """Begins to replace every instance, one after another; `GET /cluster` shows the progress."""
-    return await _accepted(request.app.state.cluster.restart(), {})
+    return await _accepted(_view(request).restart(), {})
 
 
 async def _accepted(work: Awaitable[None], body: dict[str, Any]) -> Response:
@@ -143,16 +149,7 @@ async def _accepted(work: Awaitable[None], body: dict[str, Any]) -> Response:
 @router.get("/integrity", responses=responses(ok=IntegrityResponse))
 async def integrity(request: Request) -> JSONResponse:
     """Checks the invariants of all processes."""
-    violations = await request.app.state.cluster.check_integrity()
+    violations = await _view(request).check_integrity()
     metrics.INTEGRITY_CHECKS.inc()
     metrics.INTEGRITY_VIOLATIONS.inc(len(violations))
     return JSONResponse({"ok": not violations, "violations": violations})
-
-
-def _finite(value: Any) -> Any:
-    """The value with infinities as null, which JSON lacks: a draining instance has freeness -inf."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

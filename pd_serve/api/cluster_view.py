@@ -3,6 +3,7 @@
 from typing import Any, Protocol
 
 from pd_serve.comm.requests import ManualMigration
+from pd_serve.frontend.snapshot import ClusterSnapshot
 
 
 class ClusterView(Protocol):
@@ -21,8 +22,8 @@ class ClusterView(Protocol):
         """Live instances that take new requests."""
         ...
 
-    def snapshot(self) -> dict[str, Any]:
-        """Body of `GET /cluster`: `{"instances": [...], "waiting_line": {...}, "migrations": {...}, ...}`."""
+    def snapshot(self) -> ClusterSnapshot:
+        """The body of `GET /cluster`."""
         ...
 
     async def find_requests(self, name: str) -> list[dict[str, Any]]:

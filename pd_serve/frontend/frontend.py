@@ -5,7 +5,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-import msgspec
+from msgspec.structs import replace
 
 from pd_serve.comm.cluster_state import ClusterState
 from pd_serve.comm.membership import ApiServerInfo, InstanceInfo, Membership, MembershipView
@@ -38,7 +38,7 @@ from pd_serve.frontend.manual_migration import ManualMigrations, MigrationMode
 from pd_serve.frontend.output_codec import OutputCodec
 from pd_serve.frontend.placement import RequestPlacement
 from pd_serve.frontend.request_tracker import RequestTracker
-from pd_serve.frontend.snapshot import instance_row, starting_row
+from pd_serve.frontend.snapshot import ClusterSnapshot, InstanceSnapshot, WaitingRequests
 from pd_serve.frontend.token_stream import TokenStream
 from pd_serve.observe.cluster_report import ClusterReport
 from pd_serve.observe.recorder import RequestRecorder
@@ -173,24 +173,31 @@ class Frontend:
     def num_live(self) -> int:
         return sum(can_start(load) for load in self.instances.loads)
 
-    def snapshot(self) -> dict[str, Any]:
-        rows = [instance_row(info, self.instances.load_of(info.instance_id)) for info in self.instances]
-        snapshot: dict[str, Any] = {
-            "instances": rows,
-            "waiting_line": self._placement.demand._asdict(),
-            "migrations": {
+    def snapshot(self) -> ClusterSnapshot:
+        instances = [
+            InstanceSnapshot.of(info, self.instances.load_of(info.instance_id)) for info in self.instances
+        ]
+        snapshot = ClusterSnapshot(
+            instances=instances,
+            waiting_line=WaitingRequests(*self._placement.demand),
+            migrations={
                 reason: {"committed": counts["committed"], "aborted": counts["aborted"]}
                 for reason, counts in self.requests.migrations.items()
             },
-        }
+        )
         if (state := self._manager.state) is None:
             return snapshot
-        known = {row["id"] for row in rows}
-        rows += [starting_row(starting) for starting in state.starting if starting.id not in known]
-        shown: dict[str, Any] = msgspec.to_builtins(state)
-        for name in ("type", "starting", "scheduler_stats", "problems"):
-            shown.pop(name, None)
-        return snapshot | {"manager": "alive" if self._manager.is_alive else "absent"} | shown
+        known = {instance.id for instance in instances}
+        instances += [InstanceSnapshot.of_starting(new) for new in state.starting if new.id not in known]
+        return replace(
+            snapshot,
+            manager="alive" if self._manager.is_alive else "absent",
+            scheduler=state.scheduler,
+            scaled=state.scaled,
+            decisions=state.decisions,
+            restart=state.restart,
+            api_servers=state.api_servers,
+        )
 
     def report(self) -> ClusterReport:
         """For `/metrics`."""

@@ -1,34 +1,93 @@
-"""Rows of instances in `GET /cluster`."""
+"""The cluster as `GET /cluster` shows it."""
 
-from typing import Any
+import math
 
-from pd_serve.comm.cluster_state import StartingInstance
+import msgspec
+
+from pd_serve.comm.cluster_state import (
+    PastDecision,
+    RestartState,
+    ScaledCount,
+    SchedulerState,
+    StartingInstance,
+)
 from pd_serve.comm.membership import InstanceInfo
 from router.freeness import freeness
 from router.load import InstanceLoad
 
 
-def instance_row(info: InstanceInfo, load: InstanceLoad | None) -> dict[str, Any]:
-    """The row of a started instance; `load` is None before its first report."""
-    return {
-        "id": info.instance_id,
-        "role": load.role if load else info.role,
-        "state": "starting" if load is None else "draining" if load.draining else "ready",
-        "draining": bool(load and load.draining),
-        "node": info.node,
-        "pid": info.pid,
-        "total_blocks": load.total_blocks if load else 0,
-        "free_blocks": load.free_blocks if load else 0,
-        "running": load.running if load else 0,
-        "waiting": load.waiting if load else 0,
-        "freeness": freeness(load) if load else 0.0,
-        "migrating_in": load.migrating_in if load else 0,
-        "migrating_out": load.migrating_out if load else 0,
-    }
+class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """One instance by its latest load report.
+
+    Attributes:
+        state: "ready", "draining", "starting", or what its start waits for.
+        freeness: Free blocks per running request; null while it drains.
+    """
+
+    id: str
+    role: str
+    state: str
+    draining: bool = False
+    node: str = ""
+    pid: int = 0
+    total_blocks: int = 0
+    free_blocks: int = 0
+    running: int = 0
+    waiting: int = 0
+    freeness: float | None = 0.0
+    migrating_in: int = 0
+    migrating_out: int = 0
+
+    @classmethod
+    def of(cls, info: InstanceInfo, load: InstanceLoad | None) -> "InstanceSnapshot":
+        """Args: `load` is the latest report; None before the first one."""
+        if load is None:
+            return cls(id=info.instance_id, role=info.role, state="starting", node=info.node, pid=info.pid)
+        free = freeness(load)
+        return cls(
+            id=info.instance_id,
+            role=load.role,
+            state="draining" if load.draining else "ready",
+            draining=load.draining,
+            node=info.node,
+            pid=info.pid,
+            total_blocks=load.total_blocks,
+            free_blocks=load.free_blocks,
+            running=load.running,
+            waiting=load.waiting,
+            freeness=free if math.isfinite(free) else None,
+            migrating_in=load.migrating_in,
+            migrating_out=load.migrating_out,
+        )
+
+    @classmethod
+    def of_starting(cls, starting: StartingInstance) -> "InstanceSnapshot":
+        return cls(id=starting.id, role=starting.role, state=starting.state)
 
 
-def starting_row(starting: StartingInstance) -> dict[str, Any]:
-    """The row of an instance that does not serve yet."""
-    counts = ("total_blocks", "free_blocks", "running", "waiting", "migrating_in", "migrating_out")
-    row = {"id": starting.id, "role": starting.role, "state": starting.state}
-    return row | {"draining": False, "node": "", "pid": 0, "freeness": 0.0} | dict.fromkeys(counts, 0)
+class WaitingRequests(msgspec.Struct, frozen=True):
+    """Requests of the API server that wait for an instance, and the tokens of their prompts."""
+
+    requests: int
+    tokens: int
+
+
+class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """The cluster as seen by one API server.
+
+    Attributes:
+        migrations: Numbers of committed and aborted migrations, by reason.
+        manager: "alive" or "absent".
+        scheduler, scaled, decisions, restart, api_servers: See `ClusterState`; empty before the manager's
+            first report.
+    """
+
+    instances: list[InstanceSnapshot]
+    waiting_line: WaitingRequests
+    migrations: dict[str, dict[str, int]]
+    manager: str = "absent"
+    scheduler: SchedulerState | None = None
+    scaled: list[ScaledCount] = []
+    decisions: list[PastDecision] = []
+    restart: RestartState | None = None
+    api_servers: list[str] = []

@@ -79,7 +79,7 @@ class Simulation:
         )
         sampling.cancel()
         leaked, integrity = await self._rest()
-        migrations = cluster.frontend.snapshot()["migrations"]
+        migrations = cluster.frontend.snapshot().migrations
         await cluster.stop()
         self._check_tokens()
         return SimulationResult(

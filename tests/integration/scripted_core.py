@@ -15,6 +15,7 @@ from pd_serve.errors import (
     RefusalCode,
     UnknownTargetError,
 )
+from pd_serve.frontend.snapshot import ClusterSnapshot, InstanceSnapshot, WaitingRequests
 from pd_serve.observe.timeline import ObservedMigration
 from tests.unit.pd_serve.made_migrations import migrated
 
@@ -107,9 +108,12 @@ class ScriptedCluster:
         self.sizes: dict[str, int] = {}
         self.restarts = 0
 
-    def snapshot(self) -> dict[str, Any]:
-        instance = {"id": "d0", "role": "decode", "state": "live", "freeness": float("inf")}
-        return {"instances": [instance], "migrations": {"handoff": {"committed": 3, "aborted": 1}}}
+    def snapshot(self) -> ClusterSnapshot:
+        instance = InstanceSnapshot(id="d0", role="decode", state="draining", freeness=None)
+        migrations = {"handoff": {"committed": 3, "aborted": 1}}
+        return ClusterSnapshot(
+            instances=[instance], waiting_line=WaitingRequests(0, 0), migrations=migrations
+        )
 
     async def find_requests(self, name: str) -> list[dict[str, Any]]:
         if name == "elsewhere":

@@ -41,12 +41,12 @@ async def test_a_snapshot_shows_members_starting_instances_and_the_manager_s_sta
 
     snapshot = world.frontend.snapshot()
 
-    assert [row["id"] for row in snapshot["instances"]] == ["p0", "p1", "d0", "d1", "d9"]
-    assert snapshot["instances"][-1]["state"] == "waiting for resources: 1 GPU"
-    assert (snapshot["manager"], snapshot["scheduler"]["state"]) == ("alive", "alive")
-    assert snapshot["decisions"] == [{"seconds_ago": 1.0, "what": "d1 is drained: too large"}]
-    assert snapshot["api_servers"] == ["api", "other"]
-    assert not snapshot.keys() & {"type", "starting", "problems", "scheduler_stats"}
+    assert [row.id for row in snapshot.instances] == ["p0", "p1", "d0", "d1", "d9"]
+    assert snapshot.instances[-1].state == "waiting for resources: 1 GPU"
+    assert snapshot.scheduler is not None
+    assert (snapshot.manager, snapshot.scheduler.state) == ("alive", "alive")
+    assert snapshot.decisions == [PastDecision(1.0, "d1 is drained: too large")]
+    assert snapshot.api_servers == ["api", "other"]
 
 
 async def test_without_a_manager_the_last_members_are_shown_and_the_manager_as_absent(world: World) -> None:
@@ -55,8 +55,10 @@ async def test_without_a_manager_the_last_members_are_shown_and_the_manager_as_a
 
     snapshot = world.frontend.snapshot()
 
-    assert (snapshot["manager"], snapshot["scheduler"]["state"]) == ("absent", "absent")
-    assert not snapshot["restart"]["running"]
+    assert snapshot.scheduler is not None
+    assert (snapshot.manager, snapshot.scheduler.state) == ("absent", "absent")
+    assert snapshot.restart is not None
+    assert not snapshot.restart.running
     assert world.frontend.num_live == 2
     with pytest.raises(EngineDeadError, match="the manager is absent"):
         await world.frontend.drain("d0")

@@ -7,6 +7,7 @@ from vllm.v1.serial_utils import MsgpackDecoder
 from pd_serve.comm.messages import AddRequest, HandOff
 from pd_serve.errors import EngineDeadError
 from pd_serve.frontend import placement
+from pd_serve.frontend.snapshot import WaitingRequests
 from router.request import Demand, NewRequest
 from tests.unit.pd_serve.frontend.frontend_world import R, World, ended, request
 
@@ -93,16 +94,16 @@ async def test_a_request_that_no_neutral_instance_has_room_for_waits(
         empty.requests.submit(name, [b"payload"], NewRequest(32))
 
     assert empty.sent(AddRequest) == []
-    assert empty.frontend.snapshot()["waiting_line"] == {"requests": 2, "tokens": 64}
+    assert empty.frontend.snapshot().waiting_line == WaitingRequests(2, 64)
     assert empty.frontend.report().waiting == Demand(2, 64)
     assert empty.frontend.num_waiting == 2
 
     empty.report("n1", free=2, running=1)
 
     assert [(peer, add.request_id) for peer, add in empty.sent(AddRequest)] == [("n1", "r")]
-    assert empty.frontend.snapshot()["waiting_line"] == {"requests": 1, "tokens": 32}
+    assert empty.frontend.snapshot().waiting_line == WaitingRequests(1, 32)
     empty.requests.abort(["s"])
-    assert empty.frontend.snapshot()["waiting_line"] == {"requests": 0, "tokens": 0}
+    assert empty.frontend.snapshot().waiting_line == WaitingRequests(0, 0)
     assert empty.frontend.num_waiting == 1
 
 

@@ -150,7 +150,7 @@ async def test_migrations_are_counted_by_reason_and_outcome(world: World) -> Non
     world.end_migration("p0", "d0", True)
     world.end_migration("p0", "d0", False, "full")
 
-    assert world.frontend.snapshot()["migrations"] == {
+    assert world.frontend.snapshot().migrations == {
         "handoff": {"committed": 0, "aborted": 0},
         "manual": {"committed": 1, "aborted": 1},
     }

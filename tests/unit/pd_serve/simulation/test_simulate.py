@@ -223,10 +223,11 @@ def test_the_manager_starts_another_scheduler_when_one_dies() -> None:
     async def fault(simulation: Simulation) -> None:
         await asyncio.sleep(3.0)
         await simulation.cluster.kill_scheduler()
-        moved_by_then.append(num_moved(simulation.cluster.frontend.snapshot()["migrations"]))
+        moved_by_then.append(num_moved(simulation.cluster.frontend.snapshot().migrations))
         await asyncio.sleep(6.0)
-        scheduler = simulation.cluster.frontend.snapshot()["scheduler"]
-        assert (scheduler["state"], scheduler["restarts"]) == ("alive", 1)
+        scheduler = simulation.cluster.frontend.snapshot().scheduler
+        assert scheduler is not None
+        assert (scheduler.state, scheduler.restarts) == ("alive", 1)
 
     result = simulate_with(config(instances={"neutral": 3}, requests=workload(240, 12.0)), fault)
 
@@ -285,8 +286,8 @@ def test_messages_of_an_earlier_manager_are_ignored() -> None:
         await asyncio.sleep(20.0)
         earlier.announce_soon()
         await asyncio.sleep(40.0)
-        rows = cluster.frontend.snapshot()["instances"]
-        assert len([row for row in rows if row["role"] == "decode"]) == 3
+        rows = cluster.frontend.snapshot().instances
+        assert len([row for row in rows if row.role == "decode"]) == 3
         await earlier.close()
 
     result = simulate_with(config(instances={"prefill": 2, "decode": 2}, requests=workload(300, 4.0)), fault)

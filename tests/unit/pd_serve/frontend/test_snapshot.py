@@ -1,0 +1,53 @@
+"""What `GET /cluster` shows of an instance."""
+
+import json
+
+import msgspec
+
+from pd_serve.comm.cluster_state import StartingInstance
+from pd_serve.comm.membership import InstanceInfo
+from pd_serve.frontend.snapshot import ClusterSnapshot, InstanceSnapshot, WaitingRequests
+from router.load import InstanceLoad
+
+INFO = InstanceInfo("d0", "decode", "", "node", 7, None, ["generate"], 8192, 10, 16)
+
+
+def test_an_instance_is_starting_until_its_first_report() -> None:
+    snapshot = InstanceSnapshot.of(INFO, None)
+
+    assert (snapshot.state, snapshot.role, snapshot.node, snapshot.pid) == ("starting", "decode", "node", 7)
+    assert snapshot.total_blocks == 0
+
+
+def test_an_instance_has_the_role_and_numbers_of_its_report() -> None:
+    load = InstanceLoad("d0", "prefill", total_blocks=10, free_blocks=4, running=2, waiting=1, migrating_in=3)
+
+    snapshot = InstanceSnapshot.of(INFO, load)
+
+    assert (snapshot.state, snapshot.role, snapshot.free_blocks) == ("ready", "prefill", 4)
+    assert (snapshot.running, snapshot.waiting, snapshot.migrating_in) == (2, 1, 3)
+    assert snapshot.freeness == 2.0
+
+
+def test_a_draining_instance_has_no_freeness() -> None:
+    snapshot = InstanceSnapshot.of(INFO, InstanceLoad("d0", "decode", total_blocks=10, draining=True))
+
+    assert (snapshot.state, snapshot.draining, snapshot.freeness) == ("draining", True, None)
+
+
+def test_an_instance_that_waits_for_resources_shows_that_as_its_state() -> None:
+    snapshot = InstanceSnapshot.of_starting(StartingInstance("d9", "decode", "waiting for resources: 1 GPU"))
+
+    assert (snapshot.id, snapshot.state, snapshot.pid) == ("d9", "waiting for resources: 1 GPU", 0)
+
+
+def test_a_snapshot_is_flat_json() -> None:
+    snapshot = ClusterSnapshot(
+        instances=[InstanceSnapshot.of(INFO, None)], waiting_line=WaitingRequests(2, 64), migrations={}
+    )
+
+    shown = json.loads(msgspec.json.encode(snapshot))
+
+    assert shown["instances"][0]["id"] == "d0"
+    assert shown["waiting_line"] == {"requests": 2, "tokens": 64}
+    assert shown["manager"] == "absent"
