@@ -7,7 +7,7 @@ from urllib.parse import quote
 import httpx
 
 from pd_serve.errors import InvalidRequestError, MigrationRefusedError, PdServeError
-from pd_serve.launch.console import Progress
+from pd_serve.launch.console import Console
 from router.load import ROLES
 
 #: Interval at which the progress of an operation is polled.
@@ -70,7 +70,7 @@ def parse_sizes(texts: list[str]) -> dict[str, int]:
     return sizes
 
 
-def drain_node(service: ServiceClient, progress: Progress, node: str, *, wait_s: float) -> None:
+def drain_node(service: ServiceClient, console: Console, node: str, *, wait_s: float) -> None:
     """Drains all instances of a machine, before it goes away.
 
     Returns when none of them has a request any more, or after `wait_s` seconds. An instance that the service
@@ -81,22 +81,22 @@ def drain_node(service: ServiceClient, progress: Progress, node: str, *, wait_s:
     """
     deadline = time.monotonic() + wait_s
     ids = [row["id"] for row in service.get()["instances"] if row["node"] == node]
-    progress.step(f"{node}: {', '.join(ids) or 'no instances'}")
-    drained = [instance for instance in ids if _is_drained(service, progress, instance)]
+    console.step(f"{node}: {', '.join(ids) or 'no instances'}")
+    drained = [instance for instance in ids if _is_drained(service, console, instance)]
     while busy := _requests(service, drained):
         if time.monotonic() > deadline:
-            progress.warn(f"{node} still has {busy} requests")
+            console.warn(f"{node} still has {busy} requests")
             return
         time.sleep(POLL_S)
     if drained:
-        progress.step(f"{', '.join(drained)}: empty")
+        console.step(f"{', '.join(drained)}: empty")
 
 
-def _is_drained(service: ServiceClient, progress: Progress, instance: str) -> bool:
+def _is_drained(service: ServiceClient, console: Console, instance: str) -> bool:
     try:
         service.post("drain", {"instance": instance})
     except MigrationRefusedError as refusal:
-        progress.warn(f"{instance} is not drained: {refusal}")
+        console.warn(f"{instance} is not drained: {refusal}")
         return False
     return True
 
@@ -108,7 +108,7 @@ def _requests(service: ServiceClient, ids: list[str]) -> int:
     return sum(row["running"] + row["waiting"] for row in rows)
 
 
-def restart(service: ServiceClient, progress: Progress) -> None:
+def restart(service: ServiceClient, console: Console) -> None:
     """Returns when all instances are new ones. Raises: PdServeError: the service gave it up."""
     before = {row["id"] for row in service.get()["instances"] if row["pid"]}
     service.post("restart", {})
@@ -119,7 +119,7 @@ def restart(service: ServiceClient, progress: Progress) -> None:
         state = cluster["restart"]
         if state["progress"] != shown:
             shown = state["progress"]
-            progress.step(f"restart: {shown}")
+            console.step(f"restart: {shown}")
         if not state["running"] and shown:
             break
     if left := before & {row["id"] for row in cluster["instances"]}:

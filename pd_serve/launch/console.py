@@ -4,7 +4,6 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from typing import Protocol
 
 import rich.console
 from rich.panel import Panel
@@ -13,13 +12,6 @@ from rich.table import Table
 from pd_serve.observe.logs import is_json
 
 logger = logging.getLogger(__name__)
-
-
-class Progress(Protocol):
-    """Receives progress and warnings for the operator: a terminal, or the log."""
-
-    def step(self, text: str) -> None: ...
-    def warn(self, text: str) -> None: ...
 
 
 class LogProgress:
