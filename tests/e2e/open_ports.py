@@ -16,7 +16,7 @@ import psutil
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from pd_serve.comm.messages import PeerLost
+from pd_serve.comm.membership import Membership
 from tests.e2e.server_process import ServerProcess
 
 #: One method of each kind of gRPC server of Ray's.
@@ -101,7 +101,8 @@ class Port:
             decided = zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED
             with stranger.get_monitor_socket(decided) as monitor:
                 stranger.connect(f"tcp://127.0.0.1:{self.number}")
-                stranger.send_multipart([b"api", msgspec.msgpack.encode(PeerLost("decode-0"))], zmq.NOBLOCK)
+                without_instances = msgspec.msgpack.encode(Membership(2**40, "tcp://127.0.0.1:1"))
+                stranger.send_multipart([b"manager", without_instances], zmq.NOBLOCK)
                 assert monitor.poll(30_000), "it is neither taken nor refused"
                 event = parse_monitor_message(monitor.recv_multipart())["event"]
                 stranger.disable_monitor()
