@@ -77,10 +77,10 @@ def show(service: ServiceClient) -> None:
     for reason, counts in cluster["migrations"].items():
         migrations.add_row(reason, str(counts["committed"]), str(counts["aborted"]))
     console.print(migrations)
-    scheduler = cluster["scheduler"]
-    console.print(
-        f"scheduler: {scheduler['state']}, policy {scheduler['policy']}, {scheduler['restarts']} restarts"
-    )
+    if scheduler := cluster["scheduler"]:
+        console.print(
+            f"scheduler: {scheduler['state']}, policy {scheduler['policy']}, {scheduler['restarts']} restarts"
+        )
     for decision in cluster["decisions"]:
         console.print(f"{decision['seconds_ago']:8.0f} s ago  {decision['what']}", highlight=False)
 

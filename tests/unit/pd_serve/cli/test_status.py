@@ -64,6 +64,16 @@ def test_instances_migrations_and_decisions_are_shown(capsys: pytest.CaptureFixt
         assert text in shown
 
 
+def test_a_cluster_whose_manager_has_not_reported_is_shown_without_scheduler(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    show(Service(CLUSTER | {"manager": "absent", "scheduler": None, "decisions": []}))
+
+    shown = capsys.readouterr().out
+    assert "neutral-0" in shown
+    assert "scheduler" not in shown
+
+
 def test_the_stages_of_a_request_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     recorder = RequestRecorder()
     recorder.issued("cmpl-x-0-1", 10.0, NewRequest(7), name="cmpl-x-0")
