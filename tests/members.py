@@ -2,14 +2,18 @@
 
 from collections.abc import Sequence
 
+from migration.engine_interface import EngineFacts
 from pd_serve.comm.membership import ApiServerInfo, InstanceInfo, Membership
 
 ROLES = {"p": "prefill", "d": "decode", "n": "neutral"}
 
 
-def instance_info(name: str, *, pid: int = 1) -> InstanceInfo:
+def instance_info(name: str, *, node: str = "node", pid: int = 1) -> InstanceInfo:
     """An instance whose role the first letter of its name tells."""
-    return InstanceInfo(name, ROLES[name[0]], f"tcp://{name}", "node", pid, None, ["generate"], 512, 100, 16)
+    engine = EngineFacts(
+        no_migration=None, max_model_len=512, num_blocks=100, block_tokens=16, supported_tasks=("generate",)
+    )
+    return InstanceInfo(name, ROLES[name[0]], f"tcp://{name}", node, pid, engine)
 
 
 def membership(

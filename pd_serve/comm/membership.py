@@ -10,6 +10,8 @@ from typing import Protocol
 
 import msgspec
 
+from migration.engine_interface import EngineFacts
+
 #: Names of the manager and the scheduler on the wire.
 MANAGER = "manager"
 SCHEDULER = "scheduler"
@@ -22,9 +24,6 @@ class InstanceInfo:
     Attributes:
         role: The role at the start; load reports have the present role.
         address: The instance receives messages there.
-        no_migration: Why its requests cannot move; None if they can.
-        max_model_len: Maximum number of prompt and output tokens of a request.
-        num_blocks, block_tokens: KV blocks, and tokens per block.
     """
 
     instance_id: str
@@ -32,11 +31,7 @@ class InstanceInfo:
     address: str
     node: str
     pid: int
-    no_migration: str | None
-    supported_tasks: list[str]
-    max_model_len: int
-    num_blocks: int
-    block_tokens: int
+    engine: EngineFacts
 
 
 class ApiServerInfo(msgspec.Struct, frozen=True):

@@ -149,7 +149,7 @@ class LiveView:
         now, slots = recent.clock(), recent.slots() if is_first else recent.slots(LATEST_SLOTS)
         return {
             "server": self._server,
-            "block_tokens": max((info.block_tokens for info in self._instances), default=0),
+            "block_tokens": max((info.engine.block_tokens for info in self._instances), default=0),
             "cluster": self._snapshot(),
             "blocks": {
                 name: [(number(h.request_id), h.blocks, int(h.arriving)) for h in holdings.held]

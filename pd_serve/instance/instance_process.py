@@ -88,11 +88,7 @@ class Instance:
             address=self.llumlet.address,
             node=socket.gethostname(),
             pid=os.getpid(),
-            no_migration=facts.no_migration,
-            supported_tasks=list(facts.supported_tasks),
-            max_model_len=facts.max_model_len,
-            num_blocks=facts.num_blocks,
-            block_tokens=facts.block_tokens,
+            engine=facts,
         )
 
     async def wait(self) -> None:

@@ -80,10 +80,11 @@ class ApiServer:
             stack.push_async_callback(frontend.close)
             infos = await frontend.wait_for_instances()
             # What an instance found out when it made its KV cache, as vLLM's own front end takes it over.
-            engine_config.cache_config.num_gpu_blocks = infos[0].num_blocks
-            engine_config.cache_config.block_size = infos[0].block_tokens
+            engine = infos[0].engine
+            engine_config.cache_config.num_gpu_blocks = engine.num_blocks
+            engine_config.cache_config.block_size = engine.block_tokens
             engine_config.model_config.max_model_len = _max_model_len(config, server, infos)
-            core = ClusterCore(frontend, outputs, codec, tuple(infos[0].supported_tasks))
+            core = ClusterCore(frontend, outputs, codec, engine.supported_tasks)
             client = ClusterAsyncLLM(
                 engine_config,
                 core,
@@ -125,7 +126,7 @@ def _recorder(server: Namespace, recent: RecentEvents) -> RequestRecorder:
 
 
 def _max_model_len(config: ServeConfig, server: Namespace, infos: Sequence[InstanceInfo]) -> int:
-    lengths = [info.max_model_len for info in infos]
+    lengths = [info.engine.max_model_len for info in infos]
     if config.engine == "simulated" and (given := server.max_model_len or 0) > 0:
         lengths.append(given)  # a simulated engine has no limit but its memory
     return min(lengths)

@@ -171,8 +171,8 @@ class Manager:
         info = await self._launcher.start(instance)
         self._wire.connect(name, info.address)
         self._notices.step(f"{name} is ready (pid {info.pid})")
-        if info.no_migration is not None:
-            self._notices.warn(f"{name} SERVES WITHOUT MIGRATION: {info.no_migration}")
+        if info.engine.no_migration is not None:
+            self._notices.warn(f"{name} SERVES WITHOUT MIGRATION: {info.engine.no_migration}")
         return info
 
     def _register_instance(self, info: InstanceInfo) -> None:

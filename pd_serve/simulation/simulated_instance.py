@@ -48,18 +48,13 @@ class SimulatedInstance:
 
     @property
     def info(self) -> InstanceInfo:
-        facts = self.engine.facts
         return InstanceInfo(
             instance_id=self.name,
             role=self.role,
             address=self.llumlet.address,
             node="simulated",
             pid=0,
-            no_migration=facts.no_migration,
-            supported_tasks=["generate"],
-            max_model_len=facts.max_model_len,
-            num_blocks=facts.num_blocks,
-            block_tokens=facts.block_tokens,
+            engine=self.engine.facts,
         )
 
     async def stop(self) -> None:

@@ -16,6 +16,7 @@ from pd_serve.dashboard import live_view
 from pd_serve.dashboard.live_view import MAX_MOVES, MAX_WATCHERS, LiveView
 from pd_serve.dashboard.recent import RecentEvents
 from pd_serve.errors import EngineDeadError
+from tests.members import instance_info
 from tests.unit.pd_serve.made_migrations import migrated
 
 
@@ -37,7 +38,7 @@ class FakeInstances:
 
     def __iter__(self) -> Iterator[InstanceInfo]:
         for name in self.held:
-            yield InstanceInfo(name, "decode", "", "node", 1, None, [], 1000, 100, 16)
+            yield instance_info(name)
 
     async def call(self, instance_id: str, request: ListHoldings) -> Holdings:
         self.asked.append(instance_id)

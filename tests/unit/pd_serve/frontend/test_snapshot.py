@@ -5,11 +5,11 @@ import json
 import msgspec
 
 from pd_serve.comm.cluster_state import StartingInstance
-from pd_serve.comm.membership import InstanceInfo
 from pd_serve.frontend.snapshot import ClusterSnapshot, InstanceSnapshot, WaitingRequests
 from router.load import InstanceLoad
+from tests.members import instance_info
 
-INFO = InstanceInfo("d0", "decode", "", "node", 7, None, ["generate"], 8192, 10, 16)
+INFO = instance_info("d0", pid=7)
 
 
 def test_an_instance_is_starting_until_its_first_report() -> None:

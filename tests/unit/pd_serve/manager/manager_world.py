@@ -21,17 +21,13 @@ from pd_serve.scheduler.scheduler_process import SchedulerConfig
 from router.load import InstanceLoad
 from router.policies import policy_set
 from router.scaling import PoolBounds
+from tests.members import instance_info
 from tests.recording_wire import RecordingWire
 
 M = TypeVar("M")
 
 #: Time that an instance takes to start.
 START_S = 15.0
-
-
-def info(name: str) -> InstanceInfo:
-    role = name.split("-")[0]
-    return InstanceInfo(name, role, f"tcp://{name}", "node", 1, None, ["generate"], 512, 100, 16)
 
 
 class FakeLauncher:
@@ -66,7 +62,7 @@ class FakeLauncher:
             await asyncio.sleep(1)
         if self.fails is not None:
             raise self.fails
-        return info(config.instance_id)
+        return instance_info(config.instance_id)
 
     async def stop_instance(self, name: str) -> None:
         self.stopped.append(name)

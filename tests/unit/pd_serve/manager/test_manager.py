@@ -22,7 +22,8 @@ from pd_serve.comm.rpc import Answer
 from pd_serve.comm.timing import API_SERVER_LEASE_S, HEARTBEAT_S, INSTANCE_LEASE_S
 from pd_serve.errors import UnknownTargetError
 from pd_serve.manager.launcher import ManagerNotes
-from tests.unit.pd_serve.manager.manager_world import START_S, FakeLauncher, World, a_world, info
+from tests.members import instance_info
+from tests.unit.pd_serve.manager.manager_world import START_S, FakeLauncher, World, a_world
 from tests.virtual_time import in_virtual_time
 
 RECORD = MigrationRecord(
@@ -123,7 +124,7 @@ class TestTakeOver:
     @staticmethod
     async def take_over(names: list[str], notes: ManagerNotes | None) -> World:
         launcher = FakeLauncher()
-        launcher.found, launcher.notes = [info(name) for name in names], notes
+        launcher.found, launcher.notes = [instance_info(name) for name in names], notes
         world = World(launcher=launcher)
         assert await world.manager.take_over()
         return world

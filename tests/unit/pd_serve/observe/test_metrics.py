@@ -3,10 +3,10 @@
 from prometheus_client import REGISTRY
 
 from migration.errors import Refusal, RefusalCode
-from pd_serve.comm.membership import InstanceInfo
 from pd_serve.observe.metrics import RequestMetrics
 from pd_serve.observe.recorder import RequestRecorder
 from router.request import NewRequest
+from tests.members import instance_info
 from tests.unit.pd_serve.made_migrations import migrated
 
 
@@ -33,7 +33,7 @@ def test_bytes_of_a_committed_migration_are_counted_by_pair_of_nodes() -> None:
 
     recorder = RequestRecorder([RequestMetrics()])
     for instance, node in (("p0", "left"), ("d0", "right")):
-        recorder.instance_joined(InstanceInfo(instance, "", "", node, 1, None, [], 8192, 100, 16))
+        recorder.instance_joined(instance_info(instance, node=node))
     recorder.issued("r", 10.0, NewRequest(100))
 
     full = Refusal(RefusalCode.NO_FREE_BLOCKS, "refused: no 3 free KV blocks")
