@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pd_serve.errors import InvalidRequestError
-from pd_serve.simulation.config import TraceRequest
 from pd_serve.simulation.workloads import TraceSpec, make_requests
 
 Curve = NDArray[np.float64]
@@ -75,7 +74,13 @@ def plan(
     for request, at_s in zip(requests, times.tolist(), strict=True):
         chosen = coin.choice(("completions", "chat")) if api == "both" else api
         if until_s is None or at_s < until_s:
-            planned.append(_planned(len(planned), at_s, chosen, request, max_tokens, max_prompt_tokens))
+            prompt_tokens = min(request.prompt_tokens, max_prompt_tokens or request.prompt_tokens)
+            tokens = min(request.output_tokens, max_tokens or request.output_tokens)
+            planned.append(
+                PlannedRequest(
+                    len(planned), at_s, chosen, prompt_tokens, tokens, request.priority, request.segments
+                )
+            )
     if not planned:
         raise InvalidRequestError(f"trace {spec.name!r} has no requests in the first {until_s} s")
     return planned
@@ -98,16 +103,3 @@ def warped(times: Curve, shape: str) -> Curve:
     heights = SHAPES[shape]((edges[1:] + edges[:-1]) / 2)
     area = np.concatenate([[0.0], np.cumsum(heights)]) / heights.sum()
     return np.asarray(np.interp(times / total, area, edges) * total)
-
-
-def _planned(
-    number: int,
-    at_s: float,
-    api: str,
-    request: TraceRequest,
-    max_tokens: int | None,
-    max_prompt_tokens: int | None,
-) -> PlannedRequest:
-    prompt_tokens = min(request.prompt_tokens, max_prompt_tokens or request.prompt_tokens)
-    output_tokens = min(request.output_tokens, max_tokens or request.output_tokens)
-    return PlannedRequest(number, at_s, api, prompt_tokens, output_tokens, request.priority, request.segments)

@@ -10,7 +10,7 @@ import aiohttp
 from loadtests.bench.load import Load
 from loadtests.bench.rounds import Round
 from loadtests.outcome import Outcome
-from loadtests.servers import MODEL
+from loadtests.servers import MODEL, RunningServer
 from pd_serve.simulation.config import TraceRequest
 
 #: A request that takes longer has failed.
@@ -41,6 +41,17 @@ async def run_round(url: str, cpu_s: Callable[[], float], load: Load, seed: int)
         seconds = time.perf_counter() - begin
     used_s = cpu_s() - cpu_before_s
     return Round(round(seconds, 3), round(used_s, 3), round(load_average, 2), outcomes)
+
+
+async def run_checked_round(server: RunningServer, load: Load, seed: int) -> Round:
+    """One round on one server, with the CPU time of all its processes.
+
+    Raises:
+        PdServeError: A request failed, or brought another number of tokens than requested.
+    """
+    measured = await run_round(server.url, server.cpu_s, load, seed)
+    measured.check(server.url)
+    return measured
 
 
 async def _open_loop(

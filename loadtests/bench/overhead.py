@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 import rich.console
 from rich.table import Table
 
-from loadtests.bench.clients import run_round
+from loadtests.bench.clients import run_checked_round
 from loadtests.bench.load import Lengths, Load
 from loadtests.bench.report import BenchmarkReport
 from loadtests.bench.rounds import RoundMedians
@@ -82,23 +82,12 @@ async def run(report: BenchmarkReport) -> None:
     report.write(result | numbers)
 
 
-async def medians_under_load(server: RunningServer, load: Load, seed: int) -> RoundMedians:
-    """One round on one server.
-
-    Raises:
-        PdServeError: A request failed, or brought another number of tokens than requested.
-    """
-    measured = await run_round(server.url, server.cpu_s, load, seed)
-    measured.check(server.url)
-    return RoundMedians.of(measured)
-
-
 async def _measure(servers: dict[str, RunningServer], console: rich.console.Console) -> Rounds:
     """All rounds by number of clients; the loads take turns."""
     rounds: Rounds = {load.name: [] for load in LOADS}
     for load in LOADS:
         for server in servers.values():  # warm-up
-            await medians_under_load(server, load, seed=-1)
+            await run_checked_round(server, load, seed=-1)
     with new_progress(console) as progress:
         task = progress.add_task("measuring", total=PAIRED_ROUNDS * len(LOADS))
         for number in range(PAIRED_ROUNDS):
@@ -108,7 +97,7 @@ async def _measure(servers: dict[str, RunningServer], console: rich.console.Cons
                 measured = {}
                 for name in order:
                     await asyncio.sleep(SETTLE_S)
-                    measured[name] = await medians_under_load(servers[name], load, seed=number)
+                    measured[name] = RoundMedians.of(await run_checked_round(servers[name], load, number))
                 rounds[load.name].append(PairedRound(order[0], measured[OURS], measured[STOCK]))
                 progress.advance(task)
     return rounds

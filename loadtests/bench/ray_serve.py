@@ -17,7 +17,8 @@ from pathlib import Path
 import rich.console
 from rich.table import Table
 
-from loadtests.bench.overhead import closed_loop, medians_under_load
+from loadtests.bench.clients import run_checked_round
+from loadtests.bench.overhead import closed_loop
 from loadtests.bench.report import BenchmarkReport
 from loadtests.bench.rounds import RoundMedians
 from loadtests.bench.simulated_server import simulated_server, write_step_table
@@ -157,9 +158,9 @@ async def _measure(console: rich.console.Console) -> tuple[Rounds, tuple[float, 
             for load in LOADS:
                 for name, server in servers.items():
                     await asyncio.sleep(SETTLE_S)
-                    measured = await medians_under_load(server, load, seed=number)
+                    measured = await run_checked_round(server, load, seed=number)
                     if number >= 0:
-                        rounds[name][load.name].append(measured)
+                        rounds[name][load.name].append(RoundMedians.of(measured))
     return rounds, load_average
 
 

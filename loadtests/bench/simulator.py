@@ -24,13 +24,13 @@ import rich.console
 from rich.table import Table
 
 from loadtests.bench import simulated_side
-from loadtests.bench.clients import run_round
+from loadtests.bench.clients import run_checked_round
 from loadtests.bench.load import Lengths, Load
 from loadtests.bench.report import BenchmarkReport
 from loadtests.bench.rounds import Round
 from loadtests.latency_statistics import statistics_ms
 from loadtests.outcome import Outcome, latencies_s
-from loadtests.servers import MODEL, RunningServer, SharedSettings, free_port, running
+from loadtests.servers import MODEL, SharedSettings, free_port, running
 from loadtests.terminal import new_progress, numbers_table
 from pd_serve.profiling.engine_profile import measure, start_engine
 from pd_serve.profiling.measured_engine import MeasuredEngine
@@ -121,7 +121,7 @@ class SimulatorBenchmark:
             with self.console.status("starting pd-serve"):
                 command = SharedSettings(MODEL, [], self.environment).ours(layout, free_port())
                 server = await stack.enter_async_context(running(command))
-            await _real_round(server, WARM_UP, seed=ROUNDS)
+            await run_checked_round(server, WARM_UP, seed=ROUNDS)
             progress = stack.enter_context(new_progress(self.console))
             task = progress.add_task("steps, then requests", total=ROUNDS)
             for seed in range(ROUNDS):
@@ -133,7 +133,7 @@ class SimulatorBenchmark:
                     self.console.print(f"rounds of {self.num_requests} requests at {self.rate:g}/s")
                 loads.append(Load("lengths", self.num_requests, LENGTHS, rate=self.rate))
                 await asyncio.sleep(SETTLE_S)
-                rounds.append(await _real_round(server, loads[-1], seed))
+                rounds.append(await run_checked_round(server, loads[-1], seed))
         model = _fitted(rows(steps))
         engines = simulated_side.engines(self.engine.about, model)
         simulated: list[Outcome] = []
@@ -155,13 +155,6 @@ class SimulatorBenchmark:
             "relative_error": relative_errors(rows(steps), model),
             "steps": [asdict(row) for row in rows(steps)],
         }
-
-
-async def _real_round(server: RunningServer, load: Load, seed: int) -> Round:
-    """Raises: PdServeError: A request failed, or brought another number of tokens than requested."""
-    measured = await run_round(server.url, server.cpu_s, load, seed)
-    measured.check(server.url)
-    return measured
 
 
 def _tokens_per_message(outcomes: Sequence[Outcome]) -> float:

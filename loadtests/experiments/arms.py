@@ -5,8 +5,6 @@ A tenth of the requests has high priority. Only the last arm schedules by priori
 
 from collections.abc import Sequence
 
-import rich.console
-
 from loadtests.experiments.figure import Figure, FigureOptions, FigurePoint, Metric, PlottedScenario
 from loadtests.experiments.figure_files import run_figures
 from loadtests.experiments.result_store import ExperimentRun
@@ -70,7 +68,7 @@ def run_arms(options: FigureOptions, slo: Slo, run: ExperimentRun) -> None:
     Raises:
         PdServeError: Simulations failed; the others are kept.
     """
-    titles = _available_traces(run, new_console())
+    titles = _available_traces(run)
     figure = Figure(
         None,
         "arms",
@@ -84,7 +82,7 @@ def run_arms(options: FigureOptions, slo: Slo, run: ExperimentRun) -> None:
     run_figures([figure], options, run, "arms-provenance.json")
 
 
-def _available_traces(run: ExperimentRun, console: rich.console.Console) -> list[str]:
+def _available_traces(run: ExperimentRun) -> list[str]:
     available = []
     for title, (trace, *_) in TRACES.items():
         try:
@@ -92,7 +90,7 @@ def _available_traces(run: ExperimentRun, console: rich.console.Console) -> list
                 trace_files.find(trace, run.traces)
             available.append(title)
         except InvalidRequestError as error:
-            console.print(f"[yellow]warning[/]  left out: {error}")
+            new_console().print(f"[yellow]warning[/]  left out: {error}")
     return available
 
 

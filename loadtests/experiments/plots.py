@@ -45,7 +45,6 @@ def available() -> bool:
 
 def plot(figure: Figure, points: Sequence[FigurePoint], path: Path) -> None:
     """Writes one picture, as PNG or SVG by the suffix of the file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Sheet
 
     panels = list(dict.fromkeys(point.panel for point in points))
@@ -53,7 +52,6 @@ def plot(figure: Figure, points: Sequence[FigurePoint], path: Path) -> None:
     wide, high = math.ceil(len(figure.metrics) / lines), lines * len(panels)
     size = (3.1 * wide + 0.4, 2.5 * high + 0.9) if wide * high > 1 else (8.0, 4.2)
     sheet = Sheet(figsize=size, facecolor="white", layout="constrained")
-    FigureCanvasAgg(sheet)
     grid = sheet.subplots(high, wide, squeeze=False)
     legend: dict[str, Any] = {}
     for place, panel in enumerate(panels):

@@ -36,13 +36,10 @@ METRICS = (
 )
 
 
-def scenarios_of(
-    options: FigureOptions, seeds: Sequence[int], titles: Sequence[str]
-) -> list[PlottedScenario]:
+def scenarios_of(options: FigureOptions, seeds: Sequence[int]) -> list[PlottedScenario]:
     """Every variant on every trace with every seed."""
     scenarios = []
-    for title in titles:
-        trace, rate = TRACES[title]
+    for title, (trace, rate) in TRACES.items():
         for seed in seeds:
             spec = TraceSpec(trace, rate, options.requests, "poisson", seed=seed)
             for variant, (policy, overrides, moves) in VARIANTS.items():
@@ -57,14 +54,13 @@ def run_policies(options: FigureOptions, seeds: Sequence[int], run: ExperimentRu
     Raises:
         PdServeError: Simulations failed; the others are kept.
     """
-    titles = list(TRACES)
     figure = Figure(
         None,
         "policies",
         "From the paper's Llumnix to our defaults, step by step: 16 neutral instances at the highest rates",
         "seed",
         METRICS,
-        lambda options: scenarios_of(options, seeds, titles),
+        lambda options: scenarios_of(options, seeds),
         findings=_findings,
     )
     run_figures([figure], options, run, "policies-provenance.json")

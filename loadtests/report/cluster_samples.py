@@ -28,7 +28,6 @@ class InstancePeriod:
     """A time in which an instance kept one state."""
 
     instance: str
-    role: str
     state: str
     begin_s: float
     end_s: float
@@ -42,9 +41,9 @@ def periods(samples: Sequence[ClusterSample]) -> list[InstancePeriod]:
             own = found.setdefault(row["id"], [])
             last = own[-1] if own and own[-1].end_s == sample.at_s else None
             begin_s = sample.at_s
-            if last is not None and (last.state, last.role) == (row["state"], row["role"]):
+            if last is not None and last.state == row["state"]:
                 begin_s = own.pop().begin_s
-            own.append(InstancePeriod(row["id"], row["role"], row["state"], begin_s, following.at_s))
+            own.append(InstancePeriod(row["id"], row["state"], begin_s, following.at_s))
     return [period for name in found for period in found[name]]
 
 

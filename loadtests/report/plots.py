@@ -158,12 +158,9 @@ def _svg(title: str, data: PlotData) -> str:
 
 
 def _figure(wide: float, high: float) -> "Figure":
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(wide, high), facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(wide, high), facecolor="white", layout="constrained")
 
 
 def _draw(axes: "Axes", title: str, data: PlotData, legend_columns: int) -> None:

@@ -16,6 +16,9 @@ from router.request import NewRequest
 
 Mode = Literal["live", "blocking", "recompute"]
 
+#: Tokens in the batch of the source.
+BATCH_TOKENS = 8192
+
 
 @dataclass(frozen=True, slots=True)
 class MigrationCost:
@@ -24,30 +27,21 @@ class MigrationCost:
     Attributes:
         away_ms: Time from leaving the source's batch until ready for the destination's next step: the paper's
             downtime. For a recompute: until the destination's first token, minus one step.
-        gap_ms: Time from the last token of the source to the first one of the destination.
         step_ms: Mean decode step of the source before the migration.
         step_migrating_ms: The same during the copy; `step_ms` if no step began then.
-        stages: Number of copies.
     """
 
     away_ms: float
-    gap_ms: float
     step_ms: float
     step_migrating_ms: float
-    stages: int
 
 
 def measure_migration(
-    num_tokens: int,
-    mode: Mode,
-    engine: EngineSettings,
-    network: NetworkSettings,
-    *,
-    batch_tokens: int = 8192,
+    num_tokens: int, mode: Mode, engine: EngineSettings, network: NetworkSettings
 ) -> MigrationCost:
-    """Moves one of `batch_tokens / num_tokens` equal requests to an instance that runs one request less."""
+    """Moves one of `BATCH_TOKENS / num_tokens` equal requests to an instance that runs one request less."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        return runner.run(_measure(num_tokens, mode, engine, network, batch_tokens))
+        return runner.run(_measure(num_tokens, mode, engine, network))
 
 
 class _Stopwatch:
@@ -76,7 +70,7 @@ class _Stopwatch:
 
 
 async def _measure(
-    num_tokens: int, mode: Mode, engine: EngineSettings, network: NetworkSettings, batch_tokens: int
+    num_tokens: int, mode: Mode, engine: EngineSettings, network: NetworkSettings
 ) -> MigrationCost:
     loop = asyncio.get_running_loop()
     started: set[str] = set()
@@ -87,7 +81,7 @@ async def _measure(
     config = SimulationConfig([], {"neutral": 2}, "round-robin", {"neutral": engine}, network=network)
     cluster = SimulatedCluster(config, deliver)
     await cluster.start()
-    num_requests = 2 * max(1, batch_tokens // num_tokens) - 1  # the destination has room for one more
+    num_requests = 2 * max(1, BATCH_TOKENS // num_tokens) - 1  # the destination has room for one more
     for number in range(num_requests):
         payload = SimulatedPayload(str(number), num_tokens, 400, 0, loop.time(), (), number)
         cluster.frontend.requests.submit(payload.request_id, payload.encode(), NewRequest(num_tokens))
@@ -105,7 +99,7 @@ async def _measure(
     report = await cluster.frontend.migrate(moved, second.name, mode)
     away_ms = (watch.ready_at - watch.left_at) * 1e3 if mode != "recompute" else report.downtime_ms - step_ms
     await cluster.stop()
-    return MigrationCost(away_ms, report.downtime_ms, step_ms, watch.step_ms or step_ms, report.record.stages)
+    return MigrationCost(away_ms, step_ms, watch.step_ms or step_ms)
 
 
 class _StepTimer:

@@ -9,10 +9,10 @@ from tests.unit.loadtests.report.made_report import SAMPLES
 
 def test_periods_join_samples_with_the_same_state() -> None:
     assert cluster_samples.periods(SAMPLES) == [
-        InstancePeriod("decode-0", "decode", "ready", 0.0, 2.0),
-        InstancePeriod("decode-0", "decode", "draining", 2.0, 3.1),
-        InstancePeriod("decode-1", "decode", "starting", 1.0, 3.1),
-        InstancePeriod("decode-1", "decode", "ready", 3.1, 3.1),
+        InstancePeriod("decode-0", "ready", 0.0, 2.0),
+        InstancePeriod("decode-0", "draining", 2.0, 3.1),
+        InstancePeriod("decode-1", "starting", 1.0, 3.1),
+        InstancePeriod("decode-1", "ready", 3.1, 3.1),
     ]
 
 
