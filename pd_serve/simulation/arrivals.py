@@ -12,10 +12,10 @@ Seconds = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Arrivals:
-    """How arrival times are made.
+    """Distribution of the arrival times.
 
     Attributes:
-        kind: "poisson", "gamma", or "recorded" for the times of the trace file.
+        kind: "poisson", "gamma", or "recorded" (the times of the trace file).
         cv: Coefficient of variation of the gaps, for "gamma".
     """
 
@@ -60,7 +60,7 @@ def recorded(times: Seconds, rate: float | None) -> Seconds:
         rate: Mean requests/s; None keeps the rate of the file.
 
     Raises:
-        InvalidRequestError: All requests arrive at once, so that there is no rate to scale.
+        InvalidRequestError: All requests arrive at once, so the trace has no rate.
     """
     times = times - times[0]
     if rate is None:

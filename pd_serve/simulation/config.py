@@ -9,7 +9,7 @@ from pd_serve.simulated_engine.settings import EngineSettings
 from router.scaling import PoolBounds
 
 #: Time from the client to an engine and back with the first token, without queueing and computing. Fitted
-#: once for all figures, to the paper's prefill latencies where nothing queues.
+#: once for all figures to the paper's prefill latencies without queueing.
 FITTED_FRONT_END_S = 0.13
 
 
@@ -19,8 +19,8 @@ class TraceRequest(msgspec.Struct, frozen=True):
     Attributes:
         arrival_s: Seconds since the beginning.
         priority: As in vLLM: lower is earlier, 0 is normal, -1 is high.
-        segments: Content ids of the prompt's first `SEGMENT_TOKENS` tokens, of the next ones, and so on.
-            Prompts whose first ids are equal share these tokens. Empty: shares nothing.
+        segments: Content id of each `SEGMENT_TOKENS` tokens of the prompt. Prompts whose first ids are equal
+            share these tokens. Empty: the prompt shares nothing.
     """
 
     arrival_s: float
@@ -35,9 +35,9 @@ class NetworkSettings:
     """Links between instances.
 
     Attributes:
-        message_latency_s: One way, for control messages and tokens.
-        kv_latency_s: Before the first byte of a copy. Fitted, with the speed, to the paper's blocking copies.
-        kv_bytes_per_s: Speed of one instance's link, in each direction; shared by the copies on it.
+        message_latency_s: One-way latency of control messages and tokens.
+        kv_latency_s: Latency of a copy. Fitted, like the bandwidth, to the paper's blocking copies.
+        kv_bytes_per_s: Bandwidth of one instance's link in each direction; its copies share it.
     """
 
     message_latency_s: float = 0.0005
@@ -47,17 +47,17 @@ class NetworkSettings:
 
 @dataclass(frozen=True, slots=True)
 class SimulationConfig:
-    """One run. Its result is a function of this configuration.
+    """Configuration of one run, which determines its result.
 
     Attributes:
-        instances: Number at the beginning, by role ("prefill", "decode", "neutral").
+        instances: Number at the start, by role ("prefill", "decode", "neutral").
         policy: Name of a policy set; see `router.policies`.
-        overrides: Settings of the policy set to change, by name.
-        engines: By role; "neutral" is the default of the others.
-        autoscale: By role; empty for a fixed cluster.
+        overrides: Changed settings of the policy set, by name.
+        engines: Settings by role; "neutral" is the default of the other roles.
+        autoscale: Bounds by role; empty for a fixed cluster.
         start_instance_s: Time until a new instance serves.
-        front_end_s: Time from a client to the router; part of the request's latency.
-        max_migrations: Per instance and direction, at a time.
+        front_end_s: Time from a client to the request router; part of the request's latency.
+        max_migrations: Maximum number of migrations at a time, per instance and direction.
     """
 
     requests: Sequence[TraceRequest]

@@ -1,8 +1,8 @@
-"""Prompt and output lengths as in the workloads of the Llumnix paper, generated without any file.
+"""Generated prompt and output lengths of the workloads of the Llumnix paper.
 
 The distributions that the paper calls Short, Medium and Long are generated exactly as in its artifact.
-For ShareGPT and BurstGPT the paper gives only four quantiles and the mean: lengths are drawn from a curve
-through them, prompt and output independently of each other.
+For ShareGPT and BurstGPT the paper has only four quantiles and the mean: lengths are drawn from a curve
+through the quantiles, prompts and outputs independently of each other.
 
 Source: Llumnix (OSDI 2024), table 1; its artifact's trace generator.
 """

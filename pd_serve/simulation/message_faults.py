@@ -1,20 +1,20 @@
-"""Faults of the messages of a simulated network: lost, doubled or held back, by their type."""
+"""Message faults of a simulated network: messages of a type are lost, duplicated or held."""
 
 import asyncio
 from collections import defaultdict
 from collections.abc import Callable
 
-#: A doubled message comes a second time after this long.
+#: Delay of the duplicate of a message.
 DOUBLED_AFTER_S = 0.05
 
 Link = tuple[str, str]
 
 
 class MessageFaults:
-    """What happens to messages on their way. Without faults, messages of one sender stay in order.
+    """Faults by type of message and by node. Other messages of one sender stay in order.
 
     Attributes:
-        is_lost: Decides about each message, whatever its type; for random losses.
+        is_lost: Called for each message; True loses it. For random losses.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class MessageFaults:
         self._doubled.add(message)
 
     def hold(self, message: type) -> None:
-        """Holds the first message of this type, and all behind it on its link, until `release`."""
+        """Holds the first message of this type, and all later ones on its link, until `release`."""
         self._held_types.add(message)
 
     def isolate(self, *names: str) -> None:
@@ -42,7 +42,7 @@ class MessageFaults:
         self._isolated.update(names)
 
     def release(self) -> None:
-        """Delivers the messages that are held, in order, and holds no others."""
+        """Delivers the held messages in order, and holds no others."""
         self._held_types.clear()
         held, self._held = self._held, {}
         for deliveries in held.values():
@@ -50,7 +50,7 @@ class MessageFaults:
                 deliver()
 
     def heal(self) -> None:
-        """Ends all faults, and delivers the messages that are held."""
+        """Ends all faults, and delivers the held messages."""
         self.is_lost = lambda: False
         self._losses.clear()
         self._doubled.clear()
@@ -58,7 +58,7 @@ class MessageFaults:
         self.release()
 
     def transmit(self, link: Link, message: type, deliver: Callable[[], None]) -> None:
-        """Delivers one message from `link[0]` to `link[1]`, or not, or later."""
+        """Delivers one message from `link[0]` to `link[1]`, subject to the faults."""
         if self._isolated.intersection(link) or self.is_lost():
             return
         if self._losses[message] > 0:

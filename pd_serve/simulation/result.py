@@ -1,4 +1,4 @@
-"""Result of a simulation: what each client saw, and the cluster over time."""
+"""Result of a simulation: a record of each request, and samples of the cluster."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,12 @@ from pd_serve.simulation.config import TraceRequest
 
 @dataclass(slots=True)
 class RequestRecord:
-    """One request as its client saw it, in seconds of virtual time.
+    """One request as observed by its client, in seconds of virtual time.
 
     Attributes:
         longest_gap_s: Longest time between two tokens.
-        tokens: Number of tokens received.
-        lost, duplicated, wrong: Tokens that differ from the output that the prompt determines.
+        tokens: Number of received tokens.
+        lost, duplicated, wrong: Numbers of tokens that differ from the expected output.
     """
 
     request: TraceRequest
@@ -32,12 +32,12 @@ class RequestRecord:
 
     @property
     def decode_s(self) -> float:
-        """Mean time of the tokens after the first (the paper's decode latency; TPOT). 0 with one token."""
+        """Mean time per token after the first (the paper's decode latency; TPOT). 0 with one token."""
         return (self.last_token_s - self.first_token_s) / (self.tokens - 1) if self.tokens > 1 else 0.0
 
     @property
     def request_s(self) -> float:
-        """Time from arrival to the last token (E2E)."""
+        """Time from arrival to the last token (end-to-end latency)."""
         return self.last_token_s - self.request.arrival_s
 
 
@@ -46,8 +46,8 @@ class Sample:
     """The cluster at one moment, taken every second.
 
     Attributes:
-        free, total: KV blocks over all instances.
-        head_of_line: Blocks that the first queued request needs, for each instance with a queue.
+        free, total: Numbers of KV blocks of all instances.
+        head_of_line: KV blocks that the first queued request needs, for each instance with a queue.
     """
 
     at_s: float
@@ -61,18 +61,18 @@ class Sample:
 
 @dataclass(slots=True)
 class SimulationResult:
-    """Everything that a run has measured.
+    """All measurements of a run.
 
     Attributes:
         records: In the order of the requests.
         migrations: Numbers of committed and aborted ones, by reason.
-        preemption_loss_s: Time from preemption until recomputed, summed over all preemptions.
+        preemption_loss_s: Time from preemption to the end of the recompute, summed over all preemptions.
         instance_s: Lifetimes of all instances until the last token, summed.
-        duration_s: From the first arrival to the last token.
-        leaked_blocks: KV blocks that were not free at rest.
-        integrity: Violated invariants at rest, and errors that no task handled.
+        duration_s: Time from the first arrival to the last token.
+        leaked_blocks: Number of KV blocks that were not free at rest.
+        integrity: Violated invariants at rest, and unhandled errors of tasks.
         scaling: Scaling decisions: (time, decision and its reason).
-        wall_s: Real time that the run took.
+        wall_s: Real duration of the run.
     """
 
     records: list[RequestRecord]

@@ -28,14 +28,14 @@ Simulate = Callable[[SimulationConfig, Callable[[int, int], None] | None], Simul
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """A workload, a cluster and a policy. Fields without a line here are as in the classes they go to.
+    """A workload, a cluster and a policy. See `SimulationConfig` and `EngineSettings` for the other fields.
 
     Attributes:
-        instances: Number by role at the beginning.
-        autoscale: Least and greatest number by role.
+        instances: Number at the start, by role.
+        autoscale: Bounds by role.
         one_class: Schedules all requests with normal priority, and reports them by the priority of the trace.
-        with_series: The summary also has the cluster over time.
-        slo: Bounds of a good request.
+        with_series: Whether the summary has the cluster over time.
+        slo: Bounds of a request that counts in the goodput.
     """
 
     trace: TraceSpec
@@ -69,8 +69,11 @@ class Scenario:
 def configure(
     case: Scenario, traces: Path | None = None
 ) -> tuple[SimulationConfig, list[PriorityClass], int]:
-    """The simulation of a case, the priority class to report each request under, and the number of requests
-    that are left out because no instance could ever hold them.
+    """Configures the simulation of a case.
+
+    Returns:
+        The configuration, the priority class under which each request is reported, and the number of requests
+        left out because no instance has enough KV blocks for them.
 
     Raises:
         InvalidRequestError: A field of the case is invalid.
@@ -135,7 +138,7 @@ def run_scenario(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Disables warnings of the control plane, such as that an instance has ended."""
+    """Disables warnings of the control plane, such as the end of an instance."""
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))
     try:

@@ -19,7 +19,7 @@ from router.request import PREFIX_TOKENS, NewRequest
 
 SAMPLE_S = 1.0
 
-#: Time for the cluster to come to rest after the last token: leases of lost messages have to expire.
+#: Maximum time until the cluster is at rest after the last token: leases after lost messages have to expire.
 REST_S = 30.0
 
 OnProgress = Callable[[int, int], None]
@@ -48,7 +48,7 @@ def simulate(config: SimulationConfig, on_progress: OnProgress | None = None) ->
 
 
 class Simulation:
-    """The clients of one run, which record what they see."""
+    """One run: the clients, which record their tokens, and samples of the cluster."""
 
     def __init__(self, config: SimulationConfig, on_progress: OnProgress | None = None) -> None:
         self.config = config
@@ -98,7 +98,7 @@ class Simulation:
         )
 
     def _on_exception(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """An exception that no task handled fails the integrity of the run; each kind is logged once."""
+        """Adds an unhandled exception to the violated invariants of the run; logs each kind once."""
         failure = repr(context.get("exception") or context["message"])
         if failure not in self.cluster.launcher.failures:
             self.cluster.launcher.failures.append(failure)
@@ -185,7 +185,8 @@ class Simulation:
     async def _rest(self) -> tuple[int, list[str]]:
         """Waits until nothing is in progress.
 
-        Returns: KV blocks that are not free then, and violated invariants.
+        Returns:
+            Number of KV blocks that are not free then, and the violated invariants.
         """
         deadline = self._loop.time() + REST_S
         while True:
@@ -197,7 +198,7 @@ class Simulation:
 
 
 def _prefix_keys(request: TraceRequest) -> tuple[int, ...]:
-    """Like `router.request.prefix_keys`, computed from the segments in place of the tokens."""
+    """Like `router.request.prefix_keys`, computed from segments instead of tokens."""
     keys = []
     key = 0
     for segment in request.segments[: request.prompt_tokens // SEGMENT_TOKENS]:

@@ -1,4 +1,4 @@
-"""A whole cluster in one event loop: real manager, scheduler, llumlets and frontend on simulated parts."""
+"""A cluster on one event loop: manager, scheduler, llumlets and frontend on simulated engines and wires."""
 
 import asyncio
 import random
@@ -20,23 +20,26 @@ from router.dispatcher import Dispatcher
 from router.load import ROLES
 from router.policies import policy_set
 
-#: The most instances that may live at a time beyond those at the beginning.
+#: Maximum number of instances at a time, in addition to those at the start, in a cluster that scales.
 SPARE_SLOTS = 1024
 
 
 class SimulatedNotices:
-    """Progress and warnings of the manager, which a simulation does not show."""
+    """Ignores progress and warnings of the manager."""
 
     def step(self, text: str) -> None: ...
     def warn(self, text: str) -> None: ...
 
 
 class SimulatedCluster:
-    """Args: `deliver` takes batches of outputs, as an API server would.
+    """The control plane of a cluster with one API server, and faults for tests.
+
+    Args:
+        deliver: Receives batches of outputs.
 
     Attributes:
-        frontend: Of the one API server.
-        manager: None while it is absent.
+        frontend: The frontend of the API server.
+        manager: None while the manager is absent.
         scaling: (time, decision and its reason) for every instance started or stopped while serving.
     """
 
@@ -44,7 +47,7 @@ class SimulatedCluster:
         self.config = config
         self._loop = asyncio.get_running_loop()
         engine = config.engines["neutral"]
-        # One number per block is copied. It stands for the KV of the block's tokens.
+        # A copy of a block is a copy of one number of 8 bytes, which represents the KV of the block's tokens.
         scale = engine.kv_bytes_per_token * engine.block_tokens / 8
         self.network = SimulatedNetwork(config.network, scale)
         self.launcher = SimulatedLauncher(config, self.network)
@@ -76,13 +79,13 @@ class SimulatedCluster:
     # ---- faults
 
     async def kill_manager(self) -> None:
-        """Ends the manager as if its process had died. The other processes go on."""
+        """Ends the manager as if its process had died. The other processes continue."""
         if (manager := self.manager) is not None:
             self.manager = None
             await manager.close()
 
     async def replace_manager(self) -> None:
-        """A new manager takes over the running instances."""
+        """Starts another manager, which takes over the running instances."""
         self.manager = self._make_manager()
         await self.manager.take_over()
 
@@ -90,10 +93,10 @@ class SimulatedCluster:
         await self.launcher.kill_instance(name)
 
     async def kill_scheduler(self) -> None:
-        """The manager starts another one."""
+        """Ends the scheduler as if its process had died. The manager starts another one."""
         await self.launcher.kill_scheduler()
 
-    # ---- what is known at the end
+    # ---- checks at the end
 
     async def check_integrity(self) -> list[str]:
         """Every violated invariant of the cluster at rest."""

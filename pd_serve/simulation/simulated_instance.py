@@ -17,8 +17,10 @@ logger = logging.getLogger(__name__)
 
 
 class SimulatedInstance:
-    """Attributes:
-    failure: What has failed in a way that must not happen; None if nothing has.
+    """An instance of a simulated cluster.
+
+    Attributes:
+        failure: Unexpected failure of the engine or of a migration; None if there was none.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class SimulatedInstance:
         )
 
     async def stop(self) -> None:
-        """Ends it in the middle of whatever it does, as when its process ends."""
+        """Ends the instance at once, like the end of its process."""
         await self.engine.stop()
         await self.llumlet.close()
         self.transport.close()

@@ -1,4 +1,4 @@
-"""Runs the processes of a service in virtual time: instances and the scheduler."""
+"""The launcher of simulations: runs instances and the scheduler in virtual time."""
 
 import asyncio
 from collections.abc import Callable
@@ -17,11 +17,10 @@ class SimulatedLauncher:
     """Implements `pd_serve.manager.launcher.Launcher`; see there.
 
     Attributes:
-        instances: Those that run, by id.
-        instance_s: Lifetime of the instances that have ended.
-        preemptions, preemption_loss_s, steps: Of the engines that have ended.
-        scaling: (time, what was started or stopped) after the start of the cluster.
-        failures: What has failed in a way that must not happen.
+        instances: Running instances, by id.
+        instance_s: Sum of the lifetimes of the ended instances.
+        preemptions, preemption_loss_s, steps: Sums over the ended instances.
+        failures: Unexpected failures.
     """
 
     def __init__(self, config: SimulationConfig, network: SimulatedNetwork) -> None:
@@ -43,7 +42,7 @@ class SimulatedLauncher:
     # ---- Launcher
 
     def launch(self, name: str, placement: Placement) -> None:
-        """A simulated process needs no time before `start`."""
+        """Does nothing: a simulated process needs no time before `start`."""
 
     def waits_for(self, name: str) -> str:
         return ""
@@ -85,7 +84,7 @@ class SimulatedLauncher:
     async def scheduler_ended(self) -> None:
         await self._scheduler_ended.wait()
 
-    # ---- faults, and the end
+    # ---- faults, stop and checks
 
     async def kill_instance(self, name: str) -> None:
         """Ends an instance as if its process had died."""
@@ -108,7 +107,7 @@ class SimulatedLauncher:
 
     @property
     def num_leaked_blocks(self) -> int:
-        """Blocks that are not free now; 0 when no request is left."""
+        """Number of KV blocks that are not free; 0 after the last request."""
         pools = [instance.engine.batcher.pool for instance in self.instances.values()]
         return sum(pool.num_blocks - pool.num_free for pool in pools)
 

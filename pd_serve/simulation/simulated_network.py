@@ -1,4 +1,4 @@
-"""What connects the parts of a simulated cluster: messages with latency, KV copies that share links.
+"""The network of a simulated cluster: messages with latency, KV copies that share links.
 
 `SimulatedWire` has the interface of `pd_serve.comm.wire.Wire`, `SimulatedFabric` that of the KV transport.
 """
@@ -14,17 +14,17 @@ from pd_serve.comm.message_wire import HandlerFailures, OnFrames, OnMessage
 from pd_serve.simulation.config import NetworkSettings
 from pd_serve.simulation.message_faults import MessageFaults
 
-#: What a control message without payload takes on a link.
+#: Size of a control message on a link, in bytes.
 MESSAGE_BYTES = 300
 
 
 class SimulatedNetwork:
-    """Listeners by address, and the time that messages take. Messages of one sender stay in order.
+    """Delivers messages with latency. Messages of one sender stay in order.
 
-    A message shares its sender's link with the copies that are leaving there.
+    A message shares its sender's link with the outgoing copies.
 
     Attributes:
-        faults: Loses, doubles and holds messages; None for a network without faults.
+        faults: Loses, duplicates and holds messages; None for a network without faults.
     """
 
     def __init__(self, settings: NetworkSettings, kv_bytes_per_byte: float) -> None:
@@ -35,10 +35,10 @@ class SimulatedNetwork:
         self._loop = asyncio.get_running_loop()
         self._listeners: dict[str, OnFrames] = {}
         self._cut: set[str] = set()
-        self._arrives: dict[str, float] = {}  # when the last message of a sender arrives
+        self._arrives: dict[str, float] = {}  # arrival of the last message of a sender
 
     def listen(self, name: str, on_message: OnFrames) -> str:
-        """Returns the address, which no other listener of the node has."""
+        """Adds a listener. Returns its address."""
         address = next(a for n in itertools.count() if (a := f"{name}/{n}") not in self._listeners)
         self._listeners[address] = on_message
         return address
@@ -47,7 +47,7 @@ class SimulatedNetwork:
         self._listeners.pop(address, None)
 
     def cut(self, name: str) -> None:
-        """Breaks a node off: nothing reaches it or leaves it, and reads of its KV fail."""
+        """Cuts a node off: all messages from and to it are lost, and reads of its KV fail."""
         self._cut.add(name)
         self.fabric.fail(name)
 
@@ -57,7 +57,7 @@ class SimulatedNetwork:
         self.fabric.restore(name)
 
     def deliver(self, sender: str, address: str, frames: list[Any]) -> None:
-        """Sends frames to an address; they are lost if no listener is there when they arrive."""
+        """Sends frames to an address. They are lost if it has no listener on arrival."""
         if sender in self._cut:
             return
         self.num_messages += 1
@@ -84,10 +84,7 @@ class SimulatedNetwork:
 
 
 class SimulatedWire:
-    """One process's end of the network; see `pd_serve.comm.message_wire.MessageWire`.
-
-    Messages are handed over as they are, not encoded.
-    """
+    """Implements `pd_serve.comm.message_wire.MessageWire` for one process. Messages are not encoded."""
 
     def __init__(self, name: str, network: SimulatedNetwork) -> None:
         self.name = name
@@ -123,7 +120,7 @@ class SimulatedWire:
         return True
 
     def send_to(self, address: str, frames: list[Any]) -> None:
-        """Sends frames to an address that is not a peer's: a step's tokens to their API server."""
+        """Sends frames to an address without a peer: a step's tokens to the token endpoint."""
         self._network.deliver(self.name, address, frames)
 
     async def close(self) -> None:
@@ -133,13 +130,13 @@ class SimulatedWire:
 
 
 class SimulatedFabric(LocalFabric):
-    """Copies between instances take the time that their KV would take.
+    """KV copies between simulated instances, which take the time of a copy of real KV.
 
-    Each instance has one link, as fast in both directions as `kv_bytes_per_s`. A copy runs at its share of
-    the busier of the two links, as it is when the copy begins.
+    Each instance has one link with a bandwidth of `kv_bytes_per_s` in each direction. A copy gets its share
+    of the busier link, as it is when the copy begins.
 
     Args:
-        kv_bytes_per_byte: Bytes of KV that one copied byte of simulated contents stands for.
+        kv_bytes_per_byte: Bytes of KV that one copied byte of simulated contents represents.
     """
 
     def __init__(self, settings: NetworkSettings, kv_bytes_per_byte: float) -> None:

@@ -29,7 +29,7 @@ class Slo:
 def summarize(
     result: SimulationResult, slo: Slo, classes: Sequence[PriorityClass] | None = None
 ) -> dict[str, Any]:
-    """All numbers of a run. Times in seconds; None where nothing was measured.
+    """Summarizes a run. Times are in seconds; numbers without a measurement are None.
 
     `preemption_loss_s` is the mean over all requests. `attainment` is the share of the requests that meet the
     SLO, `goodput` that share times the arrival rate in requests/s.

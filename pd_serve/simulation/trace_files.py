@@ -1,7 +1,7 @@
-"""Reading request traces: Azure's CSV, Mooncake's JSON lines, lengths only as CSV.
+"""Reads request traces: Azure's CSV, Mooncake's JSON lines, CSV files with lengths only.
 
-The files are not part of this project. They are looked for in the folder given, in the folder that the
-environment variable PD_SERVE_TRACES names, or in a folder shared/traces beside the project's own.
+The files are not part of this project. They are looked for in the given folder, in the folder of the
+environment variable PD_SERVE_TRACES, or in the folder shared/traces next to the project's.
 """
 
 import csv
@@ -19,7 +19,7 @@ from pd_serve.simulation.lengths import GENERATED, Lengths
 
 ENVIRONMENT_VARIABLE = "PD_SERVE_TRACES"
 
-#: By name of the trace: the name of the file, and where to download it.
+#: Name of the file and its source, by name of the trace.
 FILES = {
     "azure-conv": ("AzureLLMInferenceTrace_conv.csv", "github.com/Azure/AzurePublicDataset"),  # CC-BY 4.0
     "azure-code": ("AzureLLMInferenceTrace_code.csv", "github.com/Azure/AzurePublicDataset"),
@@ -29,7 +29,7 @@ FILES = {
     "sharegpt": ("sharegpt_first_turn.csv", "github.com/microsoft/sarathi-serve, data/processed_traces"),
 }
 
-#: Columns of a CSV file that hold prompt and output lengths.
+#: Columns of a CSV file with the prompt and output lengths.
 COLUMNS = (
     ("ContextTokens", "GeneratedTokens"),
     ("input_tokens", "output_tokens"),
@@ -54,10 +54,10 @@ class RecordedTrace:
 
 
 def find(name: str, folder: Path | None = None) -> Path:
-    """The file of a named trace, or the file of that path.
+    """The file of a named trace, or the file at that path.
 
     Raises:
-        InvalidRequestError: There is no such file; the message says where to get it.
+        InvalidRequestError: There is no such file; the message has its source.
     """
     if name not in FILES:
         path = Path(name)
@@ -82,7 +82,7 @@ def read(path: Path) -> RecordedTrace:
     """Reads a trace.
 
     Raises:
-        InvalidRequestError: The format is not known, or the file has no requests.
+        InvalidRequestError: The format is unknown, or the file has no requests.
     """
     try:
         with path.open(encoding="utf-8", newline="") as file:
@@ -120,7 +120,7 @@ def _read_csv(lines: Iterable[str]) -> RecordedTrace:
 
 
 def _positive(values: Iterable[int]) -> Lengths:
-    """At least one token, for prompts and outputs alike."""
+    """Raises all lengths to at least one token."""
     return np.maximum(np.array(list(values), dtype=np.int64), 1)
 
 

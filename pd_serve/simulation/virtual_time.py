@@ -1,4 +1,4 @@
-"""An event loop with a virtual clock: hours pass as fast as their events can be handled."""
+"""An event loop with a virtual clock, which does not wait between events."""
 
 import asyncio
 import contextvars
@@ -9,9 +9,10 @@ from typing import Any
 
 
 class VirtualLoop(asyncio.BaseEventLoop):
-    """Advances its clock to the next timer when no callback is ready. No sockets, threads or signals.
+    """An event loop that advances its clock to the next timer when no callback is ready.
 
-    Timers of the same time fire in the order in which they were set, so a run is a function of its input.
+    It has no sockets, threads or signals. Timers with the same time fire in the order in which they were set,
+    so runs are deterministic.
     """
 
     def __init__(self) -> None:
@@ -37,7 +38,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
     # ---- called by asyncio.BaseEventLoop
 
     def _run_once(self) -> None:
-        """Runs the callbacks that are ready; without any, those of the next timers."""
+        """Runs the ready callbacks, or those of the next timers if none is ready."""
         ready, timers = self._ready, self._timers  # type: ignore[attr-defined]
         if not ready:
             while timers and timers[0][2].cancelled():

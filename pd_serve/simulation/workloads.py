@@ -27,9 +27,9 @@ class TraceSpec:
         name: Name of a generator (`lengths.GENERATED`) or of a known file (`trace_files.FILES`), or a path.
         rate: Mean requests/s; None for the rate of the file.
         requests: Number of requests; None for all of a file, or `DEFAULT_REQUESTS` generated ones.
-        arrivals: See `Arrivals.parse`; None for recorded times where the trace has them, Poisson otherwise.
-        priority_fraction: Share of the requests, chosen at random, that have high priority.
-        seed: 0 gives the paper's own lengths.
+        arrivals: See `Arrivals.parse`; None for recorded times if the trace has them, Poisson otherwise.
+        priority_fraction: Share of requests with high priority, chosen at random.
+        seed: Seed 0 gives the lengths of the paper.
     """
 
     name: str
@@ -40,7 +40,7 @@ class TraceSpec:
     seed: int = 0
 
     def check(self) -> None:
-        """Raises: InvalidRequestError: A number is out of its range."""
+        """Checks the numbers. Raises: InvalidRequestError: One is out of its range."""
         if self.rate is not None and not 0 < self.rate < float("inf"):
             raise InvalidRequestError(f"rate {self.rate}: must be above 0")
         if self.requests is not None and self.requests < 1:
@@ -58,7 +58,7 @@ def make_requests(spec: TraceSpec, folder: Path | None = None) -> list[TraceRequ
         folder: Folder of trace files; see `trace_files`.
 
     Raises:
-        InvalidRequestError: The specification is invalid; the message says what to change.
+        InvalidRequestError: The specification is invalid; the message has the reason.
     """
     spec.check()
     trace = _trace(spec, folder)
@@ -74,9 +74,9 @@ def make_requests(spec: TraceSpec, folder: Path | None = None) -> list[TraceRequ
 
 
 def fitting(requests: list[TraceRequest], most_tokens: int) -> list[TraceRequest]:
-    """The requests whose prompt and output have at most `most_tokens` tokens together.
+    """The requests with at most `most_tokens` prompt and output tokens.
 
-    An instance with room for `most_tokens` could never serve the others.
+    An instance with room for `most_tokens` can never serve the others.
     """
     return [r for r in requests if r.prompt_tokens + r.output_tokens <= most_tokens]
 
