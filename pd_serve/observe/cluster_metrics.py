@@ -144,7 +144,7 @@ class ClusterMetrics(Collector):
     def _scheduler(self, report: ClusterReport) -> Iterator[Metric]:
         stats = report.state.scheduler_stats if report.state is not None else None
         yield GaugeMetricFamily(
-            "pd_serve_scheduler_up", "1 while the scheduler report.", float(stats is not None)
+            "pd_serve_scheduler_up", "1 while the scheduler reports.", float(stats is not None)
         )
         for metric in _SCHEDULER:
             yield metric.family("pd_serve_scheduler", (), [] if stats is None else [((), stats)])
