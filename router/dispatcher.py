@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from router.dispatch import DISPATCH, DispatchPolicy, can_start, candidates
-from router.dispatch.backlog import LeastBacklog
+from router.dispatch.least_loaded import LeastBacklog
+from router.freeness import limit_headroom
 from router.handoff import HANDOFF, FreestDestination, can_receive
-from router.headroom import limit_headroom
 from router.load import InstanceLoad
 from router.plugins import PolicyError
 from router.policies import PolicySet, policy_set

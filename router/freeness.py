@@ -7,6 +7,8 @@ counts for (its virtual usage).
 import math
 from collections.abc import Iterable
 
+from msgspec.structs import replace
+
 from router.load import InstanceLoad
 from router.priority import PriorityClass, priority_class
 from router.request import NO_DEMAND, Demand
@@ -23,6 +25,29 @@ def headroom(load: InstanceLoad) -> int:
     if not load.high_priority:
         return 0
     return max(0, load.total_blocks - HIGH_PRIORITY_LOAD_TOKENS // load.block_tokens)
+
+
+def limit_headroom(loads: Iterable[InstanceLoad], share: float) -> list[InstanceLoad]:
+    """The loads, with headroom on at most this share of each pool, and on at least one instance if it is > 0.
+
+    The instances with the most requests of high priority keep headroom; the others count as if they had none.
+    Without a limit a tenth of long requests claims a whole pool: each instance is then too full for requests
+    of normal priority and has to give its own away (docs/policies.md). The paper has no limit: 1.
+    """
+    loads = list(loads)
+    claiming = [load for load in loads if load.high_priority]
+    if share >= 1.0 or not claiming:
+        return loads
+    kept: set[str] = set()
+    for role in dict.fromkeys(load.role for load in claiming):
+        most = max(1, int(sum(load.role == role for load in loads) * share)) if share > 0 else 0
+        pool = [load for load in claiming if load.role == role]
+        pool.sort(key=lambda load: (-load.high_priority, load.instance_id))
+        kept.update(load.instance_id for load in pool[:most])
+    return [
+        replace(load, high_priority=0) if load.high_priority and load.instance_id not in kept else load
+        for load in loads
+    ]
 
 
 def virtual_usage(load: InstanceLoad) -> float:

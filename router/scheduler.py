@@ -12,7 +12,7 @@ from typing import Protocol
 
 from msgspec.structs import replace
 
-from router.headroom import limit_headroom
+from router.freeness import limit_headroom
 from router.load import InstanceLoad
 from router.plugins import PolicyChoice
 from router.projected_loads import ProjectedLoads

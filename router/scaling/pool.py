@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from router.load import InstanceLoad
 from router.plugins import PolicyKind
 from router.request import NO_DEMAND, Demand
-from router.scaling.backlog_signal import BacklogSignal
 from router.scaling.decisions import Decision, Drain, PoolBounds, ScalingPolicy, SizeChange, Start, Stop
-from router.scaling.freeness_signal import FreenessSignal
+from router.scaling.signals import BacklogSignal, FreenessSignal
 from router.settings import PolicySet
 
 #: Time that a drained instance stays empty before it is stopped: requests may have been on their way to it.

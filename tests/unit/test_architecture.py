@@ -34,7 +34,7 @@ FLOORS = (
 FLOORS_INSIDE = {
     "router": (
         ("router.load", "router.request", "router.priority", "router.plugins"),
-        ("router.freeness", "router.headroom", "router.settings", "router.projected_loads"),
+        ("router.freeness", "router.settings", "router.projected_loads"),
         ("router.handoff", "router.dispatch", "router.rescheduling", "router.scaling"),
         ("router.policies",),
         ("router.dispatcher",),

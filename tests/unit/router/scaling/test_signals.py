@@ -1,5 +1,6 @@
-"""Scaling by average freeness."""
+"""Scaling by average freeness, and by prompt tokens that wait."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
@@ -7,8 +8,11 @@ from msgspec.structs import replace
 from router.freeness import pooled_freeness
 from router.load import InstanceLoad
 from router.policies import policy_set
-from router.scaling.freeness_signal import MAX_CHANGE, FreenessSignal
-from tests.unit.router.made_loads import clusters, neutral, scaled
+from router.request import NO_DEMAND
+from router.scaling import SizeChange
+from router.scaling.signals import MAX_CHANGE, BacklogSignal, FreenessSignal
+from router.settings import PolicySet
+from tests.unit.router.made_loads import clusters, neutral, prefill, scaled
 
 PAPER = policy_set("llumnix-paper")
 
@@ -21,56 +25,60 @@ def pool(count: int, free: int, running: int) -> list[InstanceLoad]:
     return [load(f"i{number}", free, running) for number in range(count)]
 
 
+def look(loads: list[InstanceLoad], starting: int, policies: PolicySet = PAPER) -> SizeChange:
+    return FreenessSignal().look(loads, starting, policies, NO_DEMAND)
+
+
 def test_average_freeness_below_t_asks_for_more_until_it_is_not() -> None:
     """4 x 80 free for 4 x 20 requests are 4 each; another 851 make it 14."""
     crowded = pool(4, 80, 20)
 
-    assert FreenessSignal().look(crowded, 0, PAPER).instances == 1
-    assert FreenessSignal().look(pool(4, 0, 60), 0, PAPER).instances == 3
-    assert FreenessSignal().look(pool(16, 0, 80), 0, PAPER).instances == MAX_CHANGE
-    assert FreenessSignal().look(pool(4, 220, 20), 0, PAPER).instances == 0
+    assert look(crowded, 0).instances == 1
+    assert look(pool(4, 0, 60), 0).instances == 3
+    assert look(pool(16, 0, 80), 0).instances == MAX_CHANGE
+    assert look(pool(4, 220, 20), 0).instances == 0
 
 
 def test_starting_instances_count_as_idle() -> None:
-    assert FreenessSignal().look(pool(4, 80, 20), 1, PAPER).instances == 0
-    assert FreenessSignal().look(pool(4, 0, 60), 1, PAPER).instances == 2
+    assert look(pool(4, 80, 20), 1).instances == 0
+    assert look(pool(4, 0, 60), 1).instances == 2
 
 
 def test_average_freeness_without_one_above_t_and_margin_asks_for_one_less() -> None:
     """(4 x 600 - 851) / 20 = 77 > 60; with 26 requests it is 59.6."""
-    assert FreenessSignal().look(pool(4, 600, 5), 0, PAPER).instances == -1
-    assert FreenessSignal().look([*pool(3, 600, 5), load("i3", 600, 11)], 0, PAPER).instances == 0
-    assert FreenessSignal().look(pool(4, 600, 5), 1, PAPER).instances == 0
+    assert look(pool(4, 600, 5), 0).instances == -1
+    assert look([*pool(3, 600, 5), load("i3", 600, 11)], 0).instances == 0
+    assert look(pool(4, 600, 5), 1).instances == 0
 
 
 def test_an_idle_instance_does_not_hide_that_the_others_are_full() -> None:
     """The mean of the instances' own freeness would be above 170."""
-    assert FreenessSignal().look([*pool(4, 0, 40), load("i4", 851, 0)], 0, PAPER).instances == 1
+    assert look([*pool(4, 0, 40), load("i4", 851, 0)], 0).instances == 1
 
 
 def test_the_whole_queue_counts() -> None:
-    assert FreenessSignal().look(pool(1, 200, 10), 0, PAPER).instances == 0
+    assert look(pool(1, 200, 10), 0).instances == 0
     queue = load("i0", 200, 10, waiting=5, head_of_line_blocks=50, waiting_blocks=250)
-    assert FreenessSignal().look([queue], 0, PAPER).instances == 1
+    assert look([queue], 0).instances == 1
 
 
 def test_the_reason_is_one_line_with_the_numbers() -> None:
-    assert FreenessSignal().look(pool(4, 80, 20), 0, PAPER).reason == "average freeness 4.0 < 10"
-    assert FreenessSignal().look(pool(4, 600, 5), 0, PAPER).reason == "average freeness without it 77.5 > 60"
+    assert look(pool(4, 80, 20), 0).reason == "average freeness 4.0 < 10"
+    assert look(pool(4, 600, 5), 0).reason == "average freeness without it 77.5 > 60"
 
 
 @given(clusters("neutral", least=1), st.integers(0, 3))
 def test_growing_and_shrinking_are_far_apart(cluster: list[InstanceLoad], starting: int) -> None:
     """Right after a pool has grown by what it asked for, it does not ask to shrink, and the reverse."""
     serving = [replace(one, draining=False, total_blocks=1000) for one in cluster]
-    needed = FreenessSignal().look(serving, starting, PAPER)
+    needed = look(serving, starting)
     idle = [
         InstanceLoad(f"new {n}", "neutral", total_blocks=1000, free_blocks=1000)
         for n in range(starting + max(needed.instances, 0))
     ]
     if needed.instances > 0:
         assert pooled_freeness(serving, 1000 * starting) < PAPER.scale_threshold
-        then = FreenessSignal().look([*serving, *idle], 0, PAPER)
+        then = look([*serving, *idle], 0)
         assert needed.instances == MAX_CHANGE or then.instances <= 0
     if needed.instances < 0:
         assert pooled_freeness(serving, -1000) > PAPER.scale_threshold + PAPER.scale_margin
@@ -81,7 +89,15 @@ def test_freeness_scales_with_its_thresholds(cluster: list[InstanceLoad], factor
     serving = [replace(one, draining=False) for one in cluster]
     larger = policy_set("llumnix-paper", scale_threshold=10.0 * factor, scale_margin=50.0 * factor)
 
-    assert (
-        FreenessSignal().look([scaled(one, factor) for one in serving], 0, larger).instances
-        == FreenessSignal().look(serving, 0, PAPER).instances
-    )
+    assert look([scaled(one, factor) for one in serving], 0, larger).instances == look(serving, 0).instances
+
+
+@pytest.mark.parametrize(
+    ("tokens", "starting", "change"),
+    [(9000, 0, 1), (8000, 0, 0), (9000, 1, 0), (600, 0, 0), (400, 0, -1), (400, 1, 0)],
+)
+def test_a_prefill_pool_goes_by_the_prompt_tokens_that_wait(tokens: int, starting: int, change: int) -> None:
+    """Of two instances: as many tokens each."""
+    pool = [prefill(f"p{n}", tokens) for n in range(2)]
+
+    assert BacklogSignal().look(pool, starting, PAPER, NO_DEMAND).instances == change

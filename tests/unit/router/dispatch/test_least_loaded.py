@@ -1,4 +1,4 @@
-"""Shortest queue, and the shorter one of two."""
+"""Least backlog, shortest queue, and the shorter queue of two."""
 
 import random
 from collections import Counter
@@ -6,13 +6,24 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.dispatch.shortest_queue import PowerOfTwo, ShortestQueue
+from router.dispatch.least_loaded import LeastBacklog, PowerOfTwo, ShortestQueue
 from router.load import InstanceLoad
 from router.request import NewRequest
-from tests.unit.router.made_loads import clusters, neutral
+from tests.unit.router.made_loads import clusters, neutral, prefill
 
 RNG = random.Random(0)
 REQUEST = NewRequest(100)
+
+
+def least_backlog(*loads: InstanceLoad) -> str | None:
+    chosen = LeastBacklog().choose(loads, REQUEST, RNG)
+    return chosen and chosen.instance_id
+
+
+def test_backlog_ties_go_to_the_smaller_batch_then_by_name() -> None:
+    assert least_backlog(prefill("p0", running=2), prefill("p1", running=1)) == "p1"
+    assert least_backlog(prefill("p0", running=1), prefill("p1", waiting=2)) == "p0"
+    assert least_backlog(prefill("p1"), prefill("p0")) == "p0"
 
 
 def test_among_equal_queues_the_smaller_batch_wins() -> None:
