@@ -12,6 +12,7 @@ from migration.destination_table import DestinationEvent, DestinationState
 from migration.engine_interface import Engine
 from migration.errors import DestinationRefusedError, ProtocolError, Refusal, RefusalCode
 from migration.incoming import IncomingMigration
+from migration.local_instance import LocalInstance, Pacer
 from migration.messages import (
     AnyMigrationMessage,
     Committed,
@@ -28,7 +29,6 @@ from migration.messages import (
     Withdraw,
 )
 from migration.outgoing import OutgoingMigration
-from migration.pacing import Pacer
 from migration.record import MigrationRecord
 from migration.source_table import SourceEvent, SourceState
 from migration.tasks import BackgroundTasks
@@ -64,12 +64,9 @@ class MigrationCoordinator:
     ) -> None:
         self.name = name
         self.bounds = bounds or MigrationBounds()
-        self._engine = engine
-        self._transport = transport
-        self._send = send
-        self._pacer = Pacer(self.bounds.stage_bytes_per_s)
+        pacer, tasks = Pacer(self.bounds.stage_bytes_per_s), BackgroundTasks(on_failure)
+        self._instance = LocalInstance(name, engine, transport, send, self.bounds, pacer, tasks)
         self._on_ended = on_ended
-        self._tasks = BackgroundTasks(on_failure)
         self._serial = itertools.count()
         self._incarnation = uuid.uuid4().hex[:8]  # ids from before a restart must not match
         self._outgoing: dict[MigrationId, OutgoingMigration] = {}
@@ -125,7 +122,7 @@ class MigrationCoordinator:
             raise DestinationRefusedError(RefusalCode.TOO_MANY_MIGRATIONS, text)
         self._starting.add(request_id)
         try:
-            description = await self._engine.describe(request_id)
+            description = await self._instance.engine.describe(request_id)
         finally:
             self._starting.discard(request_id)
         if self._closed:
@@ -133,14 +130,9 @@ class MigrationCoordinator:
         migration = OutgoingMigration(
             MigrationId(f"{self.name}.{self._incarnation}.{next(self._serial)}"),
             description,
-            self.name,
             destination,
             reason,
-            engine=self._engine,
-            kv_endpoint=self._transport.endpoint(),
-            send=self._send,
-            bounds=self.bounds,
-            tasks=self._tasks,
+            instance=self._instance,
             on_close=self._outgoing_closed,
             blocking=blocking,
         )
@@ -189,7 +181,7 @@ class MigrationCoordinator:
 
     def peer_lost(self, peer: InstanceId) -> None:
         """A peer is known to be dead (not merely silent)."""
-        self._transport.forget(peer)
+        self._instance.transport.forget(peer)
         refusal = Refusal(RefusalCode.PEER_LOST, f"{peer} died")
         for outgoing in list(self._outgoing.values()):
             if outgoing.destination == peer:
@@ -208,7 +200,7 @@ class MigrationCoordinator:
         self._outgoing.clear()
         self._by_request.clear()
         self._incoming.clear()
-        await self._tasks.cancel()
+        await self._instance.tasks.cancel()
 
     def check_integrity(self) -> list[str]:
         """Migrations that still hold something; empty when the instance is at rest."""
@@ -233,7 +225,7 @@ class MigrationCoordinator:
             # An unknown migration gets no answer: the message may be a late one about a request that runs
             # at the peer. A reservation ends with its lease, and API servers end copies that are stale.
             refusal = Refusal(RefusalCode.CANCELLED, "the source has given this migration up")
-            self._send(peer, Withdraw(message.migration_id, refusal))
+            self._instance.send(peer, Withdraw(message.migration_id, refusal))
 
     def _on_message_to_destination(self, peer: InstanceId, message: ToDestination) -> None:
         migration = self._incoming.get(message.migration_id)
@@ -244,23 +236,14 @@ class MigrationCoordinator:
             if self.num_incoming >= self.bounds.max_incoming:
                 text = f"{self.bounds.max_incoming} migrations are arriving already"
                 refusal = Refusal(RefusalCode.TOO_MANY_MIGRATIONS, text)
-                self._send(peer, Refused(message.migration_id, refusal))
+                self._instance.send(peer, Refused(message.migration_id, refusal))
                 self.num_refused += 1
                 return
-            self._incoming[message.migration_id] = IncomingMigration(
-                message,
-                peer,
-                engine=self._engine,
-                transport=self._transport,
-                send=self._send,
-                bounds=self.bounds,
-                pacer=self._pacer,
-                tasks=self._tasks,
-                on_close=self._incoming_closed,
-            )
+            migration = IncomingMigration(message, peer, self._instance, self._incoming_closed)
+            self._incoming[message.migration_id] = migration
         elif not isinstance(message, Withdraw):
             refusal = Refusal(RefusalCode.UNKNOWN_MIGRATION, "unknown here")
-            self._send(peer, Dropped(message.migration_id, refusal))
+            self._instance.send(peer, Dropped(message.migration_id, refusal))
 
     def _outgoing_closed(self, migration: OutgoingMigration) -> None:
         if self._by_request.get(migration.request_id) is migration:

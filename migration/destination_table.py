@@ -61,6 +61,7 @@ S, E, A = DestinationState, DestinationEvent, DestinationAction
 _DROP = (S.DROPPING, (A.DROP,))
 _STOP = (S.STOPPING, (A.STOP_COPY,))
 _AWAIT_ENGINE = (S.STOPPING, ())
+_LATE = (E.WITHDRAWN, E.PEER_LOST, E.TIMED_OUT, E.STAGE, E.FINAL, E.KEEP_ALIVE, E.QUERIED)
 
 DESTINATION_TABLE: Table[DestinationState, DestinationEvent, DestinationAction] = {
     S.RESERVING: {
@@ -119,15 +120,11 @@ DESTINATION_TABLE: Table[DestinationState, DestinationEvent, DestinationAction] 
         E.REFUSED: _DROP,
         E.ENTERED: _DROP,
         E.COMMIT_FAILED: _DROP,
-        **ignored(
-            S.STOPPING, E.WITHDRAWN, E.PEER_LOST, E.TIMED_OUT, E.STAGE, E.FINAL, E.KEEP_ALIVE, E.QUERIED
-        ),
+        **ignored(S.STOPPING, *_LATE),
     },
     S.DROPPING: {
         E.ENGINE_DONE: (S.ENDED, (A.SEND_DROPPED, A.CLOSE)),
-        **ignored(
-            S.DROPPING, E.WITHDRAWN, E.PEER_LOST, E.TIMED_OUT, E.STAGE, E.FINAL, E.KEEP_ALIVE, E.QUERIED
-        ),
+        **ignored(S.DROPPING, *_LATE),
     },
     S.ENDED: {
         E.FINAL: (S.ENDED, (A.SEND_DROPPED,)),

@@ -4,15 +4,14 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from migration.bounds import MigrationBounds
 from migration.destination_table import (
     DESTINATION_TABLE,
     DestinationAction,
     DestinationEvent,
     DestinationState,
 )
-from migration.engine_interface import Engine
 from migration.errors import DestinationRefusedError, PeerLostError, Refusal, RefusalCode
+from migration.local_instance import LocalInstance
 from migration.messages import (
     BlockRun,
     Committed,
@@ -21,7 +20,6 @@ from migration.messages import (
     FinalState,
     InstanceId,
     KeepAlive,
-    MigrationMessage,
     Offer,
     Pull,
     Query,
@@ -31,10 +29,8 @@ from migration.messages import (
     ToDestination,
     Withdraw,
 )
-from migration.pacing import Pacer
 from migration.state_machine import StateMachine
-from migration.tasks import BackgroundTasks
-from migration.transport.kv_transport import KvTransport
+from migration.tasks import Timer
 
 logger = logging.getLogger(__name__)
 
@@ -51,13 +47,7 @@ class IncomingMigration:
         self,
         offer: Offer,
         source: InstanceId,
-        *,
-        engine: Engine,
-        transport: KvTransport,
-        send: Callable[[InstanceId, MigrationMessage], None],
-        bounds: MigrationBounds,
-        pacer: Pacer,
-        tasks: BackgroundTasks,
+        instance: LocalInstance,
         on_close: Callable[["IncomingMigration"], None],
     ) -> None:
         self.migration_id = offer.migration_id
@@ -67,15 +57,9 @@ class IncomingMigration:
         self.was_refused = False
         self.ended = asyncio.Event()
         self._offer = offer
-        self._engine = engine
-        self._transport = transport
-        self._send = send
-        self._bounds = bounds
-        self._pacer = pacer
-        self._tasks = tasks
+        self._instance = instance
         self._on_close = on_close
-        self._loop = asyncio.get_running_loop()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer = Timer(self._on_timer)
         self._local_blocks: list[int] = []
         self._blocks_done = 0
         self._block_bytes = 0
@@ -84,7 +68,7 @@ class IncomingMigration:
         self._copy: asyncio.Task[None] | None = None
         self._refusal: Refusal | None = None
         self._closed = False
-        tasks.start(self._reserve())
+        instance.tasks.start(self._reserve())
 
     @property
     def request_id(self) -> RequestId:
@@ -116,7 +100,7 @@ class IncomingMigration:
     def close(self) -> None:
         """Disarms the timer: the instance stops. The coordinator cancels the tasks."""
         self._closed = True
-        self._disarm_timer()
+        self._timer.set(None)
 
     def on_event(self, event: DestinationEvent, refusal: Refusal | None = None) -> None:
         """Handles one event; the first `refusal` is the reason if the migration ends without commit."""
@@ -134,31 +118,31 @@ class IncomingMigration:
     def _perform(self, action: DestinationAction) -> None:
         match action:
             case DestinationAction.SEND_PULL:
-                self._send(self.source, Pull(self.migration_id, self._blocks_done))
+                self._instance.send(self.source, Pull(self.migration_id, self._blocks_done))
             case DestinationAction.SEND_REFUSED:
                 self.was_refused = True
-                self._send(self.source, Refused(self.migration_id, self._why()))
+                self._instance.send(self.source, Refused(self.migration_id, self._why()))
             case DestinationAction.SEND_COMMITTED:
-                self._send(self.source, Committed(self.migration_id, self.bytes_copied))
+                self._instance.send(self.source, Committed(self.migration_id, self.bytes_copied))
             case DestinationAction.SEND_DROPPED:
-                self._send(self.source, Dropped(self.migration_id, self._why()))
+                self._instance.send(self.source, Dropped(self.migration_id, self._why()))
             case DestinationAction.COPY:
                 assert self._run is not None
-                self._copy = self._tasks.start(self._copy_blocks(self._run))
+                self._copy = self._instance.tasks.start(self._copy_blocks(self._run))
                 self._copy.add_done_callback(self._copy_ended)
             case DestinationAction.STOP_COPY:
                 assert self._copy is not None
                 self._copy.cancel()
             case DestinationAction.COMMIT:
-                self._tasks.start(self._commit())
+                self._instance.tasks.start(self._commit())
             case DestinationAction.DROP:
-                self._tasks.start(self._drop())
+                self._instance.tasks.start(self._drop())
             case DestinationAction.CLOSE:
                 self._close()
 
     async def _reserve(self) -> None:
         try:
-            reservation = await self._engine.reserve(self.migration_id, self._offer.request)
+            reservation = await self._instance.engine.reserve(self.migration_id, self._offer.request)
         except DestinationRefusedError as error:
             self.on_event(DestinationEvent.REFUSED, error.refusal)
             return
@@ -170,11 +154,11 @@ class IncomingMigration:
         """Copies what `run` offers beyond what is here already. Cancellation waits for the transport."""
         try:
             if run.end > len(self._local_blocks):
-                self._local_blocks = await self._engine.grow(self.migration_id, run.end)
+                self._local_blocks = await self._instance.engine.grow(self.migration_id, run.end)
             begin = max(self._blocks_done, run.first)
             while begin < run.end:
                 end = min(run.end, begin + self._slice_blocks())
-                copied = await self._transport.read(
+                copied = await self._instance.transport.read(
                     self.source,
                     self._offer.kv_endpoint,
                     run.block_ids[begin - run.first : end - run.first],
@@ -184,7 +168,7 @@ class IncomingMigration:
                 self.bytes_copied += copied
                 begin = end
                 if self.state_machine.state is DestinationState.COPYING:
-                    await self._pacer.copied(copied)
+                    await self._instance.pacer.copied(copied)
         except (PeerLostError, DestinationRefusedError) as error:
             self.on_event(DestinationEvent.COPY_FAILED, error.refusal)
         else:
@@ -194,7 +178,7 @@ class IncomingMigration:
 
     def _slice_blocks(self) -> int:
         """Blocks to copy at once. The tail is never divided: its request waits for it."""
-        if self.state_machine.state is not DestinationState.COPYING or not self._pacer.paces:
+        if self.state_machine.state is not DestinationState.COPYING or not self._instance.pacer.paces:
             return len(self._local_blocks)
         return max(1, SLICE_BYTES // self._block_bytes) if self._block_bytes else 1
 
@@ -211,7 +195,7 @@ class IncomingMigration:
     async def _commit(self) -> None:
         assert self._final is not None
         try:
-            await self._engine.commit(self.migration_id, self._final)
+            await self._instance.engine.commit(self.migration_id, self._final)
         except DestinationRefusedError as error:
             self.on_event(DestinationEvent.COMMIT_FAILED, error.refusal)
         else:
@@ -219,33 +203,25 @@ class IncomingMigration:
             self.on_event(DestinationEvent.ENTERED)
 
     async def _drop(self) -> None:
-        await self._engine.drop(self.migration_id)
+        await self._instance.engine.drop(self.migration_id)
         self.on_event(DestinationEvent.ENGINE_DONE)
 
     def _arm_timer(self) -> None:
         """Every message from the source renews the lease, but not the bound of a copy."""
-        self._disarm_timer()
-        bounds = self._bounds
+        bounds = self._instance.bounds
         bound_s = {
             DestinationState.WAITING: bounds.lease_s,
             DestinationState.COPYING: bounds.copy_s,
             DestinationState.TAIL: bounds.tail_s,
             DestinationState.COMMITTED: bounds.log_s,
         }.get(self.state_machine.state)
-        if bound_s is not None:
-            self._timer = self._loop.call_later(bound_s, self._on_timer)
-
-    def _disarm_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._timer.set(bound_s)
 
     def _on_timer(self) -> None:
-        self._timer = None
         refusal = Refusal(RefusalCode.TIMED_OUT, f"lease ended while {self.state_machine.state}")
         self.on_event(DestinationEvent.TIMED_OUT, refusal)
 
     def _close(self) -> None:
-        self._disarm_timer()
+        self._timer.set(None)
         self.ended.set()
         self._on_close(self)

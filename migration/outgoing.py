@@ -5,9 +5,8 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from migration.bounds import MigrationBounds
-from migration.engine_interface import Engine
 from migration.errors import Refusal, RefusalCode, SourceGoneError
+from migration.local_instance import LocalInstance
 from migration.messages import (
     BlockRun,
     Committed,
@@ -18,7 +17,6 @@ from migration.messages import (
     InstanceId,
     KeepAlive,
     MigrationId,
-    MigrationMessage,
     Offer,
     Pull,
     Query,
@@ -32,7 +30,7 @@ from migration.messages import (
 from migration.record import MigrationRecord
 from migration.source_table import SOURCE_TABLE, SourceAction, SourceEvent, SourceState
 from migration.state_machine import StateMachine
-from migration.tasks import BackgroundTasks
+from migration.tasks import Timer
 
 logger = logging.getLogger(__name__)
 
@@ -48,33 +46,24 @@ class OutgoingMigration:
         self,
         migration_id: MigrationId,
         description: RequestDescription,
-        source: InstanceId,
         destination: InstanceId,
         reason: str,
         *,
-        engine: Engine,
-        kv_endpoint: bytes,
-        send: Callable[[InstanceId, MigrationMessage], None],
-        bounds: MigrationBounds,
-        tasks: BackgroundTasks,
+        instance: LocalInstance,
         on_close: Callable[["OutgoingMigration"], None],
         blocking: bool = False,
     ) -> None:
         self.migration_id = migration_id
         self.description = description
-        self.source = source
         self.destination = destination
         self.reason = reason
         self.ended: asyncio.Future[MigrationRecord] = asyncio.get_running_loop().create_future()
         self.state_machine = StateMachine(SOURCE_TABLE, SourceState.OFFERED)
-        self._engine = engine
-        self._send = send
-        self._bounds = bounds
-        self._tasks = tasks
+        self._instance, self._engine = instance, instance.engine
         self._on_close = on_close
-        self._max_stages = 0 if blocking else bounds.max_stages
+        self._max_stages = 0 if blocking else instance.bounds.max_stages
         self._loop = asyncio.get_running_loop()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer = Timer(self._on_timer)
         self._run: BlockRun | None = None
         self._final: FinalState | None = None
         self._blocks_done = 0
@@ -88,7 +77,8 @@ class OutgoingMigration:
         self._final_at = 0.0
         self._suspended_ms = 0.0
         self._refusal: Refusal | None = None
-        send(destination, Offer(migration_id, reason, description, kv_endpoint))
+        offer = Offer(migration_id, reason, description, instance.transport.endpoint())
+        instance.send(destination, offer)
         self._arm_timer()
 
     @property
@@ -116,7 +106,7 @@ class OutgoingMigration:
 
     def close(self) -> None:
         """Disarms the timer: the instance stops. The coordinator cancels the tasks."""
-        self._disarm_timer()
+        self._timer.set(None)
         self.ended.cancel()
 
     def on_event(self, event: SourceEvent, refusal: Refusal | None = None) -> None:
@@ -135,29 +125,30 @@ class OutgoingMigration:
     def _perform(self, action: SourceAction) -> None:
         match action:
             case SourceAction.ADVANCE:
-                self._tasks.start(self._advance())
+                self._instance.tasks.start(self._advance())
             case SourceAction.SEND_STAGE:
                 assert self._run is not None
                 self._stages += 1
                 self._stage_at = self._loop.time()
-                self._send(self.destination, Stage(self.migration_id, self._run))
+                self._instance.send(self.destination, Stage(self.migration_id, self._run))
             case SourceAction.SEND_FINAL:
                 assert self._final is not None
-                self._send(self.destination, Final(self.migration_id, self._final))
+                self._instance.send(self.destination, Final(self.migration_id, self._final))
             case SourceAction.SEND_KEEP_ALIVE:
-                self._send(self.destination, KeepAlive(self.migration_id))
+                self._instance.send(self.destination, KeepAlive(self.migration_id))
             case SourceAction.SEND_QUERY:
                 self._questions += 1
-                self._send(self.destination, Query(self.migration_id))
+                self._instance.send(self.destination, Query(self.migration_id))
             case SourceAction.SEND_WITHDRAW:
-                self._send(self.destination, Withdraw(self.migration_id, self._why()))
+                self._instance.send(self.destination, Withdraw(self.migration_id, self._why()))
             case SourceAction.RESUME:
                 # Once the final state is out the destination may run as epoch + 1: outrank it.
                 epoch = self.description.epoch if self._final is None else self._final.epoch + 2
-                self._tasks.start(self._finish_in_engine(self._engine.resume(self.request_id, epoch)))
+                resume = self._engine.resume(self.request_id, epoch)
+                self._instance.tasks.start(self._finish_in_engine(resume))
             case SourceAction.RELEASE:
                 self._suspended_ms = (self._loop.time() - self._final_at) * 1e3
-                self._tasks.start(self._finish_in_engine(self._engine.release(self.request_id)))
+                self._instance.tasks.start(self._finish_in_engine(self._engine.release(self.request_id)))
             case SourceAction.CLOSE:
                 self._close()
 
@@ -194,8 +185,7 @@ class OutgoingMigration:
             self._stage_at = None
 
     def _arm_timer(self) -> None:
-        self._disarm_timer()
-        bounds = self._bounds
+        bounds = self._instance.bounds
         bound_s = {
             SourceState.OFFERED: bounds.reply_s,
             SourceState.ADVANCING: bounds.keep_alive_s,
@@ -203,19 +193,12 @@ class OutgoingMigration:
             SourceState.SUSPENDED: bounds.acknowledge_s,
             SourceState.ASKING: bounds.acknowledge_s,
         }.get(self.state_machine.state)
-        if bound_s is not None:
-            self._timer = self._loop.call_later(bound_s, self._on_timer)
-
-    def _disarm_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._timer.set(bound_s)
 
     def _on_timer(self) -> None:
-        self._timer = None
         state = self.state_machine.state
         deciding = state in (SourceState.SUSPENDED, SourceState.ASKING)
-        if deciding and self._questions >= self._bounds.questions:
+        if deciding and self._questions >= self._instance.bounds.questions:
             text = f"no commit after {self._questions} questions about it"
             self.on_event(SourceEvent.GAVE_UP, Refusal(RefusalCode.TIMED_OUT, text))
         elif deciding or state is SourceState.ADVANCING:
@@ -225,12 +208,12 @@ class OutgoingMigration:
             self.on_event(SourceEvent.TIMED_OUT, Refusal(RefusalCode.TIMED_OUT, text))
 
     def _close(self) -> None:
-        self._disarm_timer()
+        self._timer.set(None)
         committed = self.state_machine.state is SourceState.COMMITTED
         final = self._final
         record = MigrationRecord(
             request_id=self.request_id,
-            source=self.source,
+            source=self._instance.name,
             destination=self.destination,
             reason=self.reason,
             refusal=None if committed else self._why(),

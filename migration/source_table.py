@@ -132,16 +132,7 @@ SOURCE_TABLE: Table[SourceState, SourceEvent, SourceAction] = {
     S.ABORTED: {
         E.ACKNOWLEDGED: (S.ABORTED, (A.SEND_WITHDRAW,)),
         E.PULLED: (S.ABORTED, (A.SEND_WITHDRAW,)),
-        **ignored(
-            S.ABORTED,
-            E.STAGE_READY,
-            E.SUSPENDED,
-            E.DROPPED,
-            E.REFUSED,
-            E.GONE,
-            E.ENGINE_DONE,
-            E.PEER_LOST,
-            E.CANCELLED,
-        ),
+        **ignored(S.ABORTED, E.STAGE_READY, E.SUSPENDED, E.DROPPED, E.REFUSED, E.GONE),
+        **ignored(S.ABORTED, E.ENGINE_DONE, E.PEER_LOST, E.CANCELLED),
     },
 }

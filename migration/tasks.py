@@ -1,4 +1,4 @@
-"""Helpers for asyncio: tasks that end with the object that started them, and settling futures."""
+"""Helpers for asyncio: tasks that end with the object that started them, timers, and settling futures."""
 
 import asyncio
 import logging
@@ -44,6 +44,21 @@ class BackgroundTasks:
                 self._on_failure(error)
             else:
                 logger.error("background task failed", exc_info=error)
+
+
+class Timer:
+    """Calls `on_timer` once, some time after the last `set`."""
+
+    def __init__(self, on_timer: Callable[[], None]) -> None:
+        self._on_timer = on_timer
+        self._handle: asyncio.TimerHandle | None = None
+
+    def set(self, delay_s: float | None) -> None:
+        """Starts anew; None only stops."""
+        if self._handle is not None:
+            self._handle.cancel()
+        if delay_s is not None:
+            self._handle = asyncio.get_running_loop().call_later(delay_s, self._on_timer)
 
 
 def settle(future: "asyncio.Future[T]", result: T | BaseException) -> None:

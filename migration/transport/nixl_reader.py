@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from migration.errors import PeerLostError
+from migration.tasks import settle
 from migration.transport.kv_transport import KvRegion
 from migration.transport.nixl_agent import Indices, NixlFailure
 from migration.transport.nixl_connections import ConnectedPeer, ConnectError, NixlConnections
@@ -243,15 +244,8 @@ class NixlReader:
 
     def _end(self, job: ReadJob, error: PeerLostError | None) -> None:
         self._active.remove(job)
-
-        def report() -> None:
-            if error is None:
-                job.done.set_result(None)
-            else:
-                job.done.set_exception(error)
-
         with contextlib.suppress(RuntimeError):  # its event loop was closed meanwhile
-            job.loop.call_soon_threadsafe(report)
+            job.loop.call_soon_threadsafe(settle, job.done, error)
 
     def _connect(self, job: ReadJob) -> ConnectedPeer:
         """The connection for a job, made if necessary. Raises: ConnectError."""

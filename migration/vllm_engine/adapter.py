@@ -77,7 +77,6 @@ class VllmEngine:
         self._supported_tasks: tuple[str, ...] = ()
 
     async def start(self) -> None:
-        """Loads the model. Raises: whatever vLLM raises."""
         await self._steps.start()
 
     @property
@@ -92,7 +91,6 @@ class VllmEngine:
         )
 
     async def stop(self) -> None:
-        """Ends the step thread after the step it is in."""
         await self._steps.stop()
 
     # ---- requests
@@ -127,15 +125,11 @@ class VllmEngine:
 
     async def abort(self, request_ids: list[RequestId], below_epoch: int | None = None) -> list[RequestId]:
         def abort() -> list[RequestId]:
-            known = [request_id for request_id in request_ids if request_id in self.core.scheduler.requests]
-            ended = [
-                request_id
-                for request_id in known
-                if below_epoch is None or self._live[request_id].epoch < below_epoch
-            ]
+            known = [rid for rid in request_ids if rid in self.core.scheduler.requests]
+            ended = [rid for rid in known if below_epoch is None or self._live[rid].epoch < below_epoch]
             self.core.abort_requests(ended)
             self._forget(ended)
-            return [request_id for request_id in request_ids if request_id not in known]
+            return [rid for rid in request_ids if rid not in known]
 
         return await self._steps.call(abort)
 
@@ -305,7 +299,8 @@ class VllmEngine:
         self._supported_tasks = tuple(self.core.get_supported_tasks())
         self._loader = RequestLoader(self.core)
         if self.no_migration is None:
-            self.scheduler.on_prefill_started = self._prefill_started
+            on_prefill_started = self._events.on_prefill_started
+            self.scheduler.on_prefill_started = lambda ids: self._steps.notify(on_prefill_started, ids)
         return self.core
 
     def _at_boundary(self) -> None:
@@ -326,9 +321,6 @@ class VllmEngine:
     def _report_load(self) -> None:
         self._last_load_at = time.monotonic()
         self._steps.notify(self._events.on_load, read_load(self.core.scheduler))
-
-    def _prefill_started(self, request_ids: list[RequestId]) -> None:
-        self._steps.notify(self._events.on_prefill_started, request_ids)
 
     def _final_state(self, suspended: Suspended) -> FinalState:
         request = suspended.request

@@ -269,11 +269,7 @@ class MigrationMixin:
             # It left this instance within this very step; the worker would drop its new state.
             text = "the request has only just left this instance"
             raise DestinationRefusedError(RefusalCode.JUST_LEFT, text)
-        if (
-            request.num_tokens
-            > len(self.kv_cache_manager.get_block_ids(request.request_id)[0]) * self.block_size
-        ):
-            self.grow(migration_id, blocks_for(request.num_tokens, self.block_size))
+        self.grow(migration_id, blocks_for(request.num_tokens, self.block_size))
         del self.migration.arriving[migration_id]
         request.num_computed_tokens = num_computed_tokens
         request.status = self._entry_status()

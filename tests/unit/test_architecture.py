@@ -41,10 +41,11 @@ FLOORS_INSIDE = {
         ("router.scheduler", "router.waiting_line"),
     ),
     "migration": (
-        ("migration.errors", "migration.bounds", "migration.tasks", "migration.pacing"),
+        ("migration.errors", "migration.bounds", "migration.tasks"),
         ("migration.messages",),
         ("migration.record", "migration.engine_rules", "migration.state_machine", "migration.transport"),
         ("migration.engine_interface", "migration.source_table", "migration.destination_table"),
+        ("migration.local_instance",),
         ("migration.outgoing", "migration.incoming"),
         ("migration.coordinator", "migration.vllm_engine"),
     ),

@@ -469,7 +469,7 @@ async def test_the_connection_to_a_dead_peer_is_dropped() -> None:
         await cluster.tokens(3)
         await moved(cluster)
         forgotten: list[str] = []
-        cluster["b"].coordinator._transport.forget = forgotten.append  # type: ignore[method-assign]
+        cluster["b"].coordinator._instance.transport.forget = forgotten.append  # type: ignore[method-assign]
         await cluster.kill("a", peers_know=True)
         assert forgotten == ["a"]
         await cluster.check()
@@ -609,7 +609,7 @@ async def test_a_copy_that_fails_in_an_unforeseen_way_gives_its_blocks_back() ->
         async def read(*args: object) -> int:
             raise ValueError("not foreseen")
 
-        cluster["b"].coordinator._transport.read = read  # type: ignore[method-assign]
+        cluster["b"].coordinator._instance.transport.read = read  # type: ignore[method-assign]
         refusal = await not_moved(cluster)
         assert refusal.code is RefusalCode.COPY_FAILED
         assert "not foreseen" in refusal.text

@@ -1,6 +1,14 @@
-"""Limits the rate of copies, so that running requests are not slowed down."""
+"""What all migrations of one instance share."""
 
 import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from migration.bounds import MigrationBounds
+from migration.engine_interface import Engine
+from migration.messages import InstanceId, MigrationMessage
+from migration.tasks import BackgroundTasks
+from migration.transport.kv_transport import KvTransport
 
 
 class Pacer:
@@ -28,3 +36,21 @@ class Pacer:
         now = asyncio.get_running_loop().time()
         self._free_at = max(self._free_at, now) + num_bytes / self._bytes_per_s
         await asyncio.sleep(self._free_at - now)
+
+
+@dataclass(frozen=True, slots=True)
+class LocalInstance:
+    """The instance that migrations leave or come to.
+
+    Attributes:
+        send: Sends a message to a peer; must not block, and may lose the message.
+        tasks: Run until they end or the instance stops.
+    """
+
+    name: InstanceId
+    engine: Engine
+    transport: KvTransport
+    send: Callable[[InstanceId, MigrationMessage], None]
+    bounds: MigrationBounds
+    pacer: Pacer
+    tasks: BackgroundTasks
