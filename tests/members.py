@@ -1,4 +1,4 @@
-"""Memberships as a manager would tell them."""
+"""Membership messages for tests."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ ROLES = {"p": "prefill", "d": "decode", "n": "neutral"}
 
 
 def instance_info(name: str, *, node: str = "node", pid: int = 1) -> InstanceInfo:
-    """An instance whose role the first letter of its name tells."""
+    """An instance; the first letter of its name is that of its role."""
     engine = EngineFacts(
         no_migration=None, max_model_len=512, num_blocks=100, block_tokens=16, supported_tasks=("generate",)
     )

@@ -1,4 +1,4 @@
-"""The one fake wire of the unit tests: keeps what is sent, and delivers what a test says."""
+"""The fake wire of the unit tests: records sent messages, and delivers the messages of a test."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -51,11 +51,11 @@ class RecordingWire:
     # ---- for the test
 
     def hear(self, sender: str, message: object, *payload: bytes) -> None:
-        """A message arrives."""
+        """Delivers a message of the test."""
         self._on_message(sender, self._decode(msgspec.msgpack.encode(message)), payload)
 
     def hear_frames(self, *frames: bytes) -> None:
-        """A message arrives that is not decoded by the wire."""
+        """Delivers frames of the test without decoding them."""
         self._on_frames(list(frames))
 
     def sent_to(self, kind: type[M], peer: str | None = None) -> list[M]:

@@ -1,4 +1,4 @@
-"""Leases that are renewed, run out, or outlive a pause of the process that keeps them."""
+"""Leases that are renewed or expire, and a suspension of the process that holds them."""
 
 import asyncio
 
@@ -21,7 +21,7 @@ async def watched(leases: Leases, seconds: float, *renewed: str) -> list[str]:
 
 
 @in_virtual_time
-async def test_a_name_that_is_not_renewed_expires_until_it_is_dropped() -> None:
+async def test_a_lease_that_is_not_renewed_stays_expired_until_it_is_dropped() -> None:
     leases = Leases(LEASE_S)
     leases.renew("a")
     leases.renew("b")
@@ -34,7 +34,7 @@ async def test_a_name_that_is_not_renewed_expires_until_it_is_dropped() -> None:
 
 
 @in_virtual_time
-async def test_the_time_in_which_the_keeper_itself_was_held_up_does_not_count() -> None:
+async def test_the_time_in_which_this_process_was_suspended_does_not_count() -> None:
     leases = Leases(LEASE_S)
     leases.renew("a")
     await watched(leases, HEARTBEAT_S)

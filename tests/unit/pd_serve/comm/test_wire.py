@@ -1,4 +1,4 @@
-"""Real sockets on loopback: what arrives, in which order, and from whom."""
+"""Real sockets on loopback: arrival, order and sender of messages, rejected peers."""
 
 import asyncio
 import logging
@@ -39,7 +39,7 @@ class Inbox:
                 await self._arrived.wait()
 
     @property
-    def said(self) -> list[tuple[str, str]]:
+    def received(self) -> list[tuple[str, str]]:
         """(sender, role) of the `SetRole` messages, which the tests count with."""
         return [(sender, getattr(message, "role", "")) for sender, message, _ in self.messages]
 
@@ -85,10 +85,10 @@ async def test_messages_of_one_sender_arrive_in_order(make_wire: MakeWire) -> No
     await inbox.wait_for(600)
 
     for name in ("a", "b"):
-        assert [text for sender, text in inbox.said if sender == name] == [str(n) for n in range(300)]
+        assert [text for sender, text in inbox.received if sender == name] == [str(n) for n in range(300)]
 
 
-async def test_both_directions(make_wire: MakeWire) -> None:
+async def test_two_wires_exchange_messages_in_both_directions(make_wire: MakeWire) -> None:
     a, b, to_a, to_b = make_wire("a"), make_wire("b"), Inbox(), Inbox()
     a.connect("b", b.listen(ToInstance, to_b.on_message))
     b.connect("a", a.listen(ToInstance, to_a.on_message))
@@ -98,11 +98,11 @@ async def test_both_directions(make_wire: MakeWire) -> None:
     await to_a.wait_for(1)
     await to_b.wait_for(1)
 
-    assert (to_a.said, to_b.said) == ([("b", "2")], [("a", "1")])
+    assert (to_a.received, to_b.received) == ([("b", "2")], [("a", "1")])
 
 
-async def test_what_is_sent_before_the_peer_listens_waits_for_it(make_wire: MakeWire) -> None:
-    """Instances are told of each other at once, in any order."""
+async def test_messages_sent_before_the_peer_listens_arrive(make_wire: MakeWire) -> None:
+    """Processes get the membership in any order."""
     a, b, inbox = make_wire("a"), make_wire("b"), Inbox()
     address = b.listen(ToInstance, inbox.on_message)
     a.connect("b", address)
@@ -111,10 +111,10 @@ async def test_what_is_sent_before_the_peer_listens_waits_for_it(make_wire: Make
 
     await inbox.wait_for(10)
 
-    assert [text for _, text in inbox.said] == [str(number) for number in range(10)]
+    assert [text for _, text in inbox.received] == [str(number) for number in range(10)]
 
 
-async def test_sockets_for_another_thread_send_to_the_same_place(make_wire: MakeWire) -> None:
+async def test_a_publisher_on_another_thread_sends_to_the_same_inbox(make_wire: MakeWire) -> None:
     """The step thread's tokens."""
     a, b, inbox = make_wire("a"), make_wire("b"), Inbox()
     address = b.listen(ToInstance, inbox.on_message)
@@ -127,7 +127,7 @@ async def test_sockets_for_another_thread_send_to_the_same_place(make_wire: Make
     await asyncio.to_thread(publish)
     await inbox.wait_for(1)
 
-    assert inbox.said == [("thread", "1")]
+    assert inbox.received == [("thread", "1")]
 
 
 # ---- peers
@@ -157,10 +157,10 @@ async def test_a_new_address_replaces_the_old_one(make_wire: MakeWire) -> None:
     a.send("b", SetRole("2"))
     await after.wait_for(1)
 
-    assert (before.said, after.said) == ([("a", "1")], [("a", "2")])
+    assert (before.received, after.received) == ([("a", "1")], [("a", "2")])
 
 
-async def test_the_same_address_again_keeps_what_is_on_its_way(make_wire: MakeWire) -> None:
+async def test_the_same_address_again_keeps_messages_in_transit(make_wire: MakeWire) -> None:
     """Every heartbeat names all addresses."""
     a, b, inbox = make_wire("a"), make_wire("b"), Inbox()
     address = b.listen(ToInstance, inbox.on_message)
@@ -170,10 +170,10 @@ async def test_the_same_address_again_keeps_what_is_on_its_way(make_wire: MakeWi
 
     await inbox.wait_for(20)
 
-    assert [text for _, text in inbox.said] == [str(number) for number in range(20)]
+    assert [text for _, text in inbox.received] == [str(number) for number in range(20)]
 
 
-async def test_a_peer_that_does_not_read_is_not_waited_for(
+async def test_a_peer_that_does_not_read_does_not_block_the_sender(
     make_wire: MakeWire, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nobody is at the address: a bounded number of messages waits, more are dropped."""
@@ -218,12 +218,12 @@ async def test_garbage_is_counted_and_the_next_message_arrives(
 ) -> None:
     a, b, inbox = make_wire("a"), make_wire("b"), Inbox()
 
-    with a.publisher(b.listen(ToInstance, inbox.on_message)) as stranger:
-        stranger.send_multipart(frames)
-        stranger.send_multipart([b"a", msgspec.msgpack.encode(SetRole("1"))])
+    with a.publisher(b.listen(ToInstance, inbox.on_message)) as rejected_peer:
+        rejected_peer.send_multipart(frames)
+        rejected_peer.send_multipart([b"a", msgspec.msgpack.encode(SetRole("1"))])
         await inbox.wait_for(1)
 
-    assert inbox.said == [("a", "1")]
+    assert inbox.received == [("a", "1")]
     assert len(b.failures) == 1
 
 
@@ -243,7 +243,7 @@ async def test_a_handler_that_fails_is_counted_and_the_next_message_arrives(
         a.send("b", SetRole("2"))
         await inbox.wait_for(1)
 
-    assert inbox.said == [("a", "2")]
+    assert inbox.received == [("a", "2")]
     assert "a bug" in caplog.text
     assert b.failures.problems() == ["b: handling SetRole from a failed: RuntimeError: a bug (1 times)"]
 
@@ -275,14 +275,14 @@ def test_the_same_secret_makes_the_same_keys() -> None:
     assert keys.public == zmq.curve_public(keys.secret)
 
 
-def test_keys_are_not_shown() -> None:
+def test_the_repr_of_keys_hides_them() -> None:
     shown = repr(KEYS)
 
     assert KEYS.secret.decode() not in shown
     assert KEYS.public.decode() not in shown
 
 
-async def test_derived_keys_are_heard(make_wire: MakeWire) -> None:
+async def test_wires_with_derived_keys_exchange_messages(make_wire: MakeWire) -> None:
     inbox = Inbox()
     a, b = (make_wire(name, keys=CurveKeys.derive(b"s" * 32)) for name in "ab")
     a.connect("b", b.listen(ToInstance, inbox.on_message))
@@ -290,12 +290,12 @@ async def test_derived_keys_are_heard(make_wire: MakeWire) -> None:
     a.send("b", SetRole("1"))
     await inbox.wait_for(1)
 
-    assert inbox.said == [("a", "1")]
+    assert inbox.received == [("a", "1")]
 
 
 @contextmanager
-def stranger(address: str, has: str) -> Iterator[None]:
-    """Somebody on the machine who says that an instance is lost, and tries again every millisecond."""
+def rejected_peer(address: str, has: str) -> Iterator[None]:
+    """A process without the cluster's keys, which sends a message and reconnects every millisecond."""
     others = CurveKeys.generate()
     with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
         socket.linger, socket.reconnect_ivl = 0, 1
@@ -304,7 +304,7 @@ def stranger(address: str, has: str) -> Iterator[None]:
             socket.curve_serverkey = guessed.public
             socket.curve_publickey, socket.curve_secretkey = others.public, others.secret
         socket.connect(address)
-        socket.send_multipart([b"stranger", msgspec.msgpack.encode(SetRole("1"))], zmq.NOBLOCK)
+        socket.send_multipart([b"rejected_peer", msgspec.msgpack.encode(SetRole("1"))], zmq.NOBLOCK)
         yield
 
 
@@ -317,29 +317,29 @@ def refusals(caplog: pytest.LogCaptureFixture, by: str) -> list[str]:
 async def refused(caplog: pytest.LogCaptureFixture, by: str) -> None:
     """Returns when there is a line about it."""
     async with asyncio.timeout(30):
-        while not refusals(caplog, by):  # noqa: ASYNC110 - nothing else tells
+        while not refusals(caplog, by):  # noqa: ASYNC110 - no event to wait for
             await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize("has", ["no keys", "keys of its own", "the cluster's public key"])
-async def test_a_stranger_is_not_heard(
+async def test_messages_of_a_rejected_peer_are_not_received(
     make_wire: MakeWire, caplog: pytest.LogCaptureFixture, has: str
 ) -> None:
-    """Its message waits for a handshake that fails; then a peer talks, and is all that is heard."""
+    """Its message waits for a handshake that fails; then only the message of a peer with the keys arrives."""
     inbox = Inbox()
     b, peer = make_wire("b"), make_wire("peer")
     address = b.listen(ToInstance, inbox.on_message)
 
-    with stranger(address, has):
+    with rejected_peer(address, has):
         await refused(caplog, "b")
         peer.connect("b", address)
         peer.send("b", SetRole("2"))
         await inbox.wait_for(1)
 
-    assert inbox.said == [("peer", "2")]
+    assert inbox.received == [("peer", "2")]
 
 
-async def test_strangers_who_try_on_are_one_line(
+async def test_repeated_attempts_of_rejected_peers_are_one_log_line(
     make_wire: MakeWire, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     noted = 0
@@ -353,16 +353,16 @@ async def test_strangers_who_try_on_are_one_line(
     monkeypatch.setattr(RejectedPeerLog, "_note", count)
     address = make_wire("b").listen(ToInstance, Inbox().on_message)
 
-    with stranger(address, "no keys"), stranger(address, "keys of its own"):
+    with rejected_peer(address, "no keys"), rejected_peer(address, "keys of its own"):
         async with asyncio.timeout(30):
-            while noted < 20:  # noqa: ASYNC110 - nothing else tells
+            while noted < 20:  # noqa: ASYNC110 - no event to wait for
                 await asyncio.sleep(0.01)
 
     assert len(refusals(caplog, "b")) == 1
 
 
-async def test_what_is_no_zeromq_at_all_gets_nothing(make_wire: MakeWire) -> None:
-    """But for the greeting, which ZeroMQ says to whoever comes."""
+async def test_a_client_without_zeromq_gets_only_the_greeting(make_wire: MakeWire) -> None:
+    """ZeroMQ sends its greeting to every client."""
     b, inbox = make_wire("b"), Inbox()
     host, port = b.listen(ToInstance, inbox.on_message).removeprefix("tcp://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
@@ -376,10 +376,10 @@ async def test_what_is_no_zeromq_at_all_gets_nothing(make_wire: MakeWire) -> Non
     assert inbox.messages == []
 
 
-async def test_a_frame_that_is_too_long_is_not_kept(
+async def test_a_frame_that_is_too_long_is_discarded(
     make_wire: MakeWire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It ends the connection; what is sent on the next one is heard."""
+    """It ends the connection; messages on the next connection arrive."""
     monkeypatch.setattr("pd_serve.comm.wire.MAX_FRAME_BYTES", 10_000)
     a, b, inbox = make_wire("a"), make_wire("b"), Inbox()
     a.connect("b", b.listen(ToInstance, inbox.on_message))
@@ -390,10 +390,10 @@ async def test_a_frame_that_is_too_long_is_not_kept(
             a.send("b", SetRole("2"))
             await asyncio.sleep(0.01)
 
-    assert ("a", "1") not in inbox.said
+    assert ("a", "1") not in inbox.received
 
 
-async def test_a_wire_with_other_keys_is_not_heard(
+async def test_messages_of_a_wire_with_other_keys_are_not_received(
     make_wire: MakeWire, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Two clusters, and an address that was one's and is the other's now."""
@@ -404,7 +404,7 @@ async def test_a_wire_with_other_keys_is_not_heard(
     a.send("b", SetRole("1"))
     await refused(caplog, "b")
 
-    assert inbox.said == []
+    assert inbox.received == []
 
 
 async def test_a_listener_without_keys_does_not_read_the_cluster_s_messages(make_wire: MakeWire) -> None:
@@ -421,7 +421,7 @@ async def test_a_listener_without_keys_does_not_read_the_cluster_s_messages(make
             assert await impostor.poll(100) == 0
 
 
-async def test_of_a_key_pair_the_public_half_is_checked(make_wire: MakeWire) -> None:
+async def test_a_public_key_that_is_not_the_cluster_s_is_rejected(make_wire: MakeWire) -> None:
     wire = make_wire("a")
 
     assert wire.callback("", KEYS.public)

@@ -7,7 +7,7 @@ from pd_serve.simulated_engine.settings import EngineSettings
 from pd_serve.simulated_engine.simulated_engine import SimulatedEngine
 
 
-async def test_with_simulated_settings_it_is_a_simulated_engine() -> None:
+async def test_simulated_settings_create_a_simulated_engine() -> None:
     settings = EngineSettings(COST_MODELS["a10-llama-7b"], num_blocks=100)
     events = EngineEvents(
         on_prefill_started=lambda request_ids: None,

@@ -1,4 +1,4 @@
-"""What an instance reports, when, and to which processes."""
+"""Load reports of an instance: contents, times and receivers."""
 
 import asyncio
 

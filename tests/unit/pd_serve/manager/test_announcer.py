@@ -1,4 +1,4 @@
-"""Every process is told the membership, and API servers are forgotten when they are silent."""
+"""The membership goes to every process, and API servers without a heartbeat are removed."""
 
 import asyncio
 
@@ -26,7 +26,7 @@ async def test_instances_scheduler_and_api_servers_get_the_same_membership() -> 
 
 
 @in_virtual_time
-async def test_the_membership_is_a_heartbeat() -> None:
+async def test_the_membership_is_repeated_as_a_heartbeat() -> None:
     async with a_world() as world:
         before = len(world.sent(Membership, "decode-0"))
         await asyncio.sleep(5.5 * HEARTBEAT_S)
@@ -34,7 +34,7 @@ async def test_the_membership_is_a_heartbeat() -> None:
 
 
 @in_virtual_time
-async def test_a_change_is_announced_at_once() -> None:
+async def test_a_change_of_the_membership_is_sent_at_once() -> None:
     async with a_world() as world:
         world.launcher.on_lost("decode-0")
         await asyncio.sleep(0.01)
@@ -43,7 +43,7 @@ async def test_a_change_is_announced_at_once() -> None:
 
 
 @in_virtual_time
-async def test_an_instance_that_leaves_is_used_until_every_api_server_is_done_with_it() -> None:
+async def test_a_leaving_instance_counts_as_used_until_every_api_server_reports_it_unused() -> None:
     async with a_world() as world:
         world.joined.append("other")
         world.busy.add("decode-0")
@@ -58,7 +58,7 @@ async def test_an_instance_that_leaves_is_used_until_every_api_server_is_done_wi
 
 
 @in_virtual_time
-async def test_a_silent_api_server_is_forgotten_and_uses_nothing() -> None:
+async def test_an_api_server_whose_lease_expired_is_removed_and_uses_no_instance() -> None:
     async with a_world() as world:
         world.joined.append("other")
         await asyncio.sleep(1)

@@ -1,10 +1,10 @@
-"""Pauses between failed starts."""
+"""Backoff between failed starts."""
 
 from pd_serve.comm.timing import MAX_START_BACKOFF_S, START_BACKOFF_S
 from pd_serve.manager.backoff import Backoff
 
 
-def test_the_pause_doubles_up_to_its_maximum_and_is_reset() -> None:
+def test_the_backoff_doubles_up_to_its_maximum_and_is_reset() -> None:
     backoff = Backoff()
     pauses = []
     for _ in range(8):

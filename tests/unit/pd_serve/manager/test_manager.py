@@ -1,4 +1,4 @@
-"""The manager as a whole: lost and silent instances, take-over, requests of other API servers."""
+"""The manager as a whole: dead and silent instances, take-over, requests of other API servers."""
 
 import asyncio
 from collections.abc import Callable
@@ -84,7 +84,7 @@ class TestRequestsOfOtherApiServers:
         return await asking
 
     @in_virtual_time
-    async def test_a_request_is_moved_by_the_api_server_that_has_it(self) -> None:
+    async def test_a_manual_migration_is_forwarded_to_the_api_server_of_the_request(self) -> None:
         async with a_world() as world:
             world.joined += ["b", "c"]
             await asyncio.sleep(1)
@@ -96,7 +96,7 @@ class TestRequestsOfOtherApiServers:
                 await self.ask(world, MigrateByName("r", "decode-0"), {"b": unknown, "c": unknown})
 
     @in_virtual_time
-    async def test_requests_are_found_at_all_of_them(self) -> None:
+    async def test_timelines_come_from_all_other_api_servers(self) -> None:
         async with a_world() as world:
             world.joined += ["b", "c"]
             await asyncio.sleep(1)
@@ -129,7 +129,7 @@ class TestTakeOver:
         assert await world.manager.take_over()
         return world
 
-    def test_goes_on_with_the_instances_and_the_wanted_sizes(self) -> None:
+    def test_the_next_manager_keeps_the_instances_and_the_wanted_sizes(self) -> None:
         names, notes = leave(lambda world: world.call(ScalePools({"decode": 3})))
 
         @in_virtual_time
@@ -142,7 +142,7 @@ class TestTakeOver:
 
         second()
 
-    def test_has_a_higher_term_which_the_instances_keep_first(self) -> None:
+    def test_the_next_manager_has_a_higher_term_which_the_instances_keep_first(self) -> None:
         names, notes = leave(lambda world: asyncio.sleep(0))
 
         @in_virtual_time
@@ -156,7 +156,7 @@ class TestTakeOver:
 
         second()
 
-    def test_goes_on_draining_what_the_operator_drains(self) -> None:
+    def test_the_next_manager_keeps_the_drains_of_the_operator(self) -> None:
         names, notes = leave(lambda world: world.call(DrainInstance("decode-1", True, False)))
 
         @in_virtual_time
@@ -170,7 +170,7 @@ class TestTakeOver:
 
         second()
 
-    def test_keeps_the_api_servers_for_the_time_of_their_lease(self) -> None:
+    def test_the_next_manager_keeps_the_api_servers_for_the_time_of_their_lease(self) -> None:
         """Instances end the requests of an API server that is no member. It has yet to find the manager."""
         names, notes = leave(lambda world: asyncio.sleep(0))
 
@@ -189,7 +189,9 @@ class TestTakeOver:
         second()
 
     @in_virtual_time
-    async def test_ends_the_earlier_manager_before_that_ends_an_instance_or_starts_a_scheduler(self) -> None:
+    async def test_a_superseded_manager_ends_itself_before_it_ends_an_instance_or_starts_a_scheduler(
+        self,
+    ) -> None:
         """It was cut off, and so it hears of no instance any more."""
         async with a_world() as world:
             await asyncio.sleep(100)
@@ -205,7 +207,7 @@ class TestTakeOver:
             assert world.notices.warnings[-1] == "another manager has taken over; this one ends"
 
     @in_virtual_time
-    async def test_without_instances_there_is_nothing_to_take_over(self) -> None:
+    async def test_take_over_returns_false_without_instances(self) -> None:
         world = World()
         assert not await world.manager.take_over()
         await world.close()

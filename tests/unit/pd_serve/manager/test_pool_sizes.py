@@ -1,4 +1,4 @@
-"""Pools keep their wanted size, and get another one from the operator."""
+"""Pools keep their wanted sizes, which the operator can change."""
 
 import asyncio
 
@@ -24,7 +24,7 @@ class TestReplacing:
             assert world.decisions == ["decode-2 is started: in the place of decode-0, which has died"]
 
     @in_virtual_time
-    async def test_after_an_early_death_the_start_waits(self) -> None:
+    async def test_the_replacement_of_an_instance_that_died_early_waits_for_the_backoff(self) -> None:
         async with a_world() as world:
             world.launcher.on_lost("decode-0")
             await asyncio.sleep(START_BACKOFF_S - 0.1)
@@ -34,7 +34,7 @@ class TestReplacing:
             assert "decode-2" in world.names
 
     @in_virtual_time
-    async def test_the_start_is_repeated_until_it_succeeds(self) -> None:
+    async def test_the_start_of_a_replacement_is_repeated_until_it_succeeds(self) -> None:
         async with a_world() as world:
             world.launcher.fails = DEAD
             world.launcher.on_lost("decode-0")
@@ -45,14 +45,14 @@ class TestReplacing:
             assert len(world.names) == 3
 
     @in_virtual_time
-    async def test_in_a_pool_that_the_scheduler_scales_no_instance_is_replaced(self) -> None:
+    async def test_a_dead_instance_of_a_pool_that_the_scheduler_scales_is_not_replaced(self) -> None:
         async with a_world({"decode": PoolBounds(1, 2)}) as world:
             world.launcher.on_lost("decode-0")
             await asyncio.sleep(100)
             assert world.names == ["decode-1", "prefill-0"]
 
     @in_virtual_time
-    async def test_an_instance_that_was_to_be_stopped_is_not_replaced(self) -> None:
+    async def test_a_dead_instance_that_was_leaving_is_not_replaced(self) -> None:
         async with a_world() as world:
             world.busy.add("decode-0")
             await world.call(DrainInstance("decode-0", True, True))
@@ -63,7 +63,7 @@ class TestReplacing:
 
 class TestScaling:
     @in_virtual_time
-    async def test_pools_grow_and_shrink(self) -> None:
+    async def test_scale_starts_and_stops_instances(self) -> None:
         async with a_world() as world:
             await world.call(ScalePools({"decode": 4}))
             await world.call(ScalePools({"decode": 4}))
@@ -78,7 +78,7 @@ class TestScaling:
             assert len(world.names) == 2
 
     @in_virtual_time
-    async def test_a_start_that_has_not_begun_is_taken_back_first(self) -> None:
+    async def test_a_smaller_size_cancels_queued_starts_first(self) -> None:
         async with a_world() as world:
             world.launcher.on_lost("decode-0")
             await world.call(ScalePools({"decode": 1}))
@@ -86,7 +86,7 @@ class TestScaling:
             assert world.names == ["decode-1", "prefill-0"]
 
     @pytest.mark.parametrize(
-        ("sizes", "error", "says"),
+        ("sizes", "error", "message"),
         [
             ({"encode": 1}, InvalidRequestError, "no role 'encode'; there are prefill"),
             ({"decode": -1}, InvalidRequestError, "negative"),
@@ -95,13 +95,13 @@ class TestScaling:
             ({"decode": 4}, MigrationRefusedError, "scales decode instances within 1:3"),
         ],
     )
-    def test_sizes_that_cannot_be_are_refused(
-        self, sizes: dict[str, int], error: type[Exception], says: str
+    def test_invalid_sizes_are_refused(
+        self, sizes: dict[str, int], error: type[Exception], message: str
     ) -> None:
         @in_virtual_time
         async def test() -> None:
             async with a_world({"decode": PoolBounds(1, 3)}) as world:
-                with pytest.raises(error, match=says):
+                with pytest.raises(error, match=message):
                     await world.call(ScalePools(sizes))
                 assert not world.decisions
 
@@ -110,7 +110,7 @@ class TestScaling:
 
 class TestStoppingOne:
     @in_virtual_time
-    async def test_asked_for_three_times_the_pool_is_one_smaller(self) -> None:
+    async def test_an_instance_stopped_three_times_makes_its_pool_smaller_by_one(self) -> None:
         async with a_world() as world:
             world.busy.add("decode-0")
             for _ in range(3):
@@ -120,7 +120,7 @@ class TestStoppingOne:
             assert world.launcher.notes.wanted["decode"] == 1
 
     @in_virtual_time
-    async def test_an_instance_that_is_used_again_counts_again(self) -> None:
+    async def test_an_instance_that_is_used_again_restores_the_wanted_size(self) -> None:
         async with a_world() as world:
             world.busy.add("decode-0")
             await world.call(DrainInstance("decode-0", True, True))

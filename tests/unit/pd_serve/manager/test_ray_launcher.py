@@ -1,4 +1,4 @@
-"""What somebody reads when Ray does not come up."""
+"""Errors of the connection to Ray."""
 
 import pytest
 import ray
@@ -32,14 +32,16 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
         (TimeoutError(), None, "Ray does not start: TimeoutError"),
     ],
 )
-def test_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception, address: str | None, line: str) -> None:
+def test_an_error_of_ray_becomes_one_line(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, address: str | None, line: str
+) -> None:
     fail_with(monkeypatch, error)
     with pytest.raises(PdServeError) as caught:
         RayLauncher(address, {}).connect()
     assert str(caught.value) == line
 
 
-def test_a_mistake_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_is_raised_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     fail_with(monkeypatch, TypeError("init() got an unexpected keyword argument"))
     with pytest.raises(TypeError):
         RayLauncher(None, {}).connect()

@@ -12,7 +12,7 @@ from tests.virtual_time import in_virtual_time
 
 
 @in_virtual_time
-async def test_every_instance_is_replaced_and_never_one_is_missing() -> None:
+async def test_a_restart_replaces_every_instance_and_never_has_fewer() -> None:
     async with a_world() as world:
         world.fewest = 3
         await world.call(RestartInstances())
@@ -26,7 +26,7 @@ async def test_every_instance_is_replaced_and_never_one_is_missing() -> None:
 
 
 @in_virtual_time
-async def test_it_is_given_up_when_a_new_instance_does_not_start() -> None:
+async def test_a_restart_is_given_up_when_a_new_instance_does_not_start() -> None:
     async with a_world() as world:
         world.launcher.fails = DEAD
         await world.call(RestartInstances())
@@ -36,7 +36,7 @@ async def test_it_is_given_up_when_a_new_instance_does_not_start() -> None:
 
 
 @in_virtual_time
-async def test_it_is_given_up_when_the_operator_uses_the_old_instance_again() -> None:
+async def test_a_restart_is_given_up_when_the_operator_uses_the_old_instance_again() -> None:
     async with a_world() as world:
         world.busy.add("prefill-0")
         await world.call(RestartInstances())

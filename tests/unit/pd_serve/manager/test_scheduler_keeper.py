@@ -1,4 +1,4 @@
-"""One scheduler is always running, as far as it can be started."""
+"""The manager starts a scheduler, and another one whenever it has died."""
 
 import asyncio
 
@@ -28,7 +28,7 @@ async def test_the_scheduler_is_alive_as_long_as_it_reports() -> None:
 
 
 @in_virtual_time
-async def test_a_dead_scheduler_is_replaced_and_members_get_its_address() -> None:
+async def test_a_dead_scheduler_is_replaced_and_members_get_the_new_address() -> None:
     async with a_world() as world:
         await asyncio.sleep(60)
         world.launcher.scheduler_dead.set()
@@ -39,7 +39,7 @@ async def test_a_dead_scheduler_is_replaced_and_members_get_its_address() -> Non
 
 
 @in_virtual_time
-async def test_schedulers_that_cannot_start_are_tried_again_with_pauses() -> None:
+async def test_failed_starts_of_the_scheduler_are_repeated_with_pauses() -> None:
     async with a_world() as world:
         world.launcher.scheduler_fails = EngineDeadError("the scheduler does not start: no memory")
         world.launcher.scheduler_dead.set()

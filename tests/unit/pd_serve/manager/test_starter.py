@@ -12,7 +12,7 @@ from tests.virtual_time import in_virtual_time
 
 class TestFirstInstances:
     @in_virtual_time
-    async def test_a_failure_ends_the_start_of_the_service(self) -> None:
+    async def test_a_failed_first_instance_ends_the_start_of_the_service(self) -> None:
         world = World()
         world.launcher.fails = EngineDeadError("decode-0 does not start: no such dtype")
         with pytest.raises(EngineDeadError, match="no such dtype"):
@@ -20,7 +20,7 @@ class TestFirstInstances:
         await world.close()
 
     @in_virtual_time
-    async def test_do_not_wait_for_resources_if_the_others_can_serve(self) -> None:
+    async def test_the_service_starts_without_instances_that_wait_for_resources(self) -> None:
         world = World()
         world.launcher.waits.add("decode-1")
         await world.manager.start()
@@ -33,7 +33,7 @@ class TestFirstInstances:
         await world.close()
 
     @in_virtual_time
-    async def test_one_that_waits_too_long_for_resources_is_started_again(self) -> None:
+    async def test_an_instance_that_waits_too_long_for_resources_is_started_again(self) -> None:
         world = World()
         world.launcher.waits.add("decode-1")
         await world.manager.start()
@@ -62,7 +62,7 @@ class TestForTheScheduler:
             assert world.decisions == ["decode-2 is started: it is too full"]
 
     @in_virtual_time
-    async def test_no_more_instances_than_allowed_are_started(self) -> None:
+    async def test_the_scheduler_gets_no_more_instances_than_the_maximum(self) -> None:
         async with a_world() as world:
             world.want_one(times=5)
             await asyncio.sleep(START_S + 1)
@@ -82,7 +82,7 @@ class TestForTheScheduler:
     @pytest.mark.parametrize(
         "error", [EngineDeadError("no memory is left"), TimeoutError(), ValueError("a bug")]
     )
-    def test_a_start_that_fails_is_one_decision_line(self, error: Exception) -> None:
+    def test_a_failed_start_is_one_decision(self, error: Exception) -> None:
         @in_virtual_time
         async def test() -> None:
             async with a_world() as world:
@@ -97,7 +97,7 @@ class TestForTheScheduler:
         test()
 
     @in_virtual_time
-    async def test_the_pause_after_failures_grows_up_to_its_maximum(self) -> None:
+    async def test_the_backoff_grows_with_failed_starts_up_to_its_maximum(self) -> None:
         async with a_world() as world:
             world.launcher.fails = EngineDeadError("no GPU is free")
             began = asyncio.get_running_loop().time()
@@ -108,7 +108,7 @@ class TestForTheScheduler:
             assert 30 < tries < 50, "two at a time"
 
     @in_virtual_time
-    async def test_after_one_failure_the_next_start_may_be_soon(self) -> None:
+    async def test_the_backoff_is_short_after_one_failure(self) -> None:
         async with a_world() as world:
             world.launcher.fails = EngineDeadError("it passes")
             world.want_one()
@@ -133,7 +133,7 @@ class TestForTheScheduler:
 
 class TestAfterDeaths:
     @in_virtual_time
-    async def test_instances_that_die_soon_after_each_start_wait_longer_and_longer(self) -> None:
+    async def test_the_backoff_grows_with_early_deaths(self) -> None:
         async with a_world() as world:
             await asyncio.sleep(100)
             for _ in range(20):

@@ -1,4 +1,4 @@
-"""Instances that drain, become empty and stop, by the scheduler's wish or the operator's."""
+"""Instances that the scheduler or the operator drains and stops."""
 
 import asyncio
 from collections.abc import Callable
@@ -25,7 +25,7 @@ class TestForTheScheduler:
             assert world.decisions == ["decode-1 is stopped: drained and empty"]
 
     @in_virtual_time
-    async def test_requests_on_their_way_to_it_delay_the_stop(self) -> None:
+    async def test_a_stop_waits_while_an_api_server_uses_the_instance(self) -> None:
         async with a_world() as world:
             world.drain_by_scheduler("decode-1")
             world.busy.add("decode-1")
@@ -37,7 +37,7 @@ class TestForTheScheduler:
             assert world.launcher.stopped == ["decode-1"]
 
     @in_virtual_time
-    async def test_the_delay_has_a_bound(self) -> None:
+    async def test_a_stop_waits_at_most_its_patience(self) -> None:
         async with a_world() as world:
             world.drain_by_scheduler("decode-1")
             world.busy.add("decode-1")
@@ -53,7 +53,9 @@ class TestForTheScheduler:
         ],
         ids=["it is used again", "it has died"],
     )
-    def test_the_stop_is_given_up(self, change: Callable[[World], None]) -> None:
+    def test_a_stop_is_given_up_when_the_instance_is_used_again_or_dead(
+        self, change: Callable[[World], None]
+    ) -> None:
         @in_virtual_time
         async def test() -> None:
             async with a_world() as world:
@@ -77,7 +79,7 @@ class TestForTheScheduler:
 
 class TestForTheOperator:
     @in_virtual_time
-    async def test_a_drained_instance_is_kept_whatever_the_scheduler_says(self) -> None:
+    async def test_the_scheduler_cannot_stop_an_instance_that_the_operator_drains(self) -> None:
         async with a_world() as world:
             await world.call(DrainInstance("decode-1", True, False))
             assert world.sent(SetDraining, "decode-1") == [SetDraining(True, by_operator=True)]
@@ -92,7 +94,7 @@ class TestForTheOperator:
             assert world.sent(SetDraining, "decode-1")[-1] == SetDraining(False, by_operator=True)
 
     @in_virtual_time
-    async def test_an_instance_is_stopped_as_soon_as_it_is_empty_however_long_that_takes(self) -> None:
+    async def test_a_stop_by_the_operator_waits_without_a_bound_until_the_instance_is_empty(self) -> None:
         async with a_world() as world:
             world.busy.add("decode-1")
             await world.call(DrainInstance("decode-1", True, True))

@@ -1,4 +1,4 @@
-"""The scheduler's process, between a wire that keeps what is sent and a test that plays everybody else."""
+"""The scheduler's process on a recording wire; the test sends the messages of all other processes."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
@@ -44,7 +44,7 @@ class World:
         )
 
     def members(self, *instances: str, starting: dict[str, int] | None = None, term: int = 1) -> None:
-        """The manager tells the membership."""
+        """The manager sends the membership."""
         message = membership(*instances, api_servers=["api", "other"], starting=starting, term=term)
         self.wire.hear(MANAGER, message)
 
@@ -77,7 +77,7 @@ async def a_world(
 
 class TestMembership:
     @in_virtual_time
-    async def test_connects_the_scheduler_to_instances_and_manager(self) -> None:
+    async def test_membership_connects_the_scheduler_to_instances_and_manager(self) -> None:
         async with a_world() as world:
             world.members("d0", "d1")
             assert {"manager", "d0", "d1"} <= set(world.wire.peers)
@@ -85,14 +85,14 @@ class TestMembership:
             assert "d0" not in world.wire.peers
 
     @in_virtual_time
-    async def test_of_an_earlier_manager_is_ignored(self) -> None:
+    async def test_membership_of_an_earlier_manager_is_ignored(self) -> None:
         async with a_world() as world:
             world.members("d0", "d1", term=2)
             world.members(term=1)
             assert {"d0", "d1"} <= set(world.wire.peers)
 
     @in_virtual_time
-    async def test_is_answered_with_heartbeats_to_the_manager(self) -> None:
+    async def test_the_scheduler_sends_heartbeats_to_the_manager(self) -> None:
         async with a_world() as world:
             world.members("d0")
             await asyncio.sleep(3.5 * HEARTBEAT_S)
@@ -101,7 +101,7 @@ class TestMembership:
             assert [report.stats is not None for report in reports] == [False, True, True, True]
 
     @in_virtual_time
-    async def test_decides_which_reports_count(self) -> None:
+    async def test_reports_of_instances_outside_the_membership_are_ignored(self) -> None:
         async with a_world() as world:
             world.members("d0")
             await world.keep(1.0, FULL)
@@ -122,7 +122,7 @@ class TestMembership:
             world.failures.clear()
 
     @in_virtual_time
-    async def test_requests_that_wait_at_all_api_servers_are_added_up(self) -> None:
+    async def test_waiting_requests_of_all_api_servers_are_added_up(self) -> None:
         async with a_world() as world:
             world.members("d0")
             world.wire.hear("api", Heartbeat(Demand(2, 100)))
@@ -135,7 +135,7 @@ class TestMembership:
 
 class TestCommands:
     @in_virtual_time
-    async def test_the_full_one_gives_to_the_idle_one(self) -> None:
+    async def test_a_full_instance_is_ordered_to_move_a_request_to_an_idle_one(self) -> None:
         async with a_world() as world:
             world.members("d0", "d1")
             world.report(FULL, IDLE)
@@ -144,7 +144,7 @@ class TestCommands:
             assert not world.sent(MoveOut, "d1")
 
     @in_virtual_time
-    async def test_an_instance_that_has_left_gets_no_request(self) -> None:
+    async def test_an_instance_that_has_left_is_no_destination(self) -> None:
         async with a_world() as world:
             world.members("d0", "d1")
             world.report(FULL)
@@ -163,7 +163,7 @@ class TestCommands:
                 assert world.sent(MoveOut, "d0")
 
     @in_virtual_time
-    async def test_drains_are_told_with_the_reason(self) -> None:
+    async def test_drains_are_reported_to_the_manager_with_the_reason(self) -> None:
         async with a_world({"decode": PoolBounds(1, 2)}, drain_after_s=1.0, scale_interval_s=1.0) as world:
             await world.keep(4.0, IDLE, msgspec.structs.replace(IDLE, instance_id="d0"))
             assert SetDraining(True) in world.sent(SetDraining, "d0")
@@ -180,7 +180,7 @@ class TestStarts:
     BOUNDS: Mapping[str, PoolBounds] = {"decode": PoolBounds(2, 3)}
 
     @in_virtual_time
-    async def test_are_asked_for_once(self) -> None:
+    async def test_an_instance_is_requested_once(self) -> None:
         """An instance counts from the moment that it was asked for."""
         async with a_world(self.BOUNDS, scale_interval_s=0.1) as world:
             world.members("d1")
@@ -202,7 +202,7 @@ class TestStarts:
             assert len(world.sent(StartInstance)) == 2
 
     @in_virtual_time
-    async def test_wait_for_the_first_report_of_every_instance(self) -> None:
+    async def test_decisions_wait_for_the_first_report_of_every_instance(self) -> None:
         """After a restart the first reports come one by one; a pool is not too small because of that."""
         async with a_world(self.BOUNDS, scale_interval_s=0.1) as world:
             world.members("d0", "d1")
@@ -215,7 +215,7 @@ class TestStarts:
             assert not world.sent(StartInstance)
 
     @in_virtual_time
-    async def test_do_not_wait_longer_than_the_bound(self) -> None:
+    async def test_decisions_wait_for_first_reports_at_most_the_bound(self) -> None:
         async with a_world(self.BOUNDS, scale_interval_s=0.1) as world:
             world.members("d0", "d1")
             for _ in range(10):

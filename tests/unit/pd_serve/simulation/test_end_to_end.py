@@ -1,4 +1,4 @@
-"""A few hundred requests for real: through the command, the simulated cluster, the summary and the files."""
+"""A few hundred requests through the command, the simulated cluster, the summary and the files."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from pd_serve.simulation.workloads import TraceSpec
 
 
 @pytest.mark.parametrize("cluster", ["--instances 4", "--prefill 1 --decode 3"])
-def test_a_run_loses_nothing(cluster: str, tmp_path: Path) -> None:
+def test_a_run_loses_no_request_and_no_token(cluster: str, tmp_path: Path) -> None:
     path = tmp_path / "out.json"
     arguments = f"run --trace s-s --rate 6 --requests 200 {cluster} --priority-fraction 0.1 --json {path}"
 

@@ -10,7 +10,7 @@ PAPER_QUANTILES = {"s-s": (38, 113, 413, 1464), "m-m": (32, 173, 1288, 4208), "l
 
 
 @pytest.mark.parametrize("name", PAPER_QUANTILES)
-def test_the_papers_prompts_come_out_exactly(name: str) -> None:
+def test_generated_prompts_equal_the_papers(name: str) -> None:
     prompts, _ = generate(name, 10_000)
 
     assert tuple(int(np.percentile(prompts, q)) for q in (50, 80, 95, 99)) == PAPER_QUANTILES[name]

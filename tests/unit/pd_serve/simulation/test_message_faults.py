@@ -1,4 +1,4 @@
-"""Messages that are lost, doubled or held back on the simulated network."""
+"""Messages that are lost, duplicated or held on the simulated network."""
 
 import asyncio
 from typing import Any
@@ -39,7 +39,7 @@ async def test_the_next_messages_of_a_type_are_lost() -> None:
 
 
 @in_virtual_time
-async def test_a_doubled_message_comes_again_later() -> None:
+async def test_a_duplicated_message_arrives_a_second_time_later() -> None:
     world = World()
     world.faults.double(int)
 
@@ -49,7 +49,7 @@ async def test_a_doubled_message_comes_again_later() -> None:
 
 
 @in_virtual_time
-async def test_messages_behind_a_held_one_wait_with_it_and_keep_their_order() -> None:
+async def test_messages_after_a_held_one_wait_with_it_and_keep_their_order() -> None:
     world = World()
     world.faults.hold(str)
 

@@ -15,7 +15,7 @@ from tests.unit.loadtests.experiments.made_results import stand_in
 CASE = Scenario(TraceSpec("s-s", rate=5, requests=40, priority_fraction=0.25), "infaas++")
 
 
-def test_keys_tell_cases_apart() -> None:
+def test_different_cases_have_different_keys() -> None:
     others = [replace(CASE, policy="llumnix"), replace(CASE, overrides={"max_moves": 2})]
     others.append(replace(CASE, trace=replace(CASE.trace, seed=1)))
 
@@ -46,7 +46,7 @@ def test_the_papers_threshold_is_the_default_of_the_papers_policy(trace: str, th
     assert configure(replace(case, policy="llumnix"))[0].overrides == {}
 
 
-def test_one_class_is_scheduled_alike_and_reported_apart() -> None:
+def test_with_one_class_priorities_are_ignored_by_the_schedule_and_reported() -> None:
     case = replace(CASE, one_class=True)
 
     config, classes, _ = configure(case)
@@ -66,7 +66,7 @@ def test_requests_that_no_instance_could_hold_are_left_out_and_counted() -> None
     assert summary["requests"] + summary["left_out"] == 1000
 
 
-def test_a_summary_says_what_it_is_of() -> None:
+def test_a_summary_contains_its_configuration() -> None:
     seen: list[tuple[int, int]] = []
 
     summary = run_scenario(CASE, None, lambda done, total: seen.append((done, total)), stand_in)
@@ -80,6 +80,6 @@ def test_a_summary_says_what_it_is_of() -> None:
 
 
 @pytest.mark.parametrize("change", [{"policy": "best"}, {"overrides": {"luck": 1}}])
-def test_unknown_policies_and_settings(change: dict[str, object]) -> None:
+def test_unknown_policies_and_settings_are_refused(change: dict[str, object]) -> None:
     with pytest.raises(InvalidRequestError, match=r"no policy 'best'|no setting 'luck'"):
         configure(replace(CASE, **change))  # type: ignore[arg-type]

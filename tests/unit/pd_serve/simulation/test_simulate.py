@@ -60,14 +60,14 @@ def moved(result: SimulationResult, reason: str) -> int:
     return result.migrations.get(reason, {}).get("committed", 0)
 
 
-def test_disaggregated() -> None:
+def test_a_disaggregated_cluster_serves_every_request() -> None:
     result = simulate(config())
 
     assert_nothing_is_lost(result)
     assert moved(result, "handoff") > 90
 
 
-def test_aggregated_with_balancing() -> None:
+def test_an_aggregated_cluster_balances_and_serves_every_request() -> None:
     result = simulate(config(instances={"neutral": 3}, requests=workload(200, 12.0)))
 
     assert_nothing_is_lost(result)
@@ -76,7 +76,7 @@ def test_aggregated_with_balancing() -> None:
 
 @pytest.mark.parametrize("policy", ["round-robin", "queue", "p2c", "infaas++", "llumnix-paper", "llumnix"])
 @pytest.mark.parametrize("instances", [{"neutral": 3}, {"prefill": 1, "decode": 2}], ids=["neutral", "pd"])
-def test_every_policy_set(policy: str, instances: dict[str, int]) -> None:
+def test_every_policy_set_serves_every_request(policy: str, instances: dict[str, int]) -> None:
     result = simulate(config(policy=policy, instances=instances, requests=workload(60, 10.0, high=0.2)))
 
     assert_nothing_is_lost(result)
@@ -91,7 +91,7 @@ def test_every_policy_set(policy: str, instances: dict[str, int]) -> None:
     st.floats(2.0, 30.0),
 )
 @settings(max_examples=15)
-def test_nothing_is_ever_lost(
+def test_no_token_or_block_is_ever_lost(
     seed: int,
     instances: dict[str, int],
     chunk_tokens: int | None,
@@ -143,7 +143,7 @@ print([(r.first_token_s, r.last_token_s, r.longest_gap_s) for r in result.record
     assert first == second
 
 
-def test_another_seed_is_another_run() -> None:
+def test_another_seed_gives_another_run() -> None:
     ends = [
         [record.last_token_s for record in simulate(config(requests=workload(40, 8.0, seed))).records]
         for seed in (1, 2)
@@ -173,7 +173,7 @@ def simulate_with(
 
 
 @pytest.mark.parametrize("victim", ["decode-1", "prefill-0"])
-def test_an_instance_dies(victim: str) -> None:
+def test_requests_of_a_dead_instance_continue_elsewhere(victim: str) -> None:
     """Its requests are computed again elsewhere, from the tokens that their clients have."""
 
     async def fault(simulation: Simulation) -> None:
@@ -186,7 +186,7 @@ def test_an_instance_dies(victim: str) -> None:
 
 
 @pytest.mark.parametrize("broken_s", [0.3, 5.0, 40.0])
-def test_kv_of_an_instance_cannot_be_read_for_a_while(broken_s: float) -> None:
+def test_requests_survive_failed_reads_of_an_instance_s_kv(broken_s: float) -> None:
     """Hand-offs to it fail and go elsewhere; what it has, it decodes."""
 
     async def fault(simulation: Simulation) -> None:
@@ -202,7 +202,7 @@ def test_kv_of_an_instance_cannot_be_read_for_a_while(broken_s: float) -> None:
 
 
 @pytest.mark.parametrize("victim", ["decode-1", "prefill-0"])
-def test_an_instance_goes_silent_for_ever(victim: str) -> None:
+def test_requests_of_a_silent_instance_continue_elsewhere(victim: str) -> None:
     """It hangs, or its network is gone. Its process lives, but sends nothing: the manager ends it."""
 
     async def fault(simulation: Simulation) -> None:
@@ -320,7 +320,7 @@ def test_the_pool_grows_and_shrinks_with_the_load() -> None:
     assert all(reason.count(": ") for _, reason in result.scaling)
 
 
-def test_slow_links_slow_hand_offs_down_and_nothing_else() -> None:
+def test_slow_links_delay_hand_offs_only() -> None:
     slow = NetworkSettings(kv_bytes_per_s=0.05e9)
 
     fast_run, slow_run = simulate(config()), simulate(config(network=slow))

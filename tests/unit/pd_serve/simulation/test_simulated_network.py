@@ -62,7 +62,7 @@ async def test_messages_take_the_latency_and_stay_in_order() -> None:
 
 
 @in_virtual_time
-async def test_nothing_is_heard_of_a_node_that_is_cut_off() -> None:
+async def test_messages_from_and_to_a_node_that_is_cut_off_are_lost() -> None:
     net = network()
     a, b = Node("a", net), Node("b", net)
     a.wire.connect("b", b.address)
@@ -81,7 +81,7 @@ async def test_nothing_is_heard_of_a_node_that_is_cut_off() -> None:
 
 
 @in_virtual_time
-async def test_contents_are_copied_in_the_time_their_kv_would_take() -> None:
+async def test_a_copy_takes_the_time_of_its_kv_bytes() -> None:
     net = network()
     a, b = Node("a", net), Node("b", net)
     for block in range(10):

@@ -1,4 +1,4 @@
-"""Numbers of a run, from results made by hand."""
+"""Summaries of constructed results."""
 
 import json
 
@@ -15,7 +15,7 @@ def sample(free: int, heads: list[int], total: int = 100, at_s: float = 0.0) -> 
     return Sample(at_s, 16, 5, len(heads), free, total, heads)
 
 
-def test_the_summary_holds_what_was_asked_for_and_is_json() -> None:
+def test_the_summary_has_all_keys_and_is_json() -> None:
     summary = summarize(result([record(1, 0.05)] * 4), Slo())
 
     assert {
@@ -28,7 +28,7 @@ def test_the_summary_holds_what_was_asked_for_and_is_json() -> None:
     assert summary["avg_instances"] == 12.5
 
 
-def test_latencies() -> None:
+def test_latencies_are_means_and_percentiles_of_the_requests() -> None:
     summary = summarize(result([record(k, 0.01 * k) for k in range(1, 101)]), Slo())
 
     assert summary["prefill_s"] == pytest.approx({"mean": 50.5, "p50": 50.5, "p99": 99.01})
@@ -63,7 +63,7 @@ def test_goodput_is_per_second_of_the_arrivals_and_not_of_the_last_requests_tail
     assert [summary["goodput"] for summary in summaries] == pytest.approx([2 * 8 / 9] * 2, rel=1e-5)
 
 
-def test_priorities_are_reported_as_scheduled_or_as_told() -> None:
+def test_priorities_are_reported_as_scheduled_or_by_the_given_classes() -> None:
     records = [record(1, 0.1, priority=-1), record(3, 0.1), record(5, 0.1)]
 
     scheduled = summarize(result(records), Slo())["by_priority"]
@@ -85,7 +85,9 @@ def test_priorities_are_reported_as_scheduled_or_as_told() -> None:
         (50, [20, 30], 0.5),
     ],
 )
-def test_fragmentation(free: int, heads: list[int], expected: float) -> None:
+def test_fragmentation_is_the_share_of_blocks_that_queued_requests_could_use(
+    free: int, heads: list[int], expected: float
+) -> None:
     assert fragmentation(sample(free, heads)) == pytest.approx(expected)
 
 
@@ -98,7 +100,7 @@ def test_fragmentation_is_the_mean_over_time() -> None:
     assert series(made)["at_s"] == [0, 1, 2]
 
 
-def test_a_run_without_requests() -> None:
+def test_a_run_without_requests_has_a_summary() -> None:
     summary = summarize(result([], duration_s=0), Slo())
 
     assert (summary["goodput"], summary["attainment"], summary["avg_instances"]) == (0, None, None)

@@ -34,7 +34,7 @@ def test_azure_file_keeps_its_times_or_takes_a_rate(tmp_path: Path) -> None:
         make_requests(TraceSpec("azure-conv", requests=4), tmp_path)
 
 
-def test_mooncake_file_says_what_prompts_share(tmp_path: Path) -> None:
+def test_mooncake_file_has_the_segments_that_prompts_share(tmp_path: Path) -> None:
     rows = [
         {"timestamp": 0, "input_length": 900, "output_length": 6, "hash_ids": [7, 8]},
         {"timestamp": 1500, "input_length": 700, "output_length": 0, "hash_ids": [7, 9]},
@@ -63,7 +63,7 @@ def test_a_file_of_lengths_is_sampled(header: str, tmp_path: Path) -> None:
     assert len(many) == 100
 
 
-def test_a_missing_file_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_file_is_an_error_with_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(trace_files.ENVIRONMENT_VARIABLE, str(tmp_path))
 
     with pytest.raises(

@@ -61,12 +61,12 @@ def test_the_share_of_high_priority_is_exact_and_spread() -> None:
         (TraceSpec("nothing"), "neither a known trace nor a file; known: s-s.*mooncake"),
     ],
 )
-def test_what_cannot_be_is_said(spec: TraceSpec, message: str) -> None:
+def test_an_invalid_specification_is_refused_with_the_reason(spec: TraceSpec, message: str) -> None:
     with pytest.raises(InvalidRequestError, match=message):
         make_requests(spec)
 
 
-def test_what_never_fits_can_be_left_out() -> None:
+def test_requests_that_never_fit_can_be_left_out() -> None:
     requests = make_requests(TraceSpec("l-l", rate=1, requests=1000))
 
     kept = fitting(requests, 4096)
