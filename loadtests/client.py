@@ -55,7 +55,8 @@ class StreamingClient:
             StreamError: No answer, a status other than 200, or a malformed chunk.
         """
         with self._opened(PATHS[api], payload, headers) as response:
-            for event in SSEClient(_lines(response)).events():
+            lines = iter(lambda: response.readline(b"\n"), b"")  # each as soon as it is received
+            for event in SSEClient(lines).events():
                 now = time.perf_counter()
                 if event.data == DONE:
                     answer.done = True
@@ -83,9 +84,3 @@ class StreamingClient:
             raise StreamError("a chunk is no JSON", str(error)) from error
         finally:
             client.close()
-
-
-def _lines(response: HTTPSocketResponse) -> Iterator[bytes]:
-    """The lines of the body, each as soon as it is received."""
-    while line := response.readline(b"\n"):
-        yield line

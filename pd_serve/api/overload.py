@@ -5,7 +5,9 @@ cluster, which counts it as waiting from then on. Both count towards the limit: 
 still arriving when the last one is checked.
 """
 
+from collections.abc import Callable
 from contextvars import ContextVar
+from functools import partial
 
 from starlette.datastructures import MutableHeaders
 from starlette.responses import JSONResponse
@@ -34,33 +36,13 @@ GENERATING_PATHS = frozenset(
 RETRY_AFTER = {"Retry-After": "1"}
 
 
-class _Arrival:
-    """One arriving request; begins and ends at most once."""
-
-    def __init__(self, gate: "OverloadMiddleware") -> None:
-        self._gate = gate
-        self._begun = self._ended = False
-
-    def begin(self) -> None:
-        if not self._begun:
-            self._begun = True
-            self._gate.num_arriving += 1
-
-    def end(self) -> None:
-        if self._begun and not self._ended:
-            self._gate.num_arriving -= 1
-        self._begun = self._ended = True
-
-
-# Inherited by the tasks that vLLM's handlers start: all share the same object.
-_arrival: ContextVar[_Arrival | None] = ContextVar("pd_serve_arrival", default=None)
+# Ends the arrival of this request. Inherited by the tasks that vLLM's handlers start.
+_end_arrival: ContextVar[Callable[[], None]] = ContextVar("pd_serve_end_arrival", default=lambda: None)
 
 
 def mark_submitted() -> None:
     """Marks the request of this task as passed to the cluster, or refused by it."""
-    arrival = _arrival.get()
-    if arrival is not None:
-        arrival.end()
+    _end_arrival.get()()
 
 
 class OverloadMiddleware:
@@ -74,12 +56,12 @@ class OverloadMiddleware:
         max_waiting: Requests that may wait for their first token; None for no limit.
 
     Attributes:
-        num_arriving: Requests whose body is complete and which the cluster does not count yet.
+        arriving: Requests whose body is complete and which the cluster does not count yet.
     """
 
     def __init__(self, app: ASGIApp, *, cluster: ClusterView, max_waiting: int | None = None) -> None:
         self.app = app
-        self.num_arriving = 0
+        self.arriving: set[object] = set()
         self._cluster = cluster
         self._max_waiting = max_waiting
 
@@ -93,13 +75,14 @@ class OverloadMiddleware:
         if refusal is not None:
             return await refusal(scope, receive, send)
 
-        arrival = _Arrival(self)
+        arrival = object()
+        end_arrival = partial(self.arriving.discard, arrival)
 
         async def receive_and_count() -> Message:
             message = await receive()
             # Not earlier: a slow upload must not count towards the limit.
             if message["type"] == "http.request" and not message.get("more_body", False):
-                arrival.begin()
+                self.arriving.add(arrival)
             return message
 
         async def send_with_hint(message: Message) -> None:
@@ -107,17 +90,17 @@ class OverloadMiddleware:
                 MutableHeaders(scope=message).setdefault("Retry-After", RETRY_AFTER["Retry-After"])
             await send(message)
 
-        token = _arrival.set(arrival)
+        token = _end_arrival.set(end_arrival)
         try:
             await self.app(scope, receive_and_count, send_with_hint)
         finally:
-            arrival.end()
-            _arrival.reset(token)
+            end_arrival()
+            _end_arrival.reset(token)
 
     def _refusal(self) -> JSONResponse | None:
         if self._cluster.num_live == 0:
             return error_response(503, "No instance is available.", headers=RETRY_AFTER)
-        waiting = self._cluster.num_waiting + self.num_arriving
+        waiting = self._cluster.num_waiting + len(self.arriving)
         if self._max_waiting is not None and waiting >= self._max_waiting:
             message = f"{waiting} requests are already waiting for their first token; try again later."
             return error_response(429, message, headers=RETRY_AFTER)

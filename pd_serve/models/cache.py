@@ -4,8 +4,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -26,7 +25,8 @@ def cached_directory(key: str, build: Callable[[Path], None]) -> Path:
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target.with_name(f".{key}.lock")):
+    with target.with_name(f".{key}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel drops it if the process dies
         if target.is_dir():
             return target
         unfinished = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=target.parent))
@@ -37,11 +37,3 @@ def cached_directory(key: str, build: Callable[[Path], None]) -> Path:
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return target
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the exclusive lock file at `path`. The kernel drops it if the process dies."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
