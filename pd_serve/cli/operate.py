@@ -84,7 +84,7 @@ def scale(
 
 @app.command()
 def restart(url: Url = DEFAULT_URL, api_key: ApiKey = None, admin_key: AdminKey = None) -> None:
-    """Replace all instances by new ones, one after another, while requests go on."""
+    """Replace all instances by new ones, one after another, while requests continue."""
     service, console = ServiceClient(url, admin_key or api_key), Console()
     service_client.restart(service, console)
 

@@ -40,7 +40,7 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, info: InstanceInfo, load: InstanceLoad | None) -> "InstanceSnapshot":
-        """Args: `load` is the latest report; None before the first one."""
+        """A started instance; `load` is None before its first report."""
         if load is None:
             return cls(id=info.instance_id, role=info.role, state="starting", node=info.node, pid=info.pid)
         free = freeness(load)

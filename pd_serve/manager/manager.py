@@ -320,7 +320,7 @@ class Manager:
             raise UnknownTargetError(f"no instance {instance_id!r}; see GET /cluster")
         if request.draining and (why := self.register.why_needed(instance_id)) is not None:
             raise MigrationRefusedError(why)
-        self._stopper.drain(instance_id, request.draining, "asked for by the operator")
+        self._stopper.drain(instance_id, request.draining, "requested by the operator")
         if not request.draining:
             self._sizes.undo_stop(instance_id)
         elif request.stop:

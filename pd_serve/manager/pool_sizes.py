@@ -69,7 +69,7 @@ class PoolSizes:
             self._resize(role, size)
 
     def _resize(self, role: str, size: int) -> None:
-        reason = f"{role}={size} asked for by the operator"
+        reason = f"{role}={size} requested by the operator"
         self.wanted[role] = size
         for _ in range(size - self.size(role)):
             self._starter.start_until_ready(role, reason)

@@ -81,7 +81,7 @@ class SchedulerKeeper:
                 self._starts += 1
                 self._on_start(self.address)
                 await self._launcher.scheduler_ended()
-                self._warn("the scheduler has died and is started again; requests go on")
+                self._warn("the scheduler has died and is started again; requests continue")
             except EngineDeadError as error:
                 self._warn(f"{error}; no request is moved and no pool scaled meanwhile")
             self._reported_at = self._pid = None

@@ -38,7 +38,7 @@ class Clock:
 
 
 class World:
-    """A frontend that hears what a test says; p.. are prefill, d.. decode, n.. neutral instances."""
+    """A frontend that receives the messages of a test; p.. are prefill, d.. decode, n.. neutral instances."""
 
     def __init__(self) -> None:
         self.wire = RecordingWire("api")
@@ -105,7 +105,7 @@ class World:
     def end_migration(
         self, source: str, destination: str, committed: bool, why: str = "", **more: Any
     ) -> None:
-        """An instance tells how a migration of `r` has ended."""
+        """An instance reports the end of a migration of `r`."""
         self.wire.hear(source, ended(R, source, destination, committed, why, **more))
 
     # ---- the API

@@ -1,4 +1,4 @@
-"""What an API server shows of the cluster, and what it asks of the manager."""
+"""The frontend: snapshots of the cluster, calls of the manager, integrity."""
 
 import asyncio
 from typing import Any
@@ -79,7 +79,7 @@ async def test_a_slot_is_free_again_after_its_instance_has_left(world: World) ->
         (lambda f: f.restart(), RestartInstances()),
     ],
 )
-async def test_operations_are_the_manager_s(world: World, ask: Any, request_: Any) -> None:
+async def test_operations_are_calls_of_the_manager(world: World, ask: Any, request_: Any) -> None:
     task = asyncio.create_task(ask(world.frontend))
     await turns()
     [(peer, call)] = world.sent(Call)
@@ -89,7 +89,7 @@ async def test_operations_are_the_manager_s(world: World, ask: Any, request_: An
 
 
 @pytest.mark.parametrize("kind", [UnknownTargetError, MigrationRefusedError, InvalidRequestError])
-async def test_a_refusal_keeps_its_class(world: World, kind: type[Exception]) -> None:
+async def test_a_refusal_of_the_manager_keeps_its_class(world: World, kind: type[Exception]) -> None:
     task = asyncio.create_task(world.frontend.restart())
     await turns()
     [(_, call)] = world.sent(Call)
@@ -99,7 +99,7 @@ async def test_a_refusal_keeps_its_class(world: World, kind: type[Exception]) ->
     assert type(refused.value) is kind
 
 
-async def test_a_request_of_another_api_server_is_found_by_way_of_the_manager(world: World) -> None:
+async def test_a_request_of_another_api_server_is_found_through_the_manager(world: World) -> None:
     world.submit()
     assert [found["id"] for found in await world.frontend.find_requests("r")] == ["r"]
 
@@ -111,7 +111,7 @@ async def test_a_request_of_another_api_server_is_found_by_way_of_the_manager(wo
     assert await task == [{"id": "x"}]
 
 
-async def test_an_instance_that_leaves_is_unused_once_no_request_is_on_it(world: World) -> None:
+async def test_a_leaving_instance_is_reported_unused_once_no_request_is_on_it(world: World) -> None:
     world.submit()
     world.report("p0", draining=True, running=0)
     assert not world.frontend._is_unused("p0")
@@ -145,7 +145,7 @@ async def test_integrity_collects_the_problems_of_all_processes(world: World) ->
     assert "d1: holds requests that no client waits for: ['gone']" in problems
 
 
-async def test_reports_of_unknown_instances_do_not_count(empty: World) -> None:
+async def test_reports_of_unknown_instances_are_ignored(empty: World) -> None:
     empty.report("p0")
     assert empty.frontend.num_live == 0
     empty.join("p0")

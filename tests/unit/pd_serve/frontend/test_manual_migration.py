@@ -11,7 +11,7 @@ from pd_serve.errors import MigrationRefusedError, RefusalCode, UnknownTargetErr
 from tests.unit.pd_serve.frontend.frontend_world import R, World, record, turns
 
 
-async def test_migrate_returns_what_it_cost(world: World) -> None:
+async def test_migrate_returns_the_record_and_the_downtime(world: World) -> None:
     """It is over with the first token from the destination, which may come long after the commit."""
     world.submit()
     world.tokens("p0", 0, 0, 10)
@@ -29,7 +29,7 @@ async def test_migrate_returns_what_it_cost(world: World) -> None:
     assert moved.record.tokens == 21
 
 
-async def test_a_request_that_this_api_server_does_not_know_is_asked_of_the_manager(world: World) -> None:
+async def test_the_migration_of_another_api_server_s_request_is_a_call_of_the_manager(world: World) -> None:
     task = asyncio.create_task(world.frontend.migrate("r", "d0"))
     await turns()
     [(peer, call)] = world.sent(Call)
@@ -47,7 +47,7 @@ async def test_migrate_to_an_unknown_instance_is_refused_at_once(world: World) -
         await world.frontend.migrate("r", "d9")
 
 
-async def test_a_refused_migration_says_why(world: World) -> None:
+async def test_a_refused_migration_raises_its_reason(world: World) -> None:
     world.submit()
     task, call = await world.migrate("d0")
 

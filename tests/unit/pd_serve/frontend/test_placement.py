@@ -12,7 +12,7 @@ from router.request import Demand, NewRequest
 from tests.unit.pd_serve.frontend.frontend_world import R, World, ended, request
 
 
-async def test_a_request_is_sent_to_a_prefill_instance_with_where_it_moves_next(world: World) -> None:
+async def test_a_request_is_sent_to_a_prefill_instance_with_its_hand_off_candidates(world: World) -> None:
     add = world.submit(prompt_tokens=20)
 
     [(peer, message, payload)] = [sent for sent in world.wire.sent if isinstance(sent[1], AddRequest)]
@@ -132,7 +132,7 @@ async def test_a_stranded_request_is_placed_when_a_decode_instance_has_room(
     assert len(empty.sent(HandOff)) == 1
 
 
-async def test_two_stranded_requests_do_not_share_one_room(empty: World) -> None:
+async def test_two_stranded_requests_do_not_get_the_same_free_blocks(empty: World) -> None:
     empty.join("p0", "d0")
     for name in ("r", "s"):
         empty.submit(name, prompt_tokens=20)
@@ -144,7 +144,7 @@ async def test_two_stranded_requests_do_not_share_one_room(empty: World) -> None
     assert [message.request_id for _, message in empty.sent(HandOff)] == ["r"]
 
 
-async def test_a_stranded_request_that_has_another_owner_or_has_ended_is_left_alone(world: World) -> None:
+async def test_a_stranded_request_that_has_another_owner_or_has_ended_is_not_handed_off(world: World) -> None:
     world.submit()
     world.tokens("d0", 1, 0, 10)
 

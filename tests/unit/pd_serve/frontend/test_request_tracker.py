@@ -31,7 +31,7 @@ async def test_an_abort_goes_to_the_owner(world: World) -> None:
 
 
 async def test_a_lost_request_is_recomputed_from_its_tokens_under_a_higher_epoch(world: World) -> None:
-    """Its prefill instance dies; another one continues, and what the dead one said late does not count."""
+    """Its prefill instance dies; another one continues, and late tokens of the dead one are ignored."""
     world.submit()
     world.tokens("p0", 0, 0, 10)
     world.tokens("p0", 0, 1, 11)
@@ -62,8 +62,8 @@ async def test_only_requests_of_the_lost_instance_are_recomputed(world: World) -
     ]
 
 
-async def test_a_request_dies_with_the_instance_it_has_been_committed_to(world: World) -> None:
-    """The source said that it has left; the destination dies before its first token."""
+async def test_a_request_is_lost_with_the_destination_of_its_committed_migration(world: World) -> None:
+    """The source reports the commit; the destination dies before its first token."""
     world.submit()
     world.tokens("p0", 0, 0, 10)
     world.end_migration("p0", "d0", True)
@@ -73,7 +73,7 @@ async def test_a_request_dies_with_the_instance_it_has_been_committed_to(world: 
     assert world.sent(AddRequest)[-1][1].output_token_ids == [10]
 
 
-async def test_a_commit_to_an_instance_that_is_lost_already_is_a_loss(world: World) -> None:
+async def test_a_request_committed_to_a_lost_instance_is_recomputed(world: World) -> None:
     world.submit()
     world.tokens("p0", 0, 0, 10)
     world.leave("d0")
@@ -86,7 +86,7 @@ async def test_a_commit_to_an_instance_that_is_lost_already_is_a_loss(world: Wor
 
 
 async def test_late_tokens_do_not_make_a_lost_instance_the_owner(world: World) -> None:
-    """d0 dies after its first token, which is read after the death and before p0's word of the commit."""
+    """d0 dies after its first token, which is read after the death and before p0 reports the commit."""
     world.submit()
     world.tokens("p0", 0, 0, 10)
     world.leave("d0")
@@ -98,8 +98,8 @@ async def test_late_tokens_do_not_make_a_lost_instance_the_owner(world: World) -
     assert len(world.sent(AddRequest)) == 2
 
 
-async def test_with_a_gap_the_tokens_in_it_may_be_lost_with_any_instance(world: World) -> None:
-    """d0 has spoken, p0's token before that has not come, and p0 dies."""
+async def test_a_request_with_a_gap_is_recomputed_when_any_instance_is_lost(world: World) -> None:
+    """A token of d0 has come, p0's token before it has not, and p0 dies."""
     world.submit()
     world.tokens("p0", 0, 0, 10)
     world.tokens("d0", 1, 2, 12)
@@ -160,7 +160,7 @@ async def test_migrations_are_counted_by_reason_and_outcome(world: World) -> Non
 
 
 async def test_a_request_s_timeline_is_kept(world: World) -> None:
-    """From what instances say, in the words of the recorder's own tests; while it runs and afterwards."""
+    """From the messages of instances, with the events of the recorder's tests, also after its end."""
     world.clock.now = 100.0
     world.submit()
     world.clock.now = 101.0
@@ -187,7 +187,7 @@ async def test_a_request_s_timeline_is_kept(world: World) -> None:
     assert world.requests.find("s") == []
 
 
-async def test_a_refused_request_has_ended(empty: World) -> None:
+async def test_the_timeline_of_a_refused_request_ends_with_an_error(empty: World) -> None:
     with pytest.raises(EngineDeadError):
         empty.requests.submit("r", [b"payload"], NewRequest(32))
 

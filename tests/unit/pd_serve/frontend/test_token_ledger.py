@@ -20,7 +20,7 @@ class Logprobs(NamedTuple):
 
 @dataclass
 class Output:
-    """As vLLM's `EngineCoreOutput`, as far as the ledger looks at it."""
+    """The fields of vLLM's `EngineCoreOutput` that the ledger reads."""
 
     request_id: str
     new_token_ids: list[int]
@@ -30,7 +30,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Sent:
-    """One output on its way: who says it, under which epoch, from which index on."""
+    """One output in transit, with its sender, epoch and first index."""
 
     source: str
     epoch: int
@@ -99,7 +99,7 @@ def accept_all(ledger: TokenLedger, arrivals: list[Sent]) -> list[Output]:
 
 
 @given(st.data())
-def test_the_short_way_for_plain_outputs_is_the_same_as_the_long_one(data: st.DataObject) -> None:
+def test_extend_has_the_same_result_as_accept(data: st.DataObject) -> None:
     """`extend` takes only what `accept` would have taken, and does with it what that would have done."""
     _, streams = data.draw(journeys())
     long_way = TokenLedger("a")
@@ -116,7 +116,7 @@ def test_the_short_way_for_plain_outputs_is_the_same_as_the_long_one(data: st.Da
 
 @given(st.data())
 def test_any_interleaving_of_owners_delivers_each_index_once_in_order(data: st.DataObject) -> None:
-    """Owners overtake each other at will: tokens of a later one arrive before those of earlier ones."""
+    """Tokens of a later owner may arrive before those of earlier owners."""
     num_tokens, owners = data.draw(journeys())
     arrivals = merge(data.draw, owners)
     ledger = TokenLedger("a")
@@ -144,7 +144,7 @@ def test_duplicates_are_not_delivered_again(data: st.DataObject) -> None:
 
 
 @given(st.data())
-def test_outputs_in_any_order_at_all_are_delivered_once_in_order(data: st.DataObject) -> None:
+def test_outputs_in_any_order_are_delivered_once_in_order(data: st.DataObject) -> None:
     """Even an owner's own outputs overtake each other, as over sockets that were made anew."""
     num_tokens, owners = data.draw(journeys())
     arrivals = data.draw(st.permutations([sent for stream in owners for sent in stream]))
@@ -155,8 +155,8 @@ def test_outputs_in_any_order_at_all_are_delivered_once_in_order(data: st.DataOb
 
 
 @given(st.data())
-def test_what_is_delivered_is_always_a_beginning_of_what_was_generated(data: st.DataObject) -> None:
-    """Some outputs never arrive: what follows them is held back, nothing is skipped."""
+def test_delivered_tokens_are_a_prefix_of_the_generated_ones(data: st.DataObject) -> None:
+    """Some outputs never arrive: later ones are held, none is skipped."""
     num_tokens, owners = data.draw(journeys())
     arrivals = [sent for sent in merge(data.draw, owners) if data.draw(st.booleans())]
     ledger = TokenLedger("a")
@@ -168,7 +168,7 @@ def test_what_is_delivered_is_always_a_beginning_of_what_was_generated(data: st.
 
 
 @given(st.data())
-def test_an_owner_that_lives_on_after_it_was_given_up_adds_nothing(data: st.DataObject) -> None:
+def test_an_owner_that_decodes_after_a_take_over_adds_no_token(data: st.DataObject) -> None:
     """A dead owner was not dead: it decodes on, other tokens, while the next one continues.
 
     The request is recomputed from what had been delivered, and only the new owner's tokens follow.
@@ -205,7 +205,7 @@ def test_an_early_output_waits_for_those_before_it() -> None:
     assert (ledger.token_ids, ledger.has_gap, ledger.has_token_of_owner) == ([10, 11, 12], False, True)
 
 
-def test_an_early_end_ends_nothing_before_its_time() -> None:
+def test_an_early_end_waits_for_the_outputs_before_it() -> None:
     """The destination has finished the request before the source's last token is here."""
     ledger = TokenLedger("a")
     ledger.accept("b", 1, 1, out(11, finish="length"), 1.0)
@@ -217,7 +217,7 @@ def test_an_early_end_ends_nothing_before_its_time() -> None:
     assert ledger.finished
 
 
-def test_nothing_follows_the_end() -> None:
+def test_no_output_is_delivered_after_the_end() -> None:
     ledger = TokenLedger("a")
     ledger.accept("a", 0, 0, out(10, finish="stop"), 1.0)
 
@@ -227,7 +227,7 @@ def test_nothing_follows_the_end() -> None:
 
 
 def test_a_former_owner_that_decodes_on_is_reported() -> None:
-    """Its token has an index that belongs to the present owner: it holds a copy that nobody follows."""
+    """Its token has an index that belongs to the present owner: it holds an outdated copy."""
     ledger = TokenLedger("a")
     ledger.accept("a", 0, 0, out(10), 1.0)
     ledger.accept("b", 1, 1, out(11), 2.0)
@@ -236,22 +236,22 @@ def test_a_former_owner_that_decodes_on_is_reported() -> None:
     assert ledger.token_ids == [10, 11]
 
 
-def test_a_late_token_of_a_former_owner_is_no_reason_to_report_it() -> None:
+def test_a_former_owner_with_a_late_token_is_not_reported() -> None:
     ledger = TokenLedger("a")
     ledger.accept("b", 1, 1, out(11), 1.0)
 
     assert ledger.accept("a", 0, 0, out(10), 2.0)[1] is False
 
 
-def test_an_older_epoch_of_the_owner_itself_is_no_reason_to_report_it() -> None:
-    """The request has come back to an instance whose older tokens are still on their way."""
+def test_the_owner_is_not_reported_for_a_token_of_an_older_epoch() -> None:
+    """The request has come back to an instance whose older tokens are in transit."""
     ledger = TokenLedger("a")
     ledger.accept("a", 2, 1, out(11), 1.0)
 
     assert ledger.accept("a", 0, 1, out(99), 2.0) == ([], False)
 
 
-def test_of_two_owners_with_one_epoch_the_first_to_be_heard_stays() -> None:
+def test_of_two_owners_with_one_epoch_the_first_sender_stays() -> None:
     """A migration is taken back at the source while its destination has moved the request on."""
     ledger = TokenLedger("a")
     ledger.accept("b", 2, 0, out(10), 1.0)
@@ -290,8 +290,8 @@ def test_the_new_owner_may_be_the_instance_that_held_an_older_copy() -> None:
     assert ledger.accept("a", epoch, 1, out(11), 3.0) == ([out(11)], False)
 
 
-def test_a_former_owner_s_end_ends_nothing_that_another_has_continued() -> None:
-    """A copy that nobody follows is aborted, behind what a later owner has begun with."""
+def test_a_former_owner_s_end_does_not_end_a_continued_request() -> None:
+    """An outdated copy is aborted after the first token of a later owner."""
     ledger = TokenLedger("a")
     ledger.accept("a", 0, 0, out(10, 11, 12), 1.0)
     ledger.accept("b", 1, 3, out(13), 2.0)
@@ -300,8 +300,8 @@ def test_a_former_owner_s_end_ends_nothing_that_another_has_continued() -> None:
     assert not ledger.finished
 
 
-def test_a_former_owner_s_end_that_came_early_ends_nothing_either() -> None:
-    """It waited for a token before it; then the owner that has continued was heard."""
+def test_a_former_owner_s_early_end_does_not_end_a_continued_request() -> None:
+    """It waited for an earlier token; then a token of the owner that has continued came."""
     ledger = TokenLedger("a")
     ledger.accept("a", 0, 1, out(11, finish="stop"), 1.0)
     ledger.accept("b", 1, 2, out(12), 2.0)
@@ -312,7 +312,7 @@ def test_a_former_owner_s_end_that_came_early_ends_nothing_either() -> None:
 
 
 def test_a_former_owner_s_output_counts_up_to_where_the_present_one_began() -> None:
-    """It was computed in one step that went on beyond the hand-over."""
+    """One step has computed tokens before and after the move."""
     ledger = TokenLedger("a")
     ledger.accept("b", 1, 2, out(12), 1.0)
     logprobs = Logprobs([[10], [11], [99]], [[-0.1], [-0.2], [-0.3]])
@@ -323,7 +323,7 @@ def test_a_former_owner_s_output_counts_up_to_where_the_present_one_began() -> N
 
 
 @pytest.mark.parametrize(("index", "left"), [(0, [12, 13]), (1, [12, 13]), (2, [12, 13])])
-def test_of_an_output_that_is_partly_known_the_rest_is_delivered(index: int, left: list[int]) -> None:
+def test_the_new_part_of_a_partly_delivered_output_is_delivered(index: int, left: list[int]) -> None:
     ledger = TokenLedger("a")
     ledger.accept("a", 0, 0, out(10, 11), 1.0)
 
@@ -343,7 +343,7 @@ def test_logprobs_are_cut_with_the_tokens_that_they_belong_to() -> None:
     assert ready == [Output("r", [12, 13], "stop", Logprobs([[12, 2], [13, 3]], [[-0.2], [-0.3]]))]
 
 
-def test_a_known_output_that_ends_the_request_is_delivered_without_its_tokens() -> None:
+def test_a_duplicate_output_that_ends_the_request_is_delivered_without_its_tokens() -> None:
     """The end came with a token that had been delivered before."""
     ledger = TokenLedger("a")
     ledger.accept("a", 0, 0, out(10), 1.0)
@@ -352,7 +352,7 @@ def test_a_known_output_that_ends_the_request_is_delivered_without_its_tokens() 
     assert ledger.finished
 
 
-def test_the_gap_is_that_between_two_owners() -> None:
+def test_the_last_gap_is_the_time_between_the_tokens_of_two_owners() -> None:
     ledger = TokenLedger("a")
     ledger.accept("a", 0, 0, out(10), 1.0)
     ledger.accept("a", 0, 1, out(11), 5.0)
@@ -366,7 +366,7 @@ def test_the_gap_is_that_between_two_owners() -> None:
     assert (ledger.last_gap_s, ledger.num_moves) == (0.25, 2)
 
 
-def test_the_gap_ends_when_the_new_owner_s_token_can_be_delivered() -> None:
+def test_the_last_gap_ends_with_the_delivery_of_the_new_owner_s_token() -> None:
     """It arrived before the former owner's last one, with which it is delivered."""
     ledger = TokenLedger("a")
     ledger.accept("a", 0, 0, out(10), 1.0)
@@ -397,10 +397,10 @@ def test_the_longest_gap_is_between_any_two_deliveries() -> None:
     assert ledger.longest_gap_s == ledger.last_gap_s == pytest.approx(2.3)
 
 
-def test_the_epoch_under_which_the_present_owner_was_heard() -> None:
+def test_delivered_epoch_is_the_epoch_of_an_owner_whose_token_was_delivered() -> None:
     ledger = TokenLedger("a")
     assert ledger.delivered_epoch == -1
-    ledger.accept("b", 1, 1, out(2), 10.0)  # early: it speaks before its predecessor's token is there
+    ledger.accept("b", 1, 1, out(2), 10.0)  # early: the token of the former owner has not come
     assert ledger.delivered_epoch == -1
     ledger.accept("a", 0, 0, out(1), 11.0)
     assert ledger.delivered_epoch == 1

@@ -31,7 +31,7 @@ async def test_tokens_of_two_owners_are_delivered_in_order(world: World) -> None
     assert world.sent(AbortRequests) == []
 
 
-async def test_a_step_s_outputs_are_those_of_its_instance(world: World) -> None:
+async def test_a_batch_has_the_slot_of_its_instance(world: World) -> None:
     """vLLM's metrics tell instances apart by slot."""
     world.submit()
     world.tokens("p0", 0, 0, 10)
@@ -43,7 +43,7 @@ async def test_a_step_s_outputs_are_those_of_its_instance(world: World) -> None:
 
 
 async def test_a_token_for_a_request_that_has_ended_makes_its_sender_end_it(world: World) -> None:
-    """The client is gone; its request lives on where no abort has found it."""
+    """The client has disconnected; a copy of its request runs on an instance that no abort has reached."""
     world.tokens("d1", 3, 5, 15, of="gone")
 
     assert world.sent(AbortRequests) == [("d1", AbortRequests([RequestId("gone")], None))]
@@ -56,8 +56,8 @@ async def test_the_last_token_of_a_request_that_has_ended_needs_no_abort(world: 
     assert world.sent(AbortRequests) == []
 
 
-async def test_a_stale_abort_names_the_epoch_of_the_copy_that_spoke(world: World) -> None:
-    """It may own the request again by the time the message is there: that copy must live."""
+async def test_an_abort_of_a_stale_copy_has_the_epoch_of_its_token(world: World) -> None:
+    """The instance may own the request again when the abort arrives: the later copy must not end."""
     world.submit()
     world.tokens("p0", 0, 0, 10)
     world.tokens("d0", 4, 1, 11)
@@ -67,7 +67,7 @@ async def test_a_stale_abort_names_the_epoch_of_the_copy_that_spoke(world: World
     assert world.delivered_tokens() == [10, 11]
 
 
-async def test_of_two_owners_under_one_epoch_the_second_to_be_heard_is_ended(world: World) -> None:
+async def test_of_two_owners_with_one_epoch_the_second_sender_is_ended(world: World) -> None:
     """A migration is taken back at its source under the epoch at which its destination decodes on."""
     world.submit()
     world.tokens("p0", 2, 0, 10)
@@ -106,7 +106,7 @@ async def test_token_gaps_are_counted_by_message(world: World) -> None:
     assert gaps == [{0.5: 1}, {0.5: 1}]
 
 
-async def test_how_long_a_prefill_took_is_the_engine_s_word(world: World) -> None:
+async def test_the_duration_of_a_prefill_is_that_of_the_engine_s_report(world: World) -> None:
     world.clock.now = 100.0
     world.submit()
     world.clock.now = 103.0

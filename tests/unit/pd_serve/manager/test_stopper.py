@@ -89,7 +89,7 @@ class TestForTheOperator:
             world.wire.hear("scheduler", SchedulerReport([again]))
             await asyncio.sleep(2 * STOP_PATIENCE_S)
             assert not world.launcher.stopped
-            assert world.decisions == ["decode-1 is drained: asked for by the operator"]
+            assert world.decisions == ["decode-1 is drained: requested by the operator"]
             await world.call(DrainInstance("decode-1", False, False))
             assert world.sent(SetDraining, "decode-1")[-1] == SetDraining(False, by_operator=True)
 
