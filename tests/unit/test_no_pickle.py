@@ -15,8 +15,9 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreReques
 from vllm.v1.serial_utils import CUSTOM_TYPE_CLOUDPICKLE, CUSTOM_TYPE_PICKLE, MsgpackDecoder
 
 from migration.messages import AnyMigrationMessage
-from migration.transport.nixl import _Endpoint
+from migration.transport.nixl import _NixlEndpoint
 from pd_serve.comm.messages import ToApiServer, ToInstance, TokenHeader, ToManager, ToScheduler
+from pd_serve.comm.requests import Call, CallEngine
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(
@@ -36,7 +37,7 @@ OUR_DECODERS = {
     "to the manager": msgspec.msgpack.Decoder(ToManager),
     "between llumlets": msgspec.msgpack.Decoder(AnyMigrationMessage),
     "header of tokens": msgspec.msgpack.Decoder(TokenHeader),
-    "where KV blocks are": msgspec.msgpack.Decoder(_Endpoint),
+    "where KV blocks are": msgspec.msgpack.Decoder(_NixlEndpoint),
 }
 
 
@@ -170,12 +171,12 @@ def test_whatever_comes_is_a_message_or_refused(decoder: msgspec.msgpack.Decoder
 
 
 def test_a_pickle_in_an_untyped_value_stays_bytes(tmp_path: Path) -> None:
-    """`Call.arguments` may be anything msgpack has: an extension is only its code and its bytes."""
+    """`CallEngine.arguments` may be anything msgpack has: an extension is only its code and its bytes."""
     folder = tmp_path / "made"
     bomb = msgspec.msgpack.Ext(CUSTOM_TYPE_PICKLE, pickle.dumps(Bomb(folder)))
-    call = {"type": "Call", "call_id": "c", "method": "m", "arguments": [bomb]}
+    call = Call("c", CallEngine("m", [bomb]))
 
     message = OUR_DECODERS["to an instance"].decode(msgspec.msgpack.encode(call))
 
-    assert message.arguments == [bomb]
+    assert message.request.arguments == [bomb]
     assert not folder.exists()
