@@ -14,7 +14,7 @@ from tests.unit.loadtests.experiments.made_figures import FIGURE, POINTS, consol
 def test_tables_and_a_plot_are_written(tmp_path: Path) -> None:
     write_figure(FIGURE, POINTS, ["a note"], ExperimentRun(tmp_path), console())
 
-    rows = list(csv.DictReader((tmp_path / "figure99-test.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "figure99-test.csv").read_text().splitlines()))
     page = (tmp_path / "figure99-test.md").read_text()
     assert rows[0]["ours/paper"] == "2"
     assert (rows[1]["paper"], rows[2]["ours"]) == ("", "")
