@@ -1,6 +1,7 @@
 """Locust in its own process against a cluster of simulated engines, while one of them is drained."""
 
 import asyncio
+import itertools
 import json
 import os
 import sys
@@ -54,12 +55,17 @@ async def test_every_stream_is_correct_while_requests_move(
     server: ServerProcess, client: CompletionClient, tmp_path: Path
 ) -> None:
     async def drain_in_turns() -> None:
-        for name in ("decode-0", "decode-1", "decode-0"):
-            before = (await client.cluster())["migrations"]["handoff"]["committed"]
-            await client.until(lambda seen: seen["migrations"]["handoff"]["committed"] > before + 8, 60)  # noqa: B023
+        """From the first requests on, until it is cancelled."""
+        before = (await client.cluster())["migrations"]["handoff"]["committed"]
+        await client.until(lambda seen: seen["migrations"]["handoff"]["committed"] > before, 120)
+        for name in itertools.cycle(("decode-0", "decode-1")):
             await client.drain(name)
-            await asyncio.sleep(0.5)
-            await client.drain(name, draining=False)
+            try:
+                await asyncio.sleep(0.5)
+            finally:
+                await client.drain(name, draining=False)
+            await client.until(lambda seen: not any(row["draining"] for row in seen["instances"]))
+            await asyncio.sleep(0.2)
 
     lengths = ("--trace", "s-l", "--max-tokens", "300")
     arguments = (*lengths, "--rate", "8", "--requests", "60", "--shape", "spike", "--high-priority", "0.2")
