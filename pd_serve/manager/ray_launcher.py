@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from migration.tasks import BackgroundTasks
 from pd_serve.comm.membership import SCHEDULER, InstanceInfo
+from pd_serve.comm.timing import INSTANCE_LEASE_S
 from pd_serve.errors import EngineDeadError, PdServeError
 from pd_serve.instance.instance_process import InstanceConfig
 from pd_serve.manager.launcher import ManagerNotes
@@ -195,17 +196,25 @@ class RayLauncher:
     # ---- taking over
 
     async def find(self) -> tuple[list[InstanceInfo], ManagerNotes | None]:
-        """See `Launcher`. Ends instances that were never started, and the scheduler."""
+        """See `Launcher`. Ends instances that were never started, and the scheduler.
+
+        One that waits for resources, or is not ready within the time of a lease, counts as never started.
+        """
         infos: list[InstanceInfo] = []
         found_notes: list[ManagerNotes] = []
-        for name, actor in (await asyncio.to_thread(self._named_actors)).items():
-            if name == SCHEDULER:
-                ray.kill(actor)  # it has no state to keep; the next one is ready in a second
-                continue
-            try:
-                info, notes = await actor.found.remote()
-            except ray.exceptions.RayError:
-                continue
+        actors = await asyncio.to_thread(self._named_actors)
+        if (scheduler := actors.pop(SCHEDULER, None)) is not None:
+            ray.kill(scheduler)  # it keeps no state, and the next one is ready in a second
+        asked = {name: asyncio.ensure_future(_settled(a.found.remote())) for name, a in actors.items()}
+        if asked:
+            await asyncio.wait(asked.values(), timeout=INSTANCE_LEASE_S)
+        for name, actor in actors.items():
+            if asked[name].cancel():
+                info, notes = None, None
+            elif (found := asked[name].result()) is None:
+                continue  # it has died
+            else:
+                info, notes = found
             with contextlib.suppress(ValueError):
                 self._groups[name] = await asyncio.to_thread(
                     ray.util.get_placement_group, f"{self._service}:{name}"
@@ -305,8 +314,10 @@ def _end_children() -> None:
     psutil.wait_procs(children, timeout=STOP_S)
 
 
-async def _settled(reference: Any) -> None:
+async def _settled(reference: Any) -> Any:
+    """The result of a call; None if the actor has died."""
     try:
-        await reference
+        return await reference
     except ray.exceptions.RayError as error:
-        logger.debug("an instance did not stop by itself: %s", error)
+        logger.debug("an actor has ended before it answered: %s", error)
+        return None

@@ -1,10 +1,17 @@
-"""Errors of the connection to Ray."""
+"""Errors of the connection to Ray, and calls to the actors of a service."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
 
 from pd_serve.errors import PdServeError
+from pd_serve.manager.launcher import ManagerNotes
 from pd_serve.manager.ray_launcher import RayLauncher
+from tests.members import instance_info
+from tests.virtual_time import in_virtual_time
 
 SLOW = "The current node timed out during startup. This could happen because"
 
@@ -45,3 +52,58 @@ def test_an_unexpected_error_is_raised_unchanged(monkeypatch: pytest.MonkeyPatch
     fail_with(monkeypatch, TypeError("init() got an unexpected keyword argument"))
     with pytest.raises(TypeError):
         RayLauncher(None, {}).connect()
+
+
+class FakeActor:
+    """Answers every call with one of the given results; None: it waits for resources, and never answers."""
+
+    def __init__(self, **results: Any) -> None:
+        self._results = results
+
+    def __getattr__(self, method: str) -> Any:
+        return SimpleNamespace(remote=lambda *arguments: self._answer(method))
+
+    async def _answer(self, method: str) -> Any:
+        result = self._results.get(method)
+        if isinstance(result, Exception):
+            raise result
+        return result if result is not None else await asyncio.Future()
+
+
+def a_launcher(monkeypatch: pytest.MonkeyPatch, **actors: FakeActor) -> tuple[RayLauncher, list[Any]]:
+    """Returns a launcher that finds these actors, and the list of those that it kills."""
+    killed: list[Any] = []
+    launcher = RayLauncher("auto", {}, service="s")
+    named = {name.replace("_", "-"): actor for name, actor in actors.items()}
+    monkeypatch.setattr(launcher, "_named_actors", lambda: named)
+    monkeypatch.setattr(ray, "kill", killed.append)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray.util, "get_placement_group", lambda name: (_ for _ in ()).throw(ValueError()))
+    monkeypatch.setattr(asyncio, "to_thread", at_once)
+    return launcher, killed
+
+
+async def at_once(function: Any, *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+@in_virtual_time
+async def test_keep_notes_returns_the_highest_term_that_an_instance_has_seen() -> None:
+    """By this a manager learns that another one has taken over."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        dead = FakeActor(keep_notes=ray.exceptions.RayActorError())
+        launcher, _ = a_launcher(monkeypatch)
+        launcher._actors = {"a": FakeActor(keep_notes=3), "b": FakeActor(keep_notes=4), "c": dead}
+        assert await launcher.keep_notes(ManagerNotes(term=3)) == 4
+
+
+@in_virtual_time
+async def test_an_actor_that_waits_for_resources_does_not_hold_up_a_take_over() -> None:
+    notes = ManagerNotes(term=2)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        waiting, dead = FakeActor(), FakeActor(found=ray.exceptions.RayActorError())
+        ready = FakeActor(found=(instance_info("decode-0"), notes))
+        launcher, killed = a_launcher(monkeypatch, decode_0=ready, decode_1=waiting, decode_2=dead)
+        assert await asyncio.wait_for(launcher.find(), 60) == ([instance_info("decode-0")], notes)
+        assert killed == [waiting]
+        await launcher._watchers.cancel()
