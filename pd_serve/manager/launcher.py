@@ -20,6 +20,7 @@ class ManagerNotes:
         wanted: Wanted number of instances by role.
         next_numbers: Number of the next instance id, by role. Ids are not used again.
         drained_by_operator: Instances that an operator drains.
+        stopping: Those of them that are stopped as soon as they are empty.
         api_servers: API servers that have joined, by name.
     """
 
@@ -28,6 +29,7 @@ class ManagerNotes:
     wanted: dict[str, int] = field(default_factory=dict)
     next_numbers: dict[str, int] = field(default_factory=dict)
     drained_by_operator: list[str] = field(default_factory=list)
+    stopping: list[str] = field(default_factory=list)
     api_servers: dict[str, ApiServerInfo] = field(default_factory=dict)
 
     @property

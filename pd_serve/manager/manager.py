@@ -6,6 +6,7 @@ finds the instances and takes over.
 
 import asyncio
 import itertools
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -66,7 +67,8 @@ class Manager:
         self._launcher = launcher
         self._notices = notices
         self._tasks = BackgroundTasks(wire.failures.task_failed)
-        self._notes = ManagerNotes()
+        # Later than any term of an earlier manager that has left no instance to take over.
+        self._notes = ManagerNotes(term=time.time_ns() // 1_000_000)
         self._noted_by: list[str] = []
         self._closed = False
         self._closing: asyncio.Future[None] | None = None
@@ -123,6 +125,8 @@ class Manager:
             self._stopper.drained_by_operator = set(notes.drained_by_operator)
         for info in infos:
             self._register_instance(info)
+        for instance_id in notes.stopping if notes is not None else []:
+            self._stopper.stop_drained(instance_id, "drained before the restart of the manager")
         for name, api_server in (notes or self._notes).api_servers.items():
             self._announcer.on_join(name, Join(api_server, unused=[]))
         await self._launcher.keep_notes(self._notes)  # the next term, before any process sees it
@@ -140,14 +144,8 @@ class Manager:
     async def close(self) -> None:
         self._closed = True
         await self._tasks.cancel()
-        for part in (
-            self._scheduler,
-            self._restart,
-            self._starter,
-            self._stopper,
-            self._announcer,
-            self._server,
-        ):
+        starting = (self._scheduler, self._restart, self._starter)
+        for part in (*starting, self._stopper, self._announcer, self._server):
             await part.close()
         await self._wire.close()
 
@@ -228,6 +226,8 @@ class Manager:
 
     def _changed(self) -> None:
         """Announces the membership, and gives changed notes to the instances."""
+        if self._closed:
+            return
         self._announcer.announce_soon()
         kept_by = list(self.register.infos)
         notes = replace(
@@ -235,6 +235,7 @@ class Manager:
             wanted=dict(self._sizes.wanted),
             next_numbers=dict(self._starter.next_numbers),
             drained_by_operator=sorted(self._stopper.drained_by_operator),
+            stopping=self._stopper.stopping,
             api_servers=self._announcer.api_servers,
         )
         if (notes, kept_by) != (self._notes, self._noted_by):
@@ -286,6 +287,7 @@ class Manager:
                 self._announcer.on_join(sender, message)
             case LoadReport(load=load):
                 self.register.on_report(load)
+                self._stopper.on_report(load)
             case SchedulerReport():
                 self._on_scheduler_report(message)
             case StartInstance(role=role, reason=reason):
@@ -306,10 +308,8 @@ class Manager:
 
     def _start_wanted(self, role: str, reason: str) -> None:
         """Starts an instance for the scheduler, if one may start now. The scheduler repeats its request."""
-        at_most = self._config.max_instances
-        if len(self.register) + len(self._starter.not_ready) < at_most and not self._starter.is_backing_off(
-            role
-        ):
+        number = len(self.register) + len(self._starter.not_ready)
+        if number < self._config.max_instances and not self._starter.is_backing_off(role):
             self._starter.start_once(role, reason)
 
     # ---- calls of API servers

@@ -10,6 +10,7 @@ from pd_serve.comm.messages import SetDraining
 from pd_serve.comm.timing import POLL_S, STOP_PATIENCE_S
 from pd_serve.manager.decision_log import DecisionLog
 from pd_serve.manager.register import InstanceRegister
+from router.load import InstanceLoad
 
 
 class Stopper:
@@ -65,6 +66,16 @@ class Stopper:
         """Stops an instance that the scheduler has drained and found empty."""
         if instance_id not in self.drained_by_operator:
             self._begin(instance_id, reason, STOP_PATIENCE_S)
+
+    @property
+    def stopping(self) -> list[str]:
+        """Instances that are stopped for the operator, which the next manager goes on with."""
+        return sorted(self.leaving & self.drained_by_operator)
+
+    def on_report(self, load: InstanceLoad) -> None:
+        """Repeats the operator's order to an instance that it has not reached."""
+        if load.instance_id in self.drained_by_operator and not load.draining:
+            self._wire.send(load.instance_id, SetDraining(True, by_operator=True))
 
     def forget(self, instance_id: str) -> None:
         """Removes an instance that has died."""

@@ -24,6 +24,7 @@ class MessageFaults:
         self._held_types: set[type] = set()
         self._held: dict[Link, list[Callable[[], None]]] = {}
         self._isolated: set[str] = set()
+        self._broken: set[frozenset[str]] = set()
 
     def lose(self, message: type, times: float = float("inf")) -> None:
         """Loses the next messages of this type."""
@@ -41,6 +42,10 @@ class MessageFaults:
         """Loses all messages from and to these nodes."""
         self._isolated.update(names)
 
+    def lose_between(self, name: str, other: str) -> None:
+        """Loses all messages between two nodes."""
+        self._broken.add(frozenset((name, other)))
+
     def release(self) -> None:
         """Delivers the held messages in order, and holds no others."""
         self._held_types.clear()
@@ -55,11 +60,12 @@ class MessageFaults:
         self._losses.clear()
         self._doubled.clear()
         self._isolated.clear()
+        self._broken.clear()
         self.release()
 
     def transmit(self, link: Link, message: type, deliver: Callable[[], None]) -> None:
-        """Delivers one message from `link[0]` to `link[1]`, subject to the faults."""
-        if self._isolated.intersection(link) or self.is_lost():
+        """Delivers one message from `link[0]` to `link[1]`, or not, or later."""
+        if self._isolated.intersection(link) or frozenset(link) in self._broken or self.is_lost():
             return
         if self._losses[message] > 0:
             self._losses[message] -= 1

@@ -1,6 +1,7 @@
 """The manager as a whole: dead and silent instances, take-over, requests of other API servers."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from migration.messages import InstanceId, RequestId
 from migration.record import MigrationRecord
 from pd_serve.comm.membership import Membership
+from pd_serve.comm.messages import SetDraining
 from pd_serve.comm.requests import (
     Call,
     DrainInstance,
@@ -170,6 +172,43 @@ class TestTakeOver:
 
         second()
 
+    def test_the_next_manager_goes_on_stopping_what_the_operator_stops(self) -> None:
+        async def drain_a_busy_one(world: World) -> None:
+            world.busy.add("decode-1")
+            await world.call(DrainInstance("decode-1", True, True))
+
+        names, notes = leave(drain_a_busy_one)
+        assert "decode-1" in names
+
+        @in_virtual_time
+        async def second() -> None:
+            world = await self.take_over(names, notes)
+            world.drain_by_scheduler("decode-1")
+            await asyncio.sleep(60)
+            assert world.launcher.stopped == ["decode-1"]
+            assert world.names == ["decode-0", "prefill-0"]
+            await world.close()
+
+        second()
+
+    def test_the_next_manager_repeats_the_order_to_drain_that_its_predecessor_could_not_send(self) -> None:
+        names, notes = leave(lambda world: world.call(DrainInstance("decode-1", True, False)))
+
+        @in_virtual_time
+        async def second() -> None:
+            world = await self.take_over(names, notes)
+            await asyncio.sleep(HEARTBEAT_S)
+            assert world.sent(SetDraining, "decode-1") == [SetDraining(True, by_operator=True)]
+            await world.close()
+
+        second()
+
+    @in_virtual_time
+    async def test_a_manager_that_finds_no_instance_has_a_later_term_than_those_before(self) -> None:
+        """API servers that have outlived all instances would ignore it otherwise."""
+        async with a_world() as world:
+            assert abs(world.members.term / 1000 - time.time()) < 3600
+
     def test_the_next_manager_keeps_the_api_servers_for_the_time_of_their_lease(self) -> None:
         """Instances end the requests of an API server that is no member. It has yet to find the manager."""
         names, notes = leave(lambda world: asyncio.sleep(0))
@@ -196,7 +235,7 @@ class TestTakeOver:
         async with a_world() as world:
             await asyncio.sleep(100)
             assert world.launcher.notes is not None
-            world.launcher.notes = replace(world.launcher.notes, term=2)
+            world.launcher.notes = replace(world.launcher.notes, term=world.launcher.notes.term + 1)
             world.silent.update(world.names)
             world.joined.clear()
             starts = world.launcher.scheduler_starts

@@ -1,0 +1,71 @@
+"""A whole cluster whose manager, API server and network fail so that two sides have different views."""
+
+import asyncio
+import random
+
+from pd_serve.comm.timing import API_SERVER_LEASE_S
+from pd_serve.simulation.config import TraceRequest
+from pd_serve.simulation.message_faults import MessageFaults
+from pd_serve.simulation.simulate import Simulation
+from tests.unit.pd_serve.simulation.test_simulate import (
+    assert_nothing_is_lost,
+    config,
+    simulate_with,
+    workload,
+)
+
+
+def late_workload(count: int, begin_s: float) -> list[TraceRequest]:
+    dice = random.Random(0)
+    return [
+        TraceRequest(begin_s + n / 4, dice.randrange(1, 300), dice.randrange(1, 90)) for n in range(count)
+    ]
+
+
+def test_a_manager_that_finds_no_instance_starts_some_and_is_followed() -> None:
+    """Its predecessor had taken over from another one; then everything died but the API server."""
+
+    async def fault(simulation: Simulation) -> None:
+        cluster = simulation.cluster
+        await asyncio.sleep(2.0)
+        await cluster.kill_manager()
+        await cluster.replace_manager()
+        await asyncio.sleep(2.0)
+        await cluster.kill_manager()
+        for name in list(cluster.launcher.instances):
+            await cluster.kill_instance(name)
+            cluster.network.restore(name)  # the next one of this id is another process
+        await cluster.replace_manager()
+        assert cluster.manager is not None
+        await cluster.manager.start()
+        await asyncio.sleep(10.0)
+        assert cluster.frontend.snapshot()["manager"] == "alive"
+
+    assert_nothing_is_lost(simulate_with(config(requests=late_workload(50, 20.0)), fault))
+
+
+def test_an_order_to_stop_an_instance_outlives_the_manager() -> None:
+    async def fault(simulation: Simulation) -> None:
+        cluster = simulation.cluster
+        await asyncio.sleep(4.0)
+        await cluster.frontend.drain("decode-0", stop=True)
+        await cluster.kill_manager()
+        await asyncio.sleep(1.0)
+        await cluster.replace_manager()
+        await asyncio.sleep(20.0)
+        assert sorted(cluster.launcher.instances) == ["decode-1", "prefill-0"]
+
+    assert_nothing_is_lost(simulate_with(config(requests=workload(200, 4.0)), fault))
+
+
+def test_requests_of_an_api_server_that_the_manager_did_not_hear_go_on() -> None:
+    """The manager has dropped it, and so the instances have ended its requests."""
+
+    async def fault(simulation: Simulation) -> None:
+        faults = simulation.cluster.network.faults = MessageFaults()
+        await asyncio.sleep(10.0)
+        faults.lose_between("api", "manager")
+        await asyncio.sleep(API_SERVER_LEASE_S + 10.0)
+        faults.heal()
+
+    assert_nothing_is_lost(simulate_with(config(requests=workload(300, 4.0)), fault))
