@@ -35,10 +35,16 @@ class InstanceInfo:
 
 
 class ApiServerInfo(msgspec.Struct, frozen=True):
-    """Addresses at which an API server receives messages and tokens."""
+    """Addresses at which an API server receives messages and tokens.
+
+    Attributes:
+        joined: Set by the manager, and a new one whenever the API server was no member before. By this it
+            learns that it had been dropped, and that the instances have ended its requests.
+    """
 
     address: str
     token_endpoint: str
+    joined: str = ""
 
 
 class Join(msgspec.Struct, frozen=True, tag=True):

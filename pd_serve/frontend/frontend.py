@@ -30,7 +30,7 @@ from pd_serve.comm.requests import (
     ScalePools,
 )
 from pd_serve.comm.rpc import Answer, RpcServer
-from pd_serve.comm.timing import INTEGRITY_SETTLE_S
+from pd_serve.comm.timing import HEARTBEAT_S, INTEGRITY_SETTLE_S
 from pd_serve.errors import MigrationRefusedError, RefusalCode, UnknownTargetError
 from pd_serve.frontend.instances import Instances
 from pd_serve.frontend.manager_client import ManagerClient
@@ -80,6 +80,7 @@ class Frontend:
         self._members = MembershipView(wire.name, wire)
         self._stats: dict[str, InstanceStats] = {}
         self._stranded: dict[str, int] = {}
+        self._joined = ""
         self.internal_ids: Callable[[str], list[str]] = lambda request_id: [request_id]
         self._recorder = recorder = recorder or RequestRecorder()
         self.instances = Instances(wire, self._members, dispatcher.loads, num_slots)
@@ -144,6 +145,7 @@ class Frontend:
         change = self._members.update(message)
         if change is None:
             return
+        self._note_own_membership(message)
         for instance_id in change.left:
             self.instances.remove(instance_id)
             self._stats.pop(instance_id, None)
@@ -153,6 +155,17 @@ class Frontend:
             self._recorder.instance_joined(info)
         for instance_id in change.left:
             self.requests.instance_left(instance_id)
+
+    def _note_own_membership(self, message: Membership) -> None:
+        """The instances have ended all requests here if the manager has dropped this API server meanwhile."""
+        info = message.api_servers.get(self._wire.name)
+        if info is None or info.joined == self._joined:
+            return
+        if self._joined:
+            ended = list(self.requests.requests.values())
+            # Not before the instances know that it is back: they would end what is recomputed, too.
+            self._loop.call_later(HEARTBEAT_S, self.requests.recompute, ended)
+        self._joined = info.joined
 
     def _is_unused(self, instance_id: str) -> bool:
         load = self.instances.load_of(instance_id)

@@ -148,6 +148,12 @@ class RequestTracker:
                 logger.error("request %s: no instance is left that it could wait for", request_id)
                 self._fail(self.requests[RequestId(request_id)])
 
+    def recompute(self, requests: list[TrackedRequest]) -> None:
+        """The instances have ended these, though they live."""
+        for request in requests:
+            if self.requests.get(request.request_id) is request and request.ledger.owner:
+                self._recompute(request, request.ledger.owner)
+
     def has_requests_on(self, instance_id: str) -> bool:
         return any(request.is_on(instance_id) for request in self.requests.values())
 
@@ -209,7 +215,7 @@ class RequestTracker:
             self._fail(request)
         else:
             logger.warning(
-                "request %s: %s died, %s recomputes it from token %d",
+                "request %s: %s has lost it, %s recomputes it from token %d",
                 request.request_id,
                 lost,
                 request.ledger.owner,

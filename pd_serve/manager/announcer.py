@@ -4,6 +4,9 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
+from uuid import uuid4
+
+from msgspec.structs import replace
 
 from migration.tasks import BackgroundTasks
 from pd_serve.comm.cluster_state import ClusterState
@@ -55,11 +58,16 @@ class Announcer:
         return {name: self._joins[name].info for name in sorted(self._joins)}
 
     def on_join(self, sender: str, join: Join) -> None:
-        known = self._joins.get(sender)
-        self._joins[sender] = join
+        """Takes a join, or one that an earlier manager has noted, with its `joined`."""
+        known, info = self._joins.get(sender), join.info
+        if known is not None and info == replace(known.info, joined=info.joined):
+            info = known.info
+        elif not info.joined:
+            info = replace(info, joined=uuid4().hex)
+        self._joins[sender] = Join(info, join.unused)
         self._leases.renew(sender)
-        self._wire.connect(sender, join.info.address)
-        if known is None or known.info != join.info:
+        self._wire.connect(sender, info.address)
+        if known is None or known.info != info:
             self._on_change()
 
     def is_used(self, instance_id: str) -> bool:

@@ -67,3 +67,19 @@ async def test_an_api_server_whose_lease_expired_is_removed_and_uses_no_instance
         await asyncio.sleep(API_SERVER_LEASE_S + 2 * HEARTBEAT_S)
         assert world.manager.state().api_servers == ["api"]
         assert list(last_membership(world, "decode-0").api_servers) == ["api"]
+
+
+@in_virtual_time
+async def test_an_api_server_learns_that_it_was_dropped_meanwhile() -> None:
+    """Its heartbeats did not arrive for a while, and so the instances have ended its requests."""
+    async with a_world() as world:
+        first = last_membership(world, "decode-0").api_servers["api"]
+        await asyncio.sleep(5 * HEARTBEAT_S)
+        assert last_membership(world, "decode-0").api_servers["api"] == first
+        world.joined.clear()
+        await asyncio.sleep(API_SERVER_LEASE_S + 2 * HEARTBEAT_S)
+        world.joined.append("api")
+        await asyncio.sleep(1)
+        again = last_membership(world, "api").api_servers["api"]
+        assert again.address == first.address
+        assert again.joined not in ("", first.joined)
