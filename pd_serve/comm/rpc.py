@@ -1,10 +1,10 @@
 """Remote calls over one-way messages: typed requests, a timeout, and errors that keep their class."""
 
 import asyncio
-import itertools
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Generic, TypeVar, get_args
+from uuid import uuid4
 
 import msgspec
 
@@ -69,7 +69,6 @@ class RpcClient:
     def __init__(self, wire: MessageWire, make_call: Callable[[str, Any], object]) -> None:
         self._wire = wire
         self._make_call = make_call
-        self._ids = itertools.count()
         self._waiting: dict[str, tuple[str, asyncio.Future[Any]]] = {}
 
     async def call(self, peer: str, request: Request[R]) -> R:
@@ -80,7 +79,7 @@ class RpcClient:
             TimeoutError: No answer within `CALL_TIMEOUT_S`.
             PdServeError: The peer answered with this error.
         """
-        call_id = f"{self._wire.name}.{next(self._ids)}"
+        call_id = uuid4().hex  # an answer may be on its way to an earlier process of this name
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiting[call_id] = (peer, future)
         try:
@@ -142,4 +141,8 @@ class RpcServer:
         except Exception as error:
             self._wire.failures.record(f"serving {type(request).__name__} to {sender}", error)
             answer = Answer(call_id, None, f"{type(error).__name__}: {error}", EngineDeadError.__name__)
-        self._wire.send(sender, answer)
+        try:
+            self._wire.send(sender, answer)
+        except TypeError as error:  # the result cannot be encoded
+            self._wire.failures.record(f"answering {type(request).__name__} of {sender}", error)
+            self._wire.send(sender, Answer(call_id, None, f"{error}", EngineDeadError.__name__))

@@ -14,7 +14,7 @@ from pd_serve.comm.message_wire import MessageWire
 from pd_serve.comm.messages import Heartbeat
 from pd_serve.comm.rpc import Request, RpcClient
 from pd_serve.comm.timing import HEARTBEAT_S, MANAGER_LEASE_S, POLL_S
-from pd_serve.errors import EngineDeadError, PdServeError
+from pd_serve.errors import EngineDeadError
 from router.request import Demand
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class ManagerClient:
         try:
             async with asyncio.timeout(MANAGER_LEASE_S):
                 self._wire.connect(MANAGER, await self._find_manager())
-        except (PdServeError, TimeoutError) as error:
+        except Exception as error:  # whatever it is, there has to be another try: this task keeps the lease
             logger.debug("the manager cannot be found: %s", error)
 
     async def _heartbeat(self) -> None:

@@ -25,6 +25,7 @@ class Announcer:
         membership: Returns the present membership.
         state: Returns the state of the cluster, which API servers get with the membership.
         on_change: Called when an API server has joined or its lease has expired.
+        on_gone: Called with the name of an API server whose lease has expired.
     """
 
     def __init__(
@@ -33,11 +34,13 @@ class Announcer:
         membership: Callable[[], Membership],
         state: Callable[[], ClusterState],
         on_change: Callable[[], None],
+        on_gone: Callable[[str], None],
     ) -> None:
         self._wire = wire
         self._membership = membership
         self._state = state
         self._on_change = on_change
+        self._on_gone = on_gone
         self._joins: dict[str, Join] = {}
         self._leases = Leases(API_SERVER_LEASE_S)
         self._changed = asyncio.Event()
@@ -89,6 +92,7 @@ class Announcer:
             self._leases.drop(name)
             del self._joins[name]
             self._wire.disconnect(name)
+            self._on_gone(name)
             self._on_change()
 
     def _send(self) -> None:

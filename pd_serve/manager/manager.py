@@ -5,7 +5,6 @@ finds the instances and takes over.
 """
 
 import asyncio
-import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,7 +26,7 @@ from pd_serve.comm.requests import (
 )
 from pd_serve.comm.rpc import Answer, RpcClient, RpcServer
 from pd_serve.comm.timing import HEARTBEAT_S, INSTANCE_LEASE_S
-from pd_serve.errors import MigrationRefusedError, UnknownTargetError
+from pd_serve.errors import EngineDeadError, MigrationRefusedError, UnknownTargetError
 from pd_serve.instance.instance_process import InstanceConfig
 from pd_serve.manager.announcer import Announcer
 from pd_serve.manager.decision_log import DecisionLog
@@ -67,14 +66,15 @@ class Manager:
         self._launcher = launcher
         self._notices = notices
         self._tasks = BackgroundTasks(wire.failures.task_failed)
-        # Later than any term of an earlier manager that has left no instance to take over.
+        # later than the term of any manager that has left no instance to take over
         self._notes = ManagerNotes(term=time.time_ns() // 1_000_000)
         self._noted_by: list[str] = []
         self._closed = False
         self._closing: asyncio.Future[None] | None = None
         self.register = InstanceRegister()
         self.log = DecisionLog(self._changed)
-        self._announcer = Announcer(wire, self._membership, self.state, self._changed)
+        self._calls = RpcClient(wire, Call)
+        self._announcer = Announcer(wire, self._membership, self.state, self._changed, self._calls.peer_lost)
         self._starter = Starter(
             self.register, self.log, self._start, launcher.waits_for, self._changed, config.instances
         )
@@ -94,7 +94,6 @@ class Manager:
         self._scheduler = SchedulerKeeper(
             launcher, scheduler, self._keep_notes, self._on_scheduler_started, notices.warn
         )
-        self._calls = RpcClient(wire, Call)
         self._server = RpcServer(
             wire,
             {
@@ -124,7 +123,8 @@ class Manager:
             self._starter.next_numbers = dict(notes.next_numbers)
             self._stopper.drained_by_operator = set(notes.drained_by_operator)
         for info in infos:
-            self._register_instance(info)
+            self._wire.connect(info.instance_id, info.address)
+            self.register.add(info)
         for instance_id in notes.stopping if notes is not None else []:
             self._stopper.stop_drained(instance_id, "drained before the restart of the manager")
         for name, api_server in (notes or self._notes).api_servers.items():
@@ -172,10 +172,6 @@ class Manager:
         if info.engine.no_migration is not None:
             self._notices.warn(f"{name} SERVES WITHOUT MIGRATION: {info.engine.no_migration}")
         return info
-
-    def _register_instance(self, info: InstanceInfo) -> None:
-        self._wire.connect(info.instance_id, info.address)
-        self.register.add(info)
 
     async def _stop(self, instance_id: str) -> None:
         await self._launcher.stop_instance(instance_id)
@@ -318,7 +314,8 @@ class Manager:
         instance_id = request.instance_id
         if instance_id not in self.register:
             raise UnknownTargetError(f"no instance {instance_id!r}; see GET /cluster")
-        if request.draining and (why := self.register.why_needed(instance_id)) is not None:
+        unused = self._stopper.drained_by_operator  # they may not have reported yet that they drain
+        if request.draining and (why := self.register.why_needed(instance_id, unused)) is not None:
             raise MigrationRefusedError(why)
         self._stopper.drain(instance_id, request.draining, "requested by the operator")
         if not request.draining:
@@ -340,11 +337,15 @@ class Manager:
                 return await self._calls.call(api_server, request)
             except UnknownTargetError:
                 continue
+            except EngineDeadError:
+                if api_server in self._announcer.api_servers:
+                    raise
         raise UnknownTargetError(f"no running request {request.request_id!r}")
 
     async def _find_requests(self, sender: str, request: FindRequests) -> list[dict[str, Any]]:
         calls = (self._calls.call(api_server, request) for api_server in self._others(sender))
-        return list(itertools.chain.from_iterable(await asyncio.gather(*calls)))
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        return [row for answer in answers if not isinstance(answer, BaseException) for row in answer]
 
     def _others(self, sender: str) -> list[str]:
         return [name for name in self._announcer.api_servers if name != sender]

@@ -75,9 +75,10 @@ class InstanceRegister:
         roles = {info.role for info in self.infos.values()}
         return "neutral" in roles or {"prefill", "decode"} <= roles
 
-    def why_needed(self, instance_id: str) -> str | None:
+    def why_needed(self, instance_id: str, unused: set[str]) -> str | None:
         """Why the cluster could not serve without this instance; None if it could."""
-        others = [load for name, load in self._loads.items() if name != instance_id and not load.draining]
+        unused = {instance_id} | unused
+        others = [load for name, load in self._loads.items() if name not in unused and not load.draining]
         if not any(map(can_start, others)):
             return f"{instance_id} is the last instance that takes new requests"
         if any(load.role == "prefill" for load in others) and not any(o.role == "decode" for o in others):

@@ -42,7 +42,7 @@ class RollingRestart:
     async def _replace_all(self, roles: dict[str, str]) -> None:
         for done, (old, role) in enumerate(roles.items()):
             self._progress = f"{done} of {len(roles)} done, now {old}"
-            if old not in self._register:
+            if old not in self._register or old in self._stopper.leaving:
                 continue  # it has died, or was stopped
             if (why := await self._replace(old, role)) is not None:
                 self._progress = f"given up after {done} of {len(roles)}: {why}"
@@ -56,6 +56,8 @@ class RollingRestart:
         name = self._starter.new_id(role, f"in the place of {old}, by a restart")
         if not await self._starter.bring_up(name, role):
             return f"{name} has not started"
+        if name not in self._register:
+            return f"{name} has died"
         self._stopper.drain(old, True, "by a restart")
         self._stopper.stop_drained(old, "by a restart")
         while old in self._register:

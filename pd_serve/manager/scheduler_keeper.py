@@ -1,6 +1,7 @@
 """Keeps one scheduler running, and has its last report."""
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 
 from migration.tasks import BackgroundTasks
@@ -9,6 +10,8 @@ from pd_serve.comm.timing import EARLY_SCHEDULER_DEATH_S, MAX_SCHEDULER_PAUSE_S,
 from pd_serve.errors import EngineDeadError
 from pd_serve.manager.launcher import Launcher
 from pd_serve.scheduler.scheduler_process import SchedulerConfig
+
+logger = logging.getLogger(__name__)
 
 
 class SchedulerKeeper:
@@ -82,7 +85,9 @@ class SchedulerKeeper:
                 self._on_start(self.address)
                 await self._launcher.scheduler_ended()
                 self._warn("the scheduler has died and is started again; requests continue")
-            except EngineDeadError as error:
+            except Exception as error:  # whatever it is, there has to be another try
+                if not isinstance(error, EngineDeadError):
+                    logger.exception("starting the scheduler failed")
                 self._warn(f"{error}; no request is moved and no pool scaled meanwhile")
             self._reported_at = self._pid = None
             lived_s = self._loop.time() - began

@@ -51,6 +51,7 @@ class Starter:
         self._queued: list[tuple[str, str]] = []  # role and reason of starts that have to succeed
         self._retries: dict[str, asyncio.TimerHandle] = {}  # by role
         self._backoffs: dict[str, Backoff] = {role: Backoff() for role in next_numbers}
+        self._repeating: dict[str, asyncio.Task[None]] = {}  # starts that repeat and are under way, by id
 
     async def close(self) -> None:
         for timer in self._retries.values():
@@ -147,6 +148,15 @@ class Starter:
                 self._queued.remove(queued)
                 self._on_change()
                 return True
+        return self._give_up_newest(role)
+
+    def _give_up_newest(self, role: str) -> bool:
+        for name in reversed(self._repeating):
+            if self.not_ready.get(name) == role:
+                del self._starting[name]  # at once, so that its pool counts it no more
+                self._repeating.pop(name).cancel()
+                self._log.add(f"{name} is not started any more: its pool is made smaller")
+                return True
         return False
 
     def _start_queued(self, role: str) -> None:
@@ -162,10 +172,13 @@ class Starter:
         reasons = [reason for queued, reason in self._queued if queued == role]
         self._queued = [queued for queued in self._queued if queued[0] != role]
         for reason in reasons:
-            self._tasks.start(self._repeat(role, reason))
+            name = self.new_id(role, reason)
+            self._repeating[name] = self._tasks.start(self._repeat(name, role, reason))
 
-    async def _repeat(self, role: str, reason: str) -> None:
-        if not await self.bring_up(self.new_id(role, reason), role):
+    async def _repeat(self, name: str, role: str, reason: str) -> None:
+        ready = await self.bring_up(name, role)
+        del self._repeating[name]
+        if not ready:
             self.start_until_ready(role, reason)
 
     def new_id(self, role: str, reason: str) -> str:
@@ -194,7 +207,7 @@ class Starter:
             self._log.count("start", role)
             return True
         finally:
-            del self._starting[name]
+            self._starting.pop(name, None)
             self._on_change()
 
     def _ready(self, info: InstanceInfo) -> None:

@@ -106,6 +106,21 @@ class TestRequestsOfOtherApiServers:
             found = await self.ask(world, FindRequests("r"), answers)
             assert found == [{"id": "r-0"}, {"id": "r-1"}]
 
+    @in_virtual_time
+    async def test_an_api_server_that_is_gone_holds_no_answer_up_longer_than_its_lease(self) -> None:
+        async with a_world() as world:
+            world.joined += ["b", "c"]
+            await asyncio.sleep(1)
+            world.joined.remove("b")
+            answers = {"c": Answer("", [{"id": "r-1"}])}
+            assert await self.ask(world, FindRequests("r"), answers) == [{"id": "r-1"}]
+            world.joined.append("b")
+            await asyncio.sleep(1)
+            world.joined.remove("b")
+            moved = ManualMigration(RECORD, 0.0085)
+            answers = {"c": Answer("", moved)}
+            assert await self.ask(world, MigrateByName("r", "decode-0"), answers) == moved
+
 
 def leave(before: Callable[[World], Any]) -> tuple[list[str], ManagerNotes]:
     """What a manager leaves: its instances and its notes."""

@@ -129,3 +129,20 @@ class TestStoppingOne:
             await asyncio.sleep(1)
             assert world.launcher.notes is not None
             assert world.launcher.notes.wanted["decode"] == 2
+
+
+@in_virtual_time
+async def test_a_pool_made_smaller_gives_up_its_starts_before_it_stops_instances() -> None:
+    """Those that serve would be stopped otherwise, before the others are ready."""
+    async with a_world() as world:
+        await world.call(ScalePools({"decode": 4}))
+        await asyncio.sleep(1)
+        await world.call(ScalePools({"decode": 3}))
+        await asyncio.sleep(START_S + 1)
+        assert world.names == ["decode-0", "decode-1", "decode-2", "prefill-0"]
+        await world.call(ScalePools({"decode": 5}))
+        await asyncio.sleep(1)
+        await world.call(ScalePools({"decode": 1}))
+        await asyncio.sleep(START_S + 1)
+        assert world.names == ["decode-2", "prefill-0"]
+        assert world.members.starting == {}

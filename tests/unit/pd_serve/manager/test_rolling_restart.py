@@ -47,3 +47,27 @@ async def test_a_restart_is_given_up_when_the_operator_uses_the_old_instance_aga
         assert (restart.running, "prefill-0 is used again" in restart.progress) == (False, True)
         world.busy.clear()
         await world.call(RestartInstances())
+
+
+@in_virtual_time
+async def test_an_instance_that_the_operator_stops_meanwhile_is_not_replaced() -> None:
+    async with a_world() as world:
+        world.busy.add("decode-1")
+        await world.call(RestartInstances())
+        await world.call(DrainInstance("decode-1", True, True))
+        await asyncio.sleep(4 * START_S)
+        world.busy.clear()
+        await asyncio.sleep(4 * START_S)
+        assert world.names == ["decode-2", "prefill-1"]
+
+
+@in_virtual_time
+async def test_it_is_given_up_when_a_new_instance_dies_at_once() -> None:
+    async with a_world() as world:
+        world.silent.add("prefill-1")
+        await world.call(RestartInstances())
+        await asyncio.sleep(START_S + 0.01)
+        world.launcher.on_lost("prefill-1")
+        await asyncio.sleep(1)
+        assert "prefill-0" in world.names
+        assert "given up after 0 of 3: prefill-1 has died" in world.manager.state().restart.progress

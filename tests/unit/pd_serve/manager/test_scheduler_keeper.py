@@ -2,6 +2,8 @@
 
 import asyncio
 
+import pytest
+
 from pd_serve.comm.messages import Decision, SchedulerReport
 from pd_serve.comm.timing import MAX_SCHEDULER_PAUSE_S, SCHEDULER_LEASE_S
 from pd_serve.errors import EngineDeadError
@@ -38,10 +40,11 @@ async def test_a_dead_scheduler_is_replaced_and_members_get_the_new_address() ->
         assert "the scheduler has died" in world.notices.warnings[-1]
 
 
+@pytest.mark.parametrize("kind", [EngineDeadError, OSError])
 @in_virtual_time
-async def test_failed_starts_of_the_scheduler_are_repeated_with_pauses() -> None:
+async def test_schedulers_that_cannot_start_are_tried_again_with_pauses(kind: type[Exception]) -> None:
     async with a_world() as world:
-        world.launcher.scheduler_fails = EngineDeadError("the scheduler does not start: no memory")
+        world.launcher.scheduler_fails = kind("the scheduler does not start: no memory")
         world.launcher.scheduler_dead.set()
         await asyncio.sleep(300)
         failed = [text for text in world.notices.warnings if "no memory" in text]

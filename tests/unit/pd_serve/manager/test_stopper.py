@@ -117,6 +117,13 @@ class TestForTheOperator:
             assert not world.launcher.stopped
 
     @in_virtual_time
+    async def test_the_last_of_a_role_is_refused_before_the_others_report_that_they_drain(self) -> None:
+        async with a_world() as world:
+            await world.call(DrainInstance("decode-0", True, False))
+            with pytest.raises(MigrationRefusedError, match="the last decode instance"):
+                await world.call(DrainInstance("decode-1", True, False))
+
+    @in_virtual_time
     async def test_an_unknown_instance_and_the_last_of_its_role_are_refused(self) -> None:
         async with a_world() as world:
             with pytest.raises(UnknownTargetError):
