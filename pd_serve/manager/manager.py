@@ -66,8 +66,7 @@ class Manager:
         self._launcher = launcher
         self._notices = notices
         self._tasks = BackgroundTasks(wire.failures.task_failed)
-        # later than the term of any manager that has left no instance to take over
-        self._notes = ManagerNotes(term=time.time_ns() // 1_000_000)
+        self._notes = ManagerNotes(term=time.time_ns() // 1_000_000)  # later than that of any before
         self._noted_by: list[str] = []
         self._closed = False
         self._closing: asyncio.Future[None] | None = None

@@ -39,7 +39,7 @@ def test_a_manager_that_finds_no_instance_starts_some_and_is_followed() -> None:
         assert cluster.manager is not None
         await cluster.manager.start()
         await asyncio.sleep(10.0)
-        assert cluster.frontend.snapshot()["manager"] == "alive"
+        assert cluster.frontend.snapshot().manager == "alive"
 
     assert_nothing_is_lost(simulate_with(config(requests=late_workload(50, 20.0)), fault))
 
