@@ -28,11 +28,6 @@ class Step:
     duration_s: float
     dropped: set[Sequence] = field(default_factory=set)
 
-    def begin(self, now: float) -> None:
-        for sequence, _ in self.chunks:
-            if sequence.begun_at is None:
-                sequence.begun_at = now
-
 
 class Batcher:
     """Decides what each step computes.

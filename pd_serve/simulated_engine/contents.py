@@ -54,11 +54,8 @@ class TokenPrompt:
         self._token_ids = token_ids
 
     def content(self, block: int, num_tokens: int, block_tokens: int) -> int:
-        first = block * block_tokens
-        return (
-            sum(kv_of(position, self._token_ids[position]) for position in range(first, first + num_tokens))
-            & MASK
-        )
+        held = range(block * block_tokens, block * block_tokens + num_tokens)
+        return sum(kv_of(position, self._token_ids[position]) for position in held) & MASK
 
 
 class SegmentPrompt:
@@ -90,12 +87,9 @@ def expected_output(
     for block in range(-(-prompt.num_tokens // block_tokens)):
         num_tokens = min(block_tokens, prompt.num_tokens - block * block_tokens)
         digest += prompt.content(block, num_tokens, block_tokens)
-    output = []
-    position = prompt.num_tokens
-    first, count = vocabulary
-    for _ in range(num_output_tokens):
-        token = first + ((digest * _NEXT & MASK) >> 48) % count
+    output: list[int] = []
+    while len(output) < num_output_tokens:
+        token = token_after(digest, vocabulary)
+        digest += kv_of(prompt.num_tokens + len(output), token)
         output.append(token)
-        digest += (token + _TOKEN) * (position * _POSITION + 1) & MASK
-        position += 1
     return output

@@ -14,9 +14,10 @@ from pd_serve.simulated_engine.sequence import Sequence
 
 
 @dataclass(slots=True)
-class _StageWaiter:
+class PendingStage:
     """A migration that waits for its next stage; see `Engine.next_stage`."""
 
+    request_id: str
     incarnation: int
     blocks_done: int
     suspend: bool
@@ -37,15 +38,12 @@ class SequenceMigrations:
     """
 
     def __init__(
-        self,
-        batcher: Batcher,
-        sequences: dict[str, Sequence],
-        is_in_flight: Callable[[Sequence], bool],
+        self, batcher: Batcher, sequences: dict[str, Sequence], is_in_flight: Callable[[Sequence], bool]
     ) -> None:
         self.suspended: dict[str, Sequence] = {}
         self.arriving: dict[str, Sequence] = {}
         self.arrived: dict[str, str] = {}
-        self._waiters: dict[str, _StageWaiter] = {}
+        self._waiters: dict[str, PendingStage] = {}
         self._batcher = batcher
         self._sequences = sequences
         self._is_in_flight = is_in_flight
@@ -74,28 +72,20 @@ class SequenceMigrations:
             raise SourceGoneError(RefusalCode.NOT_RUNNING, "the request is not running here")
         return sequence
 
-    def wait_for_stage(
-        self,
-        request_id: str,
-        incarnation: int,
-        blocks_done: int,
-        suspend: bool,
-        answer: "asyncio.Future[BlockRun | FinalState]",
-    ) -> None:
-        """Settles `answer` at the first boundary that has one."""
-        assert request_id not in self._waiters, "only one call per request at a time"
-        self._waiters[request_id] = _StageWaiter(incarnation, blocks_done, suspend, answer)
+    def wait_for_stage(self, waiter: PendingStage) -> None:
+        """Settles its `answer` at the first boundary that has one."""
+        assert waiter.request_id not in self._waiters, "only one call per request at a time"
+        self._waiters[waiter.request_id] = waiter
 
     def settle_stages(self) -> None:
-        for request_id, waiter in list(self._waiters.items()):
-            answer = self._next_stage(request_id, waiter)
+        for waiter in list(self._waiters.values()):
+            answer = self._next_stage(waiter)
             if answer is not None:
-                del self._waiters[request_id]
+                del self._waiters[waiter.request_id]
                 settle(waiter.answer, answer)
 
-    def _next_stage(
-        self, request_id: str, waiter: _StageWaiter
-    ) -> BlockRun | FinalState | SourceGoneError | None:
+    def _next_stage(self, waiter: PendingStage) -> BlockRun | FinalState | SourceGoneError | None:
+        request_id = waiter.request_id
         sequence = self._sequences.get(request_id)
         if sequence is None:
             return SourceGoneError(RefusalCode.FINISHED, "the request has finished")
@@ -104,11 +94,7 @@ class SequenceMigrations:
         block_tokens, done = self._batcher.settings.block_tokens, waiter.blocks_done
         if request_id not in self.suspended:
             if not should_suspend(
-                sequence.computed,
-                block_tokens,
-                done,
-                decoding=sequence.is_decoding,
-                suspend=waiter.suspend,
+                sequence.computed, block_tokens, done, decoding=sequence.is_decoding, suspend=waiter.suspend
             ):
                 return next_stage(sequence.blocks, sequence.computed, block_tokens, done)
             self._batcher.running.remove(sequence)

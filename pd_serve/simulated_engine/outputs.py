@@ -1,6 +1,7 @@
 """A simulated engine's outputs and requests, as they travel in a simulation."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -13,6 +14,7 @@ from pd_serve.simulated_engine.contents import SegmentPrompt
 from pd_serve.simulated_engine.settings import SEGMENT_TOKENS
 
 
+@dataclass(slots=True)
 class SimulatedOutput:
     """New tokens of one request; a `pd_serve.comm.outputs.RequestOutput`.
 
@@ -20,31 +22,20 @@ class SimulatedOutput:
         times: How many seconds it has waited, and its prefill has taken; with the first token only.
     """
 
-    __slots__ = ("finish_reason", "new_logprobs", "new_token_ids", "request_id", "times")
-
-    def __init__(
-        self,
-        request_id: str,
-        new_token_ids: list[int],
-        finish_reason: str | None,
-        times: tuple[float, float] | None = None,
-    ) -> None:
-        self.request_id = RequestId(request_id)
-        self.new_token_ids = new_token_ids
-        self.new_logprobs: object = None
-        self.finish_reason: object = finish_reason
-        self.times = times
+    request_id: RequestId
+    new_token_ids: list[int]
+    finish_reason: object
+    times: tuple[float, float] | None = None
+    new_logprobs: object = None
 
 
+@dataclass(slots=True)
 class SimulatedBatch:
     """A step's outputs for one client; a `pd_serve.comm.outputs.OutputBatch`."""
 
-    __slots__ = ("engine_index", "outputs", "scheduler_stats")
-
-    def __init__(self, outputs: Sequence[SimulatedOutput]) -> None:
-        self.outputs: list[RequestOutput] = list(outputs)
-        self.scheduler_stats: object = None
-        self.engine_index = 0
+    outputs: list[RequestOutput]
+    scheduler_stats: object = None
+    engine_index: int = 0
 
 
 class SimulatedPayload(msgspec.Struct, frozen=True, array_like=True):
@@ -77,8 +68,9 @@ _payload_decoder = msgspec.msgpack.Decoder(SimulatedPayload)
 def decode_payload(payload: list[bytes]) -> sequence.Sequence:
     """Decodes a request for a simulated engine."""
     request = _payload_decoder.decode(payload[0])
+    request_id = RequestId(request.request_id)
     return sequence.Sequence(
-        request.request_id, request.prompt, request.max_tokens, request.priority, request.arrival_s, payload
+        request_id, request.prompt, request.max_tokens, request.priority, request.arrival_s, payload
     )
 
 
@@ -93,4 +85,4 @@ class SimulatedCodec:
         return None if output.times is None else output.times[1]
 
     def failed(self, request_id: str) -> SimulatedBatch:
-        return SimulatedBatch([SimulatedOutput(request_id, [], "error")])
+        return SimulatedBatch([SimulatedOutput(RequestId(request_id), [], "error")])

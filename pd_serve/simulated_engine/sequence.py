@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from migration.messages import RequestId
 from pd_serve.simulated_engine.contents import MASK, Prompt, kv_of
 
 
@@ -22,7 +23,7 @@ class Sequence:
         queue_key: Order in the queue of waiting requests.
     """
 
-    request_id: str
+    request_id: RequestId
     prompt: Prompt
     max_tokens: int
     priority: int

@@ -14,7 +14,7 @@ from migration.transport.kv_transport import KvRegion
 from pd_serve.errors import InvalidRequestError
 from pd_serve.simulated_engine.batcher import Batcher, Step
 from pd_serve.simulated_engine.faults import EngineFaults
-from pd_serve.simulated_engine.migrations import SequenceMigrations
+from pd_serve.simulated_engine.migrations import PendingStage, SequenceMigrations
 from pd_serve.simulated_engine.outputs import SimulatedOutput
 from pd_serve.simulated_engine.sequence import Sequence
 from pd_serve.simulated_engine.settings import EngineSettings
@@ -154,7 +154,7 @@ class SimulatedEngine:
         return await self._call(
             "running_requests",
             lambda: [
-                RunningRequest(RequestId(s.request_id), s.priority, s.num_tokens, s.rank)
+                RunningRequest(s.request_id, s.priority, s.num_tokens, s.rank)
                 for s in self.batcher.running
                 if s.is_decoding
             ],
@@ -181,9 +181,8 @@ class SimulatedEngine:
         self, request_id: RequestId, incarnation: int, blocks_done: int, *, suspend: bool
     ) -> BlockRun | FinalState:
         answer: asyncio.Future[BlockRun | FinalState] = self._loop.create_future()
-        self._step_loop.submit(
-            lambda: self._migrations.wait_for_stage(request_id, incarnation, blocks_done, suspend, answer)
-        )
+        waiter = PendingStage(request_id, incarnation, blocks_done, suspend, answer)
+        self._step_loop.submit(lambda: self._migrations.wait_for_stage(waiter))
         return await answer
 
     async def resume(self, request_id: RequestId, epoch: int) -> None:
@@ -223,17 +222,13 @@ class SimulatedEngine:
     async def live_requests(self, client: str | None = None) -> list[RequestId]:
         return await self._call(
             "live_requests",
-            lambda: [RequestId(s.request_id) for s, _ in self._held() if client in (None, s.client)],
+            lambda: [s.request_id for s, _ in self._held() if client in (None, s.client)],
         )
 
     async def held_blocks(self) -> list[HeldBlocks]:
         return await self._call(
             "held_blocks",
-            lambda: [
-                HeldBlocks(RequestId(s.request_id), len(s.blocks), comes)
-                for s, comes in self._held()
-                if s.blocks
-            ],
+            lambda: [HeldBlocks(s.request_id, len(s.blocks), comes) for s, comes in self._held() if s.blocks],
         )
 
     async def utility(self, method: str, *arguments: object) -> object:
@@ -281,7 +276,9 @@ class SimulatedEngine:
         return self.batcher.schedule(self._loop.time())
 
     def begin(self, step: Step) -> float:
-        step.begin(self._loop.time())
+        for sequence, _ in step.chunks:
+            if sequence.begun_at is None:
+                sequence.begun_at = self._loop.time()
         slowdown = self.settings.migration_slowdown if self._is_copying() else 0.0
         duration_s = step.duration_s * (1.0 + slowdown)
         self.busy_s += duration_s
@@ -325,7 +322,7 @@ class SimulatedEngine:
     # ---- helpers
 
     def _prefill_started(self, sequences: list[Sequence]) -> None:
-        self._events.on_prefill_started([RequestId(s.request_id) for s in sequences])
+        self._events.on_prefill_started([s.request_id for s in sequences])
 
     def _is_in_flight(self, sequence: Sequence) -> bool:
         return (step := self._step_loop.in_flight) is not None and sequence in step.decodes
@@ -337,7 +334,7 @@ class SimulatedEngine:
 
     def _end(self, sequence: Sequence) -> None:
         self._forget(sequence)
-        self._ended.append(RequestId(sequence.request_id))
+        self._ended.append(sequence.request_id)
 
     def _forget(self, sequence: Sequence) -> None:
         self.batcher.remove(sequence)

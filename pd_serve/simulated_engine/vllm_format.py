@@ -20,6 +20,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder
 
 from migration.engine_interface import EngineEvents
+from migration.messages import RequestId
 from pd_serve.errors import InvalidRequestError
 from pd_serve.simulated_engine.contents import TokenPrompt
 from pd_serve.simulated_engine.outputs import SimulatedOutput
@@ -59,7 +60,7 @@ def decode_request(payload: list[bytes]) -> Sequence:
     if parameters is None or request.prompt_token_ids is None:
         raise InvalidRequestError("a simulated engine generates from tokens only")
     return Sequence(
-        request.request_id,
+        RequestId(request.request_id),
         TokenPrompt(request.prompt_token_ids),
         parameters.max_tokens or 1,
         request.priority,

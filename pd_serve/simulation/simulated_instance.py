@@ -67,7 +67,7 @@ class SimulatedInstance:
         await self.wire.close()
 
     def _publish(self, client: str, outputs: list[SimulatedOutput], spans: list[tuple[int, int]]) -> None:
-        self.wire.send_to(client, [TokenHeader(self.name, spans), SimulatedBatch(outputs)])
+        self.wire.send_to(client, [TokenHeader(self.name, spans), SimulatedBatch(list(outputs))])
 
     def _failed(self, error: BaseException) -> None:
         logger.error("%s has failed", self.name, exc_info=error)
