@@ -117,6 +117,8 @@ def restart(service: ServiceClient, console: Console) -> None:
         time.sleep(POLL_S)
         cluster = service.get()
         state = cluster["restart"]
+        if state is None:  # this API server is new and has no report of the manager yet
+            continue
         if state["progress"] != shown:
             shown = state["progress"]
             console.step(f"restart: {shown}")

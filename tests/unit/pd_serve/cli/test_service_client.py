@@ -99,3 +99,33 @@ def test_a_refusal_is_one_line(
 def test_sizes_must_be_a_role_and_a_number(text: str) -> None:
     with pytest.raises(InvalidRequestError):
         control.parse_sizes([text])
+
+
+class RestartingService(control.ServiceClient):
+    """Answers `GET /cluster` with these states of a restart; each time the old instance is replaced."""
+
+    def __init__(self, *states: dict[str, Any] | None) -> None:
+        super().__init__("http://127.0.0.1:1", None)
+        self._states: list[dict[str, Any] | None] = [{"running": False, "progress": ""}, *states]
+
+    def get(self, path: str = "") -> dict[str, Any]:
+        state = self._states.pop(0)
+        name = "decode-1" if not self._states else "decode-0"
+        return {"instances": [{"id": name, "pid": 1}], "restart": state}
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        return {}
+
+
+def test_a_restart_is_followed_through_an_api_server_without_a_report_of_the_manager(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    running = {"running": True, "progress": "0 of 1"}
+    service = RestartingService(running, None, {"running": False, "progress": "1 of 1"})
+
+    control.restart(service, Console())
+
+    assert [line.rsplit("  ")[-1] for line in capsys.readouterr().err.splitlines()] == [
+        "restart: 0 of 1",
+        "restart: 1 of 1",
+    ]
