@@ -42,6 +42,7 @@ class RecordingWire:
         self.peers.pop(peer, None)
 
     def send(self, peer: str, message: object, payload: Sequence[bytes] = ()) -> bool:
+        msgspec.msgpack.encode(message)
         if peer in self.peers:
             self.sent.append((peer, message, list(payload)))
         return peer in self.peers
