@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.mirror import EXCEPTIONS, TESTED_THROUGH, has_code, without_test_file
+
 ROOT = Path(__file__).parents[2]
 
 #: From the lowest floor to the highest. A package imports from the floors below its own, and not from its
@@ -284,3 +286,22 @@ def test_a_class_name_exists_once() -> None:
                     places[node.name].append(path.relative_to(ROOT).as_posix())
 
     assert {name: files for name, files in places.items() if len(files) > 1} == {}
+
+
+@pytest.mark.parametrize(
+    ("body", "code"), [("...", False), ("'''Says what.'''", False), ("'''Says what.'''\n    return 1", True)]
+)
+def test_a_function_counts_as_code_if_it_has_more_than_a_docstring(body: str, code: bool) -> None:
+    assert has_code(f"class K:\n  def f(self):\n    {body}\n") is code
+
+
+def test_every_module_with_code_has_a_test_file_of_its_name() -> None:
+    assert sorted(without_test_file() - EXCEPTIONS) == []
+
+
+def test_no_exception_is_left_that_is_not_needed() -> None:
+    assert sorted(EXCEPTIONS - without_test_file()) == []
+
+
+def test_the_files_that_test_other_modules_exist() -> None:
+    assert [file for file in TESTED_THROUGH if not (ROOT / file).exists()] == []

@@ -8,7 +8,7 @@ import pytest
 
 from migration.messages import InstanceId, RequestId
 from pd_serve.comm.messages import ToApiServer
-from pd_serve.comm.requests import Call, CheckIntegrity, LiveRequests, MoveRequest
+from pd_serve.comm.requests import Call, CheckIntegrity, ListRequests, MoveRequest
 from pd_serve.comm.rpc import Answer, RpcClient, RpcServer
 from pd_serve.comm.timing import CALL_TIMEOUT_S
 from pd_serve.errors import (
@@ -261,12 +261,12 @@ async def test_a_request_without_a_handler_is_answered_as_invalid() -> None:
     wire.connect("api", "tcp://api")
     server = RpcServer(wire, {})
 
-    server.on_call("api", "call", LiveRequests("tcp://api/tokens"))
+    server.on_call("api", "call", ListRequests("tcp://api/tokens"))
     await asyncio.sleep(0)
 
     [answer] = wire.sent_to(Answer)
     assert isinstance(answer.raised(), InvalidRequestError)
-    assert answer.error == "p0 does not serve LiveRequests"
+    assert answer.error == "p0 does not serve ListRequests"
     await server.close()
 
 

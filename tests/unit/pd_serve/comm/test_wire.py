@@ -1,9 +1,9 @@
-"""Real sockets on loopback: arrival, order and sender of messages, rejected peers."""
+"""Real sockets on loopback: arrival, order and sender of messages."""
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 
 import msgspec
 import pytest
@@ -13,49 +13,8 @@ from zmq.utils.monitor import recv_monitor_message
 
 from migration.messages import RequestId
 from pd_serve.comm.messages import AbortRequests, SetRole, ToInstance
-from pd_serve.comm.rejected_peers import RejectedPeerLog
-from pd_serve.comm.wire import CurveKeys, Wire, is_local
-
-MakeWire = Callable[..., Wire]
-
-KEYS = CurveKeys.generate()
-
-
-class Inbox:
-    """Keeps the messages of a wire."""
-
-    def __init__(self) -> None:
-        self.messages: list[tuple[str, object, list[bytes]]] = []
-        self._arrived = asyncio.Event()
-
-    def on_message(self, sender: str, message: object, payload: Sequence[bytes]) -> None:
-        self.messages.append((sender, message, list(payload)))
-        self._arrived.set()
-
-    async def wait_for(self, count: int) -> None:
-        async with asyncio.timeout(30):
-            while len(self.messages) < count:
-                self._arrived.clear()
-                await self._arrived.wait()
-
-    @property
-    def received(self) -> list[tuple[str, str]]:
-        """(sender, role) of the `SetRole` messages, which the tests count with."""
-        return [(sender, getattr(message, "role", "")) for sender, message, _ in self.messages]
-
-
-@pytest.fixture
-async def make_wire() -> AsyncIterator[MakeWire]:
-    wires: list[Wire] = []
-
-    def make(name: str, keys: CurveKeys = KEYS) -> Wire:
-        wires.append(Wire(name, "127.0.0.1", keys))
-        return wires[-1]
-
-    yield make
-    for wire in wires:
-        await wire.close()
-
+from pd_serve.comm.wire import CurveKeys, is_local
+from tests.unit.pd_serve.comm.wire_world import KEYS, Inbox, MakeWire
 
 # ---- delivery
 
@@ -218,9 +177,9 @@ async def test_garbage_is_counted_and_the_next_message_arrives(
 ) -> None:
     a, b, inbox = make_wire("a"), make_wire("b"), Inbox()
 
-    with a.publisher(b.listen(ToInstance, inbox.on_message)) as rejected_peer:
-        rejected_peer.send_multipart(frames)
-        rejected_peer.send_multipart([b"a", msgspec.msgpack.encode(SetRole("1"))])
+    with a.publisher(b.listen(ToInstance, inbox.on_message)) as socket:
+        socket.send_multipart(frames)
+        socket.send_multipart([b"a", msgspec.msgpack.encode(SetRole("1"))])
         await inbox.wait_for(1)
 
     assert inbox.received == [("a", "1")]
@@ -293,74 +252,6 @@ async def test_wires_with_derived_keys_exchange_messages(make_wire: MakeWire) ->
     assert inbox.received == [("a", "1")]
 
 
-@contextmanager
-def rejected_peer(address: str, has: str) -> Iterator[None]:
-    """A process without the cluster's keys, which sends a message and reconnects every millisecond."""
-    others = CurveKeys.generate()
-    with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
-        socket.linger, socket.reconnect_ivl = 0, 1
-        if has != "no keys":
-            guessed = KEYS if has == "the cluster's public key" else others
-            socket.curve_serverkey = guessed.public
-            socket.curve_publickey, socket.curve_secretkey = others.public, others.secret
-        socket.connect(address)
-        socket.send_multipart([b"rejected_peer", msgspec.msgpack.encode(SetRole("1"))], zmq.NOBLOCK)
-        yield
-
-
-def refusals(caplog: pytest.LogCaptureFixture, by: str) -> list[str]:
-    return [
-        message for message in caplog.messages if message.startswith(f"{by}: refused a peer at 127.0.0.1,")
-    ]
-
-
-async def refused(caplog: pytest.LogCaptureFixture, by: str) -> None:
-    """Returns when there is a line about it."""
-    async with asyncio.timeout(30):
-        while not refusals(caplog, by):  # noqa: ASYNC110 - no event to wait for
-            await asyncio.sleep(0.01)
-
-
-@pytest.mark.parametrize("has", ["no keys", "keys of its own", "the cluster's public key"])
-async def test_messages_of_a_rejected_peer_are_not_received(
-    make_wire: MakeWire, caplog: pytest.LogCaptureFixture, has: str
-) -> None:
-    """Its message waits for a handshake that fails; then only the message of a peer with the keys arrives."""
-    inbox = Inbox()
-    b, peer = make_wire("b"), make_wire("peer")
-    address = b.listen(ToInstance, inbox.on_message)
-
-    with rejected_peer(address, has):
-        await refused(caplog, "b")
-        peer.connect("b", address)
-        peer.send("b", SetRole("2"))
-        await inbox.wait_for(1)
-
-    assert inbox.received == [("peer", "2")]
-
-
-async def test_repeated_attempts_of_rejected_peers_are_one_log_line(
-    make_wire: MakeWire, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    noted = 0
-    note = RejectedPeerLog._note
-
-    def count(log: RejectedPeerLog, peer: str) -> None:
-        nonlocal noted
-        noted += 1
-        note(log, peer)
-
-    monkeypatch.setattr(RejectedPeerLog, "_note", count)
-    address = make_wire("b").listen(ToInstance, Inbox().on_message)
-
-    with rejected_peer(address, "no keys"), rejected_peer(address, "keys of its own"):
-        async with asyncio.timeout(30):
-            while noted < 20:  # noqa: ASYNC110 - no event to wait for
-                await asyncio.sleep(0.01)
-
-    assert len(refusals(caplog, "b")) == 1
-
-
 async def test_a_client_without_zeromq_gets_only_the_greeting(make_wire: MakeWire) -> None:
     """ZeroMQ sends its greeting to every client."""
     b, inbox = make_wire("b"), Inbox()
@@ -391,20 +282,6 @@ async def test_a_frame_that_is_too_long_is_discarded(
             await asyncio.sleep(0.01)
 
     assert ("a", "1") not in inbox.received
-
-
-async def test_messages_of_a_wire_with_other_keys_are_not_received(
-    make_wire: MakeWire, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Two clusters, and an address that was one's and is the other's now."""
-    inbox = Inbox()
-    a, b = make_wire("a", keys=CurveKeys.generate()), make_wire("b")
-
-    a.connect("b", b.listen(ToInstance, inbox.on_message))
-    a.send("b", SetRole("1"))
-    await refused(caplog, "b")
-
-    assert inbox.received == []
 
 
 async def test_a_listener_without_keys_does_not_read_the_cluster_s_messages(make_wire: MakeWire) -> None:

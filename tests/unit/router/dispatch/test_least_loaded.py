@@ -1,4 +1,4 @@
-"""Least backlog, shortest queue, and the shorter queue of two."""
+"""Freest instance, least backlog, shortest queue, and the shorter queue of two."""
 
 import random
 from collections import Counter
@@ -6,7 +6,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.dispatch.least_loaded import LeastBacklog, PowerOfTwo, ShortestQueue
+from router.dispatch.least_loaded import Freest, LeastBacklog, PowerOfTwo, ShortestQueue
 from router.load import InstanceLoad
 from router.request import NewRequest
 from tests.unit.router.made_loads import clusters, neutral, prefill
@@ -49,3 +49,25 @@ def test_two_choices_are_random() -> None:
 
     assert set(counts) == {"i0", "i1", "i2"}
     assert counts["i0"] > counts["i1"] > counts["i2"]
+
+
+def test_the_instance_with_the_most_free_blocks_per_request_is_chosen() -> None:
+    crowded, roomy = neutral("i0", free=60, running=6), neutral("i1", free=40, running=2)
+
+    assert Freest().choose([crowded, roomy], REQUEST, RNG) is roomy
+
+
+def test_blocks_of_queued_requests_are_not_free() -> None:
+    queued, idle = neutral("i0", free=60, waiting=1, waiting_blocks=50), neutral("i1", free=40)
+
+    assert Freest().choose([queued, idle], REQUEST, RNG) is idle
+
+
+def test_among_equally_free_instances_the_first_by_name_is_chosen_in_any_order() -> None:
+    a, b = neutral("a"), neutral("b")
+
+    assert Freest().choose([b, a], REQUEST, RNG) is Freest().choose([a, b], REQUEST, RNG) is a
+
+
+def test_without_instances_no_freest_is_chosen() -> None:
+    assert Freest().choose([], REQUEST, RNG) is None

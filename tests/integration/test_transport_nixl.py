@@ -1,6 +1,6 @@
 """`NixlTransport` between real processes: contents, failures, and what is left behind.
 
-Run as a program, this file is the other side: `python test_nixl_transport.py source NAME`.
+Run as a program, this file is the other side: `python test_transport_nixl.py source NAME`.
 """
 
 import asyncio

@@ -1,0 +1,208 @@
+"""Every message between processes survives encoding and decoding."""
+
+from types import UnionType
+from typing import Any, get_args
+
+import msgspec
+import pytest
+
+from migration.engine_interface import HeldBlocks
+from migration.messages import (
+    BlockRun,
+    Committed,
+    CopyStage,
+    Dropped,
+    Final,
+    FinalState,
+    InstanceId,
+    KeepAlive,
+    MigrationId,
+    Offer,
+    Pull,
+    Query,
+    Refused,
+    RequestDescription,
+    RequestId,
+    Stage,
+    Withdraw,
+)
+from pd_serve.comm.cluster_state import (
+    ClusterState,
+    PastDecision,
+    ProcessStats,
+    RestartState,
+    ScaledCount,
+    SchedulerState,
+    SchedulerStats,
+    StartingInstance,
+)
+from pd_serve.comm.membership import ApiServerInfo, Join
+from pd_serve.comm.messages import (
+    AbortRequests,
+    AddRequest,
+    Decision,
+    HandOff,
+    Heartbeat,
+    InstanceStats,
+    LoadReport,
+    MigrationEnded,
+    MoveOut,
+    RequestFailed,
+    SchedulerReport,
+    SetDraining,
+    SetRole,
+    StartInstance,
+    StopInstance,
+    ToApiServer,
+    ToInstance,
+    TokenHeader,
+    ToManager,
+    ToScheduler,
+)
+from pd_serve.comm.requests import (
+    AnyRequest,
+    Call,
+    CallEngine,
+    CheckIntegrity,
+    DrainInstance,
+    FindRequests,
+    Holdings,
+    ListHoldings,
+    ListRequests,
+    ManualMigration,
+    MigrateByName,
+    MoveRequest,
+    RestartInstances,
+    ScalePools,
+)
+from pd_serve.comm.rpc import Answer
+from pd_serve.errors import RefusalCode
+from router.load import InstanceLoad
+from router.plugins import PolicyChoice
+from router.request import Demand
+from tests.members import membership
+from tests.unit.pd_serve.made_migrations import FULL, migrated
+
+R = RequestId("r")
+M = MigrationId("m")
+PROCESS = ProcessStats(1.5, 2.0, 3.0)
+STATS = SchedulerStats(PROCESS, 3, {"balance": 1}, {"start": 2}, ["a problem"])
+LOAD = InstanceLoad("d0", "decode", total_blocks=100, free_blocks=7, draining=True, requests_added=4)
+RECORD = migrated(copies=(CopyStage(0.0, 0.5, 3),), refusal=FULL, stages=1)
+RESERVED = RequestDescription(R, [b"\x00\xff"], "tcp://api/tokens", 1, 2, [5, 6], 10, 100, {"model": "tiny"})
+
+MESSAGES: list[Any] = [
+    membership("p0", "d0", api_servers=["api"], scheduler="tcp://s", starting={"decode": 1}, leaving=["d0"]),
+    Heartbeat(Demand(2, 300)),
+    AddRequest(R, "tcp://api/tokens", 1000, ["d0"], [1, 2]),
+    AddRequest(R, "tcp://api/tokens", 0, None, []),
+    AbortRequests([R], 7),
+    HandOff(R, "d0"),
+    MoveOut(LOAD, "balance", PolicyChoice("shortest")),
+    SetRole("decode"),
+    SetDraining(True, by_operator=True),
+    LoadReport(LOAD, [R], InstanceStats(PROCESS, 1, 2, 3, 4)),
+    MigrationEnded(RECORD),
+    RequestFailed(R, "ValueError: why"),
+    ClusterState(
+        starting=[StartingInstance("d9", "decode", "waits")],
+        scheduler=SchedulerState("alive", "llumnix", 7, 2),
+        scaled=[ScaledCount("start", "decode", 1)],
+        decisions=[PastDecision(1.0, "d1 is drained")],
+        restart=RestartState(True, "1 of 3"),
+        api_servers=["api"],
+        scheduler_stats=STATS,
+        problems=["a problem"],
+    ),
+    Join(ApiServerInfo("tcp://api", "tcp://api/tokens"), ["d0"]),
+    StartInstance("decode", "too full"),
+    StopInstance("d0", "empty"),
+    SchedulerReport([Decision("d0", "is drained", "too large")], STATS),
+    Call("call", CheckIntegrity()),
+    Answer("call", None, "full", "MigrationRefusedError", RefusalCode.NO_FREE_BLOCKS),
+    Offer(M, "handoff", RESERVED, b"endpoint"),
+    Refused(M, FULL),
+    Pull(M, 3),
+    Stage(M, BlockRun(0, [1, 2])),
+    Final(M, FinalState(BlockRun(2, [3]), 1, [5, 6], 11, b"state")),
+    KeepAlive(M),
+    Withdraw(M, FULL),
+    Query(M),
+    Committed(M, 4096),
+    Dropped(M, FULL),
+]
+
+REQUESTS: list[Any] = [
+    CheckIntegrity(),
+    ListRequests("tcp://api/tokens"),
+    ListHoldings(),
+    CallEngine("list_loras", ["x", 1, None]),
+    MoveRequest(R, InstanceId("d0"), blocking=True),
+    DrainInstance("d0", True, True),
+    ScalePools({"decode": 3}),
+    RestartInstances(),
+    MigrateByName("r", "d0"),
+    FindRequests("r"),
+]
+
+#: Results of remote calls that are no plain values.
+RESULTS: list[tuple[Any, Any]] = [
+    (MoveRequest, RECORD),
+    (MigrateByName, ManualMigration(RECORD, 0.0085)),
+    (ListHoldings, Holdings([HeldBlocks(R, 3, True)], [(R, InstanceId("d0"), "balance")])),
+]
+
+CHANNELS = {"instance": ToInstance, "API server": ToApiServer, "manager": ToManager, "scheduler": ToScheduler}
+
+
+def decoded(value: Any, kind: Any) -> Any:
+    return msgspec.msgpack.decode(msgspec.msgpack.encode(value), type=kind)
+
+
+def members(union: UnionType) -> set[type]:
+    return set(get_args(union))
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
+def test_a_message_is_equal_after_encoding_and_decoding(message: object) -> None:
+    channels = [channel for channel in CHANNELS.values() if type(message) in members(channel)]
+
+    assert channels
+    for channel in channels:
+        assert decoded(message, channel) == message
+
+
+@pytest.mark.parametrize("request_", REQUESTS, ids=lambda request: type(request).__name__)
+def test_a_request_is_equal_after_encoding_and_decoding_its_call(request_: Any) -> None:
+    assert decoded(Call("call", request_), ToInstance) == Call("call", request_)
+
+
+@pytest.mark.parametrize(
+    ("request_type", "result"), RESULTS, ids=lambda value: getattr(value, "__name__", "")
+)
+def test_a_result_is_equal_after_its_answer_is_decoded_and_converted(request_type: Any, result: Any) -> None:
+    answer = decoded(Answer("call", result), ToApiServer)
+
+    assert msgspec.convert(answer.result, request_type.result_type()) == result
+
+
+def test_every_type_of_message_and_of_request_is_tested() -> None:
+    assert {type(message) for message in MESSAGES} == set[type]().union(*map(members, CHANNELS.values()))
+    assert {type(request) for request in REQUESTS} == members(AnyRequest)
+
+
+@pytest.mark.parametrize("channel", CHANNELS)
+def test_an_unknown_tag_is_an_error(channel: str) -> None:
+    with pytest.raises(msgspec.ValidationError, match="NoSuchMessage"):
+        decoded({"type": "NoSuchMessage"}, CHANNELS[channel])
+
+
+def test_a_message_of_another_channel_is_an_error() -> None:
+    with pytest.raises(msgspec.ValidationError, match="StopInstance"):
+        decoded(StopInstance("d0", "empty"), ToInstance)
+
+
+def test_the_header_of_tokens_is_equal_after_encoding_and_decoding() -> None:
+    header = TokenHeader("d0", [(0, 5), (1, 7)])
+
+    assert decoded(header, TokenHeader) == header
