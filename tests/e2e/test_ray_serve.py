@@ -89,13 +89,11 @@ class Application:
             cluster = httpx.get(f"{self._head.url}/cluster").json()
         except (httpx.HTTPError, ValueError):
             return False
-        numbers = [self._arguments[name] for name in ("prefill", "decode", "api_servers")]
-        return numbers == [*_by_role(cluster), len(cluster.get("api_servers", []))]
-
-
-def _by_role(cluster: dict[str, Any]) -> list[int]:
-    roles = [row["role"] for row in cluster.get("instances", []) if row["state"] == "ready"]
-    return [roles.count("prefill"), roles.count("decode")]
+        if cluster.get("scheduler", {}).get("state") != "alive":
+            return False
+        roles = [row["role"] for row in cluster["instances"] if row["state"] == "ready"]
+        numbers = [roles.count("prefill"), roles.count("decode"), len(cluster["api_servers"])]
+        return numbers == [self._arguments[name] for name in ("prefill", "decode", "api_servers")]
 
 
 @pytest.fixture(scope="module")
