@@ -41,6 +41,7 @@ class LoadReporter:
         stranded: Callable[[], list[RequestId]],
     ) -> None:
         self.role = role
+        self._told_draining = False
         self.draining = False
         self.drained_by_operator = False
         self.requests_added = 0
@@ -119,5 +120,6 @@ class LoadReporter:
         for api_server in self._members.api_servers:
             self._wire.send(api_server, report)
         self._wire.send(SCHEDULER, report)
-        if stats is not None or self.draining:
+        if stats is not None or self.draining or self._told_draining:
             self._wire.send(MANAGER, report)
+            self._told_draining = self.draining  # the manager hears at once that an instance is used again
