@@ -41,9 +41,9 @@ class LoadReporter:
         stranded: Callable[[], list[RequestId]],
     ) -> None:
         self.role = role
-        self._told_draining = False
         self.draining = False
         self.drained_by_operator = False
+        self._reported_state = (role, False)  # to the manager, which decides by it about the next drain
         self.requests_added = 0
         self.moves_decided = 0
         self._name = name
@@ -120,6 +120,7 @@ class LoadReporter:
         for api_server in self._members.api_servers:
             self._wire.send(api_server, report)
         self._wire.send(SCHEDULER, report)
-        if stats is not None or self.draining or self._told_draining:
+        state = (self.role, self.draining)
+        if stats is not None or self.draining or state != self._reported_state:
             self._wire.send(MANAGER, report)
-            self._told_draining = self.draining  # the manager hears at once that an instance is used again
+            self._reported_state = state

@@ -119,3 +119,21 @@ async def test_the_scheduler_does_not_use_again_what_the_operator_drains() -> No
         world.hear("api", SetDraining(False, by_operator=True))
         await world.settle()
         assert not world.reports()[-1].load.draining
+
+
+@in_virtual_time
+async def test_the_manager_gets_a_change_of_draining_or_role_with_the_next_report() -> None:
+    """Otherwise it would refuse to drain another instance for up to a second."""
+    async with World() as world:
+        await asyncio.sleep(10 * INSTANCE_HEARTBEAT_S)
+        for order in (
+            SetDraining(True, by_operator=True),
+            SetDraining(False, by_operator=True),
+            SetRole("decode"),
+        ):
+            world.hear("manager", order)
+            await asyncio.sleep(2 * REPORT_INTERVAL_S)
+            load = world.sent(LoadReport, "manager")[-1].load
+            reporter = world.llumlet.reporter
+            assert (load.draining, load.role) == (reporter.draining, reporter.role)
+        assert load.role == "decode"
