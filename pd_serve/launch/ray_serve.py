@@ -41,7 +41,7 @@ MAX_ONGOING_REQUESTS = 10_000
 #: Serve has a header X-Request-Id of its own in every answer, with the same id.
 REQUEST_ID_FLAG = "--no-enable-request-id-headers"
 
-#: Interval of Serve's health checks: a dead manager or API server is replaced after so much time, in seconds.
+#: Interval of Serve's health checks in seconds. A dead manager or API server is replaced after it.
 HEALTH_PERIOD_S = 2.0
 
 

@@ -135,7 +135,7 @@ async def test_the_same_address_again_keeps_messages_in_transit(make_wire: MakeW
 async def test_a_peer_that_does_not_read_does_not_block_the_sender(
     make_wire: MakeWire, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nobody is at the address: a bounded number of messages waits, more are dropped."""
+    """The address has no listener: a bounded number of messages waits, more are dropped."""
     monkeypatch.setattr("pd_serve.comm.wire.HIGH_WATER_MARK", 5)
     a = make_wire("a")
     a.connect("b", "tcp://127.0.0.1:1")
@@ -207,7 +207,7 @@ async def test_a_handler_that_fails_is_counted_and_the_next_message_arrives(
     assert b.failures.problems() == ["b: handling SetRole from a failed: RuntimeError: a bug (1 times)"]
 
 
-# ---- who may talk
+# ---- authentication
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ async def test_a_frame_that_is_too_long_is_discarded(
 
 
 async def test_a_listener_without_keys_does_not_read_the_cluster_s_messages(make_wire: MakeWire) -> None:
-    """Somebody listens at an address that an instance had: the sender wants the cluster's key there too."""
+    """Another process listens at the address of an instance that has ended: it needs the cluster's key."""
     a = make_wire("a")
     with zmq.asyncio.Context() as context, context.socket(zmq.PULL) as impostor:
         failures = zmq.Event.HANDSHAKE_FAILED_NO_DETAIL | zmq.Event.HANDSHAKE_FAILED_PROTOCOL
