@@ -91,10 +91,10 @@ class RpcClient:
         finally:
             del self._waiting[call_id]
 
-    def on_answer(self, answer: Answer) -> None:
-        """Receives an answer. An answer to a call that has ended is ignored."""
-        _, future = self._waiting.get(answer.call_id, ("", None))
-        if future is None or future.done():
+    def on_answer(self, sender: str, answer: Answer) -> None:
+        """Receives an answer. One to a call that has ended, or to a call of another peer, is ignored."""
+        peer, future = self._waiting.get(answer.call_id, ("", None))
+        if future is None or future.done() or sender != peer:
             return
         if answer.error is None:
             future.set_result(answer.result)

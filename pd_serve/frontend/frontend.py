@@ -137,7 +137,7 @@ class Frontend:
             case ClusterState():
                 self._manager.on_state(message)
             case Answer():
-                self.instances.calls.on_answer(message)
+                self.instances.calls.on_answer(sender, message)
             case Call(call_id=call_id, request=request):
                 self._server.on_call(sender, call_id, request)
 

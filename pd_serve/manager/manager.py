@@ -292,7 +292,7 @@ class Manager:
             case Call(call_id=call_id, request=request):
                 self._server.on_call(sender, call_id, request)
             case Answer():
-                self._calls.on_answer(message)
+                self._calls.on_answer(sender, message)
 
     def _on_scheduler_report(self, report: SchedulerReport) -> None:
         self._scheduler.on_report(report.stats)

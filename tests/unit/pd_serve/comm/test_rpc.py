@@ -31,7 +31,7 @@ class Caller:
     def __init__(self) -> None:
         self.wire = RecordingWire("api")
         self.client = RpcClient(self.wire, Call)
-        self.wire.listen(ToApiServer, lambda sender, message, payload: self.client.on_answer(message))
+        self.wire.listen(ToApiServer, lambda sender, message, payload: self.client.on_answer(sender, message))
         for peer in ("p0", "p1"):
             self.wire.connect(peer, f"tcp://{peer}")
 
@@ -41,8 +41,8 @@ class Caller:
         await asyncio.sleep(0)
         return task, self.wire.sent_to(Call, peer)[-1].call_id
 
-    def answer(self, answer: Answer) -> None:
-        self.wire.hear("p0", answer)
+    def answer(self, answer: Answer, peer: str = "p0") -> None:
+        self.wire.hear(peer, answer)
 
 
 @in_virtual_time
@@ -54,6 +54,17 @@ async def test_an_answer_arrives_as_the_result_type_of_the_request() -> None:
     caller.answer(Answer(call_id, record))
 
     assert await task == record
+
+
+@in_virtual_time
+async def test_an_answer_of_another_peer_than_the_called_one_is_ignored() -> None:
+    caller = Caller()
+    task, call_id = await caller.call(CheckIntegrity())
+
+    caller.answer(Answer(call_id, ["from p1"]), "p1")
+    caller.answer(Answer(call_id, ["from p0"]))
+
+    assert await task == ["from p0"]
 
 
 @pytest.mark.parametrize(
@@ -160,7 +171,7 @@ async def test_a_lost_peer_fails_the_calls_to_it_and_no_others() -> None:
 
     with pytest.raises(EngineDeadError, match="p0 has died"):
         await to_lost
-    caller.answer(Answer(call_id, []))
+    caller.answer(Answer(call_id, []), "p1")
     assert await to_other == []
 
 

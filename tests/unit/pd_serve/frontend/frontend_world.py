@@ -100,7 +100,8 @@ class World:
         self.wire.hear_frames(msgspec.msgpack.encode(TokenHeader(source, [(epoch, index)])), *frames)
 
     def answer(self, call: Call, result: Any = None, error: str | None = None, error_class: str = "") -> None:
-        self.wire.hear("any", Answer(call.call_id, result, error, error_class))
+        [called] = [peer for peer, sent in self.sent(Call) if sent.call_id == call.call_id]
+        self.wire.hear(called, Answer(call.call_id, result, error, error_class))
 
     def end_migration(
         self, source: str, destination: str, committed: bool, why: str = "", **more: Any

@@ -26,7 +26,7 @@ class World:
         self.wire = RecordingWire("api")
         members = MembershipView("api", self.wire)
         self.instances = Instances(self.wire, members, ProjectedLoads(), num_slots=3)
-        self.wire.listen(ToApiServer, lambda sender, answer, _: self.instances.calls.on_answer(answer))
+        self.wire.listen(ToApiServer, lambda peer, answer, _: self.instances.calls.on_answer(peer, answer))
         members.update(membership(*names))
         for info in self.instances:
             self.instances.add(info)

@@ -48,7 +48,7 @@ class World:
         self.wire = RecordingWire("api")
         self.members = MembershipView("api", self.wire)
         calls = RpcClient(self.wire, Call)
-        self.wire.listen(ToApiServer, lambda sender, answer, _: calls.on_answer(answer))
+        self.wire.listen(ToApiServer, lambda sender, answer, _: calls.on_answer(sender, answer))
         self.client = ManagerClient(
             self.wire, self.members, calls, self._find, lambda: Demand(2, 300), self.unused.__contains__
         )
