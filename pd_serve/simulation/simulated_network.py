@@ -31,7 +31,6 @@ class SimulatedNetwork:
         self.settings = settings
         self.fabric = SimulatedFabric(settings, kv_bytes_per_byte)
         self.faults: MessageFaults | None = None
-        self.num_messages = 0
         self._loop = asyncio.get_running_loop()
         self._listeners: dict[str, OnFrames] = {}
         self._cut: set[str] = set()
@@ -60,7 +59,6 @@ class SimulatedNetwork:
         """Sends frames to an address. They are lost if it has no listener on arrival."""
         if sender in self._cut:
             return
-        self.num_messages += 1
         if self.faults is None:
             self._deliver(sender, address, frames)
         else:
