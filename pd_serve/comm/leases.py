@@ -2,24 +2,43 @@
 
 import asyncio
 
-from pd_serve.comm.timing import HEARTBEAT_S
+from pd_serve.comm.timing import HEARTBEAT_S, ORPHAN_S
+from pd_serve.errors import EngineDeadError
+
+
+class LeaseClock:
+    """The time in which this process receives messages of others.
+
+    Every other process sends something each `HEARTBEAT_S`. The clock stops while this process is suspended
+    (SIGSTOP, a sleeping machine) or cut off from all others: their silence means nothing then.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._received_at = self._loop.time()
+        self._seconds = 0.0
+
+    def on_message(self) -> None:
+        """Any message has been received."""
+        now = self._loop.time()
+        self._seconds += min(now - self._received_at, 2 * HEARTBEAT_S)
+        self._received_at = now
+
+    def time(self) -> float:
+        """Seconds that it has run."""
+        return self._seconds
 
 
 class Leases:
-    """Leases of other processes, by name. Call `expired` at least every `HEARTBEAT_S`.
+    """Leases of other processes, by name."""
 
-    While this process itself is suspended (SIGSTOP, a sleeping machine), it receives no messages. That time
-    does not count.
-    """
-
-    def __init__(self, lease_s: float) -> None:
+    def __init__(self, lease_s: float, clock: LeaseClock) -> None:
         self._lease_s = lease_s
-        self._loop = asyncio.get_running_loop()
+        self._clock = clock
         self._renewed_at: dict[str, float] = {}
-        self._checked_at = self._loop.time()
 
     def renew(self, name: str) -> None:
-        self._renewed_at[name] = self._loop.time()
+        self._renewed_at[name] = self._clock.time()
 
     def drop(self, name: str) -> None:
         """Ends a lease. Unknown names are ignored."""
@@ -27,9 +46,28 @@ class Leases:
 
     def expired(self) -> list[str]:
         """Names whose lease has run out. They remain until they are dropped."""
-        now = self._loop.time()
-        suspended_s = now - self._checked_at - HEARTBEAT_S
-        self._checked_at = now
-        if suspended_s > HEARTBEAT_S:
-            self._renewed_at = {name: at + suspended_s for name, at in self._renewed_at.items()}
-        return [name for name, at in self._renewed_at.items() if now - at > self._lease_s]
+        oldest = self._clock.time() - self._lease_s
+        return [name for name, at in self._renewed_at.items() if at < oldest]
+
+
+class OrphanTimer:
+    """Ends an instance or a scheduler that belongs to no service any more.
+
+    Time is counted in heartbeats of the process itself, so that a suspension of the process does not count.
+    """
+
+    def __init__(self, process: str) -> None:
+        self._process = process
+        self._silence_s = 0.0
+
+    def on_message(self) -> None:
+        """The manager or an API server has sent something."""
+        self._silence_s = 0.0
+
+    def on_heartbeat(self, interval_s: float) -> None:
+        """Call this every `interval_s`. Raises: EngineDeadError: no message for `ORPHAN_S`."""
+        self._silence_s += interval_s
+        if self._silence_s > ORPHAN_S:
+            raise EngineDeadError(
+                f"neither manager nor API servers have sent {self._process} anything for {ORPHAN_S:.0f} s"
+            )

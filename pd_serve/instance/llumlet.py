@@ -18,6 +18,7 @@ from migration.messages import AnyMigrationMessage, InstanceId, MigrationMessage
 from migration.record import MigrationRecord
 from migration.tasks import BackgroundTasks
 from migration.transport.kv_transport import KvTransport
+from pd_serve.comm.leases import OrphanTimer
 from pd_serve.comm.membership import Membership, MembershipView
 from pd_serve.comm.message_wire import MessageWire
 from pd_serve.comm.messages import (
@@ -41,7 +42,7 @@ from pd_serve.comm.requests import (
     MoveRequest,
 )
 from pd_serve.comm.rpc import RpcServer
-from pd_serve.comm.timing import INSTANCE_HEARTBEAT_S, ORPHAN_S
+from pd_serve.comm.timing import INSTANCE_HEARTBEAT_S
 from pd_serve.instance.handoffs import Handoffs
 from pd_serve.instance.load_reporter import LoadReporter
 from pd_serve.instance.moves import Moves
@@ -75,7 +76,6 @@ class Llumlet:
         self._transport = transport
         self._bounds = bounds
         self._on_fatal = on_fatal
-        self._loop = asyncio.get_running_loop()
         self._tasks = BackgroundTasks(on_fatal)
         #: Orders of the scheduler: the failure of one is counted and does not end the instance.
         self._orders = BackgroundTasks(wire.failures.task_failed)
@@ -84,7 +84,7 @@ class Llumlet:
         self.handoffs = Handoffs(name, self._members, self.reporter, self._tasks)
         self._moves = Moves(name, wire, self._members, self.reporter)
         self._forwards: OrderedDict[RequestId, InstanceId] = OrderedDict()
-        self._last_message_at = self._loop.time()
+        self._orphan_timer = OrphanTimer(name)
         self.engine: Engine
         self.coordinator: MigrationCoordinator | None = None
         self.events = EngineEvents(
@@ -108,7 +108,6 @@ class Llumlet:
     def start(self, engine: Engine) -> None:
         """Begins to serve with an engine that is ready."""
         self.engine = engine
-        self._last_message_at = self._loop.time()
         self.coordinator = MigrationCoordinator(
             self.name,
             engine,
@@ -151,7 +150,7 @@ class Llumlet:
             case SetDraining(draining=draining, by_operator=by_operator):
                 self.reporter.set_draining(draining, by_operator=by_operator)
             case Heartbeat():
-                self._last_message_at = self._loop.time()
+                self._orphan_timer.on_message()
             case Membership():
                 self._on_membership(message)
             case Call(call_id=call_id, request=request):
@@ -166,7 +165,7 @@ class Llumlet:
         change = self._members.update(message)
         if change is None:
             return
-        self._last_message_at = self._loop.time()
+        self._orphan_timer.on_message()
         for instance_id in change.left:
             logger.info("%s: %s is gone", self.name, instance_id)
             self.coordinator.peer_lost(InstanceId(instance_id))
@@ -182,10 +181,7 @@ class Llumlet:
         while True:
             await asyncio.sleep(INSTANCE_HEARTBEAT_S)
             self.reporter.report_soon()
-            if self._loop.time() - self._last_message_at > ORPHAN_S:
-                raise EngineDeadError(
-                    f"neither manager nor API servers have sent {self.name} anything for {ORPHAN_S:.0f} s"
-                )
+            self._orphan_timer.on_heartbeat(INSTANCE_HEARTBEAT_S)
 
     # ---- requests
 

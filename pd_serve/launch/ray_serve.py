@@ -107,7 +107,7 @@ class InstanceManager:
 
     async def __del__(self) -> None:
         """The application is deleted, or another manager has taken the instances over."""
-        if await self._manager.is_latest():
+        if await self._manager.keep_notes():
             await self._manager.close()
             await self._launcher.stop()
 

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from migration.tasks import BackgroundTasks
 from pd_serve.comm.cluster_state import ClusterState
-from pd_serve.comm.leases import Leases
+from pd_serve.comm.leases import LeaseClock, Leases
 from pd_serve.comm.membership import SCHEDULER, ApiServerInfo, Join, Membership
 from pd_serve.comm.message_wire import MessageWire
 from pd_serve.comm.timing import API_SERVER_LEASE_S, HEARTBEAT_S
@@ -31,6 +31,7 @@ class Announcer:
     def __init__(
         self,
         wire: MessageWire,
+        clock: LeaseClock,
         membership: Callable[[], Membership],
         state: Callable[[], ClusterState],
         on_change: Callable[[], None],
@@ -42,7 +43,7 @@ class Announcer:
         self._on_change = on_change
         self._on_gone = on_gone
         self._joins: dict[str, Join] = {}
-        self._leases = Leases(API_SERVER_LEASE_S)
+        self._leases = Leases(API_SERVER_LEASE_S, clock)
         self._changed = asyncio.Event()
         self._tasks = BackgroundTasks()
 

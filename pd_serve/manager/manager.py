@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from migration.tasks import BackgroundTasks
 from pd_serve.comm.cluster_state import ClusterState
+from pd_serve.comm.leases import LeaseClock
 from pd_serve.comm.membership import SCHEDULER, InstanceInfo, Join, Membership
 from pd_serve.comm.message_wire import MessageWire
 from pd_serve.comm.messages import LoadReport, SchedulerReport, StartInstance, StopInstance, ToManager
@@ -70,10 +71,13 @@ class Manager:
         self._noted_by: list[str] = []
         self._closed = False
         self._closing: asyncio.Future[None] | None = None
-        self.register = InstanceRegister()
+        self._clock = LeaseClock()
+        self.register = InstanceRegister(self._clock)
         self.log = DecisionLog(self._changed)
         self._calls = RpcClient(wire, Call)
-        self._announcer = Announcer(wire, self._membership, self.state, self._changed, self._calls.peer_lost)
+        self._announcer = Announcer(
+            wire, self._clock, self._membership, self.state, self._changed, self._calls.peer_lost
+        )
         self._starter = Starter(
             self.register, self.log, self._start, launcher.waits_for, self._changed, config.instances
         )
@@ -91,7 +95,7 @@ class Manager:
         self._restart = RollingRestart(self.register, self._starter, self._stopper, self.log)
         scheduler = SchedulerConfig(config.policies, config.autoscale, config.host, config.keys)
         self._scheduler = SchedulerKeeper(
-            launcher, scheduler, self._keep_notes, self._on_scheduler_started, notices.warn
+            launcher, scheduler, self.keep_notes, self._on_scheduler_started, notices.warn
         )
         self._server = RpcServer(
             wire,
@@ -199,13 +203,11 @@ class Manager:
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             silent = self.register.silent()
-            if silent and not await self._keep_notes():
+            if silent and not await self.keep_notes():
                 return
             for instance_id in silent:
-                self._notices.warn(
-                    f"{instance_id} has reported nothing for {INSTANCE_LEASE_S:.0f} s and is ended;"
-                    " its requests are recomputed elsewhere"
-                )
+                silence = f"{instance_id} has reported nothing for {INSTANCE_LEASE_S:.0f} s"
+                self._notices.warn(f"{silence} and is ended; its requests are recomputed elsewhere")
                 self._lose(instance_id)
                 self._tasks.start(self._launcher.stop_instance(instance_id))
 
@@ -235,13 +237,9 @@ class Manager:
         )
         if (notes, kept_by) != (self._notes, self._noted_by):
             self._notes, self._noted_by = replace(notes, version=notes.version + 1), kept_by
-            self._tasks.start(self._keep_notes())
+            self._tasks.start(self.keep_notes())
 
-    async def is_latest(self) -> bool:
-        """Whether no other manager has taken over. If one has, this one ends."""
-        return await self._keep_notes()
-
-    async def _keep_notes(self) -> bool:
+    async def keep_notes(self) -> bool:
         """Gives the notes to the instances. Returns False, and ends, if another manager has taken over."""
         term = await self._launcher.keep_notes(self._notes)
         if term > self._notes.term and not self._closed:
@@ -277,6 +275,7 @@ class Manager:
     # ---- messages
 
     def _on_message(self, sender: str, message: Any, payload: Sequence[bytes]) -> None:
+        self._clock.on_message()
         match message:
             case Join():
                 self._announcer.on_join(sender, message)

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from pd_serve.comm.leases import Leases
+from pd_serve.comm.leases import LeaseClock, Leases
 from pd_serve.comm.membership import InstanceInfo
 from pd_serve.comm.timing import INSTANCE_LEASE_S
 from router.dispatch import can_start
@@ -16,11 +16,11 @@ class InstanceRegister:
         infos: By instance id.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: LeaseClock) -> None:
         self._loop = asyncio.get_running_loop()
         self.infos: dict[str, InstanceInfo] = {}
         self._loads: dict[str, InstanceLoad] = {}
-        self._leases = Leases(INSTANCE_LEASE_S)
+        self._leases = Leases(INSTANCE_LEASE_S, clock)
         self._ready_at: dict[str, float] = {}
 
     def __contains__(self, instance_id: object) -> bool:

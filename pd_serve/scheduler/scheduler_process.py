@@ -15,6 +15,7 @@ from typing import Any
 
 from migration.tasks import BackgroundTasks
 from pd_serve.comm.cluster_state import SchedulerStats
+from pd_serve.comm.leases import OrphanTimer
 from pd_serve.comm.membership import MANAGER, SCHEDULER, Membership, MembershipView
 from pd_serve.comm.message_wire import MessageWire
 from pd_serve.comm.messages import (
@@ -29,9 +30,8 @@ from pd_serve.comm.messages import (
     StopInstance,
     ToScheduler,
 )
-from pd_serve.comm.timing import FIRST_REPORTS_S, HEARTBEAT_S, ORPHAN_S
+from pd_serve.comm.timing import FIRST_REPORTS_S, HEARTBEAT_S
 from pd_serve.comm.wire import CurveKeys
-from pd_serve.errors import EngineDeadError
 from pd_serve.observe.process_stats import process_stats
 from router.load import InstanceLoad
 from router.plugins import PolicyChoice
@@ -74,7 +74,6 @@ class SchedulerProcess:
         on_failure: Callable[[BaseException], None] | None = None,
     ) -> None:
         self._wire = wire
-        self._loop = asyncio.get_running_loop()
         self._tasks = BackgroundTasks(on_failure)
         self._members = MembershipView(SCHEDULER, wire)
         self._waiting: dict[str, Demand] = {}
@@ -84,7 +83,7 @@ class SchedulerProcess:
         self._all_reported = asyncio.Event()
         self._moves = Counter(dict.fromkeys(("balance", "defragment", "drain"), 0))
         self._scaling = Counter(dict.fromkeys(("start", "stop", "drain", "use_again", "set_role"), 0))
-        self._last_message_at = self._loop.time()
+        self._orphan_timer = OrphanTimer("the scheduler")
         self.scheduler = Scheduler(policies, self, autoscale=autoscale, rng=random.Random(seed))
         self.address = wire.listen(ToScheduler, self._on_message)
         self._tasks.start(self._decide())
@@ -114,7 +113,7 @@ class SchedulerProcess:
                     self.scheduler.report(load)
                     self._reported(sender)
             case Heartbeat(waiting=waiting):
-                self._last_message_at = self._loop.time()
+                self._orphan_timer.on_message()
                 if sender in self._members.api_servers:
                     self._waiting[sender] = waiting
             case Membership():
@@ -125,7 +124,7 @@ class SchedulerProcess:
         change = self._members.update(message)
         if change is None:
             return
-        self._last_message_at = self._loop.time()
+        self._orphan_timer.on_message()
         self._requested.clear()
         for api_server in change.api_servers_left:
             self._waiting.pop(api_server, None)
@@ -152,10 +151,7 @@ class SchedulerProcess:
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             self._report(stats=self.stats())
-            if self._loop.time() - self._last_message_at > ORPHAN_S:
-                raise EngineDeadError(
-                    f"neither manager nor API servers have sent the scheduler anything for {ORPHAN_S:.0f} s"
-                )
+            self._orphan_timer.on_heartbeat(HEARTBEAT_S)
 
     # ---- SchedulerActions
 

@@ -1,45 +1,75 @@
-"""Leases that are renewed or expire, and a suspension of the process that holds them."""
+"""Leases that are renewed or expire, and a process that cannot receive messages itself."""
 
 import asyncio
 
-from pd_serve.comm.leases import Leases
-from pd_serve.comm.timing import HEARTBEAT_S
+import pytest
+
+from pd_serve.comm.leases import LeaseClock, Leases, OrphanTimer
+from pd_serve.comm.timing import HEARTBEAT_S, ORPHAN_S
+from pd_serve.errors import EngineDeadError
 from tests.virtual_time import in_virtual_time
 
 LEASE_S = 5 * HEARTBEAT_S
 
 
-async def watched(leases: Leases, seconds: float, *renewed: str) -> list[str]:
-    """What has expired after this time, in which these names were renewed."""
-    expired: list[str] = []
-    for _ in range(round(seconds / HEARTBEAT_S)):
-        await asyncio.sleep(HEARTBEAT_S)
-        for name in renewed:
-            leases.renew(name)
-        expired = leases.expired()
-    return expired
+class World:
+    """A process with leases of a and b, which receives a message of another process every second."""
+
+    def __init__(self) -> None:
+        self.clock = LeaseClock()
+        self.leases = Leases(LEASE_S, self.clock)
+        self.leases.renew("a")
+        self.leases.renew("b")
+
+    async def watch(self, seconds: float, *renewed: str) -> list[str]:
+        """What has expired after this time, in which these names were renewed."""
+        for _ in range(round(seconds / HEARTBEAT_S)):
+            await asyncio.sleep(HEARTBEAT_S)
+            self.clock.on_message()
+            for name in renewed:
+                self.leases.renew(name)
+        return self.leases.expired()
 
 
 @in_virtual_time
 async def test_a_lease_that_is_not_renewed_stays_expired_until_it_is_dropped() -> None:
-    leases = Leases(LEASE_S)
-    leases.renew("a")
-    leases.renew("b")
+    world = World()
 
-    assert await watched(leases, LEASE_S, "a") == []
-    assert await watched(leases, 2 * HEARTBEAT_S, "a") == ["b"]
-    leases.drop("b")
-    leases.drop("never there")
-    assert await watched(leases, LEASE_S, "a") == []
+    assert await world.watch(LEASE_S, "a") == []
+    assert await world.watch(2 * HEARTBEAT_S, "a") == ["b"]
+    world.leases.drop("b")
+    world.leases.drop("never there")
+    assert await world.watch(LEASE_S, "a") == []
 
 
-@in_virtual_time
-async def test_the_time_in_which_this_process_was_suspended_does_not_count() -> None:
-    leases = Leases(LEASE_S)
-    leases.renew("a")
-    await watched(leases, HEARTBEAT_S)
+@pytest.mark.parametrize("checked", [False, True], ids=["suspended", "cut off"])
+def test_the_time_in_which_this_process_received_nothing_does_not_count(checked: bool) -> None:
+    """Suspended, it does not run at all; cut off, it runs, and looks at its leases."""
 
-    await asyncio.sleep(20 * LEASE_S)
+    @in_virtual_time
+    async def run() -> None:
+        world = World()
+        await world.watch(HEARTBEAT_S)
 
-    assert leases.expired() == []
-    assert await watched(leases, LEASE_S) == ["a"]
+        for _ in range(100):
+            await asyncio.sleep(LEASE_S / 5)
+            assert not checked or world.leases.expired() == []
+        world.clock.on_message()
+
+        assert world.leases.expired() == []
+        assert await world.watch(LEASE_S, "a") == ["b"]
+
+    run()
+
+
+def test_an_orphan_ends_itself_after_enough_heartbeats_without_a_message() -> None:
+    """Heartbeats of its own, not the clock: a process that was suspended has missed messages, and is none."""
+    timer = OrphanTimer("decode-0")
+    for _ in range(round(ORPHAN_S / HEARTBEAT_S)):
+        timer.on_heartbeat(HEARTBEAT_S)
+    timer.on_message()
+    for _ in range(round(ORPHAN_S / HEARTBEAT_S)):
+        timer.on_heartbeat(HEARTBEAT_S)
+
+    with pytest.raises(EngineDeadError, match="have sent decode-0 anything for 120 s"):
+        timer.on_heartbeat(HEARTBEAT_S)

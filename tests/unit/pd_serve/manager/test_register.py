@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from pd_serve.comm.leases import LeaseClock
 from pd_serve.comm.timing import HEARTBEAT_S, INSTANCE_LEASE_S
 from pd_serve.manager.register import InstanceRegister
 from router.load import InstanceLoad
@@ -11,8 +12,8 @@ from tests.members import instance_info
 from tests.virtual_time import in_virtual_time
 
 
-def register(*names: str, reported: bool = True) -> InstanceRegister:
-    made = InstanceRegister()
+def register(*names: str, reported: bool = True, clock: LeaseClock | None = None) -> InstanceRegister:
+    made = InstanceRegister(clock or LeaseClock())
     for name in names:
         made.add(instance_info(name))
         if reported:
@@ -71,12 +72,15 @@ async def test_a_removed_instance_leaves_nothing_to_one_that_is_added_later_unde
 
 @in_virtual_time
 async def test_an_instance_is_silent_once_it_has_reported_nothing_for_its_lease() -> None:
-    instances = register("decode-0", "decode-1")
+    clock = LeaseClock()
+    instances = register("decode-0", "decode-1", clock=clock)
     for _ in range(round(INSTANCE_LEASE_S / HEARTBEAT_S)):
         assert instances.silent() == []
+        clock.on_message()
         instances.on_report(load("decode-0"))
         await asyncio.sleep(HEARTBEAT_S)
     await asyncio.sleep(HEARTBEAT_S)
+    clock.on_message()
     assert instances.silent() == ["decode-1"]
 
     instances.remove("decode-1")

@@ -3,7 +3,7 @@
 import asyncio
 import random
 
-from pd_serve.comm.timing import API_SERVER_LEASE_S
+from pd_serve.comm.timing import API_SERVER_LEASE_S, INSTANCE_LEASE_S
 from pd_serve.simulation.config import TraceRequest
 from pd_serve.simulation.message_faults import MessageFaults
 from pd_serve.simulation.simulate import Simulation
@@ -69,3 +69,21 @@ def test_requests_of_an_api_server_that_the_manager_did_not_hear_go_on() -> None
         faults.heal()
 
     assert_nothing_is_lost(simulate_with(config(requests=workload(300, 4.0)), fault))
+
+
+def test_a_manager_that_was_cut_off_from_all_others_ends_none_of_them() -> None:
+    """It has heard of no instance for longer than their leases, and could still end their processes."""
+
+    async def fault(simulation: Simulation) -> None:
+        cluster = simulation.cluster
+        faults = cluster.network.faults = MessageFaults()
+        await asyncio.sleep(5.0)
+        before = sorted(cluster.launcher.instances)
+        faults.isolate("manager")
+        await asyncio.sleep(2 * INSTANCE_LEASE_S)
+        faults.heal()
+        await asyncio.sleep(5.0)
+        assert sorted(cluster.launcher.instances) == before
+        assert cluster.frontend.snapshot().manager == "alive"
+
+    assert_nothing_is_lost(simulate_with(config(requests=workload(320, 4.0)), fault))
