@@ -64,6 +64,17 @@ def test_the_head_of_the_line_is_the_most_urgent(kind: Kind) -> None:
     node.run_to_the_end()
 
 
+def test_a_report_leaves_the_priority_queue_unsorted(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = make(kind, policy="priority")
+    for number in range(5):
+        node.add(f"r{number}", prompt(number + 1, number), max_tokens=5, priority=-number)
+    with monkeypatch.context() as patched:
+        patched.setattr("heapq.heappop", lambda heap: pytest.fail("a report sorts the queue"))
+        load = load_of(node)
+    assert (load.waiting, load.waiting_blocks, load.head_of_line_blocks) == (5, 15, 5)
+    node.run_to_the_end()
+
+
 def test_preempted_requests_are_those_that_wait_again(kind: Kind) -> None:
     node = make(kind, num_blocks=11)
     for number, name in enumerate("ab"):
