@@ -127,7 +127,12 @@ class Engine(Protocol):
         """The requests that a migration could take away now: decoding, and of a kind that can move."""
 
     async def describe(self, request_id: RequestId) -> RequestDescription:
-        """Raises: SourceGoneError: not running here. DestinationRefusedError: of a kind that cannot move."""
+        """Describes a running request for its destination.
+
+        Raises:
+            SourceGoneError: not here (NOT_HERE), or not in the batch at present (NOT_RUNNING).
+            DestinationRefusedError: of a kind that cannot move.
+        """
 
     async def next_stage(
         self, request_id: RequestId, incarnation: int, blocks_done: int, *, suspend: bool

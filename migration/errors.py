@@ -30,7 +30,8 @@ class RefusalCode(StrEnum):
     JUST_LEFT = auto()  # the request left the destination in the present step
     NO_BATCH_SLOT = auto()  # the destination's batch is full
     NO_FREE_BLOCKS = auto()  # the destination's KV cache is full
-    NOT_RUNNING = auto()  # waiting, preempted, suspended or unknown at the source
+    NOT_HERE = auto()  # the source does not have the request: it has ended, or moved on
+    NOT_RUNNING = auto()  # waiting, preempted or suspended at the source
     PEER_LOST = auto()  # an instance, or the path to its memory, is gone
     PREEMPTED = auto()  # by its source, while it was being copied
     STOPPING = auto()  # the source shuts down

@@ -132,7 +132,7 @@ class MigrationMixin:
         """Raises: SourceGoneError: not in the batch here."""
         request: Request | None = self.requests.get(request_id)
         if request is None or request.is_finished():
-            raise SourceGoneError(RefusalCode.NOT_RUNNING, "the request is not here, or has finished")
+            raise SourceGoneError(RefusalCode.NOT_HERE, "the request is not here")
         if request.status is not RequestStatus.RUNNING or request_id in self.migration.suspended:
             text = "the request is not running (waiting, preempted or suspended)"
             raise SourceGoneError(RefusalCode.NOT_RUNNING, text)

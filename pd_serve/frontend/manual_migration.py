@@ -59,7 +59,7 @@ class ManualMigrations:
                 raise MigrationRefusedError(text, RefusalCode.PEER_LOST) from error
             if record.refusal is None:
                 break
-            if record.refusal.code is not RefusalCode.NOT_RUNNING or request.ledger.owner == owner:
+            if record.refusal.code is not RefusalCode.NOT_HERE or request.ledger.owner == owner:
                 raise MigrationRefusedError(record.why, record.refusal.code)
             # The request has moved meanwhile: call its next owner.
         await self._wait_for_next_owner(request, moves)

@@ -4,7 +4,7 @@ import logging
 
 from migration.coordinator import MigrationCoordinator
 from migration.engine_interface import Engine
-from migration.errors import DestinationRefusedError, MigrationError, SourceGoneError
+from migration.errors import MigrationError, RefusalCode
 from migration.messages import InstanceId, RequestId
 from migration.tasks import BackgroundTasks
 from pd_serve.comm.membership import MembershipView
@@ -12,12 +12,15 @@ from pd_serve.instance.load_reporter import LoadReporter
 
 logger = logging.getLogger(__name__)
 
+#: Refusals after which no other hand-off of the request can succeed.
+_FOR_GOOD = (RefusalCode.NOT_HERE, RefusalCode.UNSUPPORTED_ENGINE, RefusalCode.UNSUPPORTED_REQUEST)
+
 
 class Handoffs:
     """Hand-offs of a prefill instance: starts one at a request's first step, and lists stranded requests.
 
-    A stranded request decodes on its prefill instance until an API server, which has all loads, chooses
-    another destination.
+    A stranded request stays on its prefill instance, perhaps preempted, until an API server, which has all
+    loads, chooses another destination.
 
     Args:
         tasks: Tasks of the hand-offs.
@@ -69,11 +72,7 @@ class Handoffs:
         try:
             await self._coordinator.migrate(request_id, InstanceId(destination), "handoff")
         except MigrationError as error:
-            self._log_stay(request_id, error)
-
-    def _log_stay(self, request_id: RequestId, error: MigrationError) -> None:
-        code = error.refusal.code
-        logger.info("request %s: stays on %s (%s): %s", request_id, self._name, code, error)
+            self._stays(request_id, error)
 
     async def _hand_off(self, request_id: RequestId, candidates: list[str]) -> None:
         for candidate in candidates:
@@ -81,10 +80,8 @@ class Handoffs:
                 continue  # stopped or dead, so that it would not answer
             try:
                 record = await self._coordinator.migrate(request_id, InstanceId(candidate), "handoff")
-            except SourceGoneError:
-                return
-            except DestinationRefusedError as error:
-                self._log_stay(request_id, error)
+            except MigrationError as error:
+                self._stays(request_id, error)
                 break
             if record.committed:
                 return
@@ -94,8 +91,14 @@ class Handoffs:
         self._stranded.add(request_id)  # before the engine's answer: the request may end meanwhile
         try:
             await self._engine.describe(request_id)
-        except MigrationError:
-            self._stranded.discard(request_id)  # the request does not run here any more
-            return
-        logger.info("request %s: no decode instance takes it, %s decodes it", request_id, self._name)
-        self._reporter.report_soon()
+        except MigrationError as error:
+            self._stays(request_id, error)
+        if request_id in self._stranded:
+            logger.info("request %s: no decode instance takes it, it stays on %s", request_id, self._name)
+            self._reporter.report_soon()
+
+    def _stays(self, request_id: RequestId, error: MigrationError) -> None:
+        code = error.refusal.code
+        logger.info("request %s: stays on %s (%s): %s", request_id, self._name, code, error)
+        if code in _FOR_GOOD:
+            self._stranded.discard(request_id)

@@ -68,8 +68,11 @@ class SequenceMigrations:
     def describe(self, request_id: str) -> Sequence:
         """Raises: SourceGoneError: not running here."""
         sequence = self._sequences.get(request_id)
-        if sequence is None or sequence not in self._batcher.running:
-            raise SourceGoneError(RefusalCode.NOT_RUNNING, "the request is not running here")
+        if sequence is None:
+            raise SourceGoneError(RefusalCode.NOT_HERE, "the request is not here")
+        if sequence not in self._batcher.running:
+            text = "the request is not running (waiting, preempted or suspended)"
+            raise SourceGoneError(RefusalCode.NOT_RUNNING, text)
         return sequence
 
     def wait_for_stage(self, waiter: PendingStage) -> None:

@@ -221,7 +221,7 @@ class TestRefused:
             await cluster.add("a", PROMPT, 40)
             await cluster.tokens(2)
             assert (await not_moved(cluster, "a", "a")).text == "the request is on a already"
-            assert (await not_moved(cluster, "b", "a")).text == "the request is not running here"
+            assert (await not_moved(cluster, "b", "a")).text == "the request is not here"
             under_way = cluster.start_migration("a", "b")
             await cluster.until(SS.STAGING, DS.COPYING)
             assert (await not_moved(cluster, "a", "c")).code is RefusalCode.ALREADY_MIGRATING

@@ -65,7 +65,7 @@ async def test_migrate_follows_a_request_that_has_just_moved_on(world: World) ->
     task, call = await world.migrate("d1")
 
     world.tokens("d0", 1, 1, 11)
-    world.answer(call, record("r", "p0", "d1", False, "not here", RefusalCode.NOT_RUNNING))
+    world.answer(call, record("r", "p0", "d1", False, "not here", RefusalCode.NOT_HERE))
     await turns()
     peer, again = world.moves()[-1]
     assert (peer, again.request) == ("d0", MoveRequest(R, InstanceId("d1")))

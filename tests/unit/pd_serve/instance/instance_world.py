@@ -48,6 +48,7 @@ class EngineStub:
         running: Requests that can be described, and moved.
         priorities: Of those that have another one than 0.
         fail: Raised by the next call of that name.
+        always_fail: Raised by all calls of that name.
         held: Calls of these names wait until the event is set.
     """
 
@@ -57,13 +58,14 @@ class EngineStub:
         self.running: set[str] = set()
         self.priorities: dict[str, int] = {}
         self.fail: dict[str, Exception] = {}
+        self.always_fail: dict[str, Exception] = {}
         self.held: dict[str, asyncio.Event] = {}
 
     async def _visit(self, name: str, *arguments: Any) -> None:
         self.calls.append((name, *arguments))
         if (event := self.held.get(name)) is not None:
             await event.wait()
-        if (error := self.fail.pop(name, None)) is not None:
+        if (error := self.fail.pop(name, self.always_fail.get(name))) is not None:
             raise error
 
     def called(self, name: str) -> list[tuple[Any, ...]]:
@@ -89,7 +91,7 @@ class EngineStub:
     async def describe(self, request_id: RequestId) -> RequestDescription:
         await self._visit("describe", request_id)
         if request_id not in self.running:
-            raise SourceGoneError(RefusalCode.NOT_RUNNING, "not running here")
+            raise SourceGoneError(RefusalCode.NOT_HERE, "not here")
         return RequestDescription(request_id, [b"payload"], "client", 0, 0, [1], 10, 100, {})
 
     async def next_stage(self, request_id: RequestId, *arguments: Any, suspend: bool) -> FinalState:

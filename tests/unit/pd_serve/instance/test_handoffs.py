@@ -8,6 +8,7 @@ from migration.bounds import MigrationBounds
 from migration.errors import RefusalCode
 from migration.messages import (
     Offer,
+    Pull,
     Refused,
 )
 from pd_serve.comm.messages import (
@@ -121,19 +122,62 @@ async def test_a_hand_off_beyond_the_limit_of_migrations_is_stranded() -> None:
 @pytest.mark.parametrize(
     "error",
     [
-        SourceGoneError(RefusalCode.PREEMPTED, "preempted"),
+        DestinationRefusedError(RefusalCode.UNSUPPORTED_ENGINE, "migration is off here"),
         DestinationRefusedError(RefusalCode.UNSUPPORTED_REQUEST, "a request with an image cannot move"),
     ],
 )
 @in_virtual_time
 async def test_a_request_that_cannot_move_stays_and_is_not_stranded(error: Exception) -> None:
+    for candidates in (["d1"], []):
+        async with World() as world:
+            world.engine.always_fail["describe"] = error
+            world.add(handoff=candidates)
+            await world.start_prefill()
+            assert not world.sent(Offer)
+            assert await world.llumlet.check_integrity() == []
+
+
+@in_virtual_time
+async def test_a_request_that_is_preempted_before_its_hand_off_is_stranded_and_moves_later() -> None:
     async with World() as world:
+        world.engine.always_fail["describe"] = SourceGoneError(RefusalCode.NOT_RUNNING, "preempted")
         world.add(handoff=["d1"])
-        await world.settle()
-        world.engine.fail["describe"] = error
-        world.llumlet.events.on_prefill_started([R])
-        await world.settle()
+        await world.start_prefill()
         assert not world.sent(Offer)
+        assert world.reports()[-1].stranded == ["r"]
+        world.hear("api", HandOff(R, "d0"))
+        await world.settle()
+        assert world.reports()[-1].stranded == ["r"]  # not yet in the batch again
+        world.engine.always_fail.clear()
+        world.hear("api", HandOff(R, "d0"))
+        await world.settle()
+        await world.move("d0")
+        assert world.reports()[-1].stranded == []
+        assert await world.llumlet.check_integrity() == []
+
+
+@in_virtual_time
+async def test_a_request_that_is_preempted_during_its_hand_off_is_stranded() -> None:
+    async with World() as world:
+        world.add(handoff=["d1", "d0"])
+        await world.start_prefill()
+        world.engine.fail["next_stage"] = SourceGoneError(RefusalCode.PREEMPTED, "preempted")
+        world.engine.always_fail["describe"] = SourceGoneError(RefusalCode.NOT_RUNNING, "preempted")
+        await world.answer("d1", lambda migration_id: Pull(migration_id, 0))
+        assert world.reports()[-1].stranded == ["r"]
+        world.engine.end("r")
+        await world.settle()
+        assert await world.llumlet.check_integrity() == []
+
+
+@in_virtual_time
+async def test_a_stranded_request_that_turns_out_to_have_ended_is_forgotten() -> None:
+    async with World() as world:
+        world.add(handoff=[])
+        await world.start_prefill()
+        world.engine.running.discard("r")  # its end was not reported
+        world.hear("api", HandOff(R, "d0"))
+        await world.settle()
         assert await world.llumlet.check_integrity() == []
 
 

@@ -47,7 +47,7 @@ async def test_a_move_request_is_answered_with_the_record_of_the_migration() -> 
 async def test_a_move_of_a_request_that_does_not_run_here_is_refused() -> None:
     async with World() as world:
         answer = await world.call(MoveRequest(R, InstanceId("d0")))
-        assert answer.result.refusal == Refusal(RefusalCode.NOT_RUNNING, "not running here")
+        assert answer.result.refusal == Refusal(RefusalCode.NOT_HERE, "not here")
 
 
 @in_virtual_time
