@@ -48,8 +48,9 @@ STATS_INTERVAL_S = 1.0
 #: Maximum wait of a new scheduler for the first load report of every instance.
 FIRST_REPORTS_S = 2.0
 
-#: Minimum interval of attempts to hand off a stranded request.
+#: Minimum interval of attempts to hand off a stranded request, and of looks for such requests.
 HANDOFF_RETRY_S = 0.25
+STRANDED_CHECK_S = 0.1
 
 #: Maximum time that an integrity check repeats until messages and requests in transit have arrived.
 INTEGRITY_SETTLE_S = 3.0

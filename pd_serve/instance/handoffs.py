@@ -1,26 +1,27 @@
 """Hand-offs: a prefill instance gives each of its requests to a decode instance after the first step."""
 
+import asyncio
 import logging
 
 from migration.coordinator import MigrationCoordinator
 from migration.engine_interface import Engine
-from migration.errors import MigrationError, RefusalCode
+from migration.errors import MigrationError
 from migration.messages import InstanceId, RequestId
 from migration.tasks import BackgroundTasks
 from pd_serve.comm.membership import MembershipView
+from pd_serve.comm.timing import STRANDED_CHECK_S
 from pd_serve.instance.load_reporter import LoadReporter
+from router.load import EngineLoad
 
 logger = logging.getLogger(__name__)
-
-#: Refusals after which no other hand-off of the request can succeed.
-_FOR_GOOD = (RefusalCode.NOT_HERE, RefusalCode.UNSUPPORTED_ENGINE, RefusalCode.UNSUPPORTED_REQUEST)
 
 
 class Handoffs:
     """Hand-offs of a prefill instance: starts one at a request's first step, and lists stranded requests.
 
-    A stranded request stays on its prefill instance, perhaps preempted, until an API server, which has all
-    loads, chooses another destination.
+    Every request is stranded that decodes on a prefill instance, can move and is not leaving, however it came
+    there: its hand-off failed, it was preempted during it, it has moved there, or the instance has changed
+    its role. It decodes there until an API server, which has all loads, chooses a destination.
 
     Args:
         tasks: Tasks of the hand-offs.
@@ -34,12 +35,16 @@ class Handoffs:
         self._reporter = reporter
         self._tasks = tasks
         self._candidates: dict[RequestId, list[str]] = {}
+        self._in_progress: set[RequestId] = set()
         self._stranded: set[RequestId] = set()
+        self._gone: set[RequestId] | None = None  # during a look for stranded requests
+        self._stepped = asyncio.Event()
         self._engine: Engine
         self._coordinator: MigrationCoordinator
 
     def start(self, engine: Engine, coordinator: MigrationCoordinator) -> None:
         self._engine, self._coordinator = engine, coordinator
+        self._tasks.start(self._find_stranded())
 
     def expect(self, request_id: RequestId, candidates: list[str]) -> None:
         """Hands the request off to one of these instances, best first, when its prefill starts."""
@@ -49,6 +54,8 @@ class Handoffs:
         """Removes a request that has ended, has moved, or that the engine refused."""
         self._candidates.pop(request_id, None)
         self._stranded.discard(request_id)
+        if self._gone is not None:
+            self._gone.add(request_id)
 
     @property
     def stranded(self) -> list[RequestId]:
@@ -59,46 +66,56 @@ class Handoffs:
         """Requests that wait for a hand-off, including stranded ones; none when the instance is at rest."""
         return sorted(self._stranded | set(self._candidates))
 
+    def on_engine_load(self, load: EngineLoad) -> None:
+        """The engine has made a step."""
+        if load.running:
+            self._stepped.set()
+
     def on_prefill_started(self, request_ids: list[RequestId]) -> None:
         for request_id in request_ids:
             if (candidates := self._candidates.pop(request_id, None)) is not None:
-                self._tasks.start(self._hand_off(request_id, candidates))
+                self.hand_off(request_id, candidates)
 
-    def retry(self, request_id: RequestId, destination: str) -> None:
-        """Hands off a stranded request to the destination that an API server has chosen."""
-        self._tasks.start(self._retry(request_id, destination))
-
-    async def _retry(self, request_id: RequestId, destination: str) -> None:
-        try:
-            await self._coordinator.migrate(request_id, InstanceId(destination), "handoff")
-        except MigrationError as error:
-            self._stays(request_id, error)
+    def hand_off(self, request_id: RequestId, candidates: list[str]) -> None:
+        """Hands off a request to one of these instances, best first."""
+        if request_id not in self._in_progress:
+            self._in_progress.add(request_id)
+            self._tasks.start(self._hand_off(request_id, candidates))
 
     async def _hand_off(self, request_id: RequestId, candidates: list[str]) -> None:
-        for candidate in candidates:
-            if not self._members.has_peer(candidate):
-                continue  # stopped or dead, so that it would not answer
-            try:
-                record = await self._coordinator.migrate(request_id, InstanceId(candidate), "handoff")
-            except MigrationError as error:
-                self._stays(request_id, error)
-                break
-            if record.committed:
-                return
-        await self._strand(request_id)
-
-    async def _strand(self, request_id: RequestId) -> None:
-        self._stranded.add(request_id)  # before the engine's answer: the request may end meanwhile
         try:
-            await self._engine.describe(request_id)
+            for candidate in candidates:
+                if not self._members.has_peer(candidate):
+                    continue  # stopped or dead, so that it would not answer
+                record = await self._coordinator.migrate(request_id, InstanceId(candidate), "handoff")
+                if record.committed:
+                    break
         except MigrationError as error:
-            self._stays(request_id, error)
-        if request_id in self._stranded:
-            logger.info("request %s: no decode instance takes it, it stays on %s", request_id, self._name)
-            self._reporter.report_soon()
+            code = error.refusal.code
+            logger.info("request %s: stays on %s (%s): %s", request_id, self._name, code, error)
+        finally:
+            self._in_progress.discard(request_id)
+            self._stepped.set()
 
-    def _stays(self, request_id: RequestId, error: MigrationError) -> None:
-        code = error.refusal.code
-        logger.info("request %s: stays on %s (%s): %s", request_id, self._name, code, error)
-        if code in _FOR_GOOD:
-            self._stranded.discard(request_id)
+    async def _find_stranded(self) -> None:
+        """Looks for stranded requests after steps and after each failed hand-off."""
+        while True:
+            await self._stepped.wait()
+            self._stepped.clear()
+            found = await self._decoding_here() if self._reporter.role == "prefill" else set()
+            for request_id in sorted(found - self._stranded):
+                logger.info("request %s: no decode instance takes it, %s decodes it", request_id, self._name)
+            if found != self._stranded:
+                self._stranded = found
+                self._reporter.report_soon()
+            await asyncio.sleep(STRANDED_CHECK_S)
+
+    async def _decoding_here(self) -> set[RequestId]:
+        """Requests that decode here, could move and are not leaving."""
+        self._gone = gone = set[RequestId]()
+        running = {request.request_id for request in await self._engine.running_requests()}
+        self._gone = None
+        return {request_id for request_id in running - gone if not self._is_leaving(request_id)}
+
+    def _is_leaving(self, request_id: RequestId) -> bool:
+        return request_id in self._in_progress or self._coordinator.is_leaving(request_id)

@@ -46,6 +46,7 @@ from pd_serve.comm.timing import INSTANCE_HEARTBEAT_S
 from pd_serve.instance.handoffs import Handoffs
 from pd_serve.instance.load_reporter import LoadReporter
 from pd_serve.instance.moves import Moves
+from router.load import EngineLoad
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ class Llumlet:
         self.events = EngineEvents(
             on_prefill_started=self.handoffs.on_prefill_started,
             on_requests_ended=self._on_requests_ended,
-            on_load=self.reporter.on_engine_load,
+            on_load=self._on_engine_load,
             on_death=on_fatal or (lambda error: None),
         )
         self._calls = RpcServer(
@@ -141,7 +142,7 @@ class Llumlet:
             case AbortRequests():
                 self._tasks.start(self._abort(message))
             case HandOff(request_id=request_id, destination=destination):
-                self.handoffs.retry(request_id, destination)
+                self.handoffs.hand_off(request_id, [destination])
             case MoveOut():
                 self._orders.start(self._moves.move_out(message))
             case SetRole(role=role):
@@ -182,6 +183,10 @@ class Llumlet:
             await asyncio.sleep(INSTANCE_HEARTBEAT_S)
             self.reporter.report_soon()
             self._orphan_timer.on_heartbeat(INSTANCE_HEARTBEAT_S)
+
+    def _on_engine_load(self, load: EngineLoad) -> None:
+        self.reporter.on_engine_load(load)
+        self.handoffs.on_engine_load(load)
 
     # ---- requests
 

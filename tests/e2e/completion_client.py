@@ -163,7 +163,10 @@ class CompletionClient:
         return move
 
     def tour(self, places: list[str], every: int = 30) -> "Meanwhile":
-        """Moves a request to these places in order, whenever its client has seen so many more tokens."""
+        """Moves a request to these places in order, whenever its client has seen `every` more tokens.
+
+        A place where it is already needs no move.
+        """
 
         async def move(progress: Progress) -> list[Move]:
             moves: list[Move] = []
@@ -174,7 +177,8 @@ class CompletionClient:
                     if "migrated already" not in str(move.body):
                         break
                     await asyncio.sleep(0.005)
-                moves.append(move)
+                if move.done or move.body["error"]["reason"] != "already_here":
+                    moves.append(move)
             return moves
 
         return move

@@ -39,14 +39,13 @@ async def test_blocks_present_at_the_destination_are_not_copied(
     copied = []
     for tail in range(2):
         body = {"prompt": token_ids(640) + token_ids(20, tail), "max_tokens": 300}
-        tour = ["prefill-0", "decode-0", "decode-1", "decode-2", "decode-0"]
+        tour = ["decode-0", "decode-1", "decode-2", "decode-0"]  # it is on one of them
         answer = await client.stream(body, client.tour(tour))
         assert_same(answer, await reference(body))
-        assert [move.status for move in answer.moves] == [200] * len(tour)
+        assert {move.status for move in answer.moves} == {200}
         copied.append([move.body["blocks"] for move in answer.moves])
     first, second = copied
-    assert max(first[1:4]) > 20
-    assert first[0] < 15 > first[4]  # the prefill instance, and the first decode instance again
+    assert max(first) > 20 > 15 > first[-1]  # the last one is where it was before
     assert max(second) < 15
 
 

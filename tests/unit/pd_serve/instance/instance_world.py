@@ -31,9 +31,10 @@ from pd_serve.comm.requests import (
     Call,
 )
 from pd_serve.comm.rpc import Answer
-from pd_serve.comm.timing import REPORT_INTERVAL_S
+from pd_serve.comm.timing import REPORT_INTERVAL_S, STRANDED_CHECK_S
 from pd_serve.errors import SourceGoneError
 from pd_serve.instance.llumlet import Llumlet
+from router.load import EngineLoad
 from tests.members import membership
 from tests.recording_wire import RecordingWire
 
@@ -187,6 +188,14 @@ class World:
         await self.settle()
         self.engine.running.add(request_id)
         self.llumlet.events.on_prefill_started([RequestId(request_id)])
+        await self.step()
+
+    async def step(self) -> None:
+        """The engine makes a step, and stranded requests are found."""
+        load = EngineLoad(block_tokens=16, total_blocks=100, running=len(self.engine.running))
+        self.llumlet.events.on_load(load)
+        await self.settle()
+        await asyncio.sleep(STRANDED_CHECK_S)
         await self.settle()
 
     def sent(self, kind: type[M], to: str | None = None) -> list[M]:
@@ -198,6 +207,8 @@ class World:
     async def answer(self, peer: str, make: Callable[[MigrationId], MigrationMessage]) -> None:
         """`peer` says something about the latest migration."""
         self.hear(peer, make(self.sent(Offer)[-1].migration_id))
+        await self.settle()
+        await asyncio.sleep(STRANDED_CHECK_S)
         await self.settle()
 
     async def move(self, peer: str) -> None:

@@ -2,8 +2,6 @@
 
 import asyncio
 
-import pytest
-
 from migration.bounds import MigrationBounds
 from migration.errors import RefusalCode
 from migration.messages import (
@@ -14,6 +12,7 @@ from migration.messages import (
 from pd_serve.comm.messages import (
     HandOff,
     MigrationEnded,
+    SetRole,
 )
 from pd_serve.comm.timing import INSTANCE_HEARTBEAT_S
 from pd_serve.errors import DestinationRefusedError, SourceGoneError
@@ -73,10 +72,43 @@ async def test_a_request_without_candidates_is_stranded_until_one_is_named() -> 
 
 @in_virtual_time
 async def test_a_request_without_a_hand_off_is_not_offered() -> None:
+    """It ends with its prefill, so it never decodes."""
     async with World() as world:
         world.add(handoff=None)
-        await world.start_prefill()
+        await world.settle()
+        world.llumlet.events.on_prefill_started([R])
+        await world.step()
         assert [options["handoff"] for _, _, options in world.engine.called("add")] == [False]
+        assert not world.sent(Offer)
+        assert world.reports()[-1].stranded == []
+
+
+@in_virtual_time
+async def test_a_request_that_decodes_on_a_prefill_instance_is_stranded_however_it_came_there() -> None:
+    """It was moved there by hand, or ran there when the instance became a prefill instance."""
+    async with World() as world:
+        world.hear("scheduler", SetRole("decode"))
+        world.engine.running.add("r")
+        await world.step()
+        assert world.reports()[-1].stranded == []
+        world.hear("scheduler", SetRole("prefill"))
+        await world.step()
+        assert world.reports()[-1].stranded == ["r"]
+        world.hear("api", HandOff(R, "d1"))
+        await world.settle()
+        await world.move("d1")
+        assert world.reports()[-1].stranded == []
+        assert await world.llumlet.check_integrity() == []
+
+
+@in_virtual_time
+async def test_stranded_requests_of_an_instance_that_becomes_a_decode_instance_stay_there() -> None:
+    async with World() as world:
+        world.engine.running.add("r")
+        await world.step()
+        assert world.reports()[-1].stranded == ["r"]
+        world.hear("scheduler", SetRole("decode"))
+        await world.step()
         assert world.reports()[-1].stranded == []
 
 
@@ -95,15 +127,15 @@ async def test_a_stranded_request_that_ends_is_forgotten() -> None:
 
 
 @in_virtual_time
-async def test_a_request_that_ends_while_it_is_described_is_not_stranded() -> None:
+async def test_a_request_that_ends_during_the_look_for_stranded_ones_is_not_stranded() -> None:
     """The answer that it runs and its end wait on the event loop; the end is handled first."""
     async with World() as world:
         world.add(handoff=["d1"])
         await world.start_prefill()
-        world.engine.held["describe"] = asyncio.Event()
+        world.engine.held["running_requests"] = asyncio.Event()
         await world.answer("d1", lambda migration_id: Refused(migration_id, FULL))
-        world.llumlet.events.on_requests_ended([R])  # still described as running
-        world.engine.held["describe"].set()
+        world.llumlet.events.on_requests_ended([R])  # still listed as running
+        world.engine.held["running_requests"].set()
         await world.settle()
         assert await world.llumlet.check_integrity() == []
 
@@ -119,51 +151,56 @@ async def test_a_hand_off_beyond_the_limit_of_migrations_is_stranded() -> None:
         assert world.reports()[-1].stranded == ["s"]
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        DestinationRefusedError(RefusalCode.UNSUPPORTED_ENGINE, "migration is off here"),
-        DestinationRefusedError(RefusalCode.UNSUPPORTED_REQUEST, "a request with an image cannot move"),
-    ],
-)
 @in_virtual_time
-async def test_a_request_that_cannot_move_stays_and_is_not_stranded(error: Exception) -> None:
-    for candidates in (["d1"], []):
-        async with World() as world:
-            world.engine.always_fail["describe"] = error
-            world.add(handoff=candidates)
-            await world.start_prefill()
-            assert not world.sent(Offer)
-            assert await world.llumlet.check_integrity() == []
-
-
-@in_virtual_time
-async def test_a_request_that_is_preempted_before_its_hand_off_is_stranded_and_moves_later() -> None:
+async def test_a_request_that_was_preempted_during_its_hand_off_is_stranded_when_it_runs_again() -> None:
     async with World() as world:
-        world.engine.always_fail["describe"] = SourceGoneError(RefusalCode.NOT_RUNNING, "preempted")
-        world.add(handoff=["d1"])
-        await world.start_prefill()
+        world.add(handoff=["d1", "d0"])
+        await world.settle()
+        world.llumlet.events.on_prefill_started([R])  # it does not run any more when it is described
+        await world.step()
         assert not world.sent(Offer)
-        assert world.reports()[-1].stranded == ["r"]
-        world.hear("api", HandOff(R, "d0"))
-        await world.settle()
-        assert world.reports()[-1].stranded == ["r"]  # not yet in the batch again
-        world.engine.always_fail.clear()
-        world.hear("api", HandOff(R, "d0"))
-        await world.settle()
-        await world.move("d0")
         assert world.reports()[-1].stranded == []
+        world.engine.running.add("r")
+        await world.step()
+        assert world.reports()[-1].stranded == ["r"]
+
+
+@in_virtual_time
+async def test_a_request_of_a_kind_that_cannot_move_stays_and_is_not_stranded() -> None:
+    async with World() as world:
+        world.add(handoff=["d1"])
+        await world.settle()
+        text = "a request with an image cannot move"
+        world.engine.fail["describe"] = DestinationRefusedError(RefusalCode.UNSUPPORTED_REQUEST, text)
+        world.llumlet.events.on_prefill_started([R])
+        await world.step()
+        assert not world.sent(Offer)
         assert await world.llumlet.check_integrity() == []
 
 
 @in_virtual_time
-async def test_a_request_that_is_preempted_during_its_hand_off_is_stranded() -> None:
+async def test_a_hand_off_to_an_instance_that_is_gone_leaves_the_request_stranded() -> None:
+    async with World() as world:
+        world.add(handoff=[])
+        await world.start_prefill()
+        world.hear("api", HandOff(R, "d7"))
+        await world.step()
+        assert not world.sent(Offer)
+        assert world.reports()[-1].stranded == ["r"]
+        assert world.fatal == []
+
+
+@in_virtual_time
+async def test_a_request_that_is_preempted_during_its_copy_is_stranded_when_it_runs_again() -> None:
     async with World() as world:
         world.add(handoff=["d1", "d0"])
         await world.start_prefill()
         world.engine.fail["next_stage"] = SourceGoneError(RefusalCode.PREEMPTED, "preempted")
-        world.engine.always_fail["describe"] = SourceGoneError(RefusalCode.NOT_RUNNING, "preempted")
+        world.engine.running.discard("r")
         await world.answer("d1", lambda migration_id: Pull(migration_id, 0))
+        assert world.reports()[-1].stranded == []
+        world.engine.running.add("r")
+        await world.step()
         assert world.reports()[-1].stranded == ["r"]
         world.engine.end("r")
         await world.settle()
@@ -177,7 +214,7 @@ async def test_a_stranded_request_that_turns_out_to_have_ended_is_forgotten() ->
         await world.start_prefill()
         world.engine.running.discard("r")  # its end was not reported
         world.hear("api", HandOff(R, "d0"))
-        await world.settle()
+        await world.step()
         assert await world.llumlet.check_integrity() == []
 
 
