@@ -165,6 +165,15 @@ class InstanceStats(msgspec.Struct, frozen=True):
     protocol_errors: Annotated[
         int, Meta(description="Invalid messages, and failed message handlers; should be 0.", extra=COUNTER)
     ]
+    refused_orders: Annotated[
+        dict[str, int],
+        Meta(
+            description="Orders of the scheduler that the instance did not carry out, by reason (policy: not "
+            "installed here, or it failed; destination: no member; role: unknown; too_many at a time); "
+            "should be 0.",
+            extra=COUNTER | {"label": "reason"},
+        ),
+    ] = {}
 
 
 class LoadReport(msgspec.Struct, frozen=True, tag=True):

@@ -78,8 +78,6 @@ class Llumlet:
         self._bounds = bounds
         self._on_fatal = on_fatal
         self._tasks = BackgroundTasks(on_fatal)
-        #: Orders of the scheduler: the failure of one is counted and does not end the instance.
-        self._orders = BackgroundTasks(wire.failures.task_failed)
         self._members = MembershipView(name, wire)
         self.reporter = LoadReporter(name, role, wire, self._members, lambda: self.handoffs.stranded)
         self.handoffs = Handoffs(name, self._members, self.reporter, self._tasks)
@@ -126,7 +124,7 @@ class Llumlet:
     async def close(self) -> None:
         self.reporter.close()
         await self._calls.close()
-        await self._orders.cancel()
+        await self._moves.close()
         await self._tasks.cancel()
         if self.coordinator is not None:
             await self.coordinator.close()
@@ -144,10 +142,9 @@ class Llumlet:
             case HandOff(request_id=request_id, destination=destination):
                 self.handoffs.hand_off(request_id, [destination])
             case MoveOut():
-                self._orders.start(self._moves.move_out(message))
+                self._moves.on_order(message)
             case SetRole(role=role):
-                self.reporter.role = role
-                self.reporter.report_soon()
+                self.reporter.set_role(role)
             case SetDraining(draining=draining, by_operator=by_operator):
                 self.reporter.set_draining(draining, by_operator=by_operator)
             case Heartbeat():

@@ -1,6 +1,8 @@
 """Load reports of an instance: their contents, times and receivers."""
 
 import asyncio
+import logging
+from collections import Counter
 from collections.abc import Callable
 
 from msgspec.structs import asdict
@@ -12,7 +14,12 @@ from pd_serve.comm.message_wire import MessageWire
 from pd_serve.comm.messages import InstanceStats, LoadReport
 from pd_serve.comm.timing import PROGRESS_REPORT_INTERVAL_S, REPORT_INTERVAL_S, STATS_INTERVAL_S
 from pd_serve.observe.process_stats import process_stats
-from router.load import EngineLoad, InstanceLoad
+from router.load import ROLES, EngineLoad, InstanceLoad
+
+logger = logging.getLogger(__name__)
+
+#: Why an order of the scheduler is not carried out; see `InstanceStats.refused_orders`.
+REFUSED_ORDERS = ("policy", "destination", "role", "too_many")
 
 #: Fields whose changes are reported at once, other changes only every `PROGRESS_REPORT_INTERVAL_S`.
 REPORTED_ON_CHANGE = ("total_blocks", "running", "suspended", "waiting", "waiting_tokens", "reserved_blocks")
@@ -29,6 +36,7 @@ class LoadReporter:
         draining: The instance takes no new requests, and its requests move away.
         drained_by_operator: Only the operator can end the drain.
         requests_added: Number of new requests; shows API servers which dispatches a report includes.
+        refused_orders: Orders of the scheduler that were not carried out, by reason.
         moves_decided: Number of handled orders to move; shows the scheduler which orders a report includes.
     """
 
@@ -45,6 +53,7 @@ class LoadReporter:
         self.drained_by_operator = False
         self._reported_state = (role, False)  # to the manager, which decides by it about the next drain
         self.requests_added = 0
+        self.refused_orders = Counter(dict.fromkeys(REFUSED_ORDERS, 0))
         self.moves_decided = 0
         self._name = name
         self._wire = wire
@@ -63,6 +72,19 @@ class LoadReporter:
     def close(self) -> None:
         if self._due is not None:
             self._due.cancel()
+
+    def set_role(self, role: str) -> None:
+        """Takes the scheduler's order of a role. One that is unknown is refused."""
+        if role not in ROLES:
+            return self.refuse_order("role", f"there is no role {role!r}")
+        self.role = role
+        self.report_soon()
+
+    def refuse_order(self, reason: str, why: str) -> None:
+        """Counts an order of the scheduler that is not carried out; logs the first one for each reason."""
+        self.refused_orders[reason] += 1
+        level = logging.ERROR if self.refused_orders[reason] == 1 else logging.DEBUG
+        logger.log(level, "%s refuses an order of the scheduler: %s", self._name, why)
 
     def set_draining(self, draining: bool, *, by_operator: bool) -> None:
         if by_operator:
@@ -100,6 +122,7 @@ class LoadReporter:
             refused_offers=coordinator.num_refused,
             bytes_received=coordinator.bytes_received,
             protocol_errors=coordinator.protocol_errors + len(self._wire.failures),
+            refused_orders=dict(self.refused_orders),
         )
 
     def report_soon(self) -> None:

@@ -5,8 +5,9 @@ import logging
 from migration.coordinator import MigrationCoordinator
 from migration.engine_interface import Engine
 from migration.errors import DestinationRefusedError, MigrationError, SourceGoneError
-from migration.messages import InstanceId
+from migration.messages import InstanceId, RequestId
 from migration.record import MigrationRecord
+from migration.tasks import BackgroundTasks
 from pd_serve.comm.membership import MembershipView
 from pd_serve.comm.message_wire import MessageWire
 from pd_serve.comm.messages import MigrationEnded, MoveOut
@@ -16,9 +17,15 @@ from router.rescheduling.selection import RequestSelector
 
 logger = logging.getLogger(__name__)
 
+#: Orders of the scheduler in progress at a time; further ones are refused.
+MAX_ORDERS = 256
+
 
 class Moves:
-    """Carries out `MoveOut` orders and `MoveRequest` calls, and reports ended migrations to API servers."""
+    """Carries out `MoveOut` orders and `MoveRequest` calls, and reports ended migrations to API servers.
+
+    No order ends the instance: one that cannot be carried out is refused, and one that fails is counted.
+    """
 
     def __init__(self, name: str, wire: MessageWire, members: MembershipView, reporter: LoadReporter) -> None:
         self._name = name
@@ -26,31 +33,54 @@ class Moves:
         self._members = members
         self._reporter = reporter
         self._selector = RequestSelector()
+        self._orders = BackgroundTasks(wire.failures.task_failed)
         self._engine: Engine
         self._coordinator: MigrationCoordinator
 
     def start(self, engine: Engine, coordinator: MigrationCoordinator) -> None:
         self._engine, self._coordinator = engine, coordinator
 
-    async def move_out(self, order: MoveOut) -> None:
+    async def close(self) -> None:
+        await self._orders.cancel()
+
+    def on_order(self, order: MoveOut) -> None:
         """Carries out an order of the scheduler: chooses a running request and moves it."""
+        if len(self._orders) >= MAX_ORDERS:
+            self._reporter.refuse_order("too_many", f"{MAX_ORDERS} are in progress")
+            self._decided()
+        else:
+            self._orders.start(self._move_out(order))
+
+    async def _move_out(self, order: MoveOut) -> None:
+        chosen = None
+        try:
+            chosen = await self._choose(order)
+        finally:
+            self._decided()
+        if chosen is None:
+            return
+        destination = InstanceId(order.destination.instance_id)
+        try:
+            await self._coordinator.migrate(chosen, destination, order.reason)
+        except MigrationError as error:
+            code = error.refusal.code
+            logger.info("request %s: %s did not happen (%s): %s", chosen, order.reason, code, error)
+
+    async def _choose(self, order: MoveOut) -> RequestId | None:
         destination = order.destination
+        if not self._members.has_peer(destination.instance_id):
+            self._reporter.refuse_order("destination", f"{destination.instance_id} is no other instance")
+            return None
         running = await self._engine.running_requests()
         requests = [r for r in running if not self._coordinator.is_leaving(r.request_id)]
         chosen = self._selector.select(order.selection, requests, self._reporter.load(), destination)
+        self._reporter.refused_orders["policy"] = self._selector.num_refused
+        return None if chosen is None else chosen.request_id
+
+    def _decided(self) -> None:
+        """The next report shows the scheduler that it need not count the order as pending any more."""
         self._reporter.moves_decided += 1
         self._reporter.report_soon()
-        if chosen is None:
-            return
-        try:
-            await self._coordinator.migrate(
-                chosen.request_id, InstanceId(destination.instance_id), order.reason
-            )
-        except MigrationError as error:
-            code = error.refusal.code
-            logger.info(
-                "request %s: %s did not happen (%s): %s", chosen.request_id, order.reason, code, error
-            )
 
     async def move(self, sender: str, request: MoveRequest) -> MigrationRecord:
         """Serves a `MoveRequest`."""

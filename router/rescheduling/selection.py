@@ -106,11 +106,15 @@ class RequestSelector:
     """Chooses by the policy that an order names. One per instance.
 
     An order whose policy is not installed here, or fails, is refused; the first time it is logged.
+
+    Attributes:
+        num_refused: Number of such orders.
     """
 
     def __init__(self) -> None:
         self._policies: dict[PolicyChoice, SelectionPolicy] = {}
         self._refused: set[PolicyChoice] = set()
+        self.num_refused = 0
 
     def select(
         self, choice: PolicyChoice, requests: Sequence[M], source: InstanceLoad, destination: InstanceLoad
@@ -121,6 +125,7 @@ class RequestSelector:
                 self._policies[choice] = SELECTION.make(choice)
             return self._policies[choice].select(requests, source, destination)
         except Exception as error:  # whatever an own policy does: the instance goes on
+            self.num_refused += 1
             if choice not in self._refused:
                 self._refused.add(choice)
                 logger.error("%s refuses moves by %r: %r", source.instance_id, choice.name, error)

@@ -1,5 +1,9 @@
 """Moves that the scheduler orders or an operator requests."""
 
+import asyncio
+
+import pytest
+
 from migration.errors import Refusal, RefusalCode
 from migration.messages import (
     InstanceId,
@@ -10,6 +14,7 @@ from migration.record import MigrationRecord
 from pd_serve.comm.messages import (
     MigrationEnded,
     MoveOut,
+    SetRole,
 )
 from pd_serve.comm.requests import (
     Call,
@@ -23,10 +28,13 @@ from tests.unit.pd_serve.made_migrations import FULL
 from tests.virtual_time import in_virtual_time
 
 
-def order_move(world: World, selection: str = "shortest", reason: str = "balance") -> None:
-    """The scheduler orders a move to d0."""
-    destination = InstanceLoad("d0", "decode", total_blocks=100, free_blocks=100)
-    world.hear("scheduler", MoveOut(destination, reason, PolicyChoice(selection)))
+def order_move(
+    world: World, selection: str = "shortest", reason: str = "balance", to: InstanceLoad | str = "d0"
+) -> None:
+    """The scheduler orders a move."""
+    if isinstance(to, str):
+        to = InstanceLoad(to, "decode", total_blocks=100, free_blocks=100)
+    world.hear("scheduler", MoveOut(to, reason, PolicyChoice(selection)))
 
 
 @in_virtual_time
@@ -69,14 +77,72 @@ async def test_a_move_that_its_destination_refuses_is_answered_with_the_refusal(
         assert answer.result.refusal == FULL.prefixed("refused")
 
 
+def refused(world: World) -> dict[str, int]:
+    stats = world.llumlet.reporter.stats()
+    assert stats is not None
+    return {reason: count for reason, count in stats.refused_orders.items() if count}
+
+
 @in_virtual_time
-async def test_an_order_with_an_unknown_policy_moves_nothing_and_counts_as_decided() -> None:
+async def test_an_order_with_an_unknown_policy_is_refused_and_counts_as_decided() -> None:
     async with World() as world:
         world.engine.running.add("r")
         order_move(world, "mine")
         await world.settle()
         assert not world.sent(Offer)
         assert world.llumlet.reporter.load().moves_decided == 1
+        assert world.fatal == []
+        assert refused(world) == {"policy": 1}
+
+
+@pytest.mark.parametrize("destination", ["d9", "p0", "", "api", "manager"])
+@in_virtual_time
+async def test_an_order_to_move_to_no_other_instance_is_refused(destination: str) -> None:
+    """It has ended, it is this instance, or it is none."""
+    async with World() as world:
+        world.engine.running.add("r")
+        order_move(world, to=destination)
+        await world.settle()
+        assert not world.sent(Offer)
+        assert world.llumlet.reporter.load().moves_decided == 1
+        assert refused(world) == {"destination": 1}
+        assert world.fatal == []
+
+
+@in_virtual_time
+async def test_an_unknown_role_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    async with World() as world:
+        world.hear("scheduler", SetRole("verifier"))
+        await world.settle()
+        assert world.llumlet.reporter.load().role == "prefill"
+        assert refused(world) == {"role": 1}
+        assert "there is no role 'verifier'" in caplog.text
+
+
+@in_virtual_time
+async def test_a_flood_of_orders_is_bounded_and_every_one_counts_as_decided() -> None:
+    async with World() as world:
+        world.engine.held["running_requests"] = asyncio.Event()  # a long step
+        for _ in range(1000):
+            order_move(world)
+        await world.settle()
+        assert len(world.engine.called("running_requests")) == 256
+        world.engine.held["running_requests"].set()
+        await world.settle()
+        assert world.llumlet.reporter.load().moves_decided == 1000
+        assert refused(world) == {"too_many": 1000 - 256}
+
+
+@in_virtual_time
+async def test_an_order_with_senseless_numbers_does_not_end_the_instance() -> None:
+    numbers = {"total_blocks": -5, "free_blocks": -(2**62), "block_tokens": 0, "running": -1}
+    async with World() as world:
+        world.engine.running.add("r")
+        for selection in ("shortest", "latest", "guarded", "levelling", "drain"):
+            for reason in ("balance", "drain", "", "\u2603" * 1000):
+                order_move(world, selection, reason, InstanceLoad("d0", "no role", **numbers))  # type: ignore[arg-type]
+        await world.settle()
+        assert world.llumlet.reporter.load().moves_decided == 20
         assert world.fatal == []
 
 
@@ -87,6 +153,7 @@ async def test_an_order_whose_handling_fails_is_counted_and_does_not_end_the_ins
         order_move(world)
         await world.settle()
         assert world.fatal == []
+        assert world.llumlet.reporter.load().moves_decided == 1
         assert "a background task failed" in (await world.llumlet.check_integrity())[0]
 
 
