@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar
 
 from router.dispatch import DISPATCH, DispatchPolicy, can_start, candidates
@@ -50,21 +50,28 @@ class Dispatcher:
         self._handoff = HANDOFF.make(self.policies.choice("handoff"))
         self._failed: set[int] = set()  # policies by id
 
-    def dispatch(self, request: NewRequest, *, may_wait: bool = False) -> str | None:
+    def dispatch(
+        self, request: NewRequest, *, may_wait: bool = False, avoid: Collection[str] = ()
+    ) -> str | None:
         """Chooses the instance that a new request starts on, and counts the request there.
+
+        Prefill instances queue requests: a prompt leaves them soon. Beside them, a neutral instance takes
+        part while it has room, because what starts there stays.
 
         Args:
             may_wait: With late binding, choose none if no instance has room now.
+            avoid: Instances that are not to be chosen.
 
         Returns: None if there is no instance to choose.
         """
         tokens = request.prompt_tokens
-        loads = self._candidates()
+        loads = [load for load in self._candidates() if load.instance_id not in avoid]
         policy = self._dispatch
-        if loads and loads[0].role == "prefill":
+        if any(load.role == "prefill" for load in loads):
             policy = self._prefill_dispatch
+            loads = [load for load in loads if load.role == "prefill" or _has_room(load, tokens)]
         elif self.policies.late_binding and loads:
-            with_room = [load for load in loads if load.blocks_for(tokens) <= _admissible_blocks(load)]
+            with_room = [load for load in loads if _has_room(load, tokens)]
             if may_wait and not with_room:
                 return None
             loads = with_room or loads
@@ -83,7 +90,7 @@ class Dispatcher:
         return chosen
 
     def destinations(self, num_blocks: int, priority: int = 0) -> list[str]:
-        """Decode instances to hand a request of this size off to, best first."""
+        """Instances to hand a request of this size off to, best first."""
         ranked = self._ranked(self.loads.fresh(), num_blocks, priority)
         return ranked or self._ranked(self.loads.all(), num_blocks, priority)
 
@@ -105,7 +112,8 @@ class Dispatcher:
     def admissible_blocks(self, instance_id: str) -> int:
         """Blocks that a new request would get at once; 0 if the instance takes no new requests."""
         load = self.loads.projected(instance_id)
-        return _admissible_blocks(load) if can_start(load) else 0
+        takes_new = can_start(load) or any(load.instance_id == instance_id for load in self._candidates())
+        return _admissible_blocks(load) if takes_new else 0
 
     def _ranked(self, loads: Sequence[InstanceLoad], num_blocks: int, priority: int) -> list[str]:
         loads = can_receive(self._with_headroom(loads))
@@ -131,6 +139,10 @@ class Dispatcher:
 
     def _with_headroom(self, loads: Sequence[InstanceLoad]) -> list[InstanceLoad]:
         return limit_headroom(loads, self.policies.headroom)
+
+
+def _has_room(load: InstanceLoad, num_tokens: int) -> bool:
+    return load.blocks_for(num_tokens) <= _admissible_blocks(load)
 
 
 def _admissible_blocks(load: InstanceLoad) -> int:

@@ -1,4 +1,4 @@
-"""The decode instances that a prefilled request may be handed off to, best first."""
+"""The instances that a prefilled request may be handed off to, best first."""
 
 from collections.abc import Iterable, Sequence
 from typing import Protocol
@@ -18,7 +18,7 @@ class HandoffPolicy(Protocol):
         """The given instances, best first.
 
         Args:
-            loads: Projected loads of decode instances that do not drain.
+            loads: Projected loads of decode and neutral instances that do not drain.
             num_blocks: KV blocks of the request.
             priority: vLLM's priority of the request.
         """
@@ -49,5 +49,5 @@ HANDOFF: PolicyKind[HandoffPolicy] = PolicyKind("handoff", "rank", {"freest": Fr
 
 
 def can_receive(loads: Iterable[InstanceLoad]) -> list[InstanceLoad]:
-    """Decode instances that do not drain."""
-    return [load for load in loads if load.role == "decode" and not load.draining]
+    """Decode and neutral instances that do not drain."""
+    return [load for load in loads if load.role in ("decode", "neutral") and not load.draining]

@@ -24,6 +24,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.metrics.loggers import StatLoggerManager, load_stat_logger_plugin_factories
 
+from migration.tasks import BackgroundTasks
 from pd_serve.api.cluster_view import ClusterView
 from pd_serve.api.overload import mark_submitted
 from pd_serve.errors import EngineDeadError, InvalidRequestError, OverloadedError, PdServeError
@@ -95,6 +96,7 @@ class ClusterAsyncLLM(AsyncLLM):
         )
         self.engine_core = engine_core
         self._check = check
+        self._tasks = BackgroundTasks()
         self.logger_manager = None
         if self.log_stats:
             self.logger_manager = StatLoggerManager(
@@ -178,6 +180,15 @@ class ClusterAsyncLLM(AsyncLLM):
             ids for name, ids in processor.external_req_ids.items() if named.fullmatch(name)
         )
         return [internal for ids in found for internal in ids]
+
+    def unavailable(self, request_id: str, why: str) -> None:
+        """Answers a request with 503: it has no output yet, and no instance takes it."""
+        state = self.output_processor.request_states.get(request_id)
+        if state is None or state.queue is None:
+            return
+        state.queue.put(ClusterRefusal(why, HTTPStatus.SERVICE_UNAVAILABLE))
+        whole = state.parent_req.request_id if state.parent_req is not None else request_id  # n > 1
+        self._tasks.start(self.abort(whole, internal=True))
 
     async def abort_all(self) -> None:
         """Ends every request; each stream gets its last chunk, with finish reason "abort"."""

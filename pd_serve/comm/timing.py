@@ -48,6 +48,16 @@ STATS_INTERVAL_S = 1.0
 #: Maximum wait of a new scheduler for the first load report of every instance.
 FIRST_REPORTS_S = 2.0
 
+#: Maximum wait of a request whose instance has died for another instance. Then its client gets an error.
+RECOVERY_S = 120.0
+
+#: Deaths within this time of each other count as one for a request: it had no time to cause the later ones.
+DEATH_CHAIN_S = 1.0
+
+#: A request that may have ended its instances runs alone among such requests, on trial: at least this long,
+#: and until its first token; at most `MAX_TRIAL_S`. After `FORGIVEN_S` without a death it is no suspect.
+TRIAL_S, MAX_TRIAL_S, FORGIVEN_S = 0.25, 30.0, 60.0
+
 #: Minimum interval of attempts to hand off a stranded request, and of looks for such requests.
 HANDOFF_RETRY_S = 0.25
 STRANDED_CHECK_S = 0.1

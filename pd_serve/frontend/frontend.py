@@ -42,7 +42,7 @@ from pd_serve.frontend.snapshot import ClusterSnapshot, InstanceSnapshot, Waitin
 from pd_serve.frontend.token_stream import TokenStream
 from pd_serve.observe.cluster_report import ClusterReport
 from pd_serve.observe.recorder import RequestRecorder
-from router.dispatch import can_start
+from router.dispatch import candidates
 from router.dispatcher import Dispatcher
 
 
@@ -110,6 +110,7 @@ class Frontend:
     async def close(self) -> None:
         await self._manager.close()
         await self._server.close()
+        self.requests.close()
         await self._wire.close()
 
     async def wait_for_instances(self) -> list[InstanceInfo]:
@@ -142,6 +143,7 @@ class Frontend:
                 self._server.on_call(sender, call_id, request)
 
     def _on_membership(self, message: Membership) -> None:
+        leaving = self._members.latest.leaving if self._members.latest is not None else []
         change = self._members.update(message)
         if change is None:
             return
@@ -154,7 +156,7 @@ class Frontend:
             self.instances.add(info)
             self._recorder.instance_joined(info)
         for instance_id in change.left:
-            self.requests.instance_left(instance_id)
+            self.requests.instance_left(instance_id, died=instance_id not in leaving)
 
     def _note_own_membership(self, message: Membership) -> None:
         """The instances have ended all requests here if the manager has dropped this API server meanwhile."""
@@ -184,7 +186,7 @@ class Frontend:
 
     @property
     def num_live(self) -> int:
-        return sum(can_start(load) for load in self.instances.loads)
+        return len(candidates(self.instances.loads))
 
     def snapshot(self) -> ClusterSnapshot:
         instances = [

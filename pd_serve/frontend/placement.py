@@ -1,13 +1,12 @@
 """Where each request of an API server starts, and where it is handed off to."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from migration.messages import RequestId
 from pd_serve.comm.message_wire import MessageWire
 from pd_serve.comm.messages import AddRequest, HandOff
 from pd_serve.comm.timing import HANDOFF_RETRY_S
-from pd_serve.errors import EngineDeadError
 from pd_serve.frontend.tracked_request import TrackedRequest
 from pd_serve.observe.recorder import RequestRecorder
 from router.dispatcher import Dispatcher
@@ -54,30 +53,40 @@ class RequestPlacement:
         """Whether any instance takes new requests."""
         return self._dispatcher.is_serving
 
-    def place(self, request: TrackedRequest, epoch: int, *, may_wait: bool = False) -> bool:
-        """Sends a request to the instance that it starts on. Returns False if it has to wait for room.
+    def start(self, request: TrackedRequest) -> bool:
+        """Sends a new request to an instance, or to the waiting line if none has room for it.
+
+        Returns False, and does nothing, if no live instance takes requests.
+        """
+        if self.place(request, may_wait=True):
+            return True
+        if self._dispatcher.is_serving:
+            self.line.add(request.request_id, request.new, self._loop.time())
+            return True
+        return False
+
+    def place(self, request: TrackedRequest, *, may_wait: bool = False, avoid: Collection[str] = ()) -> bool:
+        """Sends a request to the instance that it starts on.
 
         Args:
-            may_wait: Whether the request may wait.
+            may_wait: Whether the request may wait for room in the line.
+            avoid: Instances that are not to be chosen.
 
-        Raises:
-            EngineDeadError: No live instance takes new requests.
+        Returns:
+            Whether it was sent. If not, it has to wait for room, or for an instance that takes requests.
         """
         new = request.new
         if request.ledger.token_ids:  # recomputed, with the tokens generated so far
             new = NewRequest(request.num_tokens, new.priority, new.prefix_keys)
-        instance_id = self._dispatcher.dispatch(new, may_wait=may_wait)
+        instance_id = self._dispatcher.dispatch(new, may_wait=may_wait, avoid=avoid)
         if instance_id is None:
-            if may_wait and self._dispatcher.is_serving:
-                return False
-            raise EngineDeadError("no live instance takes new requests; see GET /cluster")
+            return False
         request.ledger.owner = instance_id
         role = self._loads[instance_id].role
         self._recorder.dispatched(request.request_id, instance_id, role, self._clock())
         handoff = self._handoff_candidates(request) if role == "prefill" else None
-        message = AddRequest(
-            request.request_id, self._token_endpoint, epoch, handoff, list(request.ledger.token_ids)
-        )
+        epoch, tokens = request.ledger.epoch, list(request.ledger.token_ids)
+        message = AddRequest(request.request_id, self._token_endpoint, epoch, handoff, tokens)
         self._wire.send(instance_id, message, request.payload)
         return True
 
@@ -87,15 +96,12 @@ class RequestPlacement:
         message = AddRequest(request.request_id, self._token_endpoint, epoch, None, tokens)
         self._wire.send(destination, message, request.payload)
 
-    def enqueue(self, request: TrackedRequest) -> None:
-        self.line.add(request.request_id, request.new, self._loop.time())
-
     def settle(self, request: TrackedRequest, destination: str | None = None) -> None:
         """Removes a request from its destination's projected load: it has arrived, or will not."""
         self._loads.settled(destination or request.destination, request.request_id)
 
     def hand_off_stranded(self, source: str, request: TrackedRequest) -> None:
-        """Hands off a stranded request if a decode instance has room."""
+        """Hands off a stranded request if an instance has room."""
         if request.ledger.owner != source or self._loop.time() < request.placed_at + HANDOFF_RETRY_S:
             return
         num_blocks = self._blocks_of(request, source)
@@ -107,7 +113,7 @@ class RequestPlacement:
                 self._wire.send(source, HandOff(RequestId(request.request_id), destination))
 
     def _handoff_candidates(self, request: TrackedRequest) -> list[str] | None:
-        """Decode instances, best first. The request counts in the projected load of the first one."""
+        """Destinations, best first. The request counts in the projected load of the first one."""
         if request.ends_with_prefill:
             return None
         num_blocks = self._blocks_of(request, request.ledger.owner)

@@ -10,19 +10,19 @@ from migration.record import MigrationRecord
 from pd_serve.comm.message_wire import MessageWire
 from pd_serve.comm.messages import AbortRequests, LoadReport, RequestFailed
 from pd_serve.comm.outputs import OutputBatch
+from pd_serve.comm.timing import RECOVERY_S
 from pd_serve.errors import EngineDeadError
 from pd_serve.frontend.instances import Instances
 from pd_serve.frontend.output_codec import OutputCodec
 from pd_serve.frontend.placement import RequestPlacement
+from pd_serve.frontend.recovery import Recovery
+from pd_serve.frontend.suspects import Suspects
 from pd_serve.frontend.token_ledger import TokenLedger
 from pd_serve.frontend.tracked_request import TrackedRequest
 from pd_serve.observe.recorder import RequestRecorder
 from router.request import NewRequest
 
 logger = logging.getLogger(__name__)
-
-#: How often a request is recomputed because its instance has died, before its client gets an error.
-MAX_RECOMPUTES = 3
 
 
 class RequestTracker:
@@ -38,6 +38,8 @@ class RequestTracker:
         requests: Requests in progress, by id.
         num_waiting: Number of requests without a first token.
         migrations: Committed and aborted migrations of all API servers' requests, by reason.
+        unavailable: Called with the id of a request that ends without output because no instance takes it,
+            and the reason. By default it ends like any other failed request.
     """
 
     def __init__(
@@ -60,6 +62,14 @@ class RequestTracker:
         self.requests: dict[RequestId, TrackedRequest] = {}
         self.num_waiting = 0
         self.migrations: dict[str, Counter[str]] = {"handoff": Counter(), "manual": Counter()}
+        self.unavailable: Callable[[str, str], None] = lambda request_id, why: self._deliver(
+            self._codec.failed(request_id)
+        )
+        self._suspects = Suspects(self.requests)
+        self._recovery = Recovery(placement, self._suspects, self._on_recovered, self._on_given_up)
+
+    def close(self) -> None:
+        self._recovery.close()
 
     # ---- from clients
 
@@ -86,13 +96,9 @@ class RequestTracker:
         """
         request = TrackedRequest(RequestId(request_id), payload, new, TokenLedger(""), max_tokens)
         self._recorder.issued(request_id, self._clock(), new, name=name, trace_headers=trace_headers)
-        try:
-            placed = self._placement.place(request, epoch=0, may_wait=True)
-        except EngineDeadError:
+        if not self._placement.start(request):
             self._recorder.ended(request_id, "error", self._clock())
-            raise
-        if not placed:
-            self._placement.enqueue(request)
+            raise EngineDeadError("no live instance takes new requests; see GET /cluster")
         self.requests[request.request_id] = request
         self.num_waiting += 1
 
@@ -137,16 +143,21 @@ class RequestTracker:
             logger.error("request %s: %s", request.request_id, message.error)
             self._fail(request)
 
-    def instance_left(self, instance_id: str) -> None:
+    def instance_left(self, instance_id: str, *, died: bool) -> None:
         """Recomputes the requests of an instance that died or was stopped."""
+        lost = [request for request in self.requests.values() if request.is_on(instance_id)]
+        if died:
+            for request in self._suspects.blame(lost):
+                logger.error("request %s: its instances died %d times", request.request_id, request.deaths)
+                self._fail(request)
         for request in list(self.requests.values()):
             # With a gap, the instance may have been an earlier owner whose last tokens were lost.
             if request.is_on(instance_id) or request.ledger.has_gap:
                 self._recompute(request, instance_id)
         if self._placement.line and not self._placement.is_serving:
             for request_id in list(self._placement.line):
-                logger.error("request %s: no instance is left that it could wait for", request_id)
-                self._fail(self.requests[RequestId(request_id)])
+                self._placement.line.discard(request_id)
+                self._recovery.add(self.requests[RequestId(request_id)])
 
     def recompute(self, requests: list[TrackedRequest]) -> None:
         """The instances have ended these, though they live."""
@@ -193,34 +204,32 @@ class RequestTracker:
     def _place_waiting(self, instance_id: str) -> None:
         for request_id in self._placement.line.take(instance_id, self._placement.now):
             request = self.requests[RequestId(request_id)]
-            try:
-                self._placement.place(request, epoch=request.ledger.epoch)
-            except EngineDeadError as error:
-                logger.error("request %s: %s", request_id, error)
-                self._fail(request)
+            if not self._placement.place(request):
+                self._recovery.add(request)
 
     def _recompute(self, request: TrackedRequest, lost: str) -> None:
         """Continues a request that was lost with an instance, after the tokens that the client has."""
-        request.recomputes += 1
         self._recorder.lost(request.request_id, lost, self._clock())
+        logger.warning(
+            "request %s: lost with %s after token %d", request.request_id, lost, len(request.ledger.token_ids)
+        )
         request.committed_to = ""
         self._placement.settle(request)
-        epoch = request.ledger.take_over("")
-        try:
-            if request.recomputes > MAX_RECOMPUTES:
-                raise EngineDeadError(f"its instances died {request.recomputes} times")
-            self._placement.place(request, epoch)
-        except EngineDeadError as error:
-            logger.error("request %s: lost with %s: %s", request.request_id, lost, error)
+        request.ledger.take_over("")
+        self._recovery.add(request)
+
+    def _on_recovered(self, request: TrackedRequest) -> None:
+        if request.ledger.owner:
+            logger.warning("request %s: %s recomputes it", request.request_id, request.ledger.owner)
+
+    def _on_given_up(self, request: TrackedRequest) -> None:
+        why = f"no instance has taken requests for {RECOVERY_S:.0f} s"
+        logger.error("request %s: %s", request.request_id, why)
+        if request.ledger.token_ids:
             self._fail(request)
         else:
-            logger.warning(
-                "request %s: %s has lost it, %s recomputes it from token %d",
-                request.request_id,
-                lost,
-                request.ledger.owner,
-                len(request.ledger.token_ids),
-            )
+            self._end(request, "error")
+            self.unavailable(request.request_id, why)
 
     def _fail(self, request: TrackedRequest) -> None:
         self._end(request, "error")
@@ -232,6 +241,8 @@ class RequestTracker:
         self._recorder.ended(
             request.request_id, outcome, self._clock(), tokens=tokens, longest_gap_s=longest_gap_s
         )
+        self._recovery.discard(request.request_id)
+        self._suspects.forget(request.request_id)
         if not request.ledger.token_ids:
             self.num_waiting -= 1
             if not request.ledger.owner:

@@ -1,6 +1,7 @@
 """State of a request in progress in its API server."""
 
 import asyncio
+import math
 from dataclasses import dataclass, field
 
 from migration.messages import RequestId
@@ -19,6 +20,9 @@ class TrackedRequest:
         ledger: The request's tokens and its owner, the instance that runs it.
         destination: Decode instance in whose projected load it counts.
         committed_to: Destination of a committed migration until its first token has come; otherwise "".
+        deaths: Deaths of instances that it may have caused, the last one at `died_at`; see
+            `pd_serve.frontend.suspects`.
+        retry_at: Earliest time of its next recompute.
         move_waiters: Futures that wait for the first token from the next owner.
     """
 
@@ -29,7 +33,9 @@ class TrackedRequest:
     max_tokens: int | None = None
     destination: str = ""
     committed_to: str = ""
-    recomputes: int = 0
+    deaths: int = 0
+    died_at: float = -math.inf
+    retry_at: float = 0.0
     placed_at: float = 0.0
     move_waiters: list[asyncio.Future[None]] = field(default_factory=list)
 
@@ -37,6 +43,11 @@ class TrackedRequest:
     def num_tokens(self) -> int:
         """Number of prompt and output tokens so far."""
         return self.new.prompt_tokens + len(self.ledger.token_ids)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether no instance has had it yet."""
+        return not self.ledger.owner and not self.ledger.epoch
 
     @property
     def ends_with_prefill(self) -> bool:

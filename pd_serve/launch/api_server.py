@@ -93,6 +93,7 @@ class ApiServer:
                 check=_parameter_check(config),
             )
             frontend.internal_ids = client.internal_ids
+            frontend.requests.unavailable = client.unavailable
             app = await create_app(
                 server,
                 client,

@@ -17,18 +17,19 @@ class DispatchPolicy(Protocol):
         """The best of `loads`; None if it is empty.
 
         Args:
-            loads: Projected loads of instances of one role that take new requests.
+            loads: Projected loads of the instances that take new requests.
             rng: For policies that draw: with a given seed simulations repeat.
         """
         ...
 
 
 def can_start(load: InstanceLoad) -> bool:
-    """Whether an instance takes new requests: prefill and neutral instances do, unless they drain."""
+    """Whether new requests start on an instance: on prefill and neutral ones, unless they drain."""
     return load.role in ("prefill", "neutral") and not load.draining
 
 
 def candidates(loads: Iterable[InstanceLoad]) -> list[InstanceLoad]:
-    """The instances for a new request: prefill instances, or neutral ones where there are none."""
-    starting = [load for load in loads if can_start(load)]
-    return [load for load in starting if load.role == "prefill"] or starting
+    """The instances for a new request: prefill and neutral ones. Where none is alive, decode instances take
+    their place: each has a whole engine."""
+    staying = [load for load in loads if not load.draining]
+    return [load for load in staying if can_start(load)] or staying

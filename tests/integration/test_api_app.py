@@ -302,6 +302,18 @@ class TestOverload:
         assert error_of(answer)["code"] == code
         assert answer.headers["Retry-After"]
 
+    @pytest.mark.parametrize("n", [1, 2])
+    async def test_a_request_without_output_that_no_instance_takes(
+        self, service: LocalService, n: int
+    ) -> None:
+        service.core.running.clear()
+        request = service.start(max_tokens=5, n=n)
+        await service.taken(n)
+        service.engine_client.unavailable(service.core.added[0].request_id, "no instance")
+        answer = await request
+        assert (error_of(answer)["code"], answer.headers["Retry-After"]) == (503, "1")
+        assert {r.request_id for r in service.core.added} <= set(service.core.aborted)
+
 
 class TestDisconnect:
     @pytest.mark.parametrize("n", [1, 2])

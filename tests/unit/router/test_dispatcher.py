@@ -95,7 +95,7 @@ def test_counting_starts_from_what_the_instance_has_had() -> None:
 
 def test_without_a_candidate_dispatch_chooses_none() -> None:
     assert Dispatcher().dispatch(NewRequest(1)) is None
-    assert dispatcher_of(decode("d0")).dispatch(NewRequest(1)) is None
+    assert dispatcher_of(decode("d0", draining=True)).dispatch(NewRequest(1)) is None
 
 
 # ---- hand-off

@@ -18,11 +18,11 @@ def names(loads: list[InstanceLoad], num_blocks: int) -> list[str]:
     return [load.instance_id for load in destinations(loads, num_blocks)]
 
 
-def test_only_decode_instances_that_do_not_drain_are_destinations() -> None:
-    cluster = [prefill("p0"), neutral("n0"), replace(decode("d0"), draining=True)]
+def test_decode_and_neutral_instances_that_do_not_drain_are_destinations() -> None:
+    cluster = [prefill("p0"), neutral("n0", draining=True), replace(decode("d0"), draining=True)]
 
     assert names(cluster, 1) == []
-    assert names([*cluster, decode("d1")], 1) == ["d1"]
+    assert names([*cluster, decode("d1", 50), neutral("n1", 90)], 1) == ["n1", "d1"]
 
 
 def test_the_freest_comes_first() -> None:

@@ -28,6 +28,28 @@ async def test_requests_and_their_hand_offs_are_spread_between_two_reports(world
     assert [add.handoff[0] for add in adds] == ["d0", "d1", "d0", "d1"]
 
 
+async def test_without_prefill_instances_a_decode_instance_takes_new_requests_and_keeps_them(
+    empty: World,
+) -> None:
+    empty.join("p0", "d0", "d1")
+    empty.leave("p0")
+    adds = [empty.submit("r"), empty.submit("s")]
+
+    assert [peer for peer, _ in empty.sent(AddRequest)] == ["d0", "d1"]
+    assert [add.handoff for add in adds] == [None, None]
+    assert empty.frontend.num_live == 2
+    empty.join("p1")
+    assert empty.submit("t").handoff == ["d0", "d1"]
+
+
+async def test_prefill_instances_hand_off_to_neutral_instances_too(empty: World) -> None:
+    empty.join("p0", "n0", "d0")
+    empty.report("n0", free=90, running=1)
+    empty.report("d0", free=40, running=4)
+
+    assert empty.submit().handoff == ["n0", "d0"]
+
+
 async def test_a_neutral_instance_keeps_what_it_starts(empty: World) -> None:
     empty.join("n0", "d0")
 
@@ -73,6 +95,7 @@ async def test_a_request_that_is_recomputed_for_its_last_token_reserves_no_hand_
 async def test_without_an_instance_that_starts_requests_submit_raises(empty: World) -> None:
     """And nothing of the request is left behind."""
     empty.join("d0")
+    empty.report("d0", draining=True)
 
     with pytest.raises(EngineDeadError, match="no live instance takes new requests"):
         empty.submit()

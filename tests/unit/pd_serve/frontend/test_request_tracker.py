@@ -6,7 +6,6 @@ from vllm.v1.engine import FinishReason
 from migration.messages import RequestId
 from pd_serve.comm.messages import AbortRequests, AddRequest, RequestFailed
 from pd_serve.errors import EngineDeadError
-from pd_serve.frontend.request_tracker import MAX_RECOMPUTES
 from router.request import NewRequest
 from tests.unit.pd_serve.frontend.frontend_world import R, World
 
@@ -110,30 +109,6 @@ async def test_a_request_with_a_gap_is_recomputed_when_any_instance_is_lost(worl
     assert again.output_token_ids == [10]
     world.tokens("d0", 1, 3, 13)
     assert world.sent(AbortRequests) == [("d0", AbortRequests([R], 2))]
-
-
-async def test_without_another_instance_a_lost_request_ends_with_an_error(empty: World) -> None:
-    empty.join("p0", "d0")
-    empty.submit()
-
-    empty.leave("p0")
-
-    assert [(output.request_id, output.finish_reason) for output in empty.delivered()] == [
-        ("r", FinishReason.ERROR)
-    ]
-    assert empty.frontend.num_waiting == 0
-
-
-async def test_a_request_that_loses_too_many_instances_ends_with_an_error(world: World) -> None:
-    world.submit()
-    for losses in range(MAX_RECOMPUTES + 1):
-        assert world.delivered() == [], f"after {losses} losses"
-        owner, _ = world.sent(AddRequest)[-1]
-        world.leave(owner)
-        world.join(owner)
-
-    assert [output.finish_reason for output in world.delivered()] == [FinishReason.ERROR]
-    assert len(world.sent(AddRequest)) == 1 + MAX_RECOMPUTES
 
 
 async def test_a_request_that_the_engine_cannot_take_ends_with_an_error(world: World) -> None:

@@ -87,3 +87,50 @@ def test_a_manager_that_was_cut_off_from_all_others_ends_none_of_them() -> None:
         assert cluster.frontend.snapshot().manager == "alive"
 
     assert_nothing_is_lost(simulate_with(config(requests=workload(320, 4.0)), fault))
+
+
+def test_the_death_of_the_only_prefill_instance_costs_a_pause() -> None:
+    """Its queue, and what it was prefilling, goes to decode instances until the next one has started."""
+
+    async def fault(simulation: Simulation) -> None:
+        cluster = simulation.cluster
+        await asyncio.sleep(4.0)
+        await cluster.kill_instance("prefill-0")
+        await asyncio.sleep(0.2)
+        await cluster.kill_instance("decode-1")
+
+    result = simulate_with(config(requests=workload(200, 12.0)), fault)
+
+    assert_nothing_is_lost(result)
+
+
+def test_the_death_of_every_instance_costs_a_pause() -> None:
+    """Clients that have come before are served by the next instances; new ones are refused meanwhile."""
+
+    async def fault(simulation: Simulation) -> None:
+        cluster = simulation.cluster
+        await asyncio.sleep(5.0)
+        for name in list(cluster.launcher.instances):
+            await cluster.kill_instance(name)
+
+    requests = [request for request in workload(60, 12.0) if request.arrival_s < 5.0]
+    assert_nothing_is_lost(simulate_with(config(requests=requests), fault))
+    aggregated = config(requests=requests, instances={"neutral": 2})
+    assert_nothing_is_lost(simulate_with(aggregated, fault))
+
+
+def test_a_request_that_ends_its_instances_fails_alone() -> None:
+    async def fault(simulation: Simulation) -> None:
+        cluster = simulation.cluster
+        await asyncio.sleep(0.5)  # all have come
+        while "5" in cluster.frontend.requests.requests:
+            await asyncio.sleep(0.01)
+            for name, instance in list(cluster.launcher.instances.items()):
+                if "5" in await instance.engine.live_requests(cluster.frontend._token_endpoint):
+                    await cluster.kill_instance(name)
+
+    for instances in ({"prefill": 1, "decode": 2}, {"neutral": 2}):
+        result = simulate_with(config(requests=workload(30, 100.0), instances=instances), fault)
+        failed = [number for number, record in enumerate(result.records) if record.failed]
+        assert failed == [5]
+        assert sum(record.lost + record.duplicated + record.wrong for record in result.records) == 0

@@ -5,6 +5,7 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from router.dispatch import DISPATCH, can_start, candidates
 from router.freeness import dispatch_freeness
@@ -30,18 +31,19 @@ def test_new_requests_go_to_prefill_and_neutral_instances(role: str, starts: boo
     load = InstanceLoad("i0", role, total_blocks=100, free_blocks=100)
 
     assert can_start(load) is starts
-    assert candidates([load]) == ([load] if starts else [])
-
-
-def test_neutral_instances_take_them_where_there_are_no_prefill_instances() -> None:
-    assert candidates([neutral("n0"), prefill("p0"), decode("d0")]) == [prefill("p0")]
+    assert candidates([neutral("n0"), prefill("p0"), decode("d0")]) == [neutral("n0"), prefill("p0")]
     assert candidates([neutral("n0"), prefill("p0", draining=True)]) == [neutral("n0")]
+
+
+def test_decode_instances_take_them_where_no_other_instance_is_alive() -> None:
+    assert candidates([decode("d0"), prefill("p0", draining=True)]) == [decode("d0")]
+    assert candidates([replace(decode("d0"), draining=True)]) == []
 
 
 @given(clusters())
 def test_no_candidate_drains(cluster: list[InstanceLoad]) -> None:
-    assert not any(load.draining or load.role == "decode" for load in candidates(cluster))
-    assert len({load.role for load in candidates(cluster)}) <= 1
+    assert not any(load.draining for load in candidates(cluster))
+    assert len({load.role == "decode" for load in candidates(cluster)}) <= 1
 
 
 # ---- all policies

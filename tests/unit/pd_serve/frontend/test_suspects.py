@@ -1,0 +1,106 @@
+"""A request that ends its instances fails alone."""
+
+import asyncio
+from collections.abc import Callable
+
+from vllm.v1.engine import FinishReason
+
+from pd_serve.comm.messages import AddRequest
+from pd_serve.comm.timing import FORGIVEN_S
+from pd_serve.frontend.suspects import MAX_DEATHS
+from tests.unit.pd_serve.frontend.frontend_world import World
+from tests.virtual_time import in_virtual_time
+
+
+class LivingWorld(World):
+    """Its neutral instances generate a token of each request every 50 ms, and one request ends them.
+
+    Attributes:
+        deaths: Instances that have died.
+    """
+
+    def __init__(self, names: list[str], kills: Callable[[str, int], bool]) -> None:
+        super().__init__()
+        self.deaths: list[str] = []
+        self._kills = kills
+        self._next = len(names)
+        self._running: dict[str, dict[str, tuple[int, int]]] = {}  # epoch and index of the next token
+        self._seen = 0
+        for name in names:
+            self.join(name)
+
+    async def run(self, seconds: float) -> None:
+        for _ in range(int(seconds / 0.05)):
+            await asyncio.sleep(0.05)
+            self._step()
+
+    def _step(self) -> None:
+        added, self._seen = self.sent(AddRequest)[self._seen :], len(self.sent(AddRequest))
+        for peer, add in added:
+            if peer in self.members:
+                self._running.setdefault(peer, {})[add.request_id] = add.epoch, len(add.output_token_ids)
+        for name in list(self.members):
+            batch = self._running.get(name, {})
+            if any(self._kills(request_id, index) for request_id, (_, index) in batch.items()):
+                self.deaths.append(name)
+                self._running.pop(name)
+                self.leave(name)
+                self.join(f"n{self._next}")
+                self._next += 1
+                continue
+            for request_id, (epoch, index) in list(batch.items()):
+                if request_id in self.requests.requests:
+                    self.tokens(name, epoch, index, 7, of=request_id)
+                    batch[request_id] = epoch, index + 1
+                else:
+                    del batch[request_id]
+
+
+async def outcome(world: LivingWorld, seconds: float = 60.0) -> list[str]:
+    """The requests that have failed. All others have gone on."""
+    for number in range(15):
+        world.submit(f"r{number}")
+    world.submit("poison")
+    await world.run(seconds)
+    failed = [o.request_id for o in world.delivered() if o.finish_reason == FinishReason.ERROR]
+    tokens = {r: len(request.ledger.token_ids) for r, request in world.requests.requests.items()}
+    assert len(tokens) + len(failed) == 16
+    assert all(number > 50 for number in tokens.values()), tokens
+    await world.frontend.close()
+    return failed
+
+
+@in_virtual_time
+async def test_a_request_that_ends_its_instance_at_once_fails_alone() -> None:
+    for names in (["n0"], ["n0", "n1"], ["n0", "n1", "n2", "n3"]):
+        world = LivingWorld(names, lambda request_id, index: request_id == "poison")
+        assert await outcome(world) == ["poison"]
+        assert len(world.deaths) <= MAX_DEATHS + 3
+
+
+@in_virtual_time
+async def test_a_request_that_ends_its_instance_at_a_token_fails_alone() -> None:
+    world = LivingWorld(["n0", "n1"], lambda request_id, index: request_id == "poison" and index >= 20)
+    assert await outcome(world) == ["poison"]
+
+
+@in_virtual_time
+async def test_two_requests_that_end_their_instances_fail_alone() -> None:
+    world = LivingWorld(["n0", "n1"], lambda request_id, index: request_id in ("poison", "r3"))
+    assert sorted(await outcome(world, 90.0)) == ["poison", "r3"]
+
+
+@in_virtual_time
+async def test_a_long_request_outlives_many_deaths_that_it_has_not_caused() -> None:
+    world = LivingWorld(["n0", "n1"], lambda request_id, index: False)
+    world.submit()
+    for _ in range(20):
+        await world.run(7.0)
+        owner = world.requests.requests["r"].ledger.owner  # type: ignore[index]
+        world.leave(owner)
+        world.join(f"n{len(world.members) + 10 + len(world.sent(AddRequest))}")
+        if len(world.sent(AddRequest)) % MAX_DEATHS == 0:
+            await world.run(FORGIVEN_S)
+    await world.run(5.0)
+    assert [o.finish_reason for o in world.delivered() if o.finish_reason] == []
+    await world.frontend.close()
