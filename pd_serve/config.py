@@ -144,6 +144,9 @@ class ServeConfig(BaseSettings):
         INSTANCES, None, "Scale the number of neutral instances automatically.", metavar="MIN:MAX"
     )
     replace: bool = _flag(INSTANCES, True, "Start a new instance when one has died.")
+    allow_no_migration: bool = _flag(
+        INSTANCES, False, "Start prefill and decode instances even if their engine cannot move requests."
+    )
     engine: Literal["vllm", "simulated"] = _flag(
         INSTANCES, "vllm", "Engine of the instances: vLLM, or a simulation that generates random words."
     )

@@ -114,8 +114,8 @@ def missing_attributes(core: Any) -> list[str]:
     return missing
 
 
-def unsupported_engine(vllm_config: Any, kv_cache_config: Any) -> str | None:
-    """Why requests of such an engine cannot migrate, or None."""
+def unsupported_config(vllm_config: Any) -> str | None:
+    """Why requests of an engine with these settings cannot migrate, whatever the model; None if they may."""
     parallel = vllm_config.parallel_config
     if parallel.tensor_parallel_size * parallel.pipeline_parallel_size > 1:
         return "tensor or pipeline parallelism inside an instance"
@@ -123,6 +123,13 @@ def unsupported_engine(vllm_config: Any, kv_cache_config: Any) -> str | None:
         return "speculative decoding"
     if vllm_config.kv_transfer_config is not None:
         return "a KV connector of its own (--kv-transfer-config)"
+    return None
+
+
+def unsupported_engine(vllm_config: Any, kv_cache_config: Any) -> str | None:
+    """Why requests of such an engine cannot migrate, or None."""
+    if (why := unsupported_config(vllm_config)) is not None:
+        return why
     if len(kv_cache_config.kv_cache_groups) != 1:
         return "several KV cache groups (hybrid attention, Mamba)"
     spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec

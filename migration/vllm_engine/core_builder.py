@@ -52,7 +52,7 @@ def build_core(config: VllmConfig) -> BuiltCore:
     if built.no_migration is None:
         _map_kv_memory(built, config)
     if built.no_migration is not None:
-        logger.error("SERVING WITHOUT MIGRATION: %s", built.no_migration)
+        logger.warning("this engine serves without migration: %s", built.no_migration)
     return built
 
 

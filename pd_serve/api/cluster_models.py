@@ -55,11 +55,16 @@ class MigrateResponse(_Response):
 
 
 class TimelineResponse(_Response):
-    """The timeline of one request; times are in seconds since it was issued."""
+    """The timeline of one request; times are in seconds since it was issued.
+
+    Attributes:
+        instance: The instance that it is on now; null while it waits for one, and after its end.
+    """
 
     id: str
     name: str
     state: Literal["waiting", "prefill", "decode", "ended"]
+    instance: str | None
     stages: list[dict[str, Any]]
     instances: list[dict[str, Any]]
     migrations: list[dict[str, Any]]

@@ -13,7 +13,7 @@ def show_request(service: ServiceClient, request_id: str) -> None:
     console = _console()
     for request in service.get(f"requests/{request_id}")["requests"]:
         console.print(
-            f"{request['id']} ({request['name']}): {request['outcome'] or request['state']},"
+            f"{request['id']} ({request['name']}): {request['outcome'] or _where(request)},"
             f" {request['prompt_tokens']} + {request['output_tokens']} tokens,"
             f" first one after {_seconds(request['ttft_s'])},"
             f" longest gap {_seconds(request['longest_gap_s'])}"
@@ -71,6 +71,9 @@ def show(service: ServiceClient) -> None:
             f"{i['migrating_in']}/{i['migrating_out']}",
         )
     console.print(instances)
+    for i in cluster["instances"]:
+        if (why := i.get("no_migration")) is not None:
+            console.print(f"{i['id']} serves without migration: {why}", style="yellow", highlight=False)
     line = cluster["waiting_line"]
     console.print(f"{line['requests']} requests in line for an instance with room, {line['tokens']} tokens")
     migrations = Table("reason", "committed", "aborted", title="migrations")
@@ -94,6 +97,13 @@ def _console() -> rich.console.Console:
 
 def _seconds(value: float | None) -> str:
     return "" if value is None else f"{value:.3f} s"
+
+
+def _where(request: dict[str, Any]) -> str:
+    """State of a running request, and where it is."""
+    if (instance := request["instance"]) is not None:
+        return f"{request['state']} on {instance}"
+    return f"{request['state']} for an instance"
 
 
 def _is_empty(instance: dict[str, Any]) -> bool:

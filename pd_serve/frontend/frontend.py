@@ -224,6 +224,7 @@ class Frontend:
             waiting=self._placement.demand,
             num_running=len(self.requests.requests),
             state=self._manager.state,
+            immovable={i.instance_id for i in self.instances if i.engine.no_migration is not None},
         )
 
     async def migrate(

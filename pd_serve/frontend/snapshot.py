@@ -22,6 +22,7 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         state: "ready", "draining", "starting", or what its start waits for.
         freeness: Free blocks per running request; null while it drains.
+        no_migration: Why requests cannot move from or to the instance; null if they can.
     """
 
     id: str
@@ -37,12 +38,20 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     freeness: float | None = 0.0
     migrating_in: int = 0
     migrating_out: int = 0
+    no_migration: str | None = None
 
     @classmethod
     def of(cls, info: InstanceInfo, load: InstanceLoad | None) -> "InstanceSnapshot":
         """A started instance; `load` is None before its first report."""
         if load is None:
-            return cls(id=info.instance_id, role=info.role, state="starting", node=info.node, pid=info.pid)
+            return cls(
+                id=info.instance_id,
+                role=info.role,
+                state="starting",
+                node=info.node,
+                pid=info.pid,
+                no_migration=info.engine.no_migration,
+            )
         free = freeness(load)
         return cls(
             id=info.instance_id,
@@ -58,6 +67,7 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
             freeness=free if math.isfinite(free) else None,
             migrating_in=load.migrating_in,
             migrating_out=load.migrating_out,
+            no_migration=info.engine.no_migration,
         )
 
     @classmethod

@@ -39,6 +39,14 @@ def create_engine(
     return VllmEngine(lambda: _vllm_config(engine_args), publish, events)
 
 
+def no_handoffs(why: str) -> str:
+    """The error of a prefill or decode instance whose engine cannot move requests, for the operator."""
+    return (
+        f"requests cannot be handed off from prefill to decode instances: {why}; "
+        "start with --neutral, or with --allow-no-migration to let the prefill instances decode everything"
+    )
+
+
 def import_engines() -> None:
     """Imports the slow modules of an instance, which takes seconds.
 

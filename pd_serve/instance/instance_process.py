@@ -13,7 +13,8 @@ from migration.engine_interface import Engine
 from migration.messages import InstanceId
 from pd_serve.comm.membership import InstanceInfo
 from pd_serve.comm.wire import CurveKeys, Wire
-from pd_serve.instance.engine_factory import create_engine, import_engines
+from pd_serve.errors import InvalidRequestError
+from pd_serve.instance.engine_factory import create_engine, import_engines, no_handoffs
 from pd_serve.simulated_engine.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ class InstanceConfig:
         keys: The cluster's key pair.
         stage_bytes_per_s: See `MigrationBounds`.
         simulated: Settings of a simulated engine, which replaces vLLM's; None for vLLM's.
+        needs_migration: The instance does not start if its engine cannot move requests.
     """
 
     instance_id: str
@@ -39,6 +41,7 @@ class InstanceConfig:
     environment: dict[str, str] = field(default_factory=dict)
     stage_bytes_per_s: float | None = None
     simulated: EngineSettings | None = None
+    needs_migration: bool = False
 
 
 class Instance:
@@ -56,7 +59,12 @@ class Instance:
         await self._loaded
 
     async def start(self, config: InstanceConfig) -> InstanceInfo:
-        """Loads the model and opens the sockets. Raises the errors of vLLM's start."""
+        """Loads the model and opens the sockets.
+
+        Raises:
+            InvalidRequestError: The engine cannot move requests, and has to.
+            Exception: The errors of vLLM's start.
+        """
         os.environ.update(config.environment)
         await self.load()
         from migration.transport.nixl import NixlTransport
@@ -78,6 +86,9 @@ class Instance:
         await self._engine.start()
         gc.enable()
         facts = self._engine.facts
+        if config.needs_migration and facts.no_migration is not None:
+            await self.stop()
+            raise InvalidRequestError(no_handoffs(facts.no_migration))
         if facts.no_migration is None:
             self._transport.register(self._engine.regions)
         self.llumlet.start(self._engine)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from pd_serve import models
 from pd_serve.comm.wire import CurveKeys
 from pd_serve.config import ServeConfig
+from pd_serve.errors import InvalidRequestError
+from pd_serve.instance.engine_factory import no_handoffs
 from pd_serve.manager.manager_config import ManagerConfig
 from pd_serve.platform.cpu import (
     CPU_PREFILL_CHUNK_TOKENS,
@@ -73,6 +75,7 @@ class Prepared:
             stage_bytes_per_s=CPU_STAGE_BYTES_PER_S if is_cpu_build() else None,
             simulated=self._simulated(),
             replaces=config.replace,
+            allow_no_migration=config.allow_no_migration,
             checks_memory=config.ray_address is None,
         )
 
@@ -118,4 +121,20 @@ def parse(config: ServeConfig, model: ModelSource) -> Prepared:
     # Refuses what does not fit together before anything is started, and fills vLLM's cache of model
     # inspections, which every instance would otherwise do for itself.
     engine_config = flags.engine_config("decode" if config.instances["decode"] else "neutral")
+    check_handoffs(config, engine_config)
     return Prepared(config, model, flags, engine_config)
+
+
+def check_handoffs(config: ServeConfig, engine_config: "VllmConfig") -> None:
+    """Refuses prefill and decode instances with settings of vLLM that do not let requests move.
+
+    What depends on the model, the instances find out when they start.
+
+    Raises:
+        InvalidRequestError: With what to change.
+    """
+    from migration.vllm_engine.compatibility import unsupported_config
+
+    hands_off = config.instances["decode"] and config.engine == "vllm" and not config.allow_no_migration
+    if hands_off and (why := unsupported_config(engine_config)) is not None:
+        raise InvalidRequestError(no_handoffs(why))

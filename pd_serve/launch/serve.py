@@ -141,9 +141,11 @@ class LocalService:
         gc.freeze()
         gc.enable()
         config, server = self._config, self._prepared.flags.server
+        infos = list(self.api.frontend.instances)
         self._console.banner(
             f"http{'s' if server.ssl_certfile else ''}://{config.host or '0.0.0.0'}:{config.port}",
             server.served_model_name[0],
-            [f"{info.instance_id} (pid {info.pid})" for info in self.api.frontend.instances],
+            [f"{info.instance_id} (pid {info.pid})" for info in infos],
             needs_key=bool(config.api_key),
+            no_migration=next((info.engine.no_migration for info in infos if info.engine.no_migration), None),
         )

@@ -28,7 +28,6 @@ from pd_serve.comm.requests import (
 from pd_serve.comm.rpc import Answer, RpcClient, RpcServer
 from pd_serve.comm.timing import HEARTBEAT_S, INSTANCE_LEASE_S
 from pd_serve.errors import EngineDeadError, MigrationRefusedError, UnknownTargetError
-from pd_serve.instance.instance_process import InstanceConfig
 from pd_serve.manager.announcer import Announcer
 from pd_serve.manager.decision_log import DecisionLog
 from pd_serve.manager.launcher import Launcher, ManagerNotes
@@ -159,21 +158,11 @@ class Manager:
         if config.checks_memory and (name, role) not in config.first_names():
             check_memory(1, config.engine_args[role], config.model)
         self._launcher.launch(name, config.placements[role])
-        instance = InstanceConfig(
-            name,
-            role,
-            config.engine_args[role],
-            config.host,
-            config.keys,
-            config.environment,
-            config.stage_bytes_per_s,
-            config.simulated,
-        )
-        info = await self._launcher.start(instance)
+        info = await self._launcher.start(config.instance(name, role))
         self._wire.connect(name, info.address)
         self._notices.step(f"{name} is ready (pid {info.pid})")
         if info.engine.no_migration is not None:
-            self._notices.warn(f"{name} SERVES WITHOUT MIGRATION: {info.engine.no_migration}")
+            self._notices.warn(f"{name} serves without migration: {info.engine.no_migration}")
         return info
 
     async def _stop(self, instance_id: str) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pd_serve.comm.wire import CurveKeys
+from pd_serve.instance.instance_process import InstanceConfig
 from pd_serve.platform.placement import Placement
 from pd_serve.simulated_engine.settings import EngineSettings
 from router.scaling import PoolBounds
@@ -20,6 +21,7 @@ class ManagerConfig:
         engine_args: Arguments of vLLM's `AsyncEngineArgs`, by role.
         placements: Resources of an instance, by role.
         host: Loopback, or an address in place of which each process binds to its own machine's.
+        allow_no_migration: Prefill and decode instances start even if their engines cannot move requests.
         checks_memory: All instances run on this machine; refuses a start if its memory does not suffice.
     """
 
@@ -36,7 +38,21 @@ class ManagerConfig:
     stage_bytes_per_s: float | None = None
     simulated: EngineSettings | None = None
     replaces: bool = True
+    allow_no_migration: bool = False
     checks_memory: bool = False
+
+    def instance(self, name: str, role: str) -> InstanceConfig:
+        return InstanceConfig(
+            name,
+            role,
+            self.engine_args[role],
+            self.host,
+            self.keys,
+            self.environment,
+            self.stage_bytes_per_s,
+            self.simulated,
+            needs_migration=role != "neutral" and not self.allow_no_migration,
+        )
 
     def first_names(self) -> list[tuple[str, str]]:
         """Ids and roles of the instances at the start."""

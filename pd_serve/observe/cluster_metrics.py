@@ -113,6 +113,12 @@ class ClusterMetrics(Collector):
             lambda load: report.stranded.get(load.instance_id, 0),
         )
         yield stranded.family("pd_serve_instance", _INSTANCE_LABELS, loads)
+        movable = ReportedMetric(
+            "migration_enabled",
+            "1 if requests can move from and to the instance; 0 if its model or layout does not allow it.",
+            lambda load: float(load.instance_id not in report.immovable),
+        )
+        yield movable.family("pd_serve_instance", _INSTANCE_LABELS, loads)
         stats = [
             (labels, report.stats[load.instance_id])
             for labels, load in loads

@@ -1,6 +1,6 @@
 """What one API server knows of the cluster at a moment; `/metrics` is made from it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from pd_serve.comm.cluster_state import ClusterState
@@ -13,6 +13,7 @@ from router.request import Demand
 class ClusterReport:
     """Attributes:
     loads: Last reported loads, of all instances that have reported.
+    immovable: Instances whose engines cannot move requests.
     slots: vLLM's number of each live instance, by id.
     stats: By instance id.
     stranded: Requests that wait on an instance for a decode instance to take them, by instance id.
@@ -28,3 +29,4 @@ class ClusterReport:
     waiting: Demand
     num_running: int
     state: ClusterState | None
+    immovable: Collection[str] = ()

@@ -121,6 +121,11 @@ class Timeline:
             return "waiting"
         return "prefill" if self.stays[-1].first_token_at is None else "decode"
 
+    @property
+    def instance(self) -> str | None:
+        """The instance that it is on now; None while it waits for one, and after its end."""
+        return self.stays[-1].instance if self.state in ("prefill", "decode") else None
+
     def as_json(self, unix_offset_s: float = 0.0) -> dict[str, Any]:
         """The JSON of `GET /cluster/requests/{id}`. Times are in seconds since the request was issued.
 
@@ -138,6 +143,7 @@ class Timeline:
             "id": self.request_id,
             "name": self.name,
             "state": self.state,
+            "instance": self.instance,
             "outcome": self.outcome or None,
             "issued_at": round(self.issued_at + unix_offset_s, 3),
             "prompt_tokens": self.prompt_tokens,

@@ -89,3 +89,30 @@ def test_the_stages_of_a_request_are_shown(capsys: pytest.CaptureFixture[str]) -
     for text in ("cmpl-x-0-1 (cmpl-x-0): decode", "prefill", "0.500 s", "p0 -> d0", "refused: it is full"):
         assert text in shown
     assert service.paths == ["requests/x"]
+
+
+def test_instances_that_cannot_move_requests_are_named_with_the_reason(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    show(Service({**CLUSTER, "instances": [INSTANCE | {"no_migration": "speculative decoding"}]}))
+
+    assert "neutral-0 serves without migration: speculative decoding" in capsys.readouterr().out
+
+
+def test_a_running_request_is_shown_with_the_instance_that_it_is_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recorder = RequestRecorder()
+    recorder.issued("r", 0.0, NewRequest(10, 0, ()))
+
+    show_request(Service({"requests": recorder.find("r")}), "r")
+    assert "waiting for an instance" in capsys.readouterr().out
+    recorder.dispatched("r", "prefill-0", "prefill", 1.0)
+    show_request(Service({"requests": recorder.find("r")}), "r")
+    assert "prefill on prefill-0" in capsys.readouterr().out
+    recorder.first_token_from("r", "prefill-0", "prefill", 2.0)
+    recorder.first_token_from("r", "decode-1", "decode", 3.0)
+    show_request(Service({"requests": recorder.find("r")}), "r")
+    assert "decode on decode-1" in capsys.readouterr().out
+    recorder.ended("r", "stop", 4.0)
+    assert recorder.find("r")[0]["instance"] is None

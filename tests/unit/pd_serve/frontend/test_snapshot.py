@@ -1,5 +1,6 @@
 """What `GET /cluster` shows of an instance."""
 
+import dataclasses
 import json
 
 import msgspec
@@ -27,6 +28,15 @@ def test_an_instance_has_the_role_and_numbers_of_its_report() -> None:
     assert (snapshot.state, snapshot.role, snapshot.free_blocks) == ("ready", "prefill", 4)
     assert (snapshot.running, snapshot.waiting, snapshot.migrating_in) == (2, 1, 3)
     assert snapshot.freeness == 2.0
+
+
+def test_an_instance_has_the_reason_why_its_requests_cannot_move() -> None:
+    engine = dataclasses.replace(INFO.engine, no_migration="speculative decoding")
+    info = dataclasses.replace(INFO, engine=engine)
+
+    assert InstanceSnapshot.of(INFO, None).no_migration is None
+    for load in (None, InstanceLoad("d0", "decode", total_blocks=10)):
+        assert InstanceSnapshot.of(info, load).no_migration == "speculative decoding"
 
 
 def test_a_draining_instance_has_no_freeness() -> None:

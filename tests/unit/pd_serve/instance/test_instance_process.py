@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 
+from migration.engine_interface import EngineFacts
 from migration.transport.local import LocalFabric
 from pd_serve.comm.wire import CurveKeys
+from pd_serve.errors import InvalidRequestError
 from pd_serve.instance import instance_process
 from pd_serve.instance.instance_process import Instance, InstanceConfig
 from pd_serve.simulated_engine.cost_model import COST_MODELS
 from pd_serve.simulated_engine.settings import EngineSettings
+from pd_serve.simulated_engine.simulated_engine import SimulatedEngine
 
 
 def config(**more: Any) -> InstanceConfig:
@@ -87,3 +90,20 @@ async def test_a_dead_engine_ends_the_whole_process(
     assert codes == [1]
     assert "this instance ends: no memory is left" in caplog.text
     await instance.stop()
+
+
+@pytest.mark.parametrize("needed", [True, False])
+async def test_an_instance_that_has_to_move_requests_does_not_start_if_it_cannot(
+    monkeypatch: pytest.MonkeyPatch, needed: bool
+) -> None:
+    facts = EngineFacts("tensor parallelism", 512, 100, 16, ("generate",))
+    monkeypatch.setattr(SimulatedEngine, "facts", facts)
+    instance = Instance()
+
+    if needed:
+        with pytest.raises(InvalidRequestError, match="tensor parallelism; start with --neutral"):
+            await instance.start(config(needs_migration=True))
+    else:
+        info = await instance.start(config())
+        assert info.engine.no_migration == "tensor parallelism"
+        await instance.stop()

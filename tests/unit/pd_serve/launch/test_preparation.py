@@ -2,12 +2,15 @@
 
 import os
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from pd_serve.config import ServeConfig
+from pd_serve.errors import InvalidRequestError
 from pd_serve.launch import preparation
-from pd_serve.launch.preparation import find_model, placements
+from pd_serve.launch.preparation import check_handoffs, find_model, placements
 
 
 @pytest.fixture(autouse=True)
@@ -46,3 +49,28 @@ def test_the_environment_of_the_engines_is_set_in_this_process_too(monkeypatch: 
     assert source.path == "org/model"
     assert source.environment["OMP_NUM_THREADS"] == "4"
     assert source.environment.items() <= os.environ.items()
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_refused"),
+    [
+        ({}, True),
+        ({"neutral": 2}, False),
+        ({"allow_no_migration": True}, False),
+        ({"engine": "simulated"}, False),
+    ],
+)
+def test_disaggregation_is_refused_before_the_start_if_requests_cannot_move(
+    settings: dict[str, Any], is_refused: bool
+) -> None:
+    parallel = SimpleNamespace(tensor_parallel_size=2, pipeline_parallel_size=1)
+    engine: Any = SimpleNamespace(parallel_config=parallel)
+    config = ServeConfig(**settings)
+
+    if is_refused:
+        with pytest.raises(
+            InvalidRequestError, match=r"parallelism.*start with --neutral.*--allow-no-migration"
+        ):
+            check_handoffs(config, engine)
+    else:
+        check_handoffs(config, engine)

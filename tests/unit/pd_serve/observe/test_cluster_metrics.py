@@ -38,12 +38,15 @@ class World:
         self.slots = {load.instance_id: slot for slot, load in enumerate(LOADS)}
         self.stats: dict[str, InstanceStats] = {}
         self.stranded: dict[str, int] = {}
+        self.immovable: set[str] = set()
         self.state: ClusterState | None = None
         self.registry = CollectorRegistry()
         self.registry.register(ClusterMetrics(self.report))
 
     def report(self) -> ClusterReport:
-        return ClusterReport(self.loads, self.slots, self.stats, self.stranded, Demand(3, 99), 5, self.state)
+        return ClusterReport(
+            self.loads, self.slots, self.stats, self.stranded, Demand(3, 99), 5, self.state, self.immovable
+        )
 
     def value(self, name: str, **labels: str) -> float | None:
         return self.registry.get_sample_value(f"pd_serve_{name}", labels)
@@ -111,6 +114,14 @@ def test_loads_waiting_and_running_requests_are_exported() -> None:
     assert world.value("waiting_line_requests") == 3
     assert world.value("running_requests") == 5
     assert world.value("fragmented_blocks") == 40
+
+
+def test_an_instance_whose_engine_cannot_move_requests_is_exported() -> None:
+    world = World()
+    world.immovable = {"p0"}
+
+    assert world.value("instance_migration_enabled", instance="p0", role="prefill") == 0
+    assert world.value("instance_migration_enabled", instance="d0", role="decode") == 1
 
 
 def test_statistics_of_an_instance_are_exported_until_it_leaves() -> None:
