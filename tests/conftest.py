@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+import tests.environment  # noqa: F401  before anything changes the environment
+
 UNIT_TESTS = Path(__file__).parent / "unit"
 
 settings.register_profile(

@@ -1,11 +1,12 @@
 """The environment that `make compat` makes, and what runs in it."""
 
 import asyncio
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+
+from tests.environment import START_ENVIRONMENT
 
 SCRIPTS = Path(__file__).parent / "other_clients"
 COMPAT = Path(__file__).parents[2] / ".venv-compat"
@@ -19,7 +20,7 @@ async def output_of(*command: str | Path, codes: Sequence[int] = (0,), **environ
     """What a command prints."""
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
-        *map(str, command), stdout=pipe, stderr=pipe, env=os.environ | environment
+        *map(str, command), stdout=pipe, stderr=pipe, env=START_ENVIRONMENT | environment
     )
     try:
         out, err = await process.communicate()

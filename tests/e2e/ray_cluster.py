@@ -1,7 +1,6 @@
 """A Ray cluster under test, and Ray Serve's commands to it."""
 
 import json
-import os
 import re
 import secrets
 import socket
@@ -17,6 +16,7 @@ import psutil
 
 from pd_serve.platform.environment import LOOPBACK
 from tests.e2e.server_process import ServerProcess
+from tests.environment import START_ENVIRONMENT
 
 #: `pd_serve.launch.ray_serve` is found from here.
 ROOT = Path(__file__).parents[2]
@@ -73,7 +73,7 @@ class RayCluster(ServerProcess):
             time.sleep(0.5)
 
     def _environment(self) -> dict[str, str]:
-        return os.environ | self.environment | {"RAY_ADDRESS": self.address()}
+        return START_ENVIRONMENT | self.environment | {"RAY_ADDRESS": self.address()}
 
     def processes(self, title: str) -> list[psutil.Process]:
         """Ray's workers whose title has this in it."""

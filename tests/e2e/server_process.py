@@ -12,6 +12,8 @@ from pathlib import Path
 import httpx
 import psutil
 
+from tests.environment import START_ENVIRONMENT
+
 READY_S = 240.0
 STOP_S = 10.0
 SHM = Path("/dev/shm")
@@ -37,7 +39,7 @@ class ServerProcess:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, **(environment or {})},
+                env={**START_ENVIRONMENT, **(environment or {})},
             )
         self._root = psutil.Process(self.process.pid)
 

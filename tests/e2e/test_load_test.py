@@ -3,7 +3,6 @@
 import asyncio
 import itertools
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from tests.e2e.completion_client import CompletionClient
 from tests.e2e.conftest import run_cluster
 from tests.e2e.server_process import ServerProcess
+from tests.environment import START_ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,7 +37,7 @@ async def locust(server: ServerProcess, report: Path, *arguments: str) -> tuple[
         *load,
         *arguments,
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=START_ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )

@@ -15,6 +15,7 @@ from tests.e2e.conftest import run_cluster
 from tests.e2e.prompts import token_ids
 from tests.e2e.server_process import ServerProcess, pd_serve
 from tests.e2e.test_same_output import assert_same
+from tests.environment import START_ENVIRONMENT
 
 #: A new instance is a new process that imports vLLM, beside whatever else this machine does.
 START_S = 90.0
@@ -54,6 +55,7 @@ async def command(server: ServerProcess, *arguments: str) -> tuple[int, str]:
     """Exit code and output of a command to the running service."""
     process = await asyncio.create_subprocess_exec(
         *pd_serve(*arguments, "--url", server.url),
+        env=START_ENVIRONMENT,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )

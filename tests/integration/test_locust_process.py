@@ -1,7 +1,6 @@
 """The whole load test in its own process, against a server with known faults."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.environment import START_ENVIRONMENT
 from tests.integration.fake_model_server import Chunks, FakeModelServer
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +34,7 @@ def locust(*arguments: str) -> subprocess.CompletedProcess[str]:
         "--headless",
         "--only-summary",
     ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = START_ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
     )

@@ -21,6 +21,7 @@ import pytest
 from migration.transport.kv_transport import KvRegion
 from migration.transport.nixl import NixlTransport
 from pd_serve.errors import PeerLostError
+from tests.environment import START_ENVIRONMENT
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(60)]
 
@@ -74,7 +75,7 @@ def _run_this(*arguments: str, environment: dict[str, str] | None = None) -> sub
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": root, **(environment or {})},
+        env={**START_ENVIRONMENT, "PYTHONPATH": root, **(environment or {})},
     )
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.environment import START_ENVIRONMENT
+
 ROOT = Path(__file__).parents[3]
 SITE_PACKAGES = Path(sysconfig.get_path("purelib"))
 
@@ -46,7 +48,7 @@ def without_vllm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(installed: Path, packages: Path, arguments: Sequence[str]) -> "subprocess.CompletedProcess[str]":
     """-S: without the link of this environment to the checkout."""
-    environment = os.environ | {"PYTHONPATH": f"{installed}{os.pathsep}{packages}", "COLUMNS": "80"}
+    environment = START_ENVIRONMENT | {"PYTHONPATH": f"{installed}{os.pathsep}{packages}", "COLUMNS": "80"}
     return subprocess.run(
         [sys.executable, "-S", *arguments],
         cwd=installed,
