@@ -1,4 +1,4 @@
-"""Hypothesis profiles; and a unit test fails if a task outlives it."""
+"""Hypothesis profiles; the order of tests; and a unit test fails if a task outlives it."""
 
 import asyncio
 import logging
@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, settings
 import tests.environment  # noqa: F401  before anything changes the environment
 
 UNIT_TESTS = Path(__file__).parent / "unit"
+E2E_TESTS = Path(__file__).parent / "e2e"
 
 settings.register_profile(
     "random", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
@@ -22,6 +23,31 @@ settings.register_profile(
 settings.register_profile("repeatable", settings.get_profile("random"), derandomize=True, database=None)
 settings.register_profile("thorough", settings.get_profile("random"), max_examples=5000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Orders the tests, and groups them for pytest-xdist.
+
+    In one process, tests of the shared cluster come last, so that the special clusters are gone by then. Two
+    processes (`make test`) take groups in order: one begins with the tests of the shared cluster, the other
+    with those that need no cluster, then both take the modules that have a cluster of their own.
+    """
+    is_worker = hasattr(config, "workerinput")  # set by pytest-xdist
+
+    def is_e2e(item: pytest.Item) -> bool:
+        return E2E_TESTS in item.path.parents
+
+    def shares_cluster(item: pytest.Item) -> bool:
+        return "cluster" in getattr(item, "fixturenames", ())
+
+    for item in items:
+        if is_e2e(item):
+            item.add_marker(pytest.mark.e2e)
+        item.add_marker(pytest.mark.xdist_group("cluster" if shares_cluster(item) else str(item.path)))
+    items.sort(key=lambda item: (is_e2e(item), shares_cluster(item)))
+    if is_worker:
+        items.sort(key=lambda item: not shares_cluster(item))
+
 
 _left_behind: list[str] = []
 _cancel_all_tasks = runners._cancel_all_tasks

@@ -1,7 +1,6 @@
 """Servers for the end-to-end tests: plain vLLM as the reference, and clusters of pd-serve.
 
-One cluster runs at a time. Tests of the shared one (`cluster`) come last, so that the special ones, which
-belong to a module each, are gone by then.
+A process of pytest runs one cluster at a time, except that the shared one (`cluster`) stays until it ends.
 """
 
 import asyncio
@@ -21,15 +20,7 @@ from tests.e2e.completion_client import Answer, Body, CompletionClient
 from tests.e2e.server_process import ServerProcess, pd_serve
 from tests.e2e.verdicts import Verdicts
 
-HERE = Path(__file__).parent
 TIMEOUT = httpx.Timeout(120.0)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if HERE in item.path.parents:
-            item.add_marker(pytest.mark.e2e)
-    items.sort(key=lambda item: (HERE in item.path.parents, "cluster" in getattr(item, "fixturenames", ())))
 
 
 @pytest.hookimpl(wrapper=True)

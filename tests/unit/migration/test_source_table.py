@@ -25,14 +25,14 @@ def test_ends_by_itself_when_the_destination_is_silent(state: SourceState) -> No
     assert reachable(SOURCE_TABLE, state, alone) & ENDS
 
 
-@pytest.mark.parametrize("state", set(S) - ENDS - {S.RETREATING, S.RELEASING})
+@pytest.mark.parametrize("state", sorted(set(S) - ENDS - {S.RETREATING, S.RELEASING}))
 def test_leaves_every_wait_for_the_destination_when_that_is_lost(state: SourceState) -> None:
     next_state, actions = SOURCE_TABLE[state][E.PEER_LOST]
     assert next_state is (S.ABORTED if state in RUNNING else S.RETREATING)
     assert (A.RESUME in actions) == (state not in RUNNING)
 
 
-@pytest.mark.parametrize("state", set(S) - ENDS - {S.RELEASING})
+@pytest.mark.parametrize("state", sorted(set(S) - ENDS - {S.RELEASING}))
 def test_a_migration_ends_at_once_with_its_request(state: SourceState) -> None:
     next_state, actions = SOURCE_TABLE[state][E.GONE]
     assert next_state is S.ABORTED
@@ -43,13 +43,13 @@ def test_a_migration_ends_at_once_with_its_request(state: SourceState) -> None:
     assert (A.SEND_WITHDRAW in actions) == (state is not S.RETREATING)
 
 
-@pytest.mark.parametrize("state", set(S) - ENDS)
+@pytest.mark.parametrize("state", sorted(set(S) - ENDS))
 def test_every_state_handles_end_loss_and_cancellation(state: SourceState) -> None:
     """No state forbids the request to end, the peer to die, or the instance to change its mind."""
     assert {E.GONE, E.PEER_LOST, E.CANCELLED} <= set(SOURCE_TABLE[state])
 
 
-@pytest.mark.parametrize("state", set(S) - ENDS)
+@pytest.mark.parametrize("state", sorted(set(S) - ENDS))
 def test_every_state_handles_its_bound(state: SourceState) -> None:
     """What the driver's timer feeds is allowed wherever it is armed, and leaves or reminds."""
     next_state, actions = SOURCE_TABLE[state][E.TIMED_OUT]
