@@ -128,7 +128,7 @@ class CompletionClient:
         response = await self.http.post("/cluster/drain", json={"instance": instance, **options})
         assert response.status_code == 202, response.text
 
-    async def until(self, found: Callable[[dict[str, Any]], bool], bound_s: float = 20.0) -> dict[str, Any]:
+    async def until(self, found: Callable[[dict[str, Any]], bool], bound_s: float = 60.0) -> dict[str, Any]:
         """Waits until something is true of `GET /cluster`."""
         seen: dict[str, Any] = {}
         try:

@@ -15,7 +15,7 @@ import psutil
 from tests.environment import START_ENVIRONMENT
 
 READY_S = 240.0
-STOP_S = 10.0
+STOP_S = 30.0
 SHM = Path("/dev/shm")
 
 

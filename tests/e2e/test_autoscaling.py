@@ -15,7 +15,7 @@ from tests.e2e.server_process import ServerProcess
 from tests.e2e.streams import load
 
 #: A new instance is a new process that imports vLLM.
-START_S = 90.0
+START_S = 180.0
 
 BODIES: list[Body] = [{"prompt": token_ids(200, i), "max_tokens": 300} for i in range(6)]
 

@@ -49,7 +49,7 @@ async def leave(task: "asyncio.Task[None]") -> None:
 
 async def until(client: CompletionClient, what: Callable[[dict[str, Any]], bool]) -> None:
     """Waits until that is true of the prefill instance."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(90):
         while True:
             instances = (await client.cluster())["instances"]
             if what(next(instance for instance in instances if instance["role"] == "prefill")):

@@ -66,7 +66,7 @@ async def test_requests_beyond_the_waiting_limit_get_429(
 
 
 async def test_a_client_that_tries_again_is_served(client: CompletionClient) -> None:
-    """openai-python waits for as long as `Retry-After` says. To compute a prompt takes longer than to send it."""
+    """openai-python waits as long as `Retry-After` says. Computing a prompt takes longer than sending it."""
     many = 20
     statuses: list[int] = []
 

@@ -18,7 +18,7 @@ from tests.e2e.test_same_output import assert_same
 from tests.environment import START_ENVIRONMENT
 
 #: A new instance is a new process that imports vLLM, beside whatever else this machine does.
-START_S = 90.0
+START_S = 180.0
 
 BODIES: list[Body] = [{"prompt": token_ids(150, i), "max_tokens": 200} for i in range(4)]
 

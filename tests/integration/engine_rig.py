@@ -180,7 +180,7 @@ class Baggage:
         return msgspec.structs.replace(self.description, **changes)
 
 
-async def eventually(condition: Any, bound_s: float = 30.0) -> None:
+async def eventually(condition: Any, bound_s: float = 60.0) -> None:
     async with asyncio.timeout(bound_s):
         while not condition():  # noqa: ASYNC110 - what is waited for is on another thread
             await asyncio.sleep(0.002)

@@ -54,7 +54,7 @@ class LocalService:
 
 
 async def eventually(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110 - what is waited for is vLLM's state
             await asyncio.sleep(0.005)
 

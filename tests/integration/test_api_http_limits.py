@@ -5,7 +5,7 @@ import json
 import ssl
 import subprocess
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,13 @@ async def connection(
     service: LocalService,
 ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     reader, writer = await asyncio.open_connection("127.0.0.1", service.http.base_url.port)
-    async with asyncio.timeout(30):
-        yield reader, writer
-    writer.close()
+    try:
+        async with asyncio.timeout(90):
+            yield reader, writer
+    finally:
+        writer.close()
+        with suppress(OSError):  # the server may have closed first
+            await writer.wait_closed()
 
 
 async def answer_of(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], dict[str, Any]]:

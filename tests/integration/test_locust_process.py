@@ -36,7 +36,7 @@ def locust(*arguments: str) -> subprocess.CompletedProcess[str]:
     ]
     environment = START_ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
     )
 
 

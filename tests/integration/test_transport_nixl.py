@@ -60,11 +60,11 @@ class Source:
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             self.process.kill()
-        self.process.communicate(timeout=20)
+        self.process.communicate(timeout=90)
 
     def stop(self) -> int:
         """Lets it close its transport and end; returns its exit code."""
-        self.process.communicate(timeout=20)
+        self.process.communicate(timeout=90)
         return self.process.returncode
 
 
@@ -269,7 +269,7 @@ async def test_works_without_direct_access_to_the_peers_memory(
     environment = {"UCX_TLS": transports, "BUSY": "1"}
     source = await make_source("one", 1, environment)
     reader = await asyncio.to_thread(_run_this, "reader", source.endpoint.hex(), environment=environment)
-    output, _ = await asyncio.to_thread(reader.communicate, timeout=30)
+    output, _ = await asyncio.to_thread(reader.communicate, timeout=120)
     assert (output.strip(), reader.returncode) == ("exact", 0)
 
 
