@@ -166,6 +166,9 @@ class ServeConfig(BaseSettings):
 
     host: str = _flag(API, "127.0.0.1", "Address to serve on.")
     port: Port = _flag(API, 8000, "Port to serve on; 0 for any free one.", ge=0, le=65535)
+    service_name: str = _flag(
+        API, "pd-serve", "Name of the service in metrics and on the live page, to tell several apart."
+    )
     served_model_name: Words = _flag(
         API,
         (),

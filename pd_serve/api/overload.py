@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pd_serve.api.cluster_view import ClusterView
 from pd_serve.api.errors import error_response
+from pd_serve.observe.metrics import REFUSED_REQUESTS
 
 GENERATING_PATHS = frozenset(
     {
@@ -73,6 +74,7 @@ class OverloadMiddleware:
             return await self.app(scope, receive, send)
         refusal = self._refusal()
         if refusal is not None:
+            REFUSED_REQUESTS.labels(str(refusal.status_code)).inc()
             return await refusal(scope, receive, send)
 
         arrival = object()
@@ -87,6 +89,7 @@ class OverloadMiddleware:
 
         async def send_with_hint(message: Message) -> None:
             if message["type"] == "http.response.start" and message["status"] in (429, 503):
+                REFUSED_REQUESTS.labels(str(message["status"])).inc()
                 MutableHeaders(scope=message).setdefault("Retry-After", RETRY_AFTER["Retry-After"])
             await send(message)
 

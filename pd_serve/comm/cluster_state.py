@@ -69,7 +69,7 @@ class StartingInstance(msgspec.Struct, frozen=True):
 
 
 class ScaledCount(msgspec.Struct, frozen=True):
-    """Number of instances started or stopped (`action`) while serving."""
+    """Number of instances started, stopped or lost (`action`) while serving."""
 
     action: str
     role: str
@@ -98,6 +98,7 @@ class ClusterState(msgspec.Struct, frozen=True, tag=True):
         decisions: The latest decisions, newest first.
         scheduler_stats: Last metrics of the scheduler; None while there is no scheduler.
         problems: Failures of the manager's message handlers, one text each.
+        wanted: Number of instances that there should be at least, by role.
     """
 
     starting: list[StartingInstance]
@@ -108,3 +109,4 @@ class ClusterState(msgspec.Struct, frozen=True, tag=True):
     api_servers: list[str]
     scheduler_stats: SchedulerStats | None = None
     problems: list[str] = []
+    wanted: dict[str, int] = {}

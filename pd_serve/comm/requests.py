@@ -13,7 +13,13 @@ from pd_serve.comm.rpc import Request
 
 
 class CheckIntegrity(Request[list[str]], frozen=True, tag=True):
-    """Checks the invariants of one instance. Answer: the violations."""
+    """Checks the invariants of one instance. Answer: the violations.
+
+    Attributes:
+        at_rest: No request should be on its way, so that what is left of one is a violation, too.
+    """
+
+    at_rest: bool = True
 
 
 class ListRequests(Request[list[RequestId]], frozen=True, tag=True):

@@ -62,5 +62,8 @@ TRIAL_S, MAX_TRIAL_S, FORGIVEN_S = 0.25, 30.0, 60.0
 HANDOFF_RETRY_S = 0.25
 STRANDED_CHECK_S = 0.1
 
+#: Interval of the integrity checks that run by themselves, and of the looks of one such check.
+INTEGRITY_INTERVAL_S, INTEGRITY_LOOK_S = 60.0, 5.0
+
 #: Maximum time that an integrity check repeats until messages and requests in transit have arrived.
 INTEGRITY_SETTLE_S = 3.0

@@ -4,7 +4,7 @@ Instances are asked for the KV blocks of their requests only while a page is ope
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from typing import Protocol
 
 import msgspec
@@ -71,6 +71,7 @@ class LiveView:
         server: Name of the API server.
         snapshot: Gives the body of `GET /cluster`.
         instances: Asked for the blocks of their requests.
+        labels: `service` and `model_name`, for the head of the page.
     """
 
     def __init__(
@@ -79,8 +80,10 @@ class LiveView:
         snapshot: Callable[[], object],
         instances: HoldingsSource,
         recent: RecentEvents,
+        labels: Mapping[str, str] | None = None,
     ) -> None:
         self._server = server
+        self._labels = dict(labels or {})
         self._snapshot = snapshot
         self._instances = instances
         self._recent = recent
@@ -149,6 +152,8 @@ class LiveView:
         now, slots = recent.clock(), recent.slots() if is_first else recent.slots(LATEST_SLOTS)
         return {
             "server": self._server,
+            "service": self._labels.get("service", ""),
+            "model": self._labels.get("model_name", ""),
             "block_tokens": max((info.engine.block_tokens for info in self._instances), default=0),
             "cluster": self._snapshot(),
             "blocks": {

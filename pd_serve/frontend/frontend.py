@@ -7,6 +7,8 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from migration.messages import RequestId
+from migration.tasks import BackgroundTasks
 from pd_serve.comm.cluster_state import ClusterState
 from pd_serve.comm.membership import ApiServerInfo, InstanceInfo, Membership, MembershipView
 from pd_serve.comm.message_wire import MessageWire
@@ -23,6 +25,7 @@ from pd_serve.comm.requests import (
     CheckIntegrity,
     DrainInstance,
     FindRequests,
+    ListHoldings,
     ListRequests,
     ManualMigration,
     MigrateByName,
@@ -33,6 +36,7 @@ from pd_serve.comm.rpc import Answer, RpcServer
 from pd_serve.comm.timing import HEARTBEAT_S, INTEGRITY_SETTLE_S
 from pd_serve.errors import MigrationRefusedError, RefusalCode, UnknownTargetError
 from pd_serve.frontend.instances import Instances
+from pd_serve.frontend.integrity import IntegrityWatch, compare_holdings, lost, without_client
 from pd_serve.frontend.manager_client import ManagerClient
 from pd_serve.frontend.manual_migration import ManualMigrations, MigrationMode
 from pd_serve.frontend.output_codec import OutputCodec
@@ -57,6 +61,7 @@ class Frontend:
         dispatcher: Decides where requests start and where they are handed off to.
         num_slots: See `Instances`.
         clock: Clock of the recorded times, in seconds.
+        on_integrity: Called every minute with the violated invariants of the cluster; None: no such checks.
 
     Attributes:
         tokens: Has an `observer`, for measurements.
@@ -74,6 +79,7 @@ class Frontend:
         num_slots: int,
         recorder: RequestRecorder | None = None,
         clock: Callable[[], float] = time.monotonic,
+        on_integrity: Callable[[list[str]], None] | None = None,
     ) -> None:
         self._wire = wire
         self._loop = asyncio.get_running_loop()
@@ -106,8 +112,12 @@ class Frontend:
         info = ApiServerInfo(wire.listen(ToApiServer, self._on_message), token_endpoint)
         self._token_endpoint = token_endpoint
         self._manager.open(info)
+        self._watch = BackgroundTasks(wire.failures.task_failed)
+        if on_integrity is not None:
+            self._watch.start(IntegrityWatch(self._suspicions, on_integrity).run())
 
     async def close(self) -> None:
+        await self._watch.cancel()
         await self._manager.close()
         await self._server.close()
         self.requests.close()
@@ -212,6 +222,7 @@ class Frontend:
             decisions=state.decisions,
             restart=state.restart,
             api_servers=state.api_servers,
+            wanted=state.wanted,
         )
 
     def report(self) -> ClusterReport:
@@ -254,6 +265,7 @@ class Frontend:
         deadline = self._loop.time() + INTEGRITY_SETTLE_S
         while True:
             problems = await self._problems()
+            problems = problems or compare_holdings(await self.instances.call_all(ListHoldings()))
             if not problems or self._loop.time() > deadline:
                 return problems
             await asyncio.sleep(0.1)
@@ -266,13 +278,30 @@ class Frontend:
         for found in (await self.instances.call_all(CheckIntegrity())).values():
             problems += found
         live = await self.instances.call_all(ListRequests(self._token_endpoint))
-        for instance_id, request_ids in live.items():
-            if orphans := sorted(set(request_ids) - set(self.requests.requests)):
-                problems.append(f"{instance_id}: holds requests that no client waits for: {orphans}")
+        owners = self._owners()
+        for instance_id, orphans in without_client(live, owners).items():
+            problems.append(f"{instance_id}: holds requests that no client waits for: {orphans}")
+        problems += [f"no instance has the request {request_id}" for request_id in lost(live, owners)]
         waiting = sum(not request.ledger.token_ids for request in self.requests.requests.values())
         if self.num_waiting != waiting:
             problems.append(f"{self.num_waiting} requests are counted as waiting, and {waiting} wait")
         return problems
+
+    async def _suspicions(self) -> list[str]:
+        """What seems to be violated now, although requests are on their way; one line each."""
+        found: list[str] = []
+        for problems in (await self.instances.call_all(CheckIntegrity(at_rest=False))).values():
+            found += problems
+        live = await self.instances.call_all(ListRequests(self._token_endpoint))
+        owners = self._owners()
+        for instance_id, orphans in without_client(live, owners).items():
+            found += [f"{instance_id}: no client waits for the request {orphan}" for orphan in orphans]
+        found += [f"no instance has the request {request_id}" for request_id in lost(live, owners)]
+        return found + compare_holdings(await self.instances.call_all(ListHoldings()))
+
+    def _owners(self) -> dict[RequestId, str]:
+        """The instance of each request in progress; "" for one that waits."""
+        return {request_id: request.ledger.owner for request_id, request in self.requests.requests.items()}
 
     # ---- calls of other API servers, forwarded by the manager
 

@@ -88,8 +88,8 @@ class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         migrations: Numbers of committed and aborted migrations, by reason.
         manager: "alive" or "absent".
-        scheduler, scaled, decisions, restart, api_servers: See `ClusterState`; empty before the manager's
-            first report.
+        scheduler, scaled, decisions, restart, api_servers, wanted: See `ClusterState`; empty before the
+            manager's first report.
     """
 
     instances: list[InstanceSnapshot]
@@ -101,3 +101,4 @@ class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     decisions: list[PastDecision] = []
     restart: RestartState | None = None
     api_servers: list[str] = []
+    wanted: dict[str, int] = {}

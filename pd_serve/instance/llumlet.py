@@ -253,7 +253,9 @@ class Llumlet:
         return [f"{self.name}: {problem}" for problem in problems] + self._wire.failures.problems()
 
     async def _serve_integrity(self, sender: str, request: CheckIntegrity) -> list[str]:
-        return await self.check_integrity()
+        if request.at_rest:
+            return await self.check_integrity()
+        return [f"{self.name}: {problem}" for problem in await self.engine.check_integrity()]
 
     async def _live_requests(self, sender: str, request: ListRequests) -> list[RequestId]:
         return await self.engine.live_requests(request.token_endpoint)

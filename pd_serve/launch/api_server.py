@@ -16,7 +16,7 @@ from pd_serve.dashboard.recent import RecentEvents
 from pd_serve.frontend.frontend import Frontend
 from pd_serve.launch.preparation import Prepared
 from pd_serve.observe import request_log
-from pd_serve.observe.metrics import RequestMetrics
+from pd_serve.observe.metrics import RequestMetrics, show_integrity
 from pd_serve.observe.recorder import Observer, RequestRecorder
 from router.dispatcher import Dispatcher
 
@@ -76,6 +76,7 @@ class ApiServer:
                 Dispatcher(config.policies, clock=asyncio.get_running_loop().time),
                 num_slots=config.max_instances + SPARE_SLOTS,
                 recorder=_recorder(server, recent),
+                on_integrity=show_integrity,
             )
             stack.push_async_callback(frontend.close)
             infos = await frontend.wait_for_instances()
@@ -102,8 +103,9 @@ class ApiServer:
                 admin_key=config.admin_key,
                 max_body_bytes=config.max_body_bytes,
             )
-            show_metrics(app, frontend.report)
-            live = LiveView(wire.name, frontend.snapshot, frontend.instances, recent)
+            labels = {"service": config.service_name, "model_name": server.served_model_name[0]}
+            show_metrics(app, frontend.report, labels=labels)
+            live = LiveView(wire.name, frontend.snapshot, frontend.instances, recent, labels)
             stack.push_async_callback(live.close)
             show_dashboard(app, live)
             return cls(app, frontend, client, stack.pop_all())

@@ -36,7 +36,7 @@ class DecisionLog:
         self._on_change()
 
     def count(self, action: str, role: str) -> None:
-        """Counts an instance that was started ("start") or stopped ("stop") while serving."""
+        """Counts an instance that was started, stopped or lost ("start", "stop", "lost") while serving."""
         self._scaled[action, role] += 1
 
     def latest(self) -> list[PastDecision]:

@@ -183,6 +183,7 @@ class Manager:
         self.register.remove(instance_id)
         self._wire.disconnect(instance_id)
         self._stopper.forget(instance_id)
+        self.log.count("lost", role)
         self._starter.died(role, age_s)
         self._sizes.replace_dead(instance_id, role)
         self._changed()
@@ -259,6 +260,7 @@ class Manager:
             api_servers=list(self._announcer.api_servers),
             scheduler_stats=self._scheduler.stats,
             problems=self._wire.failures.problems(),
+            wanted=self._sizes.least,
         )
 
     # ---- messages

@@ -38,6 +38,11 @@ class PoolSizes:
         self.wanted = dict(wanted)
         self._stopped: dict[str, str] = {}  # roles of instances that an operator stops, by id
 
+    @property
+    def least(self) -> dict[str, int]:
+        """Sizes that the pools should have at least; that of an autoscaled pool is its lower bound."""
+        return self.wanted | {role: bounds.least for role, bounds in self._autoscale.items()}
+
     def size(self, role: str) -> int:
         """Number of instances of a role that serve and are not leaving, or are being started."""
         staying = [

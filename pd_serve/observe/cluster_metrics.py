@@ -129,6 +129,19 @@ class ClusterMetrics(Collector):
 
     def _cluster(self, report: ClusterReport) -> Iterator[Metric]:
         loads = report.loads
+        wanted = report.state.wanted if report.state is not None else {}
+        sizes = GaugeMetricFamily(
+            "pd_serve_wanted_instances",
+            "Instances that there should be at least: the size of a pool, or its lower bound if autoscaled.",
+            labels=["role"],
+        )
+        ready = GaugeMetricFamily(
+            "pd_serve_ready_instances", "Instances that serve, draining ones included.", labels=["role"]
+        )
+        for role in ROLES:
+            sizes.add_metric([role], wanted.get(role, 0))
+            ready.add_metric([role], sum(load.role == role for load in loads))
+        yield from (sizes, ready)
         yield GaugeMetricFamily(
             "pd_serve_fragmented_blocks",
             "Free KV blocks that would suffice for queued requests if they were on one instance.",
@@ -161,11 +174,12 @@ class ClusterMetrics(Collector):
         )
         scaled = CounterMetricFamily(
             "pd_serve_scaled_instances",
-            "Instances started and stopped while serving, by action (start, stop) and role.",
+            "Instances started, stopped and lost (died, or ended because they hung) while serving, by action "
+            "(start, stop, lost) and role.",
             labels=["action", "role"],
         )
         counts = {(c.action, c.role): c.instances for c in report.state.scaled} if report.state else {}
-        for action in ("start", "stop"):
+        for action in ("start", "stop", "lost"):
             for role in ROLES:
                 scaled.add_metric([action, role], counts.get((action, role), 0))
         yield scaled

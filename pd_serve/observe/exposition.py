@@ -1,6 +1,6 @@
 """`/metrics`: vLLM's metrics with instance names, and the metrics of pd-serve."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, generate_latest
@@ -13,6 +13,7 @@ from starlette.routing import Route
 
 from pd_serve.observe.cluster_metrics import ClusterMetrics
 from pd_serve.observe.cluster_report import ClusterReport
+from pd_serve.observe.service_labels import WithServiceLabels
 
 
 class WithInstances(Collector):
@@ -37,16 +38,23 @@ class WithInstances(Collector):
 
 
 def show_metrics(
-    app: FastAPI, report: Callable[[], ClusterReport], registry: CollectorRegistry = REGISTRY
+    app: FastAPI,
+    report: Callable[[], ClusterReport],
+    registry: CollectorRegistry = REGISTRY,
+    labels: Mapping[str, str] | None = None,
 ) -> None:
-    """Serves the metrics of a registry and of the cluster, in place of vLLM's own `/metrics`."""
+    """Serves the metrics of a registry and of the cluster, in place of vLLM's own `/metrics`.
+
+    Args:
+        labels: Of the service, on each sample of pd-serve and vLLM.
+    """
     shown = CollectorRegistry(auto_describe=True)  # for `?name[]=`
 
     def instances() -> dict[str, str]:
         return {str(slot): name for name, slot in report().slots.items()}
 
-    shown.register(WithInstances(instances, registry))
-    shown.register(ClusterMetrics(report))
+    for collector in (WithInstances(instances, registry), ClusterMetrics(report)):
+        shown.register(WithServiceLabels(collector, labels or {}))
 
     async def metrics(request: Request) -> Response:
         # Runs on the event loop, as all code that changes these values. In the plain text format only:

@@ -5,7 +5,7 @@ Metrics of instances and scheduler are in `pd_serve.observe.cluster_metrics`.
 
 from collections.abc import Mapping
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 
 from pd_serve.comm.membership import InstanceInfo
 from pd_serve.observe.histogram import BatchHistogram
@@ -115,12 +115,26 @@ NODE_BYTES = Counter(
 
 # ---- the service
 
-INTEGRITY_CHECKS = Counter("pd_serve_integrity_checks", "Checks by GET /cluster/integrity.")
+REFUSED_REQUESTS = Counter(
+    "pd_serve_refused_requests",
+    "Requests refused with 429 (too many wait) or 503 (no instance is available), by status.",
+    ["status"],
+)
+
+INTEGRITY_CHECKS = Counter(
+    "pd_serve_integrity_checks",
+    "Checks of the cluster, by itself every minute and by GET /cluster/integrity.",
+)
 INTEGRITY_VIOLATIONS = Counter(
-    "pd_serve_integrity_violations", "Violated invariants found by these checks; should be 0 at rest."
+    "pd_serve_integrity_violations", "Violated invariants found by these checks; should be 0."
+)
+INTEGRITY_PROBLEMS = Gauge(
+    "pd_serve_integrity_problems", "Violated invariants found by the last check that ran by itself."
 )
 
 # Exported as 0 before the first event, so that rates include it.
+for _status in ("429", "503"):
+    REFUSED_REQUESTS.labels(_status)
 for _outcome in ("stop", "length", "abort", "error"):
     REQUESTS.labels(_outcome)
 for _reason in ("handoff", "balance", "defragment", "drain", "manual"):
@@ -128,6 +142,18 @@ for _reason in ("handoff", "balance", "defragment", "drain", "manual"):
         MIGRATIONS.labels(_reason, _outcome)
     MIGRATED_BLOCKS.labels(_reason)
     MIGRATED_BYTES.labels(_reason)
+
+
+def count_integrity_check(violations: list[str]) -> None:
+    """Counts a check by GET /cluster/integrity, or one that ran by itself."""
+    INTEGRITY_CHECKS.inc()
+    INTEGRITY_VIOLATIONS.inc(len(violations))
+
+
+def show_integrity(violations: list[str]) -> None:
+    """Counts a check that ran by itself, and shows its result."""
+    count_integrity_check(violations)
+    INTEGRITY_PROBLEMS.set(len(violations))
 
 
 class RequestMetrics(Observer):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,7 +134,8 @@ async def test_every_query_of_the_dashboards_has_data(
         assert panels
         for panel in panels:
             for target in panel["targets"]:
-                query = target["expr"].replace("$__rate_interval", "1m").replace("$instance", ".*")
+                query = target["expr"].replace("$__rate_interval", "1m")
+                query = re.sub(r"\$(instance|service|model)\b", ".*", query)
                 assert "$" not in query, query
                 if not await asyncio.to_thread(prometheus.has_data, query):
                     silent.append(f"{path.name}: {panel['title']}: {query}")
@@ -145,7 +147,7 @@ async def test_every_query_of_the_dashboards_has_data(
         return float(found["value"][1])
 
     assert value("count(max by (instance) (pd_serve_instance_info))") == 3
-    assert value('sum(pd_serve_requests_total{outcome="length"})') >= 5
+    assert value('sum(pd_serve_requests_total{service="pd-serve",model_name="tiny",outcome="length"})') >= 5
     assert value('sum(pd_serve_migrations_total{reason="handoff",outcome="committed"})') >= 5
     assert value('sum(pd_serve_migrations_total{reason="drain",outcome="committed"})') >= 1
     assert value("sum(pd_serve_inter_token_latency_seconds_count)") >= 59 + 4 * 99
