@@ -4,9 +4,7 @@ Each of the three services has one API server and one simulated engine, so that 
 """
 
 import asyncio
-import json
 import os
-import secrets
 import statistics
 import tempfile
 from collections.abc import AsyncIterator
@@ -22,9 +20,9 @@ from loadtests.bench.overhead import closed_loop
 from loadtests.bench.report import BenchmarkReport
 from loadtests.bench.rounds import RoundMedians
 from loadtests.bench.simulated_server import simulated_server, write_step_table
-from loadtests.servers import HOST, MODEL, RunningServer, ServerCommand, free_port, running, script
+from loadtests.ray_serve_service import deploy, head_command, new_environment, write_config
+from loadtests.servers import MODEL, RunningServer, ServerCommand, free_port, running
 from loadtests.terminal import numbers_table
-from pd_serve.platform.environment import LOOPBACK
 
 ALONE, PROXY, HAPROXY = "pd-serve serve", "Serve, Python proxy", "Serve, HAProxy"
 
@@ -36,14 +34,8 @@ ROUNDS = 3
 STEP_MS = 5.0
 SETTLE_S = 1.0
 
-ENVIRONMENT = {
-    **LOOPBACK,
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_enable_worker_prestart": "0",
-    "RAY_AUTH_MODE": "token",
-    "RAY_raylet_start_wait_time_s": "180",
-    "RAY_worker_niceness": "0",  # as under `pd-serve serve`
-}
+#: Builds the application.
+IMPORT_PATH = "pd_serve.launch.ray_serve:build"
 
 
 @asynccontextmanager
@@ -60,64 +52,17 @@ async def service(name: str) -> AsyncIterator[RunningServer]:
             async with running(simulated_server(name, cost_model, port)) as server:
                 yield server
             return
-        dashboard, head = free_port(), _head(Path(folder))
-        environment = ENVIRONMENT | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        config = _config(Path(folder), port, cost_model, haproxy=name == HAPROXY)
-        deploying = asyncio.create_task(_deploy(config, dashboard, environment))
+        dashboard, environment = free_port(), new_environment()
+        arguments = {"model": MODEL, "neutral": 1, "engine": "simulated", "cost_model": str(cost_model)}
+        config = write_config(Path(folder), port, arguments, IMPORT_PATH, haproxy=name == HAPROXY)
+        deploying = asyncio.create_task(deploy(config, dashboard, environment))
         try:
-            command = [*head, f"--dashboard-port={dashboard}"]
+            command = head_command(Path(folder), free_port(), dashboard)
             async with running(ServerCommand(name, command, port, environment)) as server:
                 yield server
         finally:
             deploying.cancel()
             await asyncio.gather(deploying, return_exceptions=True)
-
-
-def _head(folder: Path) -> list[str]:
-    options = {
-        "node-ip-address": HOST,
-        "port": free_port(),
-        "dashboard-host": HOST,
-        "num-cpus": 4,
-        "object-store-memory": 80 * 2**20,
-        "temp-dir": folder,
-    }
-    return [script("ray"), "start", "--head", "--block", *(f"--{k}={v}" for k, v in options.items())]
-
-
-def _config(folder: Path, port: int, cost_model: Path, *, haproxy: bool) -> Path:
-    """A Serve configuration like deploy/serve.yaml, with one API server and one simulated engine."""
-    variables = {"RAY_SERVE_ENABLE_HA_PROXY": str(int(haproxy))}
-    application = {
-        "name": "bench",
-        "route_prefix": "/",
-        "import_path": "pd_serve.launch.ray_serve:build",
-        "args": {"model": MODEL, "neutral": 1, "engine": "simulated", "cost_model": str(cost_model)},
-    }
-    config = {
-        "proxy_location": "HeadOnly",
-        "http_options": {"host": HOST, "port": port},
-        "controller_options": {"runtime_env": {"env_vars": variables}},
-        "applications": [application],
-    }
-    path = folder / "serve.yaml"
-    path.write_text(json.dumps(config))  # JSON is YAML
-    return path
-
-
-async def _deploy(config: Path, dashboard: int, environment: dict[str, str]) -> None:
-    """Deploys the application, and tries again until Ray answers; cancelled when its server ends."""
-    command = [script("serve"), "deploy", str(config), "--address", f"http://{HOST}:{dashboard}"]
-    while True:
-        await asyncio.sleep(1)
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            env=os.environ | environment,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.DEVNULL,
-        )
-        if await process.wait() == 0:
-            return
 
 
 async def run(report: BenchmarkReport) -> None:

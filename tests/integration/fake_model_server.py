@@ -26,11 +26,13 @@ class FakeModelServer:
 
     Attributes:
         faults: By the number of the request in the load.
+        busy: How often a request is still to be refused with a time to come back, by its number.
         bodies: All received request bodies.
     """
 
     def __init__(self) -> None:
         self.faults: dict[int, Fault] = {}
+        self.busy: dict[int, int] = {}
         self.bodies: list[dict[str, Any]] = []
         self.url = ""
 
@@ -74,6 +76,9 @@ class FakeModelServer:
         self.bodies.append(body)
         prompt = _chat_tokens(body["messages"]) if chat else body["prompt"]
         chunks = _chunks(prompt, body["max_tokens"], chat)
+        if self.busy.get(number, 0):
+            self.busy[number] -= 1
+            return JSONResponse({"error": {"message": "full"}}, 503, {"Retry-After": "0"})
         if number in self.faults:
             fault = self.faults[number]
             if fault is None:

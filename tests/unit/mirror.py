@@ -73,6 +73,16 @@ TESTED_THROUGH: dict[str, tuple[str, ...]] = {
         ]
     ),
     "tests/unit/loadtests/report/test_page.py": ("loadtests/report/plots.py",),
+    "tests/unit/loadtests/chaos/test_report.py": ("loadtests/chaos/timeline.py",),
+    "tests/e2e/test_faults.py": (
+        "loadtests/chaos/__main__.py",
+        "loadtests/chaos/campaign.py",
+        "loadtests/fuzz/__main__.py",
+        "loadtests/fuzz/campaign.py",
+        "loadtests/soak/__main__.py",
+        "loadtests/soak/campaign.py",
+        "loadtests/started_service.py",
+    ),
     "tests/unit/loadtests/bench/test_report.py": ("loadtests/terminal.py",),
     # Parts that only processes of their own run.
     "tests/integration/test_locust_process.py": (

@@ -1,0 +1,1 @@
+"""Sends mutated frames to every listening socket of a running cluster."""

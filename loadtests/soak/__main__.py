@@ -1,0 +1,85 @@
+"""Mixed load for a long time, or overload: `python -m loadtests.soak --duration 60m`.
+
+The mixed load has checked streams, short and long, of both APIs, some with high priority, and beside them
+clients that leave, requests with n = 2 and, on real engines, a JSON schema. Writes what every process used
+over time. `--overload` tries 600 streams, slow readers, 5,000 connections and a request with 1,000 prompts.
+
+The exit code is 1 if a token was wrong, a request failed, memory, descriptors or threads of a process grew,
+or a block, request or table row was left at the end.
+"""
+
+import argparse
+import asyncio
+import resource
+import secrets
+import sys
+from pathlib import Path
+
+from loadtests.answer import StreamError
+from loadtests.durations import seconds
+from loadtests.outcome import EXIT_FAILED, EXIT_OK
+from loadtests.soak.campaign import SoakCampaign
+from loadtests.started_service import ClusterShape
+from loadtests.terminal import say
+from pd_serve.errors import PdServeError
+from pd_serve.observe.provenance import provenance, write
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="loadtests.soak", description="Mixed load for a long time, or overload."
+    )
+    add = parser.add_argument
+    add("--duration", type=seconds, default=3600.0, metavar="60m", help="Duration of the mixed load.")
+    add("--overload", action="store_true", help="Overload instead of the mixed load.")
+    add("--seed", type=int, help="Seed of the requests. Default: a random one, shown.")
+    add("--streams", type=int, default=12, metavar="N", help="Concurrent checked streams.")
+    add("--engine", choices=("vllm", "simulated"), default="vllm", help="Engine of the instances.")
+    add("--prefill", type=int, default=1, help="Prefill instances.")
+    add("--decode", type=int, default=2, help="Decode instances.")
+    add("--ray-serve", action="store_true", help="The application of Ray Serve instead of `pd-serve serve`.")
+    add("--api-servers", type=int, default=2, metavar="N", help="API servers, under Ray Serve.")
+    add("--out", type=Path, default=Path("results/soak"), help="Folder for the report and the log.")
+    options = parser.parse_args()
+    seed = secrets.randbelow(1_000_000) if options.seed is None else options.seed
+    say(f"seed {seed}")
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # of the service, too, which inherits it
+    shape = ClusterShape(
+        instances={"prefill": options.prefill, "decode": options.decode},
+        engine=options.engine,
+        api_servers=options.api_servers if options.ray_serve else 1,
+        under_ray_serve=options.ray_serve,
+    )
+    options.out.mkdir(parents=True, exist_ok=True)
+    campaign = SoakCampaign(shape, options.duration, seed, options.streams, options.overload, options.out)
+    sys.exit(_run(campaign))
+
+
+def _run(campaign: SoakCampaign) -> int:
+    try:
+        asyncio.run(campaign.run())
+    except (PdServeError, StreamError) as error:
+        detail = f": {error.detail}" if isinstance(error, StreamError) else ""
+        campaign.problems.append(f"{error}{detail}")
+    except KeyboardInterrupt:
+        say("interrupted; all started processes have ended")
+        return 130
+    report = {"seed": campaign.seed, "problems": campaign.problems, **campaign.numbers}
+    write(campaign.out / "report.json", provenance() | report)
+    for row in campaign.numbers.get("usage", ()):
+        if row["kind"] != "other":
+            say(
+                f"{row['kind']:>10} (pid {row['pid']}): memory {row['memory_mib']} MiB, "
+                f"descriptors {row['descriptors']}, threads {row['threads']}"
+            )
+    for problem in campaign.problems:
+        say(f"FAILED: {problem}")
+    if not campaign.problems:
+        say("nothing failed, nothing grew, nothing was left")
+    say(f"report: {campaign.out / 'report.json'}")
+    return EXIT_FAILED if campaign.problems else EXIT_OK
+
+
+if __name__ == "__main__":
+    main()
