@@ -64,8 +64,12 @@ def import_engines() -> None:
 
 def _vllm_config(engine_args: dict[str, Any]) -> "VllmConfig":
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.reasoning import ReasoningParserManager
     from vllm.usage.usage_lib import UsageContext
 
+    if plugin := engine_args.get("reasoning_parser_plugin"):
+        # vLLM imports it in its launcher. The configuration asks for the parser by its name.
+        ReasoningParserManager.import_reasoning_parser(plugin)
     # Some defaults depend on the context (batch sizes on GPUs): use those of vLLM's server.
     context = UsageContext.ENGINE_CONTEXT if is_cpu_build() else UsageContext.OPENAI_API_SERVER
     return AsyncEngineArgs(**engine_args).create_engine_config(context)

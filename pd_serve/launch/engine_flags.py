@@ -8,6 +8,7 @@ checks all values; it is imported on the first `parse`, which takes seconds, not
 import re
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,8 @@ class ParsedFlags:
     """A checked command line.
 
     Attributes:
-        server: vLLM's API server namespace (it holds the engine settings for all roles as well).
+        server: vLLM's API server namespace (it holds the engine settings for all roles as well). Some of its
+            values are resolved by `server_config` only.
     """
 
     server: Namespace
@@ -60,7 +62,20 @@ class ParsedFlags:
             return AsyncEngineArgs(**self.engine(role))
 
     def engine_config(self, role: str) -> "VllmConfig":
-        """vLLM's resolved configuration; reads the model's own, and refuses what does not go together.
+        """vLLM's resolved configuration of a role's engines; reads the model's own.
+
+        Raises:
+            InvalidRequestError: With one line that says what to change.
+        """
+        with as_invalid_request():
+            return self.engine_args(role).create_engine_config()
+
+    def server_config(self) -> "VllmConfig":
+        """vLLM's resolved configuration of an API server, made of `server` itself.
+
+        As in vLLM's own start, the two share their nested configurations: what is resolved in one, such as
+        the reasoning parser of `--reasoning-parser` or of the model, is what the serving layer reads in the
+        other.
 
         The first time a user's machine sees a model architecture, vLLM starts a process of its own to look
         at it (10 s) and remembers what it saw. Calling this before instances are started spares each of
@@ -68,9 +83,17 @@ class ParsedFlags:
 
         Raises:
             InvalidRequestError: With one line that says what to change.
+
+        Source: vllm/entrypoints/launchers/api_server/entry.py, main and build_async_engine_client.
         """
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.logger import configure_logging_from_args
+        from vllm.usage.usage_lib import UsageContext
+
         with as_invalid_request():
-            return self.engine_args(role).create_engine_config()
+            configure_logging_from_args(self.server)
+            engine_args = AsyncEngineArgs.from_cli_args(self.server)
+            return engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
 
 
 def parse(
@@ -90,6 +113,8 @@ def parse(
     Raises:
         InvalidRequestError: With one line that says what to change.
     """
+    from vllm.entrypoints.launchers.cli_args import propagate_flash_late_interaction
+
     base = {**CHANGED_DEFAULTS, **defaults}
     by_role_base = {role: {**base, **(role_defaults or {}).get(role, {})} for role in ROLES}
     unknown = set().union(*by_role_base.values()) - vars(defaults_of_vllm()).keys()
@@ -108,6 +133,10 @@ def parse(
         replaced = {flag.setting for flag in own}
         kept = [flag for flag in shared if flag.setting not in replaced]
         by_role[role] = _read(kept + own, by_role_base[role], role)
+    for namespace in (server, *by_role.values()):
+        propagate_flash_late_interaction(server, namespace)
+        if (plugin := Path(namespace.reasoning_parser_plugin or "")).is_file():
+            namespace.reasoning_parser_plugin = str(plugin.resolve())  # instances may run elsewhere
     parsed = ParsedFlags(server, by_role)
     for role in ROLES:
         parsed.engine_args(role)  # has checks of its own
@@ -123,9 +152,11 @@ def _read(flags: Iterable[EngineFlag], base: Mapping[str, Any], role: str | None
         last.pop(key, None)
         last[key] = flag
     tokens = [token for flag in last.values() for token in flag.tokens]
+    # vLLM changes configurations in place, and its parser gives every namespace the same default objects.
+    unset = Namespace(**{**deepcopy(vars(defaults_of_vllm())), **base})
     try:
         with as_invalid_request():
-            namespace: Namespace = parser().parse_args(tokens, Namespace(**base))
+            namespace: Namespace = parser().parse_args(tokens, unset)
     except InvalidRequestError as error:
         # The flags for all roles have been read before, so it is one of the role's own.
         raise InvalidRequestError(re.sub("^--", f"--{role}-", str(error)) if role else str(error)) from error
@@ -138,16 +169,24 @@ def _check_server(server: Namespace) -> None:
     """The checks that vLLM's server makes before it loads anything. Source: launcher.py, setup_server."""
     from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
     from vllm.entrypoints.launchers.launcher import validate_api_server_args
-    from vllm.reasoning import ReasoningParserManager
-    from vllm.tool_parsers import ToolParserManager
 
+    if server.lora_modules:
+        raise InvalidRequestError("--lora-modules: LoRA adapters cannot be loaded into a cluster")
     with as_invalid_request():
-        if server.tool_parser_plugin:
-            ToolParserManager.import_tool_parser(server.tool_parser_plugin)
-        if server.reasoning_parser_plugin:
-            ReasoningParserManager.import_reasoning_parser(server.reasoning_parser_plugin)
+        _import_plugin("--tool-parser-plugin", server.tool_parser_plugin)
+        _import_plugin("--reasoning-parser-plugin", server.reasoning_parser_plugin)
         validate_parsed_serve_args(server)
         validate_api_server_args(server)
+
+
+def _import_plugin(flag: str, plugin: str | None) -> None:
+    """Imports a plugin, a module or a file, as vLLM does; but vLLM goes on without one that fails."""
+    from vllm.utils.import_utils import import_plugin
+
+    if plugin and plugin.endswith(".py") and not Path(plugin).is_file():
+        raise InvalidRequestError(f"{flag}: no such file: {plugin}")
+    if plugin and import_plugin(plugin) is None:
+        raise InvalidRequestError(f"{flag}: {plugin} cannot be imported; the error is above")
 
 
 def _with_config_file(args: list[str]) -> list[str]:

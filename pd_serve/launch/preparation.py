@@ -52,7 +52,7 @@ def find_model(config: ServeConfig) -> ModelSource:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """vLLM's flags, parsed and checked; `engine_config` is vLLM's own configuration of an instance."""
+    """vLLM's flags, parsed and checked; `engine_config` is vLLM's own configuration of an API server."""
 
     config: ServeConfig
     model: ModelSource
@@ -118,11 +118,21 @@ def parse(config: ServeConfig, model: ModelSource) -> Prepared:
         defaults |= cpu_engine_defaults()
         role_defaults["prefill"] = {"max_num_batched_tokens": CPU_PREFILL_CHUNK_TOKENS}
     flags = parse_flags(list(config.flags), defaults, role_defaults)
-    # Refuses what does not fit together before anything is started, and fills vLLM's cache of model
-    # inspections, which every instance would otherwise do for itself.
-    engine_config = flags.engine_config("decode" if config.instances["decode"] else "neutral")
-    check_handoffs(config, engine_config)
+    # Refuses what does not fit together before anything is started.
+    engine_config = flags.server_config()
+    for role, number in config.instances.items():
+        if number:
+            of_role = _engine_config(flags, role)
+            if role != "neutral":
+                check_handoffs(config, of_role)
     return Prepared(config, model, flags, engine_config)
+
+
+def _engine_config(flags: "ParsedFlags", role: str) -> "VllmConfig":
+    try:
+        return flags.engine_config(role)
+    except InvalidRequestError as error:
+        raise InvalidRequestError(f"{role} instances: {error}") from error
 
 
 def check_handoffs(config: ServeConfig, engine_config: "VllmConfig") -> None:

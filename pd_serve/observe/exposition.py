@@ -14,27 +14,43 @@ from starlette.routing import Route
 from pd_serve.observe.cluster_metrics import ClusterMetrics
 from pd_serve.observe.cluster_report import ClusterReport
 from pd_serve.observe.service_labels import WithServiceLabels
+from router.load import InstanceLoad
+
+
+def _waiting(load: InstanceLoad, labels: Mapping[str, str]) -> float:
+    return load.waiting if labels.get("reason", "capacity") == "capacity" else 0.0
+
+
+#: vLLM's gauges of what an engine holds, from the load and the labels of a sample. vLLM sets them in each
+#: step, so that they would keep what has left without a step: aborted, moved, or lost with its instance.
+FROM_LOAD: Mapping[str, Callable[[InstanceLoad, Mapping[str, str]], float]] = {
+    "vllm:num_requests_running": lambda load, labels: load.running - load.suspended,
+    "vllm:num_requests_waiting": _waiting,
+    "vllm:num_requests_waiting_by_reason": _waiting,
+    "vllm:kv_cache_usage_perc": lambda load, labels: 1.0 - load.free_blocks / max(load.total_blocks, 1),
+}
 
 
 class WithInstances(Collector):
     """The metrics of another registry, with a label `instance` on samples of vLLM with a label `engine`.
 
-    Samples of an engine number without an instance are left out.
+    Samples of an engine number without an instance are left out. Gauges of an engine's state show the load
+    that the instance has last reported.
 
     Args:
-        instances: Gives the present instance ids by vLLM's engine number. Numbers are reused.
+        report: Gives the present instances by vLLM's engine number, which is reused, and their loads.
     """
 
-    def __init__(
-        self, instances: Callable[[], dict[str, str]], registry: CollectorRegistry = REGISTRY
-    ) -> None:
-        self._instances = instances
+    def __init__(self, report: Callable[[], ClusterReport], registry: CollectorRegistry = REGISTRY) -> None:
+        self._report = report
         self._registry = registry
 
     def collect(self) -> Iterator[Metric]:
-        instances = self._instances()
+        report = self._report()
+        instances = {str(slot): name for name, slot in report.slots.items()}
+        loads = {load.instance_id: load for load in report.loads}
         for metric in self._registry.collect():
-            yield _named(metric, instances) if metric.name.startswith("vllm:") else metric
+            yield _shown(metric, instances, loads) if metric.name.startswith("vllm:") else metric
 
 
 def show_metrics(
@@ -49,11 +65,7 @@ def show_metrics(
         labels: Of the service, on each sample of pd-serve and vLLM.
     """
     shown = CollectorRegistry(auto_describe=True)  # for `?name[]=`
-
-    def instances() -> dict[str, str]:
-        return {str(slot): name for name, slot in report().slots.items()}
-
-    for collector in (WithInstances(instances, registry), ClusterMetrics(report)):
+    for collector in (WithInstances(report, registry), ClusterMetrics(report)):
         shown.register(WithServiceLabels(collector, labels or {}))
 
     async def metrics(request: Request) -> Response:
@@ -66,13 +78,18 @@ def show_metrics(
     app.router.routes.insert(0, Route("/metrics", metrics))
 
 
-def _named(metric: Metric, instances: dict[str, str]) -> Metric:
-    named = Metric(metric.name, metric.documentation, metric.type, metric.unit)
+def _shown(metric: Metric, instances: Mapping[str, str], loads: Mapping[str, InstanceLoad]) -> Metric:
+    shown = Metric(metric.name, metric.documentation, metric.type, metric.unit)
+    value = FROM_LOAD.get(metric.name)
     for sample in metric.samples:
         engine = sample.labels.get("engine")
         if engine is None:
-            named.samples.append(sample)
+            shown.samples.append(sample)
         elif engine in instances:
-            labels = {**sample.labels, "instance": instances[engine]}
-            named.samples.append(sample._replace(labels=labels))
-    return named
+            name = instances[engine]
+            sample = sample._replace(labels={**sample.labels, "instance": name})
+            if value is not None:
+                load = loads.get(name)  # None before its first report
+                sample = sample._replace(value=0.0 if load is None else value(load, sample.labels))
+            shown.samples.append(sample)
+    return shown

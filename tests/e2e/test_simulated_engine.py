@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,6 +81,28 @@ async def test_a_request_moved_to_the_prefill_instance_is_handed_off_again(clien
         before = await handed_off(client)
         assert (await client.migrate("returns", "prefill-0")).done
         await client.until(lambda seen: seen["migrations"]["handoff"]["committed"] > before)
+
+
+async def test_vllms_gauges_are_zero_when_all_requests_have_left(client: CompletionClient) -> None:
+    """Two are aborted, on the prefill and on a decode instance, and one moves before it finishes."""
+    gauges = re.compile(r"^vllm:(?:num_requests_\w+|kv_cache_usage_perc)\{.* (\S+)$", re.MULTILINE)
+
+    async def values() -> list[float]:
+        return [float(value) for value in gauges.findall((await client.http.get("/metrics")).text)]
+
+    long: list[Body] = [{"prompt": token_ids(300, i), "max_tokens": 4000} for i in range(2)]
+    async with decoding(client, long, 20) as streams:
+        await client.until(lambda cluster: sum(i["running"] for i in cluster["instances"][1:]) == 2)
+        assert max(await values()) > 0
+        for stream in streams:
+            stream.cancel()
+        await asyncio.wait(streams)
+    body: Body = {"prompt": token_ids(300, 2), "max_tokens": 100}
+    await client.stream(body, client.tour(["decode-0", "decode-1"]))
+    await client.until(lambda cluster: not any(i["running"] for i in cluster["instances"]))
+    shown = await values()
+    assert len(shown) == 3 * 5
+    assert set(shown) == {0}
 
 
 @pytest.mark.parametrize("stream", [False, True])

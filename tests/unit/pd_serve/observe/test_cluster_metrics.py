@@ -189,3 +189,41 @@ def test_vllms_metrics_get_the_instance_that_has_their_engine_number() -> None:
         assert 'vllm:running{engine="0",instance="d7",model_name="tiny"} 1.0' in client.get("/metrics").text
         named = client.get("/metrics", params={"name[]": "pd_serve_scheduler_up"}).text
         assert [line for line in named.splitlines() if line[0] != "#"] == ["pd_serve_scheduler_up 0.0"]
+
+
+def test_vllms_gauges_show_the_last_report_and_not_the_last_step() -> None:
+    """A request that is aborted, moves away, or is lost with its instance, leaves without a step."""
+    world, vllms, app = World(), CollectorRegistry(), FastAPI()
+    gauges = {
+        name: Gauge(f"vllm:{name}", "A gauge.", ["engine"], registry=vllms)
+        for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+    }
+    for gauge in gauges.values():
+        for engine in ("0", "1"):
+            gauge.labels(engine).set(9)  # by the last step
+    by_reason = Gauge("vllm:num_requests_waiting_by_reason", "Why.", ["engine", "reason"], registry=vllms)
+    by_reason.labels("0", "capacity").set(9)
+    by_reason.labels("0", "deferred").set(9)
+    show_metrics(app, world.report, vllms)
+
+    def shown(client: TestClient) -> dict[str, float]:
+        lines = client.get("/metrics").text.splitlines()
+        found = [line.rsplit(" ", 1) for line in lines if line.startswith("vllm:")]
+        return {name.removeprefix("vllm:"): float(value) for name, value in found}
+
+    with TestClient(app) as client:
+        world.loads = [
+            InstanceLoad("p0", "prefill", total_blocks=100, free_blocks=25, running=3, suspended=1, waiting=4)
+        ]
+        assert shown(client) == {
+            'num_requests_running{engine="0",instance="p0"}': 2,
+            'num_requests_running{engine="1",instance="d0"}': 0,  # in the place of one that died
+            'num_requests_waiting{engine="0",instance="p0"}': 4,
+            'num_requests_waiting{engine="1",instance="d0"}': 0,
+            'kv_cache_usage_perc{engine="0",instance="p0"}': 0.75,
+            'kv_cache_usage_perc{engine="1",instance="d0"}': 0,
+            'num_requests_waiting_by_reason{engine="0",instance="p0",reason="capacity"}': 4,
+            'num_requests_waiting_by_reason{engine="0",instance="p0",reason="deferred"}': 0,
+        }
+        world.loads = [InstanceLoad(name, "decode", total_blocks=9, free_blocks=9) for name in world.slots]
+        assert set(shown(client).values()) == {0}
