@@ -54,11 +54,15 @@ async def locust(server: ServerProcess, report: Path, *arguments: str) -> tuple[
 async def test_every_stream_is_correct_while_requests_move(
     server: ServerProcess, client: CompletionClient, tmp_path: Path
 ) -> None:
+    ended = asyncio.Event()
+
     async def drain_in_turns() -> None:
-        """From the first requests on, until it is cancelled."""
+        """From the first requests on, until the load has ended."""
         before = (await client.cluster())["migrations"]["handoff"]["committed"]
         await client.until(lambda seen: seen["migrations"]["handoff"]["committed"] > before, 120)
         for name in itertools.cycle(("decode-0", "decode-1")):
+            if ended.is_set():
+                return
             await client.drain(name)
             try:
                 await asyncio.sleep(0.5)
@@ -73,10 +77,8 @@ async def test_every_stream_is_correct_while_requests_move(
     try:
         code, output = await locust(server, tmp_path / "report.json", *arguments, "--check", "simulated")
     finally:
-        drains.cancel()
-        await asyncio.wait([drains])
-    if not drains.cancelled():
-        drains.result()
+        ended.set()
+    await drains
     assert code == 0, output
     result = json.loads((tmp_path / "report.json").read_text())
     assert (result["summary"]["ended"], result["summary"]["failed"]) == (60, 0)

@@ -95,7 +95,12 @@ async def test_leaving_an_asynchronous_stream_ends_its_request(client: Completio
         async with await ours.completions.create(**LONG) as stream:
             async for _ in stream:
                 break
-        task = asyncio.create_task(ours.completions.create(**LONG | {"stream": False}))
-        await client.until(lambda cluster: any(instance["running"] for instance in cluster["instances"]))
+        left: Any = LONG | {"stream": False, "extra_headers": {"X-Request-Id": "left"}}
+        task = asyncio.create_task(ours.completions.create(**left))
+        async with asyncio.timeout(
+            60
+        ):  # httpx loses the socket of a request that is cancelled as it connects
+            while (await client.http.get("/cluster/requests/left")).status_code != 200:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
