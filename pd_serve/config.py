@@ -244,7 +244,7 @@ class ServeConfig(BaseSettings):
         prefill, decode, neutral = (self.instances[role] for role in ROLES)
         if not prefill and not neutral:
             raise InvalidRequestError("no instance would take requests: give --prefill or --neutral")
-        if prefill and not decode:
+        if prefill and not decode and not neutral:
             raise InvalidRequestError(
                 "prefill instances need decode instances: give --decode, or --neutral only"
             )

@@ -34,6 +34,12 @@ class DrainBody(BaseModel):
     stop: bool = False
 
 
+class RestartBody(BaseModel):
+    """Body of `POST /cluster/restart`."""
+
+    cancel: bool = False
+
+
 class _Response(BaseModel):
     model_config = ConfigDict(extra="allow")
 

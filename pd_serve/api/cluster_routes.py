@@ -15,6 +15,7 @@ from pd_serve.api.cluster_models import (
     IntegrityResponse,
     MigrateBody,
     MigrateResponse,
+    RestartBody,
     Sizes,
     TimelinesResponse,
     responses,
@@ -125,10 +126,12 @@ async def scale(body: Sizes, request: Request) -> Response:
     return await _accepted(_view(request).scale(sizes), sizes)
 
 
-@router.post("/restart", status_code=202, responses=responses(409, 503, accepted=dict[str, Any]))
-async def restart(request: Request) -> Response:
-    """Begins to replace every instance, one after another; `GET /cluster` shows the progress."""
-    return await _accepted(_view(request).restart(), {})
+@router.post("/restart", status_code=202, responses=responses(400, 409, 503, accepted=RestartBody))
+async def restart(request: Request, body: RestartBody | None = None) -> Response:
+    """Begins to replace every instance, one after another; "cancel": true ends that. `GET /cluster` shows the
+    progress."""
+    body = body or RestartBody()
+    return await _accepted(_view(request).restart(cancel=body.cancel), body.model_dump())
 
 
 async def _accepted(work: Awaitable[None], body: dict[str, Any]) -> Response:

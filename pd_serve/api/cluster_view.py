@@ -69,11 +69,11 @@ class ClusterView(Protocol):
         """
         ...
 
-    async def restart(self) -> None:
-        """Begins to replace every instance, one after another.
+    async def restart(self, *, cancel: bool = False) -> None:
+        """Begins to replace every instance, one after another; with `cancel`, ends that.
 
         Raises:
-            MigrationRefusedError: A restart is in progress.
+            MigrationRefusedError: A restart is in progress, or there is none to cancel.
         """
         ...
 

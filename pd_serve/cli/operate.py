@@ -83,10 +83,19 @@ def scale(
 
 
 @app.command()
-def restart(url: Url = DEFAULT_URL, api_key: ApiKey = None, admin_key: AdminKey = None) -> None:
+def restart(
+    cancel: Annotated[bool, typer.Option("--cancel", help="End the restart that is under way.")] = False,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    admin_key: AdminKey = None,
+) -> None:
     """Replace all instances by new ones, one after another, while requests continue."""
     service, console = ServiceClient(url, admin_key or api_key), Console()
-    service_client.restart(service, console)
+    if cancel:
+        service.post("restart", {"cancel": True})
+        console.step("the restart is cancelled; see pd-serve status")
+    else:
+        service_client.restart(service, console)
 
 
 @app.command()

@@ -81,7 +81,9 @@ class ScalePools(Request[None], frozen=True, tag=True):
 
 
 class RestartInstances(Request[None], frozen=True, tag=True):
-    """Replaces every instance by a new one, one after another."""
+    """Replaces every instance by a new one, one after another; or ends that, if `cancel`."""
+
+    cancel: bool = False
 
 
 # ---- API server → manager → the other API servers

@@ -11,6 +11,7 @@ INSTANCE_HEARTBEAT_S = 0.5
 #: Leases. A process that has sent nothing for this long counts as gone.
 MANAGER_LEASE_S = 3.0  # API servers show the manager as absent, and look for its address again
 SCHEDULER_LEASE_S = 3.0  # the manager shows the scheduler as absent
+SCHEDULER_HANG_S = 15.0  # the manager ends its process and starts another one
 API_SERVER_LEASE_S = 30.0  # the manager removes it from the membership, and instances end its requests
 INSTANCE_LEASE_S = 30.0  # the manager removes it from the membership and ends its process
 
@@ -20,8 +21,11 @@ ORPHAN_S = 120.0
 #: Timeout of one remote call.
 CALL_TIMEOUT_S = 60.0
 
-#: Timeout of the start of one instance, including the wait for resources.
-START_TIMEOUT_S = 600.0
+#: Timeout of the start of one instance, including the wait for resources, and of the scheduler.
+START_TIMEOUT_S, SCHEDULER_START_TIMEOUT_S = 600.0, 120.0
+
+#: Timeout of one call to Ray at the take-over of a manager.
+RAY_CALL_S = 30.0
 
 #: Exponential backoff between failed starts of instances: initial and maximum.
 START_BACKOFF_S, MAX_START_BACKOFF_S = 5.0, 120.0
@@ -36,6 +40,10 @@ EARLY_SCHEDULER_DEATH_S, MAX_SCHEDULER_PAUSE_S = 10.0, 10.0
 #: Maximum wait until no API server uses an instance that the scheduler found empty. Then it is stopped, and
 #: its remaining requests are recomputed elsewhere.
 STOP_PATIENCE_S = 10.0
+
+#: Maximum time of a drain that ends with the stop of the instance: by an operator, a smaller pool, a restart.
+#: Then it is stopped, and its remaining requests are recomputed elsewhere.
+DRAIN_TIMEOUT_S = 600.0
 
 #: Polling interval of a condition that no message announces.
 POLL_S = 0.05

@@ -257,8 +257,8 @@ class Frontend:
     async def scale(self, sizes: dict[str, int]) -> None:
         await self._manager.call(ScalePools(sizes))
 
-    async def restart(self) -> None:
-        await self._manager.call(RestartInstances())
+    async def restart(self, *, cancel: bool = False) -> None:
+        await self._manager.call(RestartInstances(cancel))
 
     async def check_integrity(self) -> list[str]:
         """Checks all processes until there is no problem, or a problem persists for `INTEGRITY_SETTLE_S`."""

@@ -11,6 +11,21 @@ from pd_serve.scheduler.scheduler_process import SchedulerConfig
 
 
 @dataclass(frozen=True, slots=True)
+class RestartNotes:
+    """A rolling restart that is under way.
+
+    Attributes:
+        total: Number of instances to replace.
+        remaining: Instances that are still to be replaced; the first one now.
+        replacement: Instance that replaces the first one; "" before its start.
+    """
+
+    total: int
+    remaining: list[str]
+    replacement: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class ManagerNotes:
     """State of the manager that the next manager needs. The instances keep the latest notes.
 
@@ -21,6 +36,9 @@ class ManagerNotes:
         next_numbers: Number of the next instance id, by role. Ids are not used again.
         drained_by_operator: Instances that an operator drains.
         stopping: Those of them that are stopped as soon as they are empty.
+        stopped: Those of them by which an operator has made a pool smaller, with its role.
+        roles: Present roles of the instances.
+        restart: The rolling restart that is under way; None if there is none.
         api_servers: API servers that have joined, by name.
     """
 
@@ -30,6 +48,9 @@ class ManagerNotes:
     next_numbers: dict[str, int] = field(default_factory=dict)
     drained_by_operator: list[str] = field(default_factory=list)
     stopping: list[str] = field(default_factory=list)
+    stopped: dict[str, str] = field(default_factory=dict)
+    roles: dict[str, str] = field(default_factory=dict)
+    restart: RestartNotes | None = None
     api_servers: dict[str, ApiServerInfo] = field(default_factory=dict)
 
     @property
@@ -73,6 +94,10 @@ class Launcher(Protocol):
 
     async def start_scheduler(self, config: SchedulerConfig) -> tuple[str, int]:
         """Starts the scheduler's process. Returns its address and process id. Raises: EngineDeadError."""
+        ...
+
+    async def stop_scheduler(self) -> None:
+        """Ends the process of the last started scheduler by force."""
         ...
 
     async def scheduler_ended(self) -> None:

@@ -16,22 +16,14 @@ from pd_serve.comm.leases import LeaseClock
 from pd_serve.comm.membership import SCHEDULER, InstanceInfo, Join, Membership
 from pd_serve.comm.message_wire import MessageWire
 from pd_serve.comm.messages import LoadReport, SchedulerReport, StartInstance, StopInstance, ToManager
-from pd_serve.comm.requests import (
-    Call,
-    DrainInstance,
-    FindRequests,
-    ManualMigration,
-    MigrateByName,
-    RestartInstances,
-    ScalePools,
-)
-from pd_serve.comm.rpc import Answer, RpcClient, RpcServer
+from pd_serve.comm.requests import Call
+from pd_serve.comm.rpc import Answer, RpcClient
 from pd_serve.comm.timing import HEARTBEAT_S, INSTANCE_LEASE_S
-from pd_serve.errors import EngineDeadError, MigrationRefusedError, UnknownTargetError
 from pd_serve.manager.announcer import Announcer
 from pd_serve.manager.decision_log import DecisionLog
 from pd_serve.manager.launcher import Launcher, ManagerNotes
 from pd_serve.manager.manager_config import ManagerConfig
+from pd_serve.manager.operations import Operations
 from pd_serve.manager.pool_sizes import PoolSizes
 from pd_serve.manager.register import InstanceRegister
 from pd_serve.manager.rolling_restart import RollingRestart
@@ -89,22 +81,16 @@ class Manager:
             self._stopper,
             config.instances,
             config.autoscale,
+            lambda: self._restart.spare,
             replaces=config.replaces,
         )
-        self._restart = RollingRestart(self.register, self._starter, self._stopper, self.log)
+        self._restart = RollingRestart(self.register, self._starter, self._stopper, self.log, self._changed)
         scheduler = SchedulerConfig(config.policies, config.autoscale, config.host, config.keys)
         self._scheduler = SchedulerKeeper(
-            launcher, scheduler, self.keep_notes, self._on_scheduler_started, notices.warn
+            launcher, scheduler, self._clock, self.keep_notes, self._on_scheduler_started, notices.warn
         )
-        self._server = RpcServer(
-            wire,
-            {
-                DrainInstance: self._drain,
-                ScalePools: self._scale,
-                RestartInstances: self._restart_all,
-                MigrateByName: self._migrate,
-                FindRequests: self._find_requests,
-            },
+        self._operations = Operations(
+            wire, self.register, self._stopper, self._sizes, self._restart, self._announcer, self._calls
         )
         launcher.on_lost = self._on_lost
         self.address = wire.listen(ToManager, self._on_message)
@@ -124,15 +110,18 @@ class Manager:
             self._sizes.wanted = dict(notes.wanted)
             self._starter.next_numbers = dict(notes.next_numbers)
             self._stopper.drained_by_operator = set(notes.drained_by_operator)
+            self._sizes.stopped = dict(notes.stopped)
         for info in infos:
             self._wire.connect(info.instance_id, info.address)
-            self.register.add(info)
+            self.register.add(info, self._notes.roles.get(info.instance_id, ""))
         for instance_id in notes.stopping if notes is not None else []:
             self._stopper.stop_drained(instance_id, "drained before the restart of the manager")
+        if notes is not None and notes.restart is not None:
+            self._restart.resume(notes.restart)
         for name, api_server in (notes or self._notes).api_servers.items():
             self._announcer.on_join(name, Join(api_server, unused=[]))
         await self._launcher.keep_notes(self._notes)  # the next term, before any process sees it
-        self._sizes.start_missing("missing after the restart of the manager")
+        self._sizes.keep("missing after the restart of the manager")
         self._notices.step(f"took over {', '.join(info.instance_id for info in infos)}")
         self._open()
         return True
@@ -140,14 +129,14 @@ class Manager:
     def _open(self) -> None:
         self._announcer.open()
         self._scheduler.open()
-        self._tasks.start(self._watch_leases())
+        self._tasks.start(self._watch_instances())
         self._changed()
 
     async def close(self) -> None:
         self._closed = True
         await self._tasks.cancel()
         starting = (self._scheduler, self._restart, self._starter)
-        for part in (*starting, self._stopper, self._announcer, self._server):
+        for part in (*starting, self._stopper, self._announcer, self._operations):
             await part.close()
         await self._wire.close()
 
@@ -185,11 +174,12 @@ class Manager:
         self._stopper.forget(instance_id)
         self.log.count("lost", role)
         self._starter.died(role, age_s)
-        self._sizes.replace_dead(instance_id, role)
+        self._sizes.on_death(instance_id)
         self._changed()
 
-    async def _watch_leases(self) -> None:
-        """Ends instances whose lease has expired: after it, a suspended process must not continue."""
+    async def _watch_instances(self) -> None:
+        """Ends instances whose lease has expired: after it, a suspended process must not continue. Starts
+        what the pools lack, whatever the reason."""
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             silent = self.register.silent()
@@ -200,6 +190,8 @@ class Manager:
                 self._notices.warn(f"{silence} and is ended; its requests are recomputed elsewhere")
                 self._lose(instance_id)
                 self._tasks.start(self._launcher.stop_instance(instance_id))
+            if not self._closed:
+                self._sizes.keep("its pool is too small")
 
     def _on_scheduler_started(self, address: str) -> None:
         self._wire.connect(SCHEDULER, address)
@@ -223,6 +215,9 @@ class Manager:
             next_numbers=dict(self._starter.next_numbers),
             drained_by_operator=sorted(self._stopper.drained_by_operator),
             stopping=self._stopper.stopping,
+            stopped=dict(self._sizes.stopped),
+            roles=self.register.roles(),
+            restart=self._restart.notes,
             api_servers=self._announcer.api_servers,
         )
         if (notes, kept_by) != (self._notes, self._noted_by):
@@ -280,7 +275,7 @@ class Manager:
             case StopInstance(instance_id=instance_id, reason=reason):
                 self._stopper.stop_empty(instance_id, reason)
             case Call(call_id=call_id, request=request):
-                self._server.on_call(sender, call_id, request)
+                self._operations.on_call(sender, call_id, request)
             case Answer():
                 self._calls.on_answer(sender, message)
 
@@ -296,45 +291,3 @@ class Manager:
         number = len(self.register) + len(self._starter.not_ready)
         if number < self._config.max_instances and not self._starter.is_backing_off(role):
             self._starter.start_once(role, reason)
-
-    # ---- calls of API servers
-
-    async def _drain(self, sender: str, request: DrainInstance) -> None:
-        instance_id = request.instance_id
-        if instance_id not in self.register:
-            raise UnknownTargetError(f"no instance {instance_id!r}; see GET /cluster")
-        unused = self._stopper.drained_by_operator  # they may not have reported yet that they drain
-        if request.draining and (why := self.register.why_needed(instance_id, unused)) is not None:
-            raise MigrationRefusedError(why)
-        self._stopper.drain(instance_id, request.draining, "requested by the operator")
-        if not request.draining:
-            self._sizes.undo_stop(instance_id)
-        elif request.stop:
-            self._sizes.stop_one(instance_id)
-
-    async def _scale(self, sender: str, request: ScalePools) -> None:
-        self._sizes.scale(request.sizes)
-        self._changed()
-
-    async def _restart_all(self, sender: str, request: RestartInstances) -> None:
-        self._restart.begin()
-
-    async def _migrate(self, sender: str, request: MigrateByName) -> ManualMigration:
-        """Calls the other API servers until one has the request."""
-        for api_server in self._others(sender):
-            try:
-                return await self._calls.call(api_server, request)
-            except UnknownTargetError:
-                continue
-            except EngineDeadError:
-                if api_server in self._announcer.api_servers:
-                    raise
-        raise UnknownTargetError(f"no running request {request.request_id!r}")
-
-    async def _find_requests(self, sender: str, request: FindRequests) -> list[dict[str, Any]]:
-        calls = (self._calls.call(api_server, request) for api_server in self._others(sender))
-        answers = await asyncio.gather(*calls, return_exceptions=True)
-        return [row for answer in answers if not isinstance(answer, BaseException) for row in answer]
-
-    def _others(self, sender: str) -> list[str]:
-        return [name for name in self._announcer.api_servers if name != sender]

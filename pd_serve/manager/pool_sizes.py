@@ -1,6 +1,6 @@
 """The wanted size of each pool, and the starts and stops that lead to it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from pd_serve.errors import InvalidRequestError, MigrationRefusedError
 from pd_serve.manager.register import InstanceRegister
@@ -13,11 +13,16 @@ class PoolSizes:
     """Sizes of the pools: replaces dead instances and changes sizes for the operator.
 
     Args:
-        autoscale: Bounds by role, for the pools that the scheduler scales.
+        autoscale: Bounds by role, for the pools that the scheduler scales. Only their lower bounds are held
+            here.
         replaces: In the other pools, starts an instance in place of each one that died.
+        spare: Returns an instance that does not count, because it will replace one that does; "" for none.
 
     Attributes:
-        wanted: Wanted sizes, by role. `scale` and instances that an operator stops change them.
+        wanted: Wanted sizes, by role. `scale`, instances that an operator stops or uses again, and roles that
+            the scheduler changes, change them.
+        stopped: Instances by which an operator has made a pool smaller, with its role. Each changes the
+            wanted size once, and once back when it is used again.
     """
 
     def __init__(
@@ -27,6 +32,7 @@ class PoolSizes:
         stopper: Stopper,
         wanted: Mapping[str, int],
         autoscale: Mapping[str, PoolBounds],
+        spare: Callable[[], str],
         *,
         replaces: bool,
     ) -> None:
@@ -34,9 +40,11 @@ class PoolSizes:
         self._starter = starter
         self._stopper = stopper
         self._autoscale = autoscale
+        self._spare = spare
         self._replaces = replaces
         self.wanted = dict(wanted)
-        self._stopped: dict[str, str] = {}  # roles of instances that an operator stops, by id
+        self.stopped: dict[str, str] = {}
+        register.on_role_change = self._on_role_change
 
     @property
     def least(self) -> dict[str, int]:
@@ -45,10 +53,11 @@ class PoolSizes:
 
     def size(self, role: str) -> int:
         """Number of instances of a role that serve and are not leaving, or are being started."""
-        staying = [
-            n for n, r in self._register.roles().items() if r == role and n not in self._stopper.leaving
-        ]
-        return len(staying) + self._starter.num_coming(role)
+        return len(self._staying(role)) + self._starter.num_coming(role, besides=self._spare())
+
+    def _staying(self, role: str) -> list[str]:
+        without = {*self._stopper.leaving, self._spare()}
+        return [n for n, r in self._register.roles().items() if r == role and n not in without]
 
     def scale(self, sizes: Mapping[str, int]) -> None:
         """Changes the sizes of pools: starts instances, or drains and stops those with the fewest requests.
@@ -64,7 +73,8 @@ class PoolSizes:
             raise InvalidRequestError("the number of instances cannot be negative")
         if not after["prefill"] and not after["neutral"]:
             raise InvalidRequestError("no instance would take requests")
-        if bool(after["prefill"]) != bool(after["decode"]):
+        lonely_prefill = after["prefill"] and not after["decode"] and not after["neutral"]
+        if lonely_prefill or (after["decode"] and not after["prefill"]):
             raise InvalidRequestError("prefill and decode instances need each other")
         for role, size in sizes.items():
             if (bounds := self._autoscale.get(role)) and not bounds.least <= size <= bounds.most:
@@ -76,39 +86,52 @@ class PoolSizes:
     def _resize(self, role: str, size: int) -> None:
         reason = f"{role}={size} requested by the operator"
         self.wanted[role] = size
-        for _ in range(size - self.size(role)):
-            self._starter.start_until_ready(role, reason)
+        for instance_id in [name for name, of in self.stopped.items() if of == role]:
+            if self.size(role) < size and instance_id in self._register:
+                del self.stopped[instance_id]
+                self._stopper.drain(instance_id, False, reason)
+        self._start(role, size - self.size(role), reason)
         while self.size(role) > size and self._starter.unqueue(role):
             pass
-        candidates = [
-            n for n, r in self._register.roles().items() if r == role and n not in self._stopper.leaving
-        ]
-        candidates.sort(key=self._register.num_requests)
+        candidates = sorted(self._staying(role), key=self._register.num_requests)
         for instance_id in candidates[: max(0, self.size(role) - size)]:
             self._stopper.drain(instance_id, True, reason)
             self._stopper.stop_drained(instance_id, reason)
+            self.stopped[instance_id] = role
 
-    def start_missing(self, reason: str) -> None:
-        """Starts instances until every pool has its wanted size."""
+    def keep(self, reason: str) -> None:
+        """Starts what is missing of the pools whose dead instances are replaced, and of lower bounds."""
+        self.stopped = {name: role for name, role in self.stopped.items() if name in self._register}
         for role, wanted in self.wanted.items():
-            for _ in range(wanted - self.size(role)):
-                self._starter.start_until_ready(role, reason)
+            if (bounds := self._autoscale.get(role)) is not None:
+                self._start(role, bounds.least - self.size(role), reason)
+            elif self._replaces:
+                self._start(role, wanted - self.size(role), reason)
+
+    def _start(self, role: str, number: int, reason: str) -> None:
+        for _ in range(number):
+            self._starter.start_until_ready(role, reason)
 
     def stop_one(self, instance_id: str) -> None:
         """Stops an instance for the operator, and makes its pool smaller by one. Idempotent."""
-        if instance_id not in self._stopped:
-            role = self._stopped[instance_id] = self._register.role_of(instance_id)
-            self.wanted[role] -= 1
+        if instance_id not in self.stopped:
+            role = self.stopped[instance_id] = self._register.role_of(instance_id)
+            self.wanted[role] = max(0, self.wanted[role] - 1)
             self._stopper.stop_drained(instance_id, "drained by the operator")
 
-    def undo_stop(self, instance_id: str) -> None:
-        """Undoes `stop_one`: the operator uses the instance again."""
-        if (role := self._stopped.pop(instance_id, None)) is not None:
+    def use_again(self, instance_id: str) -> None:
+        """The operator uses an instance again: its pool gets its size back, if that was the reason."""
+        if (role := self.stopped.pop(instance_id, None)) is not None:
             self.wanted[role] += 1
 
-    def replace_dead(self, instance_id: str, role: str) -> None:
-        """Starts an instance in place of a dead one that was not leaving, if the scheduler does not scale."""
-        was_leaving = instance_id in self._stopper.leaving
-        self._stopped.pop(instance_id, None)
-        if self._replaces and role not in self._autoscale and not was_leaving:
-            self._starter.start_until_ready(role, f"in the place of {instance_id}, which has died")
+    def on_death(self, instance_id: str) -> None:
+        """Starts an instance in place of a dead one, if its pool is too small now."""
+        self.stopped.pop(instance_id, None)
+        self.keep(f"in the place of {instance_id}, which has died")
+
+    def _on_role_change(self, instance_id: str, old: str, new: str) -> None:
+        if instance_id in self.stopped:
+            self.stopped[instance_id] = new
+        elif instance_id not in self._stopper.leaving:
+            self.wanted[old] = max(0, self.wanted[old] - 1)
+            self.wanted[new] += 1

@@ -6,7 +6,8 @@ import logging
 import os
 import secrets
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import psutil
 import ray
@@ -14,7 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from migration.tasks import BackgroundTasks
 from pd_serve.comm.membership import SCHEDULER, InstanceInfo
-from pd_serve.comm.timing import INSTANCE_LEASE_S
+from pd_serve.comm.timing import INSTANCE_LEASE_S, RAY_CALL_S
 from pd_serve.errors import EngineDeadError, PdServeError
 from pd_serve.instance.instance_process import InstanceConfig
 from pd_serve.manager.launcher import ManagerNotes
@@ -23,6 +24,8 @@ from pd_serve.platform.placement import Placement
 from pd_serve.scheduler.scheduler_process import SchedulerConfig
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 #: Ray's namespace of actors that outlive the manager. Their names are "service:name".
 NAMESPACE = "pd_serve"
@@ -202,7 +205,7 @@ class RayLauncher:
         """
         infos: list[InstanceInfo] = []
         found_notes: list[ManagerNotes] = []
-        actors = await asyncio.to_thread(self._named_actors)
+        actors = await _in_time(self._named_actors)
         if (scheduler := actors.pop(SCHEDULER, None)) is not None:
             ray.kill(scheduler)  # it keeps no state, and the next one is ready in a second
         asked = {name: asyncio.ensure_future(_settled(a.found.remote())) for name, a in actors.items()}
@@ -216,9 +219,8 @@ class RayLauncher:
             else:
                 info, notes = found
             with contextlib.suppress(ValueError):
-                self._groups[name] = await asyncio.to_thread(
-                    ray.util.get_placement_group, f"{self._service}:{name}"
-                )
+                group = f"{self._service}:{name}"
+                self._groups[name] = await _in_time(partial(ray.util.get_placement_group, group))
             if info is None:
                 self._actors[name] = actor
                 self._discard(name)
@@ -259,6 +261,11 @@ class RayLauncher:
             raise EngineDeadError(f"the scheduler does not start: {error}") from error
         self._pids[SCHEDULER] = pid
         return address, pid
+
+    async def stop_scheduler(self) -> None:
+        """See `Launcher`."""
+        if self._scheduler is not None:
+            ray.kill(self._scheduler)
 
     async def scheduler_ended(self) -> None:
         """See `Launcher`."""
@@ -312,6 +319,15 @@ def _end_children() -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
     psutil.wait_procs(children, timeout=STOP_S)
+
+
+async def _in_time(call: Callable[[], T]) -> T:
+    """The result of a blocking call to Ray. Raises: EngineDeadError: Ray does not answer."""
+    try:
+        async with asyncio.timeout(RAY_CALL_S):
+            return await asyncio.to_thread(call)
+    except TimeoutError as error:
+        raise EngineDeadError(f"Ray has not answered for {RAY_CALL_S:.0f} s") from error
 
 
 async def _settled(reference: Any) -> Any:

@@ -1,6 +1,7 @@
 """The instances that serve, and their last load reports."""
 
 import asyncio
+from collections.abc import Callable
 
 from pd_serve.comm.leases import LeaseClock, Leases
 from pd_serve.comm.membership import InstanceInfo
@@ -14,6 +15,7 @@ class InstanceRegister:
 
     Attributes:
         infos: By instance id.
+        on_role_change: Called with instance id, old and new role, after a report with another role.
     """
 
     def __init__(self, clock: LeaseClock) -> None:
@@ -22,6 +24,8 @@ class InstanceRegister:
         self._loads: dict[str, InstanceLoad] = {}
         self._leases = Leases(INSTANCE_LEASE_S, clock)
         self._ready_at: dict[str, float] = {}
+        self._roles: dict[str, str] = {}
+        self.on_role_change: Callable[[str, str, str], None] = lambda instance_id, old, new: None
 
     def __contains__(self, instance_id: object) -> bool:
         return instance_id in self.infos
@@ -29,13 +33,15 @@ class InstanceRegister:
     def __len__(self) -> int:
         return len(self.infos)
 
-    def add(self, info: InstanceInfo) -> None:
+    def add(self, info: InstanceInfo, role: str = "") -> None:
+        """Adds a ready instance; with its present role, if that is not the one of its start."""
         self.infos[info.instance_id] = info
+        self._roles[info.instance_id] = role or info.role
         self._ready_at[info.instance_id] = self._loop.time()
         self._leases.renew(info.instance_id)
 
     def remove(self, instance_id: str) -> None:
-        for table in (self.infos, self._loads, self._ready_at):
+        for table in (self.infos, self._loads, self._ready_at, self._roles):
             table.pop(instance_id, None)
         self._leases.drop(instance_id)
 
@@ -44,6 +50,9 @@ class InstanceRegister:
         if load.instance_id in self.infos:
             self._loads[load.instance_id] = load
             self._leases.renew(load.instance_id)
+            if (role := self._roles[load.instance_id]) != load.role:
+                self._roles[load.instance_id] = load.role
+                self.on_role_change(load.instance_id, role, load.role)
 
     def load_of(self, instance_id: str) -> InstanceLoad | None:
         """Last load report of an instance; None before the first one."""
@@ -51,12 +60,11 @@ class InstanceRegister:
 
     def role_of(self, instance_id: str) -> str:
         """Present role of an instance."""
-        load = self._loads.get(instance_id)
-        return load.role if load is not None else self.infos[instance_id].role
+        return self._roles[instance_id]
 
     def roles(self) -> dict[str, str]:
         """Present roles, by instance id."""
-        return {instance_id: self.role_of(instance_id) for instance_id in self.infos}
+        return dict(self._roles)
 
     def num_requests(self, instance_id: str) -> int:
         load = self._loads.get(instance_id)
@@ -72,7 +80,7 @@ class InstanceRegister:
 
     def can_serve(self) -> bool:
         """Whether requests can be prefilled and decoded."""
-        roles = {info.role for info in self.infos.values()}
+        roles = set(self._roles.values())
         return "neutral" in roles or {"prefill", "decode"} <= roles
 
     def why_needed(self, instance_id: str, unused: set[str]) -> str | None:
@@ -81,7 +89,7 @@ class InstanceRegister:
         others = [load for name, load in self._loads.items() if name not in unused and not load.draining]
         if not any(map(can_start, others)):
             return f"{instance_id} is the last instance that takes new requests"
-        if any(load.role == "prefill" for load in others) and not any(o.role == "decode" for o in others):
+        if all(load.role == "prefill" for load in others):
             return f"{instance_id} is the last decode instance"
         return None
 

@@ -6,7 +6,16 @@ from collections.abc import Awaitable, Callable
 
 from migration.tasks import BackgroundTasks
 from pd_serve.comm.cluster_state import SchedulerState, SchedulerStats
-from pd_serve.comm.timing import EARLY_SCHEDULER_DEATH_S, MAX_SCHEDULER_PAUSE_S, SCHEDULER_LEASE_S
+from pd_serve.comm.leases import LeaseClock, Leases
+from pd_serve.comm.membership import SCHEDULER
+from pd_serve.comm.timing import (
+    EARLY_SCHEDULER_DEATH_S,
+    HEARTBEAT_S,
+    MAX_SCHEDULER_PAUSE_S,
+    SCHEDULER_HANG_S,
+    SCHEDULER_LEASE_S,
+    SCHEDULER_START_TIMEOUT_S,
+)
 from pd_serve.errors import EngineDeadError
 from pd_serve.manager.launcher import Launcher
 from pd_serve.scheduler.scheduler_process import SchedulerConfig
@@ -15,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class SchedulerKeeper:
-    """Starts the scheduler, and starts another one whenever it has died.
+    """Starts the scheduler, and starts another one whenever it has died or hangs.
 
     Args:
         may_start: Called before every start. If it returns False, no more schedulers are started.
@@ -30,6 +39,7 @@ class SchedulerKeeper:
         self,
         launcher: Launcher,
         config: SchedulerConfig,
+        clock: LeaseClock,
         may_start: Callable[[], Awaitable[bool]],
         on_start: Callable[[str], None],
         warn: Callable[[str], None],
@@ -41,6 +51,7 @@ class SchedulerKeeper:
         self._warn = warn
         self._loop = asyncio.get_running_loop()
         self._tasks = BackgroundTasks()
+        self._lease = Leases(SCHEDULER_HANG_S, clock)
         self._reported_at: float | None = None
         self._pid: int | None = None
         self._starts = 0
@@ -55,6 +66,7 @@ class SchedulerKeeper:
 
     def on_report(self, stats: SchedulerStats | None) -> None:
         self._reported_at = self._loop.time()
+        self._lease.renew(SCHEDULER)
         self._stats = stats or self._stats
 
     @property
@@ -72,7 +84,7 @@ class SchedulerKeeper:
         return self._stats if self.is_alive else None
 
     async def _keep(self) -> None:
-        """Starts another scheduler when one has died, after a pause if it died soon after its start."""
+        """Starts another scheduler after each, after a pause if it ended soon after its start."""
         pause_s = 0.0
         while True:
             await asyncio.sleep(pause_s)
@@ -80,15 +92,32 @@ class SchedulerKeeper:
                 return
             began = self._loop.time()
             try:
-                self.address, self._pid = await self._launcher.start_scheduler(self._config)
+                async with asyncio.timeout(SCHEDULER_START_TIMEOUT_S):
+                    self.address, self._pid = await self._launcher.start_scheduler(self._config)
                 self._starts += 1
                 self._on_start(self.address)
-                await self._launcher.scheduler_ended()
-                self._warn("the scheduler has died and is started again; requests continue")
+                what = await self._watch()
+                self._warn(f"the scheduler {what} and is started again; requests continue")
             except Exception as error:  # whatever it is, there has to be another try
                 if not isinstance(error, EngineDeadError):
                     logger.exception("starting the scheduler failed")
-                self._warn(f"{error}; no request is moved and no pool scaled meanwhile")
+                why = str(error) or "the scheduler does not start in time"
+                self._warn(f"{why}; no request is moved and no pool scaled meanwhile")
+                await self._launcher.stop_scheduler()
             self._reported_at = self._pid = None
             lived_s = self._loop.time() - began
             pause_s = 0.0 if lived_s > EARLY_SCHEDULER_DEATH_S else min(pause_s + 1.0, MAX_SCHEDULER_PAUSE_S)
+
+    async def _watch(self) -> str:
+        """Returns when the scheduler has died, or has been ended because it hangs; and which of the two."""
+        self._lease.renew(SCHEDULER)
+        ended = asyncio.ensure_future(self._launcher.scheduler_ended())
+        try:
+            while not ended.done():
+                await asyncio.wait([ended], timeout=HEARTBEAT_S)
+                if self._lease.expired() and not ended.done():
+                    await self._launcher.stop_scheduler()
+                    return "hangs"
+        finally:
+            ended.cancel()
+        return "has died"

@@ -70,9 +70,10 @@ class Starter:
         """By role. An instance counts until it reports, so that the scheduler requests no other one."""
         return Counter(self._starting.values())
 
-    def num_coming(self, role: str) -> int:
+    def num_coming(self, role: str, *, besides: str = "") -> int:
         """Number of starting instances of a role that are not registered yet, including queued ones."""
-        return list(self.not_ready.values()).count(role) + [r for r, _ in self._queued].count(role)
+        starting = [name for name, r in self.not_ready.items() if r == role and name != besides]
+        return len(starting) + [r for r, _ in self._queued].count(role)
 
     def rows(self) -> list[StartingInstance]:
         """For `GET /cluster`."""
@@ -96,7 +97,7 @@ class Starter:
         starts: dict[asyncio.Future[None], str] = {}
         for name, role in names:
             self._starting[name] = role
-            starts[asyncio.ensure_future(self._start_or_fail(name))] = role
+            starts[asyncio.ensure_future(self._start_or_fail(name))] = name
         try:
             while starts and not (all(map(self._waits_for, self.not_ready)) and self._register.can_serve()):
                 done, _ = await asyncio.wait(starts, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
@@ -108,8 +109,8 @@ class Starter:
                 start.cancel()
             await asyncio.gather(*starts, return_exceptions=True)
             raise
-        for start, role in starts.items():
-            self._tasks.start(self._finish_late(start, role))
+        for start, name in starts.items():
+            self._tasks.start(self._finish_late(start, name))
 
     async def _start_or_fail(self, name: str) -> None:
         try:
@@ -117,14 +118,16 @@ class Starter:
                 info = await self._start(name, self._starting[name])
         except TimeoutError as error:
             raise EngineDeadError(f"{name} has not started: {self._why_late(name)}") from error
-        finally:
-            del self._starting[name]
+        del self._starting[name]
         self._ready(info)
 
-    async def _finish_late(self, start: "asyncio.Future[None]", role: str) -> None:
+    async def _finish_late(self, start: "asyncio.Future[None]", name: str) -> None:
         try:
             await start
-        except PdServeError as error:
+        except Exception as error:  # whatever it is, there has to be another try
+            if not isinstance(error, PdServeError):
+                logger.error("a start has failed", exc_info=error)
+            role = self._starting.pop(name)
             self._log.add(str(error))
             self._failed(role)
             self.start_until_ready(role, "there were no resources for it at the start")

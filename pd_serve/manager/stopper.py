@@ -1,13 +1,12 @@
 """Drains instances, and stops them when they are empty."""
 
 import asyncio
-import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Set
 
 from migration.tasks import BackgroundTasks
 from pd_serve.comm.message_wire import MessageWire
 from pd_serve.comm.messages import SetDraining
-from pd_serve.comm.timing import POLL_S, STOP_PATIENCE_S
+from pd_serve.comm.timing import DRAIN_TIMEOUT_S, POLL_S, STOP_PATIENCE_S
 from pd_serve.manager.decision_log import DecisionLog
 from pd_serve.manager.register import InstanceRegister
 from router.load import InstanceLoad
@@ -22,7 +21,6 @@ class Stopper:
         on_change: Called when `leaving` or the register has changed.
 
     Attributes:
-        leaving: Instances that are stopped as soon as they are empty.
         drained_by_operator: Instances that an operator drains. The scheduler neither uses nor stops them.
     """
 
@@ -43,14 +41,21 @@ class Stopper:
         self._on_change = on_change
         self._loop = asyncio.get_running_loop()
         self._tasks = BackgroundTasks()
-        self.leaving: set[str] = set()
+        self._take_downs: dict[str, asyncio.Task[None]] = {}
         self.drained_by_operator: set[str] = set()
 
     async def close(self) -> None:
         await self._tasks.cancel()
 
+    @property
+    def leaving(self) -> Set[str]:
+        """Instances that are stopped as soon as they are empty."""
+        return self._take_downs.keys()
+
     def drain(self, instance_id: str, draining: bool, reason: str) -> None:
-        """Drains an instance for the operator, or ends its drain."""
+        """Drains an instance for the operator, or uses it again, whoever has drained it."""
+        if draining != (instance_id in self.drained_by_operator):
+            self._cancel(instance_id)
         if draining:
             self.drained_by_operator.add(instance_id)
         else:
@@ -59,8 +64,8 @@ class Stopper:
         self._log.add(f"{instance_id} is {'drained' if draining else 'used again'}: {reason}")
 
     def stop_drained(self, instance_id: str, reason: str) -> None:
-        """Stops an instance that the operator drains, however long it takes to become empty."""
-        self._begin(instance_id, reason, math.inf)
+        """Stops an instance that the operator drains, when it is empty or after `DRAIN_TIMEOUT_S`."""
+        self._begin(instance_id, reason, DRAIN_TIMEOUT_S)
 
     def stop_empty(self, instance_id: str, reason: str) -> None:
         """Stops an instance that the scheduler has drained and found empty."""
@@ -82,35 +87,43 @@ class Stopper:
         self.drained_by_operator.discard(instance_id)
 
     def _begin(self, instance_id: str, reason: str, patience_s: float) -> None:
-        if instance_id in self._register and instance_id not in self.leaving:
-            self.leaving.add(instance_id)
+        if instance_id in self._register and instance_id not in self._take_downs:
+            take_down = self._take_down(instance_id, reason, self._loop.time() + patience_s)
+            self._take_downs[instance_id] = self._tasks.start(take_down)
             self._on_change()
-            self._tasks.start(self._take_down(instance_id, reason, self._loop.time() + patience_s))
+
+    def _cancel(self, instance_id: str) -> None:
+        if (task := self._take_downs.pop(instance_id, None)) is not None:
+            task.cancel()
+            self._on_change()
 
     async def _take_down(self, instance_id: str, reason: str, deadline: float) -> None:
-        by_operator = instance_id in self.drained_by_operator
         try:
-            while True:
-                await asyncio.sleep(POLL_S)
-                if instance_id not in self._register:
-                    return  # the instance has died
-                if by_operator and instance_id not in self.drained_by_operator:
-                    return  # the operator uses it again
-                load = self._register.load_of(instance_id)
-                if load is None:
-                    continue
-                if not by_operator and not load.draining:
-                    return  # the scheduler uses it again
-                is_empty = load.draining and load.is_empty and not self._is_used(instance_id)
-                if is_empty or self._loop.time() > deadline:
-                    break
-            role = self._register.role_of(instance_id)
-            self._register.remove(instance_id)
-            self._on_change()
-            await self._stop(instance_id)
-            self._log.add(f"{instance_id} is stopped: {reason}")
-            self._log.count("stop", role)
+            if await self._is_drained(instance_id, deadline):
+                role = self._register.role_of(instance_id)
+                self._register.remove(instance_id)
+                self._on_change()
+                await self._stop(instance_id)
+                self._log.add(f"{instance_id} is stopped: {reason}")
+                self._log.count("stop", role)
         finally:
-            self.leaving.discard(instance_id)
-            self.drained_by_operator.discard(instance_id)
+            if self._take_downs.get(instance_id) is asyncio.current_task():
+                del self._take_downs[instance_id]
+            if instance_id not in self._register:
+                self.drained_by_operator.discard(instance_id)
             self._on_change()
+
+    async def _is_drained(self, instance_id: str, deadline: float) -> bool:
+        """Returns True when an instance is to be stopped, False if it has died or is used again."""
+        by_operator = instance_id in self.drained_by_operator
+        while True:
+            await asyncio.sleep(POLL_S)
+            if instance_id not in self._register:
+                return False
+            if (load := self._register.load_of(instance_id)) is not None:
+                if not by_operator and not load.draining:
+                    return False  # the scheduler uses it again
+                if load.draining and load.is_empty and not self._is_used(instance_id):
+                    return True
+            if self._loop.time() > deadline:
+                return True

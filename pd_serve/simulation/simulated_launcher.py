@@ -81,6 +81,9 @@ class SimulatedLauncher:
         )
         return self._scheduler.address, 0
 
+    async def stop_scheduler(self) -> None:
+        await self.kill_scheduler()
+
     async def scheduler_ended(self) -> None:
         await self._scheduler_ended.wait()
 

@@ -147,7 +147,10 @@ class ScriptedCluster:
             raise InvalidRequestError("no such role")
         self.sizes = sizes
 
-    async def restart(self) -> None:
+    async def restart(self, *, cancel: bool = False) -> None:
+        if cancel:
+            self.restarts = 0
+            return
         self.restarts += 1
         if self.restarts > 1:
             raise MigrationRefusedError("a restart is under way")

@@ -426,8 +426,9 @@ class TestClusterRoutes:
 
     async def test_restart_once_at_a_time(self, service: LocalService) -> None:
         service.cluster.restarts = 0
-        answers = [await service.http.post("/cluster/restart") for _ in range(2)]
-        assert [answer.status_code for answer in answers] == [202, 409]
+        bodies: list[dict[str, bool] | None] = [None, {}, {"cancel": True}, {"cancel": False}]
+        answers = [await service.http.post("/cluster/restart", json=body) for body in bodies]
+        assert [answer.status_code for answer in answers] == [202, 409, 202, 202]
 
     @pytest.mark.parametrize(("instance", "status"), [("p0", 409), ("d7", 404), ("", 400)])
     async def test_drain_refused(self, service: LocalService, instance: str, status: int) -> None:

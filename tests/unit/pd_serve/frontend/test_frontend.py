@@ -77,6 +77,7 @@ async def test_a_slot_is_free_again_after_its_instance_has_left(world: World) ->
         (lambda f: f.drain("d0", stop=True), DrainInstance("d0", True, True)),
         (lambda f: f.scale({"decode": 3}), ScalePools({"decode": 3})),
         (lambda f: f.restart(), RestartInstances()),
+        (lambda f: f.restart(cancel=True), RestartInstances(cancel=True)),
     ],
 )
 async def test_operations_are_calls_of_the_manager(world: World, ask: Any, request_: Any) -> None:

@@ -1,12 +1,13 @@
 """A manager, its launcher and the processes around it in the hands of a test, in virtual time."""
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from pd_serve.comm.membership import ApiServerInfo, InstanceInfo, Join, Membership
-from pd_serve.comm.messages import LoadReport, SetDraining, StartInstance, StopInstance
+from pd_serve.comm.messages import LoadReport, SchedulerReport, SetDraining, StartInstance, StopInstance
 from pd_serve.comm.requests import AnyRequest, Call
 from pd_serve.comm.rpc import Answer
 from pd_serve.comm.timing import HEARTBEAT_S
@@ -48,6 +49,8 @@ class FakeLauncher:
         self.notes: ManagerNotes | None = None
         self.found: list[InstanceInfo] = []
         self.scheduler_starts = 0
+        self.scheduler_stops = 0
+        self.scheduler_start_s = 0.0
         self.scheduler_fails: Exception | None = None
         self.scheduler_dead = asyncio.Event()
 
@@ -78,9 +81,14 @@ class FakeLauncher:
     async def start_scheduler(self, config: SchedulerConfig) -> tuple[str, int]:
         if self.scheduler_fails is not None:
             raise self.scheduler_fails
+        await asyncio.sleep(self.scheduler_start_s)
         self.scheduler_starts += 1
         self.scheduler_dead.clear()
         return f"tcp://scheduler-{self.scheduler_starts}", self.scheduler_starts
+
+    async def stop_scheduler(self) -> None:
+        self.scheduler_stops += 1
+        self.scheduler_dead.set()
 
     async def scheduler_ended(self) -> None:
         await self.scheduler_dead.wait()
@@ -105,6 +113,7 @@ class World:
         busy: Instances that the API server has requests on.
         held: Draining and role of instances that the test reports for itself.
         silent: Instances that report nothing.
+        scheduler_hangs: The scheduler reports nothing.
         fewest: The smallest number of instances so far.
     """
 
@@ -121,8 +130,10 @@ class World:
         self.busy: set[str] = set()
         self.silent: set[str] = set()
         self.joined: list[str] = ["api"]
+        self.scheduler_hangs = False
         self.fewest = 3
         self._draining: dict[str, bool] = {}
+        self._roles: dict[str, str] = {}
         self._obeyed = 0
         config = ManagerConfig(
             model="tiny",
@@ -144,9 +155,11 @@ class World:
         await self.manager.close()
 
     async def _play_peers(self) -> None:
-        while True:
+        for turn in itertools.count():
             await asyncio.sleep(0.1)
             self.play_peers()
+            if turn % 10 == 9 and not self.scheduler_hangs:
+                self.wire.hear("scheduler", SchedulerReport([]))
 
     def play_peers(self) -> None:
         for peer, message, _ in self.wire.sent[self._obeyed :]:
@@ -169,8 +182,11 @@ class World:
 
     def report(self, name: str, **load: Any) -> None:
         draining = self._draining.get(name, False)
-        role = name.split("-")[0]
+        role = self._roles.get(name, name.split("-")[0])
         self.wire.hear(name, LoadReport(InstanceLoad(name, role, draining=draining, **load), []))
+
+    def change_role(self, name: str, role: str) -> None:
+        self._roles[name] = role
 
     def drain_by_scheduler(self, name: str, draining: bool = True) -> None:
         self._draining[name] = draining

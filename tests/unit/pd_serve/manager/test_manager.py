@@ -8,33 +8,18 @@ from typing import Any
 
 import pytest
 
-from migration.messages import InstanceId, RequestId
-from migration.record import MigrationRecord
 from pd_serve.comm.membership import Membership
 from pd_serve.comm.messages import SetDraining
 from pd_serve.comm.requests import (
-    Call,
     DrainInstance,
-    FindRequests,
-    ManualMigration,
-    MigrateByName,
+    RestartInstances,
     ScalePools,
 )
-from pd_serve.comm.rpc import Answer
 from pd_serve.comm.timing import API_SERVER_LEASE_S, HEARTBEAT_S, INSTANCE_LEASE_S
-from pd_serve.errors import UnknownTargetError
 from pd_serve.manager.launcher import ManagerNotes
 from tests.members import instance_info
 from tests.unit.pd_serve.manager.manager_world import START_S, FakeLauncher, World, a_world
 from tests.virtual_time import in_virtual_time
-
-RECORD = MigrationRecord(
-    request_id=RequestId("r"),
-    source=InstanceId("decode-1"),
-    destination=InstanceId("decode-0"),
-    reason="manual",
-    tokens=120,
-)
 
 
 @in_virtual_time
@@ -66,60 +51,6 @@ async def test_a_bug_in_a_handler_is_counted_and_shown() -> None:
         world.wire.failures.record("handling Join from api", KeyError("x"))
         (problem,) = world.manager.state().problems
         assert "handling Join from api failed: KeyError: 'x' (1 times)" in problem
-
-
-class TestRequestsOfOtherApiServers:
-    """Each API server has its own requests; the manager asks the others."""
-
-    async def ask(self, world: World, request: Any, answers: dict[str, Answer]) -> Any:
-        """Calls as "api"; every other API server answers as given, with the id of its call."""
-        asking = asyncio.create_task(world.call(request))
-        answered: set[str] = set()
-        while not asking.done():
-            await asyncio.sleep(0.01)
-            for name, answer in answers.items():
-                for call in world.sent(Call, name):
-                    if (name, call.call_id) not in answered:  # type: ignore[comparison-overlap]
-                        answered.add((name, call.call_id))  # type: ignore[arg-type]
-                        reply = Answer(call.call_id, answer.result, answer.error, answer.error_class)
-                        world.wire.hear(name, reply)
-        return await asking
-
-    @in_virtual_time
-    async def test_a_manual_migration_is_forwarded_to_the_api_server_of_the_request(self) -> None:
-        async with a_world() as world:
-            world.joined += ["b", "c"]
-            await asyncio.sleep(1)
-            unknown = Answer("", None, "no running request 'r'", "UnknownTargetError")
-            cost = ManualMigration(RECORD, 0.0085)
-            answers = {"b": unknown, "c": Answer("", cost)}
-            assert await self.ask(world, MigrateByName("r", "decode-0"), answers) == cost
-            with pytest.raises(UnknownTargetError, match="no running request 'r'"):
-                await self.ask(world, MigrateByName("r", "decode-0"), {"b": unknown, "c": unknown})
-
-    @in_virtual_time
-    async def test_timelines_come_from_all_other_api_servers(self) -> None:
-        async with a_world() as world:
-            world.joined += ["b", "c"]
-            await asyncio.sleep(1)
-            answers = {"b": Answer("", [{"id": "r-0"}]), "c": Answer("", [{"id": "r-1"}])}
-            found = await self.ask(world, FindRequests("r"), answers)
-            assert found == [{"id": "r-0"}, {"id": "r-1"}]
-
-    @in_virtual_time
-    async def test_an_api_server_that_is_gone_holds_no_answer_up_longer_than_its_lease(self) -> None:
-        async with a_world() as world:
-            world.joined += ["b", "c"]
-            await asyncio.sleep(1)
-            world.joined.remove("b")
-            answers = {"c": Answer("", [{"id": "r-1"}])}
-            assert await self.ask(world, FindRequests("r"), answers) == [{"id": "r-1"}]
-            world.joined.append("b")
-            await asyncio.sleep(1)
-            world.joined.remove("b")
-            moved = ManualMigration(RECORD, 0.0085)
-            answers = {"c": Answer("", moved)}
-            assert await self.ask(world, MigrateByName("r", "decode-0"), answers) == moved
 
 
 def leave(before: Callable[[World], Any]) -> tuple[list[str], ManagerNotes]:
@@ -202,6 +133,56 @@ class TestTakeOver:
             await asyncio.sleep(60)
             assert world.launcher.stopped == ["decode-1"]
             assert world.names == ["decode-0", "prefill-0"]
+            await world.close()
+
+        second()
+
+    @pytest.mark.parametrize("after_s", [1.0, START_S + 3, 2 * START_S + 3])
+    def test_the_next_manager_goes_on_with_a_rolling_restart(self, after_s: float) -> None:
+        """Its predecessor died while it started the first replacement, drained, or was at the second."""
+        left: list[Any] = []
+
+        @in_virtual_time
+        async def first() -> None:
+            async with a_world() as world:
+                world.busy.update(("prefill-0", "decode-0") if after_s < 2 * START_S else ("decode-0",))
+                await world.call(RestartInstances())
+                await asyncio.sleep(after_s)
+                left.extend([world.names, world.launcher.notes])
+
+        first()
+
+        @in_virtual_time
+        async def second() -> None:
+            world = await self.take_over(left[0], left[1])
+            assert world.manager.state().restart.running
+            for name in left[1].stopping:
+                world.drain_by_scheduler(name)
+            await asyncio.sleep(10 * START_S)
+            assert world.manager.state().restart.progress == "3 of 3 done"
+            assert [name.split("-")[0] for name in world.names] == ["decode", "decode", "prefill"]
+            assert not {"prefill-0", "decode-0", "decode-1"} & set(world.names)
+            await world.close()
+
+        second()
+
+    def test_the_next_manager_counts_a_stop_by_the_operator_once(self) -> None:
+        async def stop_a_busy_one(world: World) -> None:
+            world.busy.add("decode-1")
+            await world.call(DrainInstance("decode-1", True, True))
+
+        names, notes = leave(stop_a_busy_one)
+
+        @in_virtual_time
+        async def second() -> None:
+            world = await self.take_over(names, notes)
+            world.busy.add("decode-1")
+            await asyncio.sleep(1)
+            await world.call(DrainInstance("decode-1", True, True))
+            await world.call(DrainInstance("decode-1", False, False))
+            await asyncio.sleep(1)
+            assert world.launcher.notes is not None
+            assert world.launcher.notes.wanted["decode"] == 2
             await world.close()
 
         second()

@@ -60,6 +60,28 @@ class TestReplacing:
             await asyncio.sleep(100)
             assert world.names == ["decode-1", "prefill-0"]
 
+    @in_virtual_time
+    async def test_a_scaled_pool_that_has_lost_all_instances_gets_its_lower_bound(self) -> None:
+        """Without the scheduler, which may have died with them."""
+        async with a_world({"decode": PoolBounds(1, 2)}) as world:
+            world.launcher.on_lost("decode-0")
+            world.launcher.on_lost("decode-1")
+            await asyncio.sleep(10 * START_S)
+            assert world.names == ["decode-2", "prefill-0"]
+
+    @in_virtual_time
+    async def test_a_dead_instance_is_replaced_in_the_pool_that_it_was_in(self) -> None:
+        """The scheduler has made a prefill instance of it."""
+        async with a_world() as world:
+            await asyncio.sleep(EARLY_DEATH_S)
+            world.change_role("decode-1", "prefill")
+            await asyncio.sleep(1)
+            world.launcher.on_lost("decode-1")
+            await asyncio.sleep(2 * START_S)
+            assert world.names == ["decode-0", "prefill-0", "prefill-1"]
+            assert world.launcher.notes is not None
+            assert world.launcher.notes.wanted == {"prefill": 2, "decode": 1, "neutral": 0}
+
 
 class TestScaling:
     @in_virtual_time
@@ -106,6 +128,18 @@ class TestScaling:
                 assert not world.decisions
 
         test()
+
+    @in_virtual_time
+    async def test_a_larger_size_uses_leaving_instances_again(self) -> None:
+        async with a_world() as world:
+            world.busy.update(("decode-0", "decode-1"))
+            await world.call(ScalePools({"decode": 1}))
+            await asyncio.sleep(1)
+            await world.call(ScalePools({"decode": 3}))
+            world.busy.clear()
+            await asyncio.sleep(2 * START_S)
+            assert world.names == ["decode-0", "decode-1", "decode-2", "prefill-0"]
+            assert world.launcher.stopped == []
 
 
 class TestStoppingOne:

@@ -112,6 +112,7 @@ async def test_the_cluster_can_serve_if_requests_can_be_prefilled_and_decoded(
         ("prefill-0", ["neutral-0"], None),
         ("decode-0", ["prefill-0"], "decode-0 is the last decode instance"),
         ("decode-0", ["prefill-0", "decode-1"], None),
+        ("decode-0", ["prefill-0", "neutral-0"], None),
         ("neutral-0", ["neutral-1"], None),
         ("neutral-0", ["decode-0"], "neutral-0 is the last instance that takes new requests"),
     ],

@@ -42,6 +42,19 @@ class TestFirstInstances:
         assert world.names == ["decode-0", "decode-2", "prefill-0"]
         await world.close()
 
+    @in_virtual_time
+    async def test_one_whose_start_fails_in_an_unforeseen_way_is_started_again(self) -> None:
+        world = World()
+        world.launcher.waits.add("decode-1")
+        await world.manager.start()
+        world.launcher.fails = OSError("no file descriptors are left")
+        world.launcher.waits.clear()
+        await asyncio.sleep(START_S)
+        world.launcher.fails = None
+        await asyncio.sleep(10 * START_S)
+        assert world.names == ["decode-0", "decode-2", "prefill-0"]
+        await world.close()
+
 
 class TestForTheScheduler:
     @in_virtual_time

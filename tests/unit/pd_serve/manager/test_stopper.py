@@ -6,17 +6,21 @@ from collections.abc import Callable
 import pytest
 
 from pd_serve.comm.messages import Decision, SchedulerReport, SetDraining
-from pd_serve.comm.requests import DrainInstance
-from pd_serve.comm.timing import STOP_PATIENCE_S
+from pd_serve.comm.requests import DrainInstance, ScalePools
+from pd_serve.comm.timing import DRAIN_TIMEOUT_S, STOP_PATIENCE_S
 from pd_serve.errors import MigrationRefusedError, UnknownTargetError
-from tests.unit.pd_serve.manager.manager_world import World, a_world
+from router.scaling import PoolBounds
+from tests.unit.pd_serve.manager.manager_world import START_S, World, a_world
 from tests.virtual_time import in_virtual_time
+
+#: The scheduler decides how many decode instances there are.
+SCALED = {"decode": PoolBounds(1, 2)}
 
 
 class TestForTheScheduler:
     @in_virtual_time
     async def test_an_empty_instance_is_stopped_once(self) -> None:
-        async with a_world() as world:
+        async with a_world(SCALED) as world:
             world.drain_by_scheduler("decode-1")
             world.want_stopped("decode-1")
             world.want_stopped("decode-1")
@@ -26,7 +30,7 @@ class TestForTheScheduler:
 
     @in_virtual_time
     async def test_a_stop_waits_while_an_api_server_uses_the_instance(self) -> None:
-        async with a_world() as world:
+        async with a_world(SCALED) as world:
             world.drain_by_scheduler("decode-1")
             world.busy.add("decode-1")
             world.want_stopped("decode-1")
@@ -38,7 +42,7 @@ class TestForTheScheduler:
 
     @in_virtual_time
     async def test_a_stop_waits_at_most_its_patience(self) -> None:
-        async with a_world() as world:
+        async with a_world(SCALED) as world:
             world.drain_by_scheduler("decode-1")
             world.busy.add("decode-1")
             world.want_stopped("decode-1")
@@ -58,7 +62,7 @@ class TestForTheScheduler:
     ) -> None:
         @in_virtual_time
         async def test() -> None:
-            async with a_world() as world:
+            async with a_world(SCALED) as world:
                 world.drain_by_scheduler("decode-1")
                 world.busy.add("decode-1")
                 world.want_stopped("decode-1")
@@ -71,7 +75,7 @@ class TestForTheScheduler:
 
     @in_virtual_time
     async def test_the_stop_of_an_unknown_instance_is_ignored(self) -> None:
-        async with a_world() as world:
+        async with a_world(SCALED) as world:
             world.want_stopped("decode-7")
             await asyncio.sleep(1)
             assert not world.launcher.stopped
@@ -94,16 +98,46 @@ class TestForTheOperator:
             assert world.sent(SetDraining, "decode-1")[-1] == SetDraining(False, by_operator=True)
 
     @in_virtual_time
-    async def test_a_stop_by_the_operator_waits_without_a_bound_until_the_instance_is_empty(self) -> None:
+    async def test_a_stop_by_the_operator_waits_until_the_instance_is_empty_for_a_bounded_time(self) -> None:
+        async with a_world() as world:
+            world.busy.update(("decode-0", "decode-1"))
+            await world.call(ScalePools({"decode": 4}))
+            await asyncio.sleep(2 * START_S)
+            for name in ("decode-0", "decode-1"):
+                await world.call(DrainInstance(name, True, True))
+            await asyncio.sleep(DRAIN_TIMEOUT_S / 2)
+            assert not world.launcher.stopped
+            world.busy.remove("decode-0")
+            await asyncio.sleep(1)
+            assert world.launcher.stopped == ["decode-0"]
+            assert world.decisions[0] == "decode-0 is stopped: drained by the operator"
+            await asyncio.sleep(DRAIN_TIMEOUT_S / 2)
+            assert world.launcher.stopped == ["decode-0", "decode-1"]
+            assert world.names == ["decode-2", "decode-3", "prefill-0"]
+
+    @in_virtual_time
+    async def test_an_instance_that_is_used_again_and_drained_at_once_is_not_stopped(self) -> None:
         async with a_world() as world:
             world.busy.add("decode-1")
             await world.call(DrainInstance("decode-1", True, True))
-            await asyncio.sleep(100 * STOP_PATIENCE_S)
-            assert not world.launcher.stopped
-            world.busy.clear()
             await asyncio.sleep(1)
-            assert world.launcher.stopped == ["decode-1"]
-            assert world.decisions[0] == "decode-1 is stopped: drained by the operator"
+            await world.call(DrainInstance("decode-1", False, False))
+            await world.call(DrainInstance("decode-1", True, False))
+            world.busy.clear()
+            await asyncio.sleep(60)
+            assert not world.launcher.stopped
+            assert world.members.leaving == []
+
+    @in_virtual_time
+    async def test_the_operator_keeps_an_instance_that_the_scheduler_stops(self) -> None:
+        async with a_world(SCALED) as world:
+            world.busy.add("decode-1")
+            world.drain_by_scheduler("decode-1")
+            world.want_stopped("decode-1")
+            await asyncio.sleep(1)
+            await world.call(DrainInstance("decode-1", True, False))
+            await asyncio.sleep(2 * STOP_PATIENCE_S)
+            assert not world.launcher.stopped
 
     @in_virtual_time
     async def test_an_instance_that_is_used_again_is_not_stopped(self) -> None:
