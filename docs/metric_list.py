@@ -74,10 +74,11 @@ def _reported() -> Iterable[tuple[Metric, list[str]]]:
     report = ClusterReport(
         loads=[load],
         slots={"decode-0": 0},
-        stats={"decode-0": InstanceStats(process, 0, 0, 0, 0, {"policy": 0})},
+        stats={"decode-0": InstanceStats(process, 0, 0, 0, 0, 0, {"policy": 0})},
         stranded={},
         waiting=NO_DEMAND,
         num_running=0,
+        num_unsent=0,
         state=ClusterState([], scheduler, [], [], restart, [], scheduler_stats=stats),
     )
     for metric in ClusterMetrics(lambda: report).collect():

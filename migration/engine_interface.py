@@ -6,11 +6,13 @@ Implemented by `migration.vllm_engine.adapter.VllmEngine` and by
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from migration.messages import BlockRun, FinalState, MigrationId, RequestDescription, RequestId
 from migration.transport.kv_transport import KvRegion
 from router.load import EngineLoad
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,25 @@ class HeldBlocks(NamedTuple):
     request_id: RequestId
     blocks: int
     arriving: bool
+
+
+class HeldRequest(NamedTuple):
+    """A request of one engine as it reports it to the request's API server.
+
+    Attributes:
+        epoch: Ownership epoch here.
+        emitted: Output tokens that the API server has been sent, by any instance.
+        finished: It has ended here a short while ago, and can still be sent again.
+    """
+
+    request_id: RequestId
+    epoch: int
+    emitted: int
+    finished: bool = False
+
+
+#: The requests of an engine by client: the endpoint that takes their tokens. Arriving ones are left out.
+HeldByClient = dict[str, list[HeldRequest]]
 
 
 @dataclass
@@ -172,6 +193,20 @@ class Engine(Protocol):
     # the rest
     async def abort_client(self, client: str) -> None:
         """Ends all requests whose tokens go to an API server that is gone."""
+
+    async def visit_requests(self, visit: Callable[[HeldByClient], T]) -> T:
+        """Calls `visit` with the requests here, and returns its result.
+
+        The call happens between two steps, on the thread that sends the outputs: after all outputs of which
+        `emitted` tells, and before all others.
+        """
+
+    async def resend(self, asked: list[tuple[RequestId, int]]) -> None:
+        """Sends output tokens again, from an index on, and the end of a request that has finished.
+
+        Unknown requests are ignored, and those whose outputs have more than tokens (logprobs): what was lost
+        of them can only be recomputed.
+        """
 
     async def live_requests(self, client: str | None = None) -> list[RequestId]:
         """Every request that holds something here, arriving ones included; of one client, or of all."""

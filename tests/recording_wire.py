@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from pd_serve.comm.message_wire import HandlerFailures, OnFrames, OnMessage
+from pd_serve.comm.message_wire import HandlerFailures, OnFrames, OnMessage, UnsentMessages
 
 M = TypeVar("M")
 
@@ -21,6 +21,7 @@ class RecordingWire:
     def __init__(self, name: str) -> None:
         self.name = name
         self.failures = HandlerFailures(name)
+        self.unsent = UnsentMessages()
         self.peers: dict[str, str] = {}
         self.sent: list[tuple[str, Any, list[bytes]]] = []
         self._decode: Callable[[bytes], Any]

@@ -7,14 +7,21 @@ that thread too, so that a token's way out does not wait for the event loop.
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from vllm.config import VllmConfig
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.engine.core import EngineCore
 
-from migration.engine_interface import EngineEvents, EngineFacts, HeldBlocks, Reservation, RunningRequest
+from migration.engine_interface import (
+    EngineEvents,
+    EngineFacts,
+    HeldBlocks,
+    HeldByClient,
+    Reservation,
+    RunningRequest,
+)
 from migration.engine_rules import mismatch
 from migration.errors import DestinationRefusedError, InvalidRequestError, RefusalCode, SourceGoneError
 from migration.messages import BlockRun, FinalState, MigrationId, RequestDescription, RequestId
@@ -28,23 +35,10 @@ from migration.vllm_engine.request_loader import RequestLoader
 from migration.vllm_engine.scheduler_integrity import check_scheduler
 from migration.vllm_engine.step_loop import StepLoop
 
+T = TypeVar("T")
+
 #: Least time between two load reports of a busy engine.
 LOAD_INTERVAL_S = 0.02
-
-
-#: Methods of `EngineCore` that vLLM's front end may call by name.
-UTILITIES = frozenset(
-    {
-        "get_supported_tasks",
-        "reset_mm_cache",
-        "reset_prefix_cache",
-        "reset_encoder_cache",
-        "is_sleeping",
-        "is_scheduler_paused",
-        "list_loras",
-        "get_weight_version",
-    }
-)
 
 
 class VllmEngine:
@@ -115,7 +109,7 @@ class VllmEngine:
                 self._loader.install(request, 0, None)
             else:
                 self.core.add_request(request)
-            self._live[request.request_id] = LiveRequest(payload, client, epoch, len(done))
+            self._live[request.request_id] = LiveRequest(payload, client, epoch, len(done), request)
             if handoff and self.no_migration is None and compatibility.unmovable(request) is None:
                 self.scheduler.handoff_ids.add(request.request_id)
 
@@ -227,7 +221,9 @@ class VllmEngine:
         def reserve() -> Reservation:
             self._loader.replay(arriving, request.output_token_ids)
             blocks, present = self.scheduler.reserve(migration_id, arriving)
-            self._live[arriving.request_id] = LiveRequest(request.payload, request.client, request.epoch, 0)
+            self._live[arriving.request_id] = LiveRequest(
+                request.payload, request.client, request.epoch, 0, arriving, arriving=True
+            )
             return Reservation(blocks, present)
 
         return await self._steps.call(reserve)
@@ -244,6 +240,7 @@ class VllmEngine:
             self._loader.replay(arriving, state.output_token_ids[arriving.num_output_tokens :])
             request = self.scheduler.commit(migration_id, state.num_computed_tokens)
             live.epoch, live.emitted = state.epoch + 1, len(state.output_token_ids)
+            live.arriving = False
             self._loader.install(request, state.num_computed_tokens, state.rng_state)
 
         await self._steps.call(commit)
@@ -276,6 +273,12 @@ class VllmEngine:
 
         return await self._steps.call(check)
 
+    async def visit_requests(self, visit: Callable[[HeldByClient], T]) -> T:
+        return await self._steps.call(lambda: visit(self._live.held()))
+
+    async def resend(self, asked: list[tuple[RequestId, int]]) -> None:
+        await self._steps.call(lambda: self._live.resend(asked, self._sink))
+
     async def live_requests(self, client: str | None = None) -> list[RequestId]:
         return await self._steps.call(
             lambda: [RequestId(request_id) for request_id in self._live.of_client(client)]
@@ -285,7 +288,7 @@ class VllmEngine:
         return await self._steps.call(lambda: read_held_blocks(self.core.scheduler))
 
     async def utility(self, method: str, *arguments: object) -> object:
-        if method not in UTILITIES:
+        if method not in compatibility.UTILITIES:
             raise InvalidRequestError(f"{method} is not a utility of the engine")
         return await self._steps.call(lambda: getattr(self.core, method)(*arguments))
 

@@ -7,6 +7,20 @@ import hashlib
 import inspect
 from typing import Any
 
+#: Methods of `EngineCore` that vLLM's front end may call by name.
+UTILITIES = frozenset(
+    {
+        "get_supported_tasks",
+        "reset_mm_cache",
+        "reset_prefix_cache",
+        "reset_encoder_cache",
+        "is_sleeping",
+        "is_scheduler_paused",
+        "list_loras",
+        "get_weight_version",
+    }
+)
+
 #: Private or undocumented names of vLLM 0.32 that migration relies on: "module:object.attribute", and
 #: for functions the parameters that are passed by name.
 RELIED_ON: dict[str, tuple[str, ...]] = {

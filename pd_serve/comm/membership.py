@@ -150,5 +150,7 @@ class MembershipView:
         members.pop(self._name, None)
         for name, address in members.items():
             self._wire.connect(name, address)
-        if self.latest.scheduler and self._name != SCHEDULER:
+        if not self.latest.scheduler:
+            self._wire.disconnect(SCHEDULER)
+        elif self._name != SCHEDULER:
             self._wire.connect(SCHEDULER, self.latest.scheduler)

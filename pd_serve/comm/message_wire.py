@@ -5,6 +5,8 @@ virtual time.
 """
 
 import logging
+import math
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -21,16 +23,22 @@ OnFrames = Callable[[list[Any]], None]
 MAX_KINDS = 100
 
 
+#: Minimum interval of log lines about messages to one peer that were dropped, in seconds.
+LOG_INTERVAL_S = 10.0
+
+
 class MessageWire(Protocol):
     """One-way messages, in order per sender.
 
     Attributes:
         name: Name of this process; receivers see it as the sender.
         failures: Failures of this process's message handlers.
+        unsent: Messages of this process that could not be sent.
     """
 
     name: str
     failures: "HandlerFailures"
+    unsent: "UnsentMessages"
 
     def listen(self, kind: Any, on_message: OnMessage) -> str:
         """Receives messages of these types. Returns the address to send them to."""
@@ -87,3 +95,32 @@ class HandlerFailures:
     def problems(self) -> list[str]:
         """One line per kind of failure."""
         return [f"{self._process}: {kind} ({count} times)" for kind, count in self._counts.items()]
+
+
+class UnsentMessages:
+    """Counts messages that were dropped because their peer is not connected or does not read.
+
+    All state that messages carry is sent again, or reconciled; see `pd_serve.frontend.reconciler`.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._logged_at: dict[str, float] = {}
+
+    def __len__(self) -> int:
+        return self._count
+
+    def peer_unknown(self) -> None:
+        """Counts a message to a peer that is not connected."""
+        self._count += 1
+
+    def queue_full(self, peer: str, message: object) -> None:
+        """Counts a message to a peer that does not read. Logs each peer once per `LOG_INTERVAL_S`."""
+        self._count += 1
+        now = time.monotonic()
+        if now - self._logged_at.get(peer, -math.inf) < LOG_INTERVAL_S:
+            return
+        if len(self._logged_at) >= MAX_KINDS:
+            self._logged_at.clear()
+        self._logged_at[peer] = now
+        logger.warning("%s does not read: a %s is dropped", peer, type(message).__name__)

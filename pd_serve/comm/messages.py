@@ -9,6 +9,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from migration.engine_interface import HeldRequest
 from migration.messages import (
     Committed,
     Dropped,
@@ -39,9 +40,12 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
 
     Attributes:
         waiting: Requests in the sender's waiting line, and the tokens of their prompts.
+        number: Of this heartbeat, from 1 on. `RequestReport` has the last one: an instance that has received
+            it has received everything that this API server sent before.
     """
 
     waiting: Demand = NO_DEMAND
+    number: int = 0
 
 
 class AddRequest(msgspec.Struct, frozen=True, tag=True):
@@ -71,6 +75,12 @@ class AbortRequests(msgspec.Struct, frozen=True, tag=True):
 
     request_ids: list[RequestId]
     below_epoch: int | None = None
+
+
+class ResendTokens(msgspec.Struct, frozen=True, tag=True):
+    """API server → instance: send output tokens of these requests again, each from an index on."""
+
+    requests: list[tuple[RequestId, int]]
 
 
 class HandOff(msgspec.Struct, frozen=True, tag=True):
@@ -162,6 +172,13 @@ class InstanceStats(msgspec.Struct, frozen=True):
             extra=COUNTER,
         ),
     ]
+    unsent_messages: Annotated[
+        int,
+        Meta(
+            description="Messages dropped because their receiver was not connected or did not read.",
+            extra=COUNTER,
+        ),
+    ]
     protocol_errors: Annotated[
         int, Meta(description="Invalid messages, and failed message handlers; should be 0.", extra=COUNTER)
     ]
@@ -182,11 +199,13 @@ class LoadReport(msgspec.Struct, frozen=True, tag=True):
     Attributes:
         stranded: Requests that wait on this instance until a decode instance takes them.
         stats: Metrics of the instance, about once a second.
+        request_reports: Number of the last `RequestReport` that was sent.
     """
 
     load: InstanceLoad
     stranded: list[RequestId]
     stats: InstanceStats | None = None
+    request_reports: int = 0
 
 
 class MigrationEnded(msgspec.Struct, frozen=True, tag=True):
@@ -202,15 +221,33 @@ class RequestFailed(msgspec.Struct, frozen=True, tag=True):
     error: str
 
 
+class RequestReport(msgspec.Struct, frozen=True, array_like=True):
+    """Instance → API server: the requests of this API server that the instance has.
+
+    It goes to the token endpoint, in order with the tokens: the API server has received all tokens of which
+    `HeldRequest.emitted` tells, or they are lost.
+
+    Attributes:
+        number: Of this report, from 1 on, the same for all API servers.
+        heartbeat: Number of the last heartbeat of the API server that the instance had received.
+    """
+
+    number: int
+    heartbeat: int
+    requests: list[HeldRequest]
+
+
 class TokenHeader(msgspec.Struct, frozen=True, array_like=True):
     """First frame of a step's tokens; vLLM's encoding of its `EngineCoreOutputs` follows.
 
     Attributes:
         spans: (ownership epoch, index of the first new token) per output, in order.
+        report: The instance's requests. Then there are no outputs.
     """
 
     instance_id: str
     spans: list[tuple[int, int]]
+    report: RequestReport | None = None
 
 
 # ---- messages that each kind of process receives
@@ -221,6 +258,7 @@ ToInstance = (
     | Heartbeat
     | AddRequest
     | AbortRequests
+    | ResendTokens
     | HandOff
     | MoveOut
     | SetRole

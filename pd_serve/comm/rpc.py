@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Generic, TypeVar, get_args
 from uuid import uuid4
@@ -23,6 +24,9 @@ from pd_serve.errors import (
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
+
+#: Maximum number of served call ids that are kept, to notice a second delivery.
+MAX_SERVED = 1000
 
 #: Errors that the caller gets with their class. It gets others as `EngineDeadError`.
 ERRORS: dict[str, type[PdServeError]] = {
@@ -120,12 +124,19 @@ class RpcServer:
     ) -> None:
         self._wire = wire
         self._handlers = handlers
+        self._served: OrderedDict[str, None] = OrderedDict()
         self._tasks = BackgroundTasks(wire.failures.task_failed)
 
     async def close(self) -> None:
         await self._tasks.cancel()
 
     def on_call(self, sender: str, call_id: str, request: Any) -> None:
+        """Serves a call. One that comes a second time is ignored."""
+        if call_id in self._served:
+            return
+        self._served[call_id] = None
+        if len(self._served) > MAX_SERVED:
+            self._served.popitem(last=False)
         self._tasks.start(self._answer(sender, call_id, request))
 
     async def _answer(self, sender: str, call_id: str, request: Any) -> None:

@@ -8,6 +8,9 @@ The bounds of a migration are in `migration.bounds`, the intervals of decisions 
 HEARTBEAT_S = 1.0
 INSTANCE_HEARTBEAT_S = 0.5
 
+#: Interval at which instances report their requests to API servers.
+REQUEST_REPORT_INTERVAL_S = INSTANCE_HEARTBEAT_S
+
 #: Leases. A process that has sent nothing for this long counts as gone.
 MANAGER_LEASE_S = 3.0  # API servers show the manager as absent, and look for its address again
 SCHEDULER_LEASE_S = 3.0  # the manager shows the scheduler as absent

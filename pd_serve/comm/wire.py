@@ -6,7 +6,6 @@ peer with the key are trusted.
 """
 
 import hashlib
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,13 +17,19 @@ from zmq.auth.asyncio import AsyncioAuthenticator
 from zmq.utils import z85
 
 from migration.tasks import BackgroundTasks
-from pd_serve.comm.message_wire import HandlerFailures, OnFrames, OnMessage
+from pd_serve.comm.message_wire import HandlerFailures, OnFrames, OnMessage, UnsentMessages
 from pd_serve.comm.rejected_peers import RejectedPeerLog
 
-logger = logging.getLogger(__name__)
+#: Maximum number of messages queued for a peer that does not read, in sender and receiver each: 100 s of load
+#: reports. The sender drops and counts further messages.
+HIGH_WATER_MARK = 5_000
 
-#: Maximum number of messages queued for a peer that does not read. Further messages are dropped.
-HIGH_WATER_MARK = 100_000
+#: ZMTP heartbeats, in ms: a connection without an answer for the timeout is closed and opened again. What was
+#: in it is lost, and reconciled.
+HEARTBEAT_INTERVAL_MS, HEARTBEAT_TIMEOUT_MS = 5_000, 15_000
+
+#: TCP keepalive: seconds until the first probe and between probes, and number of probes.
+KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 10, 5, 3
 
 #: Maximum length of a received frame, in bytes. It bounds the memory that a peer without the key can occupy.
 #: The longest frame that pd-serve sends is a request, of at most `--max-body-bytes`.
@@ -59,6 +64,18 @@ def is_local(host: str) -> bool:
     return host in ("127.0.0.1", "localhost", "::1")
 
 
+def _keep_alive(socket: "zmq.Socket[Any]") -> None:
+    """Sets the options by which a connection whose other end is gone is noticed."""
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS)
+    socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_IDLE_S)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, KEEPALIVE_INTERVAL_S)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, KEEPALIVE_PROBES)
+
+
 class Wire:
     """The sockets of one process. Used on one event loop; `publisher` makes sockets for other threads."""
 
@@ -71,6 +88,7 @@ class Wire:
         self._tasks = BackgroundTasks()
         self._bound: list[zmq.asyncio.Socket] = []
         self.failures = HandlerFailures(name)
+        self.unsent = UnsentMessages()
         self._rejected = RejectedPeerLog(name, host if is_local(host) else "an unknown address")
         self._authenticator = AsyncioAuthenticator(self._context)
         self._authenticator.start()
@@ -107,8 +125,8 @@ class Wire:
 
     def _bind(self, on_frames: OnFrames) -> str:
         socket = self._context.socket(zmq.PULL)
-        socket.setsockopt(zmq.RCVHWM, 0)
-        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
+        _keep_alive(socket)
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         socket.curve_server = True
         socket.curve_publickey, socket.curve_secretkey = self._keys.public, self._keys.secret
@@ -135,12 +153,13 @@ class Wire:
         """See `MessageWire`."""
         known = self._peers.get(peer)
         if known is None:
+            self.unsent.peer_unknown()
             return False
         frames = [self.name.encode(), msgspec.msgpack.encode(message), *payload]
         try:
             known[1].send_multipart(frames, zmq.NOBLOCK, copy=True)
         except zmq.Again:
-            logger.warning("%s does not read: a %s is dropped", peer, type(message).__name__)
+            self.unsent.queue_full(peer, message)
             return False
         return True
 
@@ -148,7 +167,7 @@ class Wire:
         """A socket that sends to `address`. The caller owns it and may use it on another thread."""
         socket: zmq.Socket[bytes] = zmq.Context(self._context).socket(zmq.PUSH)
         socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
-        socket.setsockopt(zmq.LINGER, 0)
+        _keep_alive(socket)
         socket.curve_serverkey = self._keys.public
         socket.curve_publickey, socket.curve_secretkey = self._keys.public, self._keys.secret
         socket.connect(address)

@@ -33,7 +33,7 @@ from pd_serve.comm.requests import (
     ScalePools,
 )
 from pd_serve.comm.rpc import Answer, RpcServer
-from pd_serve.comm.timing import HEARTBEAT_S, INTEGRITY_SETTLE_S
+from pd_serve.comm.timing import HEARTBEAT_S, INTEGRITY_SETTLE_S, REQUEST_REPORT_INTERVAL_S
 from pd_serve.errors import MigrationRefusedError, RefusalCode, UnknownTargetError
 from pd_serve.frontend.instances import Instances
 from pd_serve.frontend.integrity import IntegrityWatch, compare_holdings, lost, without_client
@@ -41,6 +41,7 @@ from pd_serve.frontend.manager_client import ManagerClient
 from pd_serve.frontend.manual_migration import ManualMigrations, MigrationMode
 from pd_serve.frontend.output_codec import OutputCodec
 from pd_serve.frontend.placement import RequestPlacement
+from pd_serve.frontend.reconciler import Reconciler
 from pd_serve.frontend.request_tracker import RequestTracker
 from pd_serve.frontend.snapshot import ClusterSnapshot, InstanceSnapshot, WaitingRequests
 from pd_serve.frontend.token_stream import TokenStream
@@ -93,8 +94,24 @@ class Frontend:
         token_endpoint = wire.listen_for_frames(lambda frames: self.tokens.on_frames(frames))
         placement = RequestPlacement(wire, token_endpoint, dispatcher, recorder, clock)
         self.requests = RequestTracker(wire, self.instances, placement, codec, deliver, recorder, clock)
+        self._reconciler = Reconciler(
+            wire,
+            self.instances,
+            self.requests.requests,
+            self.requests,
+            recorder,
+            lambda: self._manager.num_heartbeats,
+        )
         self.tokens = TokenStream(
-            wire, self.instances, self.requests.requests, codec, deliver, recorder, self.requests, clock
+            wire,
+            self.instances,
+            self.requests.requests,
+            codec,
+            deliver,
+            recorder,
+            self.requests,
+            clock,
+            self._reconciler.on_report,
         )
         self._placement = placement
         self._manual = ManualMigrations(wire, self.requests.requests, self.instances, placement)
@@ -112,12 +129,13 @@ class Frontend:
         info = ApiServerInfo(wire.listen(ToApiServer, self._on_message), token_endpoint)
         self._token_endpoint = token_endpoint
         self._manager.open(info)
-        self._watch = BackgroundTasks(wire.failures.task_failed)
+        self._tasks = BackgroundTasks(wire.failures.task_failed)
+        self._tasks.start(self._reconcile())
         if on_integrity is not None:
-            self._watch.start(IntegrityWatch(self._suspicions, on_integrity).run())
+            self._tasks.start(IntegrityWatch(self._suspicions, on_integrity).run())
 
     async def close(self) -> None:
-        await self._watch.cancel()
+        await self._tasks.cancel()
         await self._manager.close()
         await self._server.close()
         self.requests.close()
@@ -128,13 +146,23 @@ class Frontend:
         await self.instances.wait_for_reports()
         return list(self.instances)
 
+    async def _reconcile(self) -> None:
+        while True:
+            await asyncio.sleep(REQUEST_REPORT_INTERVAL_S)
+            try:
+                self._reconciler.check()
+            except Exception as error:  # the next check has to come, whatever it is
+                self._wire.failures.record("reconciling", error)
+
     # ---- messages
 
     def _on_message(self, sender: str, message: Any, payload: Sequence[bytes]) -> None:
+        self._reconciler.on_message(sender)
         match message:
             case LoadReport(load=load):
                 if sender in self.instances:
-                    self.instances.loads.report(load)
+                    if self._reconciler.on_load(sender, message.request_reports):
+                        self.instances.loads.report(load)
                     self._stranded[sender] = len(message.stranded)
                     if message.stats is not None:
                         self._stats[sender] = message.stats
@@ -160,6 +188,7 @@ class Frontend:
         self._note_own_membership(message)
         for instance_id in change.left:
             self.instances.remove(instance_id)
+            self._reconciler.instance_left(instance_id)
             self._stats.pop(instance_id, None)
             self._stranded.pop(instance_id, None)
         for info in change.joined:
@@ -234,6 +263,7 @@ class Frontend:
             stranded=self._stranded,
             waiting=self._placement.demand,
             num_running=len(self.requests.requests),
+            num_unsent=len(self._wire.unsent),
             state=self._manager.state,
             immovable={i.instance_id for i in self.instances if i.engine.no_migration is not None},
         )

@@ -29,6 +29,9 @@ class ManagerClient:
         find_manager: Returns the manager's address. Raises: PdServeError: It cannot be found now.
         demand: Returns the demand of the waiting line.
         is_unused: Whether a leaving instance has no request of this API server, and will get none.
+
+    Attributes:
+        num_heartbeats: Number of the last heartbeat.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class ManagerClient:
         demand: Callable[[], Demand],
         is_unused: Callable[[str], bool],
     ) -> None:
+        self.num_heartbeats = 0
         self._wire = wire
         self._members = members
         self._calls = calls
@@ -97,6 +101,7 @@ class ManagerClient:
             now = self._loop.time()
             if not self.is_alive and now - self._searched_at >= MANAGER_LEASE_S:
                 self._searched_at = now
+                self._calls.peer_lost(MANAGER)
                 await self._search()
             leaving = self._members.latest.leaving if self._members.latest is not None else []
             still_unused = [instance_id for instance_id in leaving if self._is_unused(instance_id)]
@@ -114,7 +119,8 @@ class ManagerClient:
 
     async def _heartbeat(self) -> None:
         while True:
-            heartbeat = Heartbeat(self._demand())
+            self.num_heartbeats += 1
+            heartbeat = Heartbeat(self._demand(), self.num_heartbeats)
             for instance_id in self._members.instances:
                 self._wire.send(instance_id, heartbeat)
             self._wire.send(SCHEDULER, heartbeat)

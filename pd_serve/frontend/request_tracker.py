@@ -165,6 +165,16 @@ class RequestTracker:
             if self.requests.get(request.request_id) is request and request.ledger.owner:
                 self._recompute(request, request.ledger.owner)
 
+    # ---- LossListener
+
+    def lost(self, request: TrackedRequest, instance_id: str) -> None:
+        self._recompute(request, instance_id)
+        self._wire.send(instance_id, AbortRequests([request.request_id], request.ledger.recomputed_epoch))
+
+    def give_up(self, request: TrackedRequest, why: str) -> None:
+        logger.error("request %s: %s", request.request_id, why)
+        self._fail(request)
+
     def has_requests_on(self, instance_id: str) -> bool:
         return any(request.is_on(instance_id) for request in self.requests.values())
 

@@ -23,6 +23,7 @@ class TokenLedger:
         longest_gap_s: Longest time between two deliveries.
         last_gap_s: Time between the last token of the former owner and the first of the present one.
         num_moves: Number of changes of the owner.
+        recomputed_epoch: Epoch of the last recompute. Copies of a lower epoch are outdated.
     """
 
     owner: str
@@ -33,6 +34,7 @@ class TokenLedger:
     longest_gap_s: float = 0.0
     last_gap_s: float = 0.0
     num_moves: int = 0
+    recomputed_epoch: int = 0
     _epoch_begin: int = 0
     _early: dict[int, tuple[int, RequestOutput]] = field(default_factory=dict)
 
@@ -114,6 +116,7 @@ class TokenLedger:
         """Makes `owner` continue after the delivered tokens, as the former owner died. Returns its epoch."""
         # Higher than every epoch that migrations of the lost owner may have reached.
         self.epoch += 1000
+        self.recomputed_epoch = self.epoch
         self._epoch_begin = len(self.token_ids)
         self._early.clear()
         self.owner = owner

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from migration.messages import RequestId
 from pd_serve.comm.message_wire import MessageWire
-from pd_serve.comm.messages import AbortRequests
+from pd_serve.comm.messages import AbortRequests, RequestReport
 from pd_serve.comm.outputs import OutputBatch, RequestOutput
 from pd_serve.frontend.instances import Instances
 from pd_serve.frontend.output_codec import OutputCodec
@@ -39,6 +39,7 @@ class TokenStream:
         requests: Requests in progress, by id.
         deliver: Receives batches of outputs.
         clock: Clock of the deliveries, in seconds.
+        on_report: Called with an instance and its report of requests.
 
     Attributes:
         observer: Called at every delivery; None outside of measurements.
@@ -54,6 +55,7 @@ class TokenStream:
         recorder: RequestRecorder,
         listener: TokenListener,
         clock: Callable[[], float],
+        on_report: Callable[[str, RequestReport], None],
     ) -> None:
         self._wire = wire
         self._instances = instances
@@ -63,15 +65,18 @@ class TokenStream:
         self._recorder = recorder
         self._listener = listener
         self._clock = clock
+        self._on_report = on_report
         self.observer: TokenObserver | None = None
 
     def on_frames(self, frames: list[bytes]) -> None:
-        """Receives the outputs of one step of one instance."""
+        """Receives the outputs of one step of one instance, or its report of requests."""
         header, batch = self._codec.decode(frames)
         source = header.instance_id
+        if header.report is not None:
+            return self._on_report(source, header.report)
         if source not in self._instances:
-            # The requests of this instance are recomputed, or will be when the source of their migration
-            # reports the commit. A late token would make this instance the owner again.
+            # The instance has left, and a late token would make it the owner again; or its membership has
+            # not arrived, and what is dropped here is sent again.
             return
         now = self._clock()
         deliver: list[RequestOutput] = []

@@ -3,10 +3,47 @@
 import asyncio
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from migration.messages import RequestId
 from pd_serve.frontend.token_ledger import TokenLedger
 from router.request import NewRequest
+
+
+class Sighting(NamedTuple):
+    """The report with the highest epoch of a request.
+
+    Attributes:
+        report: Number of the report.
+        epoch, emitted, finished: See `migration.engine_interface.HeldRequest`.
+    """
+
+    instance_id: str = ""
+    report: int = 0
+    epoch: int = -1
+    emitted: int = 0
+    finished: bool = False
+
+
+@dataclass(slots=True)
+class Check:
+    """State of the comparison of a request with reports; see `pd_serve.frontend.reconciler`.
+
+    Attributes:
+        progress: The instance that it is believed on, epoch of its last recompute, and delivered tokens. The
+            comparison starts anew at every progress.
+        report: Number of the last report that was compared.
+        heartbeat: Number of the last heartbeat before the comparison started.
+        behind, missing: Reports in a row with more tokens than were delivered, and without the request.
+        losses: Recomputes because of lost messages.
+    """
+
+    progress: tuple[str, int, int] = ("", 0, 0)
+    report: int = 0
+    heartbeat: int = 0
+    behind: int = 0
+    missing: int = 0
+    losses: int = 0
 
 
 @dataclass
@@ -23,6 +60,7 @@ class TrackedRequest:
         deaths: Deaths of instances that it may have caused, the last one at `died_at`; see
             `pd_serve.frontend.suspects`.
         retry_at: Earliest time of its next recompute.
+        sighting, check: State of its reconciliation.
         move_waiters: Futures that wait for the first token from the next owner.
     """
 
@@ -37,6 +75,8 @@ class TrackedRequest:
     died_at: float = -math.inf
     retry_at: float = 0.0
     placed_at: float = 0.0
+    sighting: Sighting = field(default_factory=Sighting)
+    check: Check = field(default_factory=Check)
     move_waiters: list[asyncio.Future[None]] = field(default_factory=list)
 
     @property

@@ -76,10 +76,10 @@ class Instance:
         self._wire = Wire(name, config.host, config.keys)
         self._transport = NixlTransport(name)
         bounds = MigrationBounds(stage_bytes_per_s=config.stage_bytes_per_s)
-        self.llumlet = Llumlet(
-            name, config.role, self._wire, self._transport, bounds=bounds, on_fatal=self._die
-        )
         self._tokens = TokenPublisher(name, self._wire)
+        self.llumlet = Llumlet(
+            name, config.role, self._wire, self._transport, self._tokens, bounds=bounds, on_fatal=self._die
+        )
         self._engine: Engine = create_engine(
             config.engine_args, config.simulated, self._tokens.publish, self.llumlet.events
         )

@@ -28,6 +28,7 @@ from pd_serve.comm.messages import (
     Heartbeat,
     MoveOut,
     RequestFailed,
+    ResendTokens,
     SetDraining,
     SetRole,
     ToInstance,
@@ -46,6 +47,7 @@ from pd_serve.comm.timing import INSTANCE_HEARTBEAT_S
 from pd_serve.instance.handoffs import Handoffs
 from pd_serve.instance.load_reporter import LoadReporter
 from pd_serve.instance.moves import Moves
+from pd_serve.instance.request_reporter import ReportPublisher, RequestReporter
 from router.load import EngineLoad
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,7 @@ class Llumlet:
     """The llumlet of an instance. Runs on one event loop until `close`.
 
     Args:
+        publisher: Sends the reports of requests.
         on_fatal: Called on an unexpected failure of the engine or of a migration, after which the state of
             the instance may be wrong. It has to end the process.
     """
@@ -68,6 +71,7 @@ class Llumlet:
         role: str,
         wire: MessageWire,
         transport: KvTransport,
+        publisher: ReportPublisher,
         *,
         bounds: MigrationBounds | None = None,
         on_fatal: Callable[[BaseException], None] | None = None,
@@ -79,7 +83,15 @@ class Llumlet:
         self._on_fatal = on_fatal
         self._tasks = BackgroundTasks(on_fatal)
         self._members = MembershipView(name, wire)
-        self.reporter = LoadReporter(name, role, wire, self._members, lambda: self.handoffs.stranded)
+        self._requests = RequestReporter(self._members, publisher, self._tasks)
+        self.reporter = LoadReporter(
+            name,
+            role,
+            wire,
+            self._members,
+            lambda: self.handoffs.stranded,
+            lambda: self._requests.number,
+        )
         self.handoffs = Handoffs(name, self._members, self.reporter, self._tasks)
         self._moves = Moves(name, wire, self._members, self.reporter)
         self._forwards: OrderedDict[RequestId, InstanceId] = OrderedDict()
@@ -136,9 +148,12 @@ class Llumlet:
             return  # the engine is loading, and the membership does not have this instance yet
         match message:
             case AddRequest():
-                self._tasks.start(self._add(sender, message, [bytes(frame) for frame in payload]))
+                if self._requests.adding(message):
+                    self._tasks.start(self._add(sender, message, [bytes(frame) for frame in payload]))
             case AbortRequests():
                 self._tasks.start(self._abort(message))
+            case ResendTokens(requests=asked):
+                self._tasks.start(self.engine.resend(asked))
             case HandOff(request_id=request_id, destination=destination):
                 self.handoffs.hand_off(request_id, [destination])
             case MoveOut():
@@ -147,8 +162,9 @@ class Llumlet:
                 self.reporter.set_role(role)
             case SetDraining(draining=draining, by_operator=by_operator):
                 self.reporter.set_draining(draining, by_operator=by_operator)
-            case Heartbeat():
+            case Heartbeat(number=number):
                 self._orphan_timer.on_message()
+                self._requests.on_heartbeat(sender, number)
             case Membership():
                 self._on_membership(message)
             case Call(call_id=call_id, request=request):
@@ -179,6 +195,7 @@ class Llumlet:
         while True:
             await asyncio.sleep(INSTANCE_HEARTBEAT_S)
             self.reporter.report_soon()
+            self._requests.report_soon(self.engine)
             self._orphan_timer.on_heartbeat(INSTANCE_HEARTBEAT_S)
 
     def _on_engine_load(self, load: EngineLoad) -> None:
@@ -217,6 +234,7 @@ class Llumlet:
             # Counted only when the engine's load includes the request. A report during a long step would
             # otherwise count the request as arrived and its blocks as free.
             self.reporter.requests_added += 1
+            self._requests.added(message)
 
     async def _abort(self, message: AbortRequests) -> None:
         """Aborts requests here, and forwards the abort for requests that have moved."""

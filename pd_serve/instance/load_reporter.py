@@ -30,6 +30,7 @@ class LoadReporter:
 
     Args:
         stranded: Returns the stranded requests.
+        request_reports: Returns the number of the last report of requests.
 
     Attributes:
         role: Present role of the instance.
@@ -47,6 +48,7 @@ class LoadReporter:
         wire: MessageWire,
         members: MembershipView,
         stranded: Callable[[], list[RequestId]],
+        request_reports: Callable[[], int],
     ) -> None:
         self.role = role
         self.draining = False
@@ -59,6 +61,7 @@ class LoadReporter:
         self._wire = wire
         self._members = members
         self._stranded = stranded
+        self._request_reports = request_reports
         self._loop = asyncio.get_running_loop()
         self._coordinator: MigrationCoordinator | None = None
         self._engine = EngineLoad(block_tokens=1)  # until the engine reports
@@ -121,6 +124,7 @@ class LoadReporter:
             offers=coordinator.num_offers,
             refused_offers=coordinator.num_refused,
             bytes_received=coordinator.bytes_received,
+            unsent_messages=len(self._wire.unsent),
             protocol_errors=coordinator.protocol_errors + len(self._wire.failures),
             refused_orders=dict(self.refused_orders),
         )
@@ -139,7 +143,7 @@ class LoadReporter:
         stats = None
         if self._reported_at - self._stats_at >= STATS_INTERVAL_S:
             self._stats_at, stats = self._reported_at, self.stats()
-        report = LoadReport(self.load(), self._stranded(), stats)
+        report = LoadReport(self.load(), self._stranded(), stats, self._request_reports())
         for api_server in self._members.api_servers:
             self._wire.send(api_server, report)
         self._wire.send(SCHEDULER, report)

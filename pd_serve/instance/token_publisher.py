@@ -1,43 +1,53 @@
 """Sends tokens from the step thread to the API servers, one message per step and API server."""
 
-import logging
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import zmq
 
-from pd_serve.comm.messages import TokenHeader
+from pd_serve.comm.messages import RequestReport, TokenHeader
 from pd_serve.comm.wire import Wire
 
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutputs
 
-logger = logging.getLogger(__name__)
-
 
 class TokenPublisher:
-    """Sends a step's outputs. Used on the step thread only, except for `close`."""
+    """Sends a step's outputs, and reports of requests. Used on the step thread only, except for `close`."""
 
     def __init__(self, name: str, wire: Wire) -> None:
+        from vllm.v1.engine import EngineCoreOutputs
         from vllm.v1.serial_utils import MsgpackEncoder
 
         self._name = name
         self._wire = wire
         self._encoder = MsgpackEncoder()
+        self._no_outputs = [bytes(frame) for frame in self._encoder.encode(EngineCoreOutputs())]
         self._sockets: dict[str, zmq.Socket[bytes]] = {}
 
     def publish(self, client: str, outputs: "EngineCoreOutputs", spans: list[tuple[int, int]]) -> None:
         """Sends a step's outputs to the token endpoint `client`; see `TokenHeader` for `spans`."""
-        socket = self._sockets.get(client)
-        if socket is None:
-            socket = self._sockets[client] = self._wire.publisher(client)
-        frames = [msgspec.msgpack.encode(TokenHeader(self._name, spans)), *self._encoder.encode(outputs)]
-        try:
-            socket.send_multipart(frames, zmq.NOBLOCK)
-        except zmq.Again:
-            logger.warning("the API server at %s does not read its tokens", client)
+        self._send(client, TokenHeader(self._name, spans), self._encoder.encode(outputs))
+
+    def report(self, client: str, report: RequestReport) -> None:
+        """Sends a report to the token endpoint `client`, after all outputs before it."""
+        self._send(client, TokenHeader(self._name, [], report), self._no_outputs)
+
+    def retain(self, clients: Collection[str]) -> None:
+        """Closes the sockets, with their queues, to all other clients."""
+        for client in self._sockets.keys() - clients:
+            self._sockets.pop(client).close(linger=0)
 
     def close(self) -> None:
         """Closes the sockets. Call it after the step thread has ended and before the wire is closed."""
-        for publisher in self._sockets.values():
-            publisher.close(linger=0)
+        self.retain(())
+
+    def _send(self, client: str, header: TokenHeader, frames: Sequence[Any]) -> None:
+        socket = self._sockets.get(client)
+        if socket is None:
+            socket = self._sockets[client] = self._wire.publisher(client)
+        try:
+            socket.send_multipart([msgspec.msgpack.encode(header), *frames], zmq.NOBLOCK)
+        except zmq.Again:
+            self._wire.unsent.queue_full(f"the API server at {client}", header)

@@ -159,6 +159,11 @@ class ClusterMetrics(Collector):
             "Requests of this API server in progress, waiting ones included.",
             report.num_running,
         )
+        yield CounterMetricFamily(
+            "pd_serve_unsent_messages",
+            "Messages of this API server dropped because their receiver was not connected or did not read.",
+            report.num_unsent,
+        )
 
     def _scheduler(self, report: ClusterReport) -> Iterator[Metric]:
         stats = report.state.scheduler_stats if report.state is not None else None

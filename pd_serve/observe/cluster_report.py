@@ -19,6 +19,7 @@ class ClusterReport:
     stranded: Requests that wait on an instance for a decode instance to take them, by instance id.
     waiting: Requests of this API server that are bound to no instance yet.
     num_running: Requests of this API server in progress.
+    num_unsent: Messages of this API server that could not be sent.
     state: What the manager has last told; None before it has.
     """
 
@@ -28,5 +29,6 @@ class ClusterReport:
     stranded: Mapping[str, int]
     waiting: Demand
     num_running: int
+    num_unsent: int
     state: ClusterState | None
     immovable: Collection[str] = ()

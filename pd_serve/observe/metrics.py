@@ -61,7 +61,17 @@ STAGE = Histogram(
 DISPATCHES = Counter(
     "pd_serve_dispatches", "Requests sent to an instance, recomputed ones included.", ["instance"]
 )
-RECOMPUTED = Counter("pd_serve_recomputed_requests", "Requests recomputed because their instance died.")
+RECOMPUTED = Counter(
+    "pd_serve_recomputed_requests",
+    "Requests recomputed because their instance died, or because messages were lost.",
+)
+RECONCILIATIONS = Counter(
+    "pd_serve_reconciliations",
+    "Disagreements between instances and API server after lost messages, by kind: tokens sent again "
+    "(resend), requests recomputed (recompute; out_of_reach where an instance could not be heard), and "
+    "copies ended that no client waits for (unknown) or that were replaced (outdated).",
+    ["kind"],
+)
 
 # ---- migrations
 
@@ -137,6 +147,8 @@ for _status in ("429", "503"):
     REFUSED_REQUESTS.labels(_status)
 for _outcome in ("stop", "length", "abort", "error"):
     REQUESTS.labels(_outcome)
+for _kind in ("resend", "recompute", "out_of_reach", "unknown", "outdated"):
+    RECONCILIATIONS.labels(_kind)
 for _reason in ("handoff", "balance", "defragment", "drain", "manual"):
     for _outcome in ("committed", "aborted"):
         MIGRATIONS.labels(_reason, _outcome)
@@ -197,6 +209,9 @@ class RequestMetrics(Observer):
 
     def lost(self, request: Timeline, instance: str) -> None:
         RECOMPUTED.inc()
+
+    def reconciled(self, kind: str, number: int) -> None:
+        RECONCILIATIONS.labels(kind).inc(number)
 
     def ended(self, request: Timeline) -> None:
         assert request.ended_at is not None

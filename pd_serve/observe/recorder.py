@@ -53,6 +53,9 @@ class Observer:
     def ended(self, request: Timeline) -> None:
         """The request has ended."""
 
+    def reconciled(self, kind: str, number: int) -> None:
+        """Lost messages of this many requests were noticed; see `pd_serve.frontend.reconciler`."""
+
     def token_gaps(self, gaps: Mapping[float, int]) -> None:
         """Numbers of tokens by the gap before them, in seconds; called once per message of an engine."""
 
@@ -182,6 +185,9 @@ class RequestRecorder:
         while len(self._ended) > self._keep_ended:
             self._ended.popitem(last=False)
         self._tell(lambda observer: observer.ended(request))
+
+    def reconciled(self, kind: str, number: int) -> None:
+        self._tell(lambda observer: observer.reconciled(kind, number))
 
     def token_gaps(self, gaps: Mapping[float, int]) -> None:
         self._tell(lambda observer: observer.token_gaps(gaps))

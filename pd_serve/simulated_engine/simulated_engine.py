@@ -4,18 +4,24 @@ It batches, preempts, caches and migrates. Its tokens depend on the contents of 
 """
 
 import asyncio
-from collections import defaultdict
 from collections.abc import Callable
 from typing import TypeVar
 
-from migration.engine_interface import EngineEvents, EngineFacts, HeldBlocks, Reservation, RunningRequest
+from migration.engine_interface import (
+    EngineEvents,
+    EngineFacts,
+    HeldBlocks,
+    HeldByClient,
+    Reservation,
+    RunningRequest,
+)
 from migration.messages import BlockRun, FinalState, MigrationId, RequestDescription, RequestId
 from migration.transport.kv_transport import KvRegion
 from pd_serve.errors import InvalidRequestError
 from pd_serve.simulated_engine.batcher import Batcher, Step
+from pd_serve.simulated_engine.emitter import OutputSink, SequenceEmitter
 from pd_serve.simulated_engine.faults import EngineFaults
 from pd_serve.simulated_engine.migrations import PendingStage, SequenceMigrations
-from pd_serve.simulated_engine.outputs import SimulatedOutput
 from pd_serve.simulated_engine.sequence import Sequence
 from pd_serve.simulated_engine.settings import EngineSettings
 from pd_serve.simulated_engine.step_loop import SimulatedStepLoop
@@ -26,9 +32,6 @@ T = TypeVar("T")
 
 #: Least time between two load reports if no request came or went.
 LOAD_INTERVAL_S = 0.1
-
-#: Takes (client, outputs, spans) after every step; see `pd_serve.comm.messages.TokenHeader`.
-OutputSink = Callable[[str, list[SimulatedOutput], list[tuple[int, int]]], None]
 
 #: Answers to the calls that vLLM's front end makes by name.
 UTILITIES: dict[str, object] = {
@@ -67,11 +70,11 @@ class SimulatedEngine:
         self.steps = 0
         self.busy_s = 0.0
         self._decode = decode
-        self._sink = sink
         self._events = events
         self._is_copying = is_copying
         self._faults = faults
         self._loop = asyncio.get_running_loop()
+        self._emitter = SequenceEmitter(self.sequences, sink, self._loop.time)
         self._step_loop = SimulatedStepLoop(self, one_ahead=settings.async_scheduling)
         self._migrations = SequenceMigrations(self.batcher, self.sequences, self._is_in_flight)
         self._ended: list[RequestId] = []
@@ -219,6 +222,12 @@ class SimulatedEngine:
 
     # ---- state
 
+    async def visit_requests(self, visit: Callable[[HeldByClient], T]) -> T:
+        return await self._call("visit_requests", lambda: visit(self._emitter.held()))
+
+    async def resend(self, asked: list[tuple[RequestId, int]]) -> None:
+        await self._call("resend", lambda: self._emitter.resend(asked, self._loop.time()))
+
     async def live_requests(self, client: str | None = None) -> list[RequestId]:
         return await self._call(
             "live_requests",
@@ -287,22 +296,8 @@ class SimulatedEngine:
     def finish(self, step: Step) -> None:
         self.steps += 1
         now = self._loop.time()
-        by_client: dict[str, tuple[list[SimulatedOutput], list[tuple[int, int]]]] = defaultdict(
-            lambda: ([], [])
-        )
-        for sequence in self.batcher.apply(step, now):
-            output, emitted = sequence.output, sequence.emitted
-            finished = len(output) >= sequence.max_tokens
-            outputs, spans = by_client[sequence.client]
-            times = None if emitted else sequence.times(now)
-            reason = "length" if finished else None
-            outputs.append(SimulatedOutput(sequence.request_id, output[emitted:], reason, times))
-            spans.append((sequence.epoch, emitted))
-            sequence.emitted = len(output)
-            if finished:
-                self._end(sequence)
-        for client, (outputs, spans) in by_client.items():
-            self._sink(client, outputs, spans)
+        for sequence in self._emitter.emit(self.batcher.apply(step, now), now):
+            self._end(sequence)
 
     def at_boundary(self) -> None:
         self._migrations.settle_stages()

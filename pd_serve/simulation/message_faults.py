@@ -15,10 +15,12 @@ class MessageFaults:
 
     Attributes:
         is_lost: Called for each message; True loses it. For random losses.
+        is_doubled: Called for each message; True delivers it a second time, later.
+        delay_s: Called for each message; returns a delay, in which later messages overtake it.
     """
 
     def __init__(self) -> None:
-        self.is_lost: Callable[[], bool] = lambda: False
+        self._no_random_faults()
         self._losses: dict[type, float] = defaultdict(float)
         self._doubled: set[type] = set()
         self._held_types: set[type] = set()
@@ -56,7 +58,7 @@ class MessageFaults:
 
     def heal(self) -> None:
         """Ends all faults, and delivers the held messages."""
-        self.is_lost = lambda: False
+        self._no_random_faults()
         self._losses.clear()
         self._doubled.clear()
         self._isolated.clear()
@@ -72,9 +74,17 @@ class MessageFaults:
             return
         if message in self._held_types:
             self._held.setdefault(link, [])
-        self._pass_on(link, deliver)
-        if message in self._doubled:
+        if delay_s := self.delay_s():
+            asyncio.get_running_loop().call_later(delay_s, self._pass_on, link, deliver)
+        else:
+            self._pass_on(link, deliver)
+        if message in self._doubled or self.is_doubled():
             asyncio.get_running_loop().call_later(DOUBLED_AFTER_S, self._pass_on, link, deliver)
+
+    def _no_random_faults(self) -> None:
+        self.is_lost: Callable[[], bool] = lambda: False
+        self.is_doubled: Callable[[], bool] = lambda: False
+        self.delay_s: Callable[[], float] = lambda: 0.0
 
     def _pass_on(self, link: Link, deliver: Callable[[], None]) -> None:
         if link in self._held:

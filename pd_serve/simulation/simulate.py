@@ -48,7 +48,11 @@ def simulate(config: SimulationConfig, on_progress: OnProgress | None = None) ->
 
 
 class Simulation:
-    """One run: the clients, which record their tokens, and samples of the cluster."""
+    """One run: the clients, which record their tokens, and samples of the cluster.
+
+    Attributes:
+        all_ended: Set when every request has ended.
+    """
 
     def __init__(self, config: SimulationConfig, on_progress: OnProgress | None = None) -> None:
         self.config = config
@@ -58,7 +62,7 @@ class Simulation:
         self._tokens: list[list[int]] = [[] for _ in config.requests]
         self._left = len(config.requests)
         self._on_progress = on_progress or (lambda done, total: None)
-        self._all_ended = asyncio.Event()
+        self.all_ended = asyncio.Event()
 
     async def run(self) -> SimulationResult:
         began = time.perf_counter()
@@ -72,7 +76,7 @@ class Simulation:
             self._loop.call_at(first + request.arrival_s, self._submit, number)
         sampling = asyncio.ensure_future(self._sample())
         if self._left:
-            await self._all_ended.wait()
+            await self.all_ended.wait()
         end = self._loop.time()
         instance_s = cluster.launcher.instance_s + sum(
             end - max(i.started_at, self._zero) for i in cluster.launcher.instances.values()
@@ -148,7 +152,7 @@ class Simulation:
         if done % 64 == 0 or not self._left:
             self._on_progress(done, len(self.records))
         if not self._left:
-            self._all_ended.set()
+            self.all_ended.set()
 
     def _check_tokens(self) -> None:
         """Compares the tokens of each client with the output that its prompt determines."""

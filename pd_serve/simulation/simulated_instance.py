@@ -1,12 +1,13 @@
 """One simulated instance: the real llumlet on a simulated engine, KV transport and wire."""
 
 import logging
+from collections.abc import Collection
 
 from migration.bounds import MigrationBounds
 from migration.messages import InstanceId
 from migration.transport.local import LocalTransport
 from pd_serve.comm.membership import InstanceInfo
-from pd_serve.comm.messages import TokenHeader
+from pd_serve.comm.messages import RequestReport, TokenHeader
 from pd_serve.instance.llumlet import Llumlet
 from pd_serve.simulated_engine.outputs import SimulatedBatch, SimulatedOutput, decode_payload
 from pd_serve.simulated_engine.simulated_engine import SimulatedEngine
@@ -34,7 +35,7 @@ class SimulatedInstance:
         self.transport: LocalTransport = network.fabric.transport(name)
         bounds = MigrationBounds(max_outgoing=config.max_migrations, max_incoming=config.max_migrations)
         self.llumlet = Llumlet(
-            InstanceId(name), role, self.wire, self.transport, bounds=bounds, on_fatal=self._failed
+            InstanceId(name), role, self.wire, self.transport, self, bounds=bounds, on_fatal=self._failed
         )
         leaving, entering = network.fabric.leaving, network.fabric.entering
 
@@ -68,6 +69,13 @@ class SimulatedInstance:
 
     def _publish(self, client: str, outputs: list[SimulatedOutput], spans: list[tuple[int, int]]) -> None:
         self.wire.send_to(client, [TokenHeader(self.name, spans), SimulatedBatch(list(outputs))])
+
+    def report(self, client: str, report: RequestReport) -> None:
+        """See `pd_serve.instance.request_reporter.ReportPublisher`."""
+        self.wire.send_to(client, [TokenHeader(self.name, [], report), report])
+
+    def retain(self, clients: Collection[str]) -> None:
+        """Nothing is kept for a client."""
 
     def _failed(self, error: BaseException) -> None:
         logger.error("%s has failed", self.name, exc_info=error)

@@ -4,13 +4,14 @@
 """
 
 import asyncio
+import copy
 import itertools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from migration.transport.local import LocalFabric
-from pd_serve.comm.message_wire import HandlerFailures, OnFrames, OnMessage
+from pd_serve.comm.message_wire import HandlerFailures, OnFrames, OnMessage, UnsentMessages
 from pd_serve.simulation.config import NetworkSettings
 from pd_serve.simulation.message_faults import MessageFaults
 
@@ -63,7 +64,8 @@ class SimulatedNetwork:
             self._deliver(sender, address, frames)
         else:
             link, message = (sender, _node(address)), type(frames[1])
-            self.faults.transmit(link, message, lambda: self._deliver(sender, address, frames))
+            # A copy for each delivery: receivers may change a message, and it may arrive twice.
+            self.faults.transmit(link, message, lambda: self._deliver(sender, address, copy.deepcopy(frames)))
 
     def _deliver(self, sender: str, address: str, frames: list[Any]) -> None:
         settings = self.settings
@@ -87,6 +89,7 @@ class SimulatedWire:
     def __init__(self, name: str, network: SimulatedNetwork) -> None:
         self.name = name
         self.failures = HandlerFailures(name)
+        self.unsent = UnsentMessages()
         self._network = network
         self.peers: dict[str, str] = {}
         self._bound: list[str] = []
@@ -113,6 +116,7 @@ class SimulatedWire:
     def send(self, peer: str, message: object, payload: Sequence[bytes] = ()) -> bool:
         address = self.peers.get(peer)
         if address is None:
+            self.unsent.peer_unknown()
             return False
         self._network.deliver(self.name, address, [self.name, message, *payload])
         return True

@@ -127,6 +127,46 @@ async def test_held_blocks_are_counted_by_request(rig: Any) -> None:
     assert await rig.engine.held_blocks() == []
 
 
+async def test_outputs_are_sent_again_from_any_index_and_with_the_end(rig: Any) -> None:
+    """Of a running request, of one that has ended, and not of one whose outputs have logprobs."""
+    from tests.integration.engine_rig import Stream, eventually, greedy
+
+    async def held() -> dict[str, tuple[int, bool]]:
+        visited = await rig.engine.visit_requests(dict)
+        return {h.request_id: (h.emitted, h.finished) for held in visited.values() for h in held}
+
+    stream = await rig.add("again", PROMPT[:40], greedy(200))
+    await eventually(lambda: len(stream.tokens) > 3)
+    emitted, finished = (await held())["again"]
+    assert emitted >= len(stream.tokens)
+    assert not finished
+    whole = await rig.finish(stream)
+    assert (await held())["again"] == (200, True)
+
+    again = rig.streams["again"] = Stream(tokens=whole[:150])
+    await rig.engine.resend([(RequestId("again"), 150), (RequestId("unknown"), 0)])
+    await eventually(lambda: again.ended)
+    assert again.tokens == whole
+
+    stream = await rig.add("logprobs", PROMPT[:40], greedy(5, logprobs=1))
+    await rig.finish(stream)
+    assert "logprobs" not in await held()
+
+
+async def test_a_running_request_is_sent_again(rig: Any) -> None:
+    from tests.integration.engine_rig import Stream, eventually, greedy
+
+    whole = await rig.generate("whole", PROMPT[:40], greedy(400))
+    first = await rig.add("again", PROMPT[:40], greedy(400))
+    await eventually(lambda: first.tokens)
+    again = rig.streams["again"] = Stream(tokens=whole[:1])  # everything that was sent so far is lost
+    await asyncio.gather(
+        rig.engine.resend([(RequestId("again"), 1)]),
+        eventually(lambda: again.ended),
+    )
+    assert again.tokens == whole
+
+
 class TestSameTokens:
     @pytest.mark.parametrize("name", SAMPLINGS)
     async def test_a_request_that_leaves_and_returns_has_the_same_tokens(self, rig: Any, name: str) -> None:

@@ -117,3 +117,12 @@ async def test_the_scheduler_does_not_connect_to_itself() -> None:
     members.update(membership("p0", scheduler="tcp://scheduler"))
 
     assert wire.peers == {MANAGER: "tcp://manager", "p0": "tcp://p0"}
+
+
+@in_virtual_time
+async def test_a_scheduler_that_is_gone_is_disconnected() -> None:
+    members, wire = view()
+    members.update(membership("p0", scheduler="tcp://scheduler"))
+    members.update(membership("p0"))
+
+    assert SCHEDULER not in wire.peers

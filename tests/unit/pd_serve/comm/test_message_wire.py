@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from migration.tasks import BackgroundTasks
-from pd_serve.comm.message_wire import MAX_KINDS, HandlerFailures
+from pd_serve.comm.message_wire import MAX_KINDS, HandlerFailures, UnsentMessages
 
 
 def test_failures_are_counted_by_kind() -> None:
@@ -61,3 +61,19 @@ async def test_a_failed_background_task_is_counted() -> None:
     await asyncio.gather(tasks.start(fail()), return_exceptions=True)
 
     assert failures.problems() == ["p0: a background task failed: KeyError: 'x' (1 times)"]
+
+
+def test_a_peer_that_does_not_read_is_logged_once_and_every_dropped_message_is_counted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    unsent = UnsentMessages()
+    unsent.peer_unknown()
+    for _ in range(3):
+        unsent.queue_full("b", 1)
+        unsent.queue_full("c", "x")
+
+    assert len(unsent) == 7
+    assert [record.message for record in caplog.records] == [
+        "b does not read: a int is dropped",
+        "c does not read: a str is dropped",
+    ]

@@ -6,7 +6,7 @@ from typing import Any, get_args
 import msgspec
 import pytest
 
-from migration.engine_interface import HeldBlocks
+from migration.engine_interface import HeldBlocks, HeldRequest
 from migration.messages import (
     BlockRun,
     Committed,
@@ -48,6 +48,8 @@ from pd_serve.comm.messages import (
     MigrationEnded,
     MoveOut,
     RequestFailed,
+    RequestReport,
+    ResendTokens,
     SchedulerReport,
     SetDraining,
     SetRole,
@@ -97,11 +99,12 @@ MESSAGES: list[Any] = [
     AddRequest(R, "tcp://api/tokens", 1000, ["d0"], [1, 2]),
     AddRequest(R, "tcp://api/tokens", 0, None, []),
     AbortRequests([R], 7),
+    ResendTokens([(R, 3)]),
     HandOff(R, "d0"),
     MoveOut(LOAD, "balance", PolicyChoice("shortest")),
     SetRole("decode"),
     SetDraining(True, by_operator=True),
-    LoadReport(LOAD, [R], InstanceStats(PROCESS, 1, 2, 3, 4)),
+    LoadReport(LOAD, [R], InstanceStats(PROCESS, 1, 2, 3, 4, 5)),
     MigrationEnded(RECORD),
     RequestFailed(R, "ValueError: why"),
     ClusterState(
@@ -202,7 +205,13 @@ def test_a_message_of_another_channel_is_an_error() -> None:
         decoded(StopInstance("d0", "empty"), ToInstance)
 
 
-def test_the_header_of_tokens_is_equal_after_encoding_and_decoding() -> None:
-    header = TokenHeader("d0", [(0, 5), (1, 7)])
-
+@pytest.mark.parametrize(
+    "header",
+    [
+        TokenHeader("d0", [(0, 5), (1, 7)]),
+        TokenHeader("d0", [], RequestReport(3, 7, [HeldRequest(R, 1, 5), HeldRequest(R, 2, 6, True)])),
+    ],
+    ids=["tokens", "report"],
+)
+def test_the_header_of_tokens_is_equal_after_encoding_and_decoding(header: TokenHeader) -> None:
     assert decoded(header, TokenHeader) == header

@@ -10,11 +10,12 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.serial_utils import MsgpackEncoder
 
+from migration.engine_interface import HeldRequest
 from migration.messages import InstanceId, RequestId
 from migration.record import MigrationRecord
 from pd_serve.api.codec import VllmCodec
 from pd_serve.comm.membership import MANAGER
-from pd_serve.comm.messages import AddRequest, LoadReport, MigrationEnded, TokenHeader
+from pd_serve.comm.messages import AddRequest, LoadReport, MigrationEnded, RequestReport, TokenHeader
 from pd_serve.comm.requests import Call, ManualMigration, MoveRequest
 from pd_serve.comm.rpc import Answer
 from pd_serve.errors import EngineDeadError, Refusal, RefusalCode
@@ -45,6 +46,7 @@ class World:
         self.outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self.clock = Clock()
         self.members: list[str] = []
+        self.report_number = 0
         self.frontend = Frontend(
             self.wire,
             self._find_manager,
@@ -98,6 +100,13 @@ class World:
         output = EngineCoreOutput(of, list(ids), finish_reason=finish)
         frames = [bytes(frame) for frame in self._encoder.encode(EngineCoreOutputs(outputs=[output]))]
         self.wire.hear_frames(msgspec.msgpack.encode(TokenHeader(source, [(epoch, index)])), *frames)
+
+    def holds(self, source: str, *held: HeldRequest, heartbeat: int = 1_000_000, number: int = 0) -> None:
+        """An instance reports the requests that it has, by default after it has received everything."""
+        self.report_number = number or self.report_number + 1
+        report = RequestReport(self.report_number, heartbeat, list(held))
+        frames = [bytes(frame) for frame in self._encoder.encode(EngineCoreOutputs())]
+        self.wire.hear_frames(msgspec.msgpack.encode(TokenHeader(source, [], report)), *frames)
 
     def answer(self, call: Call, result: Any = None, error: str | None = None, error_class: str = "") -> None:
         [called] = [peer for peer, sent in self.sent(Call) if sent.call_id == call.call_id]

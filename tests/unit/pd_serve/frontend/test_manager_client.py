@@ -153,7 +153,9 @@ async def test_heartbeats_with_the_waiting_demand_go_to_instances_and_the_schedu
         await world.tell_members(2.0)
 
         for peer in ("p0", "d0", SCHEDULER):
-            assert set(world.wire.sent_to(Heartbeat, peer)) == {Heartbeat(Demand(2, 300))}
+            heartbeats = world.wire.sent_to(Heartbeat, peer)
+            assert {heartbeat.waiting for heartbeat in heartbeats} == {Demand(2, 300)}
+            assert [heartbeat.number for heartbeat in heartbeats] == [1, 2, 3]
         assert world.wire.sent_to(Heartbeat, MANAGER) == []
 
 

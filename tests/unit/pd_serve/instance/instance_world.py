@@ -1,12 +1,12 @@
 """An llumlet between a recording wire and an engine stub."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
 from migration.bounds import MigrationBounds
-from migration.engine_interface import Reservation, RunningRequest
+from migration.engine_interface import HeldByClient, Reservation, RunningRequest
 from migration.errors import RefusalCode
 from migration.messages import (
     BlockRun,
@@ -25,6 +25,7 @@ from migration.transport.local import LocalFabric
 from pd_serve.comm.messages import (
     AddRequest,
     LoadReport,
+    RequestReport,
 )
 from pd_serve.comm.requests import (
     AnyRequest,
@@ -39,6 +40,7 @@ from tests.members import membership
 from tests.recording_wire import RecordingWire
 
 M = TypeVar("M")
+T = TypeVar("T")
 R = RequestId("r")
 
 
@@ -51,6 +53,7 @@ class EngineStub:
         fail: Raised by the next call of that name.
         always_fail: Raised by all calls of that name.
         held: Calls of these names wait until the event is set.
+        held_by_client: What `visit_requests` shows.
     """
 
     def __init__(self) -> None:
@@ -61,6 +64,7 @@ class EngineStub:
         self.fail: dict[str, Exception] = {}
         self.always_fail: dict[str, Exception] = {}
         self.held: dict[str, asyncio.Event] = {}
+        self.held_by_client: HeldByClient = {}
 
     async def _visit(self, name: str, *arguments: Any) -> None:
         self.calls.append((name, *arguments))
@@ -120,6 +124,13 @@ class EngineStub:
             for rank, request_id in enumerate(sorted(self.running))
         ]
 
+    async def visit_requests(self, visit: Callable[[HeldByClient], T]) -> T:
+        await self._visit("visit_requests")
+        return visit(self.held_by_client)
+
+    async def resend(self, asked: list[tuple[RequestId, int]]) -> None:
+        await self._visit("resend", asked)
+
     async def live_requests(self, client: str | None = None) -> list[RequestId]:
         return [RequestId(request_id) for request_id in sorted(self.running)]
 
@@ -131,11 +142,29 @@ class EngineStub:
         return []
 
 
+class Publisher:
+    """Keeps the reports of requests.
+
+    Attributes:
+        retained: Clients of the last `retain`.
+    """
+
+    def __init__(self) -> None:
+        self.reports: list[tuple[str, RequestReport]] = []
+        self.retained: set[str] = set()
+
+    def report(self, client: str, report: RequestReport) -> None:
+        self.reports.append((client, report))
+
+    def retain(self, clients: Collection[str]) -> None:
+        self.retained = set(clients)
+
+
 class World:
     """The llumlet p0. A test plays the manager, an API server and two decode instances."""
 
     def __init__(self, bounds: MigrationBounds | None = None) -> None:
-        self.wire, self.engine = RecordingWire("p0"), EngineStub()
+        self.wire, self.engine, self.publisher = RecordingWire("p0"), EngineStub(), Publisher()
         self.fatal: list[BaseException] = []
         transport = LocalFabric().transport("p0")
         transport.register([KvRegion(0, 8, 64)])
@@ -144,6 +173,7 @@ class World:
             "prefill",
             self.wire,
             transport,
+            self.publisher,
             bounds=bounds,
             on_fatal=self.fatal.append,
         )
@@ -174,7 +204,7 @@ class World:
 
     async def call(self, request: AnyRequest) -> Answer:
         """An API server calls, and gets the answer."""
-        self.hear("api", Call("call", request))
+        self.hear("api", Call(f"call-{len(self.sent(Answer))}", request))
         await self.settle()
         return self.sent(Answer, "api")[-1]
 

@@ -1,13 +1,16 @@
 """Tokens on their way from the step thread to the token endpoints of API servers."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 
 import pytest
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 
+from migration.engine_interface import HeldRequest
+from migration.messages import RequestId
 from pd_serve.api.codec import VllmCodec
-from pd_serve.comm.messages import TokenHeader
+from pd_serve.comm.messages import RequestReport, TokenHeader
 from pd_serve.comm.wire import CurveKeys, Wire
 from pd_serve.instance.token_publisher import TokenPublisher
 
@@ -68,5 +71,43 @@ async def test_an_api_server_that_does_not_read_is_logged_and_does_not_block(
     for index in range(20):
         publisher.publish("tcp://127.0.0.1:1", outputs(index), [(0, index)])
 
-    assert "the API server at tcp://127.0.0.1:1 does not read its tokens" in caplog.text
+    assert caplog.text.count("the API server at tcp://127.0.0.1:1 does not read") == 1
+    assert len(wire.unsent) == 15
     publisher.close()
+
+
+async def test_nothing_is_kept_for_api_servers_that_are_gone(wire: Wire) -> None:
+    """Thirty of them, one after another, with what waits for them."""
+    publisher = TokenPublisher("p0", wire)
+    before = len(os.listdir("/proc/self/fd"))
+    many = outputs(*range(1000))
+
+    for number in range(30):
+        client = f"tcp://127.0.0.1:{number + 1}"
+        for index in range(100):
+            publisher.publish(client, many, [(0, index)])
+        publisher.retain({client})
+        publisher.report(client, RequestReport(1, 0, []))
+    publisher.retain(())
+
+    async with asyncio.timeout(30):
+        while len(os.listdir("/proc/self/fd")) > before:  # noqa: ASYNC110 - libzmq closes them in its thread
+            await asyncio.sleep(0.05)
+
+
+async def test_a_report_arrives_after_the_outputs_before_it(wire: Wire) -> None:
+    codec, arrived = VllmCodec(), []
+    api_server = Wire("api", "127.0.0.1", KEYS)
+    client = api_server.listen_for_frames(lambda frames: arrived.append(codec.decode(frames)[0]))
+    publisher = TokenPublisher("p0", wire)
+    report = RequestReport(3, 7, [HeldRequest(RequestId("r"), 0, 1)])
+
+    publisher.publish(client, outputs(10), [(0, 0)])
+    publisher.report(client, report)
+    async with asyncio.timeout(30):
+        while len(arrived) < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+    assert arrived == [TokenHeader("p0", [(0, 0)]), TokenHeader("p0", [], report)]
+    publisher.close()
+    await api_server.close()

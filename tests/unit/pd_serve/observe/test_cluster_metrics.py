@@ -45,7 +45,7 @@ class World:
 
     def report(self) -> ClusterReport:
         return ClusterReport(
-            self.loads, self.slots, self.stats, self.stranded, Demand(3, 99), 5, self.state, self.immovable
+            self.loads, self.slots, self.stats, self.stranded, Demand(3, 99), 5, 2, self.state, self.immovable
         )
 
     def value(self, name: str, **labels: str) -> float | None:
@@ -113,6 +113,7 @@ def test_loads_waiting_and_running_requests_are_exported() -> None:
     assert world.value("instance_freeness", instance="p0", role="prefill") == (100 - 70 - 40) / 2
     assert world.value("waiting_line_requests") == 3
     assert world.value("running_requests") == 5
+    assert world.value("unsent_messages_total") == 2
     assert world.value("fragmented_blocks") == 40
 
 
@@ -126,7 +127,9 @@ def test_an_instance_whose_engine_cannot_move_requests_is_exported() -> None:
 
 def test_statistics_of_an_instance_are_exported_until_it_leaves() -> None:
     world = World()
-    stats = InstanceStats(PROCESS, offers=9, refused_offers=2, bytes_received=77, protocol_errors=0)
+    stats = InstanceStats(
+        PROCESS, offers=9, refused_offers=2, bytes_received=77, unsent_messages=3, protocol_errors=0
+    )
     labels: dict[str, Any] = {"instance": "d0", "role": "decode"}
     assert world.value("instance_offers_total", **labels) is None
 

@@ -67,3 +67,18 @@ async def test_an_isolated_node_receives_nothing_until_all_is_healed() -> None:
     assert await world.send(1) == []
     world.faults.heal()
     assert await world.send(2) == [2]
+
+
+@in_virtual_time
+async def test_random_faults_lose_double_and_delay_messages_until_all_is_healed() -> None:
+    world = World()
+    lost, doubled, delays = iter([True, False, False]), iter([True, False]), iter([0.01, 0.0])
+    world.faults.is_lost = lambda: next(lost)
+    world.faults.is_doubled = lambda: next(doubled)
+    world.faults.delay_s = lambda: next(delays)
+
+    assert await world.send("lost", "late and twice", "in time") == ["in time", "late and twice"]
+    await asyncio.sleep(DOUBLED_AFTER_S)
+    assert world.received == ["in time", "late and twice", "late and twice"]
+    world.faults.heal()
+    assert await world.send(1, 2) == [1, 2]

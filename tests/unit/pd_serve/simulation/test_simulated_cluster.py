@@ -3,9 +3,15 @@
 import asyncio
 import random
 
+import pytest
+
+from migration.messages import Committed
+from pd_serve.comm.messages import AbortRequests, AddRequest, Heartbeat, MigrationEnded, RequestReport
 from pd_serve.comm.timing import API_SERVER_LEASE_S, INSTANCE_LEASE_S
+from pd_serve.simulated_engine.outputs import SimulatedBatch
 from pd_serve.simulation.config import TraceRequest
 from pd_serve.simulation.message_faults import MessageFaults
+from pd_serve.simulation.result import SimulationResult
 from pd_serve.simulation.simulate import Simulation
 from tests.unit.pd_serve.simulation.test_simulate import (
     assert_nothing_is_lost,
@@ -134,3 +140,73 @@ def test_a_request_that_ends_its_instances_fails_alone() -> None:
         failed = [number for number, record in enumerate(result.records) if record.failed]
         assert failed == [5]
         assert sum(record.lost + record.duplicated + record.wrong for record in result.records) == 0
+
+
+# ---- lost, doubled and late messages
+
+LAYOUTS: list[dict[str, int]] = [
+    {"prefill": 1, "decode": 2},
+    {"neutral": 3},
+    {"prefill": 2, "decode": 1, "neutral": 1},
+]
+
+#: Longest pause of a stream while messages are lost: three times what asking for tokens twice takes.
+MAX_PAUSE_S = 15.0
+
+
+def under_message_faults(seed: int, loss: float, doubled: float, late: float) -> SimulationResult:
+    """A run in which any message of any process may be lost, come twice, or be late and overtaken."""
+    dice = random.Random(seed)
+
+    async def fault(simulation: Simulation) -> None:
+        await asyncio.sleep(0.5)
+        faults = simulation.cluster.network.faults = MessageFaults()
+        faults.is_lost = lambda: dice.random() < loss
+        faults.is_doubled = lambda: dice.random() < doubled
+        faults.delay_s = lambda: dice.random() / 2 if dice.random() < late else 0.0
+        await simulation.all_ended.wait()
+        faults.heal()
+
+    layout = LAYOUTS[seed % len(LAYOUTS)]
+    return simulate_with(config(requests=workload(40, 8.0, seed), instances=layout), fault)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("loss", [0.001, 0.005, 0.02])
+def test_no_lost_message_stops_or_changes_a_stream(loss: float, seed: int) -> None:
+    result = under_message_faults(seed, loss, doubled=0.01 * (seed % 2), late=0.02 * (seed // 2 % 2))
+
+    assert_nothing_is_lost(result)
+    assert max(record.longest_gap_s for record in result.records) < MAX_PAUSE_S
+
+
+@pytest.mark.parametrize(
+    "kind", [AddRequest, AbortRequests, MigrationEnded, SimulatedBatch, RequestReport, Heartbeat, Committed]
+)
+@pytest.mark.parametrize("seed", range(2))
+def test_no_kind_of_message_is_needed_every_time(kind: type, seed: int) -> None:
+    dice = random.Random(seed)
+
+    async def fault(simulation: Simulation) -> None:
+        await asyncio.sleep(0.5)
+        faults = simulation.cluster.network.faults = MessageFaults()
+        while not simulation.all_ended.is_set():
+            faults.lose(kind, times=1)
+            await asyncio.sleep(0.5 + dice.random())
+        faults.heal()
+
+    assert_nothing_is_lost(simulate_with(config(requests=workload(40, 8.0, seed)), fault))
+
+
+@pytest.mark.parametrize("name", ["prefill-0", "decode-0"])
+def test_requests_of_an_instance_that_only_the_manager_hears_go_on_elsewhere(name: str) -> None:
+    async def fault(simulation: Simulation) -> None:
+        faults = simulation.cluster.network.faults = MessageFaults()
+        await asyncio.sleep(3.0)
+        faults.lose_between("api", name)
+        await simulation.all_ended.wait()
+        faults.heal()
+        await asyncio.sleep(5.0)
+
+    layout = {"prefill": 2, "decode": 2}
+    assert_nothing_is_lost(simulate_with(config(requests=workload(40, 8.0), instances=layout), fault))

@@ -1,0 +1,70 @@
+"""The outputs of a simulated engine: sent once after each step, and again on demand."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+
+from migration.ended_requests import EndedRequests
+from migration.engine_interface import HeldByClient, HeldRequest
+from migration.messages import RequestId
+from pd_serve.simulated_engine.outputs import SimulatedOutput
+from pd_serve.simulated_engine.sequence import Sequence
+
+#: Takes (client, outputs, spans) after every step; see `pd_serve.comm.messages.TokenHeader`.
+OutputSink = Callable[[str, list[SimulatedOutput], list[tuple[int, int]]], None]
+
+
+class SequenceEmitter:
+    """Sends the outputs of one engine.
+
+    Args:
+        sequences: The engine's requests by id, arriving ones excepted.
+        clock: Returns the time in seconds.
+    """
+
+    def __init__(
+        self, sequences: Mapping[str, Sequence], sink: OutputSink, clock: Callable[[], float]
+    ) -> None:
+        self._sequences = sequences
+        self._sink = sink
+        self._ended = EndedRequests(clock)
+
+    def emit(self, sampled: Iterable[Sequence], now: float) -> list[Sequence]:
+        """Sends the new tokens of a step. Returns the sequences that have finished."""
+        by_client: dict[str, tuple[list[SimulatedOutput], list[tuple[int, int]]]] = defaultdict(
+            lambda: ([], [])
+        )
+        ended = []
+        for sequence in sampled:
+            output, emitted = sequence.output, sequence.emitted
+            reason = "length" if len(output) >= sequence.max_tokens else None
+            outputs, spans = by_client[sequence.client]
+            times = None if emitted else sequence.times(now)
+            outputs.append(SimulatedOutput(sequence.request_id, output[emitted:], reason, times))
+            spans.append((sequence.epoch, emitted))
+            sequence.emitted = len(output)
+            if reason is not None:
+                ended.append(sequence)
+                self._ended.add(sequence.request_id, sequence.client, sequence.epoch, output, reason)
+        for client, (outputs, spans) in by_client.items():
+            self._sink(client, outputs, spans)
+        return ended
+
+    def held(self) -> HeldByClient:
+        """See `migration.engine_interface.Engine.visit_requests`."""
+        held: HeldByClient = defaultdict(list)
+        for s in self._sequences.values():
+            held[s.client].append(HeldRequest(s.request_id, s.epoch, s.emitted))
+        for e in self._ended:
+            held[e.client].append(HeldRequest(e.request_id, e.epoch, len(e.output_token_ids), finished=True))
+        return held
+
+    def resend(self, asked: Iterable[tuple[RequestId, int]], now: float) -> None:
+        """See `migration.engine_interface.Engine.resend`."""
+        for request_id, index in asked:
+            if (sequence := self._sequences.get(request_id)) is not None:
+                tokens, times = sequence.output[index : sequence.emitted], sequence.times(now)
+                output = SimulatedOutput(request_id, tokens, None, None if index else times)
+                self._sink(sequence.client, [output], [(sequence.epoch, index)])
+            elif (ended := self._ended.get(request_id)) is not None:
+                output = SimulatedOutput(request_id, ended.output_token_ids[index:], ended.finish_reason)
+                self._sink(ended.client, [output], [(ended.epoch, index)])
