@@ -4,7 +4,7 @@ Instances are asked for the KV blocks of their requests only while a page is ope
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -64,6 +64,14 @@ class RequestNumbers:
         self._numbers = {name: number for name, number in self._numbers.items() if name in kept}
 
 
+def latest(moves: Sequence[Move]) -> list[Move]:
+    """At most `MAX_MOVES`, in order; hand-offs are left out before others, of which there are fewer."""
+    others = [move for move in moves if move.record.reason != "handoff"][-MAX_MOVES:]
+    handoffs = [move for move in moves if move.record.reason == "handoff"]
+    kept = others + handoffs[len(handoffs) - max(0, min(len(handoffs), MAX_MOVES - len(others))) :]
+    return sorted(kept, key=lambda move: move.number)
+
+
 class LiveView:
     """The data of one API server.
 
@@ -72,6 +80,7 @@ class LiveView:
         snapshot: Gives the body of `GET /cluster`.
         instances: Asked for the blocks of their requests.
         labels: `service` and `model_name`, for the head of the page.
+        totals: Returns the requests of the cluster that run and that wait.
     """
 
     def __init__(
@@ -81,9 +90,11 @@ class LiveView:
         instances: HoldingsSource,
         recent: RecentEvents,
         labels: Mapping[str, str] | None = None,
+        totals: Callable[[], tuple[int, int]] = lambda: (0, 0),
     ) -> None:
         self._server = server
         self._labels = dict(labels or {})
+        self._totals = totals
         self._snapshot = snapshot
         self._instances = instances
         self._recent = recent
@@ -99,6 +110,15 @@ class LiveView:
     def is_full(self) -> bool:
         return self.num_watchers >= MAX_WATCHERS
 
+    def open(self) -> None:
+        """Begins to record the number of requests, so that a page that is opened later shows the past."""
+        self._tasks.start(self._record_totals())
+
+    async def _record_totals(self) -> None:
+        while True:
+            self._recent.load(*self._totals())
+            await asyncio.sleep(SLOT_S / 2)
+
     async def close(self) -> None:
         """Ends all streams of events."""
         self._closed = True
@@ -108,16 +128,17 @@ class LiveView:
         """Events as JSON for one page, until `has_ended`."""
         self.num_watchers += 1
         named = 0
-        seen = self._recent.moves[-1].number if self._recent.moves else 0
+        seen = self._recent.last_move
         is_first = True
         try:
             while not (self._closed or has_ended()):
                 await self._update()
+                last = self._recent.last_move
                 moves = [move for move in self._recent.moves if move.number > seen]
                 event = self._event(moves, is_first=is_first)
                 event["names"] = self._numbers.since(named)
                 named, is_first = self._numbers.last, False
-                seen = moves[-1].number if moves else seen
+                seen = last
                 yield msgspec.json.encode(event)
                 await asyncio.sleep(INTERVAL_S)
         finally:
@@ -150,7 +171,9 @@ class LiveView:
     def _event(self, moves: list[Move], *, is_first: bool) -> dict[str, object]:
         recent, number = self._recent, self._numbers.of
         now, slots = recent.clock(), recent.slots() if is_first else recent.slots(LATEST_SLOTS)
-        return {
+        shown = latest(moves)
+        past = {"past_moves": [self._moved(m, now) for m in latest(recent.moves)]} if is_first else {}
+        return past | {
             "server": self._server,
             "service": self._labels.get("service", ""),
             "model": self._labels.get("model_name", ""),
@@ -165,8 +188,10 @@ class LiveView:
                 for name, holdings in self._holdings.items()
                 for request_id, destination, reason in holdings.leaving
             ],
-            "moves": [self._moved(move, now) for move in moves[-MAX_MOVES:]],
-            "moves_left_out": max(0, len(moves) - MAX_MOVES),
+            "moves": [self._moved(move, now) for move in shown],
+            "moves_left_out": len(moves) - len(shown),
+            "outcomes": recent.outcomes(),
+            "loads": [(s.number, s.running, s.waiting) for s in slots if s.running is not None],
             "latency": {
                 "slot_s": SLOT_S,
                 "now": round(now / SLOT_S, 3),

@@ -1,4 +1,4 @@
-"""Recent events for the live page: latencies of the last minutes, and finished migrations.
+"""Recent events for the live page: latencies, load and errors of the last minutes, and finished migrations.
 
 Latencies are counted in slots of a few seconds, each a histogram with geometric buckets: counting a token
 takes a logarithm and an addition, and quantiles are accurate to a few percent.
@@ -24,7 +24,7 @@ NUM_SUMMED = 12
 GROWTH = 1.05
 _LOG_GROWTH = math.log(GROWTH)
 
-#: Migrations that are kept.
+#: Hand-offs that are kept, and other migrations, which would otherwise be lost among them.
 NUM_MOVES = 256
 
 
@@ -44,12 +44,21 @@ def quantile(counts: Mapping[int, int], share: float) -> float | None:
 
 @dataclass(slots=True)
 class Slot:
-    """Latencies and tokens of one slot, which began at `number` times `SLOT_S`."""
+    """One slot, which began at `number` times `SLOT_S`.
+
+    Attributes:
+        ended, errors: Requests that have ended, and those of them that failed.
+        running, waiting: Requests of the whole cluster at one moment of the slot; None if it was not looked.
+    """
 
     number: int
     first_tokens: Counter[int] = field(default_factory=Counter)
     gaps: Counter[int] = field(default_factory=Counter)
     tokens: int = 0
+    ended: int = 0
+    errors: int = 0
+    running: int | None = None
+    waiting: int | None = None
 
     def row(self) -> tuple[int, int, float | None, float | None, float | None, float | None]:
         """Number of the slot, tokens, P50 and P99 of TTFT, P50 and P99 of ITL in seconds."""
@@ -80,7 +89,8 @@ class RecentEvents(Observer):
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
-        self.moves: deque[Move] = deque(maxlen=NUM_MOVES)
+        self._handoffs: deque[Move] = deque(maxlen=NUM_MOVES)
+        self._other_moves: deque[Move] = deque(maxlen=NUM_MOVES)
         self._num_moves = 0
         self._slots: deque[Slot] = deque(maxlen=NUM_SLOTS)
 
@@ -98,7 +108,28 @@ class RecentEvents(Observer):
 
     def migration_ended(self, record: MigrationRecord) -> None:
         self._num_moves += 1
-        self.moves.append(Move(self._num_moves, self.clock(), record))
+        moves = self._handoffs if record.reason == "handoff" else self._other_moves
+        moves.append(Move(self._num_moves, self.clock(), record))
+
+    def ended(self, request: Timeline) -> None:
+        slot = self._slot()
+        slot.ended += 1
+        slot.errors += request.outcome == "error"
+
+    def load(self, running: int, waiting: int) -> None:
+        """Takes the number of requests in the cluster."""
+        slot = self._slot()
+        slot.running, slot.waiting = running, waiting
+
+    @property
+    def moves(self) -> list[Move]:
+        """Finished migrations, oldest first."""
+        return sorted([*self._handoffs, *self._other_moves], key=lambda move: move.number)
+
+    @property
+    def last_move(self) -> int:
+        """Number of the latest finished migration; 0 before the first one."""
+        return self._num_moves
 
     def slots(self, last: int = NUM_SLOTS) -> list[Slot]:
         """The latest slots that are not empty, oldest first."""
@@ -118,6 +149,11 @@ class RecentEvents(Observer):
             "itl_p99": quantile(itl, 0.99),
             "tokens_per_s": round(sum(slot.tokens for slot in slots) / seconds, 1),
         }
+
+    def outcomes(self) -> dict[str, int]:
+        """Requests that have ended in the last `NUM_SUMMED` slots, and those of them that failed."""
+        slots = self.slots(NUM_SUMMED)
+        return {"ended": sum(s.ended for s in slots), "errors": sum(s.errors for s in slots)}
 
     def _slot(self) -> Slot:
         now = self._now()

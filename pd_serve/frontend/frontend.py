@@ -254,6 +254,12 @@ class Frontend:
             wanted=state.wanted,
         )
 
+    def totals(self) -> tuple[int, int]:
+        """Requests of the whole cluster that run, and that wait; those in other API servers' lines not."""
+        loads = list(self.instances.loads)
+        waiting = sum(load.waiting for load in loads) + self._placement.demand.requests
+        return sum(load.running for load in loads), waiting
+
     def report(self) -> ClusterReport:
         """For `/metrics`."""
         return ClusterReport(

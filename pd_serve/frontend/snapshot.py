@@ -12,7 +12,7 @@ from pd_serve.comm.cluster_state import (
     StartingInstance,
 )
 from pd_serve.comm.membership import InstanceInfo
-from router.freeness import freeness
+from router.freeness import freeness, headroom
 from router.load import InstanceLoad
 
 
@@ -22,6 +22,11 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         state: "ready", "draining", "starting", or what its start waits for.
         freeness: Free blocks per running request; null while it drains.
+        preempted: Queued requests that have lost their KV blocks.
+        queued_blocks: KV blocks that the first queued request needs; not free for freeness.
+        headroom_blocks: KV blocks kept for requests of high priority in the batch; not free for freeness.
+        expected_blocks: KV blocks for requests that are on their way here; not free for freeness.
+        batch: Requests that freeness divides by: those that run or are on their way, at least 1.
         no_migration: Why requests cannot move from or to the instance; null if they can.
     """
 
@@ -38,6 +43,11 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     freeness: float | None = 0.0
     migrating_in: int = 0
     migrating_out: int = 0
+    preempted: int = 0
+    queued_blocks: int = 0
+    headroom_blocks: int = 0
+    expected_blocks: int = 0
+    batch: int = 1
     no_migration: str | None = None
 
     @classmethod
@@ -67,6 +77,11 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
             freeness=free if math.isfinite(free) else None,
             migrating_in=load.migrating_in,
             migrating_out=load.migrating_out,
+            preempted=load.preempted,
+            queued_blocks=load.head_of_line_blocks,
+            headroom_blocks=headroom(load),
+            expected_blocks=load.expected_blocks,
+            batch=max(load.running + load.expected_requests, 1),
             no_migration=info.engine.no_migration,
         )
 

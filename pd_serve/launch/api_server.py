@@ -105,7 +105,8 @@ class ApiServer:
             )
             labels = {"service": config.service_name, "model_name": server.served_model_name[0]}
             show_metrics(app, frontend.report, labels=labels)
-            live = LiveView(wire.name, frontend.snapshot, frontend.instances, recent, labels)
+            live = LiveView(wire.name, frontend.snapshot, frontend.instances, recent, labels, frontend.totals)
+            live.open()
             stack.push_async_callback(live.close)
             show_dashboard(app, live)
             return cls(app, frontend, client, stack.pop_all())

@@ -78,7 +78,8 @@ class LocalService:
         ray_address = await asyncio.to_thread(find_ray_cluster, config.ray_address)
         console.step(f"preparing the model {config.model}")
         model = await asyncio.to_thread(find_model, config)
-        check_memory(config.num_instances, {}, model.path)  # the least it takes, before anything starts
+        simulated = config.engine == "simulated"
+        check_memory(config.num_instances, {}, model.path, simulated=simulated)  # before anything starts
         os.environ.update(ray_environment(config.ray_address))
 
         from pd_serve.manager.ray_launcher import RayLauncher
@@ -99,7 +100,8 @@ class LocalService:
         prepared = self._prepared = await parsing
         local = config.ray_address is None
         if local:
-            check_memory(config.num_instances, prepared.flags.engine("decode"), model.path)
+            engine_args = prepared.flags.engine("decode")
+            check_memory(config.num_instances, engine_args, model.path, simulated=simulated)
         host = "127.0.0.1" if local else launcher.node_address()
         keys = CurveKeys.of(config.cluster_secret)
         console.step(f"starting {config.num_instances} instances")

@@ -145,7 +145,7 @@ class Manager:
     async def _start(self, name: str, role: str) -> InstanceInfo:
         config = self._config
         if config.checks_memory and (name, role) not in config.first_names():
-            check_memory(1, config.engine_args[role], config.model)
+            check_memory(1, config.engine_args[role], config.model, simulated=config.simulated is not None)
         self._launcher.launch(name, config.placements[role])
         info = await self._launcher.start(config.instance(name, role))
         self._wire.connect(name, info.address)

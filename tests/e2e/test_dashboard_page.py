@@ -90,6 +90,25 @@ async def test_a_request_and_its_moves_are_shown(page: BrowserPage, client: Comp
         await asyncio.wait([request])
 
 
+async def test_a_page_that_is_opened_later_shows_what_was_before(
+    server: ServerProcess, client: CompletionClient
+) -> None:
+    """Hand-offs in one row that opens, and the name of the model."""
+    for index in range(5):
+        await client.answer({"prompt": token_ids(100, index), "max_tokens": 40, "ignore_eos": True})
+    await client.until(lambda seen: seen["migrations"]["handoff"]["committed"] >= 5)
+    assert CHROMIUM is not None
+    async with browser_page(CHROMIUM) as page:
+        await page.page.goto(f"{server.url}/dashboard", wait_until="commit")
+        await page.wait_until("document.querySelector('#moves details') !== null")
+        await page.wait_until("document.querySelector('#service').textContent.includes('pd-serve')")
+        await page.page.evaluate("document.querySelector('#reasons .handoff').click()")
+        await page.wait_until("document.querySelector('#moves details') === null")
+        await page.wait_until("document.querySelectorAll('#requests path').length > 0")
+        await page.wait_until("document.querySelector('dd.freeness').title.includes('free blocks')")
+        assert page.complaints == []
+
+
 async def test_the_page_fits_a_phone_and_follows_the_color_scheme(page: BrowserPage) -> None:
     backgrounds = set()
     for width in (1280, 360):

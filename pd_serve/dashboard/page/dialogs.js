@@ -1,5 +1,6 @@
 // Dialogs: the timeline of a request, and the requests of an instance.
 
+import { explained } from "./instance.js";
 import { make, makeSvg, seconds } from "./look.js";
 import { ask } from "./stream.js";
 
@@ -31,6 +32,7 @@ export async function openRequest(id, colour) {
 function timeline(request, colour) {
   const facts = {
     state: request.outcome ?? request.state,
+    ...(request.instance ? { on: request.instance } : {}),
     prompt: `${request.prompt_tokens} tokens`,
     output: `${request.output_tokens} tokens`,
     "first token": seconds(request.ttft_s),
@@ -114,5 +116,6 @@ export function openInstance(instance, requests, blockTokens, open) {
   const row = instance.row;
   const facts = `${row.role}, ${row.state}${row.node ? ` on ${row.node}, process ${row.pid}` : ""}`;
   const list = rows.length ? make("ol", { className: "log" }, ...rows) : make("p", {}, "No request holds blocks here.");
-  show(instance.id, make("p", { className: "facts" }, facts), list);
+  const more = [facts, explained(row), row.no_migration ? `Requests cannot move: ${row.no_migration}` : ""].filter(Boolean);
+  show(instance.id, ...more.map((text) => make("p", { className: "facts" }, text)), list);
 }

@@ -5,12 +5,20 @@ import { make, number, reducedMotion } from "./look.js";
 
 const FADE_MS = 350;
 
-/** With more instances than this there are no fade-in animations. */
-const MANY = 20;
+/** How an instance's freeness comes about. */
+export function explained(row) {
+  if (row.freeness === null) return "It drains: minus infinity, so that requests move away.";
+  const parts = [
+    [row.headroom_blocks, "headroom for requests of high priority"],
+    [row.queued_blocks, "for the first queued request"],
+    [row.expected_blocks, "for requests on their way here"],
+  ].filter(([blocks]) => blocks).map(([blocks, what]) => ` − ${blocks} ${what}`);
+  return `Freeness: (${row.free_blocks} free blocks${parts.join("")}) / ${row.batch} requests`;
+}
 
 export class Instance {
-  /** `page` has `requests` (by number: id, colour), `colours`, and `point(instance, request, event)`, `open(request)`,
-   * `list(instance)`. */
+  /** `page` has `requests` (by number: id, colour), `colours`, and `isDense`, `point(instance, request, event)`,
+   * `open(request)`, `list(instance)`. */
   constructor(id, page) {
     this.id = id;
     this.page = page;
@@ -51,8 +59,10 @@ export class Instance {
     const reserved = held.reduce((sum, [, blocks, comes]) => sum + (comes ? blocks : 0), 0);
     this.element.className = `instance ${row.role} ${row.state}`;
     this.role.textContent = row.role === this.id.replace(/-\d+$/, "") ? "" : row.role;
-    this.chip.hidden = row.state === "ready";
-    this.chip.textContent = row.state;
+    const notes = [row.state === "ready" ? "" : row.state, row.no_migration ? "cannot move" : "", row.preempted ? `${row.preempted} preempted` : ""].filter(Boolean);
+    this.chip.hidden = !notes.length;
+    this.chip.textContent = notes.join(", ");
+    this.chip.title = row.no_migration ?? "";
     this.canvas.hidden = !row.total_blocks;
     this.used.textContent = row.total_blocks ? `${share} % used` : "";
     this.facts.running.textContent = number(row.running);
@@ -60,21 +70,24 @@ export class Instance {
     this.facts.free.textContent = number(row.free_blocks);
     this.facts.reserved.textContent = number(reserved);
     this.facts.freeness.textContent = row.freeness === null ? "−∞" : number(row.freeness);
+    this.element.querySelectorAll(".freeness").forEach((part) => (part.title = explained(row)));
+    this.element.classList.toggle("immovable", row.no_migration !== null);
     this.canvas.setAttribute(
       "aria-label",
       `${this.id}, ${row.state}: ${used} of ${row.total_blocks} KV blocks used, ${reserved} of them reserved; ` +
         `${held.length} requests. Arrow keys go through them, Enter shows one.`,
     );
-    if (this.total !== row.total_blocks) this.#fit();
+    if (this.total !== row.total_blocks || this.dense !== this.page.isDense) this.#fit();
     if (this.map?.update(held, performance.now()) || !sameArriving) this.draw();
   }
 
   /** Creates the map again when the number of blocks or the width has changed. */
   #fit() {
     const width = Math.floor(this.canvas.clientWidth);
-    if (!width || !this.row || (width === this.width && this.total === this.row.total_blocks)) return;
-    [this.width, this.total] = [width, this.row.total_blocks];
-    const height = Math.min(210, Math.max(90, width * 0.62));
+    const dense = this.page.isDense;
+    if (!width || !this.row || (width === this.width && this.total === this.row.total_blocks && this.dense === dense)) return;
+    [this.width, this.total, this.dense] = [width, this.row.total_blocks, dense];
+    const height = this.page.isDense ? 46 : Math.min(210, Math.max(90, width * 0.62));
     this.layout = layOut(this.total, width, height);
     const { cells, rows, pitch, blocksPerCell } = this.layout;
     const ratio = window.devicePixelRatio || 1;
@@ -99,7 +112,7 @@ export class Instance {
       const x = (cell % columns) * pitch + inset, y = Math.floor(cell / columns) * pitch + inset;
       shape.call(context, x, y, size - 2 * inset, size - 2 * inset, Math.min(2, size / 4));
     };
-    const still = reducedMotion.matches || this.page.instances.size > MANY;
+    const still = reducedMotion.matches || this.page.isDense;
     let fading = false;
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
     context.clearRect(0, 0, this.canvas.width, this.canvas.height);

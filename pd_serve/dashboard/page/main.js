@@ -9,10 +9,14 @@ import { Stream } from "./stream.js";
 
 const MAX_NAMES = 20000;
 const MAX_MOVES = 60;
+/** More hand-offs in a row than this are shown as one. */
+const MAX_SINGLE = 3;
 const MINUTES = 5;
 const ROLES = ["prefill", "decode", "neutral"];
 const REASONS = ["handoff", "balance", "defragment", "drain", "manual"];
 const LINE_DOTS = 60;
+/** With more instances than this their maps are small, and nothing fades in. */
+const MANY = 20;
 
 const $ = (id) => document.getElementById(id);
 
@@ -22,6 +26,7 @@ const page = {
   colours: {},
   lit: 0,
   blockTokens: 0,
+  isDense: false,
 
   /** Highlights a request everywhere and shows its tooltip. */
   point(instance, request, event) {
@@ -56,14 +61,17 @@ const page = {
 
 const arcs = new Arcs($("instances"), (id) => page.instances.get(id));
 const slots = new Map(); // rows of latencies, by number
-let loads = []; // [time in ms, running, waiting]
+const loads = new Map(); // [slot, running, waiting], by slot
 let moves = []; // newest first
+const hidden = new Set(); // reasons that the list of migrations leaves out
+let cluster = { migrations: {} }; // the latest
 
 function onEvent(event, isFirst) {
   if (isFirst) {
     page.requests.clear();
     slots.clear();
-    $("moves").dataset.shown = "";
+    loads.clear();
+    moves = [];
   }
   for (const [key, id] of Object.entries(event.names)) page.requests.set(Number(key), { id, colour: requestColour(id) });
   for (const key of page.requests.keys()) {
@@ -71,6 +79,7 @@ function onEvent(event, isFirst) {
     page.requests.delete(key);
   }
   page.blockTokens = event.block_tokens;
+  cluster = event.cluster;
   showState(event);
   showInstances(event);
   showMoves(event);
@@ -78,7 +87,9 @@ function onEvent(event, isFirst) {
   showNumbers(event);
 }
 
-function showState({ cluster, server }) {
+function showState({ cluster, server, service, model }) {
+  $("service").replaceChildren(make("b", {}, model), service ? ` · ${service}` : "");
+  document.title = model ? `${model} · pd-serve` : "pd-serve";
   const { state, policy, restarts } = cluster.scheduler ?? { state: "unknown", policy: "unknown", restarts: 0 };
   $("scheduler").className = `state ${state === "alive" ? "good" : "bad"}`;
   $("scheduler").textContent = `scheduler ${state}${restarts ? `, ${restarts} restarts` : ""}`;
@@ -86,10 +97,33 @@ function showState({ cluster, server }) {
   $("server").textContent = server;
 }
 
+const byName = (a, b) => a.id.localeCompare(b.id, "en", { numeric: true });
+const byRole = (a, b) => ROLES.indexOf(a.role) - ROLES.indexOf(b.role);
+/** Draining instances count as they are: their freeness is minus infinity, and no trouble. */
+const trouble = (row) => [row.no_migration ? 0 : 1, row.total_blocks && !row.draining ? row.freeness / row.total_blocks : 2];
+const worst = (a, b) => {
+  const [one, two] = [trouble(a), trouble(b)];
+  return one[0] - two[0] || one[1] - two[1] || byName(a, b);
+};
+const ORDERS = { role: (a, b) => byRole(a, b) || byName(a, b), worst: (a, b) => byRole(a, b) || worst(a, b), name: byName };
+
+/** A heading for each role, with the pool's numbers. */
+function heading(role, rows) {
+  const sum = (name) => rows.reduce((total, row) => total + row[name], 0);
+  const total = sum("total_blocks"), wanted = cluster.wanted?.[role];
+  const ready = rows.filter((row) => row.pid).length;
+  const facts = [
+    wanted === undefined ? `${ready}` : `${ready} of ${wanted} wanted`,
+    total ? `${Math.round((100 * (total - sum("free_blocks"))) / total)} % of KV blocks used` : "",
+    sum("preempted") ? `${number(sum("preempted"))} preempted` : "",
+  ].filter(Boolean);
+  const late = wanted !== undefined && ready < wanted;
+  return make("h3", { className: `group ${role}${late ? " late" : ""}` }, role, make("small", {}, facts.join(" · ")));
+}
+
 function showInstances({ cluster, blocks }) {
-  const rows = [...cluster.instances].sort(
-    (a, b) => ROLES.indexOf(a.role) - ROLES.indexOf(b.role) || a.id.localeCompare(b.id, "en", { numeric: true }),
-  );
+  const order = $("order").value;
+  const rows = [...cluster.instances].sort(ORDERS[order]);
   const container = $("instances");
   const here = new Set(rows.map((row) => row.id));
   for (const [id, instance] of page.instances) {
@@ -99,21 +133,47 @@ function showInstances({ cluster, blocks }) {
   }
   const least = rows.length <= 8 ? 270 : rows.length <= 20 ? 210 : 140;
   const most = Math.max(1, Math.floor((container.clientWidth + 14) / (least + 14)));
+  const groups = order === "name" ? [rows] : ROLES.map((role) => rows.filter((row) => row.role === role));
   // As many columns as fit, without a nearly empty last row.
-  container.style.setProperty("--columns", Math.ceil(rows.length / Math.ceil(rows.length / most)) || 1);
-  container.classList.toggle("dense", rows.length > 20);
-  rows.forEach((row, place) => {
-    let instance = page.instances.get(row.id);
-    if (!instance) page.instances.set(row.id, (instance = new Instance(row.id, page)));
-    if (container.children[place] !== instance.element) container.insertBefore(instance.element, container.children[place] ?? null);
-    instance.show(row, blocks[row.id] ?? []);
-  });
+  const longest = Math.max(1, ...groups.map((group) => group.length));
+  const count = rows.length <= 8 ? rows.length : longest;
+  container.style.setProperty("--columns", Math.min(most, Math.ceil(count / Math.ceil(count / most))) || 1);
+  page.isDense = rows.length > MANY;
+  container.classList.toggle("dense", page.isDense);
+  for (const old of container.querySelectorAll(".group")) old.remove();
+  let place = 0;
+  const put = (element) => {
+    if (container.children[place] !== element) container.insertBefore(element, container.children[place] ?? null);
+    place++;
+  };
+  for (const group of groups) {
+    if (group.length && rows.length > 8 && order !== "name") put(heading(group[0].role, group));
+    for (const row of group) {
+      let instance = page.instances.get(row.id);
+      if (!instance) page.instances.set(row.id, (instance = new Instance(row.id, page)));
+      put(instance.element);
+      instance.show(row, blocks[row.id] ?? []);
+    }
+  }
+  const immovable = rows.filter((row) => row.no_migration);
+  $("immovable").hidden = !immovable.length;
+  if (immovable.length) {
+    const names = immovable.length === rows.length ? "the instances" : immovable.map((row) => row.id).join(", ");
+    $("immovable").textContent = `Requests cannot move from or to ${names}: ${immovable[0].no_migration}.`;
+  }
   const line = cluster.waiting_line;
   const dots = Array.from({ length: Math.min(line.requests, LINE_DOTS) }, () => make("i"));
   const words = line.requests
     ? `Waiting line: ${number(line.requests)} requests, ${number(line.tokens)} prompt tokens`
     : "Waiting line: empty";
-  $("line").replaceChildren(make("span", {}, words), ...dots);
+  const wanted = Object.entries(cluster.wanted ?? {}).filter(([, size]) => size);
+  const sizes = wanted.map(([role, size]) => {
+    const ready = rows.filter((row) => row.role === role && row.pid).length;
+    return make("span", { className: `size${ready < size ? " late" : ""}` }, `${role} ${ready} of ${size} wanted`);
+  });
+  const preempted = rows.reduce((sum, row) => sum + row.preempted, 0);
+  sizes.push(make("span", { className: `size${preempted ? " late" : ""}` }, `${number(preempted)} preempted`));
+  $("line").replaceChildren(make("span", {}, words), ...dots, ...sizes);
 }
 
 function showMoves(event) {
@@ -121,15 +181,75 @@ function showMoves(event) {
   arcs.showUnderWay(event.leaving);
   const now = Date.now();
   const known = (move) => page.requests.get(move.request) ?? { id: "?", colour: page.colours.quiet };
-  moves = [...event.moves.map((move) => ({ ...move, ...known(move), at: now - 1000 * move.seconds_ago })).reverse(), ...moves];
-  moves.length = Math.min(moves.length, MAX_MOVES);
-  if (event.moves.length) {
-    $("moves").replaceChildren(...moves.map(moveRow));
-  }
+  const fresh = [...(event.past_moves ?? []), ...event.moves];
+  moves = [...fresh.map((move) => ({ ...move, ...known(move), at: now - 1000 * move.seconds_ago })).reverse(), ...moves];
+  moves = keep(moves);
+  if (fresh.length) listMoves();
   for (const time of $("moves").querySelectorAll("time")) time.textContent = ago((now - time.dataset.at) / 1000);
-  const counts = event.cluster.migrations;
-  $("reasons").replaceChildren(...REASONS.filter((reason) => counts[reason]?.committed).map((reason) =>
-    make("span", { className: `reason ${reason}` }, `${reason} ${number(counts[reason].committed)}`)));
+  showFilters();
+}
+
+/** The newest migrations: so many hand-offs, and so many others, which would be lost among them. */
+function keep(all) {
+  const left = { handoff: MAX_MOVES, other: MAX_MOVES };
+  return all.filter((move) => left[move.reason === "handoff" ? "handoff" : "other"]-- > 0);
+}
+
+/** Hand-offs that follow one another are one row, which opens. */
+function listMoves() {
+  const open = new Set([...$("moves").querySelectorAll("details[open]")].map((row) => row.dataset.last));
+  const rows = [];
+  let run = [];
+  const flush = () => {
+    if (run.length <= MAX_SINGLE) rows.push(...run.map(moveRow));
+    else rows.push(handoffRow(run, open));
+    run = [];
+  };
+  for (const move of moves.filter((one) => !hidden.has(one.reason))) {
+    if (move.reason === "handoff" && move.committed) run.push(move);
+    else {
+      flush();
+      rows.push(moveRow(move));
+    }
+  }
+  flush();
+  if (!rows.length) rows.push(make("li", { className: "none" }, moves.length ? "None of these." : "None yet."));
+  $("moves").replaceChildren(...rows);
+}
+
+function handoffRow(run, open) {
+  const last = run[run.length - 1], time = make("time");
+  time.dataset.at = run[0].at;
+  const details = make("details", {}, make("summary", {}, make("span", { className: "reason handoff" }, `${run.length} hand-offs`)),
+    make("ol", { className: "log inner" }, ...run.map(moveRow)));
+  details.dataset.last = `${last.id} ${last.source}`;
+  details.open = open.has(details.dataset.last);
+  return make("li", { className: "run" }, time, details);
+}
+
+/** One button for each reason, with the number of migrations since the start; it hides them in the list. */
+function showFilters() {
+  const counts = cluster.migrations;
+  const reasons = REASONS.filter((reason) => counts[reason]?.committed || counts[reason]?.aborted);
+  const box = $("reasons");
+  if (box.dataset.shown !== reasons.join()) {
+    box.dataset.shown = reasons.join();
+    box.replaceChildren(...reasons.map((reason) => {
+      const button = make("button", { type: "button", className: `reason ${reason}` });
+      button.setAttribute("aria-pressed", String(!hidden.has(reason)));
+      button.addEventListener("click", () => {
+        if (!hidden.delete(reason)) hidden.add(reason);
+        button.setAttribute("aria-pressed", String(!hidden.has(reason)));
+        listMoves();
+        for (const time of $("moves").querySelectorAll("time")) time.textContent = ago((Date.now() - time.dataset.at) / 1000);
+      });
+      return button;
+    }));
+  }
+  reasons.forEach((reason, place) => {
+    const { committed, aborted } = counts[reason];
+    box.children[place].textContent = `${reason} ${number(committed)}${aborted ? ` (${number(aborted)} aborted)` : ""}`;
+  });
 }
 
 function moveRow(move) {
@@ -150,10 +270,11 @@ function showDecisions(decisions) {
     make("li", {}, make("time", {}, ago(seconds_ago)), make("span", { className: "what" }, what))));
 }
 
-function showNumbers({ latency, cluster }) {
+function showNumbers({ latency, cluster, outcomes, loads: rows }) {
   for (const row of latency.slots) slots.set(row[0], row);
+  for (const row of rows) loads.set(row[0], row);
   const now = latency.now, slotS = latency.slot_s, begin = Math.floor(now - (60 * MINUTES) / slotS);
-  for (const key of slots.keys()) if (key < begin) slots.delete(key);
+  for (const table of [slots, loads]) for (const key of table.keys()) if (key < begin) table.delete(key);
   const series = (column) => {
     const values = [];
     for (let slot = begin + 1; slot <= Math.floor(now); slot++) {
@@ -179,10 +300,12 @@ function showNumbers({ latency, cluster }) {
   const running = total("running"), waiting = total("waiting") + cluster.waiting_line.requests;
   set("requests", "running", number(running));
   set("requests", "waiting", number(waiting));
-  const at = Date.now();
-  loads = [...loads.filter(([then]) => at - then < 60000 * MINUTES), [at, running, waiting]];
-  const over = (column) => loads.map((load) => [(at - load[0]) / 1000, load[column]]);
-  chart("requests", [{ values: over(1) }, { values: over(2) }], { format: number, area: true, label: `${running} running, ${waiting} waiting` });
+  set("requests", "errors", number(outcomes.errors));
+  for (const name of ["errors", "errors-label"]) $("requests").querySelector(`[data-name=${name}]`).hidden = !outcomes.errors;
+  // The past is what the server has recorded; now is what the instances have last reported.
+  const past = [...loads.values()].sort((a, b) => a[0] - b[0]).filter(([slot]) => slot < Math.floor(now));
+  const over = (column, value) => [...past.map((row) => [Math.max(0, (now - row[0] - 0.5) * slotS), row[column]]), [0, value]];
+  chart("requests", [{ values: over(1, running) }, { values: over(2, waiting) }], { format: number, area: true, label: `${running} running, ${waiting} waiting` });
 }
 
 function onState(name, why) {
@@ -205,4 +328,6 @@ $("key-form").addEventListener("submit", (event) => {
   stream.setKey($("key").value);
   $("key").value = "";
 });
+$("order").addEventListener("change", () => localStorage.setItem("order", $("order").value));
+if (localStorage.getItem("order") in ORDERS) $("order").value = localStorage.getItem("order");
 stream.start();

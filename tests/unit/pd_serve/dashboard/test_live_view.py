@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -222,3 +223,41 @@ async def test_streams_end_with_the_server_and_are_bounded(view: LiveView) -> No
         with pytest.raises(StopAsyncIteration):
             await anext(each)
     assert not view.is_full
+
+
+async def test_a_page_gets_the_past_when_it_is_opened(instances: FakeInstances, recent: RecentEvents) -> None:
+    """Hand-offs and one other migration, and the number of requests before there was a page."""
+    moved(recent, "balanced")
+    for number in range(404):
+        recent.migration_ended(migrated(f"h{number}", "prefill-0", "decode-1", "handoff"))
+    labels = {"service": "chat", "model_name": "tiny"}
+    view = LiveView("api-1", dict, instances, recent, labels, lambda: (7, 2))
+    view.open()
+    await asyncio.sleep(0.01)
+    events = view.events()
+
+    first, second = await following(events), await following(events)
+
+    reasons = Counter(move["reason"] for move in first["past_moves"])
+    assert reasons == {"handoff": MAX_MOVES - 1, "balance": 1}
+    assert first["names"][str(first["past_moves"][-1]["request"])] == "h403"
+    assert [load[1:] for load in first["loads"]] == [[7, 2]]
+    assert first["moves"] == []
+    assert (first["service"], first["model"]) == ("chat", "tiny")
+    assert "past_moves" not in second
+    await view.close()
+
+
+async def test_hand_offs_are_left_out_of_an_event_before_other_migrations(
+    view: LiveView, recent: RecentEvents
+) -> None:
+    events = view.events()
+    await following(events)
+    moved(recent, "balanced")
+    for number in range(2 * MAX_MOVES):
+        recent.migration_ended(migrated(f"h{number}", "prefill-0", "decode-1", "handoff"))
+
+    event = await following(events)
+
+    assert (event["moves"][0]["reason"], len(event["moves"])) == ("balance", MAX_MOVES)
+    assert event["moves_left_out"] == MAX_MOVES + 1

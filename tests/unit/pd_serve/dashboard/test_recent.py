@@ -91,3 +91,34 @@ def test_what_is_long_ago_is_forgotten(recent: RecentEvents, clock: Clock) -> No
     assert [move.record.blocks for move in recent.moves] == list(range(2 * NUM_MOVES, 3 * NUM_MOVES))
     clock.now += NUM_SLOTS * SLOT_S
     assert recent.slots() == []
+
+
+def test_hand_offs_do_not_drive_out_other_migrations(recent: RecentEvents) -> None:
+    recent.migration_ended(ended(1))
+    for number in range(2 * NUM_MOVES):
+        recent.migration_ended(migrated(f"h{number}", "prefill-0", "decode-1", "handoff"))
+
+    moves = recent.moves
+    assert (moves[0].record.reason, len(moves)) == ("balance", NUM_MOVES + 1)
+    assert [move.number for move in moves] == sorted(move.number for move in moves)
+    assert recent.last_move == 2 * NUM_MOVES + 1
+
+
+def test_requests_that_have_ended_and_errors_are_counted_for_a_minute(
+    recent: RecentEvents, clock: Clock
+) -> None:
+    for outcome in ("stop", "error", "length"):
+        recent.ended(Timeline("r", "r", clock.now, 10, 0, outcome=outcome))
+
+    assert recent.outcomes() == {"ended": 3, "errors": 1}
+    clock.now += 61.0
+    assert recent.outcomes() == {"ended": 0, "errors": 0}
+
+
+def test_a_slot_has_the_last_load_that_was_seen(recent: RecentEvents, clock: Clock) -> None:
+    recent.load(3, 1)
+    recent.load(4, 0)
+    clock.now += SLOT_S
+    recent.token_gaps({0.02: 1})
+
+    assert [(slot.running, slot.waiting) for slot in recent.slots()] == [(4, 0), (None, None)]

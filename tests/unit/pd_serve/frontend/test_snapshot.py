@@ -39,6 +39,29 @@ def test_an_instance_has_the_reason_why_its_requests_cannot_move() -> None:
         assert InstanceSnapshot.of(info, load).no_migration == "speculative decoding"
 
 
+def test_the_numbers_of_an_instance_explain_its_freeness() -> None:
+    load = InstanceLoad(
+        "d0",
+        "decode",
+        total_blocks=780,
+        free_blocks=694,
+        running=3,
+        high_priority=1,
+        head_of_line_blocks=4,
+        block_tokens=16,
+        preempted=1,
+        expected_blocks=5,
+        expected_requests=1,
+    )
+
+    shown = InstanceSnapshot.of(INFO, load)
+
+    assert (shown.headroom_blocks, shown.queued_blocks, shown.expected_blocks) == (680, 4, 5)
+    claimed = shown.headroom_blocks + shown.queued_blocks + shown.expected_blocks
+    assert shown.freeness == (shown.free_blocks - claimed) / shown.batch == 5 / 4
+    assert shown.preempted == 1
+
+
 def test_a_draining_instance_has_no_freeness() -> None:
     snapshot = InstanceSnapshot.of(INFO, InstanceLoad("d0", "decode", total_blocks=10, draining=True))
 

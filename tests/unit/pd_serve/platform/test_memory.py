@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from pd_serve.errors import InvalidRequestError
-from pd_serve.platform.memory import PROCESS_BYTES, check_memory
+from pd_serve.platform.memory import PROCESS_BYTES, SIMULATED_BYTES, check_memory
 
 
 @pytest.fixture
@@ -30,3 +30,17 @@ def test_instances_need_weights_cache_and_a_process_each(
     else:
         with pytest.raises(InvalidRequestError, match=r"2 instances need about 4\.8 GiB, 4\.8 GiB are free"):
             check_memory(2, {"kv_cache_memory_bytes": 2**29}, model)
+
+
+@pytest.mark.parametrize(("spare", "fits"), [(0, True), (-1, False)])
+def test_simulated_engines_need_neither_weights_nor_a_cache(
+    monkeypatch: pytest.MonkeyPatch, model: str, spare: int, fits: bool
+) -> None:
+    needed = 64 * SIMULATED_BYTES + PROCESS_BYTES
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=needed + spare))
+
+    if fits:
+        check_memory(64, {"kv_cache_memory_bytes": 2**40}, model, simulated=True)
+    else:
+        with pytest.raises(InvalidRequestError, match=r"64 instances need .* are free: start fewer$"):
+            check_memory(64, {}, model, simulated=True)
