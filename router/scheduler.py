@@ -33,7 +33,7 @@ class SchedulerActions(Protocol):
 
     @property
     def starting(self) -> Mapping[str, int]:
-        """Instances that were asked for and do not report yet, by role."""
+        """Instances that were asked for and do not report yet, or not any more, by role."""
         ...
 
     @property
@@ -90,6 +90,10 @@ class Scheduler:
         """Forgets an instance that is gone. Unknown instances are ignored."""
         self._loads.remove(instance_id)
 
+    def __contains__(self, instance_id: object) -> bool:
+        """Whether an instance takes part: it reports."""
+        return instance_id in self._loads
+
     async def run(self) -> None:
         """Decides after each report, at most once per `rescheduling_interval_s`, until cancelled."""
         while True:
@@ -106,8 +110,6 @@ class Scheduler:
         """One round."""
         self._forget_silent()
         loads = limit_headroom(self._loads.all(), self.policies.headroom)
-        if not loads:
-            return
         self._rng.shuffle(loads)
         for move in self._rescheduling.moves(loads, self.policies):
             self._loads.add_move(move.source, move.destination.instance_id, move.num_blocks)

@@ -80,7 +80,9 @@ class SchedulerProcess:
         #: Requested instances that are not in `Membership.starting` yet, by role.
         self._requested: Counter[str] = Counter()
         self._unreported: set[str] = set()
+        self._has_members = asyncio.Event()
         self._all_reported = asyncio.Event()
+        self._roles: dict[str, str] = {}  # as last reported
         self._moves = Counter(dict.fromkeys(("balance", "defragment", "drain"), 0))
         self._scaling = Counter(dict.fromkeys(("start", "stop", "drain", "use_again", "set_role"), 0))
         self._orphan_timer = OrphanTimer("the scheduler")
@@ -94,9 +96,14 @@ class SchedulerProcess:
 
     @property
     def starting(self) -> Counter[str]:
-        """Number of requested and starting instances, by role."""
+        """Number of requested and starting instances, and of members that do not report now, by role.
+
+        A silent instance serves again, or the manager replaces it: nothing is started in its place here.
+        """
         latest = self._members.latest
-        return self._requested + Counter(latest.starting if latest is not None else {})
+        members = self._members.instances.items()
+        silent = [self._roles.get(name, info.role) for name, info in members if name not in self.scheduler]
+        return self._requested + Counter(latest.starting if latest is not None else {}) + Counter(silent)
 
     @property
     def waiting(self) -> Demand:
@@ -111,6 +118,7 @@ class SchedulerProcess:
             case LoadReport(load=load):
                 if sender in self._members.instances:
                     self.scheduler.report(load)
+                    self._roles[sender] = load.role
                     self._reported(sender)
             case Heartbeat(waiting=waiting):
                 self._orphan_timer.on_message()
@@ -130,8 +138,12 @@ class SchedulerProcess:
             self._waiting.pop(api_server, None)
         for instance_id in change.left:
             self.scheduler.remove(instance_id)
+            self._roles.pop(instance_id, None)
             self._reported(instance_id)
         self._unreported.update(info.instance_id for info in change.joined)
+        self._has_members.set()
+        if not self._unreported:
+            self._all_reported.set()
         if is_first:
             self._report()
 
@@ -141,7 +153,8 @@ class SchedulerProcess:
             self._all_reported.set()
 
     async def _decide(self) -> None:
-        """Runs the scheduler when all instances have reported: without some, pools would look too small."""
+        """Runs the scheduler when it has the membership, and all instances have reported or take too long."""
+        await self._has_members.wait()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FIRST_REPORTS_S):
                 await self._all_reported.wait()

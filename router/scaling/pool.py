@@ -64,7 +64,7 @@ class PoolScaler:
         draining = [load for load in loads if load.draining]
         self._remember(loads, now)
         decisions = self._stops(draining, now)
-        needed = self._signal.look(serving, starting, self._policies, waiting)
+        needed = self._needed(serving, starting, waiting)
         if needed.instances >= 0:
             self._too_large_since = None
         elif self._too_large_since is None:
@@ -73,6 +73,13 @@ class PoolScaler:
             self._next_look = now + self._policies.scale_interval_s
             decisions += self._resize(serving, draining, starting, needed, now)
         return decisions
+
+    def _needed(self, serving: Sequence[InstanceLoad], starting: int, waiting: Demand) -> SizeChange:
+        """By the pool's signal. A pool without instances has nothing to measure: it waits for the first."""
+        if serving:
+            return self._signal.look(serving, starting, self._policies, waiting)
+        missing = 1 if waiting.requests and not starting else 0
+        return SizeChange(missing, "no instance serves, and requests wait" if missing else "none reports yet")
 
     def postpone(self, now: float) -> None:
         """Waits for the effect of another change of the pool."""

@@ -216,9 +216,37 @@ class TestStarts:
 
     @in_virtual_time
     async def test_decisions_wait_for_first_reports_at_most_the_bound(self) -> None:
-        async with a_world(self.BOUNDS, scale_interval_s=0.1) as world:
-            world.members("d0", "d1")
+        async with a_world() as world:
+            world.members("d0", "d1", "d2")
             for _ in range(10):
-                world.report(IDLE)
+                world.report(FULL, IDLE)
                 await asyncio.sleep(FIRST_REPORTS_S / 5)
-            assert len(world.sent(StartInstance)) == 1
+            assert world.sent(MoveOut, "d0")
+
+    @in_virtual_time
+    async def test_nothing_is_started_in_the_place_of_an_instance_that_is_silent(self) -> None:
+        """It, or this process, was suspended. The manager decides whether it is replaced."""
+        async with a_world(self.BOUNDS, scale_interval_s=0.1) as world:
+            await world.keep(5.0, IDLE, msgspec.structs.replace(IDLE, instance_id="d0"))
+            for _ in range(20):
+                world.members("d0", "d1")
+                await asyncio.sleep(1.0)
+            assert not world.sent(StartInstance)
+
+    @in_virtual_time
+    async def test_a_pool_that_has_lost_all_instances_gets_its_lower_bound(self) -> None:
+        async with a_world(self.BOUNDS, scale_interval_s=0.1) as world:
+            await world.keep(5.0, IDLE, msgspec.structs.replace(IDLE, instance_id="d0"))
+            world.members()
+            await asyncio.sleep(3.0)
+            assert len(world.sent(StartInstance, MANAGER)) == 2
+            for _ in range(20):
+                world.members(starting={"decode": 2})
+                await asyncio.sleep(1.0)
+            assert len(world.sent(StartInstance)) == 2
+
+    @in_virtual_time
+    async def test_without_the_membership_nothing_is_started(self) -> None:
+        async with a_world(self.BOUNDS, scale_interval_s=0.1) as world:
+            await asyncio.sleep(30.0)
+            assert not world.wire.sent

@@ -13,6 +13,7 @@ from pd_serve.simulation.config import TraceRequest
 from pd_serve.simulation.message_faults import MessageFaults
 from pd_serve.simulation.result import SimulationResult
 from pd_serve.simulation.simulate import Simulation
+from router.scaling import PoolBounds
 from tests.unit.pd_serve.simulation.test_simulate import (
     assert_nothing_is_lost,
     config,
@@ -140,6 +141,36 @@ def test_a_request_that_ends_its_instances_fails_alone() -> None:
         failed = [number for number, record in enumerate(result.records) if record.failed]
         assert failed == [5]
         assert sum(record.lost + record.duplicated + record.wrong for record in result.records) == 0
+
+
+def test_an_autoscaled_pool_that_has_lost_its_instances_starts_one_until_it_reports() -> None:
+    """Nothing shows before that another one is needed."""
+
+    async def fault(simulation: Simulation) -> None:
+        cluster = simulation.cluster
+        await asyncio.sleep(5.0)
+        for name in list(cluster.launcher.instances):
+            await cluster.kill_instance(name)
+
+    requests = [*(r for r in workload(40, 8.0) if r.arrival_s < 4.5), *late_workload(40, 30.0)]
+    scaled = config(requests=requests, instances={"neutral": 2}, autoscale={"neutral": PoolBounds(1, 16)})
+    result = simulate_with(scaled, fault)
+    assert_nothing_is_lost(result)
+    assert len([what for at_s, what in result.scaling if at_s < 30.0]) == 1
+
+
+def test_neutral_instances_beside_prefill_and_decode_ones_get_their_share() -> None:
+    added: dict[str, int] = {}
+
+    async def look(simulation: Simulation) -> None:
+        await asyncio.sleep(15.0)
+        for name, instance in simulation.cluster.launcher.instances.items():
+            assert instance.llumlet.coordinator is not None
+            added[name] = instance.llumlet.reporter.requests_added + instance.llumlet.coordinator.num_offers
+
+    mixed = config(requests=workload(300, 20.0), instances={"prefill": 1, "decode": 1, "neutral": 2})
+    assert_nothing_is_lost(simulate_with(mixed, look))
+    assert all(added[name] > 20 for name in ("prefill-0", "neutral-0", "neutral-1")), added
 
 
 # ---- lost, doubled and late messages

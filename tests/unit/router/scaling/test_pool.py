@@ -8,6 +8,7 @@ from msgspec.structs import replace
 
 from router.load import InstanceLoad
 from router.policies import policy_set
+from router.request import Demand
 from router.scaling import Decision, Drain, PoolBounds, PoolScaler, Start, Stop
 
 PAPER = policy_set("llumnix-paper")
@@ -58,6 +59,15 @@ def test_a_pool_that_has_not_reported_yet_is_waited_for() -> None:
     assert scaled_pool.look([]) == []
     assert scaled_pool.look(IDLE[:2], 12) == []
     assert len(Pool(2, 8).look([], 11)) == 2
+
+
+def test_a_pool_without_instances_waits_for_those_on_their_way_however_many_requests_wait() -> None:
+    scaler = PoolScaler("neutral", PoolBounds(1, 16), PAPER)
+    waiting = Demand(requests=50, tokens=50_000)
+    seen = [scaler.decide([], 1 if now > 12 else 0, float(now), waiting) for now in range(60)]
+
+    starts = [decision for decisions in seen for decision in decisions]
+    assert [type(decision) for decision in starts] == [Start]
 
 
 def test_a_pool_stays_within_its_bounds() -> None:
