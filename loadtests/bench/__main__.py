@@ -1,4 +1,4 @@
-"""Benchmarks: `python -m loadtests.bench migration`, `overhead`, `serve`, `simulator` or `compare`.
+"""Benchmarks: `python -m loadtests.bench` with a name: migration, overhead, reports, serve, simulator, compare.
 
 A benchmark's module is imported when its command runs: some import vLLM.
 """
@@ -42,6 +42,14 @@ def bench_overhead(json_file: JsonFile = None) -> None:
     from loadtests.bench import overhead
 
     _run(overhead.run(BenchmarkReport(json_file)))
+
+
+@app.command("reports")
+def bench_reports(json_file: JsonFile = None) -> None:
+    """Reports of 256 running requests against the steps of their engine."""
+    from loadtests.bench import reports
+
+    _run(reports.run(BenchmarkReport(json_file)))
 
 
 @app.command("serve")

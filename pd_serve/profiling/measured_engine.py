@@ -4,9 +4,10 @@ import asyncio
 import gc
 import random
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
-from migration.engine_interface import EngineEvents
+from migration.engine_interface import EngineEvents, HeldByClient, HeldRequest
 from pd_serve.errors import EngineDeadError
 from pd_serve.instance.engine_factory import create_engine
 from pd_serve.profiling.profile_points import DECODE_STEPS, Limits, Point, StepSeen
@@ -154,6 +155,32 @@ class MeasuredEngine:
         async with asyncio.timeout(POINT_S):
             await self._all_ended
         return list(self._recorder.steps)
+
+    async def report_ms(self, send: Callable[[list[HeldRequest]], None]) -> tuple[int, float]:
+        """Reports the requests as an instance does.
+
+        Args:
+            send: Encodes and sends a report; called on the step thread.
+
+        Returns:
+            Number of reported requests, and the time that the report took on the step thread, in ms.
+        """
+        began = 0.0
+
+        def begin(held: HeldByClient) -> None:
+            nonlocal began
+            began = time.perf_counter()
+
+        def visit(held: HeldByClient) -> tuple[int, float]:
+            requests = held.get(CLIENT, [])
+            send(requests)
+            return len(requests), (time.perf_counter() - began) * 1e3
+
+        # Both run at the same boundary between two steps: the second one alone is timed, from its begin on.
+        _, result = await asyncio.gather(
+            self._engine.visit_requests(begin), self._engine.visit_requests(visit)
+        )
+        return result
 
     def _payload(self, prompt: list[int], max_tokens: int) -> list[bytes]:
         from vllm.sampling_params import SamplingParams
