@@ -18,11 +18,16 @@ from router.load import InstanceLoad
 #: A move that its source has not confirmed for this long is lost, in seconds.
 LOST_AFTER_S = 1.0
 
+#: A request that its instance has not confirmed for this long is lost, in seconds. The instance confirms it
+#: after a step, which may take long.
+LOST_DISPATCH_AFTER_S = 30.0
+
 
 class PendingDispatch(NamedTuple):
     """A request sent to an instance. `number` is the instance's `requests_added` once it has it."""
 
     number: int
+    sent_at: float
     tokens: int
     blocks: int
 
@@ -74,7 +79,8 @@ class ProjectedLoads:
         self._reported_at[name] = self._clock()
         self._projected.pop(name, None)
         dispatches = self._dispatches.get(name)
-        while dispatches and dispatches[0].number <= load.requests_added:
+        oldest = self._clock() - LOST_DISPATCH_AFTER_S
+        while dispatches and (dispatches[0].number <= load.requests_added or dispatches[0].sent_at < oldest):
             dispatches.popleft()
         moves = self._moves.get(name)
         while moves and moves[0].number <= load.moves_decided:
@@ -94,7 +100,7 @@ class ProjectedLoads:
         pending = self._dispatches.setdefault(instance_id, deque())
         # The instance counts the requests of all API servers, so the count starts from its own report.
         number = (pending[-1].number if pending else self._reports[instance_id].requests_added) + 1
-        pending.append(PendingDispatch(number, tokens, blocks))
+        pending.append(PendingDispatch(number, self._clock(), tokens, blocks))
         self._projected.pop(instance_id, None)
 
     def add_move(self, source: str, destination: str, blocks: int) -> None:

@@ -1,4 +1,4 @@
-"""Benchmarks: `python -m loadtests.bench` with a name: migration, overhead, reports, serve, simulator, compare.
+"""Benchmarks: `python -m loadtests.bench` and one of migration, overhead, reports, serve, simulator, compare.
 
 A benchmark's module is imported when its command runs: some import vLLM.
 """

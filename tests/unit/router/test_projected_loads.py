@@ -4,7 +4,7 @@ import pytest
 from msgspec.structs import replace
 
 from router.load import InstanceLoad
-from router.projected_loads import LOST_AFTER_S, ProjectedLoads, after_departures
+from router.projected_loads import LOST_AFTER_S, LOST_DISPATCH_AFTER_S, ProjectedLoads, after_departures
 from tests.unit.router.made_loads import neutral
 
 
@@ -54,6 +54,21 @@ def test_a_report_may_have_seen_a_part_of_the_moves() -> None:
     loads.report(replace(source, moves_decided=4))
 
     assert [load.expected_blocks for load in loads.all()] == [0, 0, 20]
+
+
+def test_a_dispatch_that_is_never_confirmed_is_lost_after_a_while() -> None:
+    clock = Clock()
+    report = neutral("i0")
+    loads = projected_loads(report, clock=clock)
+    loads.add_dispatch("i0", 100, 7)
+    clock.now = LOST_DISPATCH_AFTER_S
+    loads.report(report)
+    assert loads.projected("i0").waiting == 1
+
+    clock.now += 0.1
+    loads.report(report)
+
+    assert loads.all() == [report]
 
 
 def test_a_move_that_is_never_confirmed_is_lost_after_a_while() -> None:

@@ -247,3 +247,15 @@ async def test_a_call_that_the_manager_does_not_answer_fails_after_the_time_out(
 
     with pytest.raises(EngineDeadError, match="the manager does not answer"):
         await task
+
+
+@in_virtual_time
+async def test_a_call_to_a_manager_that_is_gone_fails_with_its_lease() -> None:
+    async with World() as world:
+        await world.tell_members()
+        task = await call(world)
+
+        await asyncio.sleep(2 * MANAGER_LEASE_S)
+
+        with pytest.raises(EngineDeadError, match="manager has died"):
+            await task

@@ -222,7 +222,7 @@ def test_no_kind_of_message_is_needed_every_time(kind: type, seed: int) -> None:
         await asyncio.sleep(0.5)
         faults = simulation.cluster.network.faults = MessageFaults()
         while not simulation.all_ended.is_set():
-            faults.lose(kind, times=1)
+            faults.lose(kind, times=dice.randrange(2))
             await asyncio.sleep(0.5 + dice.random())
         faults.heal()
 
@@ -234,8 +234,10 @@ def test_requests_of_an_instance_that_only_the_manager_hears_go_on_elsewhere(nam
     async def fault(simulation: Simulation) -> None:
         faults = simulation.cluster.network.faults = MessageFaults()
         await asyncio.sleep(3.0)
+        before = sorted(simulation.cluster.launcher.instances)
         faults.lose_between("api", name)
         await simulation.all_ended.wait()
+        assert sorted(simulation.cluster.launcher.instances) == before  # one party's bad link is its own
         faults.heal()
         await asyncio.sleep(5.0)
 
