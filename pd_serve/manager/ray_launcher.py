@@ -20,6 +20,7 @@ from pd_serve.errors import EngineDeadError, PdServeError
 from pd_serve.instance.instance_process import InstanceConfig
 from pd_serve.manager.launcher import ManagerNotes
 from pd_serve.manager.ray_actors import InstanceActor, SchedulerActor
+from pd_serve.manager.ray_start import start_ray
 from pd_serve.platform.placement import Placement
 from pd_serve.scheduler.scheduler_process import SchedulerConfig
 
@@ -34,7 +35,14 @@ NAMESPACE = "pd_serve"
 STOP_S = 3.0
 
 #: Errors of `ray.init`; a slow node is a bare `Exception`. Source: ray/_private/node.py.
-CONNECT_ERRORS = (ConnectionError, TimeoutError, ValueError, RuntimeError, ray.exceptions.RayError)
+CONNECT_ERRORS = (
+    ConnectionError,
+    TimeoutError,
+    ValueError,
+    RuntimeError,
+    PdServeError,
+    ray.exceptions.RayError,
+)
 
 #: Settings of a local cluster, which runs only this service, for a short start-up time.
 LOCAL_SETTINGS = {
@@ -92,7 +100,8 @@ class RayLauncher:
             if not os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
                 # Ray's ports require a token. Ray's own token is permanent, in a file that others can read.
                 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-        try:
+
+        def init() -> None:
             ray.init(
                 address=self._address or "local",
                 include_dashboard=False if local else None,
@@ -101,6 +110,9 @@ class RayLauncher:
                 # A local cluster's processes inherit this one's environment.
                 runtime_env=None if local else {"env_vars": self._environment},
             )
+
+        try:
+            start_ray(init) if local else init()
         except Exception as error:
             if type(error) is not Exception and not isinstance(error, CONNECT_ERRORS):
                 raise

@@ -1,0 +1,97 @@
+"""Starts Ray on this machine: a raylet that ends at once is noticed within seconds, and Ray is started again.
+
+Ray itself waits two minutes for a raylet, whether its process lives or not.
+"""
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+
+import psutil
+import ray
+from ray._private import services
+
+from pd_serve.errors import PdServeError
+
+logger = logging.getLogger(__name__)
+
+#: Starts of Ray, and the time between two, in seconds.
+ATTEMPTS, PAUSE_S = 3, 0.5
+
+#: Interval of looks at the raylet's process, and the time for it to register, in seconds.
+LOOK_S, REGISTER_S = 0.5, 100.0
+
+#: Errors of a start that may succeed when it is repeated; a slow node is a bare `Exception`.
+#: Source: ray/_private/node.py.
+PASSING_ERRORS = (ConnectionError, TimeoutError, RuntimeError, ray.exceptions.RayError, PdServeError)
+
+
+def start_ray(init: Callable[[], object]) -> None:
+    """Calls `init`, which starts Ray, up to `ATTEMPTS` times.
+
+    Args:
+        init: Calls `ray.init`. Its errors are raised by the last attempt.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            with _watching_the_raylet():
+                init()
+        except Exception as error:
+            if attempt == ATTEMPTS or not (type(error) is Exception or isinstance(error, PASSING_ERRORS)):
+                raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            logger.warning("Ray has not started (%s); it is started again", reason)
+            ray.shutdown()
+            _end_processes()
+            time.sleep(PAUSE_S)
+        else:
+            return
+
+
+@contextlib.contextmanager
+def _watching_the_raylet() -> Iterator[None]:
+    """Lets Ray ask for its node only when the raylet has registered, and raises if its process has ended."""
+    get_node = services.get_node
+
+    def get_registered_node(gcs_address: str, node_id: str) -> object:
+        client = ray._raylet.GcsClient(address=gcs_address)
+        deadline = time.monotonic() + REGISTER_S
+        while not _is_registered(client, node_id):
+            if not any(map(_is_raylet, psutil.Process().children(recursive=True))):
+                raise PdServeError(
+                    "its raylet has ended; see raylet.out and raylet.err in Ray's session_latest/logs"
+                )
+            if time.monotonic() > deadline:
+                raise PdServeError(f"its raylet has not registered within {REGISTER_S:g} s")
+            time.sleep(LOOK_S)
+        return get_node(gcs_address, node_id)
+
+    services.get_node = get_registered_node
+    try:
+        yield
+    finally:
+        services.get_node = get_node
+
+
+def _is_registered(client: "ray._raylet.GcsClient", node_id: str) -> bool:
+    return any(found.hex() == node_id for found in client.get_all_node_info(timeout=REGISTER_S))
+
+
+def _is_raylet(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.name() == "raylet" and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _end_processes() -> None:
+    """Ends what a failed start has left of Ray, and none of our other child processes."""
+    home = os.path.dirname(ray.__file__)
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            if any(home in argument for argument in process.cmdline()):
+                process.kill()
+                found.append(process)
+    psutil.wait_procs(found, timeout=3.0)
