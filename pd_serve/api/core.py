@@ -8,6 +8,7 @@ from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.core_client import EngineCoreClient
 
 from pd_serve.api.codec import VllmCodec
+from pd_serve.api.identity import client_id
 from pd_serve.comm.requests import CallEngine
 from pd_serve.frontend.frontend import Frontend
 from router.request import NewRequest, prefix_keys
@@ -55,6 +56,7 @@ class ClusterCore(EngineCoreClient):
             new,
             max_tokens=max_tokens,
             name=request.external_req_id or request.request_id,
+            client_id=client_id(),
             trace_headers=request.trace_headers,
         )
 

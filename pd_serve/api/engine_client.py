@@ -6,9 +6,10 @@ moves no text state.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from vllm.config import VllmConfig
 from vllm.exceptions import GracefulHTTPError
@@ -21,14 +22,15 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.input_processor import InputProcessor
-from vllm.v1.engine.output_processor import OutputProcessor
+from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 from vllm.v1.metrics.loggers import StatLoggerManager, load_stat_logger_plugin_factories
 
 from migration.tasks import BackgroundTasks
 from pd_serve.api.cluster_view import ClusterView
-from pd_serve.api.overload import mark_submitted
+from pd_serve.api.identity import client_id
+from pd_serve.api.overload import announce, mark_submitted
 from pd_serve.errors import EngineDeadError, InvalidRequestError, OverloadedError, PdServeError
-from pd_serve.observe.recorder import names
+from pd_serve.observe.recorder import is_named
 
 _STATUS = {
     EngineDeadError: HTTPStatus.SERVICE_UNAVAILABLE,
@@ -96,6 +98,7 @@ class ClusterAsyncLLM(AsyncLLM):
         )
         self.engine_core = engine_core
         self._check = check
+        self._client_ids: WeakKeyDictionary[RequestState, str] = WeakKeyDictionary()
         self._tasks = BackgroundTasks()
         self.logger_manager = None
         if self.log_stats:
@@ -118,28 +121,29 @@ class ClusterAsyncLLM(AsyncLLM):
         self.output_handler = None  # started by the first request, on the loop that serves it
 
     def generate(self, prompt: Any, sampling_params: SamplingParams, *args: Any, **kwargs: Any) -> Any:
-        """Like vLLM's, but refuses unsupported parameters before the generator starts.
+        """Like vLLM's, but refuses what the cluster cannot take before the generator starts.
 
         Once a stream has started, its status is 200 already.
         """
-        if self._check is not None:
-            try:
+        try:
+            announce(sampling_params.n)
+            if self._check is not None:
                 self._check(sampling_params)
-            except InvalidRequestError as error:
-                raise ClusterRefusal(str(error), HTTPStatus.BAD_REQUEST) from error
+        except PdServeError as error:
+            raise ClusterRefusal(str(error), _STATUS[type(error)]) from error
         return super().generate(prompt, sampling_params, *args, **kwargs)
 
-    async def add_request(self, request_id: str, *args: Any, **kwargs: Any) -> Any:
+    async def add_request(self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         """Like vLLM's, but a refusal by the cluster becomes a response with its own status, not a 500."""
         try:
-            return await super().add_request(request_id, *args, **kwargs)
+            return await super().add_request(request_id, prompt, params, *args, **kwargs)
         except PdServeError as error:
             status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), None)
             if status is None:
                 raise
             raise ClusterRefusal(str(error), status) from error
         finally:
-            mark_submitted()
+            mark_submitted(getattr(params, "n", 1))
 
     async def _add_request(self, request: EngineCoreRequest, *args: Any, **kwargs: Any) -> None:
         """Like vLLM's, but removes the request again if the core refuses it or the client disconnects.
@@ -152,6 +156,8 @@ class ClusterAsyncLLM(AsyncLLM):
         except BaseException:
             await self.abort(request.request_id, internal=True)
             raise
+        if (state := self.output_processor.request_states.get(request.request_id)) is not None:
+            self._client_ids[state] = client_id()
 
     async def check_health(self) -> None:
         """Raises an error while no instance can take requests.
@@ -175,11 +181,16 @@ class ClusterAsyncLLM(AsyncLLM):
         processor = self.output_processor
         if processor.has_request(request_id):
             return [request_id]
-        named = names(request_id)
-        found: Iterable[list[str]] = (
-            ids for name, ids in processor.external_req_ids.items() if named.fullmatch(name)
-        )
-        return [internal for ids in found for internal in ids]
+        return [
+            internal
+            for name, ids in processor.external_req_ids.items()
+            for internal in ids
+            if is_named(request_id, name, self._client_id_of(internal))
+        ]
+
+    def _client_id_of(self, internal_id: str) -> str:
+        state = self.output_processor.request_states.get(internal_id)
+        return "" if state is None else self._client_ids.get(state, "")
 
     def unavailable(self, request_id: str, why: str) -> None:
         """Answers a request with 503: it has no output yet, and no instance takes it."""

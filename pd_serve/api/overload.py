@@ -1,13 +1,13 @@
-"""Overload protection: requests are refused before they are tokenized.
+"""Overload protection: requests are refused before they are tokenized, or at least before they are queued.
 
-A request is *arriving* from the moment its body is complete until the engine client has passed it to the
-cluster, which counts it as waiting from then on. Both count towards the limit: in a burst, all requests are
-still arriving when the last one is checked.
+The unit is the engines' request: a prompt, or one of its `n` choices. An HTTP request is *arriving* from the
+moment its body is complete until the engine client has passed all that it brings to the cluster, which counts
+them as waiting from then on. Both count towards the limit: in a burst, all requests are still arriving when
+the last one is checked.
 """
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from functools import partial
 
 from starlette.datastructures import MutableHeaders
 from starlette.responses import JSONResponse
@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pd_serve.api.cluster_view import ClusterView
 from pd_serve.api.errors import error_response
-from pd_serve.observe.metrics import REFUSED_REQUESTS
+from pd_serve.errors import InvalidRequestError, OverloadedError
 
 GENERATING_PATHS = frozenset(
     {
@@ -37,17 +37,76 @@ GENERATING_PATHS = frozenset(
 RETRY_AFTER = {"Retry-After": "1"}
 
 
-# Ends the arrival of this request. Inherited by the tasks that vLLM's handlers start.
-_end_arrival: ContextVar[Callable[[], None]] = ContextVar("pd_serve_end_arrival", default=lambda: None)
+class Arrival:
+    """One HTTP request on its way to the cluster.
+
+    Args:
+        arriving: Has it while the cluster does not count all requests that it brings.
+        check: Called with their number when that is more than one. Raises: see `announce`.
+
+    Attributes:
+        num_requests: Requests that it brings and the cluster does not count yet; one until they are known.
+    """
+
+    def __init__(self, arriving: "set[Arrival]", check: Callable[[int], None]) -> None:
+        self.num_requests = 0
+        self._arriving = arriving
+        self._check = check
+        self._is_announced = self._has_ended = False
+
+    def begin(self) -> None:
+        """Its body is complete."""
+        self._count(1)
+
+    def announce(self, number: int) -> None:
+        """It brings so many requests, or so many more."""
+        self._count(number + (self.num_requests if self._is_announced else 0))
+        self._is_announced = True
+        if self.num_requests > 1:
+            self._check(self.num_requests)
+
+    def submitted(self, number: int) -> None:
+        """The cluster counts so many of them, or has refused them."""
+        self._count(max(self.num_requests - number, 0))
+
+    def end(self) -> None:
+        """The HTTP request has ended; a task that it has started may go on."""
+        self._count(0)
+        self._has_ended = True
+
+    def _count(self, number: int) -> None:
+        if self._has_ended:
+            return
+        self.num_requests = number
+        (self._arriving.add if number else self._arriving.discard)(self)
 
 
-def mark_submitted() -> None:
-    """Marks the request of this task as passed to the cluster, or refused by it."""
-    _end_arrival.get()()
+_arrival: ContextVar[Arrival | None] = ContextVar("pd_serve_arrival", default=None)
+"""Of the HTTP request of this task. Inherited by the tasks that vLLM's handlers start."""
+
+
+def announce(number: int) -> None:
+    """Announces requests that the HTTP request of this task brings, before any of them is submitted.
+
+    Raises:
+        InvalidRequestError: It brings more than one HTTP request may.
+        OverloadedError: Too many requests wait.
+    """
+    if (arrival := _arrival.get()) is not None:
+        arrival.announce(number)
+
+
+def mark_submitted(number: int = 1) -> None:
+    """Marks requests of this task as passed to the cluster, or refused by it."""
+    if (arrival := _arrival.get()) is not None:
+        arrival.submitted(number)
 
 
 class OverloadMiddleware:
     """Answers 503 while no instance is live and 429 while too many requests wait.
+
+    An HTTP request that brings several requests (prompts, choices) may take half of the places, so that such
+    requests never take them all: then it gets 429, and 400 if it alone brings more.
 
     Pure ASGI: streams and the detection of disconnected clients work as without it. Refusals by the cluster
     and by vLLM (`--max-num-queued-reqs`) get their `Retry-After` here too.
@@ -57,14 +116,20 @@ class OverloadMiddleware:
         max_waiting: Requests that may wait for their first token; None for no limit.
 
     Attributes:
-        arriving: Requests whose body is complete and which the cluster does not count yet.
+        arriving: HTTP requests whose body is complete and which bring requests that the cluster does not
+            count yet.
     """
 
     def __init__(self, app: ASGIApp, *, cluster: ClusterView, max_waiting: int | None = None) -> None:
         self.app = app
-        self.arriving: set[object] = set()
+        self.arriving: set[Arrival] = set()
         self._cluster = cluster
         self._max_waiting = max_waiting
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for their first token, arriving ones included."""
+        return self._cluster.num_waiting + sum(arrival.num_requests for arrival in self.arriving)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves or refuses one ASGI connection."""
@@ -74,37 +139,49 @@ class OverloadMiddleware:
             return await self.app(scope, receive, send)
         refusal = self._refusal()
         if refusal is not None:
-            REFUSED_REQUESTS.labels(str(refusal.status_code)).inc()
             return await refusal(scope, receive, send)
 
-        arrival = object()
-        end_arrival = partial(self.arriving.discard, arrival)
+        arrival = Arrival(self.arriving, self._check_several)
 
         async def receive_and_count() -> Message:
             message = await receive()
             # Not earlier: a slow upload must not count towards the limit.
             if message["type"] == "http.request" and not message.get("more_body", False):
-                self.arriving.add(arrival)
+                arrival.begin()
             return message
 
         async def send_with_hint(message: Message) -> None:
             if message["type"] == "http.response.start" and message["status"] in (429, 503):
-                REFUSED_REQUESTS.labels(str(message["status"])).inc()
                 MutableHeaders(scope=message).setdefault("Retry-After", RETRY_AFTER["Retry-After"])
             await send(message)
 
-        token = _end_arrival.set(end_arrival)
+        token = _arrival.set(arrival)
         try:
             await self.app(scope, receive_and_count, send_with_hint)
         finally:
-            end_arrival()
-            _end_arrival.reset(token)
+            arrival.end()
+            _arrival.reset(token)
 
     def _refusal(self) -> JSONResponse | None:
         if self._cluster.num_live == 0:
             return error_response(503, "No instance is available.", headers=RETRY_AFTER)
-        waiting = self._cluster.num_waiting + len(self.arriving)
+        waiting = self.num_waiting
         if self._max_waiting is not None and waiting >= self._max_waiting:
             message = f"{waiting} requests are already waiting for their first token; try again later."
             return error_response(429, message, headers=RETRY_AFTER)
         return None
+
+    def _check_several(self, number: int) -> None:
+        if self._max_waiting is None:
+            return
+        places = max(self._max_waiting // 2, 1)
+        if number > places:
+            raise InvalidRequestError(
+                f"The request brings {number} prompts or choices, and one request may bring {places}:"
+                " send several smaller ones (or raise --max-waiting-requests, of which it may be half)."
+            )
+        if (waiting := self.num_waiting) > places:
+            raise OverloadedError(
+                f"{waiting - number} requests are already waiting for their first token, and this one brings"
+                f" {number} at once; try again later."
+            )

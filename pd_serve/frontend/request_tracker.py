@@ -81,6 +81,7 @@ class RequestTracker:
         *,
         max_tokens: int | None = None,
         name: str = "",
+        client_id: str = "",
         trace_headers: Mapping[str, str] | None = None,
     ) -> None:
         """Starts a request.
@@ -88,14 +89,17 @@ class RequestTracker:
         Args:
             payload: The request in the engine's encoding.
             max_tokens: Maximum number of output tokens, if known; a request of one needs no decode instance.
-            name: The client's id of the request.
+            name: vLLM's id of the request, which its answer has, too.
+            client_id: The client's own id of the request; "" without one.
             trace_headers: The client's trace context headers, such as `traceparent`.
 
         Raises:
             EngineDeadError: No live instance takes new requests.
         """
         request = TrackedRequest(RequestId(request_id), payload, new, TokenLedger(""), max_tokens)
-        self._recorder.issued(request_id, self._clock(), new, name=name, trace_headers=trace_headers)
+        self._recorder.issued(
+            request_id, self._clock(), new, name=name, client_id=client_id, trace_headers=trace_headers
+        )
         if not self._placement.start(request):
             self._recorder.ended(request_id, "error", self._clock())
             raise EngineDeadError("no live instance takes new requests; see GET /cluster")

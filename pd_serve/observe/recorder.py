@@ -96,6 +96,7 @@ class RequestRecorder:
         new: NewRequest,
         *,
         name: str = "",
+        client_id: str = "",
         trace_headers: Mapping[str, str] | None = None,
     ) -> None:
         request = Timeline(
@@ -105,6 +106,7 @@ class RequestRecorder:
             new.prompt_tokens,
             new.priority,
             trace_headers,
+            client_id=client_id,
             waits_since=now,
         )
         self._running[request_id] = request
@@ -205,8 +207,7 @@ class RequestRecorder:
         known = [*self._running.values(), *reversed(self._ended.values())]
         found = [request for request in known if request.request_id == name]
         if not found:
-            named = names(name)
-            found = [request for request in known if named.fullmatch(request.name)]
+            found = [request for request in known if is_named(name, request.name, request.client_id)]
         return [request.as_json(self._unix_offset_s) for request in found]
 
     # ---- stages
@@ -244,6 +245,22 @@ class RequestRecorder:
             event(observer)
 
 
+def is_named(name: str, vllm_id: str, client_id: str = "") -> bool:
+    """Whether a request has this name.
+
+    Args:
+        name: The client's own id, vLLM's id, or the `id` of the answer.
+        vllm_id: What vLLM's route has made: of the client's id, of one in the body, or at random.
+        client_id: The client's `X-Request-Id`; "" without one.
+    """
+    if not name or name in (vllm_id, client_id):
+        return bool(name)
+    if client_id and client_id in vllm_id and client_id not in name:
+        return False  # "call" is no name of "chatcmpl-call-1", which is the client's "call-1"
+    return names(name).fullmatch(vllm_id) is not None
+
+
 def names(request_id: str) -> re.Pattern[str]:
-    """Matches the names that vLLM derives from a client's `X-Request-Id` or from the `id` of a response."""
-    return re.compile(rf"(?:(?:chat)?cmpl-|resp_)?{re.escape(request_id)}(?:[-_]\d+)?")
+    """Matches what vLLM's routes make of an id: one in front, a number for each prompt or choice behind."""
+    prefixes = "chatcmpl-|cmpl-|resp_|generate-tokens-|generative-scoring-|decision-"
+    return re.compile(rf"(?:{prefixes})?{re.escape(request_id)}(?:[-_]\d+)?")

@@ -86,7 +86,8 @@ class Timeline:
 
     Attributes:
         request_id: The engines' id.
-        name: The client's name for it: the `id` of the response, which has `X-Request-Id` in it.
+        name: vLLM's id of it: the `id` of the response, with a number for each prompt or choice.
+        client_id: The client's `X-Request-Id`; "" without one.
         outcome: `stop`, `length`, `abort` or `error`, as in vLLM; empty while it is running.
         output_tokens: Set when the request ends.
         trace_headers: The client's trace context (`traceparent`, `tracestate`).
@@ -100,6 +101,7 @@ class Timeline:
     prompt_tokens: int
     priority: int
     trace_headers: Mapping[str, str] | None = None
+    client_id: str = ""
     first_token_at: float | None = None
     ended_at: float | None = None
     outcome: str = ""

@@ -21,6 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from pd_serve.api.app import create_app
 from pd_serve.api.engine_client import ClusterAsyncLLM
+from pd_serve.api.overload import GENERATING_PATHS
 from pd_serve.api.server import bind, serve
 from pd_serve.errors import EngineDeadError, InvalidRequestError, OverloadedError
 from pd_serve.launch import engine_flags
@@ -265,6 +266,32 @@ class TestOverload:
         codes = [(await request).status_code for request in burst]
         assert (codes.count(200), codes.count(429)) == (4, 16)
 
+    async def test_several_prompts_count_as_what_they_bring(self, service: LocalService) -> None:
+        """Of four places they may take two, so that others are served beside them."""
+        service.core.running.clear()
+        several = service.start(prompt=["x"] * 2, max_tokens=1)
+        await service.taken(2)
+        service.cluster.num_waiting = 2  # as the cluster counts them now
+        answer = await service.complete(prompt=["x"] * 2, max_tokens=1)
+        assert error_of(answer)["code"] == 429
+        assert answer.headers["Retry-After"]
+        assert error_of(await service.complete(max_tokens=1, n=2))["code"] == 429
+        single = service.start(max_tokens=1)
+        await service.taken(3)
+        service.core.running.set()
+        assert [(await request).status_code for request in (several, single)] == [200, 200]
+
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize("body", [{"prompt": ["x"] * 1000}, {"n": 3}, {"prompt": ["x"] * 2, "n": 2}])
+    async def test_a_request_that_brings_too_much_is_told_so(
+        self, service: LocalService, body: dict[str, object], stream: bool
+    ) -> None:
+        error = error_of(await service.complete(max_tokens=1, stream=stream, **body))
+        assert error["code"] == 400
+        assert "one request may bring 2" in str(error["message"])
+        assert not service.core.added
+        assert (await service.complete(max_tokens=1)).status_code == 200
+
     async def test_no_live_instance(self, service: LocalService) -> None:
         service.cluster.num_live = 0
         answer = await service.complete(max_tokens=1)
@@ -360,6 +387,46 @@ class TestClusterRoutes:
         assert service.cluster.moved[-1] == (service.core.added[0].request_id, "d0")
         service.core.running.set()
         assert (await request).json()["choices"][0]["text"] == "ab"
+
+    async def test_the_clients_id_names_its_request_on_every_generating_route(self, vllm_config) -> None:
+        """Whatever id vLLM's route makes; and it names no other one that begins with the same."""
+        chat = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+        bodies: dict[str, dict[str, object]] = {
+            "/v1/completions": {"model": "tiny", "prompt": "x", "max_tokens": 2},
+            "/v1/chat/completions": chat,
+            "/v1/chat/completions/batch": chat | {"messages": [chat["messages"]]},
+            "/v1/responses": {"model": "tiny", "input": "x", "max_output_tokens": 2},
+            "/v1/messages": chat,
+            "/inference/v1/generate": {
+                "model": "tiny",
+                "token_ids": [1],
+                "sampling_params": {"max_tokens": 2},
+            },
+            "/invocations": chat,
+            "/generative_scoring": {
+                "model": "tiny",
+                "query": "a",
+                "items": ["b"],
+                "label_token_ids": [65, 66],
+            },
+        }
+        assert bodies.keys() >= GENERATING_PATHS - {"/cohere/v2/chat", "/v1/systemone"}
+        async with running(vllm_config, "--enable-scale-out", max_waiting=100) as service:
+            service.core.running.clear()
+            requests = []
+            streamed = [(path, body | {"stream": True}) for path, body in bodies.items() if "v1" in path]
+            streamed = [(path, body) for path, body in streamed if "batch" not in path]
+            for number, (path, body) in enumerate([*bodies.items(), *streamed]):
+                headers = {"X-Request-Id": f"call-{number}"}
+                post = service.http.post(path, json=body, headers=headers)
+                requests.append(asyncio.create_task(post))
+                await service.taken(number + 1)
+            for number, added in enumerate(service.core.added):
+                assert (await migrate(service, f"call-{number}", "d0")).status_code == 200
+                assert service.cluster.moved[-1] == (added.request_id, "d0")
+            assert service.engine_client.internal_ids("call") == []
+            service.core.running.set()
+            await asyncio.gather(*requests)
 
     async def test_migrate_of_two_choices_must_say_which(self, service: LocalService) -> None:
         service.core.running.clear()

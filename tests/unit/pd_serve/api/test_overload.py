@@ -8,7 +8,8 @@ import httpx
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from pd_serve.api.overload import GENERATING_PATHS, OverloadMiddleware, mark_submitted
+from pd_serve.api.overload import GENERATING_PATHS, OverloadMiddleware, announce, mark_submitted
+from pd_serve.errors import InvalidRequestError, OverloadedError
 
 Handler = Callable[[Receive, Send], Awaitable[None]]
 
@@ -226,3 +227,71 @@ async def test_a_stream_goes_out_chunk_by_chunk() -> None:
     gate = OverloadMiddleware(app, cluster=Cluster())
     await gate({"type": "http", "method": "POST", "path": "/v1/completions"}, receive, send)
     assert len(sent) == 4
+
+
+class TestSeveral:
+    """Of 8 places, HTTP requests that bring several requests may take 4."""
+
+    @staticmethod
+    async def bring(gate: OverloadMiddleware, *numbers: int) -> None:
+        """One HTTP request that brings requests in these groups, as vLLM's handlers do before they submit."""
+        raised: list[Exception] = []
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await receive()
+            try:
+                for number in numbers:
+                    announce(number)
+            except Exception as error:
+                raised.append(error)
+            before = gate.num_waiting
+            for number in numbers:
+                mark_submitted(number)
+            assert raised or gate.num_waiting == before - sum(numbers)
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body"})
+
+        gate.app = app
+        async with client(gate) as http:
+            await http.post("/v1/completions")
+        assert not gate.arriving
+        if raised:
+            raise raised[0]
+
+    @pytest.mark.parametrize("numbers", [(1,), (4,), (1, 1, 1, 1), (2, 2)])
+    async def test_within_their_half_they_are_served(self, numbers: tuple[int, ...]) -> None:
+        await self.bring(OverloadMiddleware(App(), cluster=Cluster(), max_waiting=8), *numbers)
+
+    @pytest.mark.parametrize("numbers", [(5,), (1,) * 1000, (4, 1)])
+    async def test_more_than_that_is_the_clients_mistake(self, numbers: tuple[int, ...]) -> None:
+        with pytest.raises(InvalidRequestError, match="one request may bring 4"):
+            await self.bring(OverloadMiddleware(App(), cluster=Cluster(), max_waiting=8), *numbers)
+
+    async def test_while_others_wait_they_are_refused_before_single_ones(self) -> None:
+        gate = OverloadMiddleware(App(), cluster=Cluster(num_waiting=3), max_waiting=8)
+        await self.bring(gate, 1)
+        with pytest.raises(OverloadedError, match="3 requests are already waiting"):
+            await self.bring(gate, 2)
+
+    async def test_without_a_limit_all_are_served(self) -> None:
+        await self.bring(OverloadMiddleware(App(), cluster=Cluster()), 10_000)
+
+    async def test_a_task_that_outlives_its_http_request_counts_no_more(self) -> None:
+        late: list[asyncio.Task[None]] = []
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await receive()
+
+            async def later() -> None:
+                await asyncio.sleep(0.01)
+                announce(1)
+
+            late.append(asyncio.create_task(later()))
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body"})
+
+        gate = OverloadMiddleware(app, cluster=Cluster(), max_waiting=8)
+        async with client(gate) as http:
+            await http.post("/v1/responses")
+        await late[0]
+        assert not gate.arriving

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from migration.messages import CopyStage
-from pd_serve.observe.recorder import Observer, RequestRecorder, names
+from pd_serve.observe.recorder import Observer, RequestRecorder, is_named, names
 from pd_serve.observe.timeline import MAX_ENTRIES, ObservedMigration, RequestStage, Stay, Timeline
 from router.request import NewRequest
 from tests.unit.pd_serve.made_migrations import FULL, migrated
@@ -285,3 +285,24 @@ def test_a_request_is_found_by_every_name_of_it(world: World) -> None:
 def test_what_vllm_may_make_of_a_name(name: str) -> None:
     assert names("a").fullmatch(name)
     assert not names("b").fullmatch(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "vllm_id", "client_id", "is_name"),
+    [
+        ("call", "cmpl-call-0", "call", True),
+        ("cmpl-call", "cmpl-call-0", "call", True),
+        ("cmpl-call-0", "cmpl-call-0", "call", True),
+        ("call", "resp_0123abcd_0", "call", True),
+        ("resp_0123abcd", "resp_0123abcd_0", "call", True),
+        ("call", "generate-tokens-call", "call", True),
+        ("call", "cmpl-call-0", "", True),  # named in the body
+        ("call", "chatcmpl-call-1", "call-1", False),
+        ("chatcmpl-call", "chatcmpl-call-1", "call-1", False),
+        ("call-1", "chatcmpl-call-1", "call-1", True),
+        ("all", "cmpl-call-0", "call", False),
+        ("", "cmpl-0", "", False),
+    ],
+)
+def test_the_names_of_a_request(name: str, vllm_id: str, client_id: str, is_name: bool) -> None:
+    assert is_named(name, vllm_id, client_id) == is_name
