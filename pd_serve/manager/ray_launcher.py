@@ -20,7 +20,7 @@ from pd_serve.errors import EngineDeadError, PdServeError
 from pd_serve.instance.instance_process import InstanceConfig
 from pd_serve.manager.launcher import ManagerNotes
 from pd_serve.manager.ray_actors import InstanceActor, SchedulerActor
-from pd_serve.manager.ray_start import start_ray
+from pd_serve.manager.ray_start import PASSING_ERRORS, start_ray
 from pd_serve.platform.placement import Placement
 from pd_serve.scheduler.scheduler_process import SchedulerConfig
 
@@ -34,15 +34,8 @@ NAMESPACE = "pd_serve"
 #: Time for instances to end by themselves before they are killed.
 STOP_S = 3.0
 
-#: Errors of `ray.init`; a slow node is a bare `Exception`. Source: ray/_private/node.py.
-CONNECT_ERRORS = (
-    ConnectionError,
-    TimeoutError,
-    ValueError,
-    RuntimeError,
-    PdServeError,
-    ray.exceptions.RayError,
-)
+#: Errors of `ray.init`.
+CONNECT_ERRORS = (*PASSING_ERRORS, ValueError)
 
 #: Settings of a local cluster, which runs only this service, for a short start-up time.
 LOCAL_SETTINGS = {

@@ -81,7 +81,7 @@ def _is_registered(client: "ray._raylet.GcsClient", node_id: str) -> bool:
 
 def _is_raylet(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
-        return process.name() == "raylet" and process.status() != psutil.STATUS_ZOMBIE
+        return bool(process.name() == "raylet" and process.status() != psutil.STATUS_ZOMBIE)
     return False
 
 

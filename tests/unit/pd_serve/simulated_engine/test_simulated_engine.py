@@ -249,6 +249,35 @@ async def test_it_continues_from_known_tokens_wherever_a_chunk_ends(known: int) 
     assert rig.said["rest"] == rig.said["whole"]
 
 
+@given(
+    prompt_tokens=st.integers(1, 14),
+    max_tokens=st.integers(2, 8),
+    known=st.integers(1, 7),
+    chunk_tokens=st.integers(1, 24),
+    prefix_caching=st.booleans(),
+    beside=st.integers(0, 2),
+)
+def test_a_recomputed_request_continues_whatever_the_chunks(
+    prompt_tokens: int, max_tokens: int, known: int, chunk_tokens: int, prefix_caching: bool, beside: int
+) -> None:
+    """All boundaries of chunks, blocks and of what is known; others beside it move the boundaries."""
+    known = min(known, max_tokens - 1)
+
+    @in_virtual_time
+    async def run() -> None:
+        rig = Rig(num_blocks=64, chunk_tokens=chunk_tokens, prefix_caching=prefix_caching)
+        for number in range(beside):
+            await rig.add(f"beside-{number}", 3 + number, 12)
+        await rig.add("whole", prompt_tokens, max_tokens, seed=7)
+        whole = rig.expected("whole")
+        rig.said["rest"] = whole[:known]
+        await rig.add("rest", prompt_tokens, max_tokens, seed=7, output=whole[:known])
+        await rig.until_idle()
+        assert rig.said["rest"] == rig.said["whole"] == whole
+
+    run()
+
+
 @in_virtual_time
 async def test_an_aborted_request_frees_its_blocks_wherever_it_is() -> None:
     rig = Rig(num_blocks=10)
