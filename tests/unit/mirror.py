@@ -42,7 +42,8 @@ TESTED_THROUGH: dict[str, tuple[str, ...]] = {
     "tests/integration/test_profiling_engine_profile.py": ("pd_serve/profiling/measured_engine.py",),
     # Parts of the HTTP application, which are tested by requests to it.
     "tests/integration/test_api_app.py": tuple(
-        f"pd_serve/api/{name}.py" for name in ("cluster_routes", "core", "engine_client", "server")
+        f"pd_serve/api/{name}.py"
+        for name in ("cluster_routes", "core", "engine_client", "identity", "server")
     ),
     "tests/integration/test_api_http_limits.py": ("pd_serve/api/body_limit.py",),
     # Parts of one loop or of one output.
