@@ -4,16 +4,17 @@ import asyncio
 import json
 import os
 import shlex
+import shutil
 import tempfile
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loadtests.processes import ServiceProcesses
 from loadtests.ray_serve_service import deploy, head_command, new_environment, node_command, write_config
-from loadtests.servers import MODEL, ServerCommand, free_port, running, script
+from loadtests.servers import MODEL, STOP_TIMEOUT_S, ServerCommand, free_port, running, script
 
 #: A Ray node that has ended is started again after this pause.
 NODE_PAUSE_S = 3.0
@@ -62,23 +63,27 @@ async def started_service(shape: ClusterShape, logs: Path) -> AsyncIterator[Star
     """Runs a service until the end of the block, and ends all that is left of it.
 
     Args:
-        logs: Folder for the output of its processes.
+        logs: Folder for the output of its processes; under Ray Serve with the logs of Ray.
 
     Raises:
         PdServeError: It did not start.
     """
     starting = _ray_serve if shape.under_ray_serve else _pd_serve
-    async with starting(shape, logs) as service:
-        try:
-            yield service
-        finally:
-            service.processes.resume_all()
-            service.processes.alive()  # remembers what has to be gone afterwards
-    service.processes.kill_all()
+    processes = ServiceProcesses()
+    try:
+        async with starting(shape, logs, processes) as service:
+            try:
+                yield service
+            finally:
+                processes.resume_all()  # which also notes what has to be gone afterwards
+    finally:
+        processes.kill_all()
 
 
 @asynccontextmanager
-async def _pd_serve(shape: ClusterShape, logs: Path) -> AsyncIterator[StartedService]:
+async def _pd_serve(
+    shape: ClusterShape, logs: Path, processes: ServiceProcesses
+) -> AsyncIterator[StartedService]:
     port = free_port()
     numbers = " ".join(f"--{role} {number}" for role, number in shape.instances.items())
     text = f"pd-serve serve {MODEL} {numbers} --engine {shape.engine}"
@@ -86,12 +91,14 @@ async def _pd_serve(shape: ClusterShape, logs: Path) -> AsyncIterator[StartedSer
     words = [script("pd-serve"), *shlex.split(text)[1:], f"--port={port}"]
     with (logs / "server.log").open("w+b") as log:
         async with running(ServerCommand("pd-serve", words, port, shape.environment), log) as server:
-            processes = ServiceProcesses(server.process.pid)
+            processes.add_root(server.process.pid)
             yield StartedService(server.url, text, shape, processes, server.process.pid)
 
 
 @asynccontextmanager
-async def _ray_serve(shape: ClusterShape, logs: Path) -> AsyncIterator[StartedService]:
+async def _ray_serve(
+    shape: ClusterShape, logs: Path, processes: ServiceProcesses
+) -> AsyncIterator[StartedService]:
     """A head with API servers, manager and proxy, and one node for each role, which is started again."""
     port, control_store, dashboard = free_port(), free_port(), free_port()
     arguments: dict[str, Any] = {"model": MODEL, "engine": shape.engine, "api_servers": shape.api_servers}
@@ -102,9 +109,9 @@ async def _ray_serve(shape: ClusterShape, logs: Path) -> AsyncIterator[StartedSe
     environment = new_environment() | dict(shape.environment)
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ray", dir="/tmp")))
+        stack.callback(_keep_logs, folder, logs / "ray")
         log = stack.enter_context((logs / "server.log").open("w+b"))
         config = write_config(folder, port, arguments, "deploy.app:build")
-        processes = ServiceProcesses()
         jobs = [asyncio.create_task(deploy(config, dashboard, environment))]
         for role in shape.instances:
             command = node_command(control_store, {f"node_{role}": 100})
@@ -138,6 +145,14 @@ async def _keep_node(
         except asyncio.CancelledError:
             if node.returncode is None:
                 node.terminate()
-                await node.wait()
+                with suppress(TimeoutError):  # what is left is killed with the others
+                    async with asyncio.timeout(STOP_TIMEOUT_S):
+                        await node.wait()
             raise
         await asyncio.sleep(NODE_PAUSE_S)
+
+
+def _keep_logs(ray_folder: Path, target: Path) -> None:
+    """Copies the logs of Ray and of all its processes."""
+    with suppress(OSError, shutil.Error):  # of processes that end meanwhile
+        shutil.copytree(ray_folder / "session_latest" / "logs", target, dirs_exist_ok=True)
