@@ -97,7 +97,7 @@ def _run(campaign: ChaosCampaign) -> int:
         detail = f": {error.detail}" if isinstance(error, StreamError) else ""
         say(f"FAILED: {error}{detail}")
         return EXIT_FAILED
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         say("interrupted; all started processes have ended")
         return 130
     write_report(result, campaign.out)

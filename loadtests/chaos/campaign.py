@@ -1,8 +1,9 @@
 """One run: an undisturbed run, the load with the faults, the recovery, and the verdict."""
 
 import asyncio
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +21,16 @@ from loadtests.cluster_at_rest import missing_instances, not_at_rest
 from loadtests.started_service import ClusterShape, StartedService, started_service
 from loadtests.stream_client import AsyncStreamClient
 from loadtests.terminal import say
+from pd_serve.launch.signals import end_on
 
 #: Streams before the first fault and after the last one, in seconds.
 BEFORE_S, AFTER_S = 5.0, 10.0
 
 #: Bounds after the last fault: pools reach their sizes, and every stream ends.
 RECOVERY_S, LAST_STREAMS_S = 300.0, 240.0
+
+#: They end the faults, and then the run.
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 #: Interval of progress lines.
 PROGRESS_S = 10.0
@@ -59,6 +64,7 @@ class ChaosCampaign:
             PdServeError: The service did not start.
             StreamError: The undisturbed run failed.
         """
+        end_on(*SIGNALS)
         say(f"starting a cluster; its output: {self.out / 'server.log'}")
         async with started_service(self.shape, self.out) as service:
             say(service.command)
@@ -83,7 +89,8 @@ class ChaosCampaign:
             monitor.samples.clear()
             watchers.append(asyncio.create_task(self._show_progress(load, injector)))
             await asyncio.sleep(BEFORE_S)
-            await self._inject(injector, load)
+            await self._until_interrupted(self._inject(injector, load))
+            await injector.finish()
             await asyncio.sleep(AFTER_S)
             if left := await load.stop(LAST_STREAMS_S):
                 self.problems.append(f"{left} streams did not end within {LAST_STREAMS_S:.0f} s")
@@ -109,12 +116,25 @@ class ChaosCampaign:
             problems=self.problems,
         )
 
+    async def _until_interrupted(self, work: Coroutine[Any, Any, None]) -> None:
+        """Ends it at the first SIGINT or SIGTERM; the run is judged all the same. The next one ends the run."""
+        loop, task = asyncio.get_running_loop(), asyncio.create_task(work)
+        for number in SIGNALS:
+            loop.add_signal_handler(number, task.cancel)
+        try:
+            await asyncio.wait([task])
+        finally:
+            end_on(*SIGNALS)
+        if task.cancelled():
+            say("interrupted: no further faults; interrupt once more to end at once")
+        else:
+            task.result()
+
     async def _inject(self, injector: FaultInjector, load: CheckedLoad) -> None:
         for fault in self.faults:
             await asyncio.sleep(fault.pause_s)
             record = await injector.carry_out(fault)
             say(f"{record.at_s:5.0f} s  fault {fault.number + 1}/{len(self.faults)}: {record}")
-        await injector.finish()
 
     async def _show_progress(self, load: CheckedLoad, injector: FaultInjector) -> None:
         while True:

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import signal
 import time
 from collections import Counter
 from contextlib import suppress
@@ -21,6 +22,7 @@ from loadtests.started_service import ClusterShape, StartedService, started_serv
 from loadtests.stream_client import AsyncStreamClient
 from loadtests.terminal import say
 from pd_serve.comm.wire import CurveKeys
+from pd_serve.launch.signals import end_on
 
 #: Concurrent connections.
 CONCURRENCY = 48
@@ -69,6 +71,7 @@ class FuzzCampaign:
             PdServeError: The service did not start.
             StreamError: It did not serve before the first frame.
         """
+        end_on(signal.SIGINT, signal.SIGTERM)
         say(f"starting a cluster; its output: {self.out / 'server.log'}")
         async with started_service(self.shape, self.out) as service:
             say(service.command)

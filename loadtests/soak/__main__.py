@@ -62,7 +62,7 @@ def _run(campaign: SoakCampaign) -> int:
     except (PdServeError, StreamError) as error:
         detail = f": {error.detail}" if isinstance(error, StreamError) else ""
         campaign.problems.append(f"{error}{detail}")
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         say("interrupted; all started processes have ended")
         return 130
     report = {"seed": campaign.seed, "problems": campaign.problems, **campaign.numbers}

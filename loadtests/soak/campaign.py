@@ -1,6 +1,7 @@
 """One run: a cluster under a mixed load, or under overload; then the cluster at rest."""
 
 import asyncio
+import signal
 import time
 from collections import Counter
 from contextlib import suppress
@@ -19,6 +20,7 @@ from loadtests.soak.variants import VariantLoad
 from loadtests.started_service import ClusterShape, StartedService, started_service
 from loadtests.stream_client import AsyncStreamClient
 from loadtests.terminal import say
+from pd_serve.launch.signals import end_on
 
 #: Samples of the usage in a run, with a shortest interval.
 SAMPLES, SHORTEST_INTERVAL_S = 200, 2.0
@@ -60,6 +62,7 @@ class SoakCampaign:
             PdServeError: The service did not start.
             StreamError: It did not serve at the beginning.
         """
+        end_on(signal.SIGINT, signal.SIGTERM)
         say(f"starting a cluster; its output: {self.out / 'server.log'}")
         async with started_service(self.shape, self.out) as service:
             say(service.command)
