@@ -150,6 +150,13 @@ class CheckedLoad:
         await asyncio.gather(*self._clients)
         return len(left)
 
+    async def close(self) -> None:
+        """Ends the clients at once."""
+        self._stopping = True
+        for task in self._clients:
+            task.cancel()
+        await asyncio.gather(*self._clients, return_exceptions=True)
+
     def failed(self) -> Sequence[StreamRecord]:
         return [record for record in self.records if record.outcome.error is not None]
 

@@ -94,7 +94,6 @@ class ChaosCampaign:
             await asyncio.sleep(AFTER_S)
             if left := await load.stop(LAST_STREAMS_S):
                 self.problems.append(f"{left} streams did not end within {LAST_STREAMS_S:.0f} s")
-            await operator.close()
             await self._recover(monitor, operator, client)
             if self.keep_instances and instances != [row["pid"] for row in monitor.cluster["instances"]]:
                 self.problems.append("an instance was replaced")
@@ -102,6 +101,8 @@ class ChaosCampaign:
             for watcher in watchers:
                 watcher.cancel()
             await asyncio.gather(*watchers, return_exceptions=True)
+            await operator.close()
+            await load.close()
         verdict.excuse(load.records, monitor.deaths)
         self.problems += verdict.problems_of_streams(load.records)
         self.problems += verdict.problems_of_faults(len(self.faults), injector.records)

@@ -76,10 +76,13 @@ class FuzzCampaign:
         async with started_service(self.shape, self.out) as service:
             say(service.command)
             async with AsyncStreamClient(service.url, self.key) as client:
-                await self._run(service, client)
+                load = CheckedLoad(client, self.seed, STREAMS, REFERENCES)
+                try:
+                    await self._run(service, client, load)
+                finally:
+                    await load.close()
 
-    async def _run(self, service: StartedService, client: AsyncStreamClient) -> None:
-        load = CheckedLoad(client, self.seed, STREAMS, REFERENCES)
+    async def _run(self, service: StartedService, client: AsyncStreamClient, load: CheckedLoad) -> None:
         await load.take_references()  # after this, every socket that there will be is there
         ports = listening_ports(service.processes)
         by_protocol = Counter(port.protocol for port in ports)

@@ -87,13 +87,15 @@ class SoakCampaign:
         showing = asyncio.create_task(self._show_progress(load, variants, usage))
         try:
             await asyncio.sleep(self.duration_s)
+            await variants.stop()
+            if left := await load.stop(LAST_STREAMS_S):
+                self.problems.append(f"{left} streams did not end")
         finally:
             for task in (sampling, showing):
                 task.cancel()
             await asyncio.gather(sampling, showing, return_exceptions=True)
             await variants.stop()
-        if left := await load.stop(LAST_STREAMS_S):
-            self.problems.append(f"{left} streams did not end")
+            await load.close()
         self.problems += [f"{count} x {kind}" for kind, count in variants.failures.items()]
         for kind, count in Counter(one.outcome.error for one in load.failed()).items():
             self.problems.append(f"{count} of {len(load.records)} streams: {kind}")

@@ -95,3 +95,17 @@ def test_requests_are_drawn_from_the_seed_and_fit_the_model() -> None:
     assert {request.api for request in requests} == {"chat", "completions"}
     assert {request.priority for request in requests} == {-1, 0}
     assert max(request.prompt_tokens + request.output_tokens for request in requests) <= 400
+
+
+async def test_clients_end_at_once_when_asked(server: FakeModelServer) -> None:
+    async with AsyncStreamClient(server.url) as client:
+        load = CheckedLoad(client, seed=3, num_clients=3, num_references=2)
+        await load.take_references()
+        load.start(apart_s=0.0)
+
+        await load.close()
+        ended = len(load.records)
+        await asyncio.sleep(0.1)
+
+        assert len(load.records) == ended
+        assert load.active == {}
