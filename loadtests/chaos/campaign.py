@@ -118,7 +118,7 @@ class ChaosCampaign:
         )
 
     async def _until_interrupted(self, work: Coroutine[Any, Any, None]) -> None:
-        """Ends it at the first SIGINT or SIGTERM; the run is judged all the same. The next one ends the run."""
+        """Ends it at the first SIGINT or SIGTERM; the run is judged all the same. The next ends the run."""
         loop, task = asyncio.get_running_loop(), asyncio.create_task(work)
         for number in SIGNALS:
             loop.add_signal_handler(number, task.cancel)
