@@ -35,6 +35,7 @@ RELIED_ON: dict[str, tuple[str, ...]] = {
         "num_external_computed_tokens",
         "delay_cache_blocks",
         "reserved_blocks",
+        "has_scheduled_reqs",
         "skip_zeroing_group_ids",
     ),
     "vllm.v1.core.kv_cache_manager:KVCacheManager.get_computed_blocks": (),

@@ -73,6 +73,8 @@ class MigrationMixin:
             # A step in flight may still write the blocks of a request that has just been freed, and
             # a migration would write into them unordered with that step.
             self.defer_block_free = True
+        self._allocate_slots: Callable[..., Any] = self.kv_cache_manager.allocate_slots
+        self.kv_cache_manager.allocate_slots = self._allocate
 
     # ---- hooks into vLLM's scheduler
 
@@ -97,6 +99,12 @@ class MigrationMixin:
                 self.handoff_ids.difference_update(started)
                 self.on_prefill_started(started)
         return output
+
+    def _allocate(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        """A request that has its blocks is resumed: the watermark is for those that are admitted."""
+        if request.num_computed_tokens:
+            kwargs["has_scheduled_reqs"] = False
+        return self._allocate_slots(request, *args, **kwargs)
 
     def _prefill_limit(self, entering: int, limit: int) -> int:
         """Tokens that a prompt may take of the next step (0: all), so that others can enter with one each.

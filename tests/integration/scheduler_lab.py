@@ -247,6 +247,7 @@ class Node:
         max_batched_tokens: int = 2048,
         policy: str = "fcfs",
         prefix_caching: bool = True,
+        watermark: float = 0.0,
         streams: dict[str, list[int]] | None = None,
         ended: dict[str, str] | None = None,
     ) -> None:
@@ -258,6 +259,7 @@ class Node:
         config.scheduler_config.max_num_seqs = max_num_seqs
         config.scheduler_config.max_num_batched_tokens = max_batched_tokens
         config.scheduler_config.policy = policy
+        config.scheduler_config.watermark = watermark
         config.cache_config.enable_prefix_caching = prefix_caching
         config.cache_config.num_gpu_blocks = num_blocks
         spec = FullAttentionSpec(block_size=block_tokens, num_kv_heads=1, head_size=16, dtype=torch.float32)
@@ -324,6 +326,7 @@ class Node:
             output = self.scheduled = scheduler.schedule()
             self._in_flight.append((output, self.runner.dispatch(output)))
             self._check_slots()
+            self._check_entered(output)
             executed = output.total_num_scheduled_tokens > 0
             full = len(self._in_flight) == (2 if self.kind.overlapped else 1)
             if not full and (executed or scheduler.has_requests()):
@@ -364,6 +367,11 @@ class Node:
         state = self.scheduler.migration
         held = len(self.scheduler.running) + len(state.suspended) + len(state.arriving)
         assert held <= self.scheduler.max_num_running_reqs
+
+    def _check_entered(self, output: SchedulerOutput) -> None:
+        """A request that has come with its blocks is in the very next batch, unless one had to leave it."""
+        waiting = [request.request_id for request in self.scheduler.kv_holding_waiting]
+        assert not waiting or output.preempted_req_ids, f"{waiting} wait for admission with their blocks held"
 
     # -- migration, as `VllmEngine` does it
 

@@ -683,6 +683,29 @@ class TestCommit:
         assert source.streams["r"] == undisturbed(PROMPT, 30)
         assert source.streams["long"] == undisturbed(list(range(1000)), 2)
 
+    def test_the_watermark_holds_up_no_request_that_has_come_with_its_blocks(
+        self, kind: Kind, make: Callable[..., Node]
+    ) -> None:
+        source, destination = make(kind), make(kind, num_blocks=31, watermark=0.3)
+        source.add("r", PROMPT, max_tokens=40)
+        decoding(source, "r")
+        for number in range(3):
+            destination.add(f"here{number}", [number] * 4 * BLOCK, max_tokens=2 * BLOCK)
+        destination.steps(2)
+        move = Move(source, destination, "r")
+        move.advance()
+        assert move.local_blocks, move.why
+        destination.run_until(lambda: destination.free_blocks < 9)  # those that were here have grown
+        destination.add("new", [7] * BLOCK, max_tokens=3)
+        move.finish()
+        assert move.committed, move.why
+        destination.step()
+        assert "r" in destination.scheduled.num_scheduled_tokens
+        assert not destination.streams["new"], "an admission, which waits for the watermark"
+        for node in (source, destination):
+            node.run_to_the_end()
+        assert destination.streams["r"] == undisturbed(PROMPT, 40)
+
 
 class TestRecompute:
     def test_a_recomputed_request_continues_from_its_output_tokens(

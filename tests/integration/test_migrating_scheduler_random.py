@@ -13,10 +13,10 @@ from tests.integration.scheduler_lab import KINDS, Kind, Move, Node, undisturbed
 pytestmark = pytest.mark.integration
 
 BLOCK = 4
-#: Blocks, slots and tokens per step are short now and then.
+#: Blocks, slots and tokens per step are short now and then; one keeps blocks free at admission.
 SIZES = [
-    {"num_blocks": 44, "max_num_seqs": 5, "max_batched_tokens": 14},
-    {"num_blocks": 32, "max_num_seqs": 4, "max_batched_tokens": 64},
+    {"num_blocks": 44, "max_num_seqs": 5, "max_batched_tokens": 14, "watermark": 0.1},
+    {"num_blocks": 32, "max_num_seqs": 4, "max_batched_tokens": 64, "watermark": 0.0},
 ]
 #: Requests share beginnings, so that the prefix caches hit.
 PROMPTS = [[*range(beginning, beginning + 18), *range(30)] for beginning in (100, 200)]
