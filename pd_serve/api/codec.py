@@ -1,5 +1,6 @@
 """vLLM's msgpack encoding of requests and outputs."""
 
+import time
 from collections.abc import Sequence
 
 import msgspec
@@ -39,10 +40,22 @@ class VllmCodec:
         return frames
 
     def decode(self, frames: Sequence[bytes]) -> tuple[TokenHeader, EngineCoreOutputs]:
-        return self._header.decode(frames[0]), self._outputs.decode(frames[1:])
+        """Decodes a message of a token socket. Its times are of this process's monotonic clock.
+
+        vLLM's metrics subtract the times of one request from each other, and a request's instances may be on
+        machines whose clocks differ by days. So the message counts as sent when it arrives; its events keep
+        their distance from that.
+        """
+        batch = self._outputs.decode(frames[1:])
+        now = time.monotonic()
+        ahead_s, batch.timestamp = now - batch.timestamp, now
+        for output in batch.outputs:
+            for event in output.events or ():
+                event.timestamp += ahead_s
+        return self._header.decode(frames[0]), batch
 
     def prefill_s(self, batch: EngineCoreOutputs, output: EngineCoreOutput) -> float | None:
-        """Time since the prefill began, from the engine's events and clock."""
+        """Time since the prefill began, from the engine's events."""
         begun = [e.timestamp for e in output.events or () if e.type == EngineCoreEventType.SCHEDULED]
         return batch.timestamp - begun[-1] if begun else None
 
