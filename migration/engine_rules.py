@@ -47,7 +47,7 @@ def tail(block_ids: Sequence[int], num_computed_tokens: int, block_tokens: int, 
 
 def mismatch(theirs: dict[str, str], ours: dict[str, str]) -> str | None:
     """The first property in which two engines differ, in words; None if requests can move between them."""
-    for name in ours:
-        if theirs.get(name) != ours[name]:
-            return f"{name} differs: {theirs.get(name)} there, {ours[name]} here"
+    for name in ours | theirs:
+        if theirs.get(name) != ours.get(name):
+            return f"{name} differs: {theirs.get(name)} there, {ours.get(name)} here"
     return None

@@ -48,24 +48,52 @@ def kv_regions(
     return list(regions.values())
 
 
+def block_order(tensors: Iterable[torch.Tensor], num_blocks: int) -> str:
+    """The order of the elements inside a block, in words. Blocks of one size may have several (NHD, HND).
+
+    Args:
+        tensors: As those of `kv_regions`, which has accepted them.
+
+    Returns:
+        Data type, and (axis, size, stride in elements) of each axis inside a block, from the outermost; once
+        for tensors that are alike. The same for any number of blocks.
+    """
+    orders: dict[str, None] = {}
+    for tensor in tensors:
+        axis, inner, outer = _axes(tensor, num_blocks, None)
+        assert axis is not None, "kv_regions accepts no such tensor"
+        size, stride = tensor.shape, tensor.stride()
+        inside = [f"axis {i} {size[i]} x {stride[i]}" for i in sorted(inner, key=lambda i: -stride[i])]
+        outside = [f"axis {i} {size[i]} regions" for i in outer]
+        orders[f"{tensor.dtype} blocks on axis {axis}: {', '.join(inside + outside)}"] = None
+    return "; ".join(orders)
+
+
+def _axes(
+    tensor: torch.Tensor, num_blocks: int, block_axis: int | None
+) -> tuple[int | None, list[int], list[int]]:
+    """The axis that counts blocks (None: there is none), those inside a block, and those outside."""
+    shape, stride = tensor.shape, tensor.stride()
+    axes = list(range(len(shape)))
+    candidates = axes if block_axis is None else axes[block_axis:][:1]
+    axis = next((i for i in candidates if shape[i] == num_blocks), None)
+    # An axis of size 1 has no extent, whatever its stride says.
+    others = [i for i in axes if i != axis and shape[i] > 1]
+    if axis is None or num_blocks == 1:
+        return axis, others, []
+    inner = [i for i in others if stride[i] < stride[axis]]
+    return axis, inner, [i for i in others if i not in inner]
+
+
 def _tensor_regions(
     tensor: torch.Tensor, index: int, num_blocks: int, block_axis: int | None
 ) -> Iterable[KvRegion]:
     shape, stride = tuple(tensor.shape), tuple(tensor.stride())
     where = f"KV cache tensor {index} (shape {shape}, strides {stride})"
-    axes = list(range(len(shape)))
-    candidates = axes if block_axis is None else axes[block_axis:][:1]
-    axis = next((i for i in candidates if shape[i] == num_blocks), None)
+    axis, inner, outer = _axes(tensor, num_blocks, block_axis)
     if axis is None:
         along = "any axis" if block_axis is None else f"axis {block_axis}"
         raise ValueError(f"{where} has not {num_blocks} blocks along {along}")
-    # An axis of size 1 has no extent, whatever its stride says.
-    others = [i for i in range(len(shape)) if i != axis and shape[i] > 1]
-    if num_blocks == 1:
-        inner, outer = others, []
-    else:
-        inner = [i for i in others if stride[i] < stride[axis]]
-        outer = [i for i in others if stride[i] >= stride[axis]]
     dense = 1
     for i in sorted(inner, key=lambda i: stride[i]):
         if stride[i] != dense:

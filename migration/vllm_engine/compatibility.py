@@ -54,6 +54,12 @@ RELIED_ON: dict[str, tuple[str, ...]] = {
         "num_computed_tokens",
         "output_token_ids",
     ),
+    "vllm.v1.worker.utils:AttentionGroup": (
+        "backend",
+        "kv_cache_spec",
+        "kernel_block_size",
+        "metadata_builders",
+    ),
     "vllm.v1.engine.core:EngineCore.preprocess_add_request": (),
     "vllm.v1.engine.core:EngineCore.step": (),
     "vllm.v1.engine.core:EngineCore.step_with_batch_queue": (),
@@ -122,8 +128,7 @@ def missing_attributes(core: Any) -> list[str]:
     ]
     worker = getattr(core.model_executor, "driver_worker", None)
     runner = getattr(getattr(worker, "worker", None), "model_runner", None)
-    if not hasattr(runner, "kv_caches"):
-        missing.append("model_runner.kv_caches")
+    missing += [f"model_runner.{name}" for name in ("kv_caches", "attn_groups") if not hasattr(runner, name)]
     if not (hasattr(runner, "requests") or hasattr(runner, "req_states")):
         missing.append("model_runner.requests / req_states")
     return missing
@@ -173,19 +178,36 @@ def unmovable(request: Any) -> str | None:
     return None
 
 
-def compatibility(vllm_config: Any, kv_regions: list[tuple[int, int]]) -> dict[str, str]:
-    """What has to be equal on both sides of a migration, by name."""
+def compatibility(
+    vllm_config: Any, block_bytes: list[int], block_order: str, attention: dict[str, str]
+) -> dict[str, str]:
+    """What has to be equal on both sides of a migration, by name.
+
+    Blocks of equal size may hold their bytes in another order (NHD or HND; keys packed for an instruction
+    set). A copy of such a block would be read as garbage, without an error.
+
+    Args:
+        block_bytes: Bytes of a block in each region.
+        block_order: See `migration.transport.regions.block_order`.
+        attention: See `migration.vllm_engine.worker.attention`.
+
+    Source: compute_nixl_compatibility_hash in vllm/distributed/kv_transfer/kv_connector/v1/nixl/metadata.py,
+    and what that connector compares at a handshake.
+    """
     import vllm
 
     model = vllm_config.model_config
-    layout = hashlib.sha256(repr([size for _, size in kv_regions]).encode()).hexdigest()[:12]
+    cache = vllm_config.cache_config
+    sizes = hashlib.sha256(repr(block_bytes).encode()).hexdigest()[:12]
     return {
         "vllm version": str(vllm.__version__),
         "model": f"{model.model}@{model.revision}",
         "model configuration": hashlib.sha256(model.hf_config.to_json_string().encode()).hexdigest()[:12],
         "dtype": str(model.dtype),
         "quantization": str(model.quantization),
-        "KV cache dtype": str(vllm_config.cache_config.cache_dtype),
-        "block size": str(vllm_config.cache_config.block_size),
-        "KV layout": f"{len(kv_regions)} regions, {layout}",
+        "KV cache dtype": str(cache.cache_dtype),
+        "block size": str(cache.block_size),
+        "KV layout": f"{cache.kv_cache_layout}, {len(block_bytes)} regions, {sizes}",
+        "order of a KV block": block_order,
+        **attention,
     }

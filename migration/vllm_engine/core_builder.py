@@ -7,7 +7,7 @@ from vllm.config import VllmConfig
 from vllm.v1.engine.core import EngineCore
 
 from migration.transport.kv_transport import KvRegion
-from migration.transport.regions import kv_regions
+from migration.transport.regions import block_order, kv_regions
 from migration.vllm_engine import compatibility, worker
 from migration.vllm_engine.executor import compile_nothing_if_eager, executor_class
 from migration.vllm_engine.migrating_scheduler import MigratingAsyncScheduler, MigratingScheduler
@@ -58,10 +58,13 @@ def build_core(config: VllmConfig) -> BuiltCore:
 
 def _map_kv_memory(built: BuiltCore, config: VllmConfig) -> None:
     tensors = built.core.collective_rpc(worker.kv_caches)[0]
+    num_blocks = built.core.scheduler.kv_cache_config.num_blocks
     try:
-        built.regions = kv_regions(tensors, built.core.scheduler.kv_cache_config.num_blocks)
+        built.regions = kv_regions(tensors, num_blocks)
     except ValueError as error:
         built.no_migration = str(error)
         return
-    sizes = [(region.num_blocks, region.block_bytes) for region in built.regions]
-    built.compatibility = compatibility.compatibility(config, sizes)
+    sizes = [region.block_bytes for region in built.regions]
+    order = block_order(tensors, num_blocks)
+    attention = built.core.collective_rpc(worker.attention)[0]
+    built.compatibility = compatibility.compatibility(config, sizes, order, attention)

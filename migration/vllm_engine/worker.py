@@ -3,6 +3,7 @@
 They take the executor's worker (a `WorkerWrapperBase`) first and run on the step thread.
 """
 
+from platform import machine
 from typing import Any
 
 import torch
@@ -13,6 +14,22 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState
 def kv_caches(worker: Any) -> list[torch.Tensor]:
     """Every attention layer's KV cache; layers may share one."""
     return list(_runner(worker).kv_caches)
+
+
+def attention(worker: Any) -> dict[str, str]:
+    """How the attention layers read and write their blocks, by name of the property.
+
+    CPU kernels pack keys in an order of their own for each instruction set, in blocks of the same shape.
+    """
+    groups = [group for of_spec in _runner(worker).attn_groups for group in of_spec]
+    builders = [builder for group in groups for builder in group.metadata_builders]
+    packings = {f"{builder.isa} on {machine()}" for builder in builders if hasattr(builder, "isa")}
+    sizes = {group.kernel_block_size or group.kv_cache_spec.block_size for group in groups}
+    return {
+        "attention backend": ", ".join(sorted({group.backend.get_name() for group in groups})),
+        "kernel block size": ", ".join(map(str, sorted(sizes))),
+        "packing of keys": ", ".join(sorted(packings)) or "none",
+    }
 
 
 def rng_state(worker: Any, request_id: str) -> bytes | None:

@@ -88,6 +88,25 @@ async def test_this_vllm_has_all_names_that_migration_uses(rig: Any) -> None:
     assert rig.engine.regions
 
 
+async def test_engines_differ_by_how_their_attention_reads_a_block(
+    rig: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same shape of blocks on a CPU with other instructions, or under another backend."""
+    from migration.vllm_engine import worker
+
+    core = rig.engine.core
+    ours = core.collective_rpc(worker.attention)[0]
+    assert ours.items() <= rig.engine.compatibility.items()
+    assert rig.engine.compatibility["KV layout"].startswith("L")
+    (group,) = core.model_executor.driver_worker.worker.model_runner.attn_groups[0]
+    monkeypatch.setattr(group.metadata_builders[0], "isa", "another")
+    monkeypatch.setattr(group, "kernel_block_size", 16)
+    monkeypatch.setattr(group.backend, "get_name", lambda: "ANOTHER")
+    theirs = core.collective_rpc(worker.attention)[0]
+    assert theirs.keys() == ours.keys()
+    assert not theirs.items() & ours.items()
+
+
 async def test_decoding_requests_can_be_moved(rig: Any) -> None:
     """What decodes here, with what a choice goes by; not what has left, nor what is of a kind that stays."""
     from tests.integration.engine_rig import eventually, greedy
@@ -252,6 +271,10 @@ class TestRefusals:
             "KV cache dtype",
             "block size",
             "KV layout",
+            "order of a KV block",
+            "attention backend",
+            "kernel block size",
+            "packing of keys",
         ],
     )
     async def test_a_different_engine_is_refused(self, rig: Any, baggage: Any, name: str) -> None:

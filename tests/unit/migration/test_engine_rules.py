@@ -41,3 +41,4 @@ def test_the_first_difference_of_two_engines_is_named() -> None:
     assert mismatch(ours, ours) is None
     assert mismatch(ours | {"block size": "32"}, ours) == "block size differs: 32 there, 16 here"
     assert mismatch({"model": "tiny"}, ours) == "block size differs: None there, 16 here"
+    assert mismatch(ours | {"attention": "flash"}, ours) == "attention differs: flash there, None here"

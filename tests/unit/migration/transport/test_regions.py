@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from migration.transport.regions import kv_regions
+from migration.transport.regions import block_order, kv_regions
 
 BLOCKS, HEADS, TOKENS, DIM = 6, 2, 4, 8
 
@@ -104,3 +104,27 @@ def test_shared_start_with_another_block_size_is_refused() -> None:
     memory = _numbered(BLOCKS, 2, DIM)
     with pytest.raises(ValueError, match="starts where another one does"):
         kv_regions([memory, memory.view(-1)[: BLOCKS * DIM].view(BLOCKS, DIM)], BLOCKS, 0)
+
+
+def test_blocks_of_equal_size_may_have_another_order() -> None:
+    """NHD and HND, as two GPUs of different kinds choose them: the same view of blocks with other strides."""
+    memory = _numbered(BLOCKS, HEADS, TOKENS, DIM)
+    other = _numbered(BLOCKS, TOKENS, HEADS, DIM).permute(0, 2, 1, 3)
+    assert memory.shape == other.shape
+    sizes = [[r.block_bytes for r in kv_regions([tensor], BLOCKS)] for tensor in (memory, other)]
+    assert sizes[0] == sizes[1]
+    assert block_order([memory], BLOCKS) != block_order([other], BLOCKS)
+
+
+@pytest.mark.parametrize("shape", [(BLOCKS, 2, TOKENS, DIM), (2, BLOCKS, TOKENS, HEADS, DIM)])
+def test_the_order_of_a_block_does_not_depend_on_the_number_of_blocks(shape: tuple[int, ...]) -> None:
+    more = tuple(9 if size == BLOCKS else size for size in shape)
+    layers = [_numbered(*shape) for _ in range(3)]
+    assert block_order(layers, BLOCKS) == block_order([_numbered(*more)], 9)
+
+
+def test_the_data_type_and_the_axes_outside_belong_to_the_order_of_a_block() -> None:
+    memory = _numbered(BLOCKS, HEADS, TOKENS, DIM)
+    outside = _numbered(HEADS, BLOCKS, TOKENS, DIM).permute(1, 0, 2, 3)
+    orders = {block_order([tensor], BLOCKS) for tensor in (memory, memory.view(torch.float64), outside)}
+    assert len(orders) == 3
