@@ -215,7 +215,7 @@ class MigrationCoordinator:
         ]
         if self._starting:
             held.append(f"still starting to move {sorted(self._starting)}")
-        return held
+        return held + self._instance.transport.quarantine.problems()
 
     def _on_message_to_source(self, peer: InstanceId, message: ToSource) -> None:
         migration = self._outgoing.get(message.migration_id)

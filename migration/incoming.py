@@ -203,8 +203,15 @@ class IncomingMigration:
             self.on_event(DestinationEvent.ENTERED)
 
     async def _drop(self) -> None:
-        await self._instance.engine.drop(self.migration_id)
+        if self._instance.transport.quarantine.holds(self._local_blocks):
+            self._instance.tasks.start(self._drop_when_quiet())  # the source need not wait for that
+        else:
+            await self._instance.engine.drop(self.migration_id)
         self.on_event(DestinationEvent.ENGINE_DONE)
+
+    async def _drop_when_quiet(self) -> None:
+        await self._instance.transport.quarantine.wait_for(self._local_blocks)
+        await self._instance.engine.drop(self.migration_id)
 
     def _arm_timer(self) -> None:
         """Every message from the source renews the lease, but not the bound of a copy."""

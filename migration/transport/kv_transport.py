@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from migration.transport.quarantine import Quarantine
+
 
 @dataclass(frozen=True, slots=True)
 class KvRegion:
@@ -28,7 +30,13 @@ class KvTransport(Protocol):
     One object per instance. `register` is called once, before anything else. All regions of all
     instances of a model have the same order, count and block size; the protocol checks that before
     the first read.
+
+    Attributes:
+        quarantine: Local blocks that a read which has raised may still write to. They are not to be freed
+            before they have left it.
     """
+
+    quarantine: Quarantine
 
     def register(self, regions: Sequence[KvRegion]) -> None:
         """Makes the regions readable by peers and writable by `read`. The caller keeps the memory alive."""
@@ -41,8 +49,9 @@ class KvTransport(Protocol):
     ) -> int:
         """Copies the peer's `remote_blocks[i]` over the local `local_blocks[i]`, in every region.
 
-        May be called several times at once. When it returns or raises, nothing is writing to the local
-        blocks any more; a cancelled call first waits for that (so blocks may be freed after it).
+        May be called several times at once. When it returns, nothing is writing to the local blocks any more.
+        When it raises, some of them may be in `quarantine`; a cancelled call first waits for a moment, in
+        which most reads end.
 
         Args:
             peer: The peer's instance id; connections are kept per peer.

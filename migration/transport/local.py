@@ -15,7 +15,9 @@ from enum import Enum
 import msgspec
 
 from migration.errors import PeerLostError
+from migration.tasks import settle
 from migration.transport.kv_transport import KvRegion
+from migration.transport.quarantine import Quarantine
 
 # What is copied between two visits to the event loop.
 CHUNK_BYTES = 4 << 20
@@ -43,11 +45,15 @@ class LocalFabric:
         latency_s: Time before a read's first byte.
         bytes_per_s: Speed of a read; None for as fast as memory.
         timeout_s: Bound of one read.
+
+    Attributes:
+        quarantine_s: How long the blocks of a read that has failed stay in quarantine.
     """
 
     def __init__(
         self, *, latency_s: float = 0.0, bytes_per_s: float | None = None, timeout_s: float = 30.0
     ) -> None:
+        self.quarantine_s = 0.0
         self.latency_s = latency_s
         self.bytes_per_s = bytes_per_s
         self.timeout_s = timeout_s
@@ -124,11 +130,13 @@ class LocalTransport:
     Attributes:
         address: This incarnation of the instance.
         regions: What is registered.
+        quarantine: Filled on demand (`LocalFabric.quarantine_s`): here a read that has failed writes no more.
     """
 
     def __init__(self, fabric: LocalFabric, address: _LocalEndpoint) -> None:
         self.address = address
         self.regions: tuple[KvRegion, ...] = ()
+        self.quarantine = Quarantine()
         self._fabric = fabric
         self._connections: dict[str, object] = {}
 
@@ -179,8 +187,12 @@ class LocalTransport:
                     remote = await self._elapse(peer, source, connection, duration_s)
                     for theirs, ours in zip(remote.regions, self.regions, strict=True):
                         _copy(theirs, ours, part)
-        except TimeoutError as error:
-            raise PeerLostError(f"KV read from {peer}: took too long to answer") from error
+        except BaseException as error:
+            if quarantine_s := self._fabric.quarantine_s:
+                self._keep(local_blocks, quarantine_s)
+            if isinstance(error, TimeoutError):
+                raise PeerLostError(f"KV read from {peer}: took too long to answer") from error
+            raise
         finally:
             self._fabric.end_read(source.name, self.address.name)
         return len(pairs) * block_bytes
@@ -194,6 +206,12 @@ class LocalTransport:
         """Ends all reads, of this instance and by it, with PeerLostError. Idempotent."""
         self._connections.clear()
         self._fabric.leave(self)
+
+    def _keep(self, blocks: Sequence[int], quarantine_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        quiet: asyncio.Future[None] = loop.create_future()
+        self.quarantine.add(blocks, quiet)
+        loop.call_later(quarantine_s, settle, quiet, None)
 
     def _source(self, peer: str, source: _LocalEndpoint, connection: object) -> LocalTransport:
         """The live transport to read from.

@@ -1,8 +1,8 @@
 """`NixlTransport`: KV blocks through NIXL, from shared memory on one machine to RDMA and NVLink.
 
 Two agents an instance. The serving one holds the registered memory that peers read; it has a native
-progress thread. The reading one lives in `nixl_reader`, apart, so that ending a failed read by destroying its
-agent does not disturb the peers that read from here.
+progress thread. The reading one lives in `nixl_reader`, apart, so that what happens to failed reads does not
+disturb the peers that read from here.
 
 What was found on one machine (NIXL 1.5.1, two cores, UCX_TLS unset; GPU memory was not tried):
 - With process_vm_readv allowed UCX reads through it ("cma") at 5 GB/s, one block of 1 MiB over 16 regions in
@@ -28,7 +28,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 import numpy as np
@@ -36,7 +36,12 @@ import numpy as np
 from migration.errors import PdServeError, PeerLostError
 from migration.transport.kv_transport import KvRegion
 from migration.transport.nixl_agent import NixlAgent, NixlFailure, memory_kind
-from migration.transport.nixl_reader import NixlReader, ReadJob
+from migration.transport.nixl_reader import CANCEL_GRACE_S, NixlReader
+from migration.transport.quarantine import Quarantine
+from migration.transport.read_job import ReadJob
+
+#: How often a read looks whether the reader is overdue, and by how much it may be.
+LOOK_S, OVERDUE_S = 1.0, 10.0
 
 
 class _NixlEndpoint(msgspec.Struct, frozen=True, array_like=True):
@@ -56,11 +61,20 @@ class NixlTransport:
 
     Args:
         name: The instance's id. Agents get names that are unique also across restarts of it.
-        timeout_s: Bound of one `read`, on the wall clock. Ending an overdue read takes some ms more.
+        timeout_s: Bound of one `read`, on the wall clock.
+        on_failure: Called, in any thread, when the reader has ended or hangs. Nothing can be read any more
+            then, and nothing is known of the blocks that it was writing to. It has to end the process.
     """
 
-    def __init__(self, name: str, timeout_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        name: str,
+        timeout_s: float = 30.0,
+        on_failure: Callable[[BaseException], None] = lambda error: None,
+    ) -> None:
+        self.quarantine = Quarantine()
         self._name = name
+        self._on_failure = on_failure
         self._timeout_s = timeout_s
         self._regions: tuple[KvRegion, ...] = ()
         self._server: NixlAgent | None = None
@@ -81,7 +95,7 @@ class NixlTransport:
         unique = f"{self._name}/{uuid.uuid4().hex[:12]}"
         try:
             self._server = NixlAgent(f"{unique}/serve", regions, progress_thread=True)
-            self._reader = NixlReader(unique, regions)
+            self._reader = NixlReader(unique, regions, self._on_failure)
         except NixlFailure as failure:
             self.close()
             raise PdServeError(str(failure)) from failure
@@ -132,19 +146,40 @@ class NixlTransport:
             deadline=time.monotonic() + self._timeout_s,
             loop=loop,
             done=loop.create_future(),
+            quiet=loop.create_future(),
         )
         reader.submit(job)
         try:
-            await asyncio.wait([job.done])
+            await self._wait_for(job, self._timeout_s)
+            job.done.result()
         except asyncio.CancelledError:
             job.cancelled.set()
-            while not job.done.done():  # bounded by the reader
+            waiting = asyncio.ensure_future(self._wait_for(job, CANCEL_GRACE_S))
+            while not waiting.done():
                 with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait([job.done])
+                    await asyncio.wait([waiting])
             job.done.exception()  # so that asyncio does not report it
             raise
-        job.done.result()
+        finally:
+            if not job.quiet.done():
+                self.quarantine.add(job.local_blocks.tolist(), job.quiet)
         return len(local_blocks) * sum(region.block_bytes for region in self._regions)
+
+    async def _wait_for(self, job: ReadJob, timeout_s: float) -> None:
+        """Waits for a job's end, counting its time in looks: a suspension of the process does not count.
+
+        Raises:
+            PeerLostError: The reader hangs.
+        """
+        looks = 0
+        while not job.done.done():
+            if looks * LOOK_S > timeout_s + OVERDUE_S:
+                error = PeerLostError(f"the reader of {self._name} does not answer")
+                job.done.set_exception(error)
+                self._on_failure(error)
+                break
+            await asyncio.wait([job.done], timeout=LOOK_S)
+            looks += 1
 
     def forget(self, peer: str) -> None:
         """Drops the connection to a peer that is gone; its reads end with PeerLostError."""
@@ -152,7 +187,7 @@ class NixlTransport:
             self._reader.forget(peer)
 
     def close(self) -> None:
-        """Ends all reads with PeerLostError and frees everything. Idempotent. Blocks for some ms."""
+        """Ends all reads with PeerLostError and frees everything. Idempotent. Blocks for at most 2 s."""
         reader, self._reader = self._reader, None
         server, self._server = self._server, None
         if reader is not None:

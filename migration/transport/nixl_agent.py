@@ -177,6 +177,15 @@ class NixlAgent:
         with self._failing_as("release of a read"):
             self._agent.releaseXferReq(handle)
 
+    def progress(self) -> None:
+        """Drives the agent while no read is polled: dropped connections end only while something drives it.
+
+        Raises:
+            NixlFailure: The agent is broken.
+        """
+        with self._failing_as("progress"):
+            self._agent.getNotifs({}, [])  # this project sends no notifications
+
     def close(self) -> None:
         """Destroys the agent, its UCX worker and all connections: after this nothing reads or writes.
 

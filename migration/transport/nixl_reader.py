@@ -1,82 +1,58 @@
 """The reading half of the NIXL transport: one thread that owns one agent.
 
 NIXL's agents are not thread safe by default, and a one-sided read cannot be cancelled: releasing its handle
-leaves the UCX operation running (`ucx_backend_req.h` of the NIXL sources: "it may not be enough to cancel UCX
-request"). Only destroying the agent ends it for certain. Hence this shape:
+may leave the UCX operation running (`ucx_backend_req.h` of the NIXL sources: "it may not be enough to cancel
+UCX request"). Hence this shape:
 
 - All NIXL calls of the reading side happen in the reader's thread: no locks around NIXL, and two thread
   switches a read. The calls that can take long release the GIL.
-- A read that failed, or is overdue, ends by a **reset**: the agent is destroyed (3-7 ms measured, with a
-  stalled peer too) and opened again when needed. Only then does its caller get the error, so that nothing
-  writes to its blocks any more. Reads of other peers go on: their chunks under way are posted once more.
+- A read that failed or is overdue costs the connection to its peer, not the agent: its handles are released,
+  the connection is closed, and its caller gets the error at once. Its blocks are quiet after `QUARANTINE_S`
+  more, in which the agent is driven so that the connection ends. The other reads of this peer end with it;
+  reads of other peers do not notice, and all memory stays registered.
+- A cancelled read that does not end soon goes on without its caller, until its deadline.
+- Only if NIXL cannot close a connection, the agent is destroyed, which ends everything for certain, and
+  opened again when needed (a **reset**). Chunks of other peers are posted once more then.
 - The agent has no progress thread. What is not polled does not move, and an idle reader costs nothing.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 
 from migration.errors import PeerLostError
-from migration.tasks import settle
 from migration.transport.kv_transport import KvRegion
-from migration.transport.nixl_agent import Indices, NixlFailure
+from migration.transport.nixl_agent import NixlFailure
 from migration.transport.nixl_connections import ConnectedPeer, ConnectError, NixlConnections
+from migration.transport.read_job import Chunk, ReadJob
+
+logger = logging.getLogger(__name__)
 
 # A read moves in chunks, two of them under way, and the reads take turns: a long one cannot hold up a short
 # one, and a cancelled one ends soon. Through shared memory 4 MiB take about 0.7 ms.
 CHUNK_BYTES = 4 << 20
 CHUNKS_UNDER_WAY = 2
 
-# How long the chunks under way of a cancelled read may take before they cost a reset.
+# How long a cancelled read's caller waits for the chunks under way.
 CANCEL_GRACE_S = 0.5
+
+# When nothing writes any more over a connection that was closed. A forced close drops what is in flight in
+# some ms; a network card gives up its retries within a few seconds.
+QUARANTINE_S = 5.0
+
+# How long `close` waits for the thread, which may be in a call that does not return.
+CLOSE_S = 2.0
 
 # Polling: without sleep at first, as most reads end within this time, then with short sleeps.
 SPIN_S = 300e-6
 SHORT_SLEEP_S = 50e-6
 LONG_SLEEP_S = 200e-6
 LONG_AFTER_S = 5e-3
-
-
-@dataclass(eq=False, slots=True)
-class _Chunk:
-    """A slice of a job's block pairs, and the transfers that move it: one per memory kind."""
-
-    pairs: slice
-    handles: list[int] = field(default_factory=list)
-
-
-@dataclass(eq=False, slots=True)
-class ReadJob:
-    """One call of `read`. `cancelled` is set from the event loop's thread; all else belongs to the reader's.
-
-    Attributes:
-        metadata: The peer agent's, from its endpoint.
-        remote_regions: The peer's, in the order of the local ones.
-        remote_blocks: Read these ...
-        local_blocks: ... into these.
-        deadline: On `time.monotonic()`.
-        done: Belongs to `loop`. Gets None or PeerLostError.
-        waiting: Chunks to post.
-        under_way: Chunks posted.
-    """
-
-    peer: str
-    metadata: bytes
-    remote_regions: Sequence[KvRegion]
-    remote_blocks: Indices
-    local_blocks: Indices
-    deadline: float
-    loop: asyncio.AbstractEventLoop
-    done: asyncio.Future[None]
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    waiting: deque[_Chunk] = field(default_factory=deque)
-    under_way: list[_Chunk] = field(default_factory=list)
+QUARANTINE_SLEEP_S = 2e-3
 
 
 class NixlReader:
@@ -85,15 +61,25 @@ class NixlReader:
     Args:
         name: Prefix of its agents' names; unique among all agents.
         regions: The local regions.
+        on_failure: Called in the reader's thread if that ends with an unforeseen error. Nothing can be read
+            after it.
 
     Raises:
-        NixlFailure: They cannot be registered.
+        NixlFailure: The regions cannot be registered.
     """
 
-    def __init__(self, name: str, regions: Sequence[KvRegion]) -> None:
+    def __init__(
+        self,
+        name: str,
+        regions: Sequence[KvRegion],
+        on_failure: Callable[[BaseException], None] = lambda error: None,
+    ) -> None:
         self._name = name
         self._block_bytes = sum(region.block_bytes for region in regions)
+        self._on_failure = on_failure
         self._active: list[ReadJob] = []
+        self._lingering: list[ReadJob] = []  # cancelled, with chunks under way
+        self._quarantined: dict[ReadJob, float] = {}  # their connection is closed; until when
         self._inbox: list[ReadJob | str] = []  # reads to start, names of peers to forget
         self._closing = False
         self._wake = threading.Condition()
@@ -102,7 +88,7 @@ class NixlReader:
         self._thread.start()
 
     def submit(self, job: ReadJob) -> None:
-        """Queues a read. Its future is set within its deadline and the time of a reset, whatever happens.
+        """Queues a read. Its futures are set within its deadline, and `QUARANTINE_S`, whatever happens.
 
         Raises:
             PeerLostError: The reader is closed.
@@ -115,11 +101,16 @@ class NixlReader:
             self._send(peer)
 
     def close(self) -> None:
-        """Ends all reads with PeerLostError, destroys the agent and joins the thread. Idempotent."""
+        """Ends all reads with PeerLostError, destroys the agent and ends the thread. Idempotent.
+
+        Returns within `CLOSE_S`. A thread that is in a call which does not return ends with the process.
+        """
         with self._wake:
             self._closing = True
             self._wake.notify()
-        self._thread.join()
+        self._thread.join(CLOSE_S)
+        if self._thread.is_alive():
+            logger.error("the reader of %s does not end: a call of NIXL hangs", self._name)
 
     def _send(self, command: ReadJob | str) -> None:
         with self._wake:
@@ -131,27 +122,11 @@ class NixlReader:
     # ---- From here on: the reader's thread ----
 
     def _run(self) -> None:
-        last_move = 0.0
         try:
-            if self._connections.agent is not None:
-                self._connections.agent.enter_thread()
-            while True:
-                with self._wake:
-                    while not (self._inbox or self._active or self._closing):
-                        self._wake.wait()
-                    if self._closing:
-                        return
-                    commands, self._inbox = self._inbox, []
-                for command in commands:
-                    self._take(command)
-                moved = bool(commands)
-                for job in list(self._active):
-                    moved |= self._advance(job)
-                now = time.monotonic()
-                if moved:
-                    last_move = now
-                elif now - last_move > SPIN_S:
-                    time.sleep(SHORT_SLEEP_S if now - last_move < LONG_AFTER_S else LONG_SLEEP_S)
+            self._read_until_closed()
+        except BaseException as error:
+            logger.exception("the reader of %s has failed", self._name)
+            self._on_failure(error)
         finally:
             with self._wake:
                 self._closing = True
@@ -160,16 +135,45 @@ class NixlReader:
             for job in list(self._active):
                 self._end(job, PeerLostError(f"the transport {self._name} is closed"))
 
+    def _read_until_closed(self) -> None:
+        last_move = 0.0
+        if self._connections.agent is not None:
+            self._connections.agent.enter_thread()
+        while True:
+            with self._wake:
+                while not (
+                    self._inbox or self._active or self._lingering or self._quarantined or self._closing
+                ):
+                    self._wake.wait()
+                if self._closing:
+                    return
+                commands, self._inbox = self._inbox, []
+            for command in commands:
+                self._take(command)
+            moved = bool(commands)
+            for job in list(self._active):
+                moved |= self._advance(job)
+            self._watch_ended()
+            now = time.monotonic()
+            if moved:
+                last_move = now
+            elif not self._active:
+                with self._wake:
+                    if not (self._inbox or self._closing):
+                        self._wake.wait(QUARANTINE_SLEEP_S)
+            elif now - last_move > SPIN_S:
+                time.sleep(SHORT_SLEEP_S if now - last_move < LONG_AFTER_S else LONG_SLEEP_S)
+
     def _take(self, command: ReadJob | str) -> None:
         if isinstance(command, ReadJob):
             size = max(1, CHUNK_BYTES // max(1, self._block_bytes))
             starts = range(0, len(command.local_blocks), size)
-            command.waiting.extend(_Chunk(slice(start, start + size)) for start in starts)
+            command.waiting.extend(Chunk(slice(start, start + size)) for start in starts)
             self._active.append(command)
             return
+        self._drop_connection(command, "was given up")
         for job in [job for job in self._active if job.peer == command]:
             self._lose(job, "was given up")
-        self._disconnect(command)
 
     def _advance(self, job: ReadJob) -> bool:
         """Gives a job its turn: takes off what has ended, starts what may start. Returns if anything did."""
@@ -180,7 +184,7 @@ class NixlReader:
             now = time.monotonic()
             if job.cancelled.is_set():
                 job.waiting.clear()
-                job.deadline = min(job.deadline, now + CANCEL_GRACE_S)
+                job.cancelled_at = job.cancelled_at or now
             elif now < job.deadline:
                 for _ in range(min(CHUNKS_UNDER_WAY - len(job.under_way), len(job.waiting))):
                     self._post(job)
@@ -189,7 +193,6 @@ class NixlReader:
             self._lose(job, str(error))
             return True
         except NixlFailure as failure:
-            self._reset()  # part of it may still be under way, though its handle is gone
             self._lose(job, str(failure))
             return True
         if not job.waiting and not job.under_way:
@@ -198,7 +201,36 @@ class NixlReader:
         if now >= job.deadline:
             self._lose(job, "took too long to answer")
             return True
+        if job.cancelled_at is not None and now >= job.cancelled_at + CANCEL_GRACE_S:
+            self._lingering.append(job)
+            self._end(job, PeerLostError(f"KV read from {job.peer}: was cancelled"))
+            return True
         return moved
+
+    def _watch_ended(self) -> None:
+        """Looks after reads that may still write though their callers have gone."""
+        now = time.monotonic()
+        for job in list(self._lingering):
+            if job not in self._lingering:  # another job's turn ended it
+                continue
+            try:
+                self._collect(job)
+            except NixlFailure as failure:
+                self._lose(job, str(failure))
+                continue
+            if not job.under_way:
+                self._lingering.remove(job)
+                job.settle(job.quiet)
+            elif now >= job.deadline:
+                self._lose(job, "took too long to answer")
+        for job in [job for job, until in self._quarantined.items() if now >= until]:
+            del self._quarantined[job]
+            job.settle(job.quiet)
+        if self._quarantined and self._connections.agent is not None:
+            try:
+                self._connections.agent.progress()
+            except NixlFailure:
+                self._reset()
 
     def _post(self, job: ReadJob) -> None:
         """Starts a job's next chunk. Small reads through shared memory have ended after this."""
@@ -227,7 +259,7 @@ class NixlReader:
             job.under_way.remove(chunk)
         return bool(ended)
 
-    def _has_ended(self, chunk: _Chunk) -> bool:
+    def _has_ended(self, chunk: Chunk) -> bool:
         agent = self._connections.agent
         assert agent is not None
         while chunk.handles:
@@ -237,43 +269,67 @@ class NixlReader:
         return True
 
     def _lose(self, job: ReadJob, why: str) -> None:
-        """Ends a job with PeerLostError, when nothing writes to its blocks any more."""
+        """Ends a job with PeerLostError, and the connection that it reads over if it may still do that."""
         if job.under_way:
+            self._drop_connection(job.peer, why)
+        else:
+            self._end(job, PeerLostError(f"KV read from {job.peer}: {why}"))
+
+    def _drop_connection(self, name: str, why: str) -> None:
+        """Closes the connection to a peer. Its reads end; what they may still write to is in quarantine."""
+        until = time.monotonic() + QUARANTINE_S
+        lost = [job for job in (*self._active, *self._lingering) if job.peer == name and job.under_way]
+        for job in lost:
+            self._release(job)
+            job.under_way.clear()
+            self._quarantined[job] = until
+            if job in self._active:
+                self._end(job, PeerLostError(f"KV read from {name}: {why}"))
+            else:
+                self._lingering.remove(job)
+        if lost:
+            logger.warning("the connection to %s is closed, %d reads end: %s", name, len(lost), why)
+        try:
+            self._connections.disconnect(name)
+        except NixlFailure:
             self._reset()
-        self._end(job, PeerLostError(f"KV read from {job.peer}: {why}"))
 
     def _end(self, job: ReadJob, error: PeerLostError | None) -> None:
         self._active.remove(job)
-        with contextlib.suppress(RuntimeError):  # its event loop was closed meanwhile
-            job.loop.call_soon_threadsafe(settle, job.done, error)
+        if job not in self._lingering and job not in self._quarantined:
+            job.settle(job.quiet)
+        job.settle(job.done, error)
 
     def _connect(self, job: ReadJob) -> ConnectedPeer:
         """The connection for a job, made if necessary. Raises: ConnectError."""
         known = self._connections.peers.get(job.peer)
         if known is not None and known.metadata == job.metadata:
             return known
-        if known is not None:  # the peer was started anew
-            for other in [j for j in self._active if j.peer == job.peer and j.metadata != job.metadata]:
+        if known is not None:
+            self._drop_connection(job.peer, "was started anew")
+            for other in [j for j in self._active if j.peer == job.peer and j.metadata == known.metadata]:
                 self._lose(other, "was started anew")
-            self._disconnect(job.peer)
         return self._connections.connect(job.peer, job.metadata, job.remote_regions)
 
-    def _disconnect(self, name: str) -> None:
-        try:
-            self._connections.disconnect(name)
-        except NixlFailure:
-            self._reset()
+    def _release(self, job: ReadJob) -> None:
+        """Frees the handles of a job's chunks under way."""
+        agent = self._connections.agent
+        for chunk in job.under_way:
+            while chunk.handles:
+                handle = chunk.handles.pop()
+                with contextlib.suppress(NixlFailure):
+                    if agent is not None:
+                        agent.release(handle)
 
     def _reset(self) -> None:
         """Destroys the agent, and with it all transfers; what was under way waits to be posted again."""
-        agent = self._connections.agent
-        for job in self._active:
+        for job in (*self._active, *self._lingering):
+            self._release(job)
             job.waiting.extendleft(reversed(job.under_way))
-            for chunk in job.under_way:
-                while chunk.handles:
-                    handle = chunk.handles.pop()
-                    with contextlib.suppress(NixlFailure):
-                        if agent is not None:
-                            agent.release(handle)
             job.under_way.clear()
         self._connections.close()
+        ended = [*self._lingering, *self._quarantined]
+        self._lingering.clear()
+        self._quarantined.clear()
+        for job in ended:
+            job.settle(job.quiet)

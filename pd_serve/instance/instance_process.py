@@ -74,7 +74,7 @@ class Instance:
         name = InstanceId(config.instance_id)
         self._config = config
         self._wire = Wire(name, config.host, config.keys)
-        self._transport = NixlTransport(name)
+        self._transport = NixlTransport(name, on_failure=self._die)
         bounds = MigrationBounds(stage_bytes_per_s=config.stage_bytes_per_s)
         self._tokens = TokenPublisher(name, self._wire)
         self.llumlet = Llumlet(
@@ -117,6 +117,6 @@ class Instance:
         self._stopped.set()
 
     def _die(self, error: BaseException) -> None:
+        """Ends the process at once, from any thread. The kernel frees its memory, sockets and connections."""
         logger.critical("this instance ends: %s", error, exc_info=error)
-        self._transport.close()
         os._exit(1)

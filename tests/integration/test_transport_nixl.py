@@ -219,6 +219,8 @@ async def test_killed_peer_is_lost_and_others_are_not(
     # Dead it stays; others, and a successor of the same name, can be read.
     with pytest.raises(PeerLostError):
         await transport.read("victim", victim.endpoint, [0], [0])
+    await asyncio.wait_for(transport.quarantine.wait_for(ALL), 30)
+    assert transport.quarantine.problems() == []
     transport.forget("victim")
     transport.forget("nobody")
     successor = await make_source("victim", 3)
@@ -236,13 +238,15 @@ async def test_silent_peer_is_lost_within_the_bound(make_source: MakeSource) -> 
     await transport.read("other", other.endpoint, ALL, ALL)
     began = time.monotonic()
     lost = asyncio.create_task(transport.read("silent", silent.endpoint, [5], [5]))
-    while not lost.done():  # meanwhile the other can be read, also across the reset
+    while not lost.done():  # meanwhile the other can be read
         await transport.read("other", other.endpoint, range(10, 20), range(10, 20))
     with pytest.raises(PeerLostError, match="too long"):
         await lost
     assert 0.9 < time.monotonic() - began < 3
+    assert transport.quarantine.holds([5])
     memory[:] = 255
     silent.signal(signal.SIGCONT)
+    await asyncio.wait_for(transport.quarantine.wait_for([5]), 30)
     await asyncio.sleep(0.2)
     assert (memory == 255).all()
     await transport.read("silent", silent.endpoint, ALL, ALL)  # it is well again
@@ -259,6 +263,22 @@ async def test_silent_peer_is_lost_within_the_bound(make_source: MakeSource) -> 
             await asyncio.wait_for(task, 0.5)
     with pytest.raises(PeerLostError, match="closed"):
         await transport.read("other", other.endpoint, [0], [0])
+
+
+async def test_a_reader_that_hangs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process has to end: nobody knows what it still writes to."""
+    monkeypatch.setattr("migration.transport.nixl.LOOK_S", 0.01)
+    monkeypatch.setattr("migration.transport.nixl.OVERDUE_S", 0.02)
+    failures: list[BaseException] = []
+    _, regions = _memory(None)
+    transport = NixlTransport("target", timeout_s=0.05, on_failure=failures.append)
+    transport.register(regions)
+    monkeypatch.setattr("migration.transport.nixl_reader.NixlReader.submit", lambda reader, job: None)
+    with pytest.raises(PeerLostError, match="does not answer"):
+        await transport.read("one", transport.endpoint(), [0], [1])
+    assert len(failures) == 1
+    assert transport.quarantine.holds([1])
+    transport.close()
 
 
 @pytest.mark.parametrize("transports", ["^cma", "tcp"])

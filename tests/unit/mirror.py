@@ -23,7 +23,10 @@ RECORDS = {
 TESTED_THROUGH: dict[str, tuple[str, ...]] = {
     # Both sides of the protocol, which only make sense together.
     "tests/unit/migration/test_coordinator.py": ("migration/incoming.py", "migration/outgoing.py"),
-    "tests/unit/migration/transport/test_nixl_reader.py": ("migration/transport/nixl_connections.py",),
+    "tests/unit/migration/transport/test_nixl_reader.py": (
+        "migration/transport/nixl_connections.py",
+        "migration/transport/read_job.py",
+    ),
     "tests/integration/test_transport_nixl.py": ("migration/transport/nixl_agent.py",),
     # Parts of a vLLM engine that need one that runs.
     "tests/integration/test_vllm_engine_adapter.py": tuple(

@@ -399,6 +399,41 @@ async def test_the_output_survives_every_disaster_in_every_phase(phase: Scene, d
         await cluster.check()
 
 
+@pytest.mark.parametrize("disaster", [copies_fail, copies_stall, cancelled, client_leaves, source_dies])
+@pytest.mark.parametrize("phase", PHASES)
+@in_virtual_time
+async def test_the_output_survives_while_blocks_are_in_quarantine(phase: Scene, disaster: Scene) -> None:
+    async with MigratingCluster("a", "b", "c") as cluster:
+        cluster.fabric.quarantine_s = 3.0
+        await enter(phase, cluster, 60)
+        await disaster(cluster)
+        cluster.faults.release()
+        await cluster.end()
+        await asyncio.sleep(4)
+        await cluster.check()
+
+
+@in_virtual_time
+async def test_blocks_of_a_failed_read_are_kept_while_the_request_goes_on() -> None:
+    async with MigratingCluster("a", "b") as cluster:
+        cluster.fabric.quarantine_s = 5.0
+        pool = cluster["b"].engine.batcher.pool
+        free = pool.num_free
+        await enter(tail, cluster, 200)
+        cluster.fabric.fail("a")
+        await asyncio.sleep(0.2)
+        assert cluster["a"].records[-1].refusal, "the migration has ended"
+        seen = len(cluster.routes["r"].ledger.token_ids)
+        await asyncio.sleep(0.2)
+        assert len(cluster.routes["r"].ledger.token_ids) > seen
+        assert pool.num_free < free
+        (problem,) = cluster["b"].coordinator.check_integrity()
+        assert "until no failed read writes to them" in problem
+        await asyncio.sleep(5)
+        assert pool.num_free == free
+        await cluster.check()
+
+
 @pytest.mark.parametrize("phase", RUNNING_PHASES)
 @pytest.mark.parametrize("async_scheduling", [False, True])
 @in_virtual_time

@@ -1,4 +1,4 @@
-"""The reader's thread over an agent that fails to order: order of chunks, resets, and who hears what when."""
+"""The reader's thread over an agent that fails to order: chunks, lost connections, quarantine, resets."""
 
 import asyncio
 import threading
@@ -11,7 +11,8 @@ import pytest
 from migration.transport import nixl_connections, nixl_reader
 from migration.transport.kv_transport import KvRegion
 from migration.transport.nixl_agent import Indices, NixlFailure
-from migration.transport.nixl_reader import NixlReader, ReadJob
+from migration.transport.nixl_reader import NixlReader
+from migration.transport.read_job import ReadJob
 from pd_serve.errors import PeerLostError
 
 BLOCKS = 100
@@ -25,6 +26,7 @@ class FakeNixl:
         stalled: Peers whose reads never end.
         broken: Peers whose reads fail when polled.
         unreachable: Peers that cannot be connected.
+        undying: Peers from which the agent cannot disconnect.
         slow: Whether reads end when polled and not when posted.
         log: ("open"|"close"|"disconnect"|"read", agent or peer, remote indices).
     """
@@ -33,7 +35,11 @@ class FakeNixl:
         self.stalled: set[str] = set()
         self.broken: set[str] = set()
         self.unreachable: set[str] = set()
+        self.undying: set[str] = set()
         self.no_agents = False
+        self.crash: BaseException | None = None
+        self.hang = threading.Event()
+        self.hang.set()
         self.slow = True
         self.log: list[tuple[str, str, list[int]]] = []
         self.open_agents: list[FakeAgent] = []
@@ -88,7 +94,14 @@ class FakeAgent:
     def disconnect(self, agent_name: str) -> None:
         assert not self.closed
         assert agent_name not in self.lists.values()
+        assert agent_name not in self.handles.values(), "reads of it must have been released"
+        if agent_name in self.nixl.undying:
+            raise NixlFailure("still in use")
         self.nixl.note("disconnect", agent_name)
+
+    def progress(self) -> None:
+        assert not self.closed
+        self.nixl.note("progress", self.name)
 
     def prepare(self, agent_name: str | None, regions: Sequence[KvRegion]) -> int:
         handle = self._new()
@@ -112,6 +125,9 @@ class FakeAgent:
 
     def is_done(self, handle: int) -> bool:
         assert not self.closed
+        self.nixl.hang.wait()
+        if self.nixl.crash is not None:
+            raise self.nixl.crash
         peer = self.handles[handle]
         if peer in self.nixl.broken:
             raise NixlFailure("disconnected")
@@ -132,6 +148,7 @@ def nixl(monkeypatch: pytest.MonkeyPatch) -> FakeNixl:
     fake = FakeNixl()
     monkeypatch.setattr(nixl_connections, "NixlAgent", fake.agent)
     monkeypatch.setattr(nixl_reader, "CHUNK_BYTES", 10 * 1024)  # ten blocks of one region
+    monkeypatch.setattr(nixl_reader, "QUARANTINE_S", 0.05)
     return fake
 
 
@@ -164,6 +181,7 @@ def _job(
         deadline=time.monotonic() + within_s,
         loop=loop,
         done=loop.create_future(),
+        quiet=loop.create_future(),
     )
 
 
@@ -213,7 +231,9 @@ async def test_host_and_device_regions_go_separately(nixl: FakeNixl) -> None:
     reader.close()
 
 
-async def test_broken_peer_is_reported_after_the_agent_is_gone(nixl: FakeNixl, reader: NixlReader) -> None:
+async def test_a_read_that_fails_costs_its_connection_and_not_the_agent(
+    nixl: FakeNixl, reader: NixlReader
+) -> None:
     nixl.broken = {"bad"}
     nixl.stalled = {"good"}  # under way when the other breaks
     good = _job("good", range(30))
@@ -223,6 +243,59 @@ async def test_broken_peer_is_reported_after_the_agent_is_gone(nixl: FakeNixl, r
     _start(reader, bad)
     with pytest.raises(PeerLostError, match="bad: disconnected"):
         await bad.done
+    assert not bad.quiet.done()
+    nixl.stalled = set()
+    await good.done
+    assert good.quiet.done()
+    chunks = [list(range(i, i + 10)) for i in (0, 10, 20)]
+    assert nixl.reads_of("good") == chunks, "each was read once"
+    await bad.quiet
+    opened = [who for what, who, _ in nixl.log if what in ("open", "close")]
+    assert opened == ["me/read-0"], "one agent, which lives on with its registered memory"
+    assert ("disconnect", "bad", []) in nixl.log
+
+
+async def test_blocks_of_a_lost_read_are_quiet_after_the_connection_has_been_driven_to_its_end(
+    nixl: FakeNixl, reader: NixlReader
+) -> None:
+    nixl.stalled = {"a"}
+    job = _job("a", within_s=0.05)
+    _start(reader, job)
+    with pytest.raises(PeerLostError, match="too long"):
+        await job.done
+    assert not job.quiet.done()
+    await job.quiet
+    after = [what for what, _, _ in nixl.log]
+    assert "progress" in after[after.index("disconnect") :]
+    assert "close" not in after
+
+
+async def test_all_reads_over_a_lost_connection_end(nixl: FakeNixl, reader: NixlReader) -> None:
+    """One that went on would be read again over the next connection, while the last one still writes."""
+    nixl.stalled = {"a"}
+    overdue, other = _job("a", within_s=0.05), _job("a", range(30))
+    _start(reader, overdue, other)
+    for job in (overdue, other):
+        with pytest.raises(PeerLostError, match="too long"):
+            await job.done
+    nixl.stalled = set()
+    again = _job("a")
+    _start(reader, again)
+    await again.done
+    assert again.quiet.done()
+
+
+async def test_a_connection_that_cannot_be_closed_costs_a_reset(nixl: FakeNixl, reader: NixlReader) -> None:
+    nixl.broken = nixl.undying = {"bad"}
+    nixl.stalled = {"good"}
+    good = _job("good", range(30))
+    _start(reader, good)
+    nixl.wait_for(lambda: len(nixl.reads_of("good")) == 2)
+    bad = _job("bad")
+    _start(reader, bad)
+    with pytest.raises(PeerLostError, match="bad: disconnected"):
+        await bad.done
+    await bad.quiet
     assert ("close", "me/read-0", []) in nixl.log
     nixl.stalled = set()
     await good.done
@@ -230,15 +303,6 @@ async def test_broken_peer_is_reported_after_the_agent_is_gone(nixl: FakeNixl, r
     chunks = [list(range(i, i + 10)) for i in (0, 10, 20)]
     assert nixl.reads_of("good") == [chunks[0], chunks[1], *chunks]
     assert [who for what, who, _ in nixl.log if what == "open"] == ["me/read-0", "me/read-1"]
-
-
-async def test_overdue_read_ends_after_the_agent_is_gone(nixl: FakeNixl, reader: NixlReader) -> None:
-    nixl.stalled = {"a"}
-    job = _job("a", within_s=0.05)
-    _start(reader, job)
-    with pytest.raises(PeerLostError, match="too long"):
-        await job.done
-    assert nixl.log[-1][:2] == ("close", "me/read-0")
 
 
 async def test_unreachable_peer_disturbs_nobody(nixl: FakeNixl, reader: NixlReader) -> None:
@@ -264,18 +328,70 @@ async def test_cancelled_read_posts_no_further_chunk(nixl: FakeNixl, reader: Nix
     assert not [entry for entry in nixl.log if entry[0] == "close"]
 
 
-async def test_cancelled_read_that_does_not_end_costs_a_reset(
+async def test_a_cancelled_read_that_does_not_end_goes_on_without_its_caller(
     nixl: FakeNixl, reader: NixlReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nixl_reader, "CANCEL_GRACE_S", 0.02)
     nixl.stalled = {"a"}
-    job = _job("a")
+    job, other = _job("a"), _job("a")
+    _start(reader, job, other)
+    nixl.wait_for(lambda: len(nixl.reads_of("a")) == 2)
+    job.cancelled.set()
+    with pytest.raises(PeerLostError):
+        await asyncio.wait_for(job.done, 1)
+    assert not job.quiet.done()
+    nixl.stalled = set()
+    await job.quiet
+    await other.done
+    assert not [what for what, _, _ in nixl.log if what in ("close", "disconnect")]
+
+
+async def test_a_cancelled_read_that_never_ends_is_bound_by_its_deadline(
+    nixl: FakeNixl, reader: NixlReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nixl_reader, "CANCEL_GRACE_S", 0.02)
+    nixl.stalled = {"a"}
+    job = _job("a", within_s=0.1)
     _start(reader, job)
     nixl.wait_for(lambda: bool(nixl.reads_of("a")))
     job.cancelled.set()
     with pytest.raises(PeerLostError):
-        await asyncio.wait_for(job.done, 1)
-    assert nixl.log[-1][0] == "close"
+        await job.done
+    await asyncio.wait_for(job.quiet, 5)
+    assert ("disconnect", "a", []) in nixl.log
+
+
+async def test_a_reader_that_ends_unforeseen_says_so(nixl: FakeNixl) -> None:
+    failures: list[BaseException] = []
+    reader = NixlReader("me", [HOST], failures.append)
+    nixl.stalled = {"a"}
+    nixl.crash = AssertionError("unforeseen")
+    job = _job("a")
+    _start(reader, job)
+    with pytest.raises(PeerLostError, match="closed"):
+        await job.done
+    assert failures == [nixl.crash]
+    with pytest.raises(PeerLostError, match="closed"):
+        reader.submit(_job("a"))
+    reader.close()
+
+
+async def test_close_does_not_wait_for_a_call_that_hangs(
+    nixl: FakeNixl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nixl_reader, "CLOSE_S", 0.05)
+    reader = NixlReader("me", [HOST])
+    nixl.stalled = {"a"}
+    nixl.hang.clear()
+    job = _job("a")
+    _start(reader, job)
+    nixl.wait_for(lambda: bool(nixl.reads_of("a")))
+    await asyncio.to_thread(reader.close)
+    assert not job.done.done()
+    nixl.hang.set()
+    with pytest.raises(PeerLostError, match="closed"):
+        await job.done
+    reader.close()
 
 
 async def test_peer_started_anew_replaces_the_old_one(nixl: FakeNixl, reader: NixlReader) -> None:
@@ -317,7 +433,7 @@ async def test_close_ends_what_is_under_way_and_what_waits(nixl: FakeNixl, reade
 
 
 async def test_reads_fail_while_no_agent_can_be_made(nixl: FakeNixl, reader: NixlReader) -> None:
-    nixl.broken = {"a"}
+    nixl.broken = nixl.undying = {"a"}
     nixl.no_agents = True
     for _ in range(2):
         job = _job("a")

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -30,7 +31,9 @@ def imports(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(
         instance_process, "import_engines", lambda: threads.append(threading.current_thread().name)
     )
-    monkeypatch.setattr("migration.transport.nixl.NixlTransport", LocalFabric().transport)
+    monkeypatch.setattr(
+        "migration.transport.nixl.NixlTransport", lambda name, on_failure: LocalFabric().transport(name)
+    )
     return threads
 
 
@@ -107,3 +110,32 @@ async def test_an_instance_that_has_to_move_requests_does_not_start_if_it_cannot
         info = await instance.start(config())
         assert info.engine.no_migration == "tensor parallelism"
         await instance.stop()
+
+
+async def test_a_dead_transport_ends_the_whole_process_and_nothing_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    made: list[Any] = []
+
+    class HangingTransport:
+        def __init__(self, name: str, on_failure: Callable[[BaseException], None]) -> None:
+            self.inner = LocalFabric().transport(name)
+            made.append(on_failure)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+        def close(self) -> None:
+            pytest.fail("would wait for the thread that hangs")
+
+    monkeypatch.setattr("migration.transport.nixl.NixlTransport", HangingTransport)
+    instance = Instance()
+    await instance.start(config())
+
+    await asyncio.to_thread(made[0], RuntimeError("the reader hangs"))
+
+    assert codes == [1]
+    monkeypatch.setattr(HangingTransport, "close", lambda self: None)
+    await instance.stop()
