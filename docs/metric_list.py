@@ -69,17 +69,19 @@ def _reported() -> Iterable[tuple[Metric, list[str]]]:
         InstanceLoad("decode-0", "decode", total_blocks=100, free_blocks=50),
         ProcessStats(1.0, 1.0, 1.0),
     )
-    stats = SchedulerStats(process, 1, {"drain": 1}, {"drain": 1})
+    errors = {"decode": 0}
+    stats = SchedulerStats(process, 1, {"drain": 1}, {"drain": 1}, message_errors=errors)
     scheduler, restart = SchedulerState("alive", "", None, 0), RestartState(False, "")
     report = ClusterReport(
         loads=[load],
         slots={"decode-0": 0},
-        stats={"decode-0": InstanceStats(process, 0, 0, 0, 0, 0, {"policy": 0})},
+        stats={"decode-0": InstanceStats(process, 0, 0, 0, 0, 0, errors, {"policy": 0})},
         stranded={},
         waiting=NO_DEMAND,
         num_running=0,
         num_unsent=0,
-        state=ClusterState([], scheduler, [], [], restart, [], scheduler_stats=stats),
+        state=ClusterState([], scheduler, [], [], restart, [], scheduler_stats=stats, message_errors=errors),
+        message_errors=errors,
     )
     for metric in ClusterMetrics(lambda: report).collect():
         yield metric, list(metric.samples[0].labels)

@@ -5,6 +5,12 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+#: Text of a metric that every process has.
+MESSAGE_ERRORS = (
+    "Messages that the process could not handle, by kind: they could not be decoded (decode), or their "
+    "handler, a remote call or a task failed (handler, call, task); should be 0."
+)
+
 #: Field of a report that counts up. Every field with a description is a metric; see
 #: `pd_serve.observe.cluster_metrics`.
 COUNTER = {"kind": "counter"}
@@ -44,6 +50,9 @@ class SchedulerStats(msgspec.Struct, frozen=True):
         ),
     ]
     problems: list[str] = []
+    message_errors: Annotated[
+        dict[str, int], Meta(description=MESSAGE_ERRORS, extra=COUNTER | {"label": "kind"})
+    ] = {}
 
 
 class SchedulerState(msgspec.Struct, frozen=True):
@@ -98,6 +107,7 @@ class ClusterState(msgspec.Struct, frozen=True, tag=True):
         decisions: The latest decisions, newest first.
         scheduler_stats: Last metrics of the scheduler; None while there is no scheduler.
         problems: Failures of the manager's message handlers, one text each.
+        message_errors: Messages that the manager could not handle, by kind.
         wanted: Number of instances that there should be at least, by role.
     """
 
@@ -110,3 +120,4 @@ class ClusterState(msgspec.Struct, frozen=True, tag=True):
     scheduler_stats: SchedulerStats | None = None
     problems: list[str] = []
     wanted: dict[str, int] = {}
+    message_errors: dict[str, int] = {}

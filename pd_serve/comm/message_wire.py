@@ -9,7 +9,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +18,9 @@ OnMessage = Callable[[str, Any, Sequence[bytes]], None]
 
 #: Takes the frames of a message without decoding them.
 OnFrames = Callable[[list[Any]], None]
+
+#: What has failed: decoding a message, its handler, a remote call, or a task that a handler has started.
+FailureKind = Literal["decode", "handler", "call", "task"]
 
 #: Number of kinds of failures with a count of their own; all others share one count.
 MAX_KINDS = 100
@@ -67,13 +70,17 @@ class HandlerFailures:
     """Counts messages that could not be decoded or whose handler failed. Each is a bug.
 
     The process continues, and `GET /cluster/integrity` lists the failures.
+
+    Attributes:
+        by_kind: Number of failures by `FailureKind`, for metrics.
     """
 
     def __init__(self, process: str) -> None:
         self._process = process
         self._counts: Counter[str] = Counter()
+        self.by_kind: Counter[str] = Counter(dict.fromkeys(get_args(FailureKind), 0))
 
-    def record(self, what: str, error: BaseException) -> None:
+    def record(self, what: str, error: BaseException, failure: FailureKind = "handler") -> None:
         """Counts and logs a failure.
 
         Args:
@@ -83,11 +90,12 @@ class HandlerFailures:
         if kind not in self._counts and len(self._counts) >= MAX_KINDS:
             kind = "further failures in message handlers"
         self._counts[kind] += 1
+        self.by_kind[failure] += 1
         logger.error("%s: %s failed", self._process, what, exc_info=error)
 
     def task_failed(self, error: BaseException) -> None:
         """Counts the failure of a task that a message handler has started."""
-        self.record("a background task", error)
+        self.record("a background task", error, "task")
 
     def __len__(self) -> int:
         return self._counts.total()

@@ -24,7 +24,7 @@ from migration.messages import (
     Withdraw,
 )
 from migration.record import MigrationRecord
-from pd_serve.comm.cluster_state import COUNTER, ClusterState, ProcessStats, SchedulerStats
+from pd_serve.comm.cluster_state import COUNTER, MESSAGE_ERRORS, ClusterState, ProcessStats, SchedulerStats
 from pd_serve.comm.membership import Join, Membership
 from pd_serve.comm.requests import Call
 from pd_serve.comm.rpc import Answer
@@ -182,6 +182,9 @@ class InstanceStats(msgspec.Struct, frozen=True):
     protocol_errors: Annotated[
         int, Meta(description="Invalid messages, and failed message handlers; should be 0.", extra=COUNTER)
     ]
+    message_errors: Annotated[
+        dict[str, int], Meta(description=MESSAGE_ERRORS, extra=COUNTER | {"label": "kind"})
+    ] = {}
     refused_orders: Annotated[
         dict[str, int],
         Meta(

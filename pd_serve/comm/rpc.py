@@ -150,10 +150,10 @@ class RpcServer:
         except TimeoutError:
             answer = Answer(call_id, None, "no answer in time", EngineDeadError.__name__)
         except Exception as error:
-            self._wire.failures.record(f"serving {type(request).__name__} to {sender}", error)
+            self._wire.failures.record(f"serving {type(request).__name__} to {sender}", error, "call")
             answer = Answer(call_id, None, f"{type(error).__name__}: {error}", EngineDeadError.__name__)
         try:
             self._wire.send(sender, answer)
         except TypeError as error:  # the result cannot be encoded
-            self._wire.failures.record(f"answering {type(request).__name__} of {sender}", error)
+            self._wire.failures.record(f"answering {type(request).__name__} of {sender}", error, "call")
             self._wire.send(sender, Answer(call_id, None, f"{error}", EngineDeadError.__name__))

@@ -106,7 +106,7 @@ class Wire:
             try:
                 sender, message = frames[0].decode(), decode(frames[1])
             except (msgspec.MsgspecError, UnicodeDecodeError, IndexError) as error:
-                return self.failures.record("decoding a message", error)
+                return self.failures.record("decoding a message", error, "decode")
             try:
                 on_message(sender, message, frames[2:])
             except Exception as error:

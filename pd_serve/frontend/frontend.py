@@ -271,6 +271,7 @@ class Frontend:
             num_running=len(self.requests.requests),
             num_unsent=len(self._wire.unsent),
             state=self._manager.state,
+            message_errors=dict(self._wire.failures.by_kind),
             immovable={i.instance_id for i in self.instances if i.engine.no_migration is not None},
         )
 

@@ -126,6 +126,7 @@ class LoadReporter:
             bytes_received=coordinator.bytes_received,
             unsent_messages=len(self._wire.unsent),
             protocol_errors=coordinator.protocol_errors + len(self._wire.failures),
+            message_errors=dict(self._wire.failures.by_kind),
             refused_orders=dict(self.refused_orders),
         )
 

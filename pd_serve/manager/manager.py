@@ -256,6 +256,7 @@ class Manager:
             scheduler_stats=self._scheduler.stats,
             problems=self._wire.failures.problems(),
             wanted=self._sizes.least,
+            message_errors=dict(self._wire.failures.by_kind),
         )
 
     # ---- messages

@@ -18,7 +18,7 @@ import msgspec
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from pd_serve.comm.cluster_state import SchedulerStats
+from pd_serve.comm.cluster_state import MESSAGE_ERRORS, SchedulerStats
 from pd_serve.comm.messages import InstanceStats
 from pd_serve.observe.cluster_report import ClusterReport
 from router.freeness import fragmented_blocks, freeness, virtual_usage
@@ -142,6 +142,17 @@ class ClusterMetrics(Collector):
             sizes.add_metric([role], wanted.get(role, 0))
             ready.add_metric([role], sum(load.role == role for load in loads))
         yield from (sizes, ready)
+        state = report.state
+        for process, errors in (
+            ("api_server", report.message_errors),
+            ("manager", state.message_errors if state is not None else {}),
+        ):
+            failed = CounterMetricFamily(
+                f"pd_serve_{process}_message_errors", MESSAGE_ERRORS, labels=["kind"]
+            )
+            for kind, number in errors.items():
+                failed.add_metric([kind], number)
+            yield failed
         yield GaugeMetricFamily(
             "pd_serve_fragmented_blocks",
             "Free KV blocks that would suffice for queued requests if they were on one instance.",

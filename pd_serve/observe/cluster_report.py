@@ -1,7 +1,7 @@
 """What one API server knows of the cluster at a moment; `/metrics` is made from it."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pd_serve.comm.cluster_state import ClusterState
 from pd_serve.comm.messages import InstanceStats
@@ -20,6 +20,7 @@ class ClusterReport:
     waiting: Requests of this API server that are bound to no instance yet.
     num_running: Requests of this API server in progress.
     num_unsent: Messages of this API server that could not be sent.
+    message_errors: Messages that this API server could not handle, by kind.
     state: What the manager has last told; None before it has.
     """
 
@@ -32,3 +33,4 @@ class ClusterReport:
     num_unsent: int
     state: ClusterState | None
     immovable: Collection[str] = ()
+    message_errors: Mapping[str, int] = field(default_factory=dict)

@@ -195,7 +195,14 @@ class SchedulerProcess:
         """For metrics."""
         reporting = len(self._members.instances) - len(self._unreported)
         problems = self._wire.failures.problems()
-        return SchedulerStats(process_stats(), reporting, dict(self._moves), dict(self._scaling), problems)
+        return SchedulerStats(
+            process_stats(),
+            reporting,
+            dict(self._moves),
+            dict(self._scaling),
+            problems,
+            dict(self._wire.failures.by_kind),
+        )
 
     def _report(self, *decisions: Decision, stats: SchedulerStats | None = None) -> None:
         self._wire.send(MANAGER, SchedulerReport(list(decisions), stats))

@@ -77,3 +77,12 @@ def test_a_peer_that_does_not_read_is_logged_once_and_every_dropped_message_is_c
         "b does not read: a int is dropped",
         "c does not read: a str is dropped",
     ]
+
+
+def test_metrics_have_the_number_of_failures_by_kind() -> None:
+    failures = HandlerFailures("p0")
+    failures.record("decoding a message", ValueError("x"), "decode")
+    failures.record("handling a Join from api", KeyError("x"))
+    failures.task_failed(KeyError("x"))
+
+    assert failures.by_kind == {"decode": 1, "handler": 1, "call": 0, "task": 1}

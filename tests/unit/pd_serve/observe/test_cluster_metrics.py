@@ -39,13 +39,23 @@ class World:
         self.stats: dict[str, InstanceStats] = {}
         self.stranded: dict[str, int] = {}
         self.immovable: set[str] = set()
+        self.message_errors: dict[str, int] = {}
         self.state: ClusterState | None = None
         self.registry = CollectorRegistry()
         self.registry.register(ClusterMetrics(self.report))
 
     def report(self) -> ClusterReport:
         return ClusterReport(
-            self.loads, self.slots, self.stats, self.stranded, Demand(3, 99), 5, 2, self.state, self.immovable
+            self.loads,
+            self.slots,
+            self.stats,
+            self.stranded,
+            Demand(3, 99),
+            5,
+            2,
+            self.state,
+            self.immovable,
+            self.message_errors,
         )
 
     def value(self, name: str, **labels: str) -> float | None:
@@ -123,6 +133,19 @@ def test_an_instance_whose_engine_cannot_move_requests_is_exported() -> None:
 
     assert world.value("instance_migration_enabled", instance="p0", role="prefill") == 0
     assert world.value("instance_migration_enabled", instance="d0", role="decode") == 1
+
+
+def test_message_errors_of_every_process_are_exported_by_kind() -> None:
+    world = World()
+    errors = {"decode": 2, "call": 1}
+    world.message_errors = errors
+    world.state = state(SchedulerStats(PROCESS, 2, {}, {}, message_errors=errors), message_errors=errors)
+    world.stats["d0"] = InstanceStats(PROCESS, 0, 0, 0, 0, 0, message_errors=errors)
+
+    for process in ("api_server", "manager", "scheduler"):
+        assert world.value(f"{process}_message_errors_total", kind="decode") == 2
+    labels = {"instance": "d0", "role": "decode"}
+    assert world.value("instance_message_errors_total", kind="call", **labels) == 1
 
 
 def test_statistics_of_an_instance_are_exported_until_it_leaves() -> None:
