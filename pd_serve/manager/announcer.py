@@ -83,9 +83,12 @@ class Announcer:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(HEARTBEAT_S):
                     await self._changed.wait()
-            self._drop_expired_api_servers()
             self._changed.clear()
-            self._send()
+            try:
+                self._drop_expired_api_servers()
+                self._send()
+            except Exception as error:  # whatever it is: the others need the next heartbeat
+                self._wire.failures.record("announcing the membership", error)
 
     def _drop_expired_api_servers(self) -> None:
         for name in self._leases.expired():

@@ -178,20 +178,25 @@ class Manager:
         self._changed()
 
     async def _watch_instances(self) -> None:
-        """Ends instances whose lease has expired: after it, a suspended process must not continue. Starts
-        what the pools lack, whatever the reason."""
-        while True:
+        while not self._closed:
             await asyncio.sleep(HEARTBEAT_S)
-            silent = self.register.silent()
-            if silent and not await self.keep_notes():
-                return
-            for instance_id in silent:
-                silence = f"{instance_id} has reported nothing for {INSTANCE_LEASE_S:.0f} s"
-                self._notices.warn(f"{silence} and is ended; its requests are recomputed elsewhere")
-                self._lose(instance_id)
-                self._tasks.start(self._launcher.stop_instance(instance_id))
-            if not self._closed:
-                self._sizes.keep("its pool is too small")
+            try:
+                await self._end_silent()
+                if not self._closed:
+                    self._sizes.keep("its pool is too small")
+            except Exception as error:  # whatever it is: the instances have to be watched
+                self._wire.failures.record("watching the instances", error)
+
+    async def _end_silent(self) -> None:
+        """Ends instances whose lease has expired: after it, a suspended process must not continue."""
+        silent = self.register.silent()
+        if silent and not await self.keep_notes():
+            return
+        for instance_id in silent:
+            silence = f"{instance_id} has reported nothing for {INSTANCE_LEASE_S:.0f} s"
+            self._notices.warn(f"{silence} and is ended; its requests are recomputed elsewhere")
+            self._lose(instance_id)
+            self._tasks.start(self._launcher.stop_instance(instance_id))
 
     def _on_scheduler_started(self, address: str) -> None:
         self._wire.connect(SCHEDULER, address)

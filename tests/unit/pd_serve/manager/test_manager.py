@@ -36,6 +36,25 @@ async def test_a_silent_instance_is_ended_and_replaced() -> None:
 
 
 @in_virtual_time
+async def test_the_instances_are_watched_on_when_a_call_of_the_platform_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with a_world() as world:
+        await asyncio.sleep(100)
+        keep_notes = world.launcher.keep_notes
+
+        async def fails(notes: ManagerNotes) -> int:
+            monkeypatch.setattr(world.launcher, "keep_notes", keep_notes)
+            raise OSError("no connection")
+
+        monkeypatch.setattr(world.launcher, "keep_notes", fails)
+        world.silent.add("decode-0")
+        await asyncio.sleep(INSTANCE_LEASE_S + START_S + 5)
+        assert world.names == ["decode-1", "decode-2", "prefill-0"]
+        assert "no connection" in world.manager.state().problems[0]
+
+
+@in_virtual_time
 async def test_an_instance_that_is_lost_twice_is_replaced_once() -> None:
     async with a_world() as world:
         await asyncio.sleep(100)
