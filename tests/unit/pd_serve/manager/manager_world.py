@@ -134,7 +134,7 @@ class World:
         self.fewest = 3
         self._draining: dict[str, bool] = {}
         self._roles: dict[str, str] = {}
-        self._obeyed = 0
+        self._obeyed = self._calls = 0
         config = ManagerConfig(
             model="tiny",
             instances={"prefill": 1, "decode": 2, "neutral": 0},
@@ -201,7 +201,8 @@ class World:
 
     async def call(self, request: AnyRequest, caller: str = "api") -> Any:
         """What the manager answers. Raises its error."""
-        self.wire.hear(caller, Call("call", request))
+        self._calls += 1
+        self.wire.hear(caller, Call(f"call-{self._calls}", request))
         answers = len(self.sent(Answer, caller))
         while len(self.sent(Answer, caller)) == answers:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
