@@ -167,18 +167,6 @@ class MigrationCoordinator:
         if (migration := self._by_request.get(request_id)) is not None:
             migration.on_event(SourceEvent.CANCELLED, Refusal(RefusalCode.CANCELLED, why))
 
-    async def drop_arriving(self, request_id: RequestId) -> None:
-        """Ends migrations of a request to here, before the request is recomputed here.
-
-        Returns when no migration holds anything of it.
-        """
-        arriving = [m for m in self._incoming.values() if m.request_id == request_id and m.holds_resources]
-        refusal = Refusal(RefusalCode.SUPERSEDED, "the request comes here by a recompute")
-        for migration in arriving:
-            migration.on_event(DestinationEvent.WITHDRAWN, refusal)
-        for migration in arriving:
-            await migration.ended.wait()
-
     def peer_lost(self, peer: InstanceId) -> None:
         """A peer is known to be dead (not merely silent)."""
         self._instance.transport.forget(peer)

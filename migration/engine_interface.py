@@ -105,8 +105,9 @@ class EngineEvents:
 class Engine(Protocol):
     """An inference engine that can move running requests to another engine.
 
-    All calls come from one event loop. They are carried out in order, each between two engine steps. The
-    engine reports its load, finished requests and its own failure by the `EngineEvents` that it is made with.
+    All calls come from one event loop. They are carried out in order, each between two engine steps. A
+    request is here once at most, copies that arrive excepted: the copy of the highest epoch. The engine
+    reports its load, finished requests and its own failure by the `EngineEvents` that it is made with.
     """
 
     @property
@@ -134,13 +135,20 @@ class Engine(Protocol):
         epoch: int = 0,
         output_token_ids: list[int] | None = None,
         handoff: bool = False,
-    ) -> None:
-        """Queues a request. With output tokens, continues it by recomputing (its former owner died)."""
+    ) -> bool:
+        """Queues a request. With output tokens, continues it by recomputing (its former owner died).
+
+        An older copy of the request, of a lower epoch, ends.
+
+        Returns: whether it was queued. If not, a copy of this or a higher epoch is here, which stays.
+        """
 
     async def abort(self, request_ids: list[RequestId], below_epoch: int | None = None) -> list[RequestId]:
         """Ends requests without output, if owned under an epoch below the given one.
 
-        Returns: those that were not known here.
+        Their ends are reported before it returns.
+
+        Returns: those that are not here, or only on their way.
         """
 
     # as a source
@@ -185,7 +193,10 @@ class Engine(Protocol):
         """
 
     async def commit(self, migration_id: MigrationId, state: FinalState) -> None:
-        """The request enters the batch at the next step. Raises: DestinationRefusedError."""
+        """The request enters the batch at the next step, and ends an older copy of it.
+
+        Raises: DestinationRefusedError: among others SUPERSEDED, a copy of this or a higher epoch is here.
+        """
 
     async def drop(self, migration_id: MigrationId) -> None:
         """Undoes what this migration brought: frees a reservation, ends a committed request silently."""

@@ -27,7 +27,6 @@ class RefusalCode(StrEnum):
     FINISHED = auto()  # the request ended, or its client left
     GRAMMAR = auto()  # the destination cannot continue the request's structured output
     INCOMPATIBLE = auto()  # model, version or KV layout differ
-    JUST_LEFT = auto()  # the request left the destination in the present step
     NO_BATCH_SLOT = auto()  # the destination's batch is full
     NO_FREE_BLOCKS = auto()  # the destination's KV cache is full
     NOT_HERE = auto()  # the source does not have the request: it has ended, or moved on
@@ -35,7 +34,7 @@ class RefusalCode(StrEnum):
     PEER_LOST = auto()  # an instance, or the path to its memory, is gone
     PREEMPTED = auto()  # by its source, while it was being copied
     STOPPING = auto()  # the source shuts down
-    SUPERSEDED = auto()  # the destination gets the request by a recompute
+    SUPERSEDED = auto()  # the destination has a newer copy of the request
     TIMED_OUT = auto()  # a bound of the protocol has passed
     TOO_LONG = auto()  # prompt and max_tokens exceed the destination's maximum length
     TOO_MANY_MIGRATIONS = auto()  # at the source or the destination, at a time

@@ -7,7 +7,7 @@ that thread too, so that a token's way out does not wait for the event loop.
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 from vllm.config import VllmConfig
@@ -32,7 +32,7 @@ from migration.vllm_engine.engine_load import read_held_blocks, read_load
 from migration.vllm_engine.live_requests import LiveRequest, LiveRequests, OutputSink
 from migration.vllm_engine.migrating_scheduler import MigratingScheduler, StageWaiter, Suspended
 from migration.vllm_engine.request_loader import RequestLoader
-from migration.vllm_engine.scheduler_integrity import check_scheduler
+from migration.vllm_engine.scheduler_integrity import check_engine
 from migration.vllm_engine.step_loop import StepLoop
 
 T = TypeVar("T")
@@ -97,43 +97,41 @@ class VllmEngine:
         epoch: int = 0,
         output_token_ids: list[int] | None = None,
         handoff: bool = False,
-    ) -> None:
-        request = self._loader.decode(payload)
+    ) -> bool:
+        request_id, request = self._loader.decode(payload)
         done = output_token_ids or []
 
-        def add() -> None:
+        def add() -> bool:
             if done:
                 self._check_migration()
                 self._loader.replay(request, done)
+            if not self._end_below(request_id, epoch):
+                return False
+            if done:
                 self.scheduler.continue_by_recompute(request)
                 self._loader.install(request, 0, None)
             else:
                 self.core.add_request(request)
-            self._live[request.request_id] = LiveRequest(payload, client, epoch, len(done), request)
+            live = LiveRequest(request_id, payload, client, epoch, len(done), request)
+            self._live.enters(request.request_id, live)
             if handoff and self.no_migration is None and compatibility.unmovable(request) is None:
                 self.scheduler.handoff_ids.add(request.request_id)
+            return True
 
         if done:
             await self._loader.compile_grammar(request)
-        await self._steps.call(add)
+        return await self._steps.call(add)
 
     async def abort(self, request_ids: list[RequestId], below_epoch: int | None = None) -> list[RequestId]:
         def abort() -> list[RequestId]:
-            known = [rid for rid in request_ids if rid in self.core.scheduler.requests]
-            ended = [rid for rid in known if below_epoch is None or self._live[rid].epoch < below_epoch]
-            self.core.abort_requests(ended)
-            self._forget(ended)
-            return [rid for rid in request_ids if rid not in known]
+            known = {rid: stay for rid in request_ids if (stay := self._live.stay_of(rid)) is not None}
+            self._end([s for s in known.values() if below_epoch is None or self._live[s].epoch < below_epoch])
+            return [request_id for request_id in request_ids if request_id not in known]
 
         return await self._steps.call(abort)
 
     async def abort_client(self, client: str) -> None:
-        def abort() -> None:
-            ids = list(self._live.of_client(client))
-            self.core.abort_requests(ids)
-            self._forget(ids)
-
-        await self._steps.call(abort)
+        await self._steps.call(lambda: self._end(self._live.stays(client)))
 
     # ---- source
 
@@ -142,7 +140,7 @@ class VllmEngine:
             if self.no_migration is not None:
                 return []
             return [
-                RunningRequest(RequestId(r.request_id), r.priority, r.num_tokens, float(rank))
+                RunningRequest(self._live[r.request_id].request_id, r.priority, r.num_tokens, float(rank))
                 for rank, r in enumerate(self.scheduler.running)
                 if r.num_output_tokens and not r.is_prefill_chunk and compatibility.unmovable(r) is None
             ]
@@ -152,22 +150,11 @@ class VllmEngine:
     async def describe(self, request_id: RequestId) -> RequestDescription:
         def describe() -> RequestDescription:
             self._check_migration()
-            request = self.scheduler.running_request(request_id)
+            request = self.scheduler.running_request(self._live.stay_of(request_id))
             if (why := compatibility.unmovable(request)) is not None:
                 text = f"a request with {why} cannot move"
                 raise DestinationRefusedError(RefusalCode.UNSUPPORTED_REQUEST, text)
-            live = self._live[request_id]
-            return RequestDescription(
-                request_id=request_id,
-                payload=live.payload,
-                client=live.client,
-                epoch=live.epoch,
-                incarnation=request.num_preemptions,
-                output_token_ids=list(request.output_token_ids),
-                num_prompt_tokens=request.num_prompt_tokens,
-                max_total_tokens=request.num_prompt_tokens + request.max_tokens,
-                compatibility=self.compatibility,
-            )
+            return self._live[request.request_id].describe(self.compatibility)
 
         return await self._steps.call(describe)
 
@@ -182,22 +169,28 @@ class VllmEngine:
                 result = self._final_state(result)  # type: ignore[assignment]
             self._steps.settle(future, result)
 
-        waiter = StageWaiter(request_id, incarnation, blocks_done, suspend, answer)
-        self._steps.submit(lambda: self.scheduler.wait_for_stage(waiter))
+        def wait() -> None:
+            if (stay_id := self._live.stay_of(request_id)) is None:
+                answer(SourceGoneError(RefusalCode.FINISHED, "the request has finished"))
+            else:
+                self.scheduler.wait_for_stage(StageWaiter(stay_id, incarnation, blocks_done, suspend, answer))
+
+        self._steps.submit(wait)
         return await future
 
     async def resume(self, request_id: RequestId, epoch: int) -> None:
         def resume() -> None:
-            self.scheduler.resume(request_id)
-            if (live := self._live.get(request_id)) is not None:
-                live.epoch = max(live.epoch, epoch)
+            if (stay_id := self._live.stay_of(request_id)) is not None:
+                self.scheduler.resume(stay_id)
+                self._live[stay_id].epoch = max(self._live[stay_id].epoch, epoch)
 
         await self._steps.call(resume)
 
     async def release(self, request_id: RequestId) -> None:
         def release() -> None:
-            if self.scheduler.release(request_id):
-                self._live.pop(request_id, None)
+            stay_id = self._live.stay_of(request_id)
+            if stay_id is not None and self.scheduler.release(stay_id):
+                self._live.ends(stay_id)
 
         await self._steps.call(release)
 
@@ -212,7 +205,7 @@ class VllmEngine:
             text = f"{request.max_total_tokens} tokens do not fit this instance's {most}"
             raise DestinationRefusedError(RefusalCode.TOO_LONG, text)
         try:
-            arriving = self._loader.decode(request.payload)
+            request_id, arriving = self._loader.decode(request.payload)
         except (msgspec.MsgspecError, ValueError, TypeError, LookupError) as error:
             text = f"the request cannot be read: {error}"
             raise DestinationRefusedError(RefusalCode.UNSUPPORTED_REQUEST, text) from error
@@ -221,9 +214,8 @@ class VllmEngine:
         def reserve() -> Reservation:
             self._loader.replay(arriving, request.output_token_ids)
             blocks, present = self.scheduler.reserve(migration_id, arriving)
-            self._live[arriving.request_id] = LiveRequest(
-                request.payload, request.client, request.epoch, 0, arriving, arriving=True
-            )
+            live = LiveRequest(request_id, request.payload, request.client, request.epoch, 0, arriving)
+            self._live.arrives(arriving.request_id, live)
             return Reservation(blocks, present)
 
         return await self._steps.call(reserve)
@@ -238,19 +230,19 @@ class VllmEngine:
             if live is None:
                 raise DestinationRefusedError(RefusalCode.FINISHED, "the request's client has gone")
             self._loader.replay(arriving, state.output_token_ids[arriving.num_output_tokens :])
+            if not self._end_below(live.request_id, state.epoch + 1):
+                raise DestinationRefusedError(RefusalCode.SUPERSEDED, "a newer copy of the request is here")
             request = self.scheduler.commit(migration_id, state.num_computed_tokens)
             live.epoch, live.emitted = state.epoch + 1, len(state.output_token_ids)
-            live.arriving = False
+            self._live.enters(request.request_id, live)
             self._loader.install(request, state.num_computed_tokens, state.rng_state)
 
         await self._steps.call(commit)
 
     async def drop(self, migration_id: MigrationId) -> None:
         def drop() -> None:
-            arriving = self.scheduler.migration.arriving.get(migration_id)
-            request_id = arriving.request_id if arriving is not None else None
-            committed_id = self.scheduler.drop(migration_id)
-            self._live.pop(request_id or committed_id or "", None)
+            if (stay_id := self.scheduler.drop(migration_id)) is not None:
+                self._live.ends(stay_id)
 
         await self._steps.call(drop)
 
@@ -258,18 +250,7 @@ class VllmEngine:
 
     async def check_integrity(self) -> list[str]:
         def check() -> list[str]:
-            known = set(self.core.scheduler.requests)
-            problems = []
-            if self.no_migration is None:
-                problems += check_scheduler(self.scheduler)
-                known |= {r.request_id for r in self.scheduler.migration.arriving.values()}
-            if lost := set(self._live) - known:
-                problems.append(f"bookkeeping for requests that are gone: {sorted(lost)}")
-            if not known and not self.core.scheduler.has_requests():
-                kept = self.core.collective_rpc(worker.num_requests)[0]
-                if kept:
-                    problems.append(f"the model runner keeps state of {kept} requests at rest")
-            return problems
+            return check_engine(self.core, set(self._live.stays()), migrates=self.no_migration is None)
 
         return await self._steps.call(check)
 
@@ -280,12 +261,15 @@ class VllmEngine:
         await self._steps.call(lambda: self._live.resend(asked, self._sink))
 
     async def live_requests(self, client: str | None = None) -> list[RequestId]:
-        return await self._steps.call(
-            lambda: [RequestId(request_id) for request_id in self._live.of_client(client)]
-        )
+        return await self._steps.call(lambda: self._live.request_ids(self._live.stays(client)))
 
     async def held_blocks(self) -> list[HeldBlocks]:
-        return await self._steps.call(lambda: read_held_blocks(self.core.scheduler))
+        return await self._steps.call(
+            lambda: [
+                held._replace(request_id=self._live[held.request_id].request_id)
+                for held in read_held_blocks(self.core.scheduler)
+            ]
+        )
 
     async def utility(self, method: str, *arguments: object) -> object:
         if method not in compatibility.UTILITIES:
@@ -303,7 +287,9 @@ class VllmEngine:
         self._loader = RequestLoader(self.core)
         if self.no_migration is None:
             on_prefill_started = self._events.on_prefill_started
-            self.scheduler.on_prefill_started = lambda ids: self._steps.notify(on_prefill_started, ids)
+            self.scheduler.on_prefill_started = lambda stay_ids: self._steps.notify(
+                on_prefill_started, self._live.request_ids(stay_ids)
+            )
         return self.core
 
     def _at_boundary(self) -> None:
@@ -316,10 +302,24 @@ class VllmEngine:
         if ended := self._live.emit(outputs, self._sink):
             self._forget(ended)
 
-    def _forget(self, ended: list[Any]) -> None:
-        for request_id in ended:
-            self._live.pop(request_id, None)
-        self._steps.notify(self._events.on_requests_ended, ended)
+    def _end(self, stay_ids: list[str]) -> None:
+        self.core.abort_requests(stay_ids)
+        self._forget(stay_ids)
+
+    def _end_below(self, request_id: RequestId, epoch: int) -> bool:
+        """Ends an older copy of a request. Returns False if the one here is not older."""
+        if (stay_id := self._live.stay_of(request_id)) is None:
+            return True
+        if self._live[stay_id].epoch >= epoch:
+            return False
+        self._end([stay_id])
+        return True
+
+    def _forget(self, ended: list[str]) -> None:
+        request_ids = self._live.request_ids(ended)
+        for stay_id in ended:
+            self._live.ends(stay_id)
+        self._steps.notify(self._events.on_requests_ended, request_ids)
 
     def _report_load(self) -> None:
         self._last_load_at = time.monotonic()

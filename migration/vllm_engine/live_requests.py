@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from vllm.v1.request import Request
 
 from migration.ended_requests import EndedRequests
 from migration.engine_interface import HeldByClient, HeldRequest
-from migration.messages import RequestId
+from migration.messages import RequestDescription, RequestId
 
 #: (request's ownership epoch, index of the first new token), one per output, in the outputs' order.
 TokenSpan = tuple[int, int]
@@ -20,7 +20,7 @@ OutputSink = Callable[[str, EngineCoreOutputs, list[TokenSpan]], None]
 
 @dataclass(slots=True)
 class LiveRequest:
-    """A request in an engine.
+    """One stay of a request in an engine.
 
     Attributes:
         payload: The request as the API server sent it, to be sent on unchanged.
@@ -28,45 +28,93 @@ class LiveRequest:
         epoch: Ownership epoch; tokens carry it.
         emitted: Output tokens sent to the client so far, by any instance: the index of the next one.
         request: vLLM's state of it.
-        arriving: A migration brings it, and has not been committed.
     """
 
+    request_id: RequestId
     payload: list[bytes]
     client: str
     epoch: int
     emitted: int
     request: Request
-    arriving: bool = False
+
+    def describe(self, compatibility: dict[str, str]) -> RequestDescription:
+        """What a destination needs; `compatibility` is what has to be equal there."""
+        return RequestDescription(
+            request_id=self.request_id,
+            payload=self.payload,
+            client=self.client,
+            epoch=self.epoch,
+            incarnation=self.request.num_preemptions,
+            output_token_ids=list(self.request.output_token_ids),
+            num_prompt_tokens=self.request.num_prompt_tokens,
+            max_total_tokens=self.request.num_prompt_tokens + self.request.max_tokens,
+            compatibility=compatibility,
+        )
 
 
-class LiveRequests(dict[str, LiveRequest]):
-    """Requests by id. Belongs to the step thread."""
+class LiveRequests:
+    """All stays in an engine, by the id that vLLM knows each by. Belongs to the step thread.
+
+    A request may leave and come back within one engine step. vLLM's ids are unique, so each stay has an id
+    of its own (`RequestLoader.decode`), which outputs are translated from.
+    """
 
     def __init__(self) -> None:
-        super().__init__()
+        self._by_stay: dict[str, LiveRequest] = {}  # arriving ones included
+        self._here: dict[RequestId, str] = {}  # arriving ones excluded
         self._ended = EndedRequests(time.monotonic)
 
-    def of_client(self, client: str | None) -> Iterator[str]:
-        """Ids of one client's requests, or of all."""
-        return (request_id for request_id, live in self.items() if client in (None, live.client))
+    def __getitem__(self, stay_id: str) -> LiveRequest:
+        return self._by_stay[stay_id]
+
+    def get(self, stay_id: str) -> LiveRequest | None:
+        return self._by_stay.get(stay_id)
+
+    def arrives(self, stay_id: str, live: LiveRequest) -> None:
+        """A request is on its way here."""
+        self._by_stay[stay_id] = live
+
+    def enters(self, stay_id: str, live: LiveRequest) -> None:
+        """A request is here from now on; an older stay of it has ended."""
+        self._by_stay[stay_id] = live
+        self._here[live.request_id] = stay_id
+
+    def ends(self, stay_id: str) -> None:
+        """Idempotent."""
+        live = self._by_stay.pop(stay_id, None)
+        if live is not None and self._here.get(live.request_id) == stay_id:
+            del self._here[live.request_id]
+
+    def stay_of(self, request_id: RequestId) -> str | None:
+        """The id of a request that is here; None if it is not, or only on its way."""
+        return self._here.get(request_id)
+
+    def stays(self, client: str | None = None) -> list[str]:
+        """Ids of all stays of one client's requests, or of all."""
+        return [stay_id for stay_id, live in self._by_stay.items() if client in (None, live.client)]
+
+    def request_ids(self, stay_ids: list[str]) -> list[RequestId]:
+        return [self._by_stay[stay_id].request_id for stay_id in stay_ids]
 
     def emit(self, outputs: dict[int, EngineCoreOutputs], sink: OutputSink) -> list[str]:
-        """Sends a step's outputs to their clients. Returns the requests that have finished."""
+        """Sends a step's outputs to their clients. Returns the stays that have finished."""
         by_client: dict[str, tuple[list[EngineCoreOutput], list[TokenSpan]]] = defaultdict(lambda: ([], []))
         finished = []
         stats = None
         for batch in outputs.values():
             stats = batch.scheduler_stats or stats
             for output in batch.outputs:
-                live = self.get(output.request_id)
+                stay_id = output.request_id
+                live = self._by_stay.get(stay_id)
                 if live is None:
                     continue
+                output.request_id = live.request_id
                 items, spans = by_client[live.client]
                 items.append(output)
                 spans.append((live.epoch, live.emitted))
                 live.emitted += len(output.new_token_ids)
                 if output.finish_reason is not None:
-                    finished.append(output.request_id)
+                    finished.append(stay_id)
                     if _has_only_tokens(live.request):
                         self._keep(live, output)
         for client, (items, spans) in by_client.items():
@@ -77,9 +125,9 @@ class LiveRequests(dict[str, LiveRequest]):
     def held(self) -> HeldByClient:
         """See `migration.engine_interface.Engine.visit_requests`."""
         held: HeldByClient = defaultdict(list)
-        for request_id, live in self.items():
-            if not live.arriving:
-                held[live.client].append(HeldRequest(RequestId(request_id), live.epoch, live.emitted))
+        for request_id, stay_id in self._here.items():
+            live = self._by_stay[stay_id]
+            held[live.client].append(HeldRequest(request_id, live.epoch, live.emitted))
         for e in self._ended:
             held[e.client].append(HeldRequest(e.request_id, e.epoch, len(e.output_token_ids), finished=True))
         return held
@@ -88,8 +136,9 @@ class LiveRequests(dict[str, LiveRequest]):
         """See `migration.engine_interface.Engine.resend`."""
         for request_id, index in asked:
             ended: dict[str, Any] = {}
-            if (live := self.get(request_id)) is not None:
-                if live.arriving or not _has_only_tokens(live.request):
+            if (stay_id := self._here.get(request_id)) is not None:
+                live = self._by_stay[stay_id]
+                if not _has_only_tokens(live.request):
                     continue
                 client, epoch = live.client, live.epoch
                 tokens = list(live.request.output_token_ids[index : live.emitted])
@@ -105,7 +154,7 @@ class LiveRequests(dict[str, LiveRequest]):
     def _keep(self, live: LiveRequest, output: EngineCoreOutput) -> None:
         tokens = list(live.request.output_token_ids[: live.emitted])
         reasons = output.finish_reason, output.stop_reason
-        self._ended.add(output.request_id, live.client, live.epoch, tokens, *reasons)
+        self._ended.add(live.request_id, live.client, live.epoch, tokens, *reasons)
 
 
 def _has_only_tokens(request: Request) -> bool:

@@ -136,7 +136,7 @@ class MigrationMixin:
 
     # ---- source
 
-    def running_request(self, request_id: str) -> Request:
+    def running_request(self, request_id: str | None) -> Request:
         """Raises: SourceGoneError: not in the batch here."""
         request: Request | None = self.requests.get(request_id)
         if request is None or request.is_finished():
@@ -219,11 +219,6 @@ class MigrationMixin:
         Raises:
             DestinationRefusedError: nothing is held.
         """
-        request_id = request.request_id
-        if request_id in self.requests or any(
-            r.request_id == request_id for r in self.migration.arriving.values()
-        ):
-            raise DestinationRefusedError(RefusalCode.ALREADY_HERE, "the request is here already")
         held = len(self.running) + len(self.migration.suspended) + len(self.migration.arriving)
         held += len(self.kv_holding_waiting)  # committed, and in the batch from the next step on
         if held >= min(self.max_active, self.max_num_running_reqs):
@@ -251,7 +246,7 @@ class MigrationMixin:
             raise DestinationRefusedError(RefusalCode.NO_FREE_BLOCKS, text)
         self.migration.arriving[migration_id] = request
         self._hold_slots()
-        return list(manager.get_block_ids(request_id)[0]), num_local // self.block_size
+        return list(manager.get_block_ids(request.request_id)[0]), num_local // self.block_size
 
     def grow(self, migration_id: str, num_blocks: int) -> list[int]:
         """Raises: DestinationRefusedError: no free blocks; the reservation stays as it was."""
@@ -273,10 +268,6 @@ class MigrationMixin:
     def commit(self, migration_id: str, num_computed_tokens: int) -> Request:
         """Lets a reserved request, whose tokens are complete by now, enter the next batch."""
         request = self.arriving_request(migration_id)
-        if request.request_id in self.finished_req_ids:
-            # It left this instance within this very step; the worker would drop its new state.
-            text = "the request has only just left this instance"
-            raise DestinationRefusedError(RefusalCode.JUST_LEFT, text)
         self.grow(migration_id, blocks_for(request.num_tokens, self.block_size))
         del self.migration.arriving[migration_id]
         request.num_computed_tokens = num_computed_tokens
@@ -289,12 +280,15 @@ class MigrationMixin:
         return request
 
     def drop(self, migration_id: str) -> str | None:
-        """Undoes what a migration brought. Returns the request's id if it was committed here. Idempotent."""
-        request = self.migration.arriving.pop(migration_id, None)
+        """Undoes what a migration brought. Idempotent.
+
+        Returns: the id of the request if it was here, arriving or committed.
+        """
+        request: Request | None = self.migration.arriving.pop(migration_id, None)
         if request is not None:
             self.kv_cache_manager.free(request)
             self._hold_slots()
-            return None
+            return request.request_id
         arrived = self.migration.arrived.items()
         request_id = next((rid for rid, brought_by in arrived if brought_by == migration_id), None)
         if request_id is not None:

@@ -1,6 +1,7 @@
 """Requests that enter an engine in the middle of their decoding."""
 
 import asyncio
+import itertools
 
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
@@ -8,6 +9,7 @@ from vllm.v1.request import Request
 from vllm.v1.serial_utils import MsgpackDecoder
 
 from migration.errors import DestinationRefusedError, RefusalCode
+from migration.messages import RequestId
 from migration.vllm_engine import worker
 
 #: How long a grammar may take to compile before a migration goes on without this destination.
@@ -20,13 +22,20 @@ class RequestLoader:
     def __init__(self, core: EngineCore) -> None:
         self._core = core
         self._decoder = MsgpackDecoder(EngineCoreRequest)
+        self._stays = itertools.count()
 
-    def decode(self, payload: list[bytes]) -> Request:
-        """Decodes a request and starts to compile its grammar, if it has one."""
+    def decode(self, payload: list[bytes]) -> tuple[RequestId, Request]:
+        """Decodes a request and starts to compile its grammar, if it has one.
+
+        Returns:
+            Its id, and vLLM's request under an id that no other stay of it in this engine has had.
+        """
         message: EngineCoreRequest = self._decoder.decode(payload)
+        request_id = RequestId(message.request_id)
+        message.request_id = f"{request_id}@{next(self._stays)}"
         message.client_index = 0  # clients are told apart by their endpoint
         request, _ = self._core.preprocess_add_request(message)
-        return request
+        return request_id, request
 
     async def compile_grammar(self, request: Request) -> None:
         """Waits until a structured request's grammar is compiled.

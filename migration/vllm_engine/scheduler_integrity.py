@@ -1,6 +1,31 @@
-"""Invariants of a migrating scheduler."""
+"""Invariants of an engine with a migrating scheduler."""
 
 from typing import Any
+
+from vllm.v1.engine.core import EngineCore
+
+from migration.vllm_engine import worker
+
+
+def check_engine(core: EngineCore, stays: set[str], *, migrates: bool) -> list[str]:
+    """The violated invariants, in words.
+
+    Args:
+        stays: Ids of the requests that the adapter knows, arriving ones included.
+        migrates: Whether the scheduler is a migrating one.
+    """
+    known = set(core.scheduler.requests)
+    problems = []
+    if migrates:
+        problems += check_scheduler(core.scheduler)
+        known |= {r.request_id for r in core.scheduler.migration.arriving.values()}
+    if lost := stays - known:
+        problems.append(f"bookkeeping for requests that are gone: {sorted(lost)}")
+    if not known and not core.scheduler.has_requests():
+        kept = core.collective_rpc(worker.num_requests)[0]
+        if kept:
+            problems.append(f"the model runner keeps state of {kept} requests at rest")
+    return problems
 
 
 def check_scheduler(scheduler: Any) -> list[str]:

@@ -210,19 +210,19 @@ class Llumlet:
         logger.debug("request %s: is queued on %s", request_id, self.name)
         self._forwards.pop(request_id, None)
         if message.epoch:
-            # A recompute: an older copy of the request may be on this instance or in transit to it.
-            await self.coordinator.drop_arriving(request_id)
+            # A recompute. The end of an older copy must not end the hand-off of this one.
             await self.engine.abort([request_id], message.epoch)
         if message.handoff is not None:
             self.handoffs.expect(request_id, message.handoff)
         try:
-            await self.engine.add(
+            if not await self.engine.add(
                 payload,
                 message.client,
                 epoch=message.epoch,
                 output_token_ids=message.output_token_ids,
                 handoff=message.handoff is not None,
-            )
+            ):
+                logger.warning("request %s: is on %s already, under a later epoch", request_id, self.name)
         except EngineDeadError:
             raise
         except Exception as error:

@@ -17,7 +17,7 @@ from pd_serve.simulated_engine.sequence import Sequence
 class PendingStage:
     """A migration that waits for its next stage; see `Engine.next_stage`."""
 
-    request_id: str
+    sequence: Sequence | None
     incarnation: int
     blocks_done: int
     suspend: bool
@@ -75,22 +75,23 @@ class SequenceMigrations:
             raise SourceGoneError(RefusalCode.NOT_RUNNING, text)
         return sequence
 
-    def wait_for_stage(self, waiter: PendingStage) -> None:
+    def wait_for_stage(self, request_id: str, waiter: PendingStage) -> None:
         """Settles its `answer` at the first boundary that has one."""
-        assert waiter.request_id not in self._waiters, "only one call per request at a time"
-        self._waiters[waiter.request_id] = waiter
+        assert request_id not in self._waiters, "only one call per request at a time"
+        self._waiters[request_id] = waiter
 
     def settle_stages(self) -> None:
-        for waiter in list(self._waiters.values()):
-            answer = self._next_stage(waiter)
+        for request_id, waiter in list(self._waiters.items()):
+            answer = self._next_stage(request_id, waiter)
             if answer is not None:
-                del self._waiters[waiter.request_id]
+                del self._waiters[request_id]
                 settle(waiter.answer, answer)
 
-    def _next_stage(self, waiter: PendingStage) -> BlockRun | FinalState | SourceGoneError | None:
-        request_id = waiter.request_id
-        sequence = self._sequences.get(request_id)
-        if sequence is None:
+    def _next_stage(
+        self, request_id: str, waiter: PendingStage
+    ) -> BlockRun | FinalState | SourceGoneError | None:
+        sequence = waiter.sequence
+        if sequence is None or self._sequences.get(request_id) is not sequence:
             return SourceGoneError(RefusalCode.FINISHED, "the request has finished")
         if sequence.preemptions != waiter.incarnation:
             return SourceGoneError(RefusalCode.PREEMPTED, "the request was preempted")
@@ -126,10 +127,6 @@ class SequenceMigrations:
         batcher = self._batcher
         if (difference := mismatch(request.compatibility, self.compatibility)) is not None:
             raise DestinationRefusedError(RefusalCode.INCOMPATIBLE, difference)
-        if arriving.request_id in self._sequences or any(
-            sequence.request_id == arriving.request_id for sequence in self.arriving.values()
-        ):
-            raise DestinationRefusedError(RefusalCode.ALREADY_HERE, "the request is here already")
         held = len(batcher.running) + self.held_slots
         if held >= batcher.settings.max_num_seqs:
             text = f"all {held} slots of the batch are taken"

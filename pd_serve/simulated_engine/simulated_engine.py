@@ -15,18 +15,19 @@ from migration.engine_interface import (
     Reservation,
     RunningRequest,
 )
+from migration.errors import DestinationRefusedError, RefusalCode
 from migration.messages import BlockRun, FinalState, MigrationId, RequestDescription, RequestId
 from migration.transport.kv_transport import KvRegion
 from pd_serve.errors import InvalidRequestError
 from pd_serve.simulated_engine.batcher import Batcher, Step
 from pd_serve.simulated_engine.emitter import OutputSink, SequenceEmitter
+from pd_serve.simulated_engine.engine_load import read_load
 from pd_serve.simulated_engine.faults import EngineFaults
 from pd_serve.simulated_engine.migrations import PendingStage, SequenceMigrations
 from pd_serve.simulated_engine.sequence import Sequence
 from pd_serve.simulated_engine.settings import EngineSettings
 from pd_serve.simulated_engine.step_loop import SimulatedStepLoop
 from router.load import EngineLoad
-from router.priority import PriorityClass, priority_class
 
 T = TypeVar("T")
 
@@ -77,7 +78,6 @@ class SimulatedEngine:
         self._emitter = SequenceEmitter(self.sequences, sink, self._loop.time)
         self._step_loop = SimulatedStepLoop(self, one_ahead=settings.async_scheduling)
         self._migrations = SequenceMigrations(self.batcher, self.sequences, self._is_in_flight)
-        self._ended: list[RequestId] = []
         self._reported: tuple[int, ...] = ()
         self._reported_at = 0.0
         self._step_loop.submit(lambda: None)
@@ -110,7 +110,7 @@ class SimulatedEngine:
         epoch: int = 0,
         output_token_ids: list[int] | None = None,
         handoff: bool = False,
-    ) -> None:
+    ) -> bool:
         sequence = self._decode(payload)
         sequence.client, sequence.epoch = client, epoch
         sequence.wants_handoff = handoff
@@ -123,13 +123,14 @@ class SimulatedEngine:
             text = f"{prompt_tokens} + {max_tokens} tokens do not fit into {blocks} blocks"
             raise InvalidRequestError(text)
 
-        def add() -> None:
-            if sequence.request_id in self.sequences:
-                raise InvalidRequestError("a request of this id is here already")
+        def add() -> bool:
+            if not self._end_below(sequence.request_id, epoch):
+                return False
             self.sequences[sequence.request_id] = sequence
             self.batcher.enqueue(sequence)
+            return True
 
-        await self._call("add", add)
+        return await self._call("add", add)
 
     async def abort(self, request_ids: list[RequestId], below_epoch: int | None = None) -> list[RequestId]:
         def abort() -> list[RequestId]:
@@ -184,8 +185,13 @@ class SimulatedEngine:
         self, request_id: RequestId, incarnation: int, blocks_done: int, *, suspend: bool
     ) -> BlockRun | FinalState:
         answer: asyncio.Future[BlockRun | FinalState] = self._loop.create_future()
-        waiter = PendingStage(request_id, incarnation, blocks_done, suspend, answer)
-        self._step_loop.submit(lambda: self._migrations.wait_for_stage(waiter))
+
+        def wait() -> None:
+            sequence = self.sequences.get(request_id)
+            waiter = PendingStage(sequence, incarnation, blocks_done, suspend, answer)
+            self._migrations.wait_for_stage(request_id, waiter)
+
+        self._step_loop.submit(wait)
         return await answer
 
     async def resume(self, request_id: RequestId, epoch: int) -> None:
@@ -211,7 +217,13 @@ class SimulatedEngine:
         return await self._call("grow", lambda: list(self._migrations.grow(migration_id, num_blocks).blocks))
 
     async def commit(self, migration_id: MigrationId, state: FinalState) -> None:
-        await self._call("commit", lambda: self._migrations.commit(migration_id, state))
+        def commit() -> None:
+            arriving = self._migrations.grow(migration_id, 0)
+            if not self._end_below(arriving.request_id, state.epoch + 1):
+                raise DestinationRefusedError(RefusalCode.SUPERSEDED, "a newer copy of the request is here")
+            self._migrations.commit(migration_id, state)
+
+        await self._call("commit", commit)
 
     async def drop(self, migration_id: MigrationId) -> None:
         def drop() -> None:
@@ -253,25 +265,7 @@ class SimulatedEngine:
         return await self._call("check_integrity", check_integrity)
 
     def load(self) -> EngineLoad:
-        batcher, migrations = self.batcher, self._migrations
-        prefilling = 0
-        if self.settings.chunk_tokens is not None:
-            prefilling = sum(s.num_tokens - s.computed for s in batcher.running if not s.is_decoding)
-        return EngineLoad(
-            total_blocks=self.settings.num_blocks,
-            free_blocks=batcher.pool.num_free,
-            reserved_blocks=sum([len(s.blocks) for s in migrations.arriving.values()]),
-            running=len(batcher.running) + len(migrations.suspended),
-            suspended=len(migrations.suspended),
-            waiting=len(batcher.waiting),
-            waiting_tokens=batcher.waiting_tokens + prefilling,
-            head_of_line_blocks=batcher.num_blocks(batcher.waiting[0].num_tokens) if batcher.waiting else 0,
-            block_tokens=self.settings.block_tokens,
-            waiting_blocks=batcher.waiting_blocks,
-            watermark_blocks=batcher.watermark_blocks,
-            preempted=batcher.num_preempted,
-            high_priority=sum([priority_class(s.priority) is PriorityClass.HIGH for s in batcher.running]),
-        )
+        return read_load(self.batcher, self._migrations)
 
     def preempt(self, request_id: str) -> None:
         """Takes a running request's blocks away, as if others needed them; for tests."""
@@ -304,9 +298,6 @@ class SimulatedEngine:
 
     def report(self) -> None:
         """As vLLM's adapter: growth by a token per request is reported less often than steps end."""
-        if self._ended:
-            ended, self._ended = self._ended, []
-            self._loop.call_soon(self._events.on_requests_ended, ended)
         batcher, migrations, now = self.batcher, self._migrations, self._loop.time()
         groups = (batcher.running, batcher.waiting, migrations.arriving, migrations.suspended)
         state = tuple(map(len, groups))
@@ -329,7 +320,16 @@ class SimulatedEngine:
 
     def _end(self, sequence: Sequence) -> None:
         self._forget(sequence)
-        self._ended.append(sequence.request_id)
+        self._loop.call_soon(self._events.on_requests_ended, [sequence.request_id])
+
+    def _end_below(self, request_id: RequestId, epoch: int) -> bool:
+        """Ends an older copy of a request. Returns False if the one here is not older."""
+        sequence = self.sequences.get(request_id)
+        if sequence is not None and sequence.epoch >= epoch:
+            return False
+        if sequence is not None:
+            self._end(sequence)
+        return True
 
     def _forget(self, sequence: Sequence) -> None:
         self.batcher.remove(sequence)

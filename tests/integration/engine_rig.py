@@ -1,8 +1,10 @@
 """A real engine with the tiny model, and what is around it in a service: client, llumlet, transport."""
 
 import asyncio
+import contextlib
 import ctypes
-from collections.abc import Sequence
+import threading
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,6 +79,7 @@ class Stream:
     tokens: list[int] = field(default_factory=list)
     epochs: list[int] = field(default_factory=list)  # of every token
     ended: bool = False
+    epoch: int = 0  # what lower ones send is dropped
 
 
 class EngineRig:
@@ -101,6 +104,8 @@ class EngineRig:
     def _receive(self, outputs: EngineCoreOutputs, spans: list[TokenSpan]) -> None:
         for output, (epoch, index) in zip(outputs.outputs, spans, strict=True):
             stream = self.streams.setdefault(output.request_id, Stream())
+            if epoch < stream.epoch:
+                continue
             assert index == len(stream.tokens), "a token is lost or doubled"
             stream.tokens += output.new_token_ids
             stream.epochs += [epoch] * len(output.new_token_ids)
@@ -119,7 +124,18 @@ class EngineRig:
         """The output of a request that nothing happens to."""
         return await self.finish(await self.add(request_id, prompt, params))
 
-    async def leave(self, request_id: str) -> "Baggage":
+    @contextlib.asynccontextmanager
+    async def one_boundary(self) -> AsyncIterator[None]:
+        """All calls that are made meanwhile are carried out between the same two steps."""
+        submitted = threading.Event()
+        self.engine._steps.submit(submitted.wait)  # type: ignore[arg-type]
+        try:
+            yield
+            await asyncio.sleep(0)  # tasks begin
+        finally:
+            submitted.set()
+
+    async def leave(self, request_id: str, *, release: bool = True) -> "Baggage":
         """Moves a running request out of the engine, and its blocks into a bag."""
         engine = self.engine
         description = await engine.describe(RequestId(request_id))
@@ -132,13 +148,17 @@ class EngineRig:
             for index, block in enumerate(run.block_ids, run.first):
                 bag[index] = self.read_block(block)
             if isinstance(answer, FinalState):
-                await engine.release(description.request_id)
-                # It may not come back before the runner has heard of it.
-                await eventually(lambda: not engine.core.scheduler.finished_req_ids)
+                if release:
+                    await engine.release(description.request_id)
                 return Baggage(description, answer, [bag[index] for index in range(len(bag))])
 
     async def come_back(self, baggage: "Baggage", migration_id: str = "m") -> None:
-        """Moves it in again; what is in its new blocks before is rubbish."""
+        """Moves it in again."""
+        await self.arrive(baggage, migration_id)
+        await self.engine.commit(MigrationId(migration_id), baggage.final)
+
+    async def arrive(self, baggage: "Baggage", migration_id: str = "m") -> None:
+        """All but the commit; what is in its new blocks before is rubbish."""
         engine, migration = self.engine, MigrationId(migration_id)
         reservation = await engine.reserve(migration, baggage.description)
         blocks = reservation.local_blocks
@@ -148,7 +168,6 @@ class EngineRig:
             self.write_block(block, None)
         for block, contents in zip(blocks, baggage.blocks, strict=False):
             self.write_block(block, contents)
-        await engine.commit(migration, baggage.final)
 
     def read_block(self, block: int) -> list[bytes]:
         return [

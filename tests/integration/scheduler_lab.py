@@ -234,6 +234,7 @@ class Node:
 
     Attributes:
         streams: Output tokens by request, whoever emitted them; may be shared between nodes.
+        names: Requests by the id of each of their stays here. The first stay has the request's own id.
         ended: Why requests have ended.
     """
 
@@ -277,6 +278,7 @@ class Node:
         self.kind = kind
         self.block_tokens = block_tokens
         self.streams = {} if streams is None else streams
+        self.names: dict[str, str] = {}
         self.ended = {} if ended is None else ended
         self.scheduled: SchedulerOutput | None = None  # by the last step
         self._hasher = get_request_block_hasher(block_tokens, sha256) if prefix_caching else None
@@ -287,8 +289,10 @@ class Node:
     def request(
         self, request_id: str, prompt: list[int], max_tokens: int, priority: int = 0, arrived_at: float = 0.0
     ) -> Request:
+        stay_id = f"{request_id}@{len(self.names)}" if request_id in self.names else request_id
+        self.names[stay_id] = request_id
         return Request(
-            request_id,
+            stay_id,
             list(prompt),
             SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0.0),
             None,
@@ -297,11 +301,11 @@ class Node:
             block_hasher=self._hasher,
         )
 
-    def copy_of(self, request: Request) -> Request:
+    def copy_of(self, request_id: str, request: Request) -> Request:
         """A request as it arrives here: from its payload, with its tokens so far."""
         assert request.prompt_token_ids is not None
         arriving = self.request(
-            request.request_id,
+            request_id,
             request.prompt_token_ids,
             request.max_tokens,
             request.priority,
@@ -309,6 +313,10 @@ class Node:
         )
         arriving.append_output_token_ids(list(request.output_token_ids))
         return arriving
+
+    def stay_of(self, request_id: str) -> str | None:
+        """The id of a request's stay here; None if it is not here."""
+        return next((stay for stay in self.scheduler.requests if self.names[stay] == request_id), None)
 
     def add(self, request_id: str, prompt: list[int], max_tokens: int = 1000, priority: int = 0) -> Request:
         request = self.request(request_id, prompt, max_tokens, priority, arrived_at=len(self.streams))
@@ -358,10 +366,11 @@ class Node:
         output, jobs = self._in_flight.popleft()
         results = self.scheduler.update_from_output(output, self.runner.complete(jobs))
         for result in (o for batch in results.values() for o in batch.outputs):
-            self.streams[result.request_id].extend(result.new_token_ids)
+            request_id = self.names[result.request_id]
+            self.streams[request_id].extend(result.new_token_ids)
             if result.finish_reason is not None:
-                assert result.request_id not in self.ended, "ended twice"
-                self.ended[result.request_id] = str(result.finish_reason)
+                assert request_id not in self.ended, "ended twice"
+                self.ended[request_id] = str(result.finish_reason)
 
     def _check_slots(self) -> None:
         state = self.scheduler.migration
@@ -456,7 +465,7 @@ class Move:
     def __init__(self, source: Node, destination: Node, request_id: str) -> None:
         self.source, self.destination = source, destination
         self.migration_id = f"m{next(self._serial)}"
-        self.request = source.scheduler.running_request(request_id)
+        self.request = source.scheduler.running_request(source.stay_of(request_id))
         self.incarnation = self.request.num_preemptions
         self.local_blocks: list[int] = []
         self.blocks_done = 0
@@ -469,6 +478,12 @@ class Move:
 
     @property
     def request_id(self) -> str:
+        """The request's, wherever it is."""
+        return self.source.names[self.request.request_id]
+
+    @property
+    def stay_id(self) -> str:
+        """Of the request at its source."""
         return self.request.request_id
 
     def advance(self, *, suspend: bool = False) -> None:
@@ -487,7 +502,7 @@ class Move:
             self.cancel(str(error))
 
     def _reserve(self) -> None:
-        arriving = self.destination.copy_of(self.request)
+        arriving = self.destination.copy_of(self.request_id, self.request)
         scheduler = self.destination.scheduler
         self.local_blocks, self.blocks_done = self.destination.call(
             scheduler.reserve, self.migration_id, arriving
@@ -507,7 +522,7 @@ class Move:
         self.blocks_done, self.stages, self.answer = run.end, self.stages + 1, None
         if isinstance(answer, Suspended):
             self.destination.commit(self.migration_id, answer)
-            if self.source.call(self.source.scheduler.release, self.request_id):
+            if self.source.call(self.source.scheduler.release, self.stay_id):
                 self.over = self.committed = True
             else:
                 self.cancel("it ended at its source before the commit", resume=False)
@@ -519,7 +534,7 @@ class Move:
         self.over, self.why = True, why
         self.destination.call(self.destination.scheduler.drop, self.migration_id)
         if resume:
-            self.source.call(self.source.scheduler.resume, self.request_id)
+            self.source.call(self.source.scheduler.resume, self.stay_id)
 
     def finish(self, *, suspend: bool = False, limit: int = 200, step_destination: bool = False) -> None:
         """Moves on, the source decoding meanwhile, until it is over."""
@@ -535,9 +550,8 @@ class Move:
 
 
 def migrate(source: Node, destination: Node, request_id: str, *, suspend: bool = False) -> Move:
-    """Moves a request, and insists that it works. The source's runner has heard of it in the end."""
+    """Moves a request, and insists that it works."""
     move = Move(source, destination, request_id)
     move.finish(suspend=suspend)
     assert move.committed, move.why
-    source.step()
     return move

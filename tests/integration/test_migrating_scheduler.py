@@ -398,16 +398,18 @@ class TestReservation:
         for migration_id in "ab":
             node.call(node.scheduler.drop, migration_id)
 
-    def test_a_request_that_is_here_is_refused(self, kind: Kind, make: Callable[..., Node]) -> None:
-        node = make(kind)
+    def test_a_request_that_is_here_may_be_reserved_for(self, kind: Kind, make: Callable[..., Node]) -> None:
+        """Its older copy ends when it is committed; until then each stay has blocks of its own."""
+        node = make(kind, prefix_caching=False)
         node.add("r", PROMPT, max_tokens=3)
-        with pytest.raises(DestinationRefusedError, match="here already"):
-            self.reserve(node)
+        node.step()
+        first, _ = self.reserve(node)
+        second, _ = self.reserve(node, migration_id="again")
+        assert len({*node.block_ids("r"), *first, *second}) == 4 + 2 * 6
+        for migration_id in ("m", "again"):
+            node.call(node.scheduler.drop, migration_id)
         node.run_to_the_end()
-        self.reserve(node)
-        with pytest.raises(DestinationRefusedError, match="here already"):
-            self.reserve(node, migration_id="again")
-        node.call(node.scheduler.drop, "m")
+        assert node.streams["r"] == undisturbed(PROMPT, 3)
 
     def test_a_cached_prefix_is_shared(self, kind: Kind, make: Callable[..., Node]) -> None:
         source, destination = make(kind), make(kind)
@@ -586,22 +588,21 @@ class TestCommit:
         source.run_to_the_end()
         assert source.streams["r"] == undisturbed(PROMPT[:60], 200)
 
-    def test_a_commit_is_refused_in_the_step_in_which_the_request_left(
+    def test_a_request_returns_in_the_step_in_which_it_left(
         self, kind: Kind, make: Callable[..., Node]
     ) -> None:
-        """A V1 runner would forget its new state together with the old one."""
+        """A V1 runner forgets the old stay in the step in which the new one begins."""
         here, there = make(kind), make(kind)
-        here.add("r", PROMPT, max_tokens=30)
+        here.add("r", PROMPT, max_tokens=60)
         decoding(here, "r")
-        Move(here, there, "r").finish()
+        migrate(here, there, "r")
         decoding(there, "r", 5)
-        move = Move(there, here, "r")
-        move.finish()
-        assert "only just left" in move.why
-        here.step()
         migrate(there, here, "r")
-        here.run_to_the_end()
-        assert here.streams["r"] == undisturbed(PROMPT, 30)
+        decoding(here, "r", 20)
+        migrate(here, there, "r")
+        for node in (here, there):
+            node.run_to_the_end()
+        assert here.streams["r"] == undisturbed(PROMPT, 60)
 
     def test_a_commit_without_reservation_is_refused(self, kind: Kind, make: Callable[..., Node]) -> None:
         node = make(kind)
@@ -715,7 +716,7 @@ class TestRecompute:
         lost = dead.add("r", PROMPT, max_tokens=40)
         decoding(dead, "r", 17)
         del dead.streams["r"][lost.num_output_tokens :]
-        request = heir.copy_of(lost)
+        request = heir.copy_of("r", lost)
         abort(dead, "r")
         heir.scheduler.handoff_ids.add("r")
         started: list[list[str]] = []
@@ -725,6 +726,22 @@ class TestRecompute:
         heir.run_to_the_end()
         assert dead.streams["r"] == undisturbed(PROMPT, 40)
         assert started == [["r"]]  # a hand-off starts here too
+
+    @pytest.mark.parametrize("steps", [1, 2, 3, 9])
+    def test_a_request_is_recomputed_where_it_runs(
+        self, kind: Kind, make: Callable[..., Node], steps: int
+    ) -> None:
+        """The token of a step in flight belongs to the copy that has ended."""
+        node = make(kind)
+        old = node.add("r", PROMPT, max_tokens=40)
+        node.steps(steps)
+        request = node.copy_of("r", old)
+        del node.streams["r"][request.num_output_tokens :]
+        abort(node, "r")
+        node.call(node.scheduler.continue_by_recompute, request)
+        node.runner.install(request)
+        node.run_to_the_end()
+        assert node.streams["r"] == undisturbed(PROMPT, 40)
 
 
 class TestSlots:
@@ -863,7 +880,7 @@ def test_a_request_moves_to_and_fro(kind: Kind, make: Callable[..., Node], suspe
         for name in "abc":
             if name in nodes[0].ended:
                 continue
-            here = next(node for node in nodes if name in node.scheduler.requests)
+            here = next(node for node in nodes if node.stay_of(name))
             there = nodes[1 - nodes.index(here)]
             move = Move(here, there, name)
             move.finish(suspend=suspend, step_destination=True)

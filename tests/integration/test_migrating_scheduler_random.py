@@ -21,7 +21,14 @@ SIZES = [
 #: Requests share beginnings, so that the prefix caches hit.
 PROMPTS = [[*range(beginning, beginning + 18), *range(30)] for beginning in (100, 200)]
 #: What happens, as often as it is named here.
-EVENTS = ["step"] * 40 + ["advance"] * 30 + ["offer"] * 15 + ["add"] * 5 + ["cancel"] * 2 + ["abort", "lose"]
+EVENTS = (
+    ["step"] * 40
+    + ["advance"] * 30
+    + ["offer"] * 15
+    + ["add"] * 5
+    + ["cancel"] * 2
+    + ["abort", "lose", "lose"]
+)
 
 
 class TwoNodes:
@@ -52,11 +59,12 @@ class TwoNodes:
     def offer(self, rng: Random) -> None:
         moving = {move.request_id for move in self.open_moves()}
         here = rng.randint(0, 1)
-        candidates = [r for r in self.nodes[here].scheduler.running if r.request_id not in moving]
+        names = self.nodes[here].names
+        candidates = [r for r in self.nodes[here].scheduler.running if names[r.request_id] not in moving]
         if not candidates:
             return
         try:
-            move = Move(self.nodes[here], self.nodes[1 - here], rng.choice(candidates).request_id)
+            move = Move(self.nodes[here], self.nodes[1 - here], names[rng.choice(candidates).request_id])
         except SourceGoneError:
             return
         self.moves.append(move)
@@ -74,32 +82,33 @@ class TwoNodes:
 
     def abort(self, rng: Random) -> None:
         if owned := self.owned():
-            _, request_id = rng.choice(owned)
+            here, stay_id = rng.choice(owned)
+            request_id = self.nodes[here].names[stay_id]
             self.aborted.setdefault(request_id, len(self.streams[request_id]))
             for node in self.nodes:
-                node.call(node.scheduler.finish_requests, request_id, RequestStatus.FINISHED_ABORTED)
+                stays = [stay for stay, name in node.names.items() if name == request_id]
+                node.call(node.scheduler.finish_requests, stays, RequestStatus.FINISHED_ABORTED)
             for move in self.open_moves():
                 if move.request_id == request_id and rng.random() < 0.5:  # else the destination hears late
                     move.cancel(resume=False)
 
     def lose(self, rng: Random) -> None:
-        """As if its owner had died: the other node recomputes a request from its client's tokens."""
+        """A node recomputes a request from its client's tokens, perhaps the one that has it."""
         if not (owned := self.owned()):
             return
-        here, request_id = rng.choice(owned)
-        node, heir = self.nodes[here], self.nodes[1 - here]
+        here, stay_id = rng.choice(owned)
+        node, heir = self.nodes[here], rng.choice(self.nodes)
+        request_id = node.names[stay_id]
         for move in self.open_moves():
             if move.request_id == request_id:
                 move.cancel()
-        request = heir.copy_of(node.scheduler.requests[request_id])
-        node.call(node.scheduler.finish_requests, request_id, RequestStatus.FINISHED_ABORTED)
-        if request_id in heir.scheduler.finished_req_ids:
-            heir.step()
+        request = heir.copy_of(request_id, node.scheduler.requests[stay_id])
+        node.call(node.scheduler.finish_requests, stay_id, RequestStatus.FINISHED_ABORTED)
         heir.call(heir.scheduler.continue_by_recompute, request)
         heir.runner.install(request)
 
     def owned(self) -> list[tuple[int, str]]:
-        return [(index, rid) for index, node in enumerate(self.nodes) for rid in node.scheduler.requests]
+        return [(index, stay) for index, node in enumerate(self.nodes) for stay in node.scheduler.requests]
 
     def open_moves(self) -> list[Move]:
         self.moves = [move for move in self.moves if not move.over]

@@ -231,6 +231,63 @@ class TestSameTokens:
         assert set(stream.epochs) == {0, 2}
 
 
+class TestStays:
+    """Each stay of a request has an id of its own in the engine: none can be taken for another."""
+
+    async def test_a_request_is_recomputed_where_it_runs(self, rig: Any) -> None:
+        """Its old copy ends and the new one begins between the same two steps."""
+        from tests.integration.engine_rig import CLIENT, Stream, eventually, payload
+
+        expected = await rig.generate("alone", PROMPT, sampling("seeded", 40))
+        old = await rig.add("r", PROMPT, sampling("seeded", 40))
+        await eventually(lambda: len(old.tokens) >= 5)
+        stream = rig.streams["r"] = Stream(expected[:3], [0] * 3, epoch=1000)
+        again = payload("r", PROMPT, sampling("seeded", 40))
+        async with rig.one_boundary():
+            ended = asyncio.create_task(rig.engine.abort([RequestId("r")], 1000))
+            added = asyncio.create_task(
+                rig.engine.add(again, CLIENT, epoch=1000, output_token_ids=expected[:3])
+            )
+        assert await ended == []
+        assert await added
+        assert await rig.finish(stream) == expected
+        assert not rig.deaths
+
+    async def test_a_request_comes_back_in_the_step_in_which_it_left(self, rig: Any) -> None:
+        from tests.integration.engine_rig import eventually
+
+        expected = await rig.generate("alone", PROMPT, sampling("greedy", 60))
+        stream = await rig.add("r", PROMPT, sampling("greedy", 60))
+        await eventually(lambda: len(stream.tokens) >= 3)
+        baggage = await rig.leave("r", release=False)
+        await rig.arrive(baggage, "m")
+        async with rig.one_boundary():
+            left = asyncio.create_task(rig.engine.release(RequestId("r")))
+            back = asyncio.create_task(rig.engine.commit(MigrationId("m"), baggage.final))
+        await left
+        await back
+        assert await rig.finish(stream) == expected
+        assert not rig.deaths
+
+    async def test_a_newer_copy_ends_an_older_one(self, rig: Any) -> None:
+        """A recompute that was not preceded by an abort, and the arrival of what had left before it."""
+        from tests.integration.engine_rig import CLIENT, Stream, eventually, payload
+
+        expected = await rig.generate("alone", PROMPT, sampling("greedy", 40))
+        stream = await rig.add("r", PROMPT, sampling("greedy", 40))
+        await eventually(lambda: len(stream.tokens) >= 3)
+        baggage = await rig.leave("r", release=False)
+        stream = rig.streams["r"] = Stream(expected[:3], [0] * 3, epoch=1000)
+        again = payload("r", PROMPT, sampling("greedy", 40))
+        assert await rig.engine.add(again, CLIENT, epoch=1000, output_token_ids=expected[:3])
+        assert rig.ended[-1] == "r"
+        with pytest.raises(DestinationRefusedError, match="a newer copy of the request is here"):
+            await rig.come_back(baggage, "m")
+        await rig.engine.drop(MigrationId("m"))
+        assert not await rig.engine.add(again, CLIENT, epoch=1000, output_token_ids=expected[:3])
+        assert await rig.finish(stream) == expected
+
+
 class TestRefusals:
     @pytest_asyncio.fixture(loop_scope="module")
     async def baggage(self, rig: Any) -> Any:

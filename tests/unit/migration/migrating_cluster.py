@@ -301,7 +301,6 @@ class MigratingCluster:
     async def _add_again(self, node: Node, route: Route, epoch: int, tokens: list[int]) -> None:
         request_id = RequestId(route.payload.request_id)
         await asyncio.sleep(LATENCY_S)
-        await node.coordinator.drop_arriving(request_id)
         await node.engine.abort([request_id], epoch)
         await node.engine.add(route.payload.encode(), "client", epoch=epoch, output_token_ids=tokens)
 

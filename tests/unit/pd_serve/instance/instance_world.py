@@ -80,8 +80,9 @@ class EngineStub:
         self.running.discard(request_id)
         self.llumlet.events.on_requests_ended([RequestId(request_id)])
 
-    async def add(self, payload: list[bytes], client: str, **options: Any) -> None:
+    async def add(self, payload: list[bytes], client: str, **options: Any) -> bool:
         await self._visit("add", payload, client, options)
+        return True
 
     async def abort(self, request_ids: list[RequestId], below_epoch: int | None = None) -> list[RequestId]:
         await self._visit("abort", request_ids, below_epoch)

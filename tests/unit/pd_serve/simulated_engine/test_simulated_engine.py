@@ -375,7 +375,7 @@ async def test_a_reservation_is_refused_without_room_and_given_back_when_dropped
     described = await one.engine.describe(RequestId("r"))
 
     await other.engine.reserve(MigrationId("m"), described)
-    with pytest.raises(DestinationRefusedError, match="here already"):
+    with pytest.raises(DestinationRefusedError, match="no 8 free KV blocks"):
         await other.engine.reserve(MigrationId("again"), described)
     with pytest.raises(DestinationRefusedError, match="more free KV blocks"):
         await other.engine.grow(MigrationId("m"), 9)
@@ -383,6 +383,46 @@ async def test_a_reservation_is_refused_without_room_and_given_back_when_dropped
 
     assert other.engine.batcher.pool.num_free == 8
     assert await other.engine.check_integrity() == []
+
+
+@in_virtual_time
+async def test_a_newer_copy_of_a_request_ends_an_older_one() -> None:
+    """A recompute of a request that is here, and the arrival of an older copy after it."""
+    rig = Rig()
+    await rig.add("r", 10, 30)
+    await until(lambda: len(rig.said.get("r", [])) >= 3)
+    described = await rig.engine.describe(RequestId("r"))
+    final = await rig.engine.next_stage(RequestId("r"), 0, 0, suspend=True)
+    assert isinstance(final, FinalState)
+    payload = rig._payloads["r"].encode()
+    assert await rig.engine.add(payload, "client", epoch=1000, output_token_ids=rig.said["r"].copy())
+    assert rig.ended == ["r"]
+    rig.ended.clear()
+    await rig.engine.reserve(MigrationId("m"), described)
+    with pytest.raises(DestinationRefusedError, match="a newer copy of the request is here"):
+        await rig.engine.commit(MigrationId("m"), final)
+    await rig.engine.drop(MigrationId("m"))
+    assert not await rig.engine.add(payload, "client", epoch=1000, output_token_ids=[])
+
+    await rig.until_idle()
+
+    assert rig.said["r"] == rig.expected("r")
+
+
+@in_virtual_time
+async def test_a_stage_that_is_waited_for_is_not_one_of_the_next_copy() -> None:
+    """The old copy ends and the new one begins between two steps."""
+    rig = Rig()
+    await rig.add("r", 10, 30)
+    await until(lambda: rig.said)
+    stage = asyncio.create_task(rig.engine.next_stage(RequestId("r"), 0, 100, suspend=False))
+    payload = rig._payloads["r"].encode()
+    again = asyncio.create_task(rig.engine.add(payload, "client", epoch=1000, output_token_ids=rig.said["r"]))
+    assert await again
+    with pytest.raises(SourceGoneError, match="finished"):
+        await stage
+    rig.ended.clear()
+    await rig.until_idle()
 
 
 @in_virtual_time

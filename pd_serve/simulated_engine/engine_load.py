@@ -1,0 +1,29 @@
+"""The load of a simulated engine, read between two steps."""
+
+from pd_serve.simulated_engine.batcher import Batcher
+from pd_serve.simulated_engine.migrations import SequenceMigrations
+from router.load import EngineLoad
+from router.priority import PriorityClass, priority_class
+
+
+def read_load(batcher: Batcher, migrations: SequenceMigrations) -> EngineLoad:
+    """Reads the load as `migration.vllm_engine.engine_load.read_load` does for vLLM."""
+    settings = batcher.settings
+    prefilling = 0
+    if settings.chunk_tokens is not None:
+        prefilling = sum(s.num_tokens - s.computed for s in batcher.running if not s.is_decoding)
+    return EngineLoad(
+        total_blocks=settings.num_blocks,
+        free_blocks=batcher.pool.num_free,
+        reserved_blocks=sum([len(s.blocks) for s in migrations.arriving.values()]),
+        running=len(batcher.running) + len(migrations.suspended),
+        suspended=len(migrations.suspended),
+        waiting=len(batcher.waiting),
+        waiting_tokens=batcher.waiting_tokens + prefilling,
+        head_of_line_blocks=batcher.num_blocks(batcher.waiting[0].num_tokens) if batcher.waiting else 0,
+        block_tokens=settings.block_tokens,
+        waiting_blocks=batcher.waiting_blocks,
+        watermark_blocks=batcher.watermark_blocks,
+        preempted=batcher.num_preempted,
+        high_priority=sum([priority_class(s.priority) is PriorityClass.HIGH for s in batcher.running]),
+    )
