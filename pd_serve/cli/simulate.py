@@ -1,4 +1,4 @@
-"""`pd-serve simulate`: one workload on one simulated cluster. Imports what takes time when a command runs."""
+"""`pd-serve simulate run`: one workload on one simulated cluster. Imports what takes time when it runs."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from pd_serve.cli.simulate_faults import faults
 from pd_serve.config import DEFAULT_COST_MODEL, DEFAULT_POLICY, parse_bounds, parse_settings
 from pd_serve.errors import InvalidRequestError
 from pd_serve.simulated_engine.settings import FITTED_BLOCKS
@@ -16,13 +17,11 @@ DEFAULT_INSTANCES = 16
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Simulate a cluster in virtual time, with the real control plane.",
+    help="Simulate a cluster in virtual time, with the control plane of production.",
 )
 
 
-@app.callback()
-def _simulate() -> None:
-    """Makes `run` a sub-command: Typer takes the only command of a group for the group."""
+app.command()(faults)
 
 
 @app.command()

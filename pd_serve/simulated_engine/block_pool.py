@@ -27,6 +27,10 @@ class BlockPool:
         """Blocks that can be allocated now."""
         return len(self._free) + len(self._evictable)
 
+    def num_references(self, block: int) -> int:
+        """How many requests hold a block."""
+        return self._references[block]
+
     def allocate(self, count: int) -> list[int]:
         """Takes blocks out of the pool; the caller has checked `num_free`. They hold garbage."""
         taken = []

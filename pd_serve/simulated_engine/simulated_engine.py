@@ -284,6 +284,9 @@ class SimulatedEngine:
                 sequence.begun_at = self._loop.time()
         slowdown = self.settings.migration_slowdown if self._is_copying() else 0.0
         duration_s = step.duration_s * (1.0 + slowdown)
+        if self._faults is not None:
+            ids = [sequence.request_id for sequence, _ in step.chunks]
+            duration_s += self._faults.begin_step(ids, self._events.on_death)
         self.busy_s += duration_s
         return duration_s
 

@@ -1,50 +1,78 @@
 """One simulated instance: the real llumlet on a simulated engine, KV transport and wire."""
 
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import Any, Protocol
 
 from migration.bounds import MigrationBounds
 from migration.messages import InstanceId
 from migration.transport.local import LocalTransport
 from pd_serve.comm.membership import InstanceInfo
+from pd_serve.comm.message_wire import MessageWire
 from pd_serve.comm.messages import RequestReport, TokenHeader
 from pd_serve.instance.llumlet import Llumlet
+from pd_serve.simulated_engine.faults import EngineFaults
 from pd_serve.simulated_engine.outputs import SimulatedBatch, SimulatedOutput, decode_payload
 from pd_serve.simulated_engine.simulated_engine import SimulatedEngine
 from pd_serve.simulation.config import SimulationConfig
-from pd_serve.simulation.simulated_network import SimulatedNetwork, SimulatedWire
+from pd_serve.simulation.simulated_network import SimulatedFabric
 
 logger = logging.getLogger(__name__)
 
 
+class TokenWire(MessageWire, Protocol):
+    """A wire that also sends tokens."""
+
+    def send_to(self, address: str, frames: list[Any]) -> None:
+        """Sends a step's tokens to the token endpoint of an API server."""
+        ...
+
+
 class SimulatedInstance:
     """An instance of a simulated cluster.
+
+    Args:
+        on_fatal: Ends the process of the instance; by default, the failure is kept.
 
     Attributes:
         failure: Unexpected failure of the engine or of a migration; None if there was none.
     """
 
     def __init__(
-        self, name: str, role: str, config: SimulationConfig, network: SimulatedNetwork, started_at: float
+        self,
+        name: str,
+        role: str,
+        config: SimulationConfig,
+        wire: TokenWire,
+        fabric: SimulatedFabric,
+        started_at: float,
+        on_fatal: Callable[[BaseException], None] | None = None,
+        faults: EngineFaults | None = None,
     ) -> None:
         self.name = name
         self.role = role
         self.started_at = started_at
         self.failure: BaseException | None = None
-        self.wire = SimulatedWire(name, network)
-        self.transport: LocalTransport = network.fabric.transport(name)
+        self.wire = wire
+        self.transport: LocalTransport = fabric.transport(name)
         bounds = MigrationBounds(max_outgoing=config.max_migrations, max_incoming=config.max_migrations)
         self.llumlet = Llumlet(
-            InstanceId(name), role, self.wire, self.transport, self, bounds=bounds, on_fatal=self._failed
+            InstanceId(name),
+            role,
+            self.wire,
+            self.transport,
+            self,
+            bounds=bounds,
+            on_fatal=on_fatal or self._failed,
         )
-        leaving, entering = network.fabric.leaving, network.fabric.entering
+        leaving, entering = fabric.leaving, fabric.entering
 
         def is_copying() -> bool:
             return bool(leaving[name] or entering[name])
 
         settings = config.engines.get(role) or config.engines["neutral"]
         self.engine = SimulatedEngine(
-            settings, decode_payload, self._publish, self.llumlet.events, is_copying
+            settings, decode_payload, self._publish, self.llumlet.events, is_copying, faults
         )
         self.transport.register(self.engine.regions)
         self.llumlet.start(self.engine)

@@ -52,7 +52,14 @@ class SimulatedLauncher:
         name, began = config.instance_id, self._loop.time()
         if name not in self._first:
             await asyncio.sleep(self._config.start_instance_s)
-        instance = SimulatedInstance(name, config.role, self._config, self._network, began)
+        instance = SimulatedInstance(
+            name,
+            config.role,
+            self._config,
+            SimulatedWire(name, self._network),
+            self._network.fabric,
+            began,
+        )
         self.instances[name] = instance
         return instance.info
 

@@ -49,9 +49,11 @@ class VirtualLoop(asyncio.BaseEventLoop):
             while timers and timers[0][0] <= self._now_s:
                 ready.append(heapq.heappop(timers)[2])
         for _ in range(len(ready)):
-            handle = ready.popleft()
-            if not handle._cancelled:
-                handle._run()
+            self._run(ready.popleft())
+
+    def _run(self, handle: asyncio.Handle) -> None:
+        if not handle._cancelled:
+            handle._run()
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
         """Nothing to do: cancelled timers are skipped when their time comes."""

@@ -15,6 +15,7 @@ RECORDS = {
     "pd_serve/manager/launcher.py",
     "pd_serve/manager/manager_config.py",
     "pd_serve/platform/placement.py",
+    "pd_serve/simulation/faults/schedule.py",
     "pd_serve/simulation/result.py",
     "router/settings.py",
 }
@@ -60,6 +61,20 @@ TESTED_THROUGH: dict[str, tuple[str, ...]] = {
     ),
     "tests/unit/pd_serve/simulation/test_simulate.py": tuple(
         f"pd_serve/simulation/simulated_{name}.py" for name in ("instance", "launcher")
+    ),
+    "tests/unit/pd_serve/simulation/faults/test_run.py": tuple(
+        f"pd_serve/simulation/faults/{name}.py"
+        for name in [
+            "clients",
+            "cluster",
+            "effects",
+            "injector",
+            "logs",
+            "operations",
+            "platform",
+            "rest",
+            "targets",
+        ]
     ),
     "tests/unit/loadtests/experiments/test_figure_files.py": ("loadtests/experiments/tables.py",),
     "tests/unit/loadtests/experiments/paper/test_figures.py": tuple(

@@ -1,0 +1,227 @@
+"""What each kind of fault does to a cluster."""
+
+import random
+from collections.abc import Callable
+
+from migration.errors import Refusal, RefusalCode
+from pd_serve.comm.messages import SetRole
+from pd_serve.comm.timing import INSTANCE_LEASE_S
+from pd_serve.simulation.faults.clients import Clients
+from pd_serve.simulation.faults.cluster import FaultyCluster
+from pd_serve.simulation.faults.operations import OperatorCalls
+from pd_serve.simulation.faults.process_loop import ThawOrder
+from pd_serve.simulation.faults.schedule import FaultKind, ScheduledFault
+from pd_serve.simulation.faults.targets import FaultTarget, TargetFinder
+
+#: A silence of an instance that is shorter by this than a lease does not excuse its end.
+LEASE_MARGIN_S = 4.0
+
+#: Ends a fault.
+End = Callable[[], None]
+
+
+class Effects:
+    """Begins faults.
+
+    Attributes:
+        excused: Names of instances that a manager may end: they were silent for the time of a lease.
+        flips: (request, preemptions so far) of each flipped bit.
+    """
+
+    def __init__(
+        self,
+        cluster: FaultyCluster,
+        clients: Clients,
+        targets: TargetFinder,
+        operations: OperatorCalls,
+        order: ThawOrder,
+        rng: random.Random,
+    ) -> None:
+        self.excused: set[str] = set()
+        self.flips: list[tuple[int, int]] = []
+        self._cluster = cluster
+        self._clients = clients
+        self._targets = targets
+        self._operations = operations
+        self._order = order
+        self._rng = rng
+
+    def begin(self, fault: ScheduledFault, names: dict[str, str]) -> tuple[str, End | None]:
+        """Performs a fault. Returns what was done, and what ends it."""
+        kind, platform = fault.kind, self._cluster.platform
+        match kind:
+            case FaultKind.DIES_EARLY:
+                platform.starts.early_deaths += int(fault.value)
+                platform.starts.dies_after_s = 0.2 + self._rng.random() * 5.0
+                return "", None
+            case FaultKind.FAILED_START:
+                platform.starts.failures += int(fault.value)
+                return "", None
+            case FaultKind.SLOW_START:
+                platform.starts.delay_s += fault.value
+                return "", lambda: self._end_slow_start(fault.value)
+            case FaultKind.STARVE:
+                platform.starve(True)
+                return "", lambda: platform.starve(False)
+            case FaultKind.POISON:
+                platform.poison.add(int(fault.value))
+                return "", None
+            case FaultKind.ABORT:
+                self._clients.abort(int(fault.value))
+                return "", None
+            case FaultKind.TWIN:
+                self._cluster.start_manager()
+                return "", None
+            case FaultKind.UNDO | FaultKind.SCALE | FaultKind.RESTART:
+                self._operations.begin(fault, "")
+                return "", None
+        target = self._targets.find(fault.target, names)
+        if target is None:
+            return "nothing: no such process", None
+        if kind in (FaultKind.DRAIN, FaultKind.DRAIN_STOP, FaultKind.MIGRATE):
+            self._operations.begin(fault, target.name)
+            return target.name, None
+        return target.name, self._begin_at(fault, target, names)
+
+    def _begin_at(self, fault: ScheduledFault, target: FaultTarget, names: dict[str, str]) -> End | None:
+        match fault.kind:
+            case FaultKind.KILL:
+                target.kill()
+            case FaultKind.FREEZE:
+                self._excuse(target.name, fault.for_s)
+                target.process.suspend()
+                return lambda: target.process.resume(self._order)
+            case FaultKind.CLOCK:
+                target.process.jump(fault.value)
+            case FaultKind.CUT | FaultKind.RESET:
+                return self._cut(fault, target, names)
+            case FaultKind.DELAY | FaultKind.LOSE | FaultKind.DUPLICATE:
+                return self._spoil_links(fault, target)
+            case FaultKind.ROLE:
+                return self._change_role(target.name, fault.other)
+            case _:
+                return self._begin_in_engine(fault, target)
+        return None
+
+    def _begin_in_engine(self, fault: ScheduledFault, target: FaultTarget) -> End | None:
+        cluster, name = self._cluster, target.name
+        actor = cluster.platform.actors.get(name)
+        if actor is None or actor.instance is None:
+            return None
+        fabric, instance = cluster.network.fabric, actor.instance
+        match fault.kind:
+            case FaultKind.STALL_READS:
+                fabric.stall(name)
+                return lambda: self._restore(name)
+            case FaultKind.FAIL_READS:
+                fabric.fail(name)
+                return lambda: self._restore(name)
+            case FaultKind.STEP:
+                self._excuse(name, fault.for_s)
+                actor.faults.hang_s += fault.for_s
+            case FaultKind.REFUSE:
+                actor.faults.refuse_next(fault.other, Refusal(RefusalCode.NO_FREE_BLOCKS, "injected"))
+            case FaultKind.SLOW_CALL:
+                actor.faults.delays_s[fault.other] = fault.value
+                return lambda: actor.faults.delays_s.clear()
+            case FaultKind.PREEMPT:
+                decoding = [s.request_id for s in instance.engine.batcher.running if s.is_decoding]
+                if decoding:
+                    instance.engine.preempt(self._rng.choice(decoding))
+            case FaultKind.FLIP:
+                self._flip(name)
+        return None
+
+    # ---- single kinds
+
+    def _excuse(self, name: str, silence_s: float) -> None:
+        if silence_s > INSTANCE_LEASE_S - LEASE_MARGIN_S:
+            self.excused.add(name)
+
+    def _end_slow_start(self, delay_s: float) -> None:
+        self._cluster.platform.starts.delay_s -= delay_s
+
+    def _restore(self, name: str) -> None:
+        if name in self._cluster.platform.actors:
+            self._cluster.network.fabric.restore(name)
+
+    def _cut(self, fault: ScheduledFault, target: FaultTarget, names: dict[str, str]) -> End:
+        """Cuts a process off from another one, or from all; in both directions if the value is 2."""
+        network, name = self._cluster.network, target.name
+        other = self._targets.find(fault.other, names) if fault.other else None
+        others = [other.name] if other is not None else [n for n in self._targets.all_names() if n != name]
+        if fault.other and other is None:
+            others = []
+        links = [(name, peer) for peer in others]
+        if fault.value == 2.0:
+            links += [(peer, name) for peer in others]
+        if other is not None and {name, other.name} & {"manager"}:
+            self._excuse(name, fault.for_s)
+            self._excuse(other.name, fault.for_s)
+        elif not fault.other and name != "manager":
+            self._excuse(name, fault.for_s)
+        for link in links:
+            network.link(*link).cuts += 1
+
+        def end() -> None:
+            for link in links:
+                network.heal(*link, reset=fault.kind is FaultKind.RESET)
+
+        return end
+
+    def _spoil_links(self, fault: ScheduledFault, target: FaultTarget) -> End:
+        network, name = self._cluster.network, target.name
+        others = [peer for peer in self._targets.all_names() if peer != name]
+        links = [network.link(*pair) for peer in others for pair in ((name, peer), (peer, name))]
+        field = {
+            FaultKind.DELAY: "delay_s",
+            FaultKind.LOSE: "loss",
+            FaultKind.DUPLICATE: "duplication",
+        }[fault.kind]
+        for link in links:
+            setattr(link, field, fault.value)
+
+        def end() -> None:
+            for link in links:
+                setattr(link, field, 0.0)
+
+        return end
+
+    def _change_role(self, name: str, role: str) -> End | None:
+        """The scheduler changes the role of an instance, and later changes it back."""
+        instance = self._cluster.platform.instances.get(name)
+        if instance is None or instance.role == "neutral":
+            return None
+        self._operations.has_changed_roles = True
+        self._set_role(name, role)
+        return lambda: self._set_role(name, instance.role)
+
+    def _set_role(self, name: str, role: str) -> None:
+        scheduler = self._cluster.platform.scheduler
+        if scheduler is not None:
+            process, _, wire = scheduler
+            process.call_soon(wire.send, name, SetRole(role))
+
+    def _flip(self, name: str) -> None:
+        """Flips one bit of a block whose request has tokens to come, and no other request shares it."""
+        engine = self._cluster.platform.instances[name].engine
+        pool = engine.batcher.pool
+        found = [
+            (sequence, block)
+            for sequence in engine.batcher.running
+            if sequence.is_decoding and len(sequence.output) + 2 < sequence.max_tokens
+            for block in sequence.blocks[: engine.batcher.num_blocks(sequence.computed)]
+            if pool.num_references(block) == 1
+        ]
+        if not found or self._cluster.shape.prefix_caching:
+            return
+        sequence, block = self._rng.choice(found)
+        pool.content[block] ^= 1 << self._rng.randrange(64)
+        number = int(sequence.request_id.partition(".")[0])
+        self._clients.tainted.add(number)
+        self.flips.append((number, self.num_preemptions()))
+
+    def num_preemptions(self) -> int:
+        """Preemptions of all living instances; after one, a request computes its blocks anew."""
+        instances = self._cluster.platform.instances.values()
+        return sum(instance.engine.batcher.preemptions for instance in instances)

@@ -1,0 +1,77 @@
+"""Carries out the faults of a schedule on a running cluster, each at its time."""
+
+from collections.abc import Callable
+
+from pd_serve.simulation.faults.effects import Effects
+from pd_serve.simulation.faults.process_loop import ProcessLoop
+from pd_serve.simulation.faults.schedule import Schedule, ScheduledFault
+
+#: A fault that waits for a message is given up after this time.
+WAIT_FOR_MESSAGE_S = 20.0
+
+
+class Injector:
+    """Begins and ends faults.
+
+    Args:
+        note: Takes a line of the trace.
+
+    Attributes:
+        ended_at: The time at which the last fault has ended.
+    """
+
+    def __init__(
+        self, schedule: Schedule, loop: ProcessLoop, effects: Effects, note: Callable[[str], None]
+    ) -> None:
+        self.ended_at = loop.now
+        self._schedule = schedule
+        self._loop = loop
+        self._effects = effects
+        self._note = note
+        self._pending = len(schedule.faults)
+        self._armed: list[ScheduledFault] = []
+
+    def open(self) -> None:
+        for fault in self._schedule.faults:
+            self._loop.call_at(self._loop.now + fault.at_s, self._begin, fault)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all faults have ended."""
+        return self._pending == 0
+
+    def on_send(self, sender: str, receiver: str, kind: str) -> None:
+        """A process sends a message of this type."""
+        if self._armed:
+            for fault in [fault for fault in self._armed if fault.on == kind]:
+                self._armed.remove(fault)
+                names = {"sender": sender, "receiver": receiver}
+                self._loop.outside(self._perform, fault, names)
+
+    def _begin(self, fault: ScheduledFault) -> None:
+        if fault.on:
+            self._armed.append(fault)
+            self._loop.call_at(self._loop.now + WAIT_FOR_MESSAGE_S, self._disarm, fault)
+        else:
+            self._perform(fault, {})
+
+    def _disarm(self, fault: ScheduledFault) -> None:
+        if fault in self._armed:
+            self._armed.remove(fault)
+            self._note(f"fault: {fault} has not happened")
+            self._pending -= 1
+
+    def _perform(self, fault: ScheduledFault, names: dict[str, str]) -> None:
+        done, end = self._effects.begin(fault, names)
+        self._note(f"fault: {fault} ({done})" if done else f"fault: {fault}")
+        self.ended_at = self._loop.now
+        if end is None or not fault.for_s:
+            self._pending -= 1
+        else:
+            self._loop.call_at(self._loop.now + fault.for_s, self._end, fault, end)
+
+    def _end(self, fault: ScheduledFault, end: Callable[[], None]) -> None:
+        end()
+        self._note(f"end of: {fault}")
+        self.ended_at = self._loop.now
+        self._pending -= 1

@@ -1,0 +1,130 @@
+"""OperatorCalls by hand in the middle of faults, and the pool sizes that follow from them."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from pd_serve.errors import EngineDeadError, PdServeError
+from pd_serve.frontend.frontend import Frontend
+from pd_serve.simulation.faults.clients import Clients
+from pd_serve.simulation.faults.cluster import FaultyCluster
+from pd_serve.simulation.faults.schedule import FaultKind, ScheduledFault
+
+#: An operation has to be answered within this time.
+ANSWER_BOUND_S = 130.0
+
+
+class OperatorCalls:
+    """Calls the API of an operator, and checks that each call is answered.
+
+    Args:
+        report: Takes a finding.
+        note: Takes a line of the trace.
+
+    Attributes:
+        sizes: Possible sizes of each pool: several if the answer to an order was lost.
+        drained: Instances that an operator has drained.
+        has_changed_roles: An instance that dies under another role is replaced in the pool of that role.
+    """
+
+    def __init__(
+        self,
+        cluster: FaultyCluster,
+        clients: Clients,
+        report: Callable[[str], None],
+        note: Callable[[str], None],
+    ) -> None:
+        self.sizes = {role: {count} for role, count in cluster.shape.instances.items()}
+        self.drained: list[str] = []
+        self.has_changed_roles = False
+        self._stopped: dict[str, str] = {}
+        self._cluster = cluster
+        self._clients = clients
+        self._report = report
+        self._note = note
+        self._open: dict[int, str] = {}
+        self._number = 0
+
+    @property
+    def unanswered(self) -> list[str]:
+        return sorted(self._open.values())
+
+    def begin(self, fault: ScheduledFault, name: str) -> None:
+        """Begins an operation at some living API server."""
+        servers = [s for s in self._cluster.api_servers if s.process.is_running]
+        if not servers:
+            return
+        server = servers[int(fault.at_s * 1000) % len(servers)]
+        work = self._operation(fault, name, server.frontend)
+        if work is not None:
+            self._number += 1
+            self._open[self._number] = f"{fault.kind} {name or fault.target}"
+            server.process.start(self._call(self._number, fault, name, work))
+            if self._cluster.shape.one_process is False:
+                loop = self._cluster.loop
+                loop.call_at(loop.now + ANSWER_BOUND_S, self._forget_of_dead, self._number, server)
+
+    def _forget_of_dead(self, number: int, server: Any) -> None:
+        if not server.process.is_alive:
+            self._open.pop(number, None)
+
+    def _operation(
+        self, fault: ScheduledFault, name: str, frontend: Frontend
+    ) -> Coroutine[Any, Any, Any] | None:
+        match fault.kind:
+            case FaultKind.DRAIN:
+                return frontend.drain(name)
+            case FaultKind.DRAIN_STOP:
+                return frontend.drain(name, stop=True)
+            case FaultKind.UNDO:
+                return frontend.drain(self.drained[-1], draining=False) if self.drained else None
+            case FaultKind.SCALE:
+                size = min(self.sizes.get(fault.target, {0})) + int(fault.value)
+                return frontend.scale({fault.target: max(1, size)})
+            case FaultKind.RESTART:
+                return frontend.restart()
+            case _:
+                stream = self._clients.stream_of(int(fault.value) % len(self._clients.requests))
+                return frontend.migrate(stream.request_id, name) if stream is not None else None
+
+    async def _call(
+        self, number: int, fault: ScheduledFault, name: str, work: Coroutine[Any, Any, Any]
+    ) -> None:
+        what = self._open[number]
+        size = max(1, min(self.sizes.get(fault.target, {0})) + int(fault.value))
+        try:
+            async with asyncio.timeout(ANSWER_BOUND_S):
+                await work
+        except EngineDeadError as error:
+            self._note(f"{what}: {error}")
+            self._apply(fault, name, size, is_sure=False)
+        except PdServeError as error:
+            self._note(f"{what}: {error}")
+        except TimeoutError:
+            self._report(f"{what} was not answered within {ANSWER_BOUND_S:.0f} s")
+        except Exception as error:
+            self._report(f"{what} failed: {error!r}")
+        else:
+            self._note(f"{what}: done")
+            self._apply(fault, name, size, is_sure=True)
+        finally:
+            self._open.pop(number, None)
+
+    def _apply(self, fault: ScheduledFault, name: str, size: int, *, is_sure: bool) -> None:
+        """Changes the expected sizes as the operation does, or may have done."""
+        match fault.kind:
+            case FaultKind.SCALE:
+                known = self.sizes.get(fault.target, {0})
+                self.sizes[fault.target] = {size} if is_sure else known | {size}
+            case FaultKind.DRAIN_STOP if name not in self._stopped:
+                role = name.rpartition("-")[0]
+                self._stopped[name] = role
+                smaller = {known - 1 for known in self.sizes[role]}
+                self.sizes[role] = smaller if is_sure else smaller | self.sizes[role]
+            case FaultKind.UNDO if self.drained and (role := self._stopped.pop(self.drained[-1], "")):
+                larger = {known + 1 for known in self.sizes[role]}
+                self.sizes[role] = larger if is_sure else larger | self.sizes[role]
+        if fault.kind in (FaultKind.DRAIN, FaultKind.DRAIN_STOP):
+            self.drained.append(name)
+        elif fault.kind is FaultKind.UNDO and self.drained:
+            self.drained.pop()

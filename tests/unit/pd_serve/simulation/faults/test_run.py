@@ -1,0 +1,140 @@
+"""Runs of whole clusters with single faults, and what the checks see if something is wrong."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pd_serve.frontend.token_ledger import TokenLedger
+from pd_serve.simulated_engine.block_pool import BlockPool
+from pd_serve.simulation.faults.run import RunResult, run
+from pd_serve.simulation.faults.schedule import (
+    ClientRequest,
+    FaultKind,
+    FaultyClusterShape,
+    Schedule,
+    ScheduledFault,
+)
+
+ROOT = Path(__file__).parents[5]
+
+REQUESTS = [ClientRequest(n / 4, 40 + 13 * n % 200, 30 + 11 * n % 60) for n in range(16)]
+
+
+def faulty(*faults: ScheduledFault, requests: list[ClientRequest] = REQUESTS, **shape: object) -> RunResult:
+    given = {"instances": {"prefill": 1, "decode": 2}, "start_instance_s": 1.0} | shape
+    return run(Schedule(0, 1, FaultyClusterShape(**given), requests, list(faults)))  # type: ignore[arg-type]
+
+
+def test_an_undisturbed_cluster_has_no_findings() -> None:
+    result = faulty()
+
+    assert result.findings == []
+    assert result.tokens == sum(request.output_tokens for request in REQUESTS)
+
+
+@pytest.mark.parametrize("target", ["decode:0", "manager", "scheduler", "api:0", "owner:8"])
+def test_a_killed_process_of_any_kind_loses_nothing(target: str) -> None:
+    assert faulty(ScheduledFault(2.5, FaultKind.KILL, target)).findings == []
+
+
+@pytest.mark.parametrize("target", ["decode:0", "manager", "scheduler", "api:0", "prefill:0"])
+@pytest.mark.parametrize("for_s", [0.7, 20.0])
+def test_a_suspended_process_of_any_kind_loses_nothing(target: str, for_s: float) -> None:
+    assert faulty(ScheduledFault(2.5, FaultKind.FREEZE, target, for_s=for_s)).findings == []
+
+
+@pytest.mark.parametrize("on", ["Offer", "Stage", "Final", "Committed"])
+def test_a_destination_that_dies_in_the_middle_of_a_migration_loses_nothing(on: str) -> None:
+    target = "sender" if on == "Committed" else "receiver"
+
+    result = faulty(ScheduledFault(1.0, FaultKind.KILL, target, on=on))
+
+    assert result.findings == []
+    assert result.deaths == 1
+
+
+def test_clients_that_leave_leave_nothing_behind() -> None:
+    requests = [ClientRequest(n / 4, 100, 60, aborts_after=5 * n % 60) for n in range(16)]
+
+    result = faulty(requests=requests)
+
+    assert result.findings == []
+    assert result.tokens < 16 * 60
+
+
+def test_a_flipped_bit_shows_in_the_tokens_of_its_request_only() -> None:
+    assert faulty(ScheduledFault(2.5, FaultKind.FLIP, "decode:0")).findings == []
+
+
+def test_a_flipped_bit_that_would_not_show_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pd_serve.simulation.faults.effects import Effects
+
+    def flip_nothing(self: Effects, name: str) -> None:
+        self.flips.append((8, self.num_preemptions()))
+
+    monkeypatch.setattr(Effects, "_flip", flip_nothing)
+
+    (finding,) = faulty(ScheduledFault(2.5, FaultKind.FLIP, "decode:0")).findings
+    assert "flipped bit does not show" in finding
+
+
+def test_a_token_that_is_delivered_twice_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    extend = TokenLedger.extend
+
+    def twice(self: TokenLedger, source: str, epoch: int, index: int, output: object, now: float) -> object:
+        before = extend(self, source, epoch, index, output, now)  # type: ignore[arg-type]
+        if before is not None and index == 20:
+            output.new_token_ids *= 2  # type: ignore[attr-defined]
+        return before
+
+    monkeypatch.setattr(TokenLedger, "extend", twice)
+
+    assert any("token 20" in finding for finding in faulty().findings)
+
+
+def test_a_block_that_is_not_freed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    release = BlockPool.release
+    monkeypatch.setattr(BlockPool, "release", lambda self, blocks: release(self, blocks[1:]))
+
+    assert any("KV blocks" in finding for finding in faulty().findings)
+
+
+def test_a_run_is_a_function_of_its_seed_whatever_python_hashes_with() -> None:
+    code = """
+from pd_serve.simulation.faults.run import run
+from pd_serve.simulation.faults.draw import draw
+print([run(draw(seed, 3)).digest for seed in (1, 2)])
+"""
+
+    def digests(hash_seed: str) -> str:
+        environment = os.environ | {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout
+
+    assert digests("1") == digests("2")
+
+
+def test_a_trace_names_faults_and_the_ends_of_processes() -> None:
+    schedule = Schedule(
+        0,
+        1,
+        FaultyClusterShape({"prefill": 1, "decode": 2}),
+        REQUESTS,
+        [ScheduledFault(2.0, FaultKind.KILL, "decode:1")],
+    )
+
+    lines = run(schedule, trace=True).trace
+
+    assert any("kill decode:1 (decode-1)" in line for line in lines)
+    assert any("decode-1 is dead" in line for line in lines)
+    assert run(schedule).trace == []
