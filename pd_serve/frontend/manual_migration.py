@@ -47,6 +47,9 @@ class ManualMigrations:
             raise UnknownTargetError(f"no running request {request_id!r}")
         if destination not in self._instances:
             raise UnknownTargetError(f"no instance {destination!r}; see GET /cluster")
+        if not request.ledger.owner:
+            text = f"{request_id} waits for an instance that has room"
+            raise MigrationRefusedError(text, RefusalCode.NOT_RUNNING)
         if mode == "recompute":
             return await self._restart(request, destination)
         move = MoveRequest(request.request_id, InstanceId(destination), blocking=mode == "blocking")

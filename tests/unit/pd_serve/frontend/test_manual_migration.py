@@ -8,6 +8,8 @@ from migration.messages import InstanceId
 from pd_serve.comm.messages import AddRequest
 from pd_serve.comm.requests import Call, MigrateByName, MoveRequest
 from pd_serve.errors import MigrationRefusedError, RefusalCode, UnknownTargetError
+from pd_serve.frontend.manual_migration import MigrationMode
+from router.request import NewRequest
 from tests.unit.pd_serve.frontend.frontend_world import R, World, record, turns
 
 
@@ -98,3 +100,18 @@ async def test_a_request_that_ends_right_after_the_commit_ends_the_wait(world: W
     world.requests.abort(["r"])
 
     assert (await task).record.stages == 1
+
+
+@pytest.mark.parametrize("mode", ["live", "recompute"])
+async def test_a_request_that_waits_for_an_instance_does_not_move(empty: World, mode: MigrationMode) -> None:
+    """Neither in the waiting line, nor after the loss of its instance: it would be started twice."""
+    empty.join("n0", "n1")
+    for name in ("n0", "n1"):
+        empty.report(name, free=1, running=1)
+    empty.requests.submit("r", [b"payload"], NewRequest(64))
+
+    with pytest.raises(MigrationRefusedError, match="r waits for an instance") as refused:
+        await empty.frontend.migrate("r", "n1", mode)
+
+    assert refused.value.code is RefusalCode.NOT_RUNNING
+    assert empty.sent(AddRequest) == []
