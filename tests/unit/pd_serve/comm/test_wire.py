@@ -146,6 +146,52 @@ async def test_a_peer_that_does_not_read_does_not_block_the_sender(
     assert "b does not read: a SetRole is dropped" in caplog.text
 
 
+async def test_a_connection_whose_other_end_is_gone_without_a_word_is_opened_again(
+    make_wire: MakeWire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A router between has forgotten the connection: what is sent disappears, and no error comes back."""
+    monkeypatch.setattr("pd_serve.comm.wire.HEARTBEAT_INTERVAL_MS", 50)
+    monkeypatch.setattr("pd_serve.comm.wire.HEARTBEAT_TIMEOUT_MS", 200)
+    sender, receiver, inbox = make_wire("a"), make_wire("b"), Inbox()
+    host, _, port = receiver.listen(ToInstance, inbox.on_message).removeprefix("tcp://").partition(":")
+    forgotten = asyncio.Event()
+    writers: list[asyncio.StreamWriter] = []
+    tasks: list[asyncio.Task[None] | None] = []
+
+    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        remembers = not forgotten.is_set()
+        while data := await reader.read(1 << 16):
+            if not (remembers and forgotten.is_set()):
+                writer.write(data)
+        writer.close()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        upstream = await asyncio.open_connection(host, int(port))
+        writers.extend((writer, upstream[1]))
+        tasks.append(asyncio.current_task())
+        with suppress(OSError):
+            await asyncio.gather(forward(reader, upstream[1]), forward(upstream[0], writer))
+
+    router = await asyncio.start_server(accept, "127.0.0.1", 0)
+    sender.connect("b", f"tcp://127.0.0.1:{router.sockets[0].getsockname()[1]}")
+    sender.send("b", SetRole("before"))
+    await inbox.wait_for(1)
+    forgotten.set()
+    sender.send("b", SetRole("lost"))
+
+    async with asyncio.timeout(30):
+        while inbox.received[-1] != ("a", "after"):
+            sender.send("b", SetRole("after"))
+            await asyncio.sleep(0.05)
+
+    assert ("a", "lost") not in inbox.received
+    router.close()
+    sender.disconnect("b")
+    for writer in writers:
+        writer.transport.abort()
+    await asyncio.gather(*filter(None, tasks), return_exceptions=True)
+
+
 # ---- what makes no sense
 
 
