@@ -61,6 +61,20 @@ class RunningRequest:
     arrived_at: float
 
 
+class StepProgress(NamedTuple):
+    """How far an engine's steps have come.
+
+    Attributes:
+        turns: Counts up with every step and every call between two steps.
+        steps: Steps that have ended.
+        is_busy: A step or a call is in progress. An idle engine makes no turns.
+    """
+
+    turns: int
+    steps: int
+    is_busy: bool
+
+
 class HeldBlocks(NamedTuple):
     """KV blocks of one request in one engine; those that requests share count for each of them.
 
@@ -118,6 +132,11 @@ class Engine(Protocol):
     @property
     def regions(self) -> Sequence[KvRegion]:
         """The KV cache's memory, for the transport; known once `start` has returned."""
+        ...
+
+    @property
+    def progress(self) -> StepProgress:
+        """For a watch that notices a step which hangs. Does not wait for the step."""
         ...
 
     async def start(self) -> None:

@@ -57,6 +57,10 @@ class InstanceLoad(EngineLoad, frozen=True):
     draining: Annotated[bool, Meta(description="1 while it takes nothing new.")] = False
     requests_added: int = 0
     moves_decided: int = 0
+    step_s: Annotated[
+        float, Meta(title="step_in_progress_seconds", description="Time that the step in progress has taken.")
+    ] = 0.0
+    hangs: Annotated[bool, Meta(description="1 if its step has exceeded its bound.")] = False
     expected_blocks: int = 0
     expected_requests: int = 0
 

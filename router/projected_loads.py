@@ -134,9 +134,13 @@ class ProjectedLoads:
         return [self.projected(name) for name in self._reports]
 
     def fresh(self) -> list[InstanceLoad]:
-        """The projected loads of the instances whose last report is not too old."""
+        """The projected loads of the instances whose last report is not too old.
+
+        What it says of the engine was read before the step in progress.
+        """
         oldest = self._clock() - self._max_report_age_s
-        return [self.projected(name) for name, at in self._reported_at.items() if at >= oldest]
+        reports, at = self._reports.items(), self._reported_at
+        return [self.projected(name) for name, load in reports if at[name] - load.step_s >= oldest]
 
     def silent(self) -> dict[str, float]:
         """Seconds since the last report, by instance, where that report is too old."""

@@ -21,6 +21,7 @@ from migration.engine_interface import (
     HeldByClient,
     Reservation,
     RunningRequest,
+    StepProgress,
 )
 from migration.engine_rules import mismatch
 from migration.errors import DestinationRefusedError, InvalidRequestError, RefusalCode, SourceGoneError
@@ -83,6 +84,10 @@ class VllmEngine:
             block_tokens=self.scheduler.block_size,
             supported_tasks=self._supported_tasks,
         )
+
+    @property
+    def progress(self) -> StepProgress:
+        return self._steps.progress
 
     async def stop(self) -> None:
         await self._steps.stop()

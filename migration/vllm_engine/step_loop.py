@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.engine.core import EngineCore
 
+from migration.engine_interface import StepProgress
 from migration.errors import EngineDeadError
 from migration.tasks import settle
 
@@ -52,6 +53,8 @@ class StepLoop:
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self._stopping = False
         self._dead: BaseException | None = None
+        self._turns = self._steps = 0
+        self._is_busy = False
         self._core: EngineCore = None
         self._thread = threading.Thread(target=self._run, name="engine-step", daemon=True)
 
@@ -65,6 +68,10 @@ class StepLoop:
         self._stopping = True
         self._calls.put(lambda: None)
         await asyncio.to_thread(self._thread.join, 5.0)
+
+    @property
+    def progress(self) -> StepProgress:
+        return StepProgress(self._turns, self._steps, self._is_busy)
 
     def submit(self, call: Callable[[], None]) -> None:
         """Runs `call` between two steps. Raises: EngineDeadError: it never would."""
@@ -105,7 +112,9 @@ class StepLoop:
             return
         self.settle(self._ready, None)
         try:
+            self._is_busy = True
             while not self._stopping:
+                self._turns += 1
                 self._run_calls()
                 self._step()
         except BaseException as error:
@@ -119,12 +128,16 @@ class StepLoop:
     def _run_calls(self) -> None:
         if not self._has_work() and not self._stopping:
             self._on_idle()
-            self._calls.get()()
+            self._is_busy = False
+            call = self._calls.get()
+            self._is_busy = True
+            call()
         while True:
             try:
                 call = self._calls.get_nowait()
             except queue.Empty:
                 break
+            self._turns += 1
             call()
         self._on_boundary()
 
@@ -133,6 +146,7 @@ class StepLoop:
             return
         outputs, executed = self._core.step_fn()
         self._core.post_step(executed)
+        self._steps += 1
         if outputs:
             self._on_outputs(outputs)
         elif not executed:

@@ -1,8 +1,9 @@
-"""Leases: a process that sends nothing for the time of its lease counts as gone."""
+"""Leases: a process that sends nothing for the time of its lease counts as gone. Engines that hang."""
 
 import asyncio
 
-from pd_serve.comm.timing import HEARTBEAT_S, ORPHAN_S
+from migration.engine_interface import StepProgress
+from pd_serve.comm.timing import FIRST_STEPS, FIRST_STEPS_S, HEARTBEAT_S, ORPHAN_S, STEP_S
 from pd_serve.errors import EngineDeadError
 
 
@@ -71,3 +72,26 @@ class OrphanTimer:
             raise EngineDeadError(
                 f"neither manager nor API servers have sent {self._process} anything for {ORPHAN_S:.0f} s"
             )
+
+
+class StepWatch:
+    """Notices an engine that hangs in a step while its process goes on to send heartbeats.
+
+    Time is counted in heartbeats of the process itself, so that a suspension of the process does not count.
+
+    Attributes:
+        step_s: Time that the step, or call, in progress has taken; 0 while the engine is idle.
+        hangs: It has exceeded its bound.
+    """
+
+    def __init__(self) -> None:
+        self.step_s = 0.0
+        self.hangs = False
+        self._turns = -1
+
+    def on_heartbeat(self, interval_s: float, progress: StepProgress) -> None:
+        """Call this every `interval_s`."""
+        stands = progress.is_busy and progress.turns == self._turns
+        self.step_s = self.step_s + interval_s if stands else 0.0
+        self._turns = progress.turns
+        self.hangs = self.step_s > (STEP_S if progress.steps >= FIRST_STEPS else FIRST_STEPS_S)

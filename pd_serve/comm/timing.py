@@ -21,6 +21,11 @@ INSTANCE_LEASE_S = 30.0  # the manager removes it from the membership and ends i
 #: An instance or scheduler ends itself when neither manager nor API servers have sent anything for this long.
 ORPHAN_S = 120.0
 
+#: Bound of one engine step, after which the manager replaces the instance like a silent one. The first steps
+#: of an engine may compile kernels for minutes, and have a bound of their own. (vLLM's executor gives a step
+#: 300 s, compilation included: `VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS`.)
+STEP_S, FIRST_STEPS_S, FIRST_STEPS = 120.0, 600.0, 100
+
 #: Timeout of one remote call.
 CALL_TIMEOUT_S = 60.0
 

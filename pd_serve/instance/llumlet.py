@@ -194,6 +194,7 @@ class Llumlet:
     async def _heartbeat(self) -> None:
         while True:
             await asyncio.sleep(INSTANCE_HEARTBEAT_S)
+            self.reporter.step_watch.on_heartbeat(INSTANCE_HEARTBEAT_S, self.engine.progress)
             self.reporter.report_soon()
             self._requests.report_soon(self.engine)
             self._orphan_timer.on_heartbeat(INSTANCE_HEARTBEAT_S)

@@ -9,6 +9,7 @@ from msgspec.structs import asdict
 
 from migration.coordinator import MigrationCoordinator
 from migration.messages import RequestId
+from pd_serve.comm.leases import StepWatch
 from pd_serve.comm.membership import MANAGER, SCHEDULER, MembershipView
 from pd_serve.comm.message_wire import MessageWire
 from pd_serve.comm.messages import InstanceStats, LoadReport
@@ -39,6 +40,7 @@ class LoadReporter:
         requests_added: Number of new requests; shows API servers which dispatches a report includes.
         refused_orders: Orders of the scheduler that were not carried out, by reason.
         moves_decided: Number of handled orders to move; shows the scheduler which orders a report includes.
+        step_watch: Tells the receivers of reports how long the engine's step in progress takes.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class LoadReporter:
         self.requests_added = 0
         self.refused_orders = Counter(dict.fromkeys(REFUSED_ORDERS, 0))
         self.moves_decided = 0
+        self.step_watch = StepWatch()
         self._name = name
         self._wire = wire
         self._members = members
@@ -112,6 +115,8 @@ class LoadReporter:
             draining=self.draining,
             requests_added=self.requests_added,
             moves_decided=self.moves_decided,
+            step_s=self.step_watch.step_s,
+            hangs=self.step_watch.hangs,
             **asdict(self._engine),
         )
 

@@ -181,20 +181,21 @@ class Manager:
         while not self._closed:
             await asyncio.sleep(HEARTBEAT_S)
             try:
-                await self._end_silent()
+                await self._end_failed()
                 if not self._closed:
                     self._sizes.keep("its pool is too small")
             except Exception as error:  # whatever it is: the instances have to be watched
                 self._wire.failures.record("watching the instances", error)
 
-    async def _end_silent(self) -> None:
-        """Ends instances whose lease has expired: after it, a suspended process must not continue."""
-        silent = self.register.silent()
-        if silent and not await self.keep_notes():
+    async def _end_failed(self) -> None:
+        """Ends instances whose lease has expired or whose engine hangs: they must not continue later."""
+        silence = f"has reported nothing for {INSTANCE_LEASE_S:.0f} s"
+        failed = dict.fromkeys(self.register.silent(), silence)
+        failed |= dict.fromkeys(self.register.hanging(), "hangs in a step of its engine")
+        if failed and not await self.keep_notes():
             return
-        for instance_id in silent:
-            silence = f"{instance_id} has reported nothing for {INSTANCE_LEASE_S:.0f} s"
-            self._notices.warn(f"{silence} and is ended; its requests are recomputed elsewhere")
+        for instance_id, why in failed.items():
+            self._notices.warn(f"{instance_id} {why} and is ended; its requests are recomputed elsewhere")
             self._lose(instance_id)
             self._tasks.start(self._launcher.stop_instance(instance_id))
 

@@ -78,6 +78,10 @@ class InstanceRegister:
         """Instances whose lease has expired."""
         return self._leases.expired()
 
+    def hanging(self) -> list[str]:
+        """Instances whose process reports that their engine's step has exceeded its bound."""
+        return [name for name, load in self._loads.items() if load.hangs]
+
     def can_serve(self) -> bool:
         """Whether requests can be prefilled and decoded."""
         roles = set(self._roles.values())

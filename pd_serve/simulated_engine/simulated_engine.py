@@ -14,6 +14,7 @@ from migration.engine_interface import (
     HeldByClient,
     Reservation,
     RunningRequest,
+    StepProgress,
 )
 from migration.errors import DestinationRefusedError, RefusalCode
 from migration.messages import BlockRun, FinalState, MigrationId, RequestDescription, RequestId
@@ -49,7 +50,7 @@ class SimulatedEngine:
     Args:
         decode: Makes a sequence of a request's payload. Raises: InvalidRequestError.
         is_copying: Whether KV is being copied into this instance or out of it, which slows its steps.
-        faults: Delays and refusals of calls, for tests.
+        faults: Delays and refusals of calls, and steps that hang, for tests.
 
     Attributes:
         sequences: The requests here by id, arriving ones excepted.
@@ -92,6 +93,10 @@ class SimulatedEngine:
         settings = self.settings
         max_tokens = (settings.num_blocks - self.batcher.watermark_blocks) * settings.block_tokens
         return EngineFacts(None, max_tokens, settings.num_blocks, settings.block_tokens, ("generate",))
+
+    @property
+    def progress(self) -> StepProgress:
+        return self._step_loop.progress
 
     async def start(self) -> None:
         """Nothing has to be loaded."""

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
+from migration.engine_interface import StepProgress
 from migration.errors import EngineDeadError, MigrationError
 from migration.tasks import settle
 from pd_serve.errors import InvalidRequestError
@@ -50,6 +51,11 @@ class SimulatedStepLoop:
         self._calls: list[Callable[[], None]] = []
         self._timer: asyncio.Handle | None = None
         self._stopped = False
+        self._turns = self._steps = 0
+
+    @property
+    def progress(self) -> StepProgress:
+        return StepProgress(self._turns, self._steps, self.in_flight is not None)
 
     def stop(self) -> None:
         """No step and no call follows; callers wait until they are cancelled."""
@@ -81,8 +87,10 @@ class SimulatedStepLoop:
 
     def _boundary(self, ended: Step | None = None) -> None:
         self._timer = self.in_flight = None
+        self._turns += 1
         step = None
         if ended is not None:
+            self._steps += 1
             self._engine.finish(ended)
             if self._one_ahead:
                 step = self.in_flight = self._engine.schedule()

@@ -23,6 +23,7 @@ from migration.engine_interface import EngineEvents
 from migration.messages import RequestId
 from pd_serve.errors import InvalidRequestError
 from pd_serve.simulated_engine.contents import TokenPrompt
+from pd_serve.simulated_engine.faults import EngineFaults
 from pd_serve.simulated_engine.outputs import SimulatedOutput
 from pd_serve.simulated_engine.sequence import Sequence
 from pd_serve.simulated_engine.settings import EngineSettings
@@ -73,6 +74,7 @@ def make_engine(
     settings: EngineSettings,
     publish: Callable[[str, Any, list[tuple[int, int]]], None],
     events: EngineEvents,
+    faults: EngineFaults | None = None,
 ) -> SimulatedEngine:
     """An engine on the running event loop whose outputs go to `publish` in vLLM's form."""
 
@@ -87,7 +89,7 @@ def make_engine(
         stats = _stats(engine)
         publish(client, EngineCoreOutputs(outputs=batch, scheduler_stats=stats, timestamp=now), spans)
 
-    engine = SimulatedEngine(settings, decode_request, sink, events)
+    engine = SimulatedEngine(settings, decode_request, sink, events, faults=faults)
     return engine
 
 

@@ -35,6 +35,7 @@ class SimulatedInstance:
         on_fatal: Ends the process of the instance; by default, the failure is kept.
 
     Attributes:
+        faults: Faults of its engine, none at first.
         failure: Unexpected failure of the engine or of a migration; None if there was none.
     """
 
@@ -71,8 +72,9 @@ class SimulatedInstance:
             return bool(leaving[name] or entering[name])
 
         settings = config.engines.get(role) or config.engines["neutral"]
+        self.faults = faults or EngineFaults()
         self.engine = SimulatedEngine(
-            settings, decode_payload, self._publish, self.llumlet.events, is_copying, faults
+            settings, decode_payload, self._publish, self.llumlet.events, is_copying, self.faults
         )
         self.transport.register(self.engine.regions)
         self.llumlet.start(self.engine)

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import threading
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -105,6 +106,33 @@ async def test_engines_differ_by_how_their_attention_reads_a_block(
     theirs = core.collective_rpc(worker.attention)[0]
     assert theirs.keys() == ours.keys()
     assert not theirs.items() & ours.items()
+
+
+async def test_a_step_that_hangs_ends_all_progress_and_an_idle_engine_is_not_busy(
+    rig: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.integration.engine_rig import eventually, greedy
+
+    await eventually(lambda: not rig.engine.progress.is_busy)
+    ends = threading.Event()
+    step = rig.engine.core.step_fn
+
+    def hang() -> Any:
+        ends.wait(60)
+        return step()
+
+    monkeypatch.setattr(rig.engine.core, "step_fn", hang)
+    adding = asyncio.create_task(rig.add("r", PROMPT[:40], greedy(5)))
+    await eventually(lambda: rig.engine.progress.is_busy)
+    await asyncio.sleep(0.2)
+    stands = rig.engine.progress
+    await asyncio.sleep(0.2)
+    assert rig.engine.progress == stands
+    ends.set()
+    stream = await adding
+    await eventually(lambda: len(stream.tokens) == 5)
+    assert rig.engine.progress.steps > stands.steps
+    await eventually(lambda: not rig.engine.progress.is_busy)
 
 
 async def test_decoding_requests_can_be_moved(rig: Any) -> None:

@@ -107,6 +107,14 @@ def test_reports_that_are_too_old_are_silent_and_not_fresh() -> None:
     assert len(loads.all()) == 2
 
 
+def test_a_report_is_as_old_as_the_step_in_progress() -> None:
+    clock = Clock()
+    loads = projected_loads(neutral("hangs", step_s=4.0), neutral("works", step_s=1.0), clock=clock)
+
+    assert [load.instance_id for load in loads.fresh()] == ["works"]
+    assert loads.silent() == {}
+
+
 def test_departures_are_requests_of_average_size() -> None:
     load = neutral("i0", 40, 4, migrating_out=1)
 

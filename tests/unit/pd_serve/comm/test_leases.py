@@ -4,8 +4,9 @@ import asyncio
 
 import pytest
 
-from pd_serve.comm.leases import LeaseClock, Leases, OrphanTimer
-from pd_serve.comm.timing import HEARTBEAT_S, ORPHAN_S
+from migration.engine_interface import StepProgress
+from pd_serve.comm.leases import LeaseClock, Leases, OrphanTimer, StepWatch
+from pd_serve.comm.timing import FIRST_STEPS, FIRST_STEPS_S, HEARTBEAT_S, ORPHAN_S, STEP_S
 from pd_serve.errors import EngineDeadError
 from tests.virtual_time import in_virtual_time
 
@@ -73,3 +74,33 @@ def test_an_orphan_ends_itself_after_enough_heartbeats_without_a_message() -> No
 
     with pytest.raises(EngineDeadError, match="have sent decode-0 anything for 120 s"):
         timer.on_heartbeat(HEARTBEAT_S)
+
+
+def hangs_after(watch: StepWatch, seconds: float, progress: StepProgress) -> bool:
+    """Whether an engine whose progress stays the same for this long hangs."""
+    for _ in range(round(seconds / HEARTBEAT_S) + 1):
+        watch.on_heartbeat(HEARTBEAT_S, progress)
+    return watch.hangs
+
+
+def test_an_engine_hangs_when_a_step_takes_longer_than_its_bound() -> None:
+    watch = StepWatch()
+
+    assert not hangs_after(watch, STEP_S, StepProgress(500, FIRST_STEPS, True))
+    assert watch.step_s == STEP_S
+    assert hangs_after(watch, HEARTBEAT_S, StepProgress(500, FIRST_STEPS, True))
+    assert not hangs_after(watch, STEP_S, StepProgress(501, FIRST_STEPS, True)), "it has gone on"
+
+
+def test_the_first_steps_may_compile() -> None:
+    watch = StepWatch()
+
+    assert not hangs_after(watch, FIRST_STEPS_S, StepProgress(3, FIRST_STEPS - 1, True))
+    assert hangs_after(watch, HEARTBEAT_S, StepProgress(3, FIRST_STEPS - 1, True))
+
+
+def test_an_idle_engine_makes_no_steps_and_is_healthy() -> None:
+    watch = StepWatch()
+
+    assert not hangs_after(watch, 10 * FIRST_STEPS_S, StepProgress(500, FIRST_STEPS, False))
+    assert watch.step_s == 0

@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from migration.bounds import MigrationBounds
-from migration.engine_interface import HeldByClient, Reservation, RunningRequest
+from migration.engine_interface import HeldByClient, Reservation, RunningRequest, StepProgress
 from migration.errors import RefusalCode
 from migration.messages import (
     BlockRun,
@@ -32,7 +32,7 @@ from pd_serve.comm.requests import (
     Call,
 )
 from pd_serve.comm.rpc import Answer
-from pd_serve.comm.timing import REPORT_INTERVAL_S, STRANDED_CHECK_S
+from pd_serve.comm.timing import FIRST_STEPS, REPORT_INTERVAL_S, STRANDED_CHECK_S
 from pd_serve.errors import SourceGoneError
 from pd_serve.instance.llumlet import Llumlet
 from router.load import EngineLoad
@@ -52,6 +52,7 @@ class EngineStub:
         priorities: Of those that have another one than 0.
         fail: Raised by the next call of that name.
         always_fail: Raised by all calls of that name.
+        hangs: It is in a step that does not end.
         held: Calls of these names wait until the event is set.
         held_by_client: What `visit_requests` shows.
     """
@@ -65,6 +66,7 @@ class EngineStub:
         self.always_fail: dict[str, Exception] = {}
         self.held: dict[str, asyncio.Event] = {}
         self.held_by_client: HeldByClient = {}
+        self.hangs = False
 
     async def _visit(self, name: str, *arguments: Any) -> None:
         self.calls.append((name, *arguments))
@@ -79,6 +81,10 @@ class EngineStub:
     def end(self, request_id: str) -> None:
         self.running.discard(request_id)
         self.llumlet.events.on_requests_ended([RequestId(request_id)])
+
+    @property
+    def progress(self) -> StepProgress:
+        return StepProgress(0, FIRST_STEPS, self.hangs)
 
     async def add(self, payload: list[bytes], client: str, **options: Any) -> bool:
         await self._visit("add", payload, client, options)

@@ -12,6 +12,7 @@ from pd_serve.comm.messages import (
     AbortRequests,
     AddRequest,
     Heartbeat,
+    LoadReport,
     MigrationEnded,
     RequestFailed,
 )
@@ -20,7 +21,7 @@ from pd_serve.comm.requests import (
     CheckIntegrity,
     ListRequests,
 )
-from pd_serve.comm.timing import INSTANCE_HEARTBEAT_S, ORPHAN_S
+from pd_serve.comm.timing import INSTANCE_HEARTBEAT_S, ORPHAN_S, STEP_S
 from pd_serve.errors import EngineDeadError
 from tests.members import membership
 from tests.unit.pd_serve.instance.instance_world import R, World
@@ -178,6 +179,22 @@ async def test_an_instance_without_a_manager_runs_as_long_as_an_api_server_sends
         assert not world.fatal
         await asyncio.sleep(ORPHAN_S + 2 * INSTANCE_HEARTBEAT_S)
         assert [type(error) for error in world.fatal] == [EngineDeadError]
+
+
+@in_virtual_time
+async def test_reports_go_on_while_the_engine_hangs_and_say_so() -> None:
+    async with World() as world:
+        world.engine.hangs = True
+        for _ in range(5):
+            await asyncio.sleep(STEP_S / 4)
+            world.hear("api", Heartbeat())
+        report = world.wire.sent_to(LoadReport, "manager")[-1].load
+        assert (report.step_s > STEP_S, report.hangs) == (True, True)
+        assert not world.fatal
+        world.engine.hangs = False
+        await asyncio.sleep(2)
+        report = world.wire.sent_to(LoadReport, "manager")[-1].load
+        assert (report.step_s, report.hangs) == (0, False)
 
 
 @in_virtual_time

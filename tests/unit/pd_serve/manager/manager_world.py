@@ -114,6 +114,7 @@ class World:
         held: Draining and role of instances that the test reports for itself.
         silent: Instances that report nothing.
         scheduler_hangs: The scheduler reports nothing.
+        hanging: Instances that report that their engine hangs.
         fewest: The smallest number of instances so far.
     """
 
@@ -129,6 +130,7 @@ class World:
         self.notices = Notices()
         self.busy: set[str] = set()
         self.silent: set[str] = set()
+        self.hanging: set[str] = set()
         self.joined: list[str] = ["api"]
         self.scheduler_hangs = False
         self.fewest = 3
@@ -168,7 +170,7 @@ class World:
         self._obeyed = len(self.wire.sent)
         for name in self.names:
             if name not in self.silent:
-                self.report(name)
+                self.report(name, hangs=name in self.hanging)
         unused = [name for name in self.members.leaving if name not in self.busy]
         for api_server in self.joined:
             self.join(api_server, *unused)

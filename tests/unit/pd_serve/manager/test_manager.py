@@ -55,6 +55,18 @@ async def test_the_instances_are_watched_on_when_a_call_of_the_platform_fails(
 
 
 @in_virtual_time
+async def test_an_instance_whose_engine_hangs_is_ended_and_replaced_although_it_reports() -> None:
+    async with a_world() as world:
+        await asyncio.sleep(100)
+        world.hanging.add("decode-0")
+        await asyncio.sleep(2 * HEARTBEAT_S)
+        assert world.launcher.stopped == ["decode-0"]
+        assert "decode-0 hangs in a step of its engine" in world.notices.warnings[-1]
+        await asyncio.sleep(START_S + 1)
+        assert world.names == ["decode-1", "decode-2", "prefill-0"]
+
+
+@in_virtual_time
 async def test_an_instance_that_is_lost_twice_is_replaced_once() -> None:
     async with a_world() as world:
         await asyncio.sleep(100)

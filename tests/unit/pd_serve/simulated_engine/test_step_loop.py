@@ -18,6 +18,7 @@ class Engine:
 
     def __init__(self) -> None:
         self.left = 3
+        self.hangs = False
         self.events: list[str] = []
 
     def schedule(self) -> Step | None:
@@ -28,7 +29,7 @@ class Engine:
         return Step([], [], STEP_S)
 
     def begin(self, step: Step) -> float:
-        return step.duration_s
+        return 1e9 if self.hangs else step.duration_s
 
     def finish(self, step: Step) -> None:
         self.events.append("finish")
@@ -96,3 +97,35 @@ async def test_a_stopped_loop_takes_no_calls() -> None:
 
     with pytest.raises(EngineDeadError):
         await loop.call(lambda: 1)
+
+
+@pytest.mark.parametrize("one_ahead", [False, True])
+@in_virtual_time
+async def test_a_step_that_hangs_ends_all_progress(one_ahead: bool) -> None:
+    engine = Engine()
+    loop = SimulatedStepLoop(engine, one_ahead=one_ahead)
+    loop.submit(lambda: None)
+    await asyncio.sleep(STEP_S * 0.5)
+    before = loop.progress
+    engine.hangs = True
+    await asyncio.sleep(STEP_S)
+    stands = loop.progress
+    assert stands.turns == before.turns + 1
+    call = asyncio.create_task(loop.call(lambda: 7))
+    await asyncio.sleep(100)
+    assert loop.progress == stands
+    assert stands.is_busy
+    assert not call.done()
+    call.cancel()
+
+
+@in_virtual_time
+async def test_an_idle_engine_is_not_busy() -> None:
+    engine = Engine()
+    loop = SimulatedStepLoop(engine, one_ahead=False)
+    loop.submit(lambda: None)
+    await asyncio.sleep(1)
+    assert (loop.progress.steps, loop.progress.is_busy) == (3, False)
+    turns = loop.progress.turns
+    await loop.call(lambda: 7)
+    assert loop.progress.turns > turns

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pd_serve.comm.timing import FIRST_STEPS, FIRST_STEPS_S, STEP_S
 from pd_serve.simulated_engine.cost_model import COST_MODELS
 from pd_serve.simulated_engine.settings import EngineSettings
 from pd_serve.simulation.config import NetworkSettings, SimulationConfig, TraceRequest
@@ -215,6 +216,39 @@ def test_requests_of_a_silent_instance_continue_elsewhere(victim: str) -> None:
 
     assert_nothing_is_lost(result)
     assert max(record.longest_gap_s for record in result.records) < 60
+
+
+@pytest.mark.parametrize("victim", ["decode-1", "prefill-0"])
+def test_requests_of_an_instance_whose_engine_hangs_continue_elsewhere(victim: str) -> None:
+    """Its event loop lives and goes on to report: the manager ends it because its step makes no progress."""
+    ended_after: list[float] = []
+
+    async def fault(simulation: Simulation) -> None:
+        launcher, loop = simulation.cluster.launcher, asyncio.get_running_loop()
+        await asyncio.sleep(2.0)
+        while launcher.instances[victim].engine.progress.steps < FIRST_STEPS:  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+        launcher.instances[victim].faults.hang_s = 1e9
+        began = loop.time()
+        while victim in launcher.instances:
+            await asyncio.sleep(1.0)
+            assert loop.time() - began < STEP_S + 10
+        ended_after.append(loop.time() - began)
+
+    requests = workload(300, 16.0)
+    result = simulate_with(config(instances={"prefill": 2, "decode": 2}, requests=requests), fault)
+
+    assert_nothing_is_lost(result)
+    assert ended_after[0] >= STEP_S
+    assert max(record.longest_gap_s for record in result.records) < STEP_S + 30
+
+
+def test_an_idle_cluster_loses_no_instance() -> None:
+    requests = [TraceRequest(at, 100, 30, 0, ()) for at in (0.0, 3 * FIRST_STEPS_S)]
+    result = simulate(config(requests=requests))
+
+    assert_nothing_is_lost(result)
+    assert result.scaling == []
 
 
 def test_the_manager_starts_another_scheduler_when_one_dies() -> None:
