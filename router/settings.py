@@ -28,7 +28,9 @@ class PolicySet:
     name: str
 
     dispatch: str = setting("freest", "Dispatch policy among neutral instances.")
-    prefill_dispatch: str = setting("backlog", "Dispatch policy among prefill instances.")
+    prefill_dispatch: str = setting(
+        "backlog", "Dispatch policy among prefill instances, and neutral ones beside them."
+    )
     late_binding: bool = setting(False, "Requests that no neutral instance has room for wait in one line.")
     bind_after_s: float = setting(15.0, "Wait after which an instance has to make room for the first.", ge=0)
     max_bound: float = setting(0.0625, "Share of the instances that may do so at a time.", ge=0, le=1)

@@ -35,6 +35,7 @@ def _no_settings_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"neutral": 0}, (1, 2, 0)),
         ({"neutral": 3}, (0, 0, 3)),
         ({"prefill": 1, "decode": 1, "neutral": 3}, (1, 1, 3)),
+        ({"prefill": 1, "decode": 0, "neutral": 3}, (1, 0, 3)),
         ({"autoscale_decode": "1:4"}, (1, 2, 0)),
         ({"autoscale_decode": "3:4"}, (1, 3, 0)),
         ({"autoscale_decode": "1:1", "autoscale_prefill": "2:3"}, (2, 1, 0)),

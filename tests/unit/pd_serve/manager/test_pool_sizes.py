@@ -130,6 +130,13 @@ class TestScaling:
         test()
 
     @in_virtual_time
+    async def test_neutral_instances_take_the_place_of_decode_instances(self) -> None:
+        async with a_world() as world:
+            await world.call(ScalePools({"neutral": 1, "decode": 0}))
+            await asyncio.sleep(2 * START_S)
+            assert world.names == ["neutral-0", "prefill-0"]
+
+    @in_virtual_time
     async def test_a_larger_size_uses_leaving_instances_again(self) -> None:
         async with a_world() as world:
             world.busy.update(("decode-0", "decode-1"))
