@@ -26,7 +26,7 @@ MAX_SHARE = 0.01
 
 BATCH_SIZE = 256
 PROMPT_TOKENS = 16
-ROUNDS = 5
+ROUNDS = 2
 PAUSE_S = 0.02
 HOST = "127.0.0.1"
 FLAGS = ("--max-num-seqs", str(BATCH_SIZE), "--max-num-batched-tokens", str(BATCH_SIZE * PROMPT_TOKENS))
