@@ -33,7 +33,7 @@ FLAGS = ("--max-num-seqs", str(BATCH_SIZE), "--max-num-batched-tokens", str(BATC
 
 
 async def run(report: BenchmarkReport) -> None:
-    """Measures, shows a table and writes the numbers. Takes about a minute.
+    """Measures, shows a table and writes the numbers. Takes a minute or two.
 
     Raises:
         PdServeError: The engine did not start, or failed.
