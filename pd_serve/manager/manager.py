@@ -157,6 +157,7 @@ class Manager:
     async def _stop(self, instance_id: str) -> None:
         await self._launcher.stop_instance(instance_id)
         self._wire.disconnect(instance_id)
+        self._sizes.stopped.pop(instance_id, None)
 
     def _on_lost(self, instance_id: str) -> None:
         """The process of an instance has died."""

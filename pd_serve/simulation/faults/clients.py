@@ -1,6 +1,5 @@
 """Clients of a cluster with faults: they send requests, and compare each token with an undisturbed run."""
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -11,7 +10,7 @@ from pd_serve.frontend.frontend import Frontend
 from pd_serve.simulated_engine.contents import SegmentPrompt, expected_output
 from pd_serve.simulated_engine.outputs import SimulatedPayload
 from pd_serve.simulated_engine.settings import SEGMENT_TOKENS
-from pd_serve.simulation.faults.process_loop import SimulatedProcess
+from pd_serve.simulation.faults.process_loop import ProcessLoop, SimulatedProcess
 from pd_serve.simulation.faults.schedule import ClientRequest
 from router.request import NewRequest
 
@@ -65,6 +64,7 @@ class Clients:
         block_tokens: int,
         api_servers: Callable[[], list[ApiServerHandle]],
         report: Callable[[str], None],
+        loop: ProcessLoop,
     ) -> None:
         self.requests = requests
         self.streams: dict[str, ClientStream] = {}
@@ -74,7 +74,7 @@ class Clients:
         self._block_tokens = block_tokens
         self._api_servers = api_servers
         self._report = report
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop
         self._left = set(range(len(requests)))
         self._tries = [0] * len(requests)
 
@@ -84,7 +84,7 @@ class Clients:
 
     def open(self, zero: float) -> None:
         for number, request in enumerate(self.requests):
-            self._loop.call_at(zero + request.arrival_s, self._send, number)
+            self._loop.outside_at(zero + request.arrival_s, self._send, number)
 
     def stream_of(self, number: int) -> ClientStream | None:
         """The present try of a request; None before its arrival and after its end."""
@@ -148,10 +148,10 @@ class Clients:
             self._left.discard(stream.number)
         else:
             if request.aborts_after == 0:
-                self._loop.call_later(0.05, self.abort, stream.number)
+                self._loop.outside_at(self._loop.now + 0.05, self.abort, stream.number)
 
     def _retry(self, number: int) -> None:
-        self._loop.call_later(RETRY_S, self._send, number)
+        self._loop.outside_at(self._loop.now + RETRY_S, self._send, number)
 
     def on_batch(self, batch: OutputBatch) -> None:
         """Takes what an API server delivers; runs in its process."""

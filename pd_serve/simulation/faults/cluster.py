@@ -202,7 +202,7 @@ class FaultyCluster:
         handle.process.kill()
         if self.manager is handle:
             self.manager = None
-            self.loop.call_at(self.loop.now + self._rng.uniform(0.5, 8.0), self._replace_manager)
+            self.loop.outside_at(self.loop.now + self._rng.uniform(0.5, 8.0), self._replace_manager)
 
     def _replace_manager(self) -> None:
         if self.manager is None:

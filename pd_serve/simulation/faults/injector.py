@@ -33,7 +33,7 @@ class Injector:
 
     def open(self) -> None:
         for fault in self._schedule.faults:
-            self._loop.call_at(self._loop.now + fault.at_s, self._begin, fault)
+            self._loop.outside_at(self._loop.now + fault.at_s, self._begin, fault)
 
     @property
     def is_done(self) -> bool:
@@ -51,7 +51,7 @@ class Injector:
     def _begin(self, fault: ScheduledFault) -> None:
         if fault.on:
             self._armed.append(fault)
-            self._loop.call_at(self._loop.now + WAIT_FOR_MESSAGE_S, self._disarm, fault)
+            self._loop.outside_at(self._loop.now + WAIT_FOR_MESSAGE_S, self._disarm, fault)
         else:
             self._perform(fault, {})
 
@@ -68,7 +68,7 @@ class Injector:
         if end is None or not fault.for_s:
             self._pending -= 1
         else:
-            self._loop.call_at(self._loop.now + fault.for_s, self._end, fault, end)
+            self._loop.outside_at(self._loop.now + fault.for_s, self._end, fault, end)
 
     def _end(self, fault: ScheduledFault, end: Callable[[], None]) -> None:
         end()

@@ -62,7 +62,7 @@ class OperatorCalls:
             server.process.start(self._call(self._number, fault, name, work))
             if self._cluster.shape.one_process is False:
                 loop = self._cluster.loop
-                loop.call_at(loop.now + ANSWER_BOUND_S, self._forget_of_dead, self._number, server)
+                loop.outside_at(loop.now + ANSWER_BOUND_S, self._forget_of_dead, self._number, server)
 
     def _forget_of_dead(self, number: int, server: Any) -> None:
         if not server.process.is_alive:

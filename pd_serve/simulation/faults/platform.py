@@ -154,7 +154,7 @@ class SimulatedPlatform:
         fails = starts.failures > 0
         starts.failures -= fails
         actor.started = self.loop.create_future()
-        self.loop.call_at(self.loop.now + duration_s, self._ready, actor, config, fails)
+        self.loop.outside_at(self.loop.now + duration_s, self._ready, actor, config, fails)
         return actor.started
 
     def _ready(self, actor: SimulatedActor, config: InstanceConfig, fails: bool) -> None:
@@ -183,7 +183,7 @@ class SimulatedPlatform:
         actor.started.set_result(actor.instance.info)
         if self.starts.early_deaths:
             self.starts.early_deaths -= 1
-            self.loop.call_at(self.loop.now + self.starts.dies_after_s, self.kill_instance, name)
+            self.loop.outside_at(self.loop.now + self.starts.dies_after_s, self.kill_instance, name)
 
     def _failed(self, name: str, error: BaseException) -> None:
         if not isinstance(error, PoisonError):
@@ -203,7 +203,7 @@ class SimulatedPlatform:
         for launcher in self._launchers:
             if actor.name in launcher.watched:
                 at = self.loop.now + self._rng.uniform(0.001, NOTICE_S)
-                self.loop.call_at(at, launcher.process.call_soon, launcher.lost, actor.name)
+                self.loop.outside_at(at, launcher.process.call_soon, launcher.lost, actor.name)
         self.network.fabric.die(actor.name)
         if actor.started is not None and not actor.started.done():
             text = f"{actor.name}: its process ended while starting"

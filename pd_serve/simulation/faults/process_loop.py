@@ -76,6 +76,10 @@ class ProcessLoop(VirtualLoop):
         handle = asyncio.Handle(callback, args, self, _OUTSIDE.copy())
         self._ready.appendleft(handle)  # type: ignore[attr-defined]
 
+    def outside_at(self, when: float, callback: Callable[..., object], *args: Any) -> None:
+        """Calls a function at a time of the simulation, as a part of no process: it happens if one dies."""
+        super().call_at(when, callback, *args, context=_OUTSIDE.copy())
+
     def spawn(self, name: str) -> "SimulatedProcess":
         """A new process. Earlier processes of the same name remain others."""
         number = self._numbers[name] = self._numbers.get(name, -1) + 1

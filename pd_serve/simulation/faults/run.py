@@ -95,6 +95,7 @@ class FaultRun:
             self.cluster.engine.block_tokens,
             lambda: list(self.cluster.api_servers),
             self._find,
+            loop,
         )
         self.operations = OperatorCalls(self.cluster, self.clients, self._find, self._log.note)
         targets = TargetFinder(self.cluster, self.clients)

@@ -82,4 +82,4 @@ class TargetFinder:
         self._cluster.kill_api_server(api_server)
         self._clients.api_server_died(api_server)
         loop = self._cluster.loop
-        loop.call_at(loop.now + API_SERVER_START_S, self._cluster.start_api_server)
+        loop.outside_at(loop.now + API_SERVER_START_S, self._cluster.start_api_server)

@@ -98,6 +98,22 @@ def test_a_clock_that_jumps_makes_timers_of_that_process_due_and_no_others() -> 
     in_loop(test)
 
 
+def test_what_a_dying_process_has_others_do_happens() -> None:
+    async def test(loop: ProcessLoop) -> None:
+        process, said = loop.spawn("a"), []
+
+        def die() -> None:
+            process.kill()
+            loop.call_later(1.0, said.append, "mine")
+            loop.outside_at(loop.now + 1.0, said.append, "theirs")
+
+        process.call_soon(die)
+        await asyncio.sleep(2.0)
+        assert said == ["theirs"]
+
+    in_loop(test)
+
+
 def test_processes_of_one_name_are_different_ones() -> None:
     async def test(loop: ProcessLoop) -> None:
         first, second = loop.spawn("a"), loop.spawn("a")

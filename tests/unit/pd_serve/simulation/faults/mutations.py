@@ -1,0 +1,140 @@
+"""Bugs that are put into the product on purpose. The campaign has to find each of them.
+
+`python -m tests.unit.pd_serve.simulation.faults.mutations` looks for the first seed that finds each one.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from migration.outgoing import OutgoingMigration
+from migration.source_table import SourceAction
+from migration.transport.local import LocalTransport
+from pd_serve.comm.membership import MembershipChange, MembershipView
+from pd_serve.frontend.placement import RequestPlacement
+from pd_serve.frontend.token_ledger import TokenLedger
+from pd_serve.manager.register import InstanceRegister
+from pd_serve.manager.stopper import Stopper
+from pd_serve.simulated_engine.migrations import SequenceMigrations
+from pd_serve.simulation.faults.draw import draw
+from pd_serve.simulation.faults.run import run
+
+#: Seeds in which each bug has to be found.
+MAX_SEEDS = 1000
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A method that is replaced.
+
+    Attributes:
+        make: Makes the replacement of the method.
+        tier, seed: The first seed that finds the bug.
+        finding: A part of what it finds.
+    """
+
+    name: str
+    owner: type
+    method: str
+    make: Callable[[Any], Any]
+    tier: int
+    seed: int
+    finding: str
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        original = getattr(self.owner, self.method)
+        setattr(self.owner, self.method, self.make(original))
+        try:
+            yield
+        finally:
+            setattr(self.owner, self.method, original)
+
+
+def _nothing(original: Any) -> Any:
+    return lambda *arguments, **named: None
+
+
+def _early_release(perform: Any) -> Any:
+    def mutated(self: OutgoingMigration, action: SourceAction) -> None:
+        perform(self, action)
+        if action is SourceAction.SEND_FINAL:
+            self._instance.tasks.start(self._engine.release(self.request_id))
+
+    return mutated
+
+
+def _forgotten_blocks(drop: Any) -> Any:
+    def mutated(self: SequenceMigrations, migration_id: str) -> Any:
+        return None if self.arriving.pop(migration_id, None) is not None else drop(self, migration_id)
+
+    return mutated
+
+
+def _accepted_twice(take: Any) -> Any:
+    return lambda self, index, output, now: take(self, len(self.token_ids), output, now)
+
+
+def _last_block_not_read(read: Any) -> Any:
+    async def mutated(self: LocalTransport, peer: str, endpoint: bytes, theirs: Any, ours: Any) -> int:
+        copied: int = await read(self, peer, endpoint, theirs[:-1], ours[:-1])
+        return max(1, copied)
+
+    return mutated
+
+
+def _stays_connected(connect: Any) -> Any:
+    def mutated(self: MembershipView, change: MembershipChange) -> None:
+        connect(self, replace(change, left=[], api_servers_left={}))
+
+    return mutated
+
+
+def _drained_at_once(is_drained: Any) -> Any:
+    async def mutated(self: Stopper, instance_id: str, deadline: float) -> bool:
+        return True
+
+    return mutated
+
+
+MUTATIONS = [
+    Mutation(
+        "a peer that left stays connected", MembershipView, "_connect", _stays_connected, 1, 0, "connected"
+    ),
+    Mutation(
+        "released before the acknowledgement", OutgoingMigration, "_perform", _early_release, 1, 0, "token"
+    ),
+    Mutation(
+        "the blocks of an arrival stay", SequenceMigrations, "drop", _forgotten_blocks, 1, 6, "KV blocks"
+    ),
+    Mutation(
+        "a lease never ends", InstanceRegister, "silent", lambda silent: lambda self: [], 1, 25, "are wanted"
+    ),
+    Mutation("a token is accepted twice", TokenLedger, "_take", _accepted_twice, 2, 3, "token"),
+    Mutation("a drain forgets requests", Stopper, "_is_drained", _drained_at_once, 2, 2, "with the requests"),
+    Mutation("the last block is not read", LocalTransport, "read", _last_block_not_read, 1, 0, "token"),
+    Mutation(
+        "a request on its way counts for ever", RequestPlacement, "settle", _nothing, 1, 0, "on their way"
+    ),
+]
+
+
+def first_seed(mutation: Mutation) -> tuple[int, list[str]] | None:
+    """The first seed that finds a mutation, and its findings."""
+    with mutation.applied():
+        for seed in range(MAX_SEEDS):
+            if findings := run(draw(seed, mutation.tier)).findings:
+                return seed, findings
+    return None
+
+
+def main() -> None:
+    for mutation in MUTATIONS[int(sys.argv[1]) :] if len(sys.argv) > 1 else MUTATIONS:
+        found = first_seed(mutation)
+        print(f"{mutation.name}: tier {mutation.tier},", "not found" if found is None else found, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
