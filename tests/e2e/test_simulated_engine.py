@@ -75,12 +75,12 @@ async def test_a_migrated_request_has_the_unmoved_ones_answer(client: Completion
 
 async def test_a_request_moved_to_the_prefill_instance_is_handed_off_again(client: CompletionClient) -> None:
     body = {"prompt": token_ids(100), "max_tokens": 2000, "ignore_eos": True}
+    before = await handed_off(client)
     async with client.open(body, "returns") as events:
         await anext(events)
-        await client.until(lambda seen: any(row["running"] for row in seen["instances"][1:]))
-        before = await handed_off(client)
+        await client.until(lambda seen: seen["migrations"]["handoff"]["committed"] == before + 1)
         assert (await client.migrate("returns", "prefill-0")).done
-        await client.until(lambda seen: seen["migrations"]["handoff"]["committed"] > before)
+        await client.until(lambda seen: seen["migrations"]["handoff"]["committed"] == before + 2)
 
 
 async def test_vllms_gauges_are_zero_when_all_requests_have_left(client: CompletionClient) -> None:
