@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
 Body = dict[str, Any]
 
@@ -143,6 +144,14 @@ class CompletionClient:
         response = await self.http.get("/cluster")
         assert response.status_code == 200, response.text
         return dict(response.json())
+
+    async def metric(self, name: str) -> float:
+        """The sum of a metric's samples in `GET /metrics`, over all labels. At least one has to be there."""
+        text = (await self.http.get("/metrics")).text
+        families = text_string_to_metric_families(text)
+        samples = [sample.value for family in families for sample in family.samples if sample.name == name]
+        assert samples, f"no metric {name}"
+        return sum(samples)
 
     async def integrity(self) -> dict[str, Any]:
         response = await self.http.get("/cluster/integrity")
