@@ -11,8 +11,9 @@ class MigrationBounds:
         reply_s: Source: for the destination's first answer.
         copy_s: Source: for one stage to be copied.
         keep_alive_s: Source: how often a long prefill renews the destination's lease.
-        acknowledge_s: Source: for the commit, before asking; then between questions.
-        questions: Source: how often to ask before taking the request back.
+        acknowledge_s: Source: for the commit, before asking; then between questions or withdrawals.
+        questions: Source: how often to ask before taking the request back. Also how often to withdraw before
+            the blocks that were offered are given back. Together longer than `tail_s`.
         lease_s: Destination: for the next message from the source, before the reservation is dropped.
         tail_s: Destination: for the last copy.
         log_s: Destination: how long a commit is remembered to answer questions.

@@ -16,6 +16,7 @@ from migration.local_instance import LocalInstance, Pacer
 from migration.messages import (
     AnyMigrationMessage,
     Committed,
+    Confirmed,
     Dropped,
     InstanceId,
     MigrationId,
@@ -33,6 +34,7 @@ from migration.record import MigrationRecord
 from migration.source_table import SourceEvent, SourceState
 from migration.tasks import BackgroundTasks
 from migration.transport.kv_transport import KvTransport
+from migration.withdrawal import Withdrawal
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +74,7 @@ class MigrationCoordinator:
         self._outgoing: dict[MigrationId, OutgoingMigration] = {}
         self._by_request: dict[RequestId, OutgoingMigration] = {}
         self._starting: set[RequestId] = set()
+        self._withdrawals: dict[MigrationId, Withdrawal] = {}
         self._given_up: deque[MigrationId] = deque(maxlen=1024)
         self._incoming: dict[MigrationId, IncomingMigration] = {}
         self._closed = False
@@ -174,6 +177,9 @@ class MigrationCoordinator:
         for outgoing in list(self._outgoing.values()):
             if outgoing.destination == peer:
                 outgoing.on_event(SourceEvent.PEER_LOST, refusal)
+        for withdrawal in list(self._withdrawals.values()):
+            if withdrawal.destination == peer:
+                withdrawal.end()
         for incoming in list(self._incoming.values()):
             if incoming.source == peer:
                 incoming.on_event(DestinationEvent.PEER_LOST, refusal)
@@ -185,7 +191,10 @@ class MigrationCoordinator:
             outgoing.close()
         for incoming in self._incoming.values():
             incoming.close()
+        for withdrawal in self._withdrawals.values():
+            withdrawal.close()
         self._outgoing.clear()
+        self._withdrawals.clear()
         self._by_request.clear()
         self._incoming.clear()
         await self._instance.tasks.cancel()
@@ -201,6 +210,7 @@ class MigrationCoordinator:
             for m in self._incoming.values()
             if m.holds_resources
         ]
+        held += [f"{migration_id} is withdrawn and not answered" for migration_id in self._withdrawals]
         if self._starting:
             held.append(f"still starting to move {sorted(self._starting)}")
         return held + self._instance.transport.quarantine.problems()
@@ -208,7 +218,11 @@ class MigrationCoordinator:
     def _on_message_to_source(self, peer: InstanceId, message: ToSource) -> None:
         migration = self._outgoing.get(message.migration_id)
         if migration is not None:
+            if peer != migration.destination:
+                raise ProtocolError(f"{peer} has no part in this migration")
             migration.on_message(message)
+        elif (withdrawal := self._withdrawals.get(message.migration_id)) is not None:
+            withdrawal.on_message(message)
         elif isinstance(message, Pull | Committed) and message.migration_id in self._given_up:
             # An unknown migration gets no answer: the message may be a late one about a request that runs
             # at the peer. A reservation ends with its lease, and API servers end copies that are stale.
@@ -218,6 +232,8 @@ class MigrationCoordinator:
     def _on_message_to_destination(self, peer: InstanceId, message: ToDestination) -> None:
         migration = self._incoming.get(message.migration_id)
         if migration is not None:
+            if peer != migration.source:
+                raise ProtocolError(f"{peer} has no part in this migration")
             migration.on_message(message)
         elif isinstance(message, Offer):
             self.num_offers += 1
@@ -229,7 +245,7 @@ class MigrationCoordinator:
                 return
             migration = IncomingMigration(message, peer, self._instance, self._incoming_closed)
             self._incoming[message.migration_id] = migration
-        elif not isinstance(message, Withdraw):
+        elif not isinstance(message, Confirmed):
             refusal = Refusal(RefusalCode.UNKNOWN_MIGRATION, "unknown here")
             self._instance.send(peer, Dropped(message.migration_id, refusal))
 
@@ -239,7 +255,21 @@ class MigrationCoordinator:
         self._outgoing.pop(migration.migration_id, None)
         if migration.state_machine.state is SourceState.ABORTED:
             self._given_up.append(migration.migration_id)
+            self._withdraw(migration)
         self._on_ended(migration.ended.result())
+
+    def _withdraw(self, migration: OutgoingMigration) -> None:
+        """Gives back what was offered, as soon as nobody reads it any more."""
+        migration_id = migration.migration_id
+        if migration.may_be_read:
+            self._withdrawals[migration_id] = Withdrawal(
+                migration_id, migration.destination, self._instance, self._withdrawal_ended
+            )
+        else:
+            self._instance.tasks.start(self._instance.engine.unpin(migration_id))
+
+    def _withdrawal_ended(self, withdrawal: Withdrawal) -> None:
+        self._withdrawals.pop(withdrawal.migration_id, None)
 
     def _incoming_closed(self, migration: IncomingMigration) -> None:
         if migration.state_machine.state is DestinationState.ENDED:

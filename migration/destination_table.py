@@ -35,6 +35,7 @@ class DestinationEvent(StrEnum):
     KEEP_ALIVE = auto()  # source: still prefilling
     WITHDRAWN = auto()  # source: not any more
     QUERIED = auto()  # source: has it been committed?
+    CONFIRMED = auto()  # source: what was read was whole
     COPIED = auto()  # transport
     COPY_FAILED = auto()  # transport, or no more blocks to copy into
     ENTERED = auto()  # engine: committed
@@ -53,6 +54,7 @@ class DestinationAction(StrEnum):
     STOP_COPY = auto()
     COMMIT = auto()
     DROP = auto()  # undo whatever this migration brought here: a reservation, or a committed request
+    PUBLISH = auto()  # the blocks may enter the prefix cache
     CLOSE = auto()
 
 
@@ -61,7 +63,10 @@ S, E, A = DestinationState, DestinationEvent, DestinationAction
 _DROP = (S.DROPPING, (A.DROP,))
 _STOP = (S.STOPPING, (A.STOP_COPY,))
 _AWAIT_ENGINE = (S.STOPPING, ())
-_LATE = (E.WITHDRAWN, E.PEER_LOST, E.TIMED_OUT, E.STAGE, E.FINAL, E.KEEP_ALIVE, E.QUERIED)
+_LATE = (
+    *(E.WITHDRAWN, E.PEER_LOST, E.TIMED_OUT),
+    *(E.STAGE, E.FINAL, E.KEEP_ALIVE, E.QUERIED, E.CONFIRMED),
+)
 
 DESTINATION_TABLE: Table[DestinationState, DestinationEvent, DestinationAction] = {
     S.RESERVING: {
@@ -109,6 +114,7 @@ DESTINATION_TABLE: Table[DestinationState, DestinationEvent, DestinationAction] 
     S.COMMITTED: {
         E.FINAL: (S.COMMITTED, (A.SEND_COMMITTED,)),  # idempotent
         E.QUERIED: (S.COMMITTED, (A.SEND_COMMITTED,)),
+        E.CONFIRMED: (S.COMMITTED, (A.PUBLISH,)),
         E.WITHDRAWN: _DROP,
         E.TIMED_OUT: (S.ENDED, (A.CLOSE,)),  # the source no longer asks
         **ignored(S.COMMITTED, E.STAGE, E.KEEP_ALIVE, E.PEER_LOST),
@@ -131,6 +137,7 @@ DESTINATION_TABLE: Table[DestinationState, DestinationEvent, DestinationAction] 
         E.STAGE: (S.ENDED, (A.SEND_DROPPED,)),
         E.QUERIED: (S.ENDED, (A.SEND_DROPPED,)),
         E.KEEP_ALIVE: (S.ENDED, (A.SEND_DROPPED,)),
-        **ignored(S.ENDED, E.WITHDRAWN, E.PEER_LOST),
+        E.WITHDRAWN: (S.ENDED, (A.SEND_DROPPED,)),
+        **ignored(S.ENDED, E.PEER_LOST, E.CONFIRMED),
     },
 }

@@ -183,13 +183,22 @@ class Engine(Protocol):
         """
 
     async def next_stage(
-        self, request_id: RequestId, incarnation: int, blocks_done: int, *, suspend: bool
+        self,
+        request_id: RequestId,
+        incarnation: int,
+        blocks_done: int,
+        *,
+        suspend: bool,
+        reader: MigrationId,
     ) -> BlockRun | FinalState:
         """Waits until there is something to copy beyond `blocks_done`, deciding at step boundaries.
 
         Returns the full blocks that are safe to read; or, once the prompt is prefilled and no more than
         the engine's tail limit is left (or `suspend` is set), suspends the request, waits until steps in
         flight have drained, and returns its final state. Only one call per request at a time.
+
+        The blocks that it returns are pinned for the migration `reader`: they keep their contents, whatever
+        becomes of the request, until the next call for this reader or `unpin`.
 
         Raises:
             SourceGoneError: finished, aborted or preempted (`incarnation` differs).
@@ -200,6 +209,9 @@ class Engine(Protocol):
 
     async def release(self, request_id: RequestId) -> None:
         """Frees a suspended request without output: it lives elsewhere now. Idempotent."""
+
+    async def unpin(self, reader: MigrationId) -> None:
+        """Gives back the blocks that this migration was offered: nothing reads them any more. Idempotent."""
 
     # as a destination
     async def reserve(self, migration_id: MigrationId, request: RequestDescription) -> Reservation:
@@ -214,8 +226,13 @@ class Engine(Protocol):
     async def commit(self, migration_id: MigrationId, state: FinalState) -> None:
         """The request enters the batch at the next step, and ends an older copy of it.
 
+        Its blocks stay out of the prefix cache until `publish`.
+
         Raises: DestinationRefusedError: among others SUPERSEDED, a copy of this or a higher epoch is here.
         """
+
+    async def publish(self, migration_id: MigrationId) -> None:
+        """The source has confirmed what was read: the blocks may enter the prefix cache. Idempotent."""
 
     async def drop(self, migration_id: MigrationId) -> None:
         """Undoes what this migration brought: frees a reservation, ends a committed request silently."""

@@ -15,6 +15,7 @@ from migration.local_instance import LocalInstance
 from migration.messages import (
     BlockRun,
     Committed,
+    Confirmed,
     Dropped,
     Final,
     FinalState,
@@ -92,6 +93,8 @@ class IncomingMigration:
                 self.on_event(DestinationEvent.KEEP_ALIVE)
             case Withdraw(refusal=refusal):
                 self.on_event(DestinationEvent.WITHDRAWN, refusal.prefixed("withdrawn"))
+            case Confirmed():
+                self.on_event(DestinationEvent.CONFIRMED)
             case Query():
                 self.on_event(DestinationEvent.QUERIED)
             case Offer():
@@ -135,6 +138,8 @@ class IncomingMigration:
                 self._copy.cancel()
             case DestinationAction.COMMIT:
                 self._instance.tasks.start(self._commit())
+            case DestinationAction.PUBLISH:
+                self._instance.tasks.start(self._instance.engine.publish(self.migration_id))
             case DestinationAction.DROP:
                 self._instance.tasks.start(self._drop())
             case DestinationAction.CLOSE:
@@ -152,6 +157,8 @@ class IncomingMigration:
 
     async def _copy_blocks(self, run: BlockRun) -> None:
         """Copies what `run` offers beyond what is here already. Cancellation waits for the transport."""
+        loop = asyncio.get_running_loop()
+        began_at, is_tail = loop.time(), self.state_machine.state is DestinationState.TAIL
         try:
             if run.end > len(self._local_blocks):
                 self._local_blocks = await self._instance.engine.grow(self.migration_id, run.end)
@@ -171,6 +178,11 @@ class IncomingMigration:
                     await self._instance.pacer.copied(copied)
         except (PeerLostError, DestinationRefusedError) as error:
             self.on_event(DestinationEvent.COPY_FAILED, error.refusal)
+            return
+        if is_tail and loop.time() - began_at > self._instance.bounds.tail_s:
+            # This process stood still, and the timer has not been served yet: the source gave up long ago.
+            text = "the last blocks were read too late"
+            self.on_event(DestinationEvent.COPY_FAILED, Refusal(RefusalCode.TIMED_OUT, text))
         else:
             # A partly filled tail block is only ever the end of a final state.
             self._blocks_done = max(self._blocks_done, run.end)

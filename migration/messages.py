@@ -131,6 +131,10 @@ class Withdraw(MigrationMessage, frozen=True, tag=True):
     refusal: Refusal
 
 
+class Confirmed(MigrationMessage, frozen=True, tag=True):
+    """Source → destination: all blocks were whole when they were read, so that others may share them."""
+
+
 class Query(MigrationMessage, frozen=True, tag=True):
     """Source → destination: has it been committed?"""
 
@@ -151,6 +155,6 @@ class Dropped(MigrationMessage, frozen=True, tag=True):
     refusal: Refusal
 
 
-ToDestination = Offer | Stage | Final | KeepAlive | Withdraw | Query
+ToDestination = Offer | Stage | Final | KeepAlive | Withdraw | Confirmed | Query
 ToSource = Refused | Pull | Committed | Dropped
 AnyMigrationMessage = ToDestination | ToSource

@@ -10,6 +10,7 @@ from migration.local_instance import LocalInstance
 from migration.messages import (
     BlockRun,
     Committed,
+    Confirmed,
     CopyStage,
     Dropped,
     Final,
@@ -77,6 +78,7 @@ class OutgoingMigration:
         self._final_at = 0.0
         self._suspended_ms = 0.0
         self._refusal: Refusal | None = None
+        self._peer_is_gone = False
         offer = Offer(migration_id, reason, description, instance.transport.endpoint())
         instance.send(destination, offer)
         self._arm_timer()
@@ -85,7 +87,13 @@ class OutgoingMigration:
     def request_id(self) -> RequestId:
         return self.description.request_id
 
+    @property
+    def may_be_read(self) -> bool:
+        """Whether blocks were offered to a destination that may still read them."""
+        return self._stages > 0 and not self._peer_is_gone
+
     def on_message(self, message: ToSource) -> None:
+        self._peer_is_gone = isinstance(message, Dropped)  # nothing is held there
         match message:
             case Pull(blocks_done=blocks_done):
                 if self._blocks_present is None:  # the first time it asks, it has what its cache had
@@ -112,6 +120,7 @@ class OutgoingMigration:
     def on_event(self, event: SourceEvent, refusal: Refusal | None = None) -> None:
         """Handles one event; the first `refusal` is the reason if the migration ends without commit."""
         self._refusal = self._refusal or refusal
+        self._peer_is_gone |= event is SourceEvent.PEER_LOST
         before = self.state_machine.state
         actions = self.state_machine.handle(event)
         if self.state_machine.state is not before or event is SourceEvent.TIMED_OUT:
@@ -141,6 +150,8 @@ class OutgoingMigration:
                 self._instance.send(self.destination, Query(self.migration_id))
             case SourceAction.SEND_WITHDRAW:
                 self._instance.send(self.destination, Withdraw(self.migration_id, self._why()))
+            case SourceAction.SEND_CONFIRMED:
+                self._instance.send(self.destination, Confirmed(self.migration_id))
             case SourceAction.RESUME:
                 # Once the final state is out the destination may run as epoch + 1: outrank it.
                 epoch = self.description.epoch if self._final is None else self._final.epoch + 2
@@ -148,7 +159,7 @@ class OutgoingMigration:
                 self._instance.tasks.start(self._finish_in_engine(resume))
             case SourceAction.RELEASE:
                 self._suspended_ms = (self._loop.time() - self._final_at) * 1e3
-                self._instance.tasks.start(self._finish_in_engine(self._engine.release(self.request_id)))
+                self._instance.tasks.start(self._finish_in_engine(self._release()))
             case SourceAction.CLOSE:
                 self._close()
 
@@ -159,6 +170,7 @@ class OutgoingMigration:
                 self.description.incarnation,
                 self._blocks_done,
                 suspend=self._stages >= self._max_stages,
+                reader=self.migration_id,
             )
         except SourceGoneError as error:
             if self.state_machine.state is not SourceState.RETREATING:
@@ -176,6 +188,10 @@ class OutgoingMigration:
     async def _finish_in_engine(self, call: Coroutine[Any, Any, None]) -> None:
         await call
         self.on_event(SourceEvent.ENGINE_DONE)
+
+    async def _release(self) -> None:
+        await self._engine.release(self.request_id)
+        await self._engine.unpin(self.migration_id)
 
     def _stage_copied(self, run: BlockRun) -> None:
         """Records a stage when the destination first reports it as copied."""

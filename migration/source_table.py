@@ -53,6 +53,7 @@ class SourceAction(StrEnum):
     SEND_KEEP_ALIVE = auto()
     SEND_QUERY = auto()
     SEND_WITHDRAW = auto()
+    SEND_CONFIRMED = auto()  # all that was read was whole
     RESUME = auto()
     RELEASE = auto()
     CLOSE = auto()  # report the outcome, give the slot back
@@ -64,7 +65,7 @@ _GIVE_UP = (S.ABORTED, (A.SEND_WITHDRAW, A.CLOSE))
 _LET_GO = (S.ABORTED, (A.CLOSE,))
 _RETREAT = (S.RETREATING, (A.RESUME,))
 _WITHDRAW_AND_RETREAT = (S.RETREATING, (A.SEND_WITHDRAW, A.RESUME))
-_RELEASE = (S.RELEASING, (A.RELEASE,))
+_RELEASE = (S.RELEASING, (A.SEND_CONFIRMED, A.RELEASE))
 
 SOURCE_TABLE: Table[SourceState, SourceEvent, SourceAction] = {
     S.OFFERED: {

@@ -164,7 +164,7 @@ class VllmEngine:
         return await self._steps.call(describe)
 
     async def next_stage(
-        self, request_id: RequestId, incarnation: int, blocks_done: int, *, suspend: bool
+        self, request_id: RequestId, incarnation: int, blocks_done: int, *, suspend: bool, reader: MigrationId
     ) -> BlockRun | FinalState:
         self._check_migration()
         future: asyncio.Future[BlockRun | FinalState] = asyncio.get_running_loop().create_future()
@@ -178,7 +178,8 @@ class VllmEngine:
             if (stay_id := self._live.stay_of(request_id)) is None:
                 answer(SourceGoneError(RefusalCode.FINISHED, "the request has finished"))
             else:
-                self.scheduler.wait_for_stage(StageWaiter(stay_id, incarnation, blocks_done, suspend, answer))
+                waiter = StageWaiter(stay_id, incarnation, blocks_done, suspend, reader, answer)
+                self.scheduler.wait_for_stage(waiter)
 
         self._steps.submit(wait)
         return await future
@@ -198,6 +199,9 @@ class VllmEngine:
                 self._live.ends(stay_id)
 
         await self._steps.call(release)
+
+    async def unpin(self, reader: MigrationId) -> None:
+        await self._steps.call(lambda: self.scheduler.migrated_blocks.unpin(reader))
 
     # ---- destination
 
@@ -243,6 +247,9 @@ class VllmEngine:
             self._loader.install(request, state.num_computed_tokens, state.rng_state)
 
         await self._steps.call(commit)
+
+    async def publish(self, migration_id: MigrationId) -> None:
+        await self._steps.call(lambda: self.scheduler.publish(migration_id))
 
     async def drop(self, migration_id: MigrationId) -> None:
         def drop() -> None:

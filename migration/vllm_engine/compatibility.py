@@ -41,7 +41,8 @@ RELIED_ON: dict[str, tuple[str, ...]] = {
     "vllm.v1.core.kv_cache_manager:KVCacheManager.get_computed_blocks": (),
     "vllm.v1.core.kv_cache_manager:KVCacheManager.cache_blocks": ("num_computed_tokens",),
     "vllm.v1.core.kv_cache_manager:KVCacheManager.get_block_ids": (),
-    "vllm.v1.core.kv_cache_manager:KVCacheManager.evict_blocks": (),
+    "vllm.v1.core.block_pool:BlockPool.touch": (),
+    "vllm.v1.core.block_pool:BlockPool.free_blocks": (),
     "vllm.v1.core.kv_cache_manager:KVCacheManager.free": (),
     "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.allocate_new_blocks": (),
     "vllm.v1.worker.gpu_input_batch:CachedRequestState": (

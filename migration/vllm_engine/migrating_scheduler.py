@@ -24,6 +24,7 @@ from vllm.v1.request import Request, RequestStatus
 from migration.engine_rules import SLACK_BLOCKS, blocks_for, next_stage, should_suspend, tail
 from migration.errors import DestinationRefusedError, RefusalCode, SourceGoneError
 from migration.messages import BlockRun
+from migration.vllm_engine.migrated_blocks import MigratedBlocks
 
 
 @dataclass
@@ -42,6 +43,7 @@ class StageWaiter:
     incarnation: int
     blocks_done: int
     suspend: bool
+    reader: str
     answer: Callable[[BlockRun | Suspended | SourceGoneError], None]
 
 
@@ -66,6 +68,7 @@ class MigrationMixin:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.migration = MigrationState()
+        self.migrated_blocks = MigratedBlocks(self.kv_cache_manager)
         self.handoff_ids: set[str] = set()
         self.on_prefill_started: Callable[[list[Any]], None] = lambda request_ids: None
         self.max_active: int = self.max_num_active_reqs
@@ -126,6 +129,7 @@ class MigrationMixin:
         self.migration.suspended.pop(request_id, None)
         self.migration.arrived.pop(request_id, None)
         self.migration.entered_at.pop(request_id, None)
+        self.migrated_blocks.forget(request_id)
         self._hold_slots()
         return result
 
@@ -155,6 +159,9 @@ class MigrationMixin:
             answer = self._next_stage(waiter)
             if answer is not None:
                 del self.migration.waiters[waiter.request_id]
+                if not isinstance(answer, SourceGoneError):
+                    run = answer if isinstance(answer, BlockRun) else answer.tail
+                    self.migrated_blocks.pin(waiter.reader, run.block_ids)
                 waiter.answer(answer)
 
     def _next_stage(self, waiter: StageWaiter) -> BlockRun | Suspended | SourceGoneError | None:
@@ -266,18 +273,26 @@ class MigrationMixin:
         return list(manager.get_block_ids(request.request_id)[0])
 
     def commit(self, migration_id: str, num_computed_tokens: int) -> Request:
-        """Lets a reserved request, whose tokens are complete by now, enter the next batch."""
+        """Lets a reserved request, whose tokens are complete by now, enter the next batch.
+
+        Its blocks stay out of the prefix cache until `publish`.
+        """
         request = self.arriving_request(migration_id)
         self.grow(migration_id, blocks_for(request.num_tokens, self.block_size))
         del self.migration.arriving[migration_id]
         request.num_computed_tokens = num_computed_tokens
         request.status = self._entry_status()
-        self.kv_cache_manager.cache_blocks(request, num_computed_tokens)
+        self.migrated_blocks.hold_back(request)
         self.requests[request.request_id] = request
         self.migration.arrived[request.request_id] = migration_id
         self._enqueue_waiting_request(request)
         self._hold_slots()
         return request
+
+    def publish(self, migration_id: str) -> None:
+        """The blocks of a committed request are confirmed. Idempotent."""
+        if (request_id := self._arrived_by(migration_id)) is not None:
+            self.migrated_blocks.confirm(self.requests[request_id])
 
     def drop(self, migration_id: str) -> str | None:
         """Undoes what a migration brought. Idempotent.
@@ -289,11 +304,8 @@ class MigrationMixin:
             self.kv_cache_manager.free(request)
             self._hold_slots()
             return request.request_id
-        arrived = self.migration.arrived.items()
-        request_id = next((rid for rid, brought_by in arrived if brought_by == migration_id), None)
+        request_id = self._arrived_by(migration_id)
         if request_id is not None:
-            # If the request ended at its source during the copy, the blocks may hold anything.
-            self.kv_cache_manager.evict_blocks(set(self.kv_cache_manager.get_block_ids(request_id)[0]))
             self.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
         return request_id
 
@@ -311,6 +323,11 @@ class MigrationMixin:
         except KeyError:
             text = "nothing is reserved for this migration"
             raise DestinationRefusedError(RefusalCode.UNKNOWN_MIGRATION, text) from None
+
+    def _arrived_by(self, migration_id: str) -> str | None:
+        """The id of the request that a migration has brought here."""
+        arrived = self.migration.arrived.items()
+        return next((request_id for request_id, brought_by in arrived if brought_by == migration_id), None)
 
     def _entry_status(self) -> RequestStatus:
         # V2 runners take prompt and outputs from NewRequestData, so the request is new to them. V1

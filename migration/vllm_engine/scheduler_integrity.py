@@ -38,7 +38,8 @@ def check_scheduler(scheduler: Any) -> list[str]:
         if leaked:
             problems.append(f"blocks are held for unknown requests {sorted(leaked)}")
     pool = scheduler.kv_cache_manager.block_pool
-    if not holders and not scheduler.deferred_frees:
+    problems += scheduler.migrated_blocks.check_integrity(set(scheduler.requests))
+    if not holders and not scheduler.deferred_frees and not scheduler.migrated_blocks.pinned:
         free, usable = pool.get_num_free_blocks(), pool.num_gpu_blocks - 1  # block 0 is the null block
         if free != usable:
             problems.append(f"at rest {usable - free} of {usable} blocks are not free")

@@ -12,6 +12,7 @@ from msgspec import Meta
 from migration.engine_interface import HeldRequest
 from migration.messages import (
     Committed,
+    Confirmed,
     Dropped,
     Final,
     KeepAlive,
@@ -255,7 +256,9 @@ class TokenHeader(msgspec.Struct, frozen=True, array_like=True):
 
 # ---- messages that each kind of process receives
 
-MigrationWire = Offer | Refused | Pull | Stage | Final | KeepAlive | Withdraw | Query | Committed | Dropped
+MigrationWire = (
+    Offer | Refused | Pull | Stage | Final | KeepAlive | Withdraw | Confirmed | Query | Committed | Dropped
+)
 ToInstance = (
     Membership
     | Heartbeat

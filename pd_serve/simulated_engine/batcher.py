@@ -137,6 +137,7 @@ class Batcher:
         self.release(sequence)
         sequence.computed = 0
         sequence.hashes.clear()
+        sequence.is_confirmed = True
         sequence.preemptions += 1
         sequence.preempted_at = now
         self.preemptions += 1
@@ -266,7 +267,9 @@ class Batcher:
         return sum(map(self.pool.content.__getitem__, sequence.blocks[:used])) & MASK
 
     def publish(self, sequence: Sequence) -> None:
-        """Adds the full blocks to the prefix cache."""
+        """Adds the full blocks to the prefix cache, unless they may hold anything."""
+        if not sequence.is_confirmed:
+            return
         known, full = len(sequence.hashes), sequence.computed // self.settings.block_tokens
         self.hash_blocks(sequence, full)
         for block in range(known, full):

@@ -82,16 +82,6 @@ class BlockPool:
             self._block_by_hash[value] = block
             self._hash_of[block] = value
 
-    def withdraw(self, blocks: Sequence[int]) -> None:
-        """Takes blocks whose content is not to be trusted out of the prefix cache."""
-        for block in blocks:
-            if (value := self._hash_of.pop(block, None)) is not None:
-                del self._block_by_hash[value]
-                if block in self._evictable:
-                    del self._evictable[block]
-                    self.content[block] = GARBAGE
-                    self._free.append(block)
-
     def check_integrity(self, held: Sequence[int]) -> list[str]:
         """What does not add up if requests hold `held`, each block once per holder."""
         problems = []

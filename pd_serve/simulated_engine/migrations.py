@@ -21,6 +21,7 @@ class PendingStage:
     incarnation: int
     blocks_done: int
     suspend: bool
+    reader: str
     answer: "asyncio.Future[BlockRun | FinalState]"
 
 
@@ -35,6 +36,7 @@ class SequenceMigrations:
         suspended: Sequences out of the batch, by request id.
         arriving: Reserved sequences by migration id.
         arrived: Migration id by request id, once committed.
+        pinned: Blocks that a peer may be reading, by migration id.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class SequenceMigrations:
         self.suspended: dict[str, Sequence] = {}
         self.arriving: dict[str, Sequence] = {}
         self.arrived: dict[str, str] = {}
+        self.pinned: dict[str, list[int]] = {}
         self._waiters: dict[str, PendingStage] = {}
         self._batcher = batcher
         self._sequences = sequences
@@ -85,7 +88,19 @@ class SequenceMigrations:
             answer = self._next_stage(request_id, waiter)
             if answer is not None:
                 del self._waiters[request_id]
+                if not isinstance(answer, SourceGoneError):
+                    self._pin(waiter.reader, answer if isinstance(answer, BlockRun) else answer.tail)
                 settle(waiter.answer, answer)
+
+    def _pin(self, reader: str, run: BlockRun) -> None:
+        """Keeps blocks as they are for a peer that reads them. Its former ones have been read."""
+        self._batcher.pool.share(run.block_ids)
+        self.unpin(reader)
+        if run.block_ids:
+            self.pinned[reader] = run.block_ids
+
+    def unpin(self, reader: str) -> None:
+        self._batcher.pool.release(self.pinned.pop(reader, []))
 
     def _next_stage(
         self, request_id: str, waiter: PendingStage
@@ -164,27 +179,35 @@ class SequenceMigrations:
         sequence.computed = state.num_computed_tokens
         assert sequence.is_decoding, "all tokens but the last one have their KV here"
         sequence.digest = batcher.read(sequence)
-        if batcher.settings.prefix_caching:
-            batcher.publish(sequence)
+        sequence.is_confirmed = False
         self.arrived[sequence.request_id] = migration_id
         self._sequences[sequence.request_id] = sequence
         batcher.running.append(sequence)
+
+    def publish(self, migration_id: str) -> None:
+        sequence = self._arrived_by(migration_id)
+        if sequence is not None and not sequence.is_confirmed:
+            sequence.is_confirmed = True
+            if self._batcher.settings.prefix_caching:
+                self._batcher.publish(sequence)
 
     def drop(self, migration_id: str) -> Sequence | None:
         """Gives a reservation back. Returns the sequence if it was committed: it has to be ended."""
         if (arriving := self.arriving.pop(migration_id, None)) is not None:
             self._batcher.release(arriving)
             return None
+        return self._arrived_by(migration_id)
+
+    def _arrived_by(self, migration_id: str) -> Sequence | None:
+        """The committed sequence that a migration has brought here."""
         for request_id, brought_by in self.arrived.items():
             if brought_by == migration_id:
-                sequence = self._sequences[request_id]
-                self._batcher.pool.withdraw(sequence.blocks)
-                return sequence
+                return self._sequences[request_id]
         return None
 
     def check_integrity(self) -> list[str]:
-        """Entries of requests that are gone."""
-        problems = []
+        """Entries of requests that are gone, and pinned blocks."""
+        problems = [f"{len(blocks)} blocks are pinned for {reader}" for reader, blocks in self.pinned.items()]
         if not set(self.arrived) <= set(self._sequences):
             problems.append(f"ended requests are remembered as arrivals: {sorted(self.arrived)}")
         for name, table in (

@@ -18,6 +18,8 @@ class Sequence:
         computed: Tokens whose KV is in `blocks`. A decoding sequence has all but the last one.
         digest: Sum over the contents of its blocks, as last read.
         hashes: One per full block, each over all contents up to there (prefix caching only).
+        is_confirmed: Its blocks may enter the prefix cache: they were computed here, or the source has
+            confirmed that they were whole when they were read.
         added_at, begun_at: When this engine received it, and when the first step with a part of its prompt
             began.
         queue_key: Order in the queue of waiting requests.
@@ -37,6 +39,7 @@ class Sequence:
     digest: int = 0
     blocks: list[int] = field(default_factory=list)
     hashes: list[int] = field(default_factory=list)
+    is_confirmed: bool = True
     preemptions: int = 0
     preempted_at: float | None = None
     wants_handoff: bool = False

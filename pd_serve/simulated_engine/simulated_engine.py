@@ -187,13 +187,13 @@ class SimulatedEngine:
         return await self._call("describe", describe)
 
     async def next_stage(
-        self, request_id: RequestId, incarnation: int, blocks_done: int, *, suspend: bool
+        self, request_id: RequestId, incarnation: int, blocks_done: int, *, suspend: bool, reader: MigrationId
     ) -> BlockRun | FinalState:
         answer: asyncio.Future[BlockRun | FinalState] = self._loop.create_future()
 
         def wait() -> None:
             sequence = self.sequences.get(request_id)
-            waiter = PendingStage(sequence, incarnation, blocks_done, suspend, answer)
+            waiter = PendingStage(sequence, incarnation, blocks_done, suspend, reader, answer)
             self._migrations.wait_for_stage(request_id, waiter)
 
         self._step_loop.submit(wait)
@@ -208,6 +208,9 @@ class SimulatedEngine:
                 self._forget(sequence)
 
         await self._call("release", release)
+
+    async def unpin(self, reader: MigrationId) -> None:
+        await self._call("unpin", lambda: self._migrations.unpin(reader))
 
     # ---- destination
 
@@ -229,6 +232,9 @@ class SimulatedEngine:
             self._migrations.commit(migration_id, state)
 
         await self._call("commit", commit)
+
+    async def publish(self, migration_id: MigrationId) -> None:
+        await self._call("publish", lambda: self._migrations.publish(migration_id))
 
     async def drop(self, migration_id: MigrationId) -> None:
         def drop() -> None:
@@ -265,6 +271,7 @@ class SimulatedEngine:
     async def check_integrity(self) -> list[str]:
         def check_integrity() -> list[str]:
             held = [block for sequence, _ in self._held() for block in sequence.blocks]
+            held += [block for pinned in self._migrations.pinned.values() for block in pinned]
             return self.batcher.pool.check_integrity(held) + self._migrations.check_integrity()
 
         return await self._call("check_integrity", check_integrity)

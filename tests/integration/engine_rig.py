@@ -142,12 +142,17 @@ class EngineRig:
         bag: dict[int, list[bytes]] = {}
         while True:
             answer = await engine.next_stage(
-                description.request_id, description.incarnation, len(bag), suspend=len(bag) > 2
+                description.request_id,
+                description.incarnation,
+                len(bag),
+                suspend=len(bag) > 2,
+                reader=MigrationId("leaving"),
             )
             run = answer.tail if isinstance(answer, FinalState) else answer
             for index, block in enumerate(run.block_ids, run.first):
                 bag[index] = self.read_block(block)
             if isinstance(answer, FinalState):
+                await engine.unpin(MigrationId("leaving"))
                 if release:
                     await engine.release(description.request_id)
                 return Baggage(description, answer, [bag[index] for index in range(len(bag))])

@@ -385,12 +385,25 @@ class Node:
     # -- migration, as `VllmEngine` does it
 
     def wait_for_stage(
-        self, request: Request, blocks_done: int = 0, *, suspend: bool = False, incarnation: int | None = None
+        self,
+        request: Request,
+        blocks_done: int = 0,
+        *,
+        suspend: bool = False,
+        incarnation: int | None = None,
+        reader: str = "",
     ) -> "Answer":
+        """Without a reader, nothing is pinned for longer than the call."""
         answer = Answer()
+
+        def take(item: BlockRun | Suspended | SourceGoneError) -> None:
+            answer.append(item)
+            if not reader:
+                self.scheduler.migrated_blocks.unpin(reader)
+
         incarnation = request.num_preemptions if incarnation is None else incarnation
         self.scheduler.wait_for_stage(
-            StageWaiter(request.request_id, incarnation, blocks_done, suspend, answer.append)
+            StageWaiter(request.request_id, incarnation, blocks_done, suspend, reader, take)
         )
         self.settle()  # as after every call
         return answer
@@ -494,7 +507,11 @@ class Move:
                 self._reserve()
             elif self.answer is None:
                 self.answer = self.source.wait_for_stage(
-                    self.request, self.blocks_done, suspend=suspend, incarnation=self.incarnation
+                    self.request,
+                    self.blocks_done,
+                    suspend=suspend,
+                    incarnation=self.incarnation,
+                    reader=self.migration_id,
                 )
             elif self.answer:
                 self._take(self.answer[0])
@@ -523,6 +540,8 @@ class Move:
         if isinstance(answer, Suspended):
             self.destination.commit(self.migration_id, answer)
             if self.source.call(self.source.scheduler.release, self.stay_id):
+                self.source.scheduler.migrated_blocks.unpin(self.migration_id)
+                self.destination.call(self.destination.scheduler.publish, self.migration_id)
                 self.over = self.committed = True
             else:
                 self.cancel("it ended at its source before the commit", resume=False)
@@ -533,6 +552,7 @@ class Move:
             return
         self.over, self.why = True, why
         self.destination.call(self.destination.scheduler.drop, self.migration_id)
+        self.source.scheduler.migrated_blocks.unpin(self.migration_id)
         if resume:
             self.source.call(self.source.scheduler.resume, self.stay_id)
 

@@ -502,6 +502,7 @@ class TestCommit:
         destination.runner.copy_blocks_from(
             source.runner, tail.block_ids, move.local_blocks[tail.first : tail.end]
         )
+        source.scheduler.migrated_blocks.unpin(move.migration_id)
         return move
 
     def test_a_committed_request_enters_before_waiting_requests(
@@ -630,11 +631,9 @@ class TestCommit:
         source.run_to_the_end()
         assert source.streams["r"] == undisturbed(PROMPT, 40)
 
-    def test_a_drop_evicts_the_blocks_from_the_prefix_cache(
-        self, kind: Kind, make: Callable[..., Node]
-    ) -> None:
-        """Its source may have ended it, and used its blocks again, while the last ones were being copied."""
-        source, destination = make(kind, num_blocks=7), make(kind)
+    def test_blocks_that_are_read_outlive_their_request(self, kind: Kind, make: Callable[..., Node]) -> None:
+        """Aborted or preempted at its source while its last blocks are being copied."""
+        source, destination = make(kind, num_blocks=11), make(kind)
         source.add("r", PROMPT, max_tokens=50)
         decoding(source, "r", 2)
         move = Move(source, destination, "r")
@@ -644,9 +643,64 @@ class TestCommit:
         abort(source, "r")
         source.add("other", list(range(700, 700 + 5 * BLOCK)), max_tokens=5)
         source.run_to_the_end()
+        assert source.free_blocks == 10 - 4
+        assert check_scheduler(source.scheduler) == [f"4 blocks are pinned for {move.migration_id}"]
         while not move.over:
             move.advance()
         assert not move.committed
+        assert source.free_blocks == 10
+
+    def test_blocks_are_not_shared_before_they_are_confirmed(
+        self, kind: Kind, make: Callable[..., Node]
+    ) -> None:
+        """The copies may be garbage. Those that are decoded here depend on them."""
+        source, destination = make(kind), make(kind)
+        source.add("r", PROMPT, max_tokens=80)
+        decoding(source, "r", 2)
+        move = self.suspended(source, destination)
+        request = destination.commit(move.migration_id, move.answer.final)
+        pool = destination.scheduler.kv_cache_manager.block_pool
+        decoding(destination, "r", 60)
+        assert len(pool.cached_block_hash_to_block) == 0
+        source.call(source.scheduler.release, "r")
+        for _ in range(2):
+            destination.call(destination.scheduler.publish, move.migration_id)
+        assert len(pool.cached_block_hash_to_block) == request.num_computed_tokens // BLOCK
+        destination.add("same", PROMPT, max_tokens=80)
+        destination.run_to_the_end()
+        assert source.streams["r"] == source.streams["same"] == undisturbed(PROMPT, 80)
+
+    @pytest.mark.parametrize("confirmed", [False, True])
+    def test_a_request_that_is_preempted_unconfirmed_is_computed_and_shared_again(
+        self, kind: Kind, make: Callable[..., Node], confirmed: bool
+    ) -> None:
+        source, destination = make(kind), make(kind, num_blocks=9)
+        source.add("r", PROMPT, max_tokens=80, priority=1)
+        decoding(source, "r", 2)
+        destination.add("first", list(range(40)), max_tokens=120)
+        destination.step()
+        move = self.suspended(source, destination)
+        request = destination.commit(move.migration_id, move.answer.final)
+        source.call(source.scheduler.release, "r")
+        destination.run_until(lambda: request.num_preemptions)
+        if confirmed:
+            destination.call(destination.scheduler.publish, move.migration_id)
+        destination.run_to_the_end()
+        assert source.streams["r"] == undisturbed(PROMPT, 80)
+        assert source.streams["first"] == undisturbed(list(range(40)), 120)
+
+    def test_an_end_without_confirmation_shares_nothing(self, kind: Kind, make: Callable[..., Node]) -> None:
+        """Its source may have ended it, and used its blocks again, before the last ones were copied."""
+        source, destination = make(kind), make(kind)
+        source.add("r", PROMPT, max_tokens=50)
+        decoding(source, "r", 2)
+        move = self.suspended(source, destination)
+        destination.runner.memory.clear()  # garbage
+        destination.commit(move.migration_id, move.answer.final)
+        destination.runner.memory.update({block: [7] * BLOCK for block in move.local_blocks})
+        destination.steps(2)
+        destination.call(destination.scheduler.drop, move.migration_id)
+        source.call(source.scheduler.release, "r")
         destination.add("same", PROMPT, max_tokens=10)
         destination.run_to_the_end()
         assert source.streams["same"] == undisturbed(PROMPT, 10)

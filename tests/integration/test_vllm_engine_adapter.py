@@ -253,7 +253,8 @@ class TestSameTokens:
         expected = await rig.generate("alone", PROMPT, sampling("seeded", 40))
         stream = await rig.add("r", PROMPT, sampling("seeded", 40))
         await eventually(lambda: len(stream.tokens) >= 5)
-        final = await rig.engine.next_stage(RequestId("r"), 0, 99, suspend=True)
+        final = await rig.engine.next_stage(RequestId("r"), 0, 99, suspend=True, reader=MigrationId("m"))
+        await rig.engine.unpin(MigrationId("m"))
         await rig.engine.resume(RequestId("r"), final.epoch + 2)
         assert await rig.finish(stream) == expected
         assert set(stream.epochs) == {0, 2}
@@ -329,7 +330,7 @@ class TestRefusals:
         with pytest.raises(SourceGoneError):
             await rig.engine.describe(RequestId("nobody"))
         with pytest.raises(SourceGoneError):
-            await rig.engine.next_stage(RequestId("nobody"), 0, 0, suspend=False)
+            await rig.engine.next_stage(RequestId("nobody"), 0, 0, suspend=False, reader=MigrationId("m"))
         await rig.engine.resume(RequestId("nobody"), 5)
         await rig.engine.release(RequestId("nobody"))
         await rig.engine.drop(MigrationId("none"))
@@ -521,7 +522,7 @@ async def test_an_unknown_vllm_serves_without_migration(
         request_id, migration_id = RequestId("r"), MigrationId("m")
         for call in (
             rig.engine.describe(request_id),
-            rig.engine.next_stage(request_id, 0, 0, suspend=False),
+            rig.engine.next_stage(request_id, 0, 0, suspend=False, reader=MigrationId("m")),
             rig.engine.reserve(migration_id, None),
             rig.engine.add(payload("s", PROMPT, greedy(9)), CLIENT, output_token_ids=[1, 2]),
         ):

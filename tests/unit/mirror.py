@@ -42,7 +42,10 @@ TESTED_THROUGH: dict[str, tuple[str, ...]] = {
             "worker",
         ]
     ),
-    "tests/integration/test_migrating_scheduler.py": ("migration/vllm_engine/scheduler_integrity.py",),
+    "tests/integration/test_migrating_scheduler.py": (
+        "migration/vllm_engine/migrated_blocks.py",
+        "migration/vllm_engine/scheduler_integrity.py",
+    ),
     "tests/integration/test_profiling_engine_profile.py": ("pd_serve/profiling/measured_engine.py",),
     # Parts of the HTTP application, which are tested by requests to it.
     "tests/integration/test_api_app.py": tuple(

@@ -212,6 +212,8 @@ class World:
                     self.to_destination.append(("query", None))
                 case SA.SEND_WITHDRAW:
                     self.to_destination.append(("withdraw", None))
+                case SA.SEND_CONFIRMED:
+                    self.to_destination.append(("confirmed", None))
                 case SA.RESUME:
                     source.resume_epoch = 0 if source.final is None else source.final[0] + 2
                 case SA.RELEASE:
@@ -317,6 +319,8 @@ class World:
                     self._ask_destination_engine("commit")
                 case DA.DROP:
                     self._ask_destination_engine("drop")
+                case DA.PUBLISH:
+                    pass
                 case DA.CLOSE:
                     self.destination = None
 
@@ -335,12 +339,13 @@ class World:
             "keep alive": DE.KEEP_ALIVE,
             "withdraw": DE.WITHDRAWN,
             "query": DE.QUERIED,
+            "confirmed": DE.CONFIRMED,
         }
         if not self.places[DESTINATION].alive:
             return
         if destination is None and message == "offer":
             self.destination = Destination()
-        elif destination is None and message != "withdraw":
+        elif destination is None and message not in ("withdraw", "confirmed"):
             self.to_source.append("dropped")
         elif destination is not None and message != "offer":
             if message == "final" and destination.state_machine.state is DS.WAITING:

@@ -16,7 +16,7 @@ from tests.unit.migration.table_paths import exits, reachable, steps, steps_with
 
 S, E, A = DestinationState, DestinationEvent, DestinationAction
 
-FROM_PEER = {E.STAGE, E.FINAL, E.KEEP_ALIVE, E.WITHDRAWN, E.QUERIED}
+FROM_PEER = {E.STAGE, E.FINAL, E.KEEP_ALIVE, E.WITHDRAWN, E.QUERIED, E.CONFIRMED}
 #: How what is in flight in a state ends. Until then nothing may be freed.
 ENDS_OF_FLIGHT = {
     S.RESERVING: {E.RESERVED, E.REFUSED},
@@ -135,3 +135,8 @@ def test_closes_once_on_every_way() -> None:
         enters = step.state is not S.ENDED and step.next_state is S.ENDED
         assert step.actions.count(A.CLOSE) == (1 if enters else 0)
         assert step.state is not S.ENDED or step.next_state is S.ENDED
+
+
+def test_blocks_are_published_only_when_the_source_has_confirmed_a_commit() -> None:
+    publishing = steps_with(DESTINATION_TABLE, A.PUBLISH)
+    assert [(step.state, step.event) for step in publishing] == [(S.COMMITTED, E.CONFIRMED)]

@@ -73,7 +73,7 @@ def test_after_the_final_state_there_are_three_ways_out() -> None:
     assert {step.next_state for step in final} == {S.SUSPENDED}
     for step in exits(SOURCE_TABLE, IN_DOUBT):
         if step.event is E.ACKNOWLEDGED:
-            assert step.actions == (A.RELEASE,)
+            assert step.actions == (A.SEND_CONFIRMED, A.RELEASE)
         elif step.event is E.GONE:
             assert step.actions == (A.SEND_WITHDRAW, A.CLOSE)
         elif step.event is E.DROPPED:

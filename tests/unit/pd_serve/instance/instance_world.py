@@ -106,7 +106,7 @@ class EngineStub:
             raise SourceGoneError(RefusalCode.NOT_HERE, "not here")
         return RequestDescription(request_id, [b"payload"], "client", 0, 0, [1], 10, 100, {})
 
-    async def next_stage(self, request_id: RequestId, *arguments: Any, suspend: bool) -> FinalState:
+    async def next_stage(self, request_id: RequestId, *arguments: Any, **options: Any) -> FinalState:
         await self._visit("next_stage", request_id)
         return FinalState(BlockRun(0, [1, 2]), 0, [1, 2, 3], 12)
 
@@ -120,6 +120,12 @@ class EngineStub:
     async def reserve(self, migration_id: MigrationId, request: RequestDescription) -> Reservation:
         await self._visit("reserve", migration_id)
         return Reservation([1, 2, 3], 0)
+
+    async def unpin(self, reader: MigrationId) -> None:
+        await self._visit("unpin", reader)
+
+    async def publish(self, migration_id: MigrationId) -> None:
+        await self._visit("publish", migration_id)
 
     async def drop(self, migration_id: MigrationId) -> None:
         await self._visit("drop", migration_id)

@@ -46,18 +46,6 @@ def test_the_longest_unused_is_evicted_first_and_of_a_sequence_its_end() -> None
     assert evicted == [blocks[1], blocks[0], blocks[3], blocks[2]]
 
 
-def test_withdrawn_blocks_are_not_found_any_more() -> None:
-    pool = BlockPool(2)
-    blocks = pool.allocate(2)
-    pool.publish(blocks[0], 1)
-    pool.publish(blocks[1], 2)
-
-    pool.withdraw(blocks)
-    pool.release(blocks)
-
-    assert (pool.cached([1, 2]), pool.check_integrity([])) == ([], [])
-
-
 def test_lost_and_twice_held_blocks_violate_integrity() -> None:
     pool = BlockPool(3)
     blocks = pool.allocate(2)

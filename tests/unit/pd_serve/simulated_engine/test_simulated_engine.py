@@ -316,12 +316,15 @@ async def move(
     """A migration by hand: everything in one stage, then the tail."""
     described = await source.engine.describe(RequestId(request_id))
     reserved = await destination.engine.reserve(MigrationId("m"), described)
-    final = await source.engine.next_stage(RequestId(request_id), described.incarnation, 0, suspend=True)
+    final = await source.engine.next_stage(
+        RequestId(request_id), described.incarnation, 0, suspend=True, reader=MigrationId("m")
+    )
     assert isinstance(final, FinalState)
     local = await destination.engine.grow(MigrationId("m"), final.tail.end)
     copy(final.tail.block_ids[reserved.blocks_present :], local[reserved.blocks_present :])
     await destination.engine.commit(MigrationId("m"), final)
     await source.engine.release(RequestId(request_id))
+    await source.engine.unpin(MigrationId("m"))
 
 
 async def moved(spoil: Callable[[list[int], list[int]], tuple[list[int], list[int]]]) -> tuple[Rig, Rig]:
@@ -392,12 +395,13 @@ async def test_a_newer_copy_of_a_request_ends_an_older_one() -> None:
     await rig.add("r", 10, 30)
     await until(lambda: len(rig.said.get("r", [])) >= 3)
     described = await rig.engine.describe(RequestId("r"))
-    final = await rig.engine.next_stage(RequestId("r"), 0, 0, suspend=True)
+    final = await rig.engine.next_stage(RequestId("r"), 0, 0, suspend=True, reader=MigrationId("m"))
     assert isinstance(final, FinalState)
     payload = rig._payloads["r"].encode()
     assert await rig.engine.add(payload, "client", epoch=1000, output_token_ids=rig.said["r"].copy())
     assert rig.ended == ["r"]
     rig.ended.clear()
+    await rig.engine.unpin(MigrationId("m"))
     await rig.engine.reserve(MigrationId("m"), described)
     with pytest.raises(DestinationRefusedError, match="a newer copy of the request is here"):
         await rig.engine.commit(MigrationId("m"), final)
@@ -415,10 +419,12 @@ async def test_a_stage_that_is_waited_for_is_not_one_of_the_next_copy() -> None:
     rig = Rig()
     await rig.add("r", 10, 30)
     await until(lambda: rig.said)
-    stage = asyncio.create_task(rig.engine.next_stage(RequestId("r"), 0, 100, suspend=False))
+    stage = asyncio.create_task(
+        rig.engine.next_stage(RequestId("r"), 0, 100, suspend=False, reader=MigrationId("m"))
+    )
     payload = rig._payloads["r"].encode()
-    again = asyncio.create_task(rig.engine.add(payload, "client", epoch=1000, output_token_ids=rig.said["r"]))
-    assert await again
+    assert await asyncio.create_task(rig.engine.add(payload, "client", epoch=1000))
+    rig.said.clear()  # what the old copy has sent
     with pytest.raises(SourceGoneError, match="finished"):
         await stage
     rig.ended.clear()
@@ -437,5 +443,7 @@ async def test_a_preempted_request_cannot_be_moved() -> None:
     with pytest.raises(SourceGoneError, match="not running"):
         await rig.engine.describe(RequestId("victim"))
     with pytest.raises(SourceGoneError, match="preempted"):
-        await rig.engine.next_stage(RequestId("victim"), described.incarnation, 0, suspend=False)
+        await rig.engine.next_stage(
+            RequestId("victim"), described.incarnation, 0, suspend=False, reader=MigrationId("m")
+        )
     await rig.until_idle()

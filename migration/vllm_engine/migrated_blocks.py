@@ -1,0 +1,72 @@
+"""KV blocks of vLLM's pool that a peer reads, or that came from one and are not confirmed yet."""
+
+import sys
+
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.request import Request
+
+#: More blocks than any request has.
+_ALL_BLOCKS = sys.maxsize
+
+
+class MigratedBlocks:
+    """Pins blocks that are read, and keeps arrived blocks out of the prefix cache until they are confirmed.
+
+    A pin is a reference of its own to each block, so that it outlives the request. A request whose blocks
+    are not confirmed counts all of its blocks as cached already, so that vLLM does not add any.
+
+    Attributes:
+        pinned: By migration id.
+        unconfirmed: Number of cached blocks at the commit, by request id.
+    """
+
+    def __init__(self, kv_cache_manager: KVCacheManager) -> None:
+        self.pinned: dict[str, list[KVCacheBlock]] = {}
+        self.unconfirmed: dict[str, int] = {}
+        self._manager = kv_cache_manager
+
+    def pin(self, reader: str, block_ids: list[int]) -> None:
+        """Keeps blocks as they are for a migration. Those that it was offered before have been read."""
+        pool = self._manager.block_pool
+        blocks = [pool.blocks[block_id] for block_id in block_ids]
+        pool.touch(blocks)
+        self.unpin(reader)
+        if blocks:
+            self.pinned[reader] = blocks
+
+    def unpin(self, reader: str) -> None:
+        """Idempotent."""
+        if (blocks := self.pinned.pop(reader, None)) is not None:
+            self._manager.block_pool.free_blocks(reversed(blocks))
+
+    def hold_back(self, request: Request) -> None:
+        """Keeps the blocks of a request out of the prefix cache, those that it decodes from now on too."""
+        counts, request_id = self._num_cached_blocks, request.request_id
+        self.unconfirmed[request_id] = counts.get(request_id, 0)
+        counts[request_id] = _ALL_BLOCKS
+
+    def confirm(self, request: Request) -> None:
+        """Adds the blocks of a request to the prefix cache. Idempotent."""
+        counts, request_id = self._num_cached_blocks, request.request_id
+        cached = self.unconfirmed.pop(request_id, None)
+        if cached is not None and counts.get(request_id) == _ALL_BLOCKS:  # else preempted meanwhile
+            counts[request_id] = cached
+            self._manager.cache_blocks(request, min(request.num_computed_tokens, request.num_tokens))
+
+    def forget(self, request_id: str) -> None:
+        """A request has ended."""
+        self.unconfirmed.pop(request_id, None)
+
+    def check_integrity(self, known: set[str]) -> list[str]:
+        """Pins, and entries of requests that are not among the known ones."""
+        problems = [f"{len(blocks)} blocks are pinned for {reader}" for reader, blocks in self.pinned.items()]
+        if lost := self.unconfirmed.keys() - known:
+            problems.append(f"ended requests are remembered as unconfirmed: {sorted(lost)}")
+        return problems
+
+    @property
+    def _num_cached_blocks(self) -> dict[str, int]:
+        """How many of its first blocks each request has in the prefix cache."""
+        counts: dict[str, int] = self._manager.coordinator.single_type_managers[0].num_cached_block
+        return counts
