@@ -177,8 +177,8 @@ class Cluster:
         transport.register(engine.regions)
         llumlet.start(engine)
         self._manager.connect(name, llumlet.address)
-        address = await self._proxied(llumlet.address)
-        self._instances.append(InstanceInfo(name, name.rpartition("-")[0], address, "node", 1, engine.facts))
+        role = name.rpartition("-")[0]
+        self._instances.append(InstanceInfo(name, role, llumlet.address, "node", 1, engine.facts))
 
         async def close() -> None:
             await engine.stop()
