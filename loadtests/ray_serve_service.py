@@ -15,6 +15,7 @@ ENVIRONMENT = {
     **LOOPBACK,
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_enable_worker_prestart": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",  # `ray start` asks for it before a second node on loopback
     "RAY_AUTH_MODE": "token",
     "RAY_raylet_start_wait_time_s": "180",
     "RAY_worker_niceness": "0",  # as under `pd-serve serve`

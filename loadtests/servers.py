@@ -196,7 +196,7 @@ async def _is_ready(url: str, process: asyncio.subprocess.Process) -> bool:
     deadline = time.monotonic() + START_TIMEOUT_S
     async with aiohttp.ClientSession() as session:
         while process.returncode is None and time.monotonic() < deadline:
-            with suppress(aiohttp.ClientError):
+            with suppress(aiohttp.ClientError, TimeoutError):
                 async with session.get(f"{url}/health") as response:
                     if response.status == 200:
                         return True

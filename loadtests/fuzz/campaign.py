@@ -143,7 +143,9 @@ class FuzzCampaign:
         self, sender: FrameSender, load: CheckedLoad, before: UsageByProcess, after: UsageByProcess
     ) -> None:
         self.problems += sender.findings[:MOST_FINDINGS]
-        self.problems += [f"{count} refused connections: {p}" for p, count in sender.unreachable.items()]
+        for port, count in sender.unreachable.items():
+            if port.is_of_the_service:
+                self.problems.append(f"{count} refused connections: {port}")
         self.problems += ended(before, after) + grown(before, after, GrowthLimits())
         for kind, count in Counter(one.outcome.error for one in load.failed()).items():
             self.problems.append(f"{count} of {len(load.records)} streams meanwhile: {kind}")

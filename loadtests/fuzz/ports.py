@@ -39,6 +39,11 @@ class ListeningPort:
     number: int
     protocol: Protocol
 
+    @property
+    def is_of_the_service(self) -> bool:
+        """Whether the server is pd-serve's, or HAProxy in front of it, and not one of Ray's own."""
+        return self.kind not in (ProcessKind.OTHER, ProcessKind.RAYLET) and self.protocol is not Protocol.GRPC
+
     def __str__(self) -> str:
         return f"{self.protocol} of {self.kind} (pid {self.pid}, port {self.number})"
 

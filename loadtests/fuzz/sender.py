@@ -44,7 +44,7 @@ class FrameSender:
     dice: random.Random
     frames: Counter[Protocol] = field(default_factory=Counter)
     answered: Counter[Protocol] = field(default_factory=Counter)
-    unreachable: Counter[str] = field(default_factory=Counter)
+    unreachable: Counter[ListeningPort] = field(default_factory=Counter)
     findings: list[str] = field(default_factory=list)
 
     async def converse(self, port: ListeningPort) -> None:
@@ -57,7 +57,7 @@ class FrameSender:
                 async with asyncio.timeout(SEND_S):
                     await loop.sock_connect(connection, (HOST, port.number))
             except (OSError, TimeoutError):
-                self.unreachable[str(port)] += 1
+                self.unreachable[port] += 1
                 return
             # A reset leaves no connection behind that would occupy a port of this machine for a minute.
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
@@ -72,17 +72,17 @@ class FrameSender:
                         answer += part
         if answer:
             self.answered[port.protocol] += 1
-        if (finding := judge(port.protocol, conversation, bytes(answer), self.key)) is not None:
+        if (finding := judge(port, conversation, bytes(answer), self.key)) is not None:
             self.findings.append(f"{port}: {finding}; sent {conversation!r:.400}")
 
 
-def judge(protocol: Protocol, conversation: Conversation, answer: bytes, key: str) -> str | None:
+def judge(port: ListeningPort, conversation: Conversation, answer: bytes, key: str) -> str | None:
     """Why a server should not have given this answer; None if it may."""
-    if protocol is Protocol.SILENT and answer:
+    if port.protocol is Protocol.SILENT and answer:
         return f"answered {answer[:60]!r}"
-    if protocol is Protocol.ZMTP and b"\x05READY" in answer:
+    if port.protocol is Protocol.ZMTP and b"\x05READY" in answer:
         return "admitted a peer without the cluster's key"
-    if protocol is Protocol.HTTP:
+    if port.protocol is Protocol.HTTP and port.is_of_the_service:
         if (failed := _FAILED.search(answer)) is not None:
             return f"answered {failed[1].decode()}"
         said = b"".join(conversation)

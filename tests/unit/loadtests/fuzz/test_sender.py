@@ -17,6 +17,10 @@ KEY = "sk-key"
 GREETING = b"\xff\0\0\0\0\0\0\0\x01\x7f\x03\x01CURVE"
 
 
+def port_of(protocol: Protocol, kind: ProcessKind = ProcessKind.SERVICE) -> ListeningPort:
+    return ListeningPort(kind, 1, 1, protocol)
+
+
 @pytest.mark.parametrize(
     ("protocol", "said", "answer"),
     [
@@ -31,7 +35,7 @@ GREETING = b"\xff\0\0\0\0\0\0\0\x01\x7f\x03\x01CURVE"
     ],
 )
 def test_answers_that_a_server_may_give(protocol: Protocol, said: bytes, answer: bytes) -> None:
-    assert judge(protocol, [said], answer, KEY) is None
+    assert judge(port_of(protocol), [said], answer, KEY) is None
 
 
 @pytest.mark.parametrize(
@@ -46,7 +50,14 @@ def test_answers_that_a_server_may_give(protocol: Protocol, said: bytes, answer:
 def test_answers_that_a_server_must_not_give(
     protocol: Protocol, said: bytes, answer: bytes, finding: str
 ) -> None:
-    assert judge(protocol, [said], answer, KEY) == finding
+    assert judge(port_of(protocol), [said], answer, KEY) == finding
+
+
+def test_an_error_of_one_of_rays_own_servers_is_no_finding() -> None:
+    """Its agents answer 500 to a header that is not ASCII."""
+    port = port_of(Protocol.HTTP, ProcessKind.OTHER)
+
+    assert judge(port, [b"x"], b"HTTP/1.1 500 Internal", KEY) is None
 
 
 @asynccontextmanager
