@@ -57,7 +57,7 @@ async def test_the_pool_grows_and_shrinks_with_the_load(
 async def test_the_last_decode_instance_is_not_drained_and_is_replaced(
     client: CompletionClient, reference: Reference
 ) -> None:
-    """Nobody can drain the last one, and when it dies there is soon another one."""
+    """The last one cannot be drained, and when it dies another one is started."""
     (only,) = pool(await client.cluster())
     response = await client.http.post("/cluster/drain", json={"instance": only})
     assert response.status_code == 409
@@ -66,5 +66,4 @@ async def test_the_last_decode_instance_is_not_drained_and_is_replaced(
         (row,) = [row for row in (await client.cluster())["instances"] if row["id"] == only]
         os.kill(row["pid"], signal.SIGKILL)
         await client.until(lambda cluster: only not in pool(cluster))
-        cluster = await client.until(lambda cluster: len(pool(cluster)) == 1, START_S)
-        assert "0 of at least 1" in str(cluster["decisions"])
+        await client.until(lambda cluster: len(pool(cluster)) == 1, START_S)

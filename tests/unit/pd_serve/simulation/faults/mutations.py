@@ -15,7 +15,6 @@ from migration.transport.local import LocalTransport
 from pd_serve.comm.membership import MembershipChange, MembershipView
 from pd_serve.frontend.placement import RequestPlacement
 from pd_serve.frontend.token_ledger import TokenLedger
-from pd_serve.manager.register import InstanceRegister
 from pd_serve.manager.stopper import Stopper
 from pd_serve.simulated_engine.migrations import SequenceMigrations
 from pd_serve.simulation.faults.draw import draw
@@ -108,9 +107,6 @@ MUTATIONS = [
     ),
     Mutation(
         "the blocks of an arrival stay", SequenceMigrations, "drop", _forgotten_blocks, 1, 6, "KV blocks"
-    ),
-    Mutation(
-        "a lease never ends", InstanceRegister, "silent", lambda silent: lambda self: [], 1, 25, "are wanted"
     ),
     Mutation("a token is accepted twice", TokenLedger, "_take", _accepted_twice, 2, 3, "token"),
     Mutation("a drain forgets requests", Stopper, "_is_drained", _drained_at_once, 2, 2, "with the requests"),
