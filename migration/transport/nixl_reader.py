@@ -13,7 +13,9 @@ UCX request"). Hence this shape:
 - A cancelled read that does not end soon goes on without its caller, until its deadline.
 - Only if NIXL cannot close a connection, the agent is destroyed, which ends everything for certain, and
   opened again when needed (a **reset**). Chunks of other peers are posted once more then.
-- The agent has no progress thread. What is not polled does not move, and an idle reader costs nothing.
+- The agent has no progress thread. What is not polled does not move. While idle it is driven once a second:
+  UCX accepts TCP connections in a thread of its own, and closes those that are left, as by a port scanner,
+  only when it is driven. Each would keep a descriptor otherwise.
 """
 
 from __future__ import annotations
@@ -53,6 +55,11 @@ SHORT_SLEEP_S = 50e-6
 LONG_SLEEP_S = 200e-6
 LONG_AFTER_S = 5e-3
 QUARANTINE_SLEEP_S = 2e-3
+
+# While idle: the interval at which the agent is driven, and how often each time. UCX handles 16 connections
+# at a time; a call without any takes 10 us.
+IDLE_PROGRESS_S = 1.0
+IDLE_TURNS = 32
 
 
 class NixlReader:
@@ -141,13 +148,14 @@ class NixlReader:
             self._connections.agent.enter_thread()
         while True:
             with self._wake:
-                while not (
+                is_idle = not (
                     self._inbox or self._active or self._lingering or self._quarantined or self._closing
-                ):
-                    self._wake.wait()
+                ) and not self._wake.wait(IDLE_PROGRESS_S)
                 if self._closing:
                     return
                 commands, self._inbox = self._inbox, []
+            if is_idle:
+                self._drive(IDLE_TURNS)
             for command in commands:
                 self._take(command)
             moved = bool(commands)
@@ -226,11 +234,16 @@ class NixlReader:
         for job in [job for job, until in self._quarantined.items() if now >= until]:
             del self._quarantined[job]
             job.settle(job.quiet)
-        if self._quarantined and self._connections.agent is not None:
-            try:
-                self._connections.agent.progress()
-            except NixlFailure:
-                self._reset()
+        if self._quarantined:
+            self._drive(1)
+
+    def _drive(self, turns: int) -> None:
+        try:
+            for _ in range(turns):
+                if self._connections.agent is not None:
+                    self._connections.agent.progress()
+        except NixlFailure:
+            self._reset()
 
     def _post(self, job: ReadJob) -> None:
         """Starts a job's next chunk. Small reads through shared memory have ended after this."""

@@ -8,6 +8,7 @@ import contextlib
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,8 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import pytest
 
+from migration.transport import nixl_reader
 from migration.transport.kv_transport import KvRegion
 from migration.transport.nixl import NixlTransport
 from pd_serve.errors import PeerLostError
@@ -263,6 +266,34 @@ async def test_silent_peer_is_lost_within_the_bound(make_source: MakeSource) -> 
             await asyncio.wait_for(task, 0.5)
     with pytest.raises(PeerLostError, match="closed"):
         await transport.read("other", other.endpoint, [0], [0])
+
+
+async def test_connections_of_strangers_leave_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At all listening ports, also of the agent that reads and has nothing to read."""
+    monkeypatch.setattr(nixl_reader, "IDLE_PROGRESS_S", 0.05)
+    process = psutil.Process()
+
+    def listening() -> set[tuple[str, int]]:
+        found = process.net_connections("tcp")
+        return {(c.laddr.ip, c.laddr.port) for c in found if c.status == psutil.CONN_LISTEN}
+
+    before = listening()
+    transport = NixlTransport("target")
+    transport.register(_memory(None)[1])
+    ports = listening() - before
+    descriptors = process.num_fds()
+    try:
+        assert len(ports) >= 2
+        for said in (b"", b"\x01", os.urandom(64)):
+            for port in ports:
+                for _ in range(100):
+                    with socket.create_connection(port) as stranger:
+                        stranger.sendall(said)
+        async with asyncio.timeout(30):
+            while process.num_fds() > descriptors + 8:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+    finally:
+        transport.close()
 
 
 async def test_a_reader_that_hangs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -419,6 +419,20 @@ async def test_forget_drops_an_idle_connection(nixl: FakeNixl, reader: NixlReade
     nixl.wait_for(lambda: ("disconnect", "a", []) in nixl.log)
 
 
+async def test_an_idle_agent_is_driven(nixl: FakeNixl, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nixl_reader, "IDLE_PROGRESS_S", 0.01)
+    reader = NixlReader("me", [HOST])
+    driven = ("progress", "me/read-0", [])
+
+    await asyncio.to_thread(nixl.wait_for, lambda: nixl.log.count(driven) > 2 * nixl_reader.IDLE_TURNS)
+    job = _job("a")
+    _start(reader, job)
+    await job.done
+
+    reader.close()
+    assert nixl.reads_of("a") == [[1]]
+
+
 async def test_close_ends_what_is_under_way_and_what_waits(nixl: FakeNixl, reader: NixlReader) -> None:
     nixl.stalled = {"a"}
     job = _job("a")
