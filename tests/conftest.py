@@ -25,28 +25,31 @@ settings.register_profile("thorough", settings.get_profile("random"), max_exampl
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
+def _shares_cluster(item: pytest.Item) -> bool:
+    return "cluster" in getattr(item, "fixturenames", ())
+
+
+def _is_e2e(item: pytest.Item) -> bool:
+    return E2E_TESTS in item.path.parents
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Groups the tests for pytest-xdist: a group runs in one process."""
+    if _is_e2e(item):
+        item.add_marker(pytest.mark.e2e)
+    item.add_marker(pytest.mark.xdist_group("cluster" if _shares_cluster(item) else str(item.path)))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Orders the tests, and groups them for pytest-xdist.
+    """Orders the tests.
 
     In one process, tests of the shared cluster come last, so that the special clusters are gone by then. Two
     processes (`make test`) take groups in order: one begins with the tests of the shared cluster, the other
     with those that need no cluster, then both take the modules that have a cluster of their own.
     """
-    is_worker = hasattr(config, "workerinput")  # set by pytest-xdist
-
-    def is_e2e(item: pytest.Item) -> bool:
-        return E2E_TESTS in item.path.parents
-
-    def shares_cluster(item: pytest.Item) -> bool:
-        return "cluster" in getattr(item, "fixturenames", ())
-
-    for item in items:
-        if is_e2e(item):
-            item.add_marker(pytest.mark.e2e)
-        item.add_marker(pytest.mark.xdist_group("cluster" if shares_cluster(item) else str(item.path)))
-    items.sort(key=lambda item: (is_e2e(item), shares_cluster(item)))
-    if is_worker:
-        items.sort(key=lambda item: not shares_cluster(item))
+    items.sort(key=lambda item: (_is_e2e(item), _shares_cluster(item)))
+    if hasattr(config, "workerinput"):  # a process of pytest-xdist
+        items.sort(key=lambda item: not _shares_cluster(item))
 
 
 _left_behind: list[str] = []

@@ -194,8 +194,7 @@ class VllmEngine:
 
     async def release(self, request_id: RequestId) -> None:
         def release() -> None:
-            stay_id = self._live.stay_of(request_id)
-            if stay_id is not None and self.scheduler.release(stay_id):
+            if (stay_id := self._live.stay_of(request_id)) is not None and self.scheduler.release(stay_id):
                 self._live.ends(stay_id)
 
         await self._steps.call(release)
@@ -209,8 +208,7 @@ class VllmEngine:
         self._check_migration()
         if (why := mismatch(request.compatibility, self.compatibility)) is not None:
             raise DestinationRefusedError(RefusalCode.INCOMPATIBLE, why)
-        if request.max_total_tokens > self.scheduler.max_model_len:
-            most = self.scheduler.max_model_len
+        if request.max_total_tokens > (most := self.scheduler.max_model_len):
             text = f"{request.max_total_tokens} tokens do not fit this instance's {most}"
             raise DestinationRefusedError(RefusalCode.TOO_LONG, text)
         try:
@@ -261,10 +259,9 @@ class VllmEngine:
     # ---- state
 
     async def check_integrity(self) -> list[str]:
-        def check() -> list[str]:
-            return check_engine(self.core, set(self._live.stays()), migrates=self.no_migration is None)
-
-        return await self._steps.call(check)
+        return await self._steps.call(
+            lambda: check_engine(self.core, set(self._live.stays()), migrates=self.no_migration is None)
+        )
 
     async def visit_requests(self, visit: Callable[[HeldByClient], T]) -> T:
         return await self._steps.call(lambda: visit(self._live.held()))
@@ -339,10 +336,9 @@ class VllmEngine:
 
     def _final_state(self, suspended: Suspended) -> FinalState:
         request = suspended.request
-        live = self._live[request.request_id]
         return FinalState(
             tail=suspended.tail,
-            epoch=live.epoch,
+            epoch=self._live[request.request_id].epoch,
             output_token_ids=list(request.output_token_ids),
             num_computed_tokens=request.num_computed_tokens,
             rng_state=self.core.collective_rpc(worker.rng_state, args=(request.request_id,))[0],

@@ -94,18 +94,14 @@ class Frontend:
         token_endpoint = wire.listen_for_frames(lambda frames: self.tokens.on_frames(frames))
         placement = RequestPlacement(wire, token_endpoint, dispatcher, recorder, clock)
         self.requests = RequestTracker(wire, self.instances, placement, codec, deliver, recorder, clock)
+        requests = self.requests.requests
         self._reconciler = Reconciler(
-            wire,
-            self.instances,
-            self.requests.requests,
-            self.requests,
-            recorder,
-            lambda: self._manager.num_heartbeats,
+            wire, self.instances, requests, self.requests, recorder, lambda: self._manager.num_heartbeats
         )
         self.tokens = TokenStream(
             wire,
             self.instances,
-            self.requests.requests,
+            requests,
             codec,
             deliver,
             recorder,
@@ -114,7 +110,7 @@ class Frontend:
             self._reconciler.on_report,
         )
         self._placement = placement
-        self._manual = ManualMigrations(wire, self.requests.requests, self.instances, placement)
+        self._manual = ManualMigrations(wire, requests, self.instances, placement)
         self._manager = ManagerClient(
             wire,
             self._members,

@@ -67,10 +67,11 @@ class SimulatedEngine:
         faults: EngineFaults | None = None,
     ) -> None:
         self.settings = settings
-        self.batcher = Batcher(settings, self._prefill_started)
+        self.batcher = Batcher(
+            settings, lambda started: events.on_prefill_started([s.request_id for s in started])
+        )
         self.sequences: dict[str, Sequence] = {}
-        self.steps = 0
-        self.busy_s = 0.0
+        self.steps, self.busy_s = 0, 0.0
         self._decode = decode
         self._events = events
         self._is_copying = is_copying
@@ -117,16 +118,13 @@ class SimulatedEngine:
         handoff: bool = False,
     ) -> bool:
         sequence = self._decode(payload)
-        sequence.client, sequence.epoch = client, epoch
-        sequence.wants_handoff = handoff
+        sequence.client, sequence.epoch, sequence.wants_handoff = client, epoch, handoff
         sequence.output = list(output_token_ids or ())
         sequence.emitted = len(sequence.output)
         sequence.added_at = self._loop.time()
-        prompt_tokens, max_tokens = sequence.prompt_tokens, sequence.max_tokens
-        blocks = self.settings.num_blocks
-        if self.batcher.num_blocks(prompt_tokens + max_tokens) > blocks - self.batcher.watermark_blocks:
-            text = f"{prompt_tokens} + {max_tokens} tokens do not fit into {blocks} blocks"
-            raise InvalidRequestError(text)
+        tokens, blocks = sequence.prompt_tokens + sequence.max_tokens, self.settings.num_blocks
+        if self.batcher.num_blocks(tokens) > blocks - self.batcher.watermark_blocks:
+            raise InvalidRequestError(f"{tokens} tokens do not fit into {blocks} blocks")
 
         def add() -> bool:
             if not self._end_below(sequence.request_id, epoch):
@@ -218,7 +216,6 @@ class SimulatedEngine:
         arriving = self._decode(request.payload)
         arriving.client, arriving.epoch = request.client, request.epoch
         arriving.output = list(request.output_token_ids)
-
         return await self._call("reserve", lambda: self._migrations.reserve(migration_id, arriving, request))
 
     async def grow(self, migration_id: MigrationId, num_blocks: int) -> list[int]:
@@ -294,8 +291,7 @@ class SimulatedEngine:
         for sequence, _ in step.chunks:
             if sequence.begun_at is None:
                 sequence.begun_at = self._loop.time()
-        slowdown = self.settings.migration_slowdown if self._is_copying() else 0.0
-        duration_s = step.duration_s * (1.0 + slowdown)
+        duration_s = step.duration_s * (1.0 + self.settings.migration_slowdown * self._is_copying())
         if self._faults is not None:
             ids = [sequence.request_id for sequence, _ in step.chunks]
             duration_s += self._faults.begin_step(ids, self._events.on_death)
@@ -314,7 +310,7 @@ class SimulatedEngine:
     def report(self) -> None:
         """As vLLM's adapter: growth by a token per request is reported less often than steps end."""
         batcher, migrations, now = self.batcher, self._migrations, self._loop.time()
-        groups = (batcher.running, batcher.waiting, migrations.arriving, migrations.suspended)
+        groups = batcher.running, batcher.waiting, migrations.arriving, migrations.suspended
         state = tuple(map(len, groups))
         if state != self._reported or now - self._reported_at >= LOAD_INTERVAL_S:
             self._reported, self._reported_at = state, now
@@ -322,16 +318,13 @@ class SimulatedEngine:
 
     # ---- helpers
 
-    def _prefill_started(self, sequences: list[Sequence]) -> None:
-        self._events.on_prefill_started([s.request_id for s in sequences])
-
     def _is_in_flight(self, sequence: Sequence) -> bool:
         return (step := self._step_loop.in_flight) is not None and sequence in step.decodes
 
     def _held(self) -> list[tuple[Sequence, bool]]:
         """Sequences that may hold something here, and whether they are arriving."""
-        here = [(sequence, False) for sequence in self.sequences.values()]
-        return here + [(sequence, True) for sequence in self._migrations.arriving.values()]
+        arriving = [(sequence, True) for sequence in self._migrations.arriving.values()]
+        return [(sequence, False) for sequence in self.sequences.values()] + arriving
 
     def _end(self, sequence: Sequence) -> None:
         self._forget(sequence)

@@ -55,6 +55,9 @@ FLOORS_INSIDE = {
 
 PACKAGES = ("router", "migration", "pd_serve", "deploy", "loadtests")
 
+#: Maximum length of a source file.
+MAX_LINES = 350
+
 #: What a package must not import, not even inside of a function.
 FORBIDDEN = {
     "router": {"vllm", "ray", "zmq", "torch", "fastapi", "nixl"},
@@ -275,6 +278,15 @@ def test_importing_it_imports_nothing_that_takes_seconds(module: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
 
     assert done.stdout.split() == []
+
+
+def test_no_file_is_long() -> None:
+    lengths = {
+        str(file.relative_to(ROOT)): len(file.read_text().splitlines())
+        for package in PACKAGES
+        for file in (ROOT / package).rglob("*.py")
+    }
+    assert {file: length for file, length in lengths.items() if length > MAX_LINES} == {}
 
 
 def test_a_class_name_exists_once() -> None:
