@@ -5,6 +5,7 @@ import logging
 import os
 from asyncio import runners
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,31 +26,38 @@ settings.register_profile("thorough", settings.get_profile("random"), max_exampl
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
-def _shares_cluster(item: pytest.Item) -> bool:
-    return "cluster" in getattr(item, "fixturenames", ())
-
-
-def _is_e2e(item: pytest.Item) -> bool:
-    return E2E_TESTS in item.path.parents
-
-
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Groups the tests for pytest-xdist: a group runs in one process."""
-    if _is_e2e(item):
-        item.add_marker(pytest.mark.e2e)
-    item.add_marker(pytest.mark.xdist_group("cluster" if _shares_cluster(item) else str(item.path)))
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Orders the tests.
 
     In one process, tests of the shared cluster come last, so that the special clusters are gone by then. Two
-    processes (`make test`) take groups in order: one begins with the tests of the shared cluster, the other
-    with those that need no cluster, then both take the modules that have a cluster of their own.
+    processes (`make test`) take files in order: one begins with all files of the shared cluster, the other
+    with those that need no cluster, then both take the files that have a cluster of their own.
     """
-    items.sort(key=lambda item: (_is_e2e(item), _shares_cluster(item)))
+    is_e2e = {item: E2E_TESTS in item.path.parents for item in items}
+    for item in items:
+        if is_e2e[item]:
+            item.add_marker(pytest.mark.e2e)
+    items.sort(key=lambda item: (is_e2e[item], _shares_cluster(item.path)))
     if hasattr(config, "workerinput"):  # a process of pytest-xdist
-        items.sort(key=lambda item: not _shares_cluster(item))
+        items.sort(key=lambda item: not _shares_cluster(item.path))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One process runs all files of the shared cluster. Groups of pytest-xdist 3.8 fail with pytest 9.2."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return "shared cluster" if _shares_cluster(config.rootpath / file) else file
+
+    return Scheduling(config, log)
+
+
+@cache
+def _shares_cluster(file: Path) -> bool:
+    return E2E_TESTS in file.parents and "def server(cluster: ServerProcess)" in file.read_text()
 
 
 _left_behind: list[str] = []

@@ -125,7 +125,7 @@ def test_a_request_fits_beside_high_priority() -> None:
 
 
 def test_no_request_goes_to_an_instance_that_takes_none() -> None:
-    line, dispatcher = line_of(with_free("i0", 0))
+    line, dispatcher = line_of(with_free("i0", 0), with_free("i1", 0))
     line.add("a", blocks(1), now=0.0)
     dispatcher.loads.report(InstanceLoad("i0", "neutral", total_blocks=100, free_blocks=100, draining=True))
     dispatcher.loads.report(InstanceLoad("d0", "decode", total_blocks=100, free_blocks=100))
