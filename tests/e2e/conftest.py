@@ -45,14 +45,14 @@ class Reference:
         self.url = url
         self._known: dict[str, Answer] = {}
 
-    @property
-    def http(self) -> httpx.AsyncClient:
+    def new_client(self) -> httpx.AsyncClient:
+        """The caller closes it."""
         return httpx.AsyncClient(base_url=self.url, timeout=TIMEOUT)
 
     async def __call__(self, body: Body) -> Answer:
         key = json.dumps(body, sort_keys=True)
         if key not in self._known:
-            async with self.http as http:
+            async with self.new_client() as http:
                 self._known[key] = await CompletionClient(http).answer(body)
         return self._known[key]
 

@@ -40,7 +40,7 @@ async def test_a_refusal_is_the_same_as_plain_vllms(
     client: CompletionClient, reference: Reference, verdicts: Verdicts, name: str
 ) -> None:
     case = ERROR_CASES[name]
-    async with reference.http as http:
+    async with reference.new_client() as http:
         theirs = seen(await case.ask(http))
     ours = seen(await case.ask(client.http))
 

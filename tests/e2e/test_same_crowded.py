@@ -118,8 +118,9 @@ async def test_chat_has_plain_vllms_answer(client: CompletionClient, reference: 
         "temperature": 0,
         "logprobs": True,
     }
-    ours, theirs = [
-        (await http.post("/v1/chat/completions", json=body)).json() for http in (client.http, reference.http)
-    ]
+    async with reference.new_client() as plain:
+        ours, theirs = [
+            (await http.post("/v1/chat/completions", json=body)).json() for http in (client.http, plain)
+        ]
     assert ours["choices"][0]["message"] == theirs["choices"][0]["message"]
     assert ours["usage"] == theirs["usage"]

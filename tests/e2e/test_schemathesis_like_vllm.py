@@ -53,7 +53,7 @@ async def test_schemathesis_finds_the_same_as_at_plain_vllm(
 ) -> None:
     """Both are asked the same, by vLLM's document."""
     document = tmp_path / "vllm.json"
-    async with reference.http as http:
+    async with reference.new_client() as http:
         document.write_text((await http.get("/openapi.json")).text)
     flags = ("--checks", CHECKS, "--max-examples", "5", "--exclude-path-regex", LEFT_OUT)
     reports = [tmp_path / "theirs.json", tmp_path / "found.json"]

@@ -25,7 +25,7 @@ COMPLETION = {"model": "tiny", "prompt": "x", "max_tokens": 3}
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def service(vllm_config: Any) -> AsyncIterator[LocalService]:  # noqa: F811
-    limits = {"max_body_bytes": BODY_BYTES, "max_connections": CONNECTIONS}
+    limits = {"max_body_bytes": BODY_BYTES, "max_connections": CONNECTIONS, "max_waiting": 100}
     async with running(vllm_config, *FLAGS, **limits) as service:
         yield service
 
