@@ -10,6 +10,7 @@ from migration.engine_interface import HeldBlocks, HeldRequest
 from migration.messages import (
     BlockRun,
     Committed,
+    Confirmed,
     CopyStage,
     Dropped,
     Final,
@@ -132,6 +133,7 @@ MESSAGES: list[Any] = [
     Withdraw(M, FULL),
     Query(M),
     Committed(M, 4096),
+    Confirmed(M),
     Dropped(M, FULL),
 ]
 

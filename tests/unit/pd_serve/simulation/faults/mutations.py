@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from migration.outgoing import OutgoingMigration
-from migration.source_table import SourceAction
 from migration.transport.local import LocalTransport
 from pd_serve.comm.membership import MembershipChange, MembershipView
 from pd_serve.frontend.placement import RequestPlacement
@@ -56,15 +54,6 @@ def _nothing(original: Any) -> Any:
     return lambda *arguments, **named: None
 
 
-def _early_release(perform: Any) -> Any:
-    def mutated(self: OutgoingMigration, action: SourceAction) -> None:
-        perform(self, action)
-        if action is SourceAction.SEND_FINAL:
-            self._instance.tasks.start(self._engine.release(self.request_id))
-
-    return mutated
-
-
 def _forgotten_blocks(drop: Any) -> Any:
     def mutated(self: SequenceMigrations, migration_id: str) -> Any:
         return None if self.arriving.pop(migration_id, None) is not None else drop(self, migration_id)
@@ -102,9 +91,7 @@ MUTATIONS = [
     Mutation(
         "a peer that left stays connected", MembershipView, "_connect", _stays_connected, 1, 0, "connected"
     ),
-    Mutation(
-        "released before the acknowledgement", OutgoingMigration, "_perform", _early_release, 1, 0, "token"
-    ),
+    Mutation("a pin never ends", SequenceMigrations, "unpin", _nothing, 1, 0, "has not ended"),
     Mutation(
         "the blocks of an arrival stay", SequenceMigrations, "drop", _forgotten_blocks, 1, 6, "KV blocks"
     ),
