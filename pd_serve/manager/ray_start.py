@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 #: Starts of Ray, and the time between two, in seconds.
 ATTEMPTS, PAUSE_S = 3, 0.5
 
-#: Interval of looks at the raylet's process, and the time for it to register, in seconds.
-LOOK_S, REGISTER_S = 0.5, 100.0
+#: Interval of looks at the raylet's process, and the times for it to appear and to register, in seconds.
+LOOK_S, APPEAR_S, REGISTER_S = 0.5, 5.0, 100.0
 
 #: Errors of a start that may succeed when it is repeated; a slow node is a bare `Exception`.
 #: Source: ray/_private/node.py.
@@ -57,9 +57,13 @@ def _watching_the_raylet() -> Iterator[None]:
 
     def get_registered_node(gcs_address: str, node_id: str) -> object:
         client = ray._raylet.GcsClient(address=gcs_address)
-        deadline = time.monotonic() + REGISTER_S
+        began = time.monotonic()
+        deadline, seen = began + REGISTER_S, False
         while not _is_registered(client, node_id):
-            if not any(map(_is_raylet, psutil.Process().children(recursive=True))):
+            lives = any(map(_is_raylet, psutil.Process().children(recursive=True)))
+            seen = seen or lives
+            # Its process has another name until it runs its program, which takes seconds on a busy machine.
+            if not lives and (seen or time.monotonic() - began > APPEAR_S):
                 raise PdServeError(
                     "its raylet has ended; see raylet.out and raylet.err in Ray's session_latest/logs"
                 )

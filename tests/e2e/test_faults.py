@@ -2,12 +2,13 @@
 
 import asyncio
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.environment import START_ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,7 +30,7 @@ async def run(module: str, out: Path, *arguments: str) -> tuple[int, str]:
         "--out",
         str(out),
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=START_ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
