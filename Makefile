@@ -3,7 +3,7 @@ MODEL ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint bench compare loadtest compat lock clean
+.PHONY: help setup serve test lint bench compare loadtest faults compat lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ compare: setup ## Measure ours beside plain vLLM, its NixlConnector and public r
 
 loadtest: setup ## Load a cluster of simulated engines for two minutes; writes results/loadtest/report.html
 	.venv/bin/python -m loadtests $(ARGS)
+
+faults: setup ## Try kills, freezes, mutated frames and mixed load on small clusters (10 minutes)
+	PD_SERVE_FAULT_TESTS=1 .venv/bin/python -m pytest -q tests/e2e/test_faults.py $(ARGS)
 
 compat: setup ## Try other clients and test suites at plain vLLM and at a cluster; writes results/compat.json
 	@deploy/setup_compat.sh

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,12 @@ ROOT = Path(__file__).parents[2]
 #: Steps of milliseconds, so that the tests take seconds.
 FAST = ("--engine", "simulated", "--cost-model", str(ROOT / "results" / "profile-tiny.csv"))
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(
+        "PD_SERVE_FAULT_TESTS" not in os.environ, reason="`make faults` runs them, in ten minutes"
+    ),
+]
 
 
 async def run(module: str, out: Path, *arguments: str) -> tuple[int, str]:
