@@ -4,12 +4,15 @@
 virtual time.
 """
 
+import functools
 import logging
 import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, get_args
+
+import msgspec
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +83,37 @@ class HandlerFailures:
         self._counts: Counter[str] = Counter()
         self.by_kind: Counter[str] = Counter(dict.fromkeys(get_args(FailureKind), 0))
 
+    def decoding(self, kind: Any, on_message: OnMessage) -> OnFrames:
+        """A handler of frames: decodes messages of these types for `on_message`, and counts what fails."""
+        decode = _decoder(kind)
+
+        def on_frames(frames: list[bytes]) -> None:
+            try:
+                sender, message = frames[0].decode(), decode(frames[1])
+            except (msgspec.MsgspecError, UnicodeDecodeError, IndexError) as error:
+                return self.record("decoding a message", error, "decode")
+            self.handle(on_message, sender, message, frames[2:])
+
+        return on_frames
+
+    def handle(self, on_message: OnMessage, sender: str, message: object, payload: Sequence[bytes]) -> None:
+        """Calls `on_message`, and counts its failure."""
+        try:
+            on_message(sender, message, payload)
+        except Exception as error:
+            self.record(f"handling {type(message).__name__} from {sender}", error)
+
+    def guarding(self, on_frames: OnFrames) -> OnFrames:
+        """A handler of frames that counts the failures of `on_frames`."""
+
+        def handle(frames: list[Any]) -> None:
+            try:
+                on_frames(frames)
+            except Exception as error:
+                self.record("handling frames", error)
+
+        return handle
+
     def record(self, what: str, error: BaseException, failure: FailureKind = "handler") -> None:
         """Counts and logs a failure.
 
@@ -132,3 +166,8 @@ class UnsentMessages:
             self._logged_at.clear()
         self._logged_at[peer] = now
         logger.warning("%s does not read: a %s is dropped", peer, type(message).__name__)
+
+
+@functools.cache
+def _decoder(kind: Any) -> Callable[[bytes], Any]:
+    return msgspec.msgpack.Decoder(kind).decode

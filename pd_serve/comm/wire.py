@@ -100,28 +100,10 @@ class Wire:
 
     def listen(self, kind: Any, on_message: OnMessage) -> str:
         """See `MessageWire`. A message that cannot be decoded is counted and dropped."""
-        decode = msgspec.msgpack.Decoder(kind).decode
-
-        def on_frames(frames: list[bytes]) -> None:
-            try:
-                sender, message = frames[0].decode(), decode(frames[1])
-            except (msgspec.MsgspecError, UnicodeDecodeError, IndexError) as error:
-                return self.failures.record("decoding a message", error, "decode")
-            try:
-                on_message(sender, message, frames[2:])
-            except Exception as error:
-                self.failures.record(f"handling {type(message).__name__} from {sender}", error)
-
-        return self._bind(on_frames)
+        return self._bind(self.failures.decoding(kind, on_message))
 
     def listen_for_frames(self, on_frames: OnFrames) -> str:
-        def handle(frames: list[bytes]) -> None:
-            try:
-                on_frames(frames)
-            except Exception as error:
-                self.failures.record("handling frames", error)
-
-        return self._bind(handle)
+        return self._bind(self.failures.guarding(on_frames))
 
     def _bind(self, on_frames: OnFrames) -> str:
         socket = self._context.socket(zmq.PULL)

@@ -8,7 +8,7 @@ import copy
 import itertools
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from migration.transport.local import LocalFabric
 from pd_serve.comm.message_wire import HandlerFailures, OnFrames, OnMessage, UnsentMessages
@@ -83,28 +83,35 @@ class SimulatedNetwork:
             on_message(frames)
 
 
-class SimulatedWire:
-    """Implements `pd_serve.comm.message_wire.MessageWire` for one process. Messages are not encoded."""
+class Listeners(Protocol):
+    """The addresses of a network in virtual time."""
 
-    def __init__(self, name: str, network: SimulatedNetwork) -> None:
+    def listen(self, name: str, on_frames: OnFrames) -> str:
+        """Adds a listener of a process. Returns its address."""
+        ...
+
+    def silence(self, address: str) -> None:
+        """Removes a listener."""
+        ...
+
+
+class VirtualWire:
+    """The peers and listeners of one process on a network in virtual time.
+
+    Attributes:
+        peers: Addresses of the connected peers.
+    """
+
+    def __init__(self, name: str, listeners: Listeners) -> None:
         self.name = name
         self.failures = HandlerFailures(name)
         self.unsent = UnsentMessages()
-        self._network = network
         self.peers: dict[str, str] = {}
+        self._listeners = listeners
         self._bound: list[str] = []
 
-    def listen(self, kind: Any, on_message: OnMessage) -> str:
-        def on_frames(frames: list[Any]) -> None:
-            try:
-                on_message(frames[0], frames[1], frames[2:])
-            except Exception as error:
-                self.failures.record(f"handling {type(frames[1]).__name__} from {frames[0]}", error)
-
-        return self.listen_for_frames(on_frames)
-
     def listen_for_frames(self, on_frames: OnFrames) -> str:
-        self._bound.append(self._network.listen(self.name, on_frames))
+        self._bound.append(self._listeners.listen(self.name, on_frames))
         return self._bound[-1]
 
     def connect(self, peer: str, address: str) -> None:
@@ -112,6 +119,24 @@ class SimulatedWire:
 
     def disconnect(self, peer: str) -> None:
         self.peers.pop(peer, None)
+
+    async def close(self) -> None:
+        for address in self._bound:
+            self._listeners.silence(address)
+        self._bound.clear()
+
+
+class SimulatedWire(VirtualWire):
+    """Implements `pd_serve.comm.message_wire.MessageWire` for one process. Messages are not encoded."""
+
+    def __init__(self, name: str, network: SimulatedNetwork) -> None:
+        super().__init__(name, network)
+        self._network = network
+
+    def listen(self, kind: Any, on_message: OnMessage) -> str:
+        return self.listen_for_frames(
+            lambda frames: self.failures.handle(on_message, frames[0], frames[1], frames[2:])
+        )
 
     def send(self, peer: str, message: object, payload: Sequence[bytes] = ()) -> bool:
         address = self.peers.get(peer)
@@ -124,11 +149,6 @@ class SimulatedWire:
     def send_to(self, address: str, frames: list[Any]) -> None:
         """Sends frames to an address without a peer: a step's tokens to the token endpoint."""
         self._network.deliver(self.name, address, frames)
-
-    async def close(self) -> None:
-        for address in self._bound:
-            self._network.silence(address)
-        self._bound.clear()
 
 
 class SimulatedFabric(LocalFabric):

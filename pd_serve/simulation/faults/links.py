@@ -1,7 +1,6 @@
 """The network of a cluster with faults: encoded messages on connections that can be slow, cut or lossy."""
 
 import contextvars
-import functools
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -10,13 +9,13 @@ from typing import Any
 
 import msgspec
 
-from pd_serve.comm.message_wire import HandlerFailures, OnFrames, OnMessage, UnsentMessages
+from pd_serve.comm.message_wire import OnFrames, OnMessage
 from pd_serve.comm.messages import TokenHeader
 from pd_serve.comm.outputs import OutputBatch, RequestOutput
 from pd_serve.simulated_engine.outputs import SimulatedBatch, SimulatedCodec, SimulatedOutput
 from pd_serve.simulation.config import NetworkSettings
 from pd_serve.simulation.faults.process_loop import PROCESS, ProcessLoop
-from pd_serve.simulation.simulated_network import SimulatedFabric
+from pd_serve.simulation.simulated_network import SimulatedFabric, VirtualWire
 
 #: Delay of the second delivery of a duplicated message, in seconds.
 DUPLICATE_AFTER_S = 0.03
@@ -139,47 +138,18 @@ class FaultyNetwork:
             on_frames(frames)
 
 
-class FaultyWire:
+class FaultyWire(VirtualWire):
     """Implements `pd_serve.comm.message_wire.MessageWire` with the encoding of production."""
 
     def __init__(self, name: str, network: FaultyNetwork) -> None:
-        self.name = name
-        self.failures = HandlerFailures(name)
-        self.unsent = UnsentMessages()
-        self.peers: dict[str, str] = {}
+        super().__init__(name, network)
         self._network = network
-        self._bound: list[str] = []
 
     def listen(self, kind: Any, on_message: OnMessage) -> str:
-        decode = _decoder(kind)
-
-        def on_frames(frames: list[bytes]) -> None:
-            sender, message = frames[0].decode(), decode(frames[1])
-            try:
-                on_message(sender, message, frames[2:])
-            except Exception as error:
-                self.failures.record(f"handling {type(message).__name__} from {sender}", error)
-
-        return self._bind(on_frames)
+        return super().listen_for_frames(self.failures.decoding(kind, on_message))
 
     def listen_for_frames(self, on_frames: OnFrames) -> str:
-        def handle(frames: list[bytes]) -> None:
-            try:
-                on_frames(frames)
-            except Exception as error:
-                self.failures.record("handling frames", error)
-
-        return self._bind(handle)
-
-    def _bind(self, on_frames: OnFrames) -> str:
-        self._bound.append(self._network.listen(self.name, on_frames))
-        return self._bound[-1]
-
-    def connect(self, peer: str, address: str) -> None:
-        self.peers[peer] = address
-
-    def disconnect(self, peer: str) -> None:
-        self.peers.pop(peer, None)
+        return super().listen_for_frames(self.failures.guarding(on_frames))
 
     def send(self, peer: str, message: object, payload: Sequence[bytes] = ()) -> bool:
         address = self.peers.get(peer)
@@ -198,9 +168,7 @@ class FaultyWire:
         self._network.transmit(self.name, address, "Tokens" if outputs else "RequestReport", encoded)
 
     async def close(self) -> None:
-        for address in self._bound:
-            self._network.silence(address)
-        self._bound.clear()
+        await super().close()
         self.peers.clear()
 
 
@@ -244,8 +212,3 @@ class FaultyFabric(SimulatedFabric):
         for source, destination in list(self.reads):
             if destination == name:
                 self.end_read(source, destination)
-
-
-@functools.cache
-def _decoder(kind: Any) -> Callable[[bytes], Any]:
-    return msgspec.msgpack.Decoder(kind).decode
