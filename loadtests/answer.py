@@ -19,6 +19,10 @@ class StreamError(Exception):
         self.kind = kind
         self.detail = detail
 
+    @property
+    def text(self) -> str:
+        return f"{self.kind}: {self.detail}" if self.detail else self.kind
+
 
 @dataclass(slots=True)
 class StreamedAnswer:

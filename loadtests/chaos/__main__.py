@@ -94,8 +94,7 @@ def _run(campaign: ChaosCampaign) -> int:
     try:
         result = asyncio.run(campaign.run())
     except (PdServeError, StreamError) as error:
-        detail = f": {error.detail}" if isinstance(error, StreamError) else ""
-        say(f"FAILED: {error}{detail}")
+        say(f"FAILED: {error.text if isinstance(error, StreamError) else error}")
         return EXIT_FAILED
     except (KeyboardInterrupt, asyncio.CancelledError):
         say("interrupted; all started processes have ended")

@@ -9,18 +9,13 @@ traceback was logged, or memory, descriptors or threads of a process grew.
 """
 
 import argparse
-import asyncio
 import secrets
 import sys
 from pathlib import Path
 
-from loadtests.answer import StreamError
 from loadtests.fuzz.campaign import FuzzCampaign
-from loadtests.outcome import EXIT_FAILED, EXIT_OK
 from loadtests.started_service import ClusterShape
 from loadtests.terminal import say
-from pd_serve.errors import PdServeError
-from pd_serve.observe.provenance import provenance, write
 
 
 def main() -> None:
@@ -44,29 +39,10 @@ def main() -> None:
         under_ray_serve=options.ray_serve,
         environment={"PD_SERVE_API_KEY": key, "PD_SERVE_CLUSTER_SECRET": secret},
     )
-    options.out.mkdir(parents=True, exist_ok=True)
-    campaign = FuzzCampaign(shape, options.frames, seed, key, secret, options.out)
-    sys.exit(_run(campaign))
-
-
-def _run(campaign: FuzzCampaign) -> int:
-    try:
-        asyncio.run(campaign.run())
-    except (PdServeError, StreamError) as error:
-        detail = f": {error.detail}" if isinstance(error, StreamError) else ""
-        campaign.problems.append(f"{error}{detail}")
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        say("interrupted; all started processes have ended")
-        return 130
-    report = {"seed": campaign.seed, "problems": campaign.problems, **campaign.numbers}
-    write(campaign.out / "report.json", provenance() | report)
-    for problem in campaign.problems:
-        say(f"FAILED: {problem}")
-    if not campaign.problems:
-        total = sum(campaign.numbers["frames"].values())
-        say(f"{total:,} frames in {campaign.numbers['seconds']:.0f} s: no crash, no answer, no growth")
-    say(f"report: {campaign.out / 'report.json'}")
-    return EXIT_FAILED if campaign.problems else EXIT_OK
+    campaign = FuzzCampaign(
+        shape=shape, frames=options.frames, seed=seed, key=key, secret=secret, out=options.out
+    )
+    sys.exit(campaign.execute())
 
 
 if __name__ == "__main__":

@@ -2,27 +2,23 @@
 
 import asyncio
 import random
-import signal
 import time
 from collections import Counter
-from contextlib import suppress
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from loadtests.answer import StreamError
 from loadtests.checked_load import CheckedLoad
+from loadtests.cluster_run import ClusterRun
 from loadtests.fuzz.frames import FrameMaker
 from loadtests.fuzz.ports import ListeningPort, Protocol, listening_ports
 from loadtests.fuzz.recording import record_handshakes
 from loadtests.fuzz.sender import SHARES, FrameSender
 from loadtests.growth import GrowthLimits, UsageByProcess, ended, grown
 from loadtests.servers import MODEL
-from loadtests.started_service import ClusterShape, StartedService, started_service
+from loadtests.started_service import StartedService
 from loadtests.stream_client import AsyncStreamClient
 from loadtests.terminal import say
 from pd_serve.comm.wire import CurveKeys
-from pd_serve.launch.signals import end_on
 
 #: Concurrent connections.
 CONCURRENCY = 48
@@ -44,45 +40,34 @@ STREAMS, REFERENCES = 2, 6
 MOST_FINDINGS = 20
 
 
-@dataclass
-class FuzzCampaign:
+@dataclass(kw_only=True)
+class FuzzCampaign(ClusterRun):
     """One run.
 
     Attributes:
         frames: Number of frames.
-        key, secret: API key and cluster secret of the service that is started.
-        problems: Reasons why the run failed.
-        numbers: What was sent and measured, for the report.
+        secret: Cluster secret of the service that is started.
     """
 
-    shape: ClusterShape
     frames: int
-    seed: int
-    key: str
     secret: str
-    out: Path
-    problems: list[str] = field(default_factory=list)
-    numbers: dict[str, Any] = field(default_factory=dict)
 
-    async def run(self) -> None:
-        """Returns after all started processes have ended.
+    async def on_service(self, service: StartedService, client: AsyncStreamClient) -> None:
+        load = CheckedLoad(client, self.seed, STREAMS, REFERENCES)
+        try:
+            await self._send_frames(service, client, load)
+        finally:
+            await load.close()
 
-        Raises:
-            PdServeError: The service did not start.
-            StreamError: It did not serve before the first frame.
-        """
-        end_on(signal.SIGINT, signal.SIGTERM)
-        say(f"starting a cluster; its output: {self.out / 'server.log'}")
-        async with started_service(self.shape, self.out) as service:
-            say(service.command)
-            async with AsyncStreamClient(service.url, self.key) as client:
-                load = CheckedLoad(client, self.seed, STREAMS, REFERENCES)
-                try:
-                    await self._run(service, client, load)
-                finally:
-                    await load.close()
+    def summary(self) -> list[str]:
+        if self.problems:
+            return []
+        total = sum(self.numbers["frames"].values())
+        return [f"{total:,} frames in {self.numbers['seconds']:.0f} s: no crash, no answer, no growth"]
 
-    async def _run(self, service: StartedService, client: AsyncStreamClient, load: CheckedLoad) -> None:
+    async def _send_frames(
+        self, service: StartedService, client: AsyncStreamClient, load: CheckedLoad
+    ) -> None:
         await load.take_references()  # after this, every socket that there will be is there
         ports = listening_ports(service.processes)
         by_protocol = Counter(port.protocol for port in ports)
@@ -106,7 +91,7 @@ class FuzzCampaign:
             self.problems.append(f"{left} streams did not end")
         after = await self._settled(service, before)
         self._judge(sender, load, before, after)
-        await self._check_integrity(client)
+        await self.check_integrity(client)
         self.numbers |= {
             "frames": dict(sender.frames),
             "conversations_answered": dict(sender.answered),
@@ -147,21 +132,13 @@ class FuzzCampaign:
             if port.is_of_the_service:
                 self.problems.append(f"{count} refused connections: {port}")
         self.problems += ended(before, after) + grown(before, after, GrowthLimits())
-        for kind, count in Counter(one.outcome.error for one in load.failed()).items():
-            self.problems.append(f"{count} of {len(load.records)} streams meanwhile: {kind}")
+        self.check_streams(load)
         log = self.out / "server.log"
         text = log.read_text(errors="replace")
         if tracebacks := text.count("Traceback (most recent call last)"):
             self.problems.append(f"{tracebacks} tracebacks in {log}")
         if log.stat().st_size > 1e6 + MOST_LOG_BYTES_PER_FRAME * sender.frames.total():
             self.problems.append(f"{log} grew to {log.stat().st_size / 1e6:.0f} MB")
-
-    async def _check_integrity(self, client: AsyncStreamClient) -> None:
-        with suppress(StreamError):
-            violations = (await client.json("/cluster/integrity"))["violations"]
-            self.problems += [f"integrity: {violation}" for violation in violations]
-            return
-        self.problems.append("GET /cluster/integrity failed")
 
     async def _show_progress(self, sender: FrameSender, load: CheckedLoad) -> None:
         while True:

@@ -9,20 +9,15 @@ or a block, request or table row was left at the end.
 """
 
 import argparse
-import asyncio
 import resource
 import secrets
 import sys
 from pathlib import Path
 
-from loadtests.answer import StreamError
 from loadtests.durations import seconds
-from loadtests.outcome import EXIT_FAILED, EXIT_OK
 from loadtests.soak.campaign import SoakCampaign
 from loadtests.started_service import ClusterShape
 from loadtests.terminal import say
-from pd_serve.errors import PdServeError
-from pd_serve.observe.provenance import provenance, write
 
 
 def main() -> None:
@@ -51,34 +46,15 @@ def main() -> None:
         api_servers=options.api_servers if options.ray_serve else 1,
         under_ray_serve=options.ray_serve,
     )
-    options.out.mkdir(parents=True, exist_ok=True)
-    campaign = SoakCampaign(shape, options.duration, seed, options.streams, options.overload, options.out)
-    sys.exit(_run(campaign))
-
-
-def _run(campaign: SoakCampaign) -> int:
-    try:
-        asyncio.run(campaign.run())
-    except (PdServeError, StreamError) as error:
-        detail = f": {error.detail}" if isinstance(error, StreamError) else ""
-        campaign.problems.append(f"{error}{detail}")
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        say("interrupted; all started processes have ended")
-        return 130
-    report = {"seed": campaign.seed, "problems": campaign.problems, **campaign.numbers}
-    write(campaign.out / "report.json", provenance() | report)
-    for row in campaign.numbers.get("usage", ()):
-        if row["kind"] != "other":
-            say(
-                f"{row['kind']:>10} (pid {row['pid']}): memory {row['memory_mib']} MiB, "
-                f"descriptors {row['descriptors']}, threads {row['threads']}"
-            )
-    for problem in campaign.problems:
-        say(f"FAILED: {problem}")
-    if not campaign.problems:
-        say("nothing failed, nothing grew, nothing was left")
-    say(f"report: {campaign.out / 'report.json'}")
-    return EXIT_FAILED if campaign.problems else EXIT_OK
+    campaign = SoakCampaign(
+        shape=shape,
+        duration_s=options.duration,
+        seed=seed,
+        streams=options.streams,
+        overload=options.overload,
+        out=options.out,
+    )
+    sys.exit(campaign.execute())
 
 
 if __name__ == "__main__":

@@ -1,26 +1,23 @@
 """One run: a cluster under a mixed load, or under overload; then the cluster at rest."""
 
 import asyncio
-import signal
 import time
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 from loadtests.answer import StreamError
 from loadtests.checked_load import CheckedLoad
 from loadtests.cluster_at_rest import not_at_rest
+from loadtests.cluster_run import ClusterRun
 from loadtests.growth import GrowthLimits
 from loadtests.processes import ProcessKind
 from loadtests.soak.overload import Overload
 from loadtests.soak.usage_series import UsageSeries
 from loadtests.soak.variants import VariantLoad
-from loadtests.started_service import ClusterShape, StartedService, started_service
+from loadtests.started_service import StartedService
 from loadtests.stream_client import AsyncStreamClient
 from loadtests.terminal import say
-from pd_serve.launch.signals import end_on
 
 #: Samples of the usage in a run, with a shortest interval.
 SAMPLES, SHORTEST_INTERVAL_S = 200, 2.0
@@ -34,47 +31,37 @@ LAST_STREAMS_S, REST_S = 240.0, 60.0
 REFERENCES = 40
 
 
-@dataclass
-class SoakCampaign:
+@dataclass(kw_only=True)
+class SoakCampaign(ClusterRun):
     """One run.
 
     Attributes:
         duration_s: Of the mixed load.
         streams: Concurrent checked streams.
         overload: Overload in the place of the mixed load.
-        problems: Reasons why the run failed.
-        numbers: What was sent and measured, for the report.
     """
 
-    shape: ClusterShape
     duration_s: float
-    seed: int
     streams: int
     overload: bool
-    out: Path
-    problems: list[str] = field(default_factory=list)
-    numbers: dict[str, Any] = field(default_factory=dict)
 
-    async def run(self) -> None:
-        """Returns after all started processes have ended.
+    async def on_service(self, service: StartedService, client: AsyncStreamClient) -> None:
+        usage = UsageSeries(service.processes, max(SHORTEST_INTERVAL_S, self.duration_s / SAMPLES))
+        if self.overload:
+            await self._overload(service, client, usage)
+        else:
+            await self._mixed_load(client, usage)
+        await self._check_at_rest(client)
+        self.numbers["usage"] = usage.table()
 
-        Raises:
-            PdServeError: The service did not start.
-            StreamError: It did not serve at the beginning.
-        """
-        end_on(signal.SIGINT, signal.SIGTERM)
-        say(f"starting a cluster; its output: {self.out / 'server.log'}")
-        async with started_service(self.shape, self.out) as service:
-            say(service.command)
-            async with AsyncStreamClient(service.url) as client:
-                interval_s = max(SHORTEST_INTERVAL_S, self.duration_s / SAMPLES)
-                usage = UsageSeries(service.processes, interval_s)
-                if self.overload:
-                    await self._overload(service, client, usage)
-                else:
-                    await self._mixed_load(client, usage)
-                await self._check_at_rest(client)
-                self.numbers["usage"] = usage.table()
+    def summary(self) -> list[str]:
+        lines = [
+            f"{row['kind']:>10} (pid {row['pid']}): memory {row['memory_mib']} MiB, "
+            f"descriptors {row['descriptors']}, threads {row['threads']}"
+            for row in self.numbers.get("usage", ())
+            if row["kind"] != "other"
+        ]
+        return lines if self.problems else [*lines, "nothing failed, nothing grew, nothing was left"]
 
     async def _mixed_load(self, client: AsyncStreamClient, usage: UsageSeries) -> None:
         load = CheckedLoad(client, self.seed, self.streams, REFERENCES)
@@ -97,8 +84,7 @@ class SoakCampaign:
             await variants.stop()
             await load.close()
         self.problems += [f"{count} x {kind}" for kind, count in variants.failures.items()]
-        for kind, count in Counter(one.outcome.error for one in load.failed()).items():
-            self.problems.append(f"{count} of {len(load.records)} streams: {kind}")
+        self.check_streams(load)
         self.problems += usage.problems(GrowthLimits())
         self.numbers |= {
             "duration_s": self.duration_s,
@@ -126,11 +112,8 @@ class SoakCampaign:
             await asyncio.sleep(1.0)
             with suppress(StreamError):
                 problems = not_at_rest(await client.json("/cluster"))
-        with suppress(StreamError):
-            violations = (await client.json("/cluster/integrity"))["violations"]
-            self.problems += [*problems, *(f"integrity: {violation}" for violation in violations)]
-            return
-        self.problems += [*problems, "GET /cluster/integrity failed"]
+        self.problems += problems
+        await self.check_integrity(client)
 
     async def _show_progress(self, load: CheckedLoad, variants: VariantLoad, usage: UsageSeries) -> None:
         while True:

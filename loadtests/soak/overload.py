@@ -60,7 +60,7 @@ class Overload:
             try:
                 await case()
             except StreamError as error:
-                self.problems.append(f"{name}: {error.kind}: {error.detail}")
+                self.problems.append(f"{name}: {error.text}")
             finally:
                 probing.cancel()
                 await asyncio.gather(probing, return_exceptions=True)
@@ -85,7 +85,7 @@ class Overload:
             except TimeoutError:
                 self.problems.append(f"{name}: a probe was not served within {PROBE_S:.0f} s")
             except StreamError as error:
-                self.problems.append(f"{name}: a probe: {error.kind}: {error.detail}")
+                self.problems.append(f"{name}: a probe: {error.text}")
             self._longest_probe_s = max(self._longest_probe_s, time.perf_counter() - began)
             await asyncio.sleep(PROBE_PAUSE_S)
 

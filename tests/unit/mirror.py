@@ -99,6 +99,7 @@ TESTED_THROUGH: dict[str, tuple[str, ...]] = {
     "tests/e2e/test_faults.py": (
         "loadtests/chaos/__main__.py",
         "loadtests/chaos/campaign.py",
+        "loadtests/cluster_run.py",
         "loadtests/fuzz/__main__.py",
         "loadtests/fuzz/campaign.py",
         "loadtests/soak/__main__.py",
