@@ -22,6 +22,9 @@ from tests.e2e.verdicts import Verdicts
 
 TIMEOUT = httpx.Timeout(120.0)
 
+#: An idle connection is closed before vLLM's server closes it: a request on it at that moment would fail.
+LIMITS = httpx.Limits(max_connections=None, keepalive_expiry=1.0)
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
@@ -127,8 +130,7 @@ def cluster(logs: Path) -> Iterator[ServerProcess]:
 @pytest.fixture
 async def client(server: ServerProcess) -> AsyncIterator[CompletionClient]:
     """Talks to the module's `server`; that has to be at rest and whole when the test has ended."""
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=server.url, timeout=TIMEOUT, limits=limits) as http:
+    async with httpx.AsyncClient(base_url=server.url, timeout=TIMEOUT, limits=LIMITS) as http:
         client = CompletionClient(http)
         client.instances = [instance["id"] for instance in (await client.cluster())["instances"]]
         yield client

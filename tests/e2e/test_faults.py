@@ -1,6 +1,5 @@
 """The commands that try faults, mutated frames and mixed load, each on a small cluster for some seconds."""
 
-import asyncio
 import json
 import os
 import sys
@@ -9,9 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.environment import START_ENVIRONMENT
-
-ROOT = Path(__file__).parents[2]
+from tests.e2e.commands import ROOT, run_command
 
 #: Steps of milliseconds, so that the tests take seconds.
 FAST = ("--engine", "simulated", "--cost-model", str(ROOT / "results" / "profile-tiny.csv"))
@@ -26,28 +23,8 @@ pytestmark = [
 
 async def run(module: str, out: Path, *arguments: str) -> tuple[int, str]:
     """(exit code, output)."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        module,
-        *arguments,
-        "--seed",
-        "1",
-        "--out",
-        str(out),
-        cwd=ROOT,
-        env=START_ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    try:
-        async with asyncio.timeout(850):
-            output, _ = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.terminate()
-            await process.wait()
-    return await process.wait(), output.decode()
+    command = (sys.executable, "-m", module, *arguments, "--seed", "1", "--out", str(out))
+    return await run_command(*command, bound_s=850.0, environment={"PYTHONPATH": str(ROOT)})
 
 
 def report(out: Path) -> dict[str, Any]:

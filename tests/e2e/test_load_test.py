@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.commands import ROOT, run_command
 from tests.e2e.completion_client import CompletionClient
 from tests.e2e.conftest import run_cluster
 from tests.e2e.server_process import ServerProcess
-from tests.environment import START_ENVIRONMENT
-
-ROOT = Path(__file__).parents[2]
 
 #: Steps of milliseconds, so that the test takes seconds.
 COST_MODEL = ROOT / "results" / "profile-tiny.csv"
@@ -31,24 +29,9 @@ async def locust(server: ServerProcess, report: Path, *arguments: str) -> tuple[
     """(exit code, output)."""
     command = ["-m", "locust", "-f", "loadtests/locustfile.py", "--headless", "--only-summary"]
     load = ["--host", server.url, "--trace", "s-s", "--max-tokens", "80", "--report", str(report)]
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *command,
-        *load,
-        *arguments,
-        cwd=ROOT,
-        env=START_ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
+    return await run_command(
+        sys.executable, *command, *load, *arguments, environment={"PYTHONPATH": str(ROOT)}
     )
-    try:
-        async with asyncio.timeout(150):
-            output, _ = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    return await process.wait(), output.decode()
 
 
 async def test_every_stream_is_correct_while_requests_move(

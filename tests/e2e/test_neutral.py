@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from tests.e2e.completion_client import CompletionClient
-from tests.e2e.conftest import TIMEOUT, Reference, run_cluster
+from tests.e2e.conftest import LIMITS, TIMEOUT, Reference, run_cluster
 from tests.e2e.prompts import token_ids
 from tests.e2e.server_process import ServerProcess
 from tests.e2e.test_same_output import assert_same
@@ -73,7 +73,7 @@ async def test_a_client_that_tries_again_is_served(client: CompletionClient) -> 
     async def note(response: httpx.Response) -> None:
         statuses.append(response.status_code)
 
-    http = httpx.AsyncClient(event_hooks={"response": [note]}, timeout=TIMEOUT)
+    http = httpx.AsyncClient(event_hooks={"response": [note]}, timeout=TIMEOUT, limits=LIMITS)
     async with openai.AsyncOpenAI(
         base_url=f"{client.http.base_url}/v1", api_key="none", http_client=http, max_retries=1000
     ) as patient:

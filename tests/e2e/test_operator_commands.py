@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
+from tests.e2e.commands import run_command
 from tests.e2e.completion_client import Answer, Body, CompletionClient
 from tests.e2e.conftest import run_cluster
 from tests.e2e.prompts import token_ids
 from tests.e2e.server_process import ServerProcess, pd_serve
 from tests.e2e.test_same_output import assert_same
-from tests.environment import START_ENVIRONMENT
 
 #: A new instance is a new process that imports vLLM, beside whatever else this machine does.
 START_S = 180.0
@@ -53,15 +53,7 @@ async def load(client: CompletionClient) -> AsyncIterator[list[Answer]]:
 
 async def command(server: ServerProcess, *arguments: str) -> tuple[int, str]:
     """Exit code and output of a command to the running service."""
-    process = await asyncio.create_subprocess_exec(
-        *pd_serve(*arguments, "--url", server.url),
-        env=START_ENVIRONMENT,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    output, _ = await process.communicate()
-    assert process.returncode is not None
-    return process.returncode, output.decode()
+    return await run_command(*pd_serve(*arguments, "--url", server.url), bound_s=500.0)
 
 
 def ready(cluster: dict[str, Any]) -> list[str]:

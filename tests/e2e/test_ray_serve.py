@@ -18,7 +18,7 @@ import yaml
 
 from pd_serve.models.cache import cache_root
 from tests.e2e.completion_client import Body, CompletionClient
-from tests.e2e.conftest import TIMEOUT
+from tests.e2e.conftest import LIMITS, TIMEOUT
 from tests.e2e.prompts import token_ids
 from tests.e2e.ray_cluster import ENVIRONMENT, RayCluster, free_ports, ray_cluster
 from tests.e2e.server_process import ServerProcess
@@ -314,7 +314,7 @@ async def test_serve_run_works_with_real_engines_in_a_home_that_ray_has_used(
     bodies: list[Body] = [{"prompt": token_ids(100, i), "max_tokens": 60} for i in range(3)]
     try:
         run.wait_ready(READY_S)
-        async with httpx.AsyncClient(base_url=run.url, timeout=TIMEOUT) as http:
+        async with httpx.AsyncClient(base_url=run.url, timeout=TIMEOUT, limits=LIMITS) as http:
             client = CompletionClient(http)
             expected = await asyncio.gather(*map(client.answer, bodies))
             ours = await asyncio.gather(*map(client.stream, bodies))
