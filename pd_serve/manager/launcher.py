@@ -77,7 +77,14 @@ class Launcher(Protocol):
         ...
 
     async def start(self, config: InstanceConfig) -> InstanceInfo:
-        """Loads the model in a launched instance. Returns when it is ready. Raises: EngineDeadError."""
+        """Loads the model in a launched instance. Returns when it is ready. Raises: EngineDeadError.
+
+        An instance whose start is cancelled is ended, unless the manager has left it to the next one.
+        """
+        ...
+
+    def leave_starts(self) -> None:
+        """Leaves the starts that are cancelled from now on to the next manager: it may have adopted them."""
         ...
 
     async def stop_instance(self, name: str) -> None:
@@ -93,7 +100,11 @@ class Launcher(Protocol):
         ...
 
     async def start_scheduler(self, config: SchedulerConfig) -> tuple[str, int]:
-        """Starts the scheduler's process. Returns its address and process id. Raises: EngineDeadError."""
+        """Starts the scheduler's process. Returns its address and process id.
+
+        Raises:
+            EngineDeadError: It does not start, or one of a former manager was there, which is ended.
+        """
         ...
 
     async def stop_scheduler(self) -> None:

@@ -236,6 +236,7 @@ class Manager:
         term = await self._launcher.keep_notes(self._notes)
         if term > self._notes.term and not self._closed:
             self._notices.warn("another manager has taken over; this one ends")
+            self._launcher.leave_starts()
             self._closed = True
             self._closing = asyncio.ensure_future(self.close())
         return not self._closed

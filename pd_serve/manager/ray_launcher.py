@@ -20,7 +20,7 @@ from pd_serve.errors import EngineDeadError, PdServeError
 from pd_serve.instance.instance_process import InstanceConfig
 from pd_serve.manager.launcher import ManagerNotes
 from pd_serve.manager.ray_actors import InstanceActor, SchedulerActor
-from pd_serve.manager.ray_start import PASSING_ERRORS, start_ray
+from pd_serve.manager.ray_start import PASSING_ERRORS, end_children, start_ray
 from pd_serve.platform.placement import Placement
 from pd_serve.scheduler.scheduler_process import SchedulerConfig
 
@@ -74,6 +74,7 @@ class RayLauncher:
         self._actors: dict[str, Any] = {}
         self._groups: dict[str, Any] = {}
         self._waits_for: dict[str, str] = {}
+        self._leaves_starts = False
         self._scheduler: Any = None
         self._pids: dict[str, int] = {}
         self._watchers = BackgroundTasks()
@@ -132,7 +133,11 @@ class RayLauncher:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, 0)
             options["num_gpus"] = placement.num_gpus
             options["resources"] = {name: amount for name, amount in bundle.items() if name != "GPU"}
-        actor = self._actors[name] = ray.remote(InstanceActor).options(**options).remote(name)
+        try:
+            actor = self._actors[name] = ray.remote(InstanceActor).options(**options).remote(name)
+        except ValueError as error:  # an instance that a former manager was starting has the name
+            self._free(name)
+            raise EngineDeadError(f"{name} does not start: {error}") from error
         actor.load.remote()
 
     def _lasting(self, name: str, *, runtime_env: bool = True) -> dict[str, Any]:
@@ -155,19 +160,23 @@ class RayLauncher:
         try:
             await self._placed(name)
             info: InstanceInfo = await actor.start.remote(config)
-        except ray.exceptions.RayTaskError as error:
-            self._discard(name)
-            raise EngineDeadError(f"{name} does not start: {error.cause}") from error
         except ray.exceptions.RayError as error:
             self._discard(name)
+            if isinstance(error, ray.exceptions.RayTaskError):
+                raise EngineDeadError(f"{name} does not start: {error.cause}") from error
             raise EngineDeadError(f"{name}: its process ended while starting: {error}") from error
         except asyncio.CancelledError:
-            self._discard(name)
+            if not self._leaves_starts:
+                self._discard(name)
             raise
         finally:
             self._waits_for.pop(name, None)
         self._keep(info, actor)
         return info
+
+    def leave_starts(self) -> None:
+        """See `Launcher`."""
+        self._leaves_starts = True
 
     async def _placed(self, name: str) -> None:
         """Waits for the instance's resources."""
@@ -257,7 +266,9 @@ class RayLauncher:
         options = {"num_cpus": 0, "max_concurrency": 10, **self._lasting(SCHEDULER)}
         try:
             actor = self._scheduler = ray.remote(SchedulerActor).options(**options).remote()
-        except ValueError as error:  # the last scheduler's name is not free yet
+        except ValueError as error:  # the scheduler of a former manager has the name
+            with contextlib.suppress(ValueError):
+                ray.kill(ray.get_actor(f"{self._service}:{SCHEDULER}", NAMESPACE))
             raise EngineDeadError(f"the scheduler does not start: {error}") from error
         try:
             address, pid = await actor.start.remote(config)
@@ -287,7 +298,7 @@ class RayLauncher:
             if self._service is None:
                 await asyncio.to_thread(ray.shutdown)
         if self._service is None:
-            await asyncio.to_thread(_end_children)
+            await asyncio.to_thread(end_children, STOP_S)  # left for example by an interrupted start
 
     async def _stop_instances(self) -> None:
         actors = [*self._actors.values(), *([self._scheduler] if self._scheduler is not None else [])]
@@ -315,15 +326,6 @@ class RayLauncher:
             if self._actors.pop(instance_id, None) is not None:  # otherwise it was stopped
                 self._free(instance_id)
                 self.on_lost(instance_id)
-
-
-def _end_children() -> None:
-    """Ends child processes that Ray has left, for example when its start was interrupted."""
-    children = psutil.Process().children(recursive=True)
-    for child in children:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()
-    psutil.wait_procs(children, timeout=STOP_S)
 
 
 async def _in_time(call: Callable[[], T]) -> T:

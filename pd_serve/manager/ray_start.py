@@ -23,6 +23,9 @@ ATTEMPTS, PAUSE_S = 3, 0.5
 #: Interval of looks at the raylet's process, and the times for it to appear and to register, in seconds.
 LOOK_S, APPEAR_S, REGISTER_S = 0.5, 5.0, 100.0
 
+#: Maximum wait for the end of processes that a failed start has left, in seconds.
+LEFT_S = 3.0
+
 #: Errors of a start that may succeed when it is repeated; a slow node is a bare `Exception`.
 #: Source: ray/_private/node.py.
 PASSING_ERRORS = (ConnectionError, TimeoutError, RuntimeError, ray.exceptions.RayError, PdServeError)
@@ -44,7 +47,7 @@ def start_ray(init: Callable[[], object]) -> None:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             logger.warning("Ray has not started (%s); it is started again", reason)
             ray.shutdown()
-            _end_processes()
+            end_children(LEFT_S, _is_of_ray)
             time.sleep(PAUSE_S)
         else:
             return
@@ -89,13 +92,17 @@ def _is_raylet(process: psutil.Process) -> bool:
     return False
 
 
-def _end_processes() -> None:
-    """Ends what a failed start has left of Ray, and none of our other child processes."""
+def _is_of_ray(process: psutil.Process) -> bool:
     home = os.path.dirname(ray.__file__)
+    return any(home in argument for argument in process.cmdline())
+
+
+def end_children(timeout_s: float, is_meant: Callable[[psutil.Process], bool] = lambda process: True) -> None:
+    """Ends child processes by force, those of children too, and waits for their end for a time."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-            if any(home in argument for argument in process.cmdline()):
+            if is_meant(process):
                 process.kill()
                 found.append(process)
-    psutil.wait_procs(found, timeout=3.0)
+    psutil.wait_procs(found, timeout=timeout_s)

@@ -63,6 +63,9 @@ class SimulatedLauncher:
         self.instances[name] = instance
         return instance.info
 
+    def leave_starts(self) -> None:
+        """A cancelled start has not begun anything here."""
+
     async def stop_instance(self, name: str) -> None:
         if (instance := self.instances.pop(name, None)) is not None:
             self._account(instance)

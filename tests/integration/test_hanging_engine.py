@@ -58,6 +58,8 @@ class ProcessLauncher:
         line = await asyncio.to_thread(process.stdout.readline)
         return msgspec.json.decode(line, type=InstanceInfo)
 
+    def leave_starts(self) -> None: ...
+
     async def stop_instance(self, name: str) -> None:
         self.stopped.append(name)
         self.end(name)

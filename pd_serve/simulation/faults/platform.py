@@ -212,7 +212,8 @@ class SimulatedPlatform:
 
     def start_scheduler(self, config: SchedulerConfig) -> tuple[str, SimulatedProcess]:
         if self.scheduler is not None:
-            raise EngineDeadError("the scheduler does not start: its name is taken")
+            self.kill_scheduler()
+            raise EngineDeadError("the scheduler does not start: its name was taken")
         process = self.loop.spawn(SCHEDULER)
         self._scheduler_ended = self.loop.create_future()
 
@@ -252,6 +253,8 @@ class PlatformLauncher:
         self.watched: set[str] = set()
         self._platform = platform
         self._waiting: set[str] = set()
+        self._launched: set[str] = set()
+        self._leaves_starts = False
         self._scheduler: SimulatedProcess | None = None
 
     def lost(self, name: str) -> None:
@@ -260,6 +263,9 @@ class PlatformLauncher:
             self.on_lost(name)
 
     def launch(self, name: str, placement: Placement) -> None:
+        if name in self._platform.actors and name not in self._launched:
+            raise EngineDeadError(f"{name} does not start: its name is taken")
+        self._launched.add(name)
         self._platform.launch(name)
 
     def waits_for(self, name: str) -> str:
@@ -273,13 +279,17 @@ class PlatformLauncher:
                 self._waiting.add(name)
                 await self._platform.wait_for_resources()
             info = await asyncio.shield(self._platform.begin_start(actor, config))
-        except (EngineDeadError, asyncio.CancelledError):
-            self._platform.stop(name)
+        except (EngineDeadError, asyncio.CancelledError) as error:
+            if isinstance(error, EngineDeadError) or not self._leaves_starts:
+                self._platform.stop(name)
             raise
         finally:
             self._waiting.discard(name)
         self.watched.add(name)
         return info
+
+    def leave_starts(self) -> None:
+        self._leaves_starts = True
 
     async def stop_instance(self, name: str) -> None:
         self.watched.discard(name)

@@ -46,6 +46,7 @@ class FakeLauncher:
         self.fails: Exception | None = None
         self.waits: set[str] = set()
         self.stopped: list[str] = []
+        self.leaves_starts = False
         self.notes: ManagerNotes | None = None
         self.found: list[InstanceInfo] = []
         self.scheduler_starts = 0
@@ -60,12 +61,19 @@ class FakeLauncher:
         return "waiting for resources: 1 GPU" if name in self.waits else ""
 
     async def start(self, config: InstanceConfig) -> InstanceInfo:
-        await asyncio.sleep(START_S)
-        while config.instance_id in self.waits:  # noqa: ASYNC110
-            await asyncio.sleep(1)
+        try:
+            await asyncio.sleep(START_S)
+            while config.instance_id in self.waits:  # noqa: ASYNC110
+                await asyncio.sleep(1)
+        except asyncio.CancelledError:
+            self.stopped += [] if self.leaves_starts else [config.instance_id]
+            raise
         if self.fails is not None:
             raise self.fails
         return instance_info(config.instance_id)
+
+    def leave_starts(self) -> None:
+        self.leaves_starts = True
 
     async def stop_instance(self, name: str) -> None:
         self.stopped.append(name)

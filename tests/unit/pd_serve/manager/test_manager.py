@@ -273,6 +273,21 @@ class TestTakeOver:
             assert world.notices.warnings[-1] == "another manager has taken over; this one ends"
 
     @in_virtual_time
+    async def test_a_superseded_manager_ends_no_instance_that_it_was_starting(self) -> None:
+        """The next manager may have adopted it."""
+        async with a_world() as world:
+            await asyncio.sleep(100)
+            world.launcher.waits.add("decode-2")  # the instance that is started next
+            world.launcher.on_lost("decode-1")
+            await asyncio.sleep(START_S + 2)
+            assert world.launcher.notes is not None
+            world.launcher.notes = replace(world.launcher.notes, term=world.launcher.notes.term + 1)
+            world.launcher.on_lost("decode-0")  # has the manager keep notes, and so see the later term
+            await asyncio.sleep(5)
+            assert world.notices.warnings[-1] == "another manager has taken over; this one ends"
+            assert world.launcher.stopped == []
+
+    @in_virtual_time
     async def test_take_over_returns_false_without_instances(self) -> None:
         world = World()
         assert not await world.manager.take_over()

@@ -97,6 +97,24 @@ async def test_keep_notes_returns_the_highest_term_that_an_instance_has_seen() -
         assert await launcher.keep_notes(ManagerNotes(term=3)) == 4
 
 
+@pytest.mark.parametrize("leaves", [False, True])
+@in_virtual_time
+async def test_a_cancelled_start_ends_the_instance_unless_it_is_left_to_others(
+    leaves: bool,
+) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        launcher, killed = a_launcher(monkeypatch)
+        actor = launcher._actors["decode-0"] = FakeActor()
+        config: Any = SimpleNamespace(instance_id="decode-0")
+        start = asyncio.ensure_future(launcher.start(config))
+        await asyncio.sleep(1)
+        if leaves:
+            launcher.leave_starts()
+        start.cancel()
+        await asyncio.wait([start])
+        assert killed == ([] if leaves else [actor])
+
+
 @in_virtual_time
 async def test_an_actor_that_waits_for_resources_does_not_hold_up_a_take_over() -> None:
     notes = ManagerNotes(term=2)
