@@ -18,7 +18,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def __init__(self) -> None:
         super().__init__()
         self._now_s = 0.0
-        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._timers: list[tuple[float, int, asyncio.Handle]] = []
         self._serial = itertools.count()
 
     def time(self) -> float:
@@ -45,11 +45,13 @@ class VirtualLoop(asyncio.BaseEventLoop):
                 heapq.heappop(timers)
             if not timers:
                 raise RuntimeError("deadlock: all tasks wait and no timer is set")
-            self._now_s = max(self._now_s, timers[0][0])
+            if timers[0][0] > self._now_s:
+                self._now_s = timers[0][0]
             while timers and timers[0][0] <= self._now_s:
                 ready.append(heapq.heappop(timers)[2])
+        run, next_ready = self._run, ready.popleft
         for _ in range(len(ready)):
-            self._run(ready.popleft())
+            run(next_ready())
 
     def _run(self, handle: asyncio.Handle) -> None:
         if not handle._cancelled:

@@ -144,6 +144,9 @@ class FaultyWire(VirtualWire):
     def __init__(self, name: str, network: FaultyNetwork) -> None:
         super().__init__(name, network)
         self._network = network
+        self._sender = name.encode()
+        #: The last message, which often goes to several peers.
+        self._encoded: tuple[object, bytes] = (None, b"")
 
     def listen(self, kind: Any, on_message: OnMessage) -> str:
         return super().listen_for_frames(self.failures.decoding(kind, on_message))
@@ -156,7 +159,9 @@ class FaultyWire(VirtualWire):
         if address is None:
             self.unsent.peer_unknown()
             return False
-        frames = [self.name.encode(), msgspec.msgpack.encode(message), *payload]
+        if message is not self._encoded[0]:
+            self._encoded = message, msgspec.msgpack.encode(message)
+        frames = [self._sender, self._encoded[1], *payload]
         self._network.transmit(self.name, address, type(message).__name__, frames)
         return True
 

@@ -24,8 +24,10 @@ _OUTSIDE = contextvars.Context()
 ThawOrder = Literal["as it came", "timers first", "messages first"]
 
 
-class MessageHandle(asyncio.TimerHandle):
+class MessageHandle(asyncio.Handle):
     """The arrival of a message; `ThawOrder` treats it apart from timers."""
+
+    __slots__ = ()
 
 
 class ProcessLoop(VirtualLoop):
@@ -68,7 +70,7 @@ class ProcessLoop(VirtualLoop):
         self, when: float, callback: Callable[..., object], *args: Any, context: contextvars.Context
     ) -> None:
         """Has the process of a context handle a message at a time of the simulation."""
-        handle = MessageHandle(when, callback, args, self, context)
+        handle = MessageHandle(callback, args, self, context)
         heapq.heappush(self._timers, (when, next(self._serial), handle))
 
     def outside(self, callback: Callable[..., object], *args: Any) -> None:
@@ -137,7 +139,7 @@ class ProcessLoop(VirtualLoop):
         ]
         heapq.heapify(self._timers)
 
-    def _is_timer_of(self, process: str, handle: asyncio.TimerHandle) -> bool:
+    def _is_timer_of(self, process: str, handle: asyncio.Handle) -> bool:
         return not isinstance(handle, MessageHandle) and _process_of(handle) == process
 
     def _run(self, handle: asyncio.Handle) -> None:
@@ -147,7 +149,8 @@ class ProcessLoop(VirtualLoop):
                 if (held := self._held[process]) is not None:
                     held.append(handle)
                 return
-        super()._run(handle)
+        if not handle._cancelled:
+            handle._run()
 
 
 class SimulatedProcess:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 
+from migration.tasks import BackgroundTasks
 from pd_serve.simulation.faults.clients import Clients
 from pd_serve.simulation.faults.cluster import FaultyCluster, SimulatedApiServer
 from pd_serve.simulation.faults.operations import OperatorCalls
@@ -198,7 +199,8 @@ class RestChecks:
         known |= {server.name for server in cluster.api_servers}
         gone = set(self._clients.streams) | (cluster.names - known)
         for kind, name, root in self._roots():
-            for found in remains(root, gone.__contains__):
+            tasks: list[BackgroundTasks] = []
+            for found in remains(root, gone.__contains__, visit=tasks.append):
                 yield f"{name}: {found}, which is gone"
-            if (tasks := num_tasks(root)) != self._tasks[kind]:
-                yield f"{name} runs {tasks} tasks, and {self._tasks[kind]} without requests"
+            if (running := sum(map(len, tasks))) != self._tasks[kind]:
+                yield f"{name} runs {running} tasks, and {self._tasks[kind]} without requests"

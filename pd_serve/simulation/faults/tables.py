@@ -1,8 +1,9 @@
 """Finds what a process still keeps of requests and peers that are gone, in whatever table it is."""
 
+import enum
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
-from types import MethodType
+from types import MethodType, NoneType
 from typing import Any
 
 from migration.tasks import BackgroundTasks
@@ -13,7 +14,7 @@ PACKAGES = ("pd_serve.", "migration.", "router.")
 #: Modules whose objects belong to the simulation, not to a process.
 OUTSIDE = ("pd_serve.simulation.", "pd_serve.simulated_engine.contents", "pd_serve.simulated_engine.settings")
 
-#: Tables that keep what is gone, up to a number or a time, by class and attribute, and why.
+#: Tables that keep what is gone, up to a number or a time, by class and attribute, and why. None has tasks.
 KEPT = {
     "Llumlet._forwards": "aborts that are late; bounded by MAX_FORWARDS",
     "MigrationCoordinator._given_up": "late answers; a deque of bounded length",
@@ -27,10 +28,25 @@ KEPT = {
 }
 
 
+class Form(enum.Enum):
+    """What the values of a type are to the search."""
+
+    PLAIN = enum.auto()  # not looked into
+    TEXT = enum.auto()
+    MAPPING = enum.auto()
+    COLLECTION = enum.auto()
+    METHOD = enum.auto()
+    OBJECT = enum.auto()
+
+
+_SLOTS: dict[type, tuple[str, ...]] = {}
+_FORMS: dict[type, Form] = {}
+
+
 def num_tasks(root: object) -> int:
     """Number of tasks that all objects of a process run together."""
     found: list[BackgroundTasks] = []
-    for _ in remains(root, lambda text: False, kept=(), visit=found.append):
+    for _ in remains(root, lambda text: False, visit=found.append):
         pass
     return sum(map(len, found))
 
@@ -66,18 +82,44 @@ def remains(
 
 
 def _attributes(value: object) -> Iterator[tuple[str, object]]:
-    for name in _slots(type(value)):
+    kind = type(value)
+    if (slots := _SLOTS.get(kind)) is None:
+        slots = _SLOTS[kind] = _slots(kind)
+    for name in slots:
         if hasattr(value, name):
             yield name, getattr(value, name)
     if (attributes := getattr(value, "__dict__", None)) is not None:
         yield from attributes.items()
 
 
-def _slots(kind: type) -> Iterator[str]:
+def _slots(kind: type) -> tuple[str, ...]:
+    found: list[str] = []
     for base in kind.__mro__:
         slots = base.__dict__.get("__slots__", ())
-        yield from (slots,) if isinstance(slots, str) else slots
-    yield from getattr(kind, "__struct_fields__", ())
+        found += (slots,) if isinstance(slots, str) else slots
+    return (*found, *getattr(kind, "__struct_fields__", ()))
+
+
+def _form(value: object) -> Form:
+    kind = type(value)
+    if (form := _FORMS.get(kind)) is None:
+        form = _FORMS[kind] = _form_of(kind)
+    return form
+
+
+def _form_of(kind: type) -> Form:
+    if issubclass(kind, str):
+        return Form.TEXT
+    if issubclass(kind, int | float | bytes | NoneType):
+        return Form.PLAIN
+    if issubclass(kind, Mapping):
+        return Form.MAPPING
+    if issubclass(kind, list | tuple | set | frozenset | deque):
+        return Form.COLLECTION
+    if issubclass(kind, MethodType):
+        return Form.METHOD
+    is_looked_into = kind.__module__.startswith(PACKAGES) and not kind.__module__.startswith(OUTSIDE)
+    return Form.OBJECT if is_looked_into else Form.PLAIN
 
 
 def _entries(
@@ -88,37 +130,20 @@ def _entries(
     seen: set[int],
 ) -> Iterator[str]:
     """The entries of one attribute that name something gone; other objects are queued."""
-    if isinstance(value, str):
-        return
-    if isinstance(value, Mapping):
-        if id(value) in seen:
-            return
+    form = _form(value)
+    if form is Form.METHOD:
+        value = value.__self__
+        if _form(value) is Form.OBJECT:
+            queue.append((place, value))
+    elif form is Form.OBJECT:
+        queue.append((place, value))
+    elif form in (Form.MAPPING, Form.COLLECTION) and value and id(value) not in seen:
         seen.add(id(value))
-        for key, entry in value.items():
-            yield from _entry(place, entry, is_gone, queue, seen)
-            yield from _entry(place, key, is_gone, queue, seen)
-    elif isinstance(value, list | tuple | set | frozenset | deque):
-        if id(value) in seen:
-            return
-        seen.add(id(value))
-        for entry in value:
-            yield from _entry(place, entry, is_gone, queue, seen)
-    else:
-        owner = value.__self__ if isinstance(value, MethodType) else value
-        module = type(owner).__module__
-        if module.startswith(PACKAGES) and not module.startswith(OUTSIDE):
-            queue.append((place, owner))
-
-
-def _entry(
-    place: str,
-    entry: object,
-    is_gone: Callable[[str], bool],
-    queue: deque[tuple[str, object]],
-    seen: set[int],
-) -> Iterator[str]:
-    if isinstance(entry, str):
-        if is_gone(entry):
-            yield f"{place} has {entry!r}"
-    elif not isinstance(entry, int | float | bytes | None):
-        yield from _entries(place, entry, is_gone, queue, seen)
+        entries = (*value, *value.values()) if form is Form.MAPPING else value
+        for entry in entries:
+            form = _form(entry)
+            if form is Form.TEXT:
+                if is_gone(entry):
+                    yield f"{place} has {entry!r}"
+            elif form is not Form.PLAIN:
+                yield from _entries(place, entry, is_gone, queue, seen)
