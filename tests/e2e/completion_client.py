@@ -57,6 +57,7 @@ class Move:
 class Answer:
     choices: dict[int, Choice]
     usage: dict[str, Any]
+    request_id: str
     moves: list[Move] = field(default_factory=list)
 
     @property
@@ -80,7 +81,7 @@ class CompletionClient:
             headers = {"X-Request-Id": progress.request_id}
             response = await self.http.post("/v1/completions", json=_request(body), headers=headers)
             assert response.status_code == 200, response.text
-        answer = Answer({}, response.json()["usage"], moves)
+        answer = Answer({}, response.json()["usage"], progress.request_id, moves)
         for part in response.json()["choices"]:
             answer.choices.setdefault(part["index"], Choice()).add(part)
         return answer
@@ -105,7 +106,7 @@ class CompletionClient:
     ) -> Answer:
         """Streamed; with something else done to the request meanwhile."""
         progress = Progress(uuid.uuid4().hex)
-        answer = Answer({}, {})
+        answer = Answer({}, {}, progress.request_id)
         async with (
             _beside(meanwhile, progress) as answer.moves,
             self.open(body, progress.request_id, headers) as events,
@@ -144,6 +145,33 @@ class CompletionClient:
         response = await self.http.get("/cluster")
         assert response.status_code == 200, response.text
         return dict(response.json())
+
+    async def timelines(self, request_id: str) -> list[dict[str, Any]]:
+        """One for each choice."""
+        response = await self.http.get(f"/cluster/requests/{request_id}")
+        assert response.status_code == 200, response.text
+        return list(response.json()["requests"])
+
+    async def handed_off(self, request_id: str, times: int = 1, bound_s: float = 60.0) -> list[str]:
+        """Waits until a request was handed off so many times and is there, or has ended. Returns where to.
+
+        The cluster's counters say nothing of one request: records of earlier ones may arrive meanwhile.
+        """
+        places: list[str] = []
+        timeline: dict[str, Any] = {}
+        try:
+            async with asyncio.timeout(bound_s):
+                while len(places) < times or timeline["instance"] not in (places[-1], None):
+                    (timeline,) = await self.timelines(request_id)
+                    places = [
+                        move["destination"]
+                        for move in timeline["migrations"]
+                        if (move["reason"], move["outcome"]) == ("handoff", "committed")
+                    ]
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            raise AssertionError(f"not {times} hand-offs within {bound_s} s: {timeline}") from None
+        return places
 
     async def metric(self, name: str) -> float:
         """The sum of a metric's samples in `GET /metrics`, over all labels. At least one has to be there."""
