@@ -21,7 +21,7 @@ from pd_serve.comm.messages import AbortRequests, RequestReport, ResendTokens
 from pd_serve.comm.timing import INSTANCE_LEASE_S
 from pd_serve.frontend.instances import Instances
 from pd_serve.frontend.tracked_request import Check, Sighting, TrackedRequest
-from pd_serve.observe.recorder import RequestRecorder
+from pd_serve.observe.recorder import RecomputeReason, RequestRecorder
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ MAX_LOSSES = 10
 class LossListener(Protocol):
     """Is told which requests are lost."""
 
-    def lost(self, request: TrackedRequest, instance_id: str) -> None:
+    def lost(self, request: TrackedRequest, instance_id: str, reason: RecomputeReason) -> None:
         """The request has to be recomputed; what this instance has of it is to be ended."""
 
     def give_up(self, request: TrackedRequest, why: str) -> None:
@@ -193,12 +193,12 @@ class Reconciler:
             if check.behind in RESEND_AT:
                 resend[believed].append((request.request_id, len(ledger.token_ids)))
             elif check.behind >= RECOMPUTE_AT:
-                self._lose(request, believed, "recompute")
+                self._lose(request, believed, "tokens_lost")
             return
         check.missing += 1
         may_be_in_transit = is_member and reported.heartbeat <= check.heartbeat
         if check.missing >= (MAX_MISSING_REPORTS if may_be_in_transit else MISSING_REPORTS):
-            self._lose(request, believed, "recompute")
+            self._lose(request, believed, "request_lost")
 
     def _out_of_reach(self) -> list[str]:
         """Instances whose messages do not arrive; each once in the time of a lease."""
@@ -210,12 +210,12 @@ class Reconciler:
             self._reported[instance_id].given_up = self._reported[instance_id].sent
         return [*silent, *(name for name in unheard if name not in silent)]
 
-    def _lose(self, request: TrackedRequest, instance_id: str, kind: str) -> None:
+    def _lose(self, request: TrackedRequest, instance_id: str, reason: RecomputeReason) -> None:
         request.check.losses += 1
         if request.check.losses > MAX_LOSSES:
             return self._listener.give_up(request, f"it was lost {request.check.losses} times")
-        self._count(kind, 1)
-        self._listener.lost(request, instance_id)
+        self._count("out_of_reach" if reason == "out_of_reach" else "recompute", 1)
+        self._listener.lost(request, instance_id, reason)
 
     # ---- helpers
 

@@ -19,7 +19,7 @@ from pd_serve.frontend.recovery import Recovery
 from pd_serve.frontend.suspects import Suspects
 from pd_serve.frontend.token_ledger import TokenLedger
 from pd_serve.frontend.tracked_request import TrackedRequest
-from pd_serve.observe.recorder import RequestRecorder
+from pd_serve.observe.recorder import RecomputeReason, RequestRecorder
 from router.request import NewRequest
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ class RequestTracker:
             if record.destination in self._instances:
                 request.committed_to = record.destination
             else:
-                self._recompute(request, record.destination)
+                self._recompute(request, record.destination, "died")
 
     def on_request_failed(self, message: RequestFailed) -> None:
         if (request := self.requests.get(message.request_id)) is not None:
@@ -156,8 +156,10 @@ class RequestTracker:
                 self._fail(request)
         for request in list(self.requests.values()):
             # With a gap, the instance may have been an earlier owner whose last tokens were lost.
-            if request.is_on(instance_id) or request.ledger.has_gap:
-                self._recompute(request, instance_id)
+            if request.is_on(instance_id):
+                self._recompute(request, instance_id, "died" if died else "stopped")
+            elif request.ledger.has_gap:
+                self._recompute(request, instance_id, "tokens_lost")
         if self._placement.line and not self._placement.is_serving:
             for request_id in list(self._placement.line):
                 self._placement.line.discard(request_id)
@@ -167,12 +169,12 @@ class RequestTracker:
         """The instances have ended these, though they live."""
         for request in requests:
             if self.requests.get(request.request_id) is request and request.ledger.owner:
-                self._recompute(request, request.ledger.owner)
+                self._recompute(request, request.ledger.owner, "dropped")
 
     # ---- LossListener
 
-    def lost(self, request: TrackedRequest, instance_id: str) -> None:
-        self._recompute(request, instance_id)
+    def lost(self, request: TrackedRequest, instance_id: str, reason: RecomputeReason) -> None:
+        self._recompute(request, instance_id, reason)
         self._wire.send(instance_id, AbortRequests([request.request_id], request.ledger.recomputed_epoch))
 
     def give_up(self, request: TrackedRequest, why: str) -> None:
@@ -221,9 +223,9 @@ class RequestTracker:
             if not self._placement.place(request):
                 self._recovery.add(request)
 
-    def _recompute(self, request: TrackedRequest, lost: str) -> None:
+    def _recompute(self, request: TrackedRequest, lost: str, reason: RecomputeReason) -> None:
         """Continues a request that was lost with an instance, after the tokens that the client has."""
-        self._recorder.lost(request.request_id, lost, self._clock())
+        self._recorder.lost(request.request_id, lost, reason, self._clock())
         logger.warning(
             "request %s: lost with %s after token %d", request.request_id, lost, len(request.ledger.token_ids)
         )

@@ -4,12 +4,13 @@ Metrics of instances and scheduler are in `pd_serve.observe.cluster_metrics`.
 """
 
 from collections.abc import Mapping
+from typing import get_args
 
 from prometheus_client import Counter, Gauge, Histogram
 
 from pd_serve.comm.membership import InstanceInfo
 from pd_serve.observe.histogram import BatchHistogram
-from pd_serve.observe.recorder import Observer
+from pd_serve.observe.recorder import Observer, RecomputeReason
 from pd_serve.observe.timeline import ObservedMigration, RequestStage, Stay, Timeline
 
 #: Seconds, from a short prompt on a fast GPU to a long wait in a full cluster.
@@ -63,7 +64,10 @@ DISPATCHES = Counter(
 )
 RECOMPUTED = Counter(
     "pd_serve_recomputed_requests",
-    "Requests recomputed because their instance died, or because messages were lost.",
+    "Requests recomputed, by reason: their instance died (died), was stopped with them (stopped), has ended "
+    "them because the manager had dropped this API server (dropped), could not be heard (out_of_reach), has "
+    "sent tokens that never arrived (tokens_lost), or does not have them (request_lost).",
+    ["reason"],
 )
 RECONCILIATIONS = Counter(
     "pd_serve_reconciliations",
@@ -147,6 +151,8 @@ for _status in ("429", "503"):
     REFUSED_REQUESTS.labels(_status)
 for _outcome in ("stop", "length", "abort", "error"):
     REQUESTS.labels(_outcome)
+for _cause in get_args(RecomputeReason):
+    RECOMPUTED.labels(_cause)
 for _kind in ("resend", "recompute", "out_of_reach", "unknown", "outdated"):
     RECONCILIATIONS.labels(_kind)
 for _reason in ("handoff", "balance", "defragment", "drain", "manual"):
@@ -207,8 +213,8 @@ class RequestMetrics(Observer):
         assert migration.downtime_s is not None
         DOWNTIME.labels(migration.record.reason).observe(migration.downtime_s)
 
-    def lost(self, request: Timeline, instance: str) -> None:
-        RECOMPUTED.inc()
+    def lost(self, request: Timeline, instance: str, reason: RecomputeReason) -> None:
+        RECOMPUTED.labels(reason).inc()
 
     def reconciled(self, kind: str, number: int) -> None:
         RECONCILIATIONS.labels(kind).inc(number)

@@ -6,12 +6,16 @@ Metrics, log, traces and the live page are observers of the same recorder, so th
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from migration.record import MigrationRecord
 from pd_serve.comm.membership import InstanceInfo
 from pd_serve.observe.timeline import ObservedMigration, RequestStage, Stay, Timeline
 from router.request import NewRequest
+
+#: Why a request is recomputed: its instance died; was stopped with it; has ended it, as the manager had
+#: dropped this API server; could not be heard; has sent tokens that never arrived; or does not have it.
+RecomputeReason = Literal["died", "stopped", "dropped", "out_of_reach", "tokens_lost", "request_lost"]
 
 #: Ended requests whose timelines are kept.
 KEEP_ENDED = 1000
@@ -47,8 +51,8 @@ class Observer:
     def downtime(self, request: Timeline, migration: ObservedMigration) -> None:
         """The downtime of a committed migration is known."""
 
-    def lost(self, request: Timeline, instance: str) -> None:
-        """The instance of the request has died; the request is recomputed on another one."""
+    def lost(self, request: Timeline, instance: str, reason: RecomputeReason) -> None:
+        """The request was lost with or on an instance, and is recomputed."""
 
     def ended(self, request: Timeline) -> None:
         """The request has ended."""
@@ -165,14 +169,14 @@ class RequestRecorder:
         if record.committed and stay is not None and stay.instance == record.destination:
             self._downtime(request, stay, migration)
 
-    def lost(self, request_id: str, instance: str, now: float) -> None:
+    def lost(self, request_id: str, instance: str, reason: RecomputeReason, now: float) -> None:
         if (request := self._running.get(request_id)) is None:
             return
         if request.stays:
             self._leaves(request, request.stays[-1], now)
         request.recomputes += 1
         request.waits_since = now
-        self._tell(lambda observer: observer.lost(request, instance))
+        self._tell(lambda observer: observer.lost(request, instance, reason))
 
     def ended(
         self, request_id: str, outcome: str, now: float, *, tokens: int = 0, longest_gap_s: float = 0.0

@@ -2,7 +2,7 @@
 
 import logging
 
-from pd_serve.observe.recorder import Observer
+from pd_serve.observe.recorder import Observer, RecomputeReason
 from pd_serve.observe.timeline import ObservedMigration, Stay, Timeline
 
 logger = logging.getLogger(__name__)
@@ -56,8 +56,8 @@ class RequestLog(Observer):
             blocks=record.blocks,
         )
 
-    def lost(self, request: Timeline, instance: str) -> None:
-        self._say(request, "lost", f"lost with {instance}", instance=instance)
+    def lost(self, request: Timeline, instance: str, reason: RecomputeReason) -> None:
+        self._say(request, "lost", f"lost with {instance} ({reason})", instance=instance, reason=reason)
 
     def ended(self, request: Timeline) -> None:
         assert request.ended_at is not None

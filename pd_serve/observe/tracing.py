@@ -9,7 +9,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import SpanKind, StatusCode, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from pd_serve.observe.recorder import Observer
+from pd_serve.observe.recorder import Observer, RecomputeReason
 from pd_serve.observe.timeline import ObservedMigration, RequestStage, Timeline
 
 
@@ -102,8 +102,8 @@ class RequestTracer(Observer):
                 {"pd_serve.migration.stage": number, "pd_serve.migration.blocks": copy.blocks},
             )
 
-    def lost(self, request: Timeline, instance: str) -> None:
-        request.trace.add_event("lost", {"pd_serve.instance": instance})
+    def lost(self, request: Timeline, instance: str, reason: RecomputeReason) -> None:
+        request.trace.add_event("lost", {"pd_serve.instance": instance, "pd_serve.reason": reason})
 
     def ended(self, request: Timeline) -> None:
         assert request.ended_at is not None

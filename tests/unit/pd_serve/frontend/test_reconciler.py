@@ -18,6 +18,7 @@ from pd_serve.frontend.reconciler import (
     UNHEARD_REPORTS,
 )
 from pd_serve.observe.recorder import Observer
+from pd_serve.observe.timeline import Timeline
 from router.load import InstanceLoad
 from tests.unit.pd_serve.frontend.frontend_world import R, World
 from tests.virtual_time import in_virtual_time
@@ -27,10 +28,14 @@ MANY = 3 * RECOMPUTE_AT
 
 
 class Counted(Observer):
-    """Numbers of reconciliations, by kind."""
+    """Numbers of reconciliations, by kind, and why requests were recomputed."""
 
     def __init__(self) -> None:
         self.kinds: dict[str, int] = {}
+        self.reasons: list[str] = []
+
+    def lost(self, request: Timeline, instance: str, reason: str) -> None:
+        self.reasons.append(reason)
 
     def reconciled(self, kind: str, number: int) -> None:
         self.kinds[kind] = self.kinds.get(kind, 0) + number
@@ -218,6 +223,7 @@ async def test_what_is_not_sent_again_is_recomputed(world: Reconciled) -> None:
     assert world.resends() == [("p0", [(R, 1)])] * 2
     [(_, epoch, tokens)] = world.added()[1:]
     assert (epoch, tokens) == (1000, [10])
+    assert world.counted.reasons == ["tokens_lost"]
     assert ("p0", 1000) in world.aborts()
     world.tokens("p0", 0, 1, 99)  # late
     assert world.delivered_tokens() == [10]
@@ -232,6 +238,7 @@ async def test_a_request_that_never_arrived_is_recomputed(world: Reconciled) -> 
 
     assert [epoch for _, epoch, _ in world.added()][:2] == [0, 1000]
     assert world.counted.kinds["recompute"] >= 1
+    assert set(world.counted.reasons) == {"request_lost"}
 
 
 @reconciled
@@ -341,6 +348,7 @@ async def test_an_instance_that_only_the_manager_hears_loses_its_requests(world:
     assert instance != "p0"
     assert (epoch, tokens) == (1000, [10])
     assert world.counted.kinds == {"out_of_reach": 1}
+    assert world.counted.reasons == ["out_of_reach"]
 
 
 @reconciled

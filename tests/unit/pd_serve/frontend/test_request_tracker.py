@@ -4,9 +4,13 @@ import pytest
 from vllm.v1.engine import FinishReason
 
 from migration.messages import RequestId
+from pd_serve.comm.membership import MANAGER
 from pd_serve.comm.messages import AbortRequests, AddRequest, RequestFailed
 from pd_serve.errors import EngineDeadError
+from pd_serve.observe.recorder import Observer
+from pd_serve.observe.timeline import Timeline
 from router.request import NewRequest
+from tests.members import membership
 from tests.unit.pd_serve.frontend.frontend_world import R, World
 
 
@@ -46,6 +50,24 @@ async def test_a_lost_request_is_recomputed_from_its_tokens_under_a_higher_epoch
     world.tokens("p0", 0, 2, 99)
     world.tokens("p1", again.epoch, 2, 12, finish=FinishReason.STOP)
     assert world.delivered_tokens() == [10, 11, 12]
+
+
+async def test_a_recompute_has_a_reason(world: World) -> None:
+    reasons: list[str] = []
+
+    class Reasons(Observer):
+        def lost(self, request: Timeline, instance: str, reason: str) -> None:
+            reasons.append(reason)
+
+    world.requests._recorder._observers = (Reasons(),)
+    world.submit("r")  # on p0, then on p1
+    world.leave("p0")
+    world.join("p2")
+    world.wire.hear(MANAGER, membership(*world.members, api_servers=["api"], leaving=["p1"]))
+    world.leave("p1")
+    world.requests.recompute(list(world.requests.requests.values()))
+
+    assert reasons == ["died", "stopped", "dropped"]
 
 
 async def test_only_requests_of_the_lost_instance_are_recomputed(world: World) -> None:

@@ -39,8 +39,8 @@ class Listener(Observer):
     def downtime(self, request: Timeline, migration: ObservedMigration) -> None:
         self.heard.append(("downtime", migration.record.destination, migration.downtime_s))
 
-    def lost(self, request: Timeline, instance: str) -> None:
-        self.heard.append(("lost", instance))
+    def lost(self, request: Timeline, instance: str, reason: str) -> None:
+        self.heard.append(("lost", instance, reason))
 
     def ended(self, request: Timeline) -> None:
         self.heard.append(("ended", request.outcome))
@@ -170,7 +170,7 @@ def test_a_request_taken_back_by_its_source_has_not_moved(world: World) -> None:
 
 def test_a_request_whose_instance_dies_begins_again(world: World) -> None:
     world.prefilled()
-    world.recorder.lost("r", "p0", 16.0)
+    world.recorder.lost("r", "p0", "died", 16.0)
     assert world.only["state"] == "waiting"
     world.recorder.dispatched("r", "p1", "prefill", 16.5)
     assert world.only["state"] == "prefill"
@@ -183,6 +183,7 @@ def test_a_request_whose_instance_dies_begins_again(world: World) -> None:
         ("prefill", "p1", 17.0, 19.0),
     ]
     assert world.listener.heard.count("first token") == 1
+    assert ("lost", "p0", "died") in world.listener.heard
     assert world.only["recomputes"] == 1
     assert [stay["recompute"] for stay in world.only["instances"]] == [False, True]
 
@@ -230,7 +231,7 @@ def test_what_is_not_known_is_not_recorded(world: World) -> None:
     world.recorder.dispatched("r", "p0", "prefill", 1.0)
     world.recorder.first_token_from("r", "p0", "prefill", 2.0)
     world.migrated("p0", "d0", 3.0)
-    world.recorder.lost("r", "p0", 4.0)
+    world.recorder.lost("r", "p0", "died", 4.0)
     world.recorder.ended("r", "stop", 5.0)
 
     assert world.listener.heard == []
