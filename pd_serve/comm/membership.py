@@ -53,10 +53,12 @@ class Join(msgspec.Struct, frozen=True, tag=True):
     Attributes:
         unused: Instances of `Membership.leaving` on which the sender has no requests, and to which it will
             send none.
+        term: Term of the last membership that the sender has applied; 0 before the first one.
     """
 
     info: ApiServerInfo
     unused: list[str]
+    term: int = 0
 
 
 class Membership(msgspec.Struct, frozen=True, tag=True):

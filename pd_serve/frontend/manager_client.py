@@ -103,11 +103,12 @@ class ManagerClient:
                 self._searched_at = now
                 self._calls.peer_lost(MANAGER)
                 await self._search()
-            leaving = self._members.latest.leaving if self._members.latest is not None else []
+            latest = self._members.latest
+            leaving, term = (latest.leaving, latest.term) if latest is not None else ([], 0)
             still_unused = [instance_id for instance_id in leaving if self._is_unused(instance_id)]
             if still_unused != unused or now - self._joined_at >= HEARTBEAT_S:
                 unused, self._joined_at = still_unused, now
-                self._wire.send(MANAGER, Join(info, unused))
+                self._wire.send(MANAGER, Join(info, unused, term))
             await asyncio.sleep(POLL_S if leaving or self._members.latest is None else HEARTBEAT_S)
 
     async def _search(self) -> None:

@@ -68,7 +68,7 @@ class Announcer:
             info = known.info
         elif not info.joined:
             info = replace(info, joined=uuid4().hex)
-        self._joins[sender] = Join(info, join.unused)
+        self._joins[sender] = Join(info, join.unused, join.term)
         self._leases.renew(sender)
         self._wire.connect(sender, info.address)
         if known is None or known.info != info:

@@ -58,10 +58,13 @@ class Manager:
         self._launcher = launcher
         self._notices = notices
         self._tasks = BackgroundTasks(wire.failures.task_failed)
-        self._notes = ManagerNotes(term=time.time_ns() // 1_000_000)  # later than that of any before
+        # Later than that of any before, unless the clock was set back; see `_exceed`.
+        self._notes = ManagerNotes(term=time.time_ns() // 1_000_000)
         self._noted_by: list[str] = []
         self._closed = False
         self._closing: asyncio.Future[None] | None = None
+        self._exceeding: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._exceeding.set_result(None)
         self._clock = LeaseClock()
         self.register = InstanceRegister(self._clock)
         self.log = DecisionLog(self._changed)
@@ -241,6 +244,17 @@ class Manager:
             self._closing = asyncio.ensure_future(self.close())
         return not self._closed
 
+    async def _exceed(self, term: int) -> None:
+        """An API server has joined that ignores this manager: it knows a manager of a later term.
+
+        If the instances do not know that one, it is gone with all its own, and its clock was ahead.
+        """
+        kept = await self._launcher.keep_notes(self._notes)
+        if kept == self._notes.term:
+            self._notes = replace(self._notes, term=term + 1)
+        if await self.keep_notes():
+            self._changed()
+
     def _membership(self) -> Membership:
         return Membership(
             term=self._notes.term,
@@ -274,6 +288,8 @@ class Manager:
         match message:
             case Join():
                 self._announcer.on_join(sender, message)
+                if message.term > self._notes.term and self._exceeding.done():
+                    self._exceeding = self._tasks.start(self._exceed(message.term))
             case LoadReport(load=load):
                 self.register.on_report(load)
                 self._stopper.on_report(load)

@@ -118,7 +118,7 @@ MESSAGES: list[Any] = [
         scheduler_stats=STATS,
         problems=["a problem"],
     ),
-    Join(ApiServerInfo("tcp://api", "tcp://api/tokens"), ["d0"]),
+    Join(ApiServerInfo("tcp://api", "tcp://api/tokens"), ["d0"], 7),
     StartInstance("decode", "too full"),
     StopInstance("d0", "empty"),
     SchedulerReport([Decision("d0", "is drained", "too large")], STATS),

@@ -122,6 +122,7 @@ class World:
         held: Draining and role of instances that the test reports for itself.
         silent: Instances that report nothing.
         scheduler_hangs: The scheduler reports nothing.
+        known_term: Term of the latest membership that the API servers know.
         hanging: Instances that report that their engine hangs.
         fewest: The smallest number of instances so far.
     """
@@ -141,6 +142,7 @@ class World:
         self.hanging: set[str] = set()
         self.joined: list[str] = ["api"]
         self.scheduler_hangs = False
+        self.known_term = 0
         self.fewest = 3
         self._draining: dict[str, bool] = {}
         self._roles: dict[str, str] = {}
@@ -188,7 +190,8 @@ class World:
 
     def join(self, api_server: str, *unused: str) -> None:
         address = f"tcp://{api_server}"
-        self.wire.hear(api_server, Join(ApiServerInfo(address, f"{address}/tokens"), list(unused)))
+        info = ApiServerInfo(address, f"{address}/tokens")
+        self.wire.hear(api_server, Join(info, list(unused), self.known_term))
 
     def report(self, name: str, **load: Any) -> None:
         draining = self._draining.get(name, False)

@@ -236,6 +236,29 @@ class TestTakeOver:
         async with a_world() as world:
             assert abs(world.members.term / 1000 - time.time()) < 3600
 
+    @in_virtual_time
+    async def test_a_manager_whose_clock_is_behind_exceeds_the_term_that_api_servers_know(self) -> None:
+        """The last manager and all its instances have died, and the clock was set back, by an hour."""
+        async with a_world() as world:
+            world.known_term = world.members.term + 3_600_000
+            await asyncio.sleep(5)
+            assert world.members.term == world.known_term + 1
+            assert world.launcher.notes is not None
+            assert world.launcher.notes.term == world.members.term
+            assert world.sent(Membership, "api")[-1].term == world.members.term
+            assert world.notices.warnings == []
+
+    @in_virtual_time
+    async def test_a_manager_whose_instances_know_a_later_one_ends_and_exceeds_nobody(self) -> None:
+        async with a_world() as world:
+            term = world.members.term
+            assert world.launcher.notes is not None
+            world.launcher.notes = replace(world.launcher.notes, term=term + 7)
+            world.known_term = term + 7
+            await asyncio.sleep(5)
+            assert world.notices.warnings == ["another manager has taken over; this one ends"]
+            assert world.members.term == term
+
     def test_the_next_manager_keeps_the_api_servers_for_the_time_of_their_lease(self) -> None:
         """Instances end the requests of an API server that is no member. It has yet to find the manager."""
         names, notes = leave(lambda world: asyncio.sleep(0))
