@@ -98,6 +98,7 @@ def _run_all(
         f" {result.simulated_s / 3600:,.1f} h in {result.wall_s:,.0f} s"
         f" ({result.cpu_s / max(1, result.seeds):.2f} s CPU per seed)"
     )
+    console.print("recovered:", ", ".join(f"{n:,} {kind}" for kind, n in result.recoveries.most_common()))
     if json_file is not None:
         provenance.write(json_file, result.as_json() | about)
         screen.print(f"written to {json_file}")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from pd_serve.simulated_engine.block_pool import BlockPool
-from pd_serve.simulated_engine.contents import _NEXT, _POSITION, _TOKEN, MASK, token_after
+from pd_serve.simulated_engine.contents import _NEXT, _POSITION, _TOKEN, MASK, sampled_token, token_after
 from pd_serve.simulated_engine.sequence import Sequence
 from pd_serve.simulated_engine.settings import EngineSettings
 
@@ -219,6 +219,7 @@ class Batcher:
         sampled = [sequence for sequence, n in chunks if self._prefill(sequence, n, now)]
         content, block_tokens = self.pool.content, self.settings.block_tokens
         caching, (first, count) = self.settings.prefix_caching, self.settings.vocabulary
+        by_chance = self.settings.sampled
         for sequence in decodes:
             position = sequence.computed
             output = sequence.output
@@ -232,7 +233,8 @@ class Batcher:
                 content[block] = (content[block] + kv) & MASK
                 digest = (sequence.digest + kv) & MASK
             sequence.digest = digest
-            output.append(first + ((digest * _NEXT & MASK) >> 48) % count)
+            token = first + ((digest * _NEXT & MASK) >> 48) % count
+            output.append(sampled_token(token, sequence.epoch, len(output)) if by_chance else token)
             if caching and (position + 1) % block_tokens == 0:
                 self.publish(sequence)
             sampled.append(sequence)
@@ -254,7 +256,10 @@ class Batcher:
         if sequence.preempted_at is not None:
             self.preemption_loss_s += now - sequence.preempted_at
             sequence.preempted_at = None
-        sequence.output.append(token_after(sequence.digest, self.settings.vocabulary))
+        token = token_after(sequence.digest, self.settings.vocabulary)
+        if self.settings.sampled:
+            token = sampled_token(token, sequence.epoch, len(sequence.output))
+        sequence.output.append(token)
         return True
 
     def read(self, sequence: Sequence) -> int:

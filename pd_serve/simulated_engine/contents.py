@@ -18,6 +18,9 @@ _TOKEN, _POSITION, _NEXT, _BLOCK = (
     0xD6E8_FEB8_6659_FD93,
 )
 
+#: Bits of a sampled token that chance decides.
+CHANCE = 0xF
+
 #: Content of a block that was not written: a freed one, or the target of a copy that did not happen.
 GARBAGE = 0xDEAD_DEAD_DEAD_DEAD
 
@@ -36,6 +39,17 @@ def token_after(digest: int, vocabulary: tuple[int, int]) -> int:
     return first + ((digest * _NEXT & MASK) >> 48) % count
 
 
+def sampled_token(token: int, epoch: int, index: int) -> int:
+    """A token with some chance in it, which differs between the copies of a request.
+
+    Args:
+        token: See `token_after`.
+        epoch: Epoch of the copy that samples.
+        index: Index of the token in the output.
+    """
+    return token ^ (((epoch + 1) * _TOKEN + index * _POSITION & MASK) >> 48 & CHANCE)
+
+
 class Prompt(Protocol):
     """The tokens of a prompt, as far as their KV is concerned."""
 
@@ -44,6 +58,31 @@ class Prompt(Protocol):
 
     def content(self, block: int, num_tokens: int, block_tokens: int) -> int:
         """What block number `block` of the prompt holds once its first `num_tokens` tokens are computed."""
+
+
+class OutputCheck:
+    """Checks that each token of an output is one that follows from the prompt and all tokens before it.
+
+    Args:
+        sampled: See `EngineSettings.sampled`. The other bits of a token are checked.
+    """
+
+    def __init__(self, prompt: Prompt, block_tokens: int, *, sampled: bool) -> None:
+        self.num_tokens = 0
+        self._prompt_tokens = prompt.num_tokens
+        self._digest = _digest(prompt, block_tokens)
+        self._chance = CHANCE if sampled else 0
+
+    def take(self, tokens: Sequence[int]) -> int | None:
+        """Takes the next tokens. Returns the index in the output of the first wrong one."""
+        wrong = None
+        for token in tokens:
+            expected = (self._digest * _NEXT & MASK) >> 48
+            if (token ^ expected) & ~self._chance and wrong is None:
+                wrong = self.num_tokens
+            self._digest += kv_of(self._prompt_tokens + self.num_tokens, token)
+            self.num_tokens += 1
+        return wrong
 
 
 class TokenPrompt:
@@ -83,13 +122,19 @@ def expected_output(
     prompt: Prompt, num_output_tokens: int, block_tokens: int, vocabulary: tuple[int, int] = (0, 1 << 16)
 ) -> list[int]:
     """The output of a request, whatever migrations, preemptions and restarts it goes through."""
-    digest = 0
-    for block in range(-(-prompt.num_tokens // block_tokens)):
-        num_tokens = min(block_tokens, prompt.num_tokens - block * block_tokens)
-        digest += prompt.content(block, num_tokens, block_tokens)
+    digest = _digest(prompt, block_tokens)
     output: list[int] = []
     while len(output) < num_output_tokens:
         token = token_after(digest, vocabulary)
         digest += kv_of(prompt.num_tokens + len(output), token)
         output.append(token)
     return output
+
+
+def _digest(prompt: Prompt, block_tokens: int) -> int:
+    """The sum over the contents of all blocks of a prompt."""
+    digest = 0
+    for block in range(-(-prompt.num_tokens // block_tokens)):
+        num_tokens = min(block_tokens, prompt.num_tokens - block * block_tokens)
+        digest += prompt.content(block, num_tokens, block_tokens)
+    return digest

@@ -27,6 +27,8 @@ class EngineSettings:
         migration_slowdown: Share by which steps are slower that begin while KV is being copied; the mean of
             what the paper measured.
         async_scheduling: A step is decided while the previous one still runs, as vLLM does on GPUs.
+        sampled: Chance decides some bits of each token, as with a temperature: two copies of a request
+            generate different outputs. For the vocabulary of all 16-bit numbers.
     """
 
     cost_model: CostModel
@@ -41,3 +43,4 @@ class EngineSettings:
     kv_bytes_per_token: int = 512 * 1024
     migration_slowdown: float = 0.023
     async_scheduling: bool = False
+    sampled: bool = False

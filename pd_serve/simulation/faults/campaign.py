@@ -3,6 +3,7 @@
 import gc
 import multiprocessing
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -46,6 +47,7 @@ class CampaignResult:
 
     Attributes:
         deaths: Ended processes of instances.
+        recoveries: Recomputed requests by reason, and reconciliations by kind.
         simulated_s, cpu_s, wall_s: Durations: sums over all runs, and of the campaign.
     """
 
@@ -54,6 +56,7 @@ class CampaignResult:
     streams: int = 0
     tokens: int = 0
     deaths: int = 0
+    recoveries: Counter[str] = field(default_factory=Counter)
     simulated_s: float = 0.0
     cpu_s: float = 0.0
     wall_s: float = 0.0
@@ -63,6 +66,7 @@ class CampaignResult:
         self.seeds += 1
         for name in ("streams", "tokens", "deaths", "simulated_s", "cpu_s"):
             setattr(self, name, getattr(self, name) + getattr(result, name))
+        self.recoveries.update(result.recoveries)
 
     def as_json(self) -> dict[str, Any]:
         """All numbers, and each failing seed with its schedule."""

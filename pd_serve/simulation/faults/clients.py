@@ -7,7 +7,7 @@ from typing import Protocol
 from pd_serve.comm.outputs import OutputBatch
 from pd_serve.errors import EngineDeadError, PdServeError
 from pd_serve.frontend.frontend import Frontend
-from pd_serve.simulated_engine.contents import SegmentPrompt, expected_output
+from pd_serve.simulated_engine.contents import OutputCheck, SegmentPrompt
 from pd_serve.simulated_engine.outputs import SimulatedPayload
 from pd_serve.simulated_engine.settings import SEGMENT_TOKENS
 from pd_serve.simulation.faults.process_loop import ProcessLoop, SimulatedProcess
@@ -32,6 +32,9 @@ class ClientStream:
 
     Attributes:
         request_id: Differs between tries.
+        num_expected: Number of tokens of the whole output.
+        check: Of the tokens that the client has read.
+        unread, end: Tokens that a slow reader has not read, and the reason of the end behind them.
         outcome: "" while it goes on; then "length", "error", "abort", "refused", or "broken" with its API
             server.
         is_closed: The API server has handled the abort.
@@ -39,9 +42,13 @@ class ClientStream:
 
     number: int
     request_id: str
-    expected: list[int]
+    num_expected: int
+    check: OutputCheck
     api_server: ApiServerHandle
     tokens: list[int] = field(default_factory=list)
+    unread: list[int] = field(default_factory=list)
+    end: object = None
+    is_reading: bool = False
     outcome: str = ""
     is_closed: bool = False
 
@@ -65,6 +72,8 @@ class Clients:
         api_servers: Callable[[], list[ApiServerHandle]],
         report: Callable[[str], None],
         loop: ProcessLoop,
+        *,
+        sampled: bool = False,
     ) -> None:
         self.requests = requests
         self.streams: dict[str, ClientStream] = {}
@@ -72,6 +81,7 @@ class Clients:
         self.tainted: set[int] = set()
         self.wrong: set[int] = set()
         self._block_tokens = block_tokens
+        self._sampled = sampled
         self._api_servers = api_servers
         self._report = report
         self._loop = loop
@@ -117,8 +127,9 @@ class Clients:
         request_id = f"{number}.{self._tries[number]}"
         server = servers[number % len(servers)]
         prompt = SegmentPrompt(request.prompt_tokens, request.segments, SEGMENT_TOKENS, number)
-        expected = expected_output(prompt, request.output_tokens, self._block_tokens)
-        stream = self.streams[request_id] = ClientStream(number, request_id, expected, server)
+        check = OutputCheck(prompt, self._block_tokens, sampled=self._sampled)
+        stream = ClientStream(number, request_id, request.output_tokens, check, server)
+        self.streams[request_id] = stream
         server.process.call_soon(self._submit, stream, request)
 
     def _submit(self, stream: ClientStream, request: ClientRequest) -> None:
@@ -159,24 +170,37 @@ class Clients:
             stream = self.streams[output.request_id]
             if stream.outcome == "abort" and not stream.is_closed:
                 continue
-            if stream.outcome:
-                self._report(f"request {stream.request_id}: an output after its end ({stream.outcome})")
+            if end := stream.outcome or stream.end:
+                self._report(f"request {stream.request_id}: an output after its end ({end})")
                 continue
-            self._take(stream, output.new_token_ids, output.finish_reason)
+            if (every_s := self.requests[stream.number].reads_every_s) == 0:
+                self._take(stream, output.new_token_ids, output.finish_reason)
+                continue
+            stream.unread += output.new_token_ids
+            stream.end = output.finish_reason
+            if not stream.is_reading:
+                stream.is_reading = True
+                self._loop.outside_at(self._loop.now + every_s, self._read, stream)
+
+    def _read(self, stream: ClientStream) -> None:
+        """A slow reader reads all that its API server has for it."""
+        stream.is_reading = False
+        if not stream.outcome:
+            new, stream.unread = stream.unread, []
+            self._take(stream, new, stream.end)
 
     def _take(self, stream: ClientStream, new: list[int], finish_reason: object) -> None:
-        have = len(stream.tokens)
         stream.tokens += new
-        if stream.expected[have : len(stream.tokens)] != new:
-            self._wrong(stream, have, new)
+        if (wrong := stream.check.take(new)) is not None:
+            self._wrong(stream, wrong)
         request = self.requests[stream.number]
         if finish_reason is not None:
             stream.outcome = str(finish_reason)
             self._left.discard(stream.number)
             if stream.outcome == "error":
                 self.failed.append(stream)
-            elif len(stream.tokens) != len(stream.expected):
-                text = f"ended with {len(stream.tokens)} of {len(stream.expected)} tokens"
+            elif len(stream.tokens) != stream.num_expected:
+                text = f"ended with {len(stream.tokens)} of {stream.num_expected} tokens"
                 self._report(f"request {stream.request_id} {text} ({stream.outcome})")
         elif request.aborts_after and len(stream.tokens) >= request.aborts_after:
             self._left.discard(stream.number)
@@ -191,11 +215,10 @@ class Clients:
 
         stream.api_server.process.call_soon(abort)
 
-    def _wrong(self, stream: ClientStream, index: int, new: list[int]) -> None:
+    def _wrong(self, stream: ClientStream, index: int) -> None:
         if stream.number in self.wrong:
             return
         self.wrong.add(stream.number)
         if stream.number not in self.tainted:
-            expected = stream.expected[index : index + len(new)]
-            text = f"token {index} is {new[:4]} in place of {expected[:4]}"
+            text = f"token {index} does not follow from the prompt and the tokens before it"
             self._report(f"request {stream.request_id}: {text}")

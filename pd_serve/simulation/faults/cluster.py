@@ -2,8 +2,10 @@
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import get_args
 
 from pd_serve.comm.membership import MANAGER
 from pd_serve.comm.outputs import OutputBatch
@@ -12,6 +14,8 @@ from pd_serve.errors import EngineDeadError, PdServeError
 from pd_serve.frontend.frontend import Frontend
 from pd_serve.manager.manager import Manager
 from pd_serve.manager.manager_config import ManagerConfig
+from pd_serve.observe.recorder import Observer, RecomputeReason, RequestRecorder
+from pd_serve.observe.timeline import Timeline
 from pd_serve.platform.placement import Placement
 from pd_serve.simulated_engine.cost_model import COST_MODELS
 from pd_serve.simulated_engine.settings import EngineSettings
@@ -27,9 +31,6 @@ from router.scaling import PoolBounds
 
 #: Maximum number of instances at a time.
 MAX_INSTANCES = 16
-
-#: Unix time at the beginning of a run.
-EPOCH_S = 1.7e9
 
 
 @dataclass(eq=False)
@@ -60,12 +61,28 @@ class CountedNotices:
     def warn(self, text: str) -> None: ...
 
 
+class Recoveries(Observer):
+    """Counts what was lost and recovered."""
+
+    def __init__(self, counts: Counter[str]) -> None:
+        self._counts = counts
+
+    def lost(self, request: Timeline, instance: str, reason: RecomputeReason) -> None:
+        self._counts[reason] += 1
+
+    def reconciled(self, kind: str, number: int) -> None:
+        if kind not in get_args(RecomputeReason):
+            self._counts[kind] += number
+
+
 class FaultyCluster:
     """All processes of a cluster.
 
     Attributes:
         api_servers: The living ones, in the order of their starts.
         manager: The latest manager; None while there is none.
+        num_first_starts: Number of managers that have found no instances.
+        recoveries: Recomputed requests by reason, and reconciliations by kind.
         on_failure: Called with (what, error) when a part of the cluster fails in an unforeseen way.
     """
 
@@ -84,6 +101,7 @@ class FaultyCluster:
             chunk_tokens=shape.chunk_tokens,
             prefix_caching=shape.prefix_caching,
             async_scheduling=shape.async_scheduling,
+            sampled=shape.sampled,
         )
         config = SimulationConfig(
             requests=(),
@@ -104,7 +122,8 @@ class FaultyCluster:
         self._rng = rng
         self._policies = policy_set(shape.policy)
         self._started = 0
-        self.wall_offset_s = 0.0
+        self.num_first_starts = 0
+        self.recoveries: Counter[str] = Counter()
 
     async def start(self) -> None:
         """Returns when the scheduler runs, and every instance has reported to every API server."""
@@ -143,6 +162,7 @@ class FaultyCluster:
             self._deliver,
             Dispatcher(self._policies, random.Random(self._rng.random()), self.loop.time),
             num_slots=MAX_INSTANCES * 4,
+            recorder=RequestRecorder([Recoveries(self.recoveries)]),
             clock=self.loop.time,
         )
         self.api_servers.append(SimulatedApiServer(name, process, wire, frontend))
@@ -181,14 +201,12 @@ class FaultyCluster:
         wire = FaultyWire(MANAGER, self.network)
         launcher = self.platform.launcher(process)
         manager = Manager(config, wire, launcher, CountedNotices())
-        # The first term is made of the wall clock, which is not the simulation's.
-        term = int((EPOCH_S + self.loop.now + self.wall_offset_s) * 1e3)
-        manager._notes = replace(manager._notes, term=term)
         return ManagerHandle(process, wire, launcher, manager)
 
     async def _open_manager(self, handle: ManagerHandle) -> None:
         try:
             if not await handle.manager.take_over():
+                self.num_first_starts += 1
                 await handle.manager.start()
             handle.is_open = True
         except PdServeError:

@@ -3,6 +3,8 @@
 import random
 from collections.abc import Callable
 
+from msgspec.structs import replace
+
 from pd_serve.simulation.faults.schedule import (
     ClientRequest,
     FaultKind,
@@ -25,6 +27,7 @@ def draw(seed: int, tier: int) -> Schedule:
     """The schedule of a seed: cluster, requests and faults are drawn independently."""
     shape = _shape(random.Random(f"{tier}/{seed}/shape"), tier)
     requests = _requests(random.Random(f"{tier}/{seed}/requests"), tier, shape)
+    requests = _slow_readers(random.Random(f"{tier}/{seed}/readers"), requests)
     faults = _faults(random.Random(f"{tier}/{seed}/faults"), tier, shape, len(requests))
     return Schedule(seed, tier, shape, requests, sorted(faults, key=lambda fault: fault.at_s))
 
@@ -55,6 +58,7 @@ def _shape(dice: Dice, tier: int) -> FaultyClusterShape:
         autoscale=autoscale,
         start_instance_s=dice.choice((1.0, 3.0, 8.0)),
         resume_order=dice.choice(("as it came", "timers first", "messages first")),
+        sampled=dice.random() < 0.5,
     )
 
 
@@ -75,6 +79,14 @@ def _requests(dice: Dice, tier: int, shape: FaultyClusterShape) -> list[ClientRe
             )
         )
     return sorted(requests, key=lambda request: request.arrival_s)
+
+
+def _slow_readers(dice: Dice, requests: list[ClientRequest]) -> list[ClientRequest]:
+    """Some clients read once in 0.05 to 20 s."""
+    return [
+        replace(request, reads_every_s=0.05 * 400 ** dice.random()) if dice.random() < 0.1 else request
+        for request in requests
+    ]
 
 
 # ---- faults
@@ -119,9 +131,13 @@ def _single(dice: Dice, shape: FaultyClusterShape, requests: int) -> list[Schedu
             return [ScheduledFault(at_s, FaultKind.KILL, target, on=on)]
         case 4 | 5 | 6 | 7:
             target = dice.choice(("sender", "receiver")) if on and dice.random() < 0.5 else process
-            return [ScheduledFault(at_s, FaultKind.FREEZE, target, for_s=_duration(dice), on=on)]
+            freeze = ScheduledFault(at_s, FaultKind.FREEZE, target, for_s=_duration(dice), on=on)
+            if dice.random() < 0.2:
+                return [ScheduledFault(at_s, FaultKind.HANG, dice.choice((instance, "scheduler")), on=on)]
+            return [freeze]
         case 8:
-            return [ScheduledFault(at_s, FaultKind.CLOCK, process, value=_duration(dice))]
+            jump = ScheduledFault(at_s, FaultKind.CLOCK, process, value=_duration(dice))
+            return [_wall_jump(dice, at_s, dice.choice((process, ""))) if dice.random() < 0.3 else jump]
         case 9:
             return [ScheduledFault(at_s, FaultKind.STALL_READS, instance, for_s=_duration(dice), on=on)]
         case 10:
@@ -155,7 +171,8 @@ def _single(dice: Dice, shape: FaultyClusterShape, requests: int) -> list[Schedu
         case 18:
             return [ScheduledFault(at_s, FaultKind.POISON, value=float(dice.randrange(requests)))]
         case _:
-            return _start(dice, at_s, instance)
+            faults = _start(dice, at_s, instance)
+            return faults if shape.one_process or dice.random() < 0.8 else _blackout(dice, shape, at_s)
 
 
 def _start(dice: Dice, at_s: float, instance: str) -> list[ScheduledFault]:
@@ -174,6 +191,21 @@ def _start(dice: Dice, at_s: float, instance: str) -> list[ScheduledFault]:
             return [ScheduledFault(at_s - 0.1, FaultKind.SLOW_START, for_s=60.0, value=seconds), kill]
         case _:
             return [ScheduledFault(at_s - 0.1, FaultKind.STARVE, for_s=_duration(dice)), kill]
+
+
+def _wall_jump(dice: Dice, at_s: float, target: str) -> ScheduledFault:
+    """Up to an hour forward or back."""
+    seconds = dice.choice((-1.0, 1.0)) * 60 * _duration(dice)
+    return ScheduledFault(at_s, FaultKind.WALL, target, value=seconds)
+
+
+def _blackout(dice: Dice, shape: FaultyClusterShape, at_s: float) -> list[ScheduledFault]:
+    """The manager and all instances die at once, and their clocks are others when they come back."""
+    kills = ["manager"] + sum(shape.instances.values()) * ["instance:0"]
+    return [
+        _wall_jump(dice, at_s - 0.1, ""),
+        *(ScheduledFault(at_s, FaultKind.KILL, target) for target in kills),
+    ]
 
 
 def _network(dice: Dice, shape: FaultyClusterShape, requests: int) -> list[ScheduledFault]:

@@ -72,6 +72,9 @@ class Effects:
             case FaultKind.TWIN:
                 self._cluster.start_manager()
                 return "", None
+            case FaultKind.WALL if not fault.target:
+                self._cluster.loop.jump_wall(fault.value)
+                return "all", None
             case FaultKind.UNDO | FaultKind.SCALE | FaultKind.RESTART:
                 self._operations.begin(fault, "")
                 return "", None
@@ -91,8 +94,13 @@ class Effects:
                 self._excuse(target.name, fault.for_s)
                 target.process.suspend()
                 return lambda: target.process.resume(self._order)
+            case FaultKind.HANG:
+                self.excused.add(target.name)
+                target.process.suspend()
             case FaultKind.CLOCK:
                 target.process.jump(fault.value)
+            case FaultKind.WALL:
+                target.process.jump_wall(fault.value)
             case FaultKind.CUT | FaultKind.RESET:
                 return self._cut(fault, target, names)
             case FaultKind.DELAY | FaultKind.LOSE | FaultKind.DUPLICATE:

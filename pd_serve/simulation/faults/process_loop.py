@@ -5,12 +5,14 @@ starts. The loop asks the context of a callback before it runs it.
 """
 
 import asyncio
+import contextlib
 import contextvars
 import gc
 import heapq
 import sys
+import time
 import warnings
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Literal
 
 from pd_serve.simulation.virtual_time import VirtualLoop
@@ -19,6 +21,9 @@ from pd_serve.simulation.virtual_time import VirtualLoop
 PROCESS: contextvars.ContextVar[str] = contextvars.ContextVar("process", default="")
 
 _OUTSIDE = contextvars.Context()
+
+#: Unix time at the beginning of a run.
+EPOCH_S = 1.7e9
 
 #: The order in which a process handles what has become due while it was suspended.
 ThawOrder = Literal["as it came", "timers first", "messages first"]
@@ -41,6 +46,8 @@ class ProcessLoop(VirtualLoop):
         super().__init__()
         self._held: dict[str, list[asyncio.Handle] | None] = {}  # of suspended processes; None: dead
         self._offsets: dict[str, float] = {}
+        self._wall_offset_s = 0.0
+        self._wall_offsets: dict[str, float] = {}
         self._kept: list[asyncio.Task[Any]] = []
         self._numbers: dict[str, int] = {}
 
@@ -53,6 +60,14 @@ class ProcessLoop(VirtualLoop):
         if self._offsets:
             return self._now_s + self._offsets.get(PROCESS.get(), 0.0)
         return self._now_s
+
+    def wall_s(self) -> float:
+        """The wall clock of the running process, as Unix time."""
+        return EPOCH_S + self._now_s + self._wall_offset_s + self._wall_offsets.get(PROCESS.get(), 0.0)
+
+    def jump_wall(self, seconds: float) -> None:
+        """Sets the wall clocks of all processes, and of later ones, forward or back."""
+        self._wall_offset_s += seconds
 
     def call_at(  # type: ignore[override]
         self,
@@ -139,6 +154,9 @@ class ProcessLoop(VirtualLoop):
         ]
         heapq.heapify(self._timers)
 
+    def jump_wall_of(self, process: str, seconds: float) -> None:
+        self._wall_offsets[process] = self._wall_offsets.get(process, 0.0) + seconds
+
     def _is_timer_of(self, process: str, handle: asyncio.Handle) -> bool:
         return not isinstance(handle, MessageHandle) and _process_of(handle) == process
 
@@ -201,6 +219,20 @@ class SimulatedProcess:
 
     def jump(self, seconds: float) -> None:
         self._loop.jump(self.id, seconds)
+
+    def jump_wall(self, seconds: float) -> None:
+        self._loop.jump_wall_of(self.id, seconds)
+
+
+@contextlib.contextmanager
+def wall_clock(loop: ProcessLoop) -> Iterator[None]:
+    """`time.time` and `time.time_ns` are the wall clocks of the processes of a loop."""
+    originals = {"time": time.time, "time_ns": time.time_ns}
+    vars(time).update(time=loop.wall_s, time_ns=lambda: int(loop.wall_s() * 1e9))
+    try:
+        yield
+    finally:
+        vars(time).update(originals)
 
 
 def _silence(tasks: list[asyncio.Task[Any]]) -> None:

@@ -30,7 +30,7 @@ class RestChecks:
     def _unfinished(self) -> Iterator[str]:
         for number in self._clients.unfinished:
             stream = self._clients.stream_of(number)
-            has = f"has {len(stream.tokens)} of {len(stream.expected)} tokens" if stream else "is not served"
+            has = f"has {len(stream.tokens)} of {stream.num_expected} tokens" if stream else "is not served"
             yield f"request {number} has not ended: it {has}{self._where(number)}"
         for what in self._operations.unanswered:
             yield f"not answered: {what}"
@@ -67,9 +67,15 @@ class RestChecks:
             if (bounds := cluster.shape.autoscale.get(role)) is not None:
                 if not bounds[0] <= sizes[role] <= bounds[1]:
                     yield f"there are {sizes[role]} {role} instances, and the bounds are {bounds}"
-            elif sizes[role] not in self._operations.sizes.get(role, {0}):
-                wanted = " or ".join(map(str, sorted(self._operations.sizes.get(role, {0}))))
-                yield f"there are {sizes[role]} {role} instances, and {wanted} are wanted"
+            elif sizes[role] not in (wanted := self._wanted(role)):
+                text = " or ".join(map(str, sorted(wanted)))
+                yield f"there are {sizes[role]} {role} instances, and {text} are wanted"
+
+    def _wanted(self, role: str) -> set[int]:
+        """Possible sizes of a pool. Those that an operator has set are lost if all instances die at once."""
+        wanted = self._operations.sizes.get(role, {0})
+        is_new = self._cluster.num_first_starts > 1
+        return wanted | {self._cluster.shape.instances.get(role, 0)} if is_new else wanted
 
     # ---- membership
 

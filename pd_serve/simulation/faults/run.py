@@ -15,7 +15,7 @@ from pd_serve.simulation.faults.injector import Injector
 from pd_serve.simulation.faults.logs import RunLog
 from pd_serve.simulation.faults.operations import OperatorCalls
 from pd_serve.simulation.faults.platform import SimulatedActor
-from pd_serve.simulation.faults.process_loop import ProcessLoop
+from pd_serve.simulation.faults.process_loop import ProcessLoop, wall_clock
 from pd_serve.simulation.faults.rest import RestChecks
 from pd_serve.simulation.faults.schedule import Schedule
 from pd_serve.simulation.faults.targets import TargetFinder
@@ -43,6 +43,7 @@ class RunResult:
         trace: Lines of the trace, if it was kept.
         digest: A number that is equal for equal runs.
         streams, tokens, deaths: What the run consisted of.
+        recoveries: Recomputed requests by reason, and reconciliations by kind.
         simulated_s, cpu_s: Durations.
     """
 
@@ -52,6 +53,7 @@ class RunResult:
     streams: int = 0
     tokens: int = 0
     deaths: int = 0
+    recoveries: dict[str, int] = field(default_factory=dict)
     simulated_s: float = 0.0
     cpu_s: float = 0.0
 
@@ -64,7 +66,8 @@ def run(schedule: Schedule, *, trace: bool = False) -> RunResult:
     loop = ProcessLoop()
     asyncio.set_event_loop(loop)
     try:
-        result = loop.run_until_complete(_run(schedule, loop, trace))
+        with wall_clock(loop):
+            result = loop.run_until_complete(_run(schedule, loop, trace))
     finally:
         asyncio.set_event_loop(None)
         loop.drop()
@@ -96,6 +99,7 @@ class FaultRun:
             lambda: list(self.cluster.api_servers),
             self._find,
             loop,
+            sampled=schedule.shape.sampled,
         )
         self.operations = OperatorCalls(self.cluster, self.clients, self._find, self._log.note)
         targets = TargetFinder(self.cluster, self.clients)
@@ -135,6 +139,7 @@ class FaultRun:
         self._result.trace = self._log.lines
         self._result.simulated_s = self._loop.now - zero
         self._result.streams = len(self.clients.streams)
+        self._result.recoveries = dict(self.cluster.recoveries)
         streams = self.clients.streams.values()
         self._result.tokens = sum(len(stream.tokens) for stream in streams)
         ends = [(s.request_id, s.outcome, tuple(s.tokens)) for s in streams]

@@ -12,7 +12,9 @@ class FaultKind(enum.StrEnum):
 
     KILL = "kill"  # SIGKILL of a process
     FREEZE = "freeze"  # SIGSTOP of a process, then SIGCONT
+    HANG = "hangs for ever"  # SIGSTOP of an instance or the scheduler, without an end
     CLOCK = "clock jump"  # the clock of a process jumps forward by `value` seconds
+    WALL = "wall clock"  # `time.time` of the target, or of all processes, jumps by `value` seconds, or back
     STEP = "step hangs"  # the step in progress of an instance does not end
     DIES_EARLY = "crash loop"  # the next `value` instances die soon after they are ready
     SLOW_START = "slow start"  # the next starts take `value` seconds more
@@ -79,7 +81,7 @@ class ClientRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     Attributes:
         segments: See `TraceRequest`.
         aborts_after: The client leaves when it has this many tokens; None if it stays.
-        reads_every_s: The client reads at most once in this time; 0 for at once.
+        reads_every_s: A slow reader reads what has come once in this time; 0: a client that reads at once.
     """
 
     arrival_s: float
@@ -100,6 +102,7 @@ class FaultyClusterShape(msgspec.Struct, frozen=True, omit_defaults=True):
         one_process: The manager runs in the process of the only API server, as with `pd-serve serve`.
         autoscale: Bounds by role.
         link_delays_s: Bound of the additional latency of a link, which differs between links.
+        sampled: See `EngineSettings.sampled`.
     """
 
     instances: dict[str, int]
@@ -114,6 +117,7 @@ class FaultyClusterShape(msgspec.Struct, frozen=True, omit_defaults=True):
     start_instance_s: float = 2.0
     link_delays_s: float = 0.0
     resume_order: ThawOrder = "as it came"
+    sampled: bool = False
 
 
 class Schedule(msgspec.Struct, frozen=True):

@@ -32,8 +32,9 @@ def test_all_kinds_of_faults_are_drawn() -> None:
 def test_faults_of_the_first_tier_are_single_ones() -> None:
     for seed in range(200):
         faults = draw(seed, 1).faults
-        assert len(faults) == 1 or {fault.kind for fault in faults} & {FaultKind.KILL}
-        assert len(faults) <= 2
+        kinds = Counter(fault.kind for fault in faults)
+        assert len(faults) == 1 or kinds[FaultKind.KILL]
+        assert len(faults) <= 2 or (kinds[FaultKind.WALL] == 1 and kinds[FaultKind.KILL] == len(faults) - 1)
 
 
 def test_no_fault_kills_the_only_process_of_a_service() -> None:
@@ -54,6 +55,21 @@ def test_freezes_last_from_a_tenth_of_a_second_to_a_minute() -> None:
     ]
     assert 0.1 <= min(lengths) < 0.2
     assert 40.0 < max(lengths) <= 60.0
+
+
+def test_wall_clocks_jump_by_up_to_an_hour_both_ways() -> None:
+    jumps = [f.value for seed in range(1000) for f in draw(seed, 1).faults if f.kind is FaultKind.WALL]
+
+    assert -3600 <= min(jumps) < -60
+    assert 60 < max(jumps) <= 3600
+
+
+def test_some_clients_read_slowly() -> None:
+    requests = [request for seed in range(50) for request in draw(seed, 1).requests]
+    slow = [request.reads_every_s for request in requests if request.reads_every_s]
+
+    assert 0 < len(slow) < len(requests) / 4
+    assert 0.05 <= min(slow) < max(slow) <= 20.0
 
 
 def test_a_part_of_a_schedule_has_the_same_requests() -> None:

@@ -1,12 +1,20 @@
 """Processes on one event loop: killed, suspended, and with clocks that jump."""
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 
-from pd_serve.simulation.faults.process_loop import PROCESS, ProcessLoop, SimulatedProcess, ThawOrder
+from pd_serve.simulation.faults.process_loop import (
+    EPOCH_S,
+    PROCESS,
+    ProcessLoop,
+    SimulatedProcess,
+    ThawOrder,
+    wall_clock,
+)
 
 
 def in_loop(test: Callable[[ProcessLoop], Coroutine[Any, Any, None]]) -> None:
@@ -94,6 +102,25 @@ def test_a_clock_that_jumps_makes_timers_of_that_process_due_and_no_others() -> 
         assert said == ["a"]
         await asyncio.sleep(0.2)
         assert said == ["a", "a later"]
+
+    in_loop(test)
+
+
+def test_wall_clocks_jump_together_or_one_by_one_and_move_no_timer() -> None:
+    async def test(loop: ProcessLoop) -> None:
+        a, b = loop.spawn("a"), loop.spawn("b")
+        said: list[float] = []
+        a.run(loop.call_later, 5.0, said.append, 1)
+        a.jump_wall(-600.0)
+        loop.jump_wall(60.0)
+        await asyncio.sleep(4.0)
+        with wall_clock(loop):
+            later = loop.spawn("c")
+            times = [process.run(time.time) - EPOCH_S for process in (a, b, later)]
+            assert later.run(time.time_ns) == int((EPOCH_S + 64.0) * 1e9)
+        assert times == [-536.0, 64.0, 64.0]
+        assert said == []
+        assert time.time() > EPOCH_S + 1e6
 
     in_loop(test)
 

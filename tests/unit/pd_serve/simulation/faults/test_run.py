@@ -65,6 +65,41 @@ def test_clients_that_leave_leave_nothing_behind() -> None:
     assert result.tokens < 16 * 60
 
 
+@pytest.mark.parametrize("target", ["decode:0", "prefill:0", "scheduler"])
+def test_a_process_that_hangs_for_ever_is_replaced(target: str) -> None:
+    assert faulty(ScheduledFault(2.5, FaultKind.HANG, target)).findings == []
+
+
+@pytest.mark.parametrize("seconds", [-600.0, 600.0])
+def test_a_jump_of_the_wall_clocks_changes_nothing(seconds: float) -> None:
+    """Also where the manager and all instances die, so that nobody remembers its term but the API servers."""
+    kills = [ScheduledFault(2.5, FaultKind.KILL, target) for target in ("manager", *["instance:0"] * 3)]
+
+    assert faulty(ScheduledFault(2.4, FaultKind.WALL, value=seconds), *kills).findings == []
+
+
+def test_slow_readers_get_everything() -> None:
+    requests = [ClientRequest(n / 4, 100, 60, reads_every_s=0.1 * 3**n) for n in range(6)]
+
+    result = faulty(ScheduledFault(2.5, FaultKind.KILL, "owner:5"), requests=requests)
+
+    assert result.findings == []
+    assert result.tokens == 6 * 60
+
+
+def test_a_slow_reader_may_leave_before_and_after_the_end_of_its_request() -> None:
+    requests = [ClientRequest(n / 4, 100, 60, aborts_after=30, reads_every_s=0.5 * 3**n) for n in range(4)]
+
+    assert faulty(requests=requests).findings == []
+
+
+def test_outputs_that_chance_decides_are_whole_too() -> None:
+    result = faulty(ScheduledFault(2.5, FaultKind.KILL, "decode:0"), sampled=True)
+
+    assert result.findings == []
+    assert result.recoveries["died"] >= 1
+
+
 def test_a_flipped_bit_shows_in_the_tokens_of_its_request_only() -> None:
     assert faulty(ScheduledFault(2.5, FaultKind.FLIP, "decode:0")).findings == []
 
@@ -92,7 +127,7 @@ def test_a_token_that_is_delivered_twice_is_found(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(TokenLedger, "extend", twice)
 
-    assert any("token 20" in finding for finding in faulty().findings)
+    assert any("token 21" in finding for finding in faulty().findings)
 
 
 def test_a_block_that_is_not_freed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
