@@ -5,7 +5,6 @@ import logging
 import os
 from asyncio import runners
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import tests.environment  # noqa: F401  before anything changes the environment
+from tests.shared_servers import E2E_TESTS, group, order
 
 UNIT_TESTS = Path(__file__).parent / "unit"
-E2E_TESTS = Path(__file__).parent / "e2e"
 
 settings.register_profile(
     "random", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
@@ -27,37 +26,32 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Orders the tests.
+    """Orders the tests: end-to-end tests last, and files that share a server together.
 
-    In one process, tests of the shared cluster come last, so that the special clusters are gone by then. Two
-    processes (`make test`) take files in order: one begins with all files of the shared cluster, the other
-    with those that need no cluster, then both take the files that have a cluster of their own.
+    Two processes (`make test`) take files in order: one begins with all files that need plain vLLM, which are
+    half of all the time, the other with those that need no server.
     """
     is_e2e = {item: E2E_TESTS in item.path.parents for item in items}
     for item in items:
         if is_e2e[item]:
             item.add_marker(pytest.mark.e2e)
-    items.sort(key=lambda item: (is_e2e[item], _shares_cluster(item.path)))
+    last = {item: item.get_closest_marker("changes_instances") is not None for item in items}
+    items.sort(key=lambda item: (is_e2e[item], order(item.path), last[item]))
     if hasattr(config, "workerinput"):  # a process of pytest-xdist
-        items.sort(key=lambda item: not _shares_cluster(item.path))
+        items.sort(key=lambda item: group(item.path) != "reference")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """One process runs all files of the shared cluster. Groups of pytest-xdist 3.8 fail with pytest 9.2."""
+    """One process runs all files that share a server. Groups of pytest-xdist 3.8 fail with pytest 9.2."""
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
-            return "shared cluster" if _shares_cluster(config.rootpath / file) else file
+            return group(config.rootpath / file) or file
 
     return Scheduling(config, log)
-
-
-@cache
-def _shares_cluster(file: Path) -> bool:
-    return E2E_TESTS in file.parents and "def server(cluster: ServerProcess)" in file.read_text()
 
 
 _left_behind: list[str] = []

@@ -1,6 +1,7 @@
 """Servers for the end-to-end tests: plain vLLM as the reference, and clusters of pd-serve.
 
-A process of pytest runs one cluster at a time, except that the shared one (`cluster`) stays until it ends.
+A process of pytest runs one cluster at a time, and plain vLLM beside it. What several files share is ended
+after the last of them, so that it takes no memory and time from the others.
 """
 
 import asyncio
@@ -8,17 +9,21 @@ import json
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import pytest
 
 from tests.e2e.completion_client import Answer, Body, CompletionClient
+from tests.e2e.otlp_receiver import OtlpReceiver
 from tests.e2e.server_process import ServerProcess, pd_serve
 from tests.e2e.verdicts import Verdicts
+from tests.shared_servers import used_servers
+
+T = TypeVar("T")
 
 TIMEOUT = httpx.Timeout(120.0)
 
@@ -34,6 +39,42 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
             if isinstance(value, ServerProcess):
                 report.sections.append((f"log of {name}", value.tail()))
     return report
+
+
+class SharedServers:
+    """Servers by name, each started when it is first asked for."""
+
+    def __init__(self) -> None:
+        self._running: dict[str, tuple[Any, ExitStack]] = {}
+
+    def get(self, name: str, start: Callable[[], AbstractContextManager[T]]) -> T:
+        if name not in self._running:
+            stack = ExitStack()
+            self._running[name] = stack.enter_context(start()), stack
+        value: T = self._running[name][0]
+        return value
+
+    def end_all_but(self, used: Collection[str]) -> None:
+        for name in self._running.keys() - used:
+            self._running.pop(name)[1].close()
+
+
+_servers = pytest.StashKey[SharedServers]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Any:
+    result = yield
+    if _servers in item.config.stash:
+        item.config.stash[_servers].end_all_but(used_servers(nextitem.path) if nextitem else ())
+    return result
+
+
+@pytest.fixture(scope="session")
+def shared_servers(pytestconfig: pytest.Config) -> Iterator[SharedServers]:
+    servers = pytestconfig.stash[_servers] = SharedServers()
+    yield servers
+    servers.end_all_but(())
 
 
 @pytest.fixture(scope="session")
@@ -60,8 +101,13 @@ class Reference:
         return self._known[key]
 
 
-@pytest.fixture(scope="session")
-def reference(logs: Path) -> Iterator[Reference]:
+@pytest.fixture(scope="module")
+def reference(logs: Path, shared_servers: SharedServers) -> Reference:
+    return shared_servers.get("reference", lambda: run_plain_vllm(logs / "reference.log"))
+
+
+@contextmanager
+def run_plain_vllm(log: Path) -> Iterator[Reference]:
     """Plain vLLM with the engine settings of an instance, and prefix caching off."""
     from pd_serve import models
     from pd_serve.platform.cpu import CPU_PREFILL_CHUNK_TOKENS, cpu_engine_defaults
@@ -85,7 +131,7 @@ def reference(logs: Path) -> Iterator[Reference]:
         "--no-enable-prefix-caching",
     ]
     command += [f"--{name.replace('_', '-')}={value}" for name, value in engine.items()]
-    server = ServerProcess(command, logs / "reference.log", port, environment)
+    server = ServerProcess(command, log, port, environment)
     try:
         server.wait_ready()
         yield Reference(server.url)
@@ -119,12 +165,38 @@ def run_cluster(
         server.kill()
 
 
-@pytest.fixture(scope="session")
-def cluster(logs: Path) -> Iterator[ServerProcess]:
+@pytest.fixture(scope="module")
+def cluster(logs: Path, shared_servers: SharedServers) -> ServerProcess:
     """One prefill and two decode instances without prefix caching, shared by many tests."""
     flags = ("--prefill", "1", "--decode", "2", "--no-enable-prefix-caching")
-    with run_cluster(logs / "cluster.log", *flags) as server:
-        yield server
+    return shared_servers.get("cluster", lambda: run_cluster(logs / "cluster.log", *flags))
+
+
+@pytest.fixture(scope="session")
+def receiver() -> Iterator[OtlpReceiver]:
+    receiver = OtlpReceiver()
+    yield receiver
+    receiver.close()
+
+
+@pytest.fixture(scope="module")
+def simulated(logs: Path, receiver: OtlpReceiver, shared_servers: SharedServers) -> ServerProcess:
+    """One prefill and two decode instances with simulated engines, of an A10 with a 7B model: a token takes
+    40 ms. An instance has 780 blocks of 16 tokens."""
+    flags = ("--engine", "simulated", "--prefill", "1", "--decode", "2", "--log-format", "json")
+    # A larger backlog than those of most tests makes a decode instance prefill.
+    roles = {"roles": True, "scale_interval_s": 1, "scale_margin": 5, "backlog_high_tokens": 15000}
+    settings = [text for key, value in roles.items() for text in ("--set", f"{key}={value}")]
+    tracing = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url,
+        "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
+        "OTEL_BSP_SCHEDULE_DELAY": "200",
+        "PD_SERVE_LOG_LEVEL": "DEBUG",
+    }
+    return shared_servers.get(
+        "simulated",
+        lambda: run_cluster(logs / "simulated.log", *flags, *settings, environment=tracing),
+    )
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from tests.e2e.completion_client import Answer, Body, CompletionClient, Move, Progress
-from tests.e2e.conftest import Reference
+from tests.e2e.simulated import simulated_answer
 from tests.e2e.test_same_output import assert_same
 
 
@@ -59,19 +59,24 @@ async def answers(streams: list[Stream]) -> list[Answer]:
 
 
 @asynccontextmanager
-async def load(client: CompletionClient, reference: Reference, bodies: list[Body]) -> AsyncIterator[None]:
-    """A client for each asks it again and again, and looks at every answer, until the block ends."""
-    expected = [await reference(body) for body in bodies]
-    done = asyncio.Event()
+async def load(client: CompletionClient, bodies: list[Body]) -> AsyncIterator[list[Answer]]:
+    """A client for each asks it again and again, and looks at every answer, until the block ends.
 
-    async def ask(number: int) -> None:
+    The engines are simulated, so what they answer is known. The list has the answers so far.
+    """
+    done = asyncio.Event()
+    had: list[Answer] = []
+
+    async def ask(body: Body) -> None:
+        expected = simulated_answer(body)
         while not done.is_set():
-            assert_same(await client.stream(bodies[number]), expected[number])
+            had.append(await client.stream(body))
+            assert_same(had[-1], expected)
 
     async with asyncio.TaskGroup() as group:
-        for number in range(len(bodies)):
-            group.create_task(ask(number))
+        for body in bodies:
+            group.create_task(ask(body))
         try:
-            yield
+            yield had
         finally:
             done.set()

@@ -4,25 +4,18 @@ import asyncio
 import itertools
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.commands import ROOT, run_command
 from tests.e2e.completion_client import CompletionClient
-from tests.e2e.conftest import run_cluster
 from tests.e2e.server_process import ServerProcess
 
-#: Steps of milliseconds, so that the test takes seconds.
-COST_MODEL = ROOT / "results" / "profile-tiny.csv"
 
-
-@pytest.fixture(scope="module")
-def server(logs: Path) -> Iterator[ServerProcess]:
-    flags = ("--engine", "simulated", "--cost-model", str(COST_MODEL), "--prefill", "1", "--decode", "2")
-    with run_cluster(logs / "load_test.log", *flags) as server:
-        yield server
+@pytest.fixture
+def server(simulated: ServerProcess) -> ServerProcess:
+    return simulated
 
 
 async def locust(server: ServerProcess, report: Path, *arguments: str) -> tuple[int, str]:
@@ -54,7 +47,7 @@ async def test_every_stream_is_correct_while_requests_move(
             await client.until(lambda seen: not any(row["draining"] for row in seen["instances"]))
             await asyncio.sleep(0.2)
 
-    lengths = ("--trace", "s-l", "--max-tokens", "300")
+    lengths = ("--trace", "s-l", "--max-tokens", "200")
     arguments = (*lengths, "--rate", "8", "--requests", "60", "--shape", "spike", "--high-priority", "0.2")
     drains = asyncio.create_task(drain_in_turns())
     try:
@@ -76,7 +69,7 @@ async def test_every_stream_is_correct_while_requests_move(
 async def test_a_missed_slo_sets_exit_code_3(
     server: ServerProcess, client: CompletionClient, tmp_path: Path
 ) -> None:
-    slo = ("--slo", "ttft=1ms,tpot=1ms", "--goodput", "0.5")
+    slo = ("--slo", "ttft=1ms,tpot=1ms", "--goodput", "0.5", "--max-tokens", "20")
     code, output = await locust(server, tmp_path / "report.json", "--rate", "20", "--requests", "5", *slo)
     assert code == 3, output
     result = json.loads((tmp_path / "report.json").read_text())

@@ -12,7 +12,6 @@ import httpx
 import pytest
 
 from tests.e2e.completion_client import Body, CompletionClient
-from tests.e2e.conftest import run_cluster
 from tests.e2e.otlp_receiver import OtlpReceiver
 from tests.e2e.prometheus import Prometheus, tool
 from tests.e2e.prompts import token_ids
@@ -24,27 +23,12 @@ TRACE = "0af7651916cd43dd8448eb211c80319c"
 CLIENT_SPAN = "b7ad6b7169203331"
 
 
-@pytest.fixture(scope="module")
-def receiver() -> Iterator[OtlpReceiver]:
-    receiver = OtlpReceiver()
-    yield receiver
-    receiver.close()
+@pytest.fixture
+def server(simulated: ServerProcess) -> ServerProcess:
+    return simulated
 
 
-@pytest.fixture(scope="module")
-def server(logs: Path, receiver: OtlpReceiver) -> Iterator[ServerProcess]:
-    flags = ("--engine", "simulated", "--prefill", "1", "--decode", "2", "--log-format", "json")
-    tracing = {
-        "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url,
-        "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
-        "OTEL_BSP_SCHEDULE_DELAY": "200",
-        "PD_SERVE_LOG_LEVEL": "DEBUG",
-    }
-    with run_cluster(logs / "observability.log", *flags, environment=tracing) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def prometheus(server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     if (program := tool("prometheus")) is None:
         pytest.skip("no prometheus on the PATH, and apt-get cannot fetch its package")

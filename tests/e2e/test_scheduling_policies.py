@@ -1,64 +1,64 @@
-"""Two small neutral instances: de-fragmentation against dispatch alone, and requests that go first."""
+"""Two neutral instances under each of two policies, and a door that closes early. Engines are simulated."""
 
+import asyncio
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
+import openai
 import pytest
 
 from tests.e2e.completion_client import Body, CompletionClient
-from tests.e2e.conftest import Reference, run_cluster
+from tests.e2e.conftest import LIMITS, TIMEOUT, run_cluster
 from tests.e2e.prompts import token_ids
 from tests.e2e.server_process import ServerProcess
+from tests.e2e.simulated import simulated_answer
 from tests.e2e.streams import Stream, answers, streaming
 from tests.e2e.test_same_output import assert_same
 
-#: By title: a request that waits for room is bound to an instance after 15 s. Where that is what is looked
-#: at it has to be sooner: here nothing lasts as long.
+#: A request that waits for room is bound to an instance after 15 s, unless that is sooner: here nothing lasts
+#: as long.
 SETTINGS = {
-    "llumnix": ("--policy", "llumnix"),
-    "llumnix, bound soon": ("--policy", "llumnix", "--set", "bind_after_s=0.2"),
+    "llumnix": ("--policy", "llumnix", "--set", "bind_after_s=0.2"),
     "infaas++": ("--policy", "infaas++"),
 }
 
+MAX_WAITING = 8
+
+with_any_policy = pytest.mark.parametrize("policy", ["llumnix", "infaas++"], indirect=True)
+with_default_policy = pytest.mark.parametrize("policy", ["llumnix"], indirect=True)
+
 
 @pytest.fixture(scope="module")
-def settings(request: pytest.FixtureRequest) -> str:
+def policy(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture
-def policy(settings: str) -> str:
-    return SETTINGS[settings][1]
-
-
 @pytest.fixture(scope="module")
-def server(logs: Path, settings: str) -> Iterator[ServerProcess]:
-    """An instance has 71 usable blocks of 32 tokens."""
-    flags = ("--neutral", "2", "--max-model-len", "2048", "--no-enable-prefix-caching", *SETTINGS[settings])
-    few_blocks = ("--kv-cache-memory-bytes", str(72 * 2**17))
-    with run_cluster(logs / f"{settings}.log", *flags, *few_blocks) as server:
+def server(logs: Path, policy: str) -> Iterator[ServerProcess]:
+    """An instance has 780 blocks of 16 tokens, 773 of which are for new requests. A token takes 40 ms."""
+    flags = ("--engine", "simulated", "--neutral", "2", "--max-waiting-requests", str(MAX_WAITING))
+    with run_cluster(logs / f"{policy}.log", *flags, *SETTINGS[policy]) as server:
         yield server
 
 
-@pytest.mark.parametrize("settings", ["llumnix, bound soon", "infaas++"], indirect=True)
-async def test_defragmentation_makes_room_for_a_large_request(
-    client: CompletionClient, reference: Reference, policy: str
-) -> None:
-    """Both instances have 43 blocks free, and 47 are needed: one instance has to make room for it.
+@with_any_policy
+async def test_defragmentation_makes_room_for_a_large_request(client: CompletionClient, policy: str) -> None:
+    """Both instances have 470 blocks free, and 494 are needed: one instance has to make room for it.
 
     With `llumnix` it waits in the line first, then at the instance that gives requests away.
     """
-    blocking: list[Body] = [{"prompt": token_ids(416, i), "max_tokens": 288} for i in range(4)]
-    large: Body = {"prompt": token_ids(1500), "max_tokens": 20}
-    expected = [await reference(body) for body in (*blocking, large)]
+    blocking: list[Body] = [{"prompt": token_ids(2400, i), "max_tokens": 250} for i in range(4)]
+    large: Body = {"prompt": token_ids(7900), "max_tokens": 20}
     async with streaming(client, blocking, 20) as streams:
         batches = [row["running"] for row in (await client.cluster())["instances"]]
         assert batches == [2, 2]
         last = Stream(client, large)
         ours = [*await answers(streams), await last.answer]
-    for answer, theirs in zip(ours, expected, strict=True):
-        assert_same(answer, theirs)
+    for body, answer in zip((*blocking, large), ours, strict=True):
+        assert_same(answer, simulated_answer(body))
     waited_for = sum(stream.last_token_at < last.first_token_at for stream in streams)
     moved = (await client.cluster())["migrations"].get("defragment", {"committed": 0})["committed"]
     if policy == "llumnix":
@@ -67,19 +67,19 @@ async def test_defragmentation_makes_room_for_a_large_request(
         assert (waited_for > 0, moved) == (True, 0)
 
 
-@pytest.mark.parametrize("settings", ["llumnix", "infaas++"], indirect=True)
-@pytest.mark.parametrize("how", ["body", "header"])
+@pytest.mark.parametrize(
+    ("policy", "how"), [("llumnix", "body"), ("llumnix", "header"), ("infaas++", "body")], indirect=["policy"]
+)
 async def test_a_high_priority_request_overtakes_waiting_ones(
-    client: CompletionClient, reference: Reference, policy: str, how: str
+    client: CompletionClient, policy: str, how: str
 ) -> None:
     """Four requests fill both instances and six wait; what comes last goes first.
 
     With `llumnix` they wait in one line, but for the one that is bound to an instance meanwhile.
     """
-    running: list[Body] = [{"prompt": token_ids(900, i), "max_tokens": 150} for i in range(4)]
-    waiting: list[Body] = [{"prompt": token_ids(800, i), "max_tokens": 20} for i in range(6)]
-    urgent: Body = {"prompt": token_ids(700), "max_tokens": 20}
-    expected = [await reference(body) for body in (*running, *waiting, urgent)]
+    running: list[Body] = [{"prompt": token_ids(4900, i), "max_tokens": 150} for i in range(4)]
+    waiting: list[Body] = [{"prompt": token_ids(4400, i), "max_tokens": 20} for i in range(6)]
+    urgent: Body = {"prompt": token_ids(3800), "max_tokens": 20}
     async with streaming(client, running, 10) as streams:
         queued = [Stream(client, body) for body in waiting]
         seen = await client.until(lambda cluster: in_line(cluster) + at_instances(cluster) == 6)
@@ -89,13 +89,13 @@ async def test_a_high_priority_request_overtakes_waiting_ones(
         else:
             first = Stream(client, urgent, {"X-Vllm-Priority": "-1"})
         ours = await answers([*streams, *queued, first])
-    for answer, theirs in zip(ours, expected, strict=True):
-        assert_same(answer, theirs)
+    for body, answer in zip((*running, *waiting, urgent), ours, strict=True):
+        assert_same(answer, simulated_answer(body))
     overtaken = sum(stream.first_token_at > first.first_token_at for stream in queued)
     waiting_then = sum(stream.first_token_at > first.accepted_at for stream in queued)
-    # Those that come to an instance's step at the same moment go before it.
-    assert overtaken >= waiting_then - (2 if policy == "llumnix" else 3)
-    assert waiting_then > 2, "nobody waited when the urgent one came"
+    # Those that come to an instance's step at the same moment go before it, and so does one that is bound.
+    assert overtaken >= waiting_then - 3
+    assert waiting_then > 3, "nobody waited when the urgent one came"
 
 
 def in_line(cluster: dict[str, Any]) -> int:
@@ -104,3 +104,92 @@ def in_line(cluster: dict[str, Any]) -> int:
 
 def at_instances(cluster: dict[str, Any]) -> int:
     return sum(row["waiting"] for row in cluster["instances"])
+
+
+@with_default_policy
+async def test_requests_are_migrated_by_hand_and_never_handed_off(client: CompletionClient) -> None:
+    body: Body = {"prompt": token_ids(700), "max_tokens": 100}
+    answer = await client.stream(body, client.wander(random.Random(700)))
+    assert_same(answer, simulated_answer(body))
+    assert any(move.done for move in answer.moves)
+    cluster = await client.cluster()
+    assert [instance["role"] for instance in cluster["instances"]] == ["neutral", "neutral"]
+    assert cluster["migrations"]["handoff"] == {"committed": 0, "aborted": 0}
+
+
+@with_default_policy
+async def test_requests_beyond_the_waiting_limit_get_429(client: CompletionClient) -> None:
+    """Two of them fill an instance."""
+    bodies: list[Body] = [{"prompt": token_ids(4400, i), "max_tokens": 20} for i in range(20)]
+
+    async def ask(body: Body) -> bool:
+        try:
+            answer = await client.stream(body)
+        except httpx.HTTPStatusError as error:
+            response = error.response
+            assert response.status_code == 429
+            assert int(response.headers["Retry-After"]) >= 1
+            assert response.json()["error"]["code"] == 429
+            return False
+        assert_same(answer, simulated_answer(body))
+        return True
+
+    served = await asyncio.gather(*map(ask, bodies))
+    assert MAX_WAITING <= sum(served) < len(bodies)
+
+
+@with_default_policy
+async def test_a_client_that_tries_again_is_served(client: CompletionClient) -> None:
+    """openai-python waits as long as `Retry-After` says."""
+    many = 16
+    statuses: list[int] = []
+
+    async def note(response: httpx.Response) -> None:
+        statuses.append(response.status_code)
+
+    http = httpx.AsyncClient(event_hooks={"response": [note]}, timeout=TIMEOUT, limits=LIMITS)
+    async with openai.AsyncOpenAI(
+        base_url=f"{client.http.base_url}/v1", api_key="none", http_client=http, max_retries=1000
+    ) as patient:
+
+        async def ask(number: int, asking: openai.AsyncOpenAI) -> int:
+            answer = await asking.completions.create(
+                model="tiny", prompt=token_ids(4400, number), max_tokens=20, extra_body={"ignore_eos": True}
+            )
+            return answer.usage.completion_tokens if answer.usage else 0
+
+        impatient = patient.with_options(max_retries=0)
+        refused = await asyncio.gather(*(ask(n, impatient) for n in range(many)), return_exceptions=True)
+        errors = [answer for answer in refused if answer != 20]
+        assert {type(error) for error in errors} == {openai.RateLimitError}
+        assert statuses.count(429) == len(errors)
+
+        statuses.clear()
+        assert await asyncio.gather(*(ask(number, patient) for number in range(many))) == [20] * many
+        assert statuses.count(200) == many
+        assert 429 in statuses
+
+
+@with_default_policy
+@pytest.mark.parametrize(
+    ("request_id", "destination", "says"),
+    [("unknown", "neutral-0", "no running request 'unknown'"), ("", "neutral-9", "no instance 'neutral-9'")],
+)
+async def test_migrating_an_unknown_request_or_to_an_unknown_instance_is_404(
+    client: CompletionClient, request_id: str, destination: str, says: str
+) -> None:
+    async with client.open({"prompt": [65], "max_tokens": 500}, "present") as events:
+        await anext(events)
+        move = await client.migrate(request_id or "present", destination)
+    assert move.status == 404
+    assert says in move.body["error"]["message"]
+
+
+@with_default_policy
+async def test_migrating_a_request_to_its_own_instance_is_409(client: CompletionClient) -> None:
+    """One of the two instances has it already, the other does not."""
+    async with client.open({"prompt": [65], "max_tokens": 1500}, "mine") as events:
+        await anext(events)
+        first, second = [await client.migrate("mine", place) for place in client.instances]
+    assert 409 in (first.status, second.status)
+    assert 200 in (first.status, second.status)

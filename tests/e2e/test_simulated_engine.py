@@ -3,26 +3,21 @@
 import asyncio
 import json
 import re
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.e2e.completion_client import Body, CompletionClient
-from tests.e2e.conftest import run_cluster
 from tests.e2e.prompts import token_ids
 from tests.e2e.server_process import ServerProcess
+from tests.e2e.streams import streaming
 from tests.e2e.test_same_output import assert_same
-from tests.e2e.test_scarcity_and_loss import decoding, gone, kill
 
 MESSAGES = [{"role": "user", "content": "Hello!"}]
 
 
-@pytest.fixture(scope="module")
-def server(logs: Path) -> Iterator[ServerProcess]:
-    flags = ("--engine", "simulated", "--prefill", "1", "--decode", "2", "--no-replace")
-    with run_cluster(logs / "simulated.log", *flags) as server:
-        yield server
+@pytest.fixture
+def server(simulated: ServerProcess) -> ServerProcess:
+    return simulated
 
 
 async def test_completions_of_a_prompt_are_equal_and_handed_off_once(client: CompletionClient) -> None:
@@ -86,12 +81,12 @@ async def test_vllms_gauges_are_zero_when_all_requests_have_left(client: Complet
         return [float(value) for value in gauges.findall((await client.http.get("/metrics")).text)]
 
     long: list[Body] = [{"prompt": token_ids(300, i), "max_tokens": 4000} for i in range(2)]
-    async with decoding(client, long, 20) as streams:
+    async with streaming(client, long, 20) as streams:
         await client.until(lambda cluster: sum(i["running"] for i in cluster["instances"][1:]) == 2)
         assert max(await values()) > 0
         for stream in streams:
-            stream.cancel()
-        await asyncio.wait(streams)
+            stream.answer.cancel()
+        await asyncio.wait([stream.answer for stream in streams])
     body: Body = {"prompt": token_ids(300, 2), "max_tokens": 100}
     await client.stream(body, client.tour(["decode-0", "decode-1"]))
     await client.until(lambda cluster: not any(i["running"] for i in cluster["instances"]))
@@ -121,23 +116,3 @@ async def test_parameters_that_need_a_model_are_refused(
     assert response.status_code == 400
     assert response.json()["error"]["code"] == 400
     assert says in response.json()["error"]["message"]
-
-
-async def test_requests_go_on_when_the_decode_pool_dies_and_one_instance_comes_back(
-    client: CompletionClient,
-) -> None:
-    """Meanwhile the prefill instance decodes what it had to compute again; then it hands that off."""
-    bodies: list[Body] = [{"prompt": token_ids(200, i), "max_tokens": 300} for i in range(6)]
-    await client.drain("decode-0")
-    await client.until(lambda cluster: cluster["instances"][1]["draining"])
-    async with decoding(client, bodies, 30) as streams:
-        await kill(client, "decode-1")
-        await gone(client, "decode-1")
-        await client.until(lambda cluster: cluster["instances"][0]["running"] == 6)
-        await client.drain("decode-0", draining=False)
-        await client.until(lambda cluster: cluster["instances"][1]["running"] == 6)
-        answers = await asyncio.gather(*streams)
-    expected = await asyncio.gather(*map(client.answer, bodies))
-    for answer, theirs in zip(answers, expected, strict=True):
-        assert_same(answer, theirs)
-        assert (await client.handed_off(answer.request_id))[-1] == "decode-0"
