@@ -75,7 +75,9 @@ def _reported() -> Iterable[tuple[Metric, list[str]]]:
     report = ClusterReport(
         loads=[load],
         slots={"decode-0": 0},
-        stats={"decode-0": InstanceStats(process, 0, 0, 0, 0, 0, errors, {"policy": 0})},
+        stats={
+            "decode-0": InstanceStats(process, 0, 0, 0, 0, 0, errors, {"policy": 0}, orphans={"ended": 0})
+        },
         stranded={},
         waiting=NO_DEMAND,
         num_running=0,

@@ -4,7 +4,7 @@ Implemented by `migration.vllm_engine.adapter.VllmEngine` and by
 `pd_serve.simulated_engine.simulated_engine.SimulatedEngine`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -240,6 +240,20 @@ class Engine(Protocol):
     # the rest
     async def abort_client(self, client: str) -> None:
         """Ends all requests whose tokens go to an API server that is gone."""
+
+    async def clients_of(self, stem: str) -> set[str]:
+        """The clients of the requests here, and of those that ended here lately, whose ids have this stem."""
+
+    async def adopt(
+        self, request_id: RequestId, payload: list[bytes], client: str, living: Collection[str]
+    ) -> bool:
+        """Continues a request of the same stem, whose client is not a living one, as this request.
+
+        The request gets this id, payload and client, and epoch 0, and stays where it is; a migration of it
+        ends. All its output is sent from the first token on, and its end if it has ended.
+
+        Returns: whether there was such a request. A second call finds none.
+        """
 
     async def visit_requests(self, visit: Callable[[HeldByClient], T]) -> T:
         """Calls `visit` with the requests here, and returns its result.

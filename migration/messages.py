@@ -11,6 +11,15 @@ MigrationId = NewType("MigrationId", str)
 InstanceId = NewType("InstanceId", str)
 
 
+def stem_of(request_id: str) -> str:
+    """What the ids of two requests share if one is the other one, sent again: all but the random end.
+
+    Returns: "" for a request that cannot be found again; its id ends in a dot and the random end.
+    """
+    stem = request_id.rpartition("-")[0]
+    return "" if stem.endswith(".") else stem
+
+
 class RequestDescription(msgspec.Struct, frozen=True):
     """Everything a destination needs before it can reserve for a request.
 

@@ -180,6 +180,13 @@ class ServeConfig(BaseSettings):
         API, 32 * 2**20, "Length of a request's body; longer ones get 413.", ge=1024
     )  # fits a prompt of millions of tokens, or some large pictures
     max_connections: int = _flag(API, 10_000, "Connections of clients at a time; further ones get 503.", ge=1)
+    orphan_s: float = _flag(
+        API,
+        30.0,
+        "Seconds that requests go on after their API server has died, until their clients ask another one.",
+        ge=0,
+        le=600,
+    )
     log_format: Literal["text", "json"] = _flag(API, "text", "Format of log lines.")
 
     api_key: Keys = _flag(

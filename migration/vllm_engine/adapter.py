@@ -6,7 +6,7 @@ that thread too, so that a token's way out does not wait for the event loop.
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TypeVar
 
 import msgspec
@@ -27,9 +27,9 @@ from migration.engine_rules import mismatch
 from migration.errors import DestinationRefusedError, InvalidRequestError, RefusalCode, SourceGoneError
 from migration.messages import BlockRun, FinalState, MigrationId, RequestDescription, RequestId
 from migration.transport.kv_transport import KvRegion
-from migration.vllm_engine import compatibility, worker
+from migration.vllm_engine import compatibility
 from migration.vllm_engine.core_builder import build_core
-from migration.vllm_engine.engine_load import read_held_blocks, read_load
+from migration.vllm_engine.engine_load import read_held_blocks, read_load, read_running
 from migration.vllm_engine.live_requests import LiveRequest, LiveRequests, OutputSink
 from migration.vllm_engine.migrating_scheduler import MigratingScheduler, StageWaiter, Suspended
 from migration.vllm_engine.request_loader import RequestLoader
@@ -48,9 +48,16 @@ class VllmEngine:
     Args:
         make_config: Builds the engine's configuration. Runs on the step thread, as all of vLLM does.
         sink: Takes (client, outputs, spans) after every step; called on the step thread, must not block.
+        keep_ended_s: Time that ended requests are kept for clients that come back, in seconds.
     """
 
-    def __init__(self, make_config: Callable[[], VllmConfig], sink: OutputSink, events: EngineEvents) -> None:
+    def __init__(
+        self,
+        make_config: Callable[[], VllmConfig],
+        sink: OutputSink,
+        events: EngineEvents,
+        keep_ended_s: float = 0.0,
+    ) -> None:
         self._make_config = make_config
         self._sink = sink
         self._events = events
@@ -61,7 +68,7 @@ class VllmEngine:
             on_idle=self._report_load,
             on_death=events.on_death,
         )
-        self._live = LiveRequests()
+        self._live = LiveRequests(keep_ended_s)
         self._loader: RequestLoader = None  # type: ignore[assignment]
         self._last_load_at = 0.0
         self.core: EngineCore = None
@@ -69,18 +76,16 @@ class VllmEngine:
         self.regions: list[KvRegion] = []
         self.compatibility: dict[str, str] = {}
         self.no_migration: str | None = None
-        self._supported_tasks: tuple[str, ...] = ()
 
     async def start(self) -> None:
         await self._steps.start()
 
     @property
     def facts(self) -> EngineFacts:
-        config = self.core.vllm_config
         return EngineFacts(
             no_migration=self.no_migration,
-            max_model_len=config.model_config.max_model_len,
-            num_blocks=config.cache_config.num_gpu_blocks,
+            max_model_len=self.scheduler.max_model_len,
+            num_blocks=self.core.vllm_config.cache_config.num_gpu_blocks,
             block_tokens=self.scheduler.block_size,
             supported_tasks=self._supported_tasks,
         )
@@ -141,16 +146,9 @@ class VllmEngine:
     # ---- source
 
     async def running_requests(self) -> list[RunningRequest]:
-        def running() -> list[RunningRequest]:
-            if self.no_migration is not None:
-                return []
-            return [
-                RunningRequest(self._live[r.request_id].request_id, r.priority, r.num_tokens, float(rank))
-                for rank, r in enumerate(self.scheduler.running)
-                if r.num_output_tokens and not r.is_prefill_chunk and compatibility.unmovable(r) is None
-            ]
-
-        return await self._steps.call(running)
+        if self.no_migration is not None:
+            return []
+        return await self._steps.call(lambda: read_running(self.scheduler, self._live.name_of))
 
     async def describe(self, request_id: RequestId) -> RequestDescription:
         def describe() -> RequestDescription:
@@ -171,15 +169,16 @@ class VllmEngine:
 
         def answer(result: BlockRun | Suspended | SourceGoneError) -> None:
             if isinstance(result, Suspended):
-                result = self._final_state(result)  # type: ignore[assignment]
+                epoch = self._live[result.request.request_id].epoch
+                result = self._loader.final_state(result, epoch)  # type: ignore[assignment]
             self._steps.settle(future, result)
 
         def wait() -> None:
-            if (stay_id := self._live.stay_of(request_id)) is None:
-                answer(SourceGoneError(RefusalCode.FINISHED, "the request has finished"))
-            else:
-                waiter = StageWaiter(stay_id, incarnation, blocks_done, suspend, reader, answer)
-                self.scheduler.wait_for_stage(waiter)
+            if (stay := self._live.stay_of(request_id)) is None:
+                return answer(SourceGoneError(RefusalCode.FINISHED, "the request has finished"))
+            self.scheduler.wait_for_stage(
+                StageWaiter(stay, incarnation, blocks_done, suspend, reader, answer)
+            )
 
         self._steps.submit(wait)
         return await future
@@ -233,8 +232,7 @@ class VllmEngine:
     async def commit(self, migration_id: MigrationId, state: FinalState) -> None:
         def commit() -> None:
             arriving = self.scheduler.arriving_request(migration_id)
-            live = self._live.get(arriving.request_id)
-            if live is None:
+            if (live := self._live.get(arriving.request_id)) is None:
                 raise DestinationRefusedError(RefusalCode.FINISHED, "the request's client has gone")
             self._loader.replay(arriving, state.output_token_ids[arriving.num_output_tokens :])
             if not self._end_below(live.request_id, state.epoch + 1):
@@ -263,6 +261,23 @@ class VllmEngine:
             lambda: check_engine(self.core, set(self._live.stays()), migrates=self.no_migration is None)
         )
 
+    async def clients_of(self, stem: str) -> set[str]:
+        return await self._steps.call(lambda: self._live.clients_of(stem))
+
+    async def adopt(
+        self, request_id: RequestId, payload: list[bytes], client: str, living: Collection[str]
+    ) -> bool:
+        def adopt() -> bool:
+            if (former := self._live.adopt(request_id, payload, client, living)) is None:
+                return False
+            if self.no_migration is None and (stay_id := self._live.stay_of(request_id)) is not None:
+                self.scheduler.keep(stay_id)
+            self._steps.notify(self._events.on_requests_ended, [former])
+            self._live.resend([(request_id, 0)], self._sink)
+            return True
+
+        return await self._steps.call(adopt)
+
     async def visit_requests(self, visit: Callable[[HeldByClient], T]) -> T:
         return await self._steps.call(lambda: visit(self._live.held()))
 
@@ -273,12 +288,7 @@ class VllmEngine:
         return await self._steps.call(lambda: self._live.request_ids(self._live.stays(client)))
 
     async def held_blocks(self) -> list[HeldBlocks]:
-        return await self._steps.call(
-            lambda: [
-                held._replace(request_id=self._live[held.request_id].request_id)
-                for held in read_held_blocks(self.core.scheduler)
-            ]
-        )
+        return await self._steps.call(lambda: read_held_blocks(self.core.scheduler, self._live.name_of))
 
     async def utility(self, method: str, *arguments: object) -> object:
         if method not in compatibility.UTILITIES:
@@ -333,16 +343,6 @@ class VllmEngine:
     def _report_load(self) -> None:
         self._last_load_at = time.monotonic()
         self._steps.notify(self._events.on_load, read_load(self.core.scheduler))
-
-    def _final_state(self, suspended: Suspended) -> FinalState:
-        request = suspended.request
-        return FinalState(
-            tail=suspended.tail,
-            epoch=self._live[request.request_id].epoch,
-            output_token_ids=list(request.output_token_ids),
-            num_computed_tokens=request.num_computed_tokens,
-            rng_state=self.core.collective_rpc(worker.rng_state, args=(request.request_id,))[0],
-        )
 
     def _check_migration(self) -> None:
         if self.no_migration is not None:

@@ -1,9 +1,12 @@
 """An engine's load, read from its scheduler between two steps."""
 
+from collections.abc import Callable
 from typing import Any
 
-from migration.engine_interface import HeldBlocks
+from migration.engine_interface import HeldBlocks, RunningRequest
 from migration.engine_rules import blocks_for
+from migration.messages import RequestId
+from migration.vllm_engine.compatibility import unmovable
 from router.load import EngineLoad
 from router.priority import PriorityClass, priority_class
 
@@ -46,12 +49,21 @@ def _members(queue: Any) -> Any:
     return getattr(queue, "_heap", queue)
 
 
-def read_held_blocks(scheduler: Any) -> list[HeldBlocks]:
-    """Args: `scheduler` is one of vLLM's, with or without migration."""
+def read_held_blocks(scheduler: Any, name_of: Callable[[str], RequestId]) -> list[HeldBlocks]:
+    """Blocks of each request; `scheduler` is one of vLLM's, `name_of` returns the request's own id."""
     migration = getattr(scheduler, "migration", None)
     arriving = [request.request_id for request in migration.arriving.values()] if migration else []
     get_ids = scheduler.kv_cache_manager.get_block_ids
-    held = [(request_id, False) for request_id in scheduler.requests]
-    held += [(request_id, True) for request_id in arriving]
-    counted = [HeldBlocks(request_id, len(get_ids(request_id)[0]), comes) for request_id, comes in held]
+    held = [(stay_id, False) for stay_id in scheduler.requests]
+    held += [(stay_id, True) for stay_id in arriving]
+    counted = [HeldBlocks(name_of(stay_id), len(get_ids(stay_id)[0]), comes) for stay_id, comes in held]
     return [entry for entry in counted if entry.blocks]
+
+
+def read_running(scheduler: Any, name_of: Callable[[str], RequestId]) -> list[RunningRequest]:
+    """The requests that decode and can move; `scheduler` is one with migration."""
+    return [
+        RunningRequest(name_of(request.request_id), request.priority, request.num_tokens, float(rank))
+        for rank, request in enumerate(scheduler.running)
+        if request.num_output_tokens and not request.is_prefill_chunk and unmovable(request) is None
+    ]

@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,8 @@ from vllm.v1.request import Request
 
 from migration.ended_requests import EndedRequests
 from migration.engine_interface import HeldByClient, HeldRequest
-from migration.messages import RequestDescription, RequestId
+from migration.messages import RequestDescription, RequestId, stem_of
+from migration.stem_index import StemIndex
 
 #: (request's ownership epoch, index of the first new token), one per output, in the outputs' order.
 TokenSpan = tuple[int, int]
@@ -59,10 +60,11 @@ class LiveRequests:
     of its own (`RequestLoader.decode`), which outputs are translated from.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keep_ended_s: float) -> None:
         self._by_stay: dict[str, LiveRequest] = {}  # arriving ones included
         self._here: dict[RequestId, str] = {}  # arriving ones excluded
-        self._ended = EndedRequests(time.monotonic)
+        self._stems = StemIndex()  # of those here
+        self._ended = EndedRequests(time.monotonic, keep_ended_s)
 
     def __getitem__(self, stay_id: str) -> LiveRequest:
         return self._by_stay[stay_id]
@@ -78,12 +80,14 @@ class LiveRequests:
         """A request is here from now on; an older stay of it has ended."""
         self._by_stay[stay_id] = live
         self._here[live.request_id] = stay_id
+        self._stems.add(live.request_id)
 
     def ends(self, stay_id: str) -> None:
         """Idempotent."""
         live = self._by_stay.pop(stay_id, None)
         if live is not None and self._here.get(live.request_id) == stay_id:
             del self._here[live.request_id]
+            self._stems.discard(live.request_id)
 
     def stay_of(self, request_id: RequestId) -> str | None:
         """The id of a request that is here; None if it is not, or only on its way."""
@@ -93,8 +97,36 @@ class LiveRequests:
         """Ids of all stays of one client's requests, or of all."""
         return [stay_id for stay_id, live in self._by_stay.items() if client in (None, live.client)]
 
+    def clients_of(self, stem: str) -> set[str]:
+        """See `migration.engine_interface.Engine.clients_of`."""
+        live = {self._by_stay[self._here[request_id]].client for request_id in self._stems[stem]}
+        return live | {ended.client for ended in self._ended.of_stem(stem)}
+
+    def adopt(
+        self, request_id: RequestId, payload: list[bytes], client: str, living: Collection[str]
+    ) -> RequestId | None:
+        """A stay, or the end, of another request of this stem is that of this request from now on.
+
+        Returns: the other request; see `migration.engine_interface.Engine.adopt`.
+        """
+        if request_id in self._here:
+            return None
+        for former in self._stems[stem_of(request_id)]:
+            stay_id = self._here[former]
+            live = self._by_stay[stay_id]
+            if live.client not in living:
+                del self._here[former]
+                self._stems.discard(former)
+                live.request_id, live.payload, live.client, live.epoch = request_id, payload, client, 0
+                self.enters(stay_id, live)
+                return former
+        return self._ended.adopt(request_id, client, living)
+
+    def name_of(self, stay_id: str) -> RequestId:
+        return self._by_stay[stay_id].request_id
+
     def request_ids(self, stay_ids: list[str]) -> list[RequestId]:
-        return [self._by_stay[stay_id].request_id for stay_id in stay_ids]
+        return [self.name_of(stay_id) for stay_id in stay_ids]
 
     def emit(self, outputs: dict[int, EngineCoreOutputs], sink: OutputSink) -> list[str]:
         """Sends a step's outputs to their clients. Returns the stays that have finished."""
@@ -128,14 +160,14 @@ class LiveRequests:
         for request_id, stay_id in self._here.items():
             live = self._by_stay[stay_id]
             held[live.client].append(HeldRequest(request_id, live.epoch, live.emitted))
-        for e in self._ended:
+        for e in self._ended.reported():
             held[e.client].append(HeldRequest(e.request_id, e.epoch, len(e.output_token_ids), finished=True))
         return held
 
     def resend(self, asked: Iterable[tuple[RequestId, int]], sink: OutputSink) -> None:
         """See `migration.engine_interface.Engine.resend`."""
         for request_id, index in asked:
-            ended: dict[str, Any] = {}
+            end: dict[str, Any] = {}
             if (stay_id := self._here.get(request_id)) is not None:
                 live = self._by_stay[stay_id]
                 if not _has_only_tokens(live.request):
@@ -144,12 +176,20 @@ class LiveRequests:
                 tokens = list(live.request.output_token_ids[index : live.emitted])
             elif (kept := self._ended.get(request_id)) is not None:
                 client, epoch, tokens = kept.client, kept.epoch, kept.output_token_ids[index:]
-                ended = {"finish_reason": kept.finish_reason, "stop_reason": kept.stop_reason}
+                end = {"finish_reason": kept.finish_reason, "stop_reason": kept.stop_reason}
             else:
                 continue
-            events = None if index else _began_now()
-            output = EngineCoreOutput(request_id, tokens, events=events, **ended)
-            sink(client, EngineCoreOutputs(outputs=[output]), [(epoch, index)])
+            # One token each, as at first: vLLM's front end would count tokens behind a stop string, too.
+            outputs = [EngineCoreOutput(request_id, [token]) for token in tokens]
+            if end:
+                last = outputs.pop().new_token_ids if outputs else []
+                outputs.append(EngineCoreOutput(request_id, last, **end))
+            if not outputs:
+                continue
+            if not index:
+                outputs[0].events = _began_now()
+            spans = [(epoch, index + i) for i in range(len(outputs))]
+            sink(client, EngineCoreOutputs(outputs=outputs), spans)
 
     def _keep(self, live: LiveRequest, output: EngineCoreOutput) -> None:
         tokens = list(live.request.output_token_ids[: live.emitted])

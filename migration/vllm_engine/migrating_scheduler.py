@@ -203,13 +203,17 @@ class MigrationMixin:
         if request is not None:
             self.running.insert(0, request)  # before prompts in progress, and not the first to be preempted
 
+    def keep(self, request_id: str) -> None:
+        """Ends what a migration of the request, out of here or to here, could still do to it. Idempotent."""
+        self.resume(request_id)
+        self.migration.arrived.pop(request_id, None)
+
     def release(self, request_id: str) -> bool:
         """Frees a suspended request without output: it lives elsewhere now. Idempotent.
 
         Returns: whether it was suspended here.
         """
-        request = self.migration.suspended.get(request_id)
-        if request is None:
+        if (request := self.migration.suspended.get(request_id)) is None:
             return False
         request.status = RequestStatus.FINISHED_ABORTED
         self._free_request(request)
@@ -318,11 +322,10 @@ class MigrationMixin:
 
     def arriving_request(self, migration_id: str) -> Request:
         """Raises: DestinationRefusedError: nothing is reserved for this migration."""
-        try:
-            return self.migration.arriving[migration_id]
-        except KeyError:
+        if (request := self.migration.arriving.get(migration_id)) is None:
             text = "nothing is reserved for this migration"
-            raise DestinationRefusedError(RefusalCode.UNKNOWN_MIGRATION, text) from None
+            raise DestinationRefusedError(RefusalCode.UNKNOWN_MIGRATION, text)
+        return request
 
     def _arrived_by(self, migration_id: str) -> str | None:
         """The id of the request that a migration has brought here."""

@@ -1,4 +1,4 @@
-"""Requests that enter an engine in the middle of their decoding."""
+"""Requests that enter, or leave, an engine in the middle of their decoding."""
 
 import asyncio
 import itertools
@@ -9,8 +9,9 @@ from vllm.v1.request import Request
 from vllm.v1.serial_utils import MsgpackDecoder
 
 from migration.errors import DestinationRefusedError, RefusalCode
-from migration.messages import RequestId
+from migration.messages import FinalState, RequestId
 from migration.vllm_engine import worker
+from migration.vllm_engine.migrating_scheduler import Suspended
 
 #: How long a grammar may take to compile before a migration goes on without this destination.
 GRAMMAR_S = 30.0
@@ -86,4 +87,15 @@ class RequestLoader:
                 num_computed_tokens,
                 rng_state,
             ),
+        )
+
+    def final_state(self, suspended: Suspended, epoch: int) -> FinalState:
+        """What `install` needs elsewhere, with the blocks that are left."""
+        request = suspended.request
+        return FinalState(
+            tail=suspended.tail,
+            epoch=epoch,
+            output_token_ids=list(request.output_token_ids),
+            num_computed_tokens=request.num_computed_tokens,
+            rng_state=self._core.collective_rpc(worker.rng_state, args=(request.request_id,))[0],
         )

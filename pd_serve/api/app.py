@@ -14,6 +14,7 @@ from pd_serve.api.engine_client import ClusterAsyncLLM
 from pd_serve.api.identity import IdentityMiddleware
 from pd_serve.api.keys import KeyMiddleware
 from pd_serve.api.overload import OverloadMiddleware
+from pd_serve.api.resumption import ResumptionMiddleware
 
 
 async def create_app(
@@ -49,7 +50,7 @@ async def create_app(
     # CORS headers, and counts in vLLM's HTTP metrics. `app.add_middleware` would be outside of these, and
     # `build_app` has built the stack already: building it again would lose the HTTP metrics.
     bounded = OverloadMiddleware(app.router.middleware_stack, cluster=cluster, max_waiting=max_waiting)
-    inner = IdentityMiddleware(BodyLimitMiddleware(bounded, max_body_bytes))
+    inner = IdentityMiddleware(ResumptionMiddleware(BodyLimitMiddleware(bounded, max_body_bytes)))
     api_keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
     app.router.middleware_stack = KeyMiddleware(inner, api_keys=api_keys, admin_key=admin_key)
     return app

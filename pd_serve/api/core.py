@@ -9,6 +9,7 @@ from vllm.v1.engine.core_client import EngineCoreClient
 
 from pd_serve.api.codec import VllmCodec
 from pd_serve.api.identity import client_id
+from pd_serve.api.resumption import note_resumed
 from pd_serve.comm.requests import CallEngine
 from pd_serve.frontend.frontend import Frontend
 from router.request import NewRequest, prefix_keys
@@ -50,7 +51,7 @@ class ClusterCore(EngineCoreClient):
         new = NewRequest(len(token_ids), request.priority, prefix_keys(token_ids))
         parameters = request.sampling_params
         max_tokens = parameters.max_tokens if parameters is not None else 0  # pooling
-        self._frontend.requests.submit(
+        is_resumed = await self._frontend.adoption.submit(
             request.request_id,
             self._codec.encode_request(request),
             new,
@@ -59,6 +60,7 @@ class ClusterCore(EngineCoreClient):
             client_id=client_id(),
             trace_headers=request.trace_headers,
         )
+        note_resumed(is_resumed)
 
     async def get_output_async(self) -> EngineCoreOutputs:
         """The next outputs. An exception here would fail every request."""

@@ -21,7 +21,6 @@ from vllm.transformers_utils.config import maybe_register_config_serialize_by_va
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
-from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 from vllm.v1.metrics.loggers import StatLoggerManager, load_stat_logger_plugin_factories
 
@@ -29,6 +28,8 @@ from migration.tasks import BackgroundTasks
 from pd_serve.api.cluster_view import ClusterView
 from pd_serve.api.identity import client_id
 from pd_serve.api.overload import announce, mark_submitted
+from pd_serve.api.request_ids import StemInputProcessor
+from pd_serve.api.resumption import expect_requests
 from pd_serve.errors import EngineDeadError, InvalidRequestError, OverloadedError, PdServeError
 from pd_serve.observe.recorder import is_named
 
@@ -88,7 +89,7 @@ class ClusterAsyncLLM(AsyncLLM):
         self.log_requests = log_requests
         self.log_stats = log_stats or bool(custom_loggers)
         self.renderer = renderer_from_config(vllm_config)
-        self.input_processor = InputProcessor(vllm_config, self.renderer)
+        self.input_processor = StemInputProcessor(vllm_config, self.renderer)
         self.admission_stats = None
         self.output_processor = OutputProcessor(
             self.renderer.tokenizer,
@@ -127,6 +128,7 @@ class ClusterAsyncLLM(AsyncLLM):
         """
         try:
             announce(sampling_params.n)
+            expect_requests(sampling_params.n)
             if self._check is not None:
                 self._check(sampling_params)
         except PdServeError as error:

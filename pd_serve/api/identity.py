@@ -8,11 +8,17 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 HEADER = "X-Request-Id"
 
 _client_id: ContextVar[str] = ContextVar("pd_serve_client_id", default="")
+_credentials: ContextVar[str] = ContextVar("pd_serve_credentials", default="")
 
 
 def client_id() -> str:
     """The `X-Request-Id` of the HTTP request of this task; "" without one."""
     return _client_id.get()
+
+
+def credentials() -> str:
+    """The `Authorization` of the HTTP request of this task; "" without one."""
+    return _credentials.get()
 
 
 class IdentityMiddleware:
@@ -25,8 +31,11 @@ class IdentityMiddleware:
         """Serves one ASGI connection."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        token = _client_id.set(Headers(scope=scope).get(HEADER, ""))
+        headers = Headers(scope=scope)
+        token = _client_id.set(headers.get(HEADER, ""))
+        other = _credentials.set(headers.get("Authorization", ""))
         try:
             await self.app(scope, receive, send)
         finally:
             _client_id.reset(token)
+            _credentials.reset(other)

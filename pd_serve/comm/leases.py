@@ -41,6 +41,10 @@ class Leases:
     def renew(self, name: str) -> None:
         self._renewed_at[name] = self._clock.time()
 
+    def begin(self, name: str) -> None:
+        """Begins a lease. One that has begun already goes on."""
+        self._renewed_at.setdefault(name, self._clock.time())
+
     def drop(self, name: str) -> None:
         """Ends a lease. Unknown names are ignored."""
         self._renewed_at.pop(name, None)

@@ -195,6 +195,14 @@ class InstanceStats(msgspec.Struct, frozen=True):
             extra=COUNTER | {"label": "reason"},
         ),
     ] = {}
+    orphans: Annotated[
+        dict[str, int],
+        Meta(
+            description="Requests that outlived their API server, by outcome: adopted (their client asked "
+            "another API server) or ended (no client came back in time).",
+            extra=COUNTER | {"label": "outcome"},
+        ),
+    ] = {}
 
 
 class LoadReport(msgspec.Struct, frozen=True, tag=True):

@@ -1,6 +1,6 @@
 """All remote calls: the request, the process that serves it, and the type of the answer."""
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -61,6 +61,36 @@ class MoveRequest(Request[MigrationRecord], frozen=True, tag=True):
     request_id: RequestId
     destination: InstanceId
     blocking: bool = False
+
+
+class OrphanAnswer(msgspec.Struct, frozen=True, array_like=True):
+    """What an instance knows of a request.
+
+    Attributes:
+        state: "unknown": it has never had it; "known": it has had it; "doubtful": it has it, and its API
+            server may be alive; "orphan": it has it, and its API server is gone.
+        heartbeat: Of a doubtful one: number of the last heartbeat from its API server; 0 if unknown.
+    """
+
+    state: Literal["unknown", "known", "doubtful", "orphan"]
+    heartbeat: int = 0
+
+
+class FindOrphan(Request[OrphanAnswer], frozen=True, tag=True):
+    """Asks for a request of another API server whose id has this stem (`migration.messages.stem_of`)."""
+
+    stem: str
+
+
+class Adopt(Request[bool], frozen=True, tag=True):
+    """Continues an orphan of the same stem as this request of the sender; see `Engine.adopt`.
+
+    Answer: whether there was one. All its tokens are sent, from the first one on.
+    """
+
+    request_id: RequestId
+    client: str
+    payload: list[bytes]
 
 
 # ---- API server → manager
@@ -124,6 +154,8 @@ AnyRequest = (
     | ListHoldings
     | CallEngine
     | MoveRequest
+    | FindOrphan
+    | Adopt
     | DrainInstance
     | ScalePools
     | RestartInstances

@@ -15,8 +15,14 @@ REQUEST_REPORT_INTERVAL_S = INSTANCE_HEARTBEAT_S
 MANAGER_LEASE_S = 3.0  # API servers show the manager as absent, and look for its address again
 SCHEDULER_LEASE_S = 3.0  # the manager shows the scheduler as absent
 SCHEDULER_HANG_S = 15.0  # the manager ends its process and starts another one
-API_SERVER_LEASE_S = 30.0  # the manager removes it from the membership, and instances end its requests
+API_SERVER_LEASE_S = 30.0  # the manager removes it from the membership; its requests are orphans then
 INSTANCE_LEASE_S = 30.0  # the manager removes it from the membership and ends its process
+
+#: An API server whose heartbeats an instance has not received for this long reads its requests no more, and
+#: clients that ask another API server get them there. That one waits a little longer to find out, asks at
+#: this interval, and waits this long for each answer; then it serves a new request.
+READER_SILENCE_S, FIND_ORPHAN_S = 3.0, 4.5
+FIND_INTERVAL_S, FIND_CALL_S, ADOPT_S = 0.25, 0.5, 5.0
 
 #: An instance or scheduler ends itself when neither manager nor API servers have sent anything for this long.
 ORPHAN_S = 120.0

@@ -12,13 +12,7 @@ from migration.tasks import BackgroundTasks
 from pd_serve.comm.cluster_state import ClusterState
 from pd_serve.comm.membership import ApiServerInfo, InstanceInfo, Membership, MembershipView
 from pd_serve.comm.message_wire import MessageWire
-from pd_serve.comm.messages import (
-    InstanceStats,
-    LoadReport,
-    MigrationEnded,
-    RequestFailed,
-    ToApiServer,
-)
+from pd_serve.comm.messages import InstanceStats, LoadReport, MigrationEnded, RequestFailed, ToApiServer
 from pd_serve.comm.outputs import OutputBatch
 from pd_serve.comm.requests import (
     Call,
@@ -35,6 +29,7 @@ from pd_serve.comm.requests import (
 from pd_serve.comm.rpc import Answer, RpcServer
 from pd_serve.comm.timing import HEARTBEAT_S, INTEGRITY_SETTLE_S, REQUEST_REPORT_INTERVAL_S
 from pd_serve.errors import MigrationRefusedError, RefusalCode, UnknownTargetError
+from pd_serve.frontend.adoption import Adoption
 from pd_serve.frontend.instances import Instances
 from pd_serve.frontend.integrity import IntegrityWatch, compare_holdings, lost, without_client
 from pd_serve.frontend.manager_client import ManagerClient
@@ -61,11 +56,13 @@ class Frontend:
         deliver: Receives batches of outputs, every token exactly once and in order.
         dispatcher: Decides where requests start and where they are handed off to.
         num_slots: See `Instances`.
+        orphan_s: See `Adoption`.
         clock: Clock of the recorded times, in seconds.
         on_integrity: Called every minute with the violated invariants of the cluster; None: no such checks.
 
     Attributes:
         tokens: Has an `observer`, for measurements.
+        adoption: Submits requests that another API server may have had.
         internal_ids: Returns the engines' ids of a request by the client's id; set by the engine client.
     """
 
@@ -78,6 +75,7 @@ class Frontend:
         dispatcher: Dispatcher,
         *,
         num_slots: int,
+        orphan_s: float = 0.0,
         recorder: RequestRecorder | None = None,
         clock: Callable[[], float] = time.monotonic,
         on_integrity: Callable[[list[str]], None] | None = None,
@@ -109,6 +107,7 @@ class Frontend:
             clock,
             self._reconciler.on_report,
         )
+        self.adoption = Adoption(token_endpoint, self.instances, self.requests, orphan_s)
         self._placement = placement
         self._manual = ManualMigrations(wire, requests, self.instances, placement)
         self._manager = ManagerClient(
@@ -310,11 +309,10 @@ class Frontend:
             problems += state.scheduler_stats.problems if state.scheduler_stats is not None else []
         for found in (await self.instances.call_all(CheckIntegrity())).values():
             problems += found
-        live = await self.instances.call_all(ListRequests(self._token_endpoint))
-        owners = self._owners()
-        for instance_id, orphans in without_client(live, owners).items():
-            problems.append(f"{instance_id}: holds requests that no client waits for: {orphans}")
-        problems += [f"no instance has the request {request_id}" for request_id in lost(live, owners)]
+        unread, missing = await self._compare_requests()
+        for instance_id, requests in unread.items():
+            problems.append(f"{instance_id}: holds requests that no client waits for: {requests}")
+        problems += [f"no instance has the request {request_id}" for request_id in missing]
         waiting = sum(not request.ledger.token_ids for request in self.requests.requests.values())
         if self.num_waiting != waiting:
             problems.append(f"{self.num_waiting} requests are counted as waiting, and {waiting} wait")
@@ -325,16 +323,17 @@ class Frontend:
         found: list[str] = []
         for problems in (await self.instances.call_all(CheckIntegrity(at_rest=False))).values():
             found += problems
-        live = await self.instances.call_all(ListRequests(self._token_endpoint))
-        owners = self._owners()
-        for instance_id, orphans in without_client(live, owners).items():
-            found += [f"{instance_id}: no client waits for the request {orphan}" for orphan in orphans]
-        found += [f"no instance has the request {request_id}" for request_id in lost(live, owners)]
+        unread, missing = await self._compare_requests()
+        for instance_id, requests in unread.items():
+            found += [f"{instance_id}: no client waits for the request {request}" for request in requests]
+        found += [f"no instance has the request {request_id}" for request_id in missing]
         return found + compare_holdings(await self.instances.call_all(ListHoldings()))
 
-    def _owners(self) -> dict[RequestId, str]:
-        """The instance of each request in progress; "" for one that waits."""
-        return {request_id: request.ledger.owner for request_id, request in self.requests.requests.items()}
+    async def _compare_requests(self) -> tuple[dict[str, list[RequestId]], list[RequestId]]:
+        """This API server's requests that it does not know, by instance; and those that no instance has."""
+        live = await self.instances.call_all(ListRequests(self._token_endpoint))
+        owners = {request_id: request.ledger.owner for request_id, request in self.requests.requests.items()}
+        return without_client(live, owners), lost(live, owners)
 
     # ---- calls of other API servers, forwarded by the manager
 

@@ -83,7 +83,8 @@ class RequestTracker:
         name: str = "",
         client_id: str = "",
         trace_headers: Mapping[str, str] | None = None,
-    ) -> None:
+        holder: str = "",
+    ) -> TrackedRequest:
         """Starts a request.
 
         Args:
@@ -92,19 +93,35 @@ class RequestTracker:
             name: vLLM's id of the request, which its answer has, too.
             client_id: The client's own id of the request; "" without one.
             trace_headers: The client's trace context headers, such as `traceparent`.
+            holder: Instance that has it already; see `pd_serve.frontend.adoption`. It is not started then.
 
         Raises:
             EngineDeadError: No live instance takes new requests.
         """
-        request = TrackedRequest(RequestId(request_id), payload, new, TokenLedger(""), max_tokens)
+        request = TrackedRequest(RequestId(request_id), payload, new, TokenLedger(holder), max_tokens)
         self._recorder.issued(
             request_id, self._clock(), new, name=name, client_id=client_id, trace_headers=trace_headers
         )
-        if not self._placement.start(request):
+        if holder:
+            load = self._instances.load_of(holder)
+            role = load.role if load is not None else ""
+            self._recorder.dispatched(request_id, holder, role, self._clock())
+        elif not self._placement.start(request):
             self._recorder.ended(request_id, "error", self._clock())
             raise EngineDeadError("no live instance takes new requests; see GET /cluster")
         self.requests[request.request_id] = request
         self.num_waiting += 1
+        return request
+
+    def continue_on(self, request: TrackedRequest, holder: str) -> None:
+        """Expects a request from another holder, or starts it if that is "": the last one did not have it.
+
+        Does nothing if it has ended or been recovered meanwhile.
+        """
+        if self.requests.get(request.request_id) is request and not request.ledger.epoch:
+            request.ledger.owner = holder
+            if not holder:
+                self._recovery.add(request)
 
     def abort(self, request_ids: list[str]) -> None:
         """Aborts requests on their owners. Unknown ids are ignored."""

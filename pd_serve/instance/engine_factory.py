@@ -22,6 +22,7 @@ def create_engine(
     simulated: EngineSettings | None,
     publish: PublishOutputs,
     events: EngineEvents,
+    keep_ended_s: float = 0.0,
 ) -> Engine:
     """Creates the engine of an instance, without starting it.
 
@@ -29,14 +30,15 @@ def create_engine(
         engine_args: Arguments of vLLM's `AsyncEngineArgs`.
         simulated: Settings of a simulated engine, which replaces vLLM's; None for vLLM's.
         publish: Sends outputs to API servers. Called on the engine's step thread if it has one.
+        keep_ended_s: Time that ended requests are kept for clients that come back, in seconds.
     """
     if simulated is not None:
         from pd_serve.simulated_engine.vllm_format import make_engine
 
-        return make_engine(simulated, publish, events)
+        return make_engine(simulated, publish, events, keep_ended_s=keep_ended_s)
     from migration.vllm_engine.adapter import VllmEngine
 
-    return VllmEngine(lambda: _vllm_config(engine_args), publish, events)
+    return VllmEngine(lambda: _vllm_config(engine_args), publish, events, keep_ended_s)
 
 
 def no_handoffs(why: str) -> str:

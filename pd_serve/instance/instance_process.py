@@ -31,6 +31,7 @@ class InstanceConfig:
         stage_bytes_per_s: See `MigrationBounds`.
         simulated: Settings of a simulated engine, which replaces vLLM's; None for vLLM's.
         needs_migration: The instance does not start if its engine cannot move requests.
+        orphan_s: See `pd_serve.instance.orphans`.
     """
 
     instance_id: str
@@ -42,6 +43,7 @@ class InstanceConfig:
     stage_bytes_per_s: float | None = None
     simulated: EngineSettings | None = None
     needs_migration: bool = False
+    orphan_s: float = 0.0
 
 
 class Instance:
@@ -78,10 +80,17 @@ class Instance:
         bounds = MigrationBounds(stage_bytes_per_s=config.stage_bytes_per_s)
         self._tokens = TokenPublisher(name, self._wire)
         self.llumlet = Llumlet(
-            name, config.role, self._wire, self._transport, self._tokens, bounds=bounds, on_fatal=self._die
+            name,
+            config.role,
+            self._wire,
+            self._transport,
+            self._tokens,
+            bounds=bounds,
+            orphan_s=config.orphan_s,
+            on_fatal=self._die,
         )
         self._engine: Engine = create_engine(
-            config.engine_args, config.simulated, self._tokens.publish, self.llumlet.events
+            config.engine_args, config.simulated, self._tokens.publish, self.llumlet.events, config.orphan_s
         )
         await self._engine.start()
         gc.enable()

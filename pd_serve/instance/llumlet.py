@@ -14,7 +14,7 @@ from migration.bounds import MigrationBounds
 from migration.coordinator import MigrationCoordinator
 from migration.engine_interface import Engine, EngineEvents
 from migration.errors import EngineDeadError, PdServeError
-from migration.messages import AnyMigrationMessage, InstanceId, MigrationMessage, RequestId
+from migration.messages import AnyMigrationMessage, InstanceId, MigrationMessage, Offer, RequestId
 from migration.record import MigrationRecord
 from migration.tasks import BackgroundTasks
 from migration.transport.kv_transport import KvTransport
@@ -34,9 +34,11 @@ from pd_serve.comm.messages import (
     ToInstance,
 )
 from pd_serve.comm.requests import (
+    Adopt,
     Call,
     CallEngine,
     CheckIntegrity,
+    FindOrphan,
     Holdings,
     ListHoldings,
     ListRequests,
@@ -47,6 +49,7 @@ from pd_serve.comm.timing import INSTANCE_HEARTBEAT_S
 from pd_serve.instance.handoffs import Handoffs
 from pd_serve.instance.load_reporter import LoadReporter
 from pd_serve.instance.moves import Moves
+from pd_serve.instance.orphans import Orphans
 from pd_serve.instance.request_reporter import ReportPublisher, RequestReporter
 from router.load import EngineLoad
 
@@ -61,6 +64,7 @@ class Llumlet:
 
     Args:
         publisher: Sends the reports of requests.
+        orphan_s: Seconds that requests go on after their API server has left; 0 ends them at once.
         on_fatal: Called on an unexpected failure of the engine or of a migration, after which the state of
             the instance may be wrong. It has to end the process.
     """
@@ -74,6 +78,7 @@ class Llumlet:
         publisher: ReportPublisher,
         *,
         bounds: MigrationBounds | None = None,
+        orphan_s: float = 0.0,
         on_fatal: Callable[[BaseException], None] | None = None,
     ) -> None:
         self.name = name
@@ -83,7 +88,9 @@ class Llumlet:
         self._on_fatal = on_fatal
         self._tasks = BackgroundTasks(on_fatal)
         self._members = MembershipView(name, wire)
-        self._requests = RequestReporter(self._members, publisher, self._tasks)
+        self._orphan_s = orphan_s
+        self._requests = RequestReporter(self._members, publisher, self._tasks, orphan_s)
+        self._orphans = Orphans(self._members)
         self.reporter = LoadReporter(
             name,
             role,
@@ -91,6 +98,7 @@ class Llumlet:
             self._members,
             lambda: self.handoffs.stranded,
             lambda: self._requests.number,
+            lambda: (self._orphans.num_adopted, self._requests.num_orphans_ended),
         )
         self.handoffs = Handoffs(name, self._members, self.reporter, self._tasks)
         self._moves = Moves(name, wire, self._members, self.reporter)
@@ -112,6 +120,8 @@ class Llumlet:
                 ListHoldings: self._holdings,
                 CallEngine: self._call_engine,
                 MoveRequest: self._moves.move,
+                FindOrphan: self._orphans.find,
+                Adopt: self._orphans.adopt,
             },
         )
         self.address = wire.listen(ToInstance, self._on_message)
@@ -128,6 +138,7 @@ class Llumlet:
             on_ended=self._on_migration_ended,
             on_failure=self._on_fatal,
         )
+        self._orphans.start(engine)
         for part in (self.handoffs, self._moves):
             part.start(engine, self.coordinator)
         self.reporter.start(self.coordinator)
@@ -146,8 +157,10 @@ class Llumlet:
     def _on_message(self, sender: str, message: Any, payload: Sequence[bytes]) -> None:
         if self.coordinator is None:
             return  # the engine is loading, and the membership does not have this instance yet
+        self._orphans.on_message()
         match message:
             case AddRequest():
+                self._orphans.note(message.request_id)
                 if self._requests.adding(message):
                     self._tasks.start(self._add(sender, message, [bytes(frame) for frame in payload]))
             case AbortRequests():
@@ -165,11 +178,14 @@ class Llumlet:
             case Heartbeat(number=number):
                 self._orphan_timer.on_message()
                 self._requests.on_heartbeat(sender, number)
+                self._orphans.on_heartbeat(sender, number)
             case Membership():
                 self._on_membership(message)
             case Call(call_id=call_id, request=request):
                 self._calls.on_call(sender, call_id, request)
             case _ if isinstance(message, AnyMigrationMessage):
+                if isinstance(message, Offer):
+                    self._orphans.note(message.request.request_id)
                 self.coordinator.on_message(InstanceId(sender), message)
             case _:
                 raise TypeError(f"an instance takes no {type(message).__name__}")
@@ -184,8 +200,12 @@ class Llumlet:
             logger.info("%s: %s is gone", self.name, instance_id)
             self.coordinator.peer_lost(InstanceId(instance_id))
         for api_server, info in change.api_servers_left.items():
-            logger.warning("%s: API server %s is gone, ending its requests", self.name, api_server)
-            self._tasks.start(self.engine.abort_client(info.token_endpoint))
+            end = f"its requests end after {self._orphan_s:g} s"
+            logger.warning("%s: API server %s is gone, %s", self.name, api_server, end)
+            self._requests.client_left(info.token_endpoint)
+            if not self._orphan_s:
+                self._tasks.start(self.engine.abort_client(info.token_endpoint))
+        self._orphans.on_membership(change.api_servers_left)
         self.reporter.report_soon()
 
     def _send_to_peer(self, peer: InstanceId, message: MigrationMessage) -> None:

@@ -32,6 +32,7 @@ class LoadReporter:
     Args:
         stranded: Returns the stranded requests.
         request_reports: Returns the number of the last report of requests.
+        orphans: Returns the numbers of adopted and of ended orphans.
 
     Attributes:
         role: Present role of the instance.
@@ -51,6 +52,7 @@ class LoadReporter:
         members: MembershipView,
         stranded: Callable[[], list[RequestId]],
         request_reports: Callable[[], int],
+        orphans: Callable[[], tuple[int, int]] = lambda: (0, 0),
     ) -> None:
         self.role = role
         self.draining = False
@@ -65,6 +67,7 @@ class LoadReporter:
         self._members = members
         self._stranded = stranded
         self._request_reports = request_reports
+        self._orphans = orphans
         self._loop = asyncio.get_running_loop()
         self._coordinator: MigrationCoordinator | None = None
         self._engine = EngineLoad(block_tokens=1)  # until the engine reports
@@ -133,6 +136,7 @@ class LoadReporter:
             protocol_errors=coordinator.protocol_errors + len(self._wire.failures),
             message_errors=dict(self._wire.failures.by_kind),
             refused_orders=dict(self.refused_orders),
+            orphans=dict(zip(("adopted", "ended"), self._orphans(), strict=True)),
         )
 
     def report_soon(self) -> None:

@@ -31,10 +31,14 @@ class RequestReporter:
 
     Attributes:
         number: Number of the last report.
+        num_orphans_ended: Requests ended because no API server has adopted them.
     """
 
-    def __init__(self, members: MembershipView, publisher: ReportPublisher, tasks: BackgroundTasks) -> None:
-        self.number = 0
+    def __init__(
+        self, members: MembershipView, publisher: ReportPublisher, tasks: BackgroundTasks, orphan_s: float
+    ) -> None:
+        self.number = self.num_orphans_ended = 0
+        self._orphan_s = orphan_s
         self._members = members
         self._publisher = publisher
         self._tasks = tasks
@@ -43,10 +47,14 @@ class RequestReporter:
         self._adding: dict[str, dict[tuple[RequestId, int], HeldRequest]] = {}
         self._received: OrderedDict[tuple[RequestId, int], None] = OrderedDict()
         self._reporting: asyncio.Task[None] | None = None
-        self._unknown: dict[str, int] = {}
+        self._absent: dict[str, int] = {}  # reports since an API server has left, by client
 
     def on_heartbeat(self, api_server: str, number: int) -> None:
         self._heartbeats[api_server] = number
+
+    def client_left(self, client: str) -> None:
+        """Its API server is no member any more."""
+        self._absent.setdefault(client, 0)
 
     def adding(self, message: AddRequest) -> bool:
         """A request has been received, and is reported from now on. Returns False if it comes twice."""
@@ -79,25 +87,37 @@ class RequestReporter:
         adding = {client: list(requests.values()) for client, requests in self._adding.items()}
         number = self.number + 1
 
-        def visit(held: HeldByClient) -> set[str]:
+        def visit(held: HeldByClient) -> dict[str, int]:
             for name, client in servers.items():
                 requests = held.get(client, []) + adding.get(client, [])
                 self._publisher.report(client, RequestReport(number, heartbeats.get(name, 0), requests))
             clients = held.keys() | adding.keys()
             self._publisher.retain(clients | set(servers.values()))
-            return clients - set(servers.values())
+            unknown = clients - set(servers.values())
+            return {client: sum(not r.finished for r in held.get(client, ())) for client in unknown}
 
         unknown = await engine.visit_requests(visit)
         self.number = number
-        await self._end_abandoned(engine, unknown)
+        await self._end_abandoned(engine, unknown, set(servers.values()))
 
-    async def _end_abandoned(self, engine: Engine, clients: set[str]) -> None:
-        """Ends the requests of API servers that have been no members for the time of a lease.
+    async def _end_abandoned(self, engine: Engine, held: dict[str, int], servers: set[str]) -> None:
+        """Ends the requests of API servers that have been no members for some time.
 
-        Their requests were in transit when they were taken out of the membership. Time is counted in
-        reports, so that a suspension of this process does not count.
+        They may be orphans, or were in transit when their API server was taken out of the membership. Time
+        is counted in reports, so that a suspension of this process does not count.
+
+        Args:
+            held: Number of unfinished requests by client, of API servers that are no members.
         """
-        self._unknown = {client: self._unknown.get(client, 0) + 1 for client in clients}
-        for client, reports in list(self._unknown.items()):
-            if reports * REQUEST_REPORT_INTERVAL_S > API_SERVER_LEASE_S:
+        limit_s = self._orphan_s or API_SERVER_LEASE_S
+        absent = {client: self._absent.get(client, 0) + 1 for client in self._absent.keys() | held.keys()}
+        # Not forgotten at once: requests may still move here.
+        self._absent = {
+            client: reports
+            for client, reports in absent.items()
+            if client not in servers and (client in held or reports * REQUEST_REPORT_INTERVAL_S < 2 * limit_s)
+        }
+        for client, reports in self._absent.items():
+            if client in held and reports * REQUEST_REPORT_INTERVAL_S > limit_s:
+                self.num_orphans_ended += held[client]
                 await engine.abort_client(client)

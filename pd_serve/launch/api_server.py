@@ -75,6 +75,7 @@ class ApiServer:
                 outputs.put_nowait,
                 Dispatcher(config.policies, clock=asyncio.get_running_loop().time),
                 num_slots=config.max_instances + SPARE_SLOTS,
+                orphan_s=config.orphan_s,
                 recorder=_recorder(server, recent),
                 on_integrity=show_integrity,
             )

@@ -75,6 +75,7 @@ class Prepared:
             stage_bytes_per_s=CPU_STAGE_BYTES_PER_S if is_cpu_build() else None,
             simulated=self._simulated(),
             replaces=config.replace,
+            orphan_s=config.orphan_s,
             allow_no_migration=config.allow_no_migration,
             checks_memory=config.ray_address is None,
         )

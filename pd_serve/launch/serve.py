@@ -40,7 +40,8 @@ async def run(config: ServeConfig, console: Console) -> None:
     end_on(*SIGNALS)
     vllm_version()  # a clear error at once, if vLLM is not installed
     sock = bind(config.host, config.port)
-    config = config.model_copy(update={"port": sock.getsockname()[1]})
+    # Everything ends with the only API server: no request outlives it.
+    config = config.model_copy(update={"port": sock.getsockname()[1], "orphan_s": 0.0})
     service = LocalService(config, console)
     try:
         await service.start()

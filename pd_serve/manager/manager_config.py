@@ -21,6 +21,7 @@ class ManagerConfig:
         engine_args: Arguments of vLLM's `AsyncEngineArgs`, by role.
         placements: Resources of an instance, by role.
         host: Loopback, or an address in place of which each process binds to its own machine's.
+        orphan_s: See `pd_serve.instance.orphans`.
         allow_no_migration: Prefill and decode instances start even if their engines cannot move requests.
         checks_memory: All instances run on this machine; refuses a start if its memory does not suffice.
     """
@@ -38,6 +39,7 @@ class ManagerConfig:
     stage_bytes_per_s: float | None = None
     simulated: EngineSettings | None = None
     replaces: bool = True
+    orphan_s: float = 0.0
     allow_no_migration: bool = False
     checks_memory: bool = False
 
@@ -51,6 +53,7 @@ class ManagerConfig:
             self.environment,
             self.stage_bytes_per_s,
             self.simulated,
+            orphan_s=self.orphan_s,
             needs_migration=role != "neutral" and not self.allow_no_migration,
         )
 

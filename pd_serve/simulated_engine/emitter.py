@@ -1,11 +1,11 @@
 """The outputs of a simulated engine: sent once after each step, and again on demand."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 
 from migration.ended_requests import EndedRequests
 from migration.engine_interface import HeldByClient, HeldRequest
-from migration.messages import RequestId
+from migration.messages import RequestId, stem_of
 from pd_serve.simulated_engine.outputs import SimulatedOutput
 from pd_serve.simulated_engine.sequence import Sequence
 
@@ -22,11 +22,15 @@ class SequenceEmitter:
     """
 
     def __init__(
-        self, sequences: Mapping[str, Sequence], sink: OutputSink, clock: Callable[[], float]
+        self,
+        sequences: dict[str, Sequence],
+        sink: OutputSink,
+        clock: Callable[[], float],
+        keep_ended_s: float = 0.0,
     ) -> None:
         self._sequences = sequences
         self._sink = sink
-        self._ended = EndedRequests(clock)
+        self._ended = EndedRequests(clock, keep_ended_s)
 
     def emit(self, sampled: Iterable[Sequence], now: float) -> list[Sequence]:
         """Sends the new tokens of a step. Returns the sequences that have finished."""
@@ -54,9 +58,33 @@ class SequenceEmitter:
         held: HeldByClient = defaultdict(list)
         for s in self._sequences.values():
             held[s.client].append(HeldRequest(s.request_id, s.epoch, s.emitted))
-        for e in self._ended:
+        for e in self._ended.reported():
             held[e.client].append(HeldRequest(e.request_id, e.epoch, len(e.output_token_ids), finished=True))
         return held
+
+    def clients_of(self, stem: str) -> set[str]:
+        """See `migration.engine_interface.Engine.clients_of`."""
+        live = {sequence.client for name, sequence in self._sequences.items() if stem_of(name) == stem}
+        return live | {ended.client for ended in self._ended.of_stem(stem)}
+
+    def adopt(
+        self, request_id: RequestId, payload: list[bytes], client: str, living: Collection[str]
+    ) -> RequestId | None:
+        """A request of the same stem is this one from now on; see `migration.engine_interface.Engine.adopt`.
+
+        Returns: its former id; None if there is none.
+        """
+        if request_id in self._sequences:
+            return None
+        stem = stem_of(request_id)
+        for former, sequence in self._sequences.items():
+            if stem and stem_of(former) == stem and sequence.client not in living:
+                del self._sequences[former]
+                sequence.request_id, sequence.payload = request_id, payload
+                sequence.client, sequence.epoch = client, 0
+                self._sequences[request_id] = sequence
+                return RequestId(former)
+        return self._ended.adopt(request_id, client, living)
 
     def resend(self, asked: Iterable[tuple[RequestId, int]], now: float) -> None:
         """See `migration.engine_interface.Engine.resend`."""
@@ -64,7 +92,8 @@ class SequenceEmitter:
             if (sequence := self._sequences.get(request_id)) is not None:
                 tokens, times = sequence.output[index : sequence.emitted], sequence.times(now)
                 output = SimulatedOutput(request_id, tokens, None, None if index else times)
-                self._sink(sequence.client, [output], [(sequence.epoch, index)])
+                if tokens:
+                    self._sink(sequence.client, [output], [(sequence.epoch, index)])
             elif (ended := self._ended.get(request_id)) is not None:
                 output = SimulatedOutput(request_id, ended.output_token_ids[index:], ended.finish_reason)
                 self._sink(ended.client, [output], [(ended.epoch, index)])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from migration.engine_interface import Reservation
 from migration.engine_rules import SLACK_BLOCKS, mismatch, next_stage, should_suspend, tail
 from migration.errors import DestinationRefusedError, RefusalCode, SourceGoneError
-from migration.messages import BlockRun, FinalState, RequestDescription
+from migration.messages import BlockRun, FinalState, RequestDescription, RequestId
 from migration.tasks import settle
 from pd_serve.simulated_engine.batcher import Batcher
 from pd_serve.simulated_engine.sequence import Sequence
@@ -68,7 +68,7 @@ class SequenceMigrations:
 
     # ---- source
 
-    def describe(self, request_id: str) -> Sequence:
+    def describe(self, request_id: RequestId) -> RequestDescription:
         """Raises: SourceGoneError: not running here."""
         sequence = self._sequences.get(request_id)
         if sequence is None:
@@ -76,7 +76,17 @@ class SequenceMigrations:
         if sequence not in self._batcher.running:
             text = "the request is not running (waiting, preempted or suspended)"
             raise SourceGoneError(RefusalCode.NOT_RUNNING, text)
-        return sequence
+        return RequestDescription(
+            request_id=request_id,
+            payload=sequence.payload,
+            client=sequence.client,
+            epoch=sequence.epoch,
+            incarnation=sequence.preemptions,
+            output_token_ids=list(sequence.output),
+            num_prompt_tokens=sequence.prompt_tokens,
+            max_total_tokens=sequence.prompt_tokens + sequence.max_tokens,
+            compatibility=self.compatibility,
+        )
 
     def wait_for_stage(self, request_id: str, waiter: PendingStage) -> None:
         """Settles its `answer` at the first boundary that has one."""
@@ -134,6 +144,11 @@ class SequenceMigrations:
             self._batcher.running.append(sequence)
         if (sequence := self._sequences.get(request_id)) is not None:
             sequence.epoch = max(sequence.epoch, epoch)
+
+    def keep(self, request_id: str) -> None:
+        """Ends what a migration of the request, out of here or to here, could still do to it."""
+        self.resume(request_id, 0)
+        self.forget(request_id)
 
     # ---- destination
 

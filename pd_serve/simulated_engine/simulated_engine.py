@@ -4,7 +4,7 @@ It batches, preempts, caches and migrates. Its tokens depend on the contents of 
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TypeVar
 
 from migration.engine_interface import (
@@ -51,6 +51,7 @@ class SimulatedEngine:
         decode: Makes a sequence of a request's payload. Raises: InvalidRequestError.
         is_copying: Whether KV is being copied into this instance or out of it, which slows its steps.
         faults: Delays and refusals of calls, and steps that hang, for tests.
+        keep_ended_s: Time that ended requests are kept for clients that come back, in seconds.
 
     Attributes:
         sequences: The requests here by id, arriving ones excepted.
@@ -65,6 +66,7 @@ class SimulatedEngine:
         events: EngineEvents,
         is_copying: Callable[[], bool] = lambda: False,
         faults: EngineFaults | None = None,
+        keep_ended_s: float = 0.0,
     ) -> None:
         self.settings = settings
         self.batcher = Batcher(
@@ -72,12 +74,10 @@ class SimulatedEngine:
         )
         self.sequences: dict[str, Sequence] = {}
         self.steps, self.busy_s = 0, 0.0
-        self._decode = decode
-        self._events = events
-        self._is_copying = is_copying
-        self._faults = faults
+        self._decode, self._events = decode, events
+        self._is_copying, self._faults = is_copying, faults
         self._loop = asyncio.get_running_loop()
-        self._emitter = SequenceEmitter(self.sequences, sink, self._loop.time)
+        self._emitter = SequenceEmitter(self.sequences, sink, self._loop.time, keep_ended_s)
         self._step_loop = SimulatedStepLoop(self, one_ahead=settings.async_scheduling)
         self._migrations = SequenceMigrations(self.batcher, self.sequences, self._is_in_flight)
         self._reported: tuple[int, ...] = ()
@@ -139,8 +139,7 @@ class SimulatedEngine:
         def abort() -> list[RequestId]:
             unknown = []
             for request_id in request_ids:
-                sequence = self.sequences.get(request_id)
-                if sequence is None:
+                if (sequence := self.sequences.get(request_id)) is None:
                     unknown.append(request_id)
                 elif below_epoch is None or sequence.epoch < below_epoch:
                     self._end(sequence)
@@ -168,21 +167,7 @@ class SimulatedEngine:
         )
 
     async def describe(self, request_id: RequestId) -> RequestDescription:
-        def describe() -> RequestDescription:
-            sequence = self._migrations.describe(request_id)
-            return RequestDescription(
-                request_id=request_id,
-                payload=sequence.payload,
-                client=sequence.client,
-                epoch=sequence.epoch,
-                incarnation=sequence.preemptions,
-                output_token_ids=list(sequence.output),
-                num_prompt_tokens=sequence.prompt_tokens,
-                max_total_tokens=sequence.prompt_tokens + sequence.max_tokens,
-                compatibility=self._migrations.compatibility,
-            )
-
-        return await self._call("describe", describe)
+        return await self._call("describe", lambda: self._migrations.describe(request_id))
 
     async def next_stage(
         self, request_id: RequestId, incarnation: int, blocks_done: int, *, suspend: bool, reader: MigrationId
@@ -241,6 +226,22 @@ class SimulatedEngine:
         await self._call("drop", drop)
 
     # ---- state
+
+    async def clients_of(self, stem: str) -> set[str]:
+        return await self._call("clients_of", lambda: self._emitter.clients_of(stem))
+
+    async def adopt(
+        self, request_id: RequestId, payload: list[bytes], client: str, living: Collection[str]
+    ) -> bool:
+        def adopt() -> bool:
+            if (former := self._emitter.adopt(request_id, payload, client, living)) is None:
+                return False
+            self._migrations.keep(former)
+            self._loop.call_soon(self._events.on_requests_ended, [former])
+            self._emitter.resend([(request_id, 0)], self._loop.time())
+            return True
+
+        return await self._call("adopt", adopt)
 
     async def visit_requests(self, visit: Callable[[HeldByClient], T]) -> T:
         return await self._call("visit_requests", lambda: visit(self._emitter.held()))
@@ -310,8 +311,7 @@ class SimulatedEngine:
     def report(self) -> None:
         """As vLLM's adapter: growth by a token per request is reported less often than steps end."""
         batcher, migrations, now = self.batcher, self._migrations, self._loop.time()
-        groups = batcher.running, batcher.waiting, migrations.arriving, migrations.suspended
-        state = tuple(map(len, groups))
+        state = tuple(map(len, (batcher.running, batcher.waiting, migrations.arriving, migrations.suspended)))
         if state != self._reported or now - self._reported_at >= LOAD_INTERVAL_S:
             self._reported, self._reported_at = state, now
             self._events.on_load(self.load())

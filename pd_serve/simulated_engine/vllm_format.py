@@ -75,6 +75,7 @@ def make_engine(
     publish: Callable[[str, Any, list[tuple[int, int]]], None],
     events: EngineEvents,
     faults: EngineFaults | None = None,
+    keep_ended_s: float = 0.0,
 ) -> SimulatedEngine:
     """An engine on the running event loop whose outputs go to `publish` in vLLM's form."""
 
@@ -89,7 +90,7 @@ def make_engine(
         stats = _stats(engine)
         publish(client, EngineCoreOutputs(outputs=batch, scheduler_stats=stats, timestamp=now), spans)
 
-    engine = SimulatedEngine(settings, decode_request, sink, events, faults=faults)
+    engine = SimulatedEngine(settings, decode_request, sink, events, faults=faults, keep_ended_s=keep_ended_s)
     return engine
 
 

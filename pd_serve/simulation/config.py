@@ -58,6 +58,7 @@ class SimulationConfig:
         start_instance_s: Time until a new instance serves.
         front_end_s: Time from a client to the request router; part of the request's latency.
         max_migrations: Maximum number of migrations at a time, per instance and direction.
+        orphan_s: Seconds that requests go on after their API server has left.
     """
 
     requests: Sequence[TraceRequest]
@@ -70,4 +71,5 @@ class SimulationConfig:
     start_instance_s: float = 10.0
     front_end_s: float = 0.0
     max_migrations: int = 64
+    orphan_s: float = 0.0
     seed: int = 0

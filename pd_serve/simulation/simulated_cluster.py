@@ -62,6 +62,7 @@ class SimulatedCluster:
             deliver,
             Dispatcher(self._policies, random.Random(config.seed), self._loop.time),
             num_slots=self._max_instances,
+            orphan_s=config.orphan_s,
             clock=self._loop.time,
         )
 

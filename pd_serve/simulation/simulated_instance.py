@@ -64,6 +64,7 @@ class SimulatedInstance:
             self.transport,
             self,
             bounds=bounds,
+            orphan_s=config.orphan_s,
             on_fatal=on_fatal or self._failed,
         )
         leaving, entering = fabric.leaving, fabric.entering
@@ -74,7 +75,13 @@ class SimulatedInstance:
         settings = config.engines.get(role) or config.engines["neutral"]
         self.faults = faults or EngineFaults()
         self.engine = SimulatedEngine(
-            settings, decode_payload, self._publish, self.llumlet.events, is_copying, self.faults
+            settings,
+            decode_payload,
+            self._publish,
+            self.llumlet.events,
+            is_copying,
+            self.faults,
+            config.orphan_s,
         )
         self.transport.register(self.engine.regions)
         self.llumlet.start(self.engine)

@@ -4,6 +4,7 @@ Simulated engines first, whose words show what becomes of the KV cache; then rea
 """
 
 import asyncio
+import re
 import secrets
 import sys
 import time
@@ -230,7 +231,10 @@ async def test_a_dead_scheduler_is_replaced(client: CompletionClient) -> None:
 async def test_a_dead_api_server_breaks_only_its_own_streams(
     client: CompletionClient, server: RayCluster
 ) -> None:
-    """Its own streams break, the others' go on, and Serve starts another one."""
+    """Its own streams break, the others' go on, and Serve starts another one.
+
+    Requests of the broken streams go on, and a client that asks again gets all of theirs.
+    """
     expected = await asyncio.gather(*map(client.answer, BODIES))
     before = await client.cluster()
     async with streaming(client, BODIES, 20) as streams:
@@ -241,6 +245,13 @@ async def test_a_dead_api_server_breaks_only_its_own_streams(
         assert not isinstance(answer, BaseException)
         assert_same(answer, theirs)
     assert len(whole) < len(ours), "no stream was with the one that died"
+    for stream, answer, body, theirs in zip(streams, ours, BODIES, expected, strict=True):
+        if is_broken(answer):
+            again = {"X-Request-Id": stream.progress.request_id}
+            assert_same(await retried(client, body, again), theirs)
+    metrics = (await client.http.get("/metrics")).text
+    adopted = re.findall(r'pd_serve_instance_orphans_total\{.*outcome="adopted".*\} (\S+)', metrics)
+    assert sum(map(float, adopted)) == len(ours) - len(whole)
     assert_same(await retried(client, BODIES[0]), expected[0])
     known = set(before["api_servers"])
     after = await client.until(
@@ -255,14 +266,14 @@ def is_broken(answer: object) -> bool:
     return isinstance(answer, httpx.HTTPError)
 
 
-async def retried(client: CompletionClient, body: Body) -> Any:
+async def retried(client: CompletionClient, body: Body, headers: dict[str, str] | None = None) -> Any:
     """As clients do after a dead API server, until the proxy knows."""
     for _ in range(50):
         try:
-            return await client.stream(body)
+            return await client.stream(body, headers=headers)
         except httpx.HTTPError:
             await asyncio.sleep(0.2)
-    return await client.stream(body)
+    return await client.stream(body, headers=headers)
 
 
 async def test_an_application_deployed_again_has_other_instances(

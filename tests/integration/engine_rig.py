@@ -87,6 +87,7 @@ class EngineRig:
 
     def __init__(self) -> None:
         self.streams: dict[str, Stream] = {}
+        self.clients: dict[str, str] = {}  # that the last outputs of each request went to
         self.deaths: list[BaseException] = []
         self.ended: list[RequestId] = []
         self._loop = asyncio.get_running_loop()
@@ -99,10 +100,11 @@ class EngineRig:
         self.engine = VllmEngine(tiny_config, self._sink, events)
 
     def _sink(self, client: str, outputs: EngineCoreOutputs, spans: list[TokenSpan]) -> None:
-        self._loop.call_soon_threadsafe(self._receive, outputs, spans)
+        self._loop.call_soon_threadsafe(self._receive, client, outputs, spans)
 
-    def _receive(self, outputs: EngineCoreOutputs, spans: list[TokenSpan]) -> None:
+    def _receive(self, client: str, outputs: EngineCoreOutputs, spans: list[TokenSpan]) -> None:
         for output, (epoch, index) in zip(outputs.outputs, spans, strict=True):
+            self.clients[output.request_id] = client
             stream = self.streams.setdefault(output.request_id, Stream())
             if epoch < stream.epoch:
                 continue

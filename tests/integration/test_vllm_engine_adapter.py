@@ -2,15 +2,16 @@
 
 import asyncio
 import gc
+import itertools
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator
 from typing import Any
 
 import msgspec
 import pytest
 import pytest_asyncio
 
-from migration.messages import MigrationId, RequestId
+from migration.messages import MigrationId, RequestId, stem_of
 from pd_serve.errors import DestinationRefusedError, EngineDeadError, SourceGoneError
 from pd_serve.models import resolve
 from pd_serve.platform.environment import engine_environment
@@ -51,6 +52,8 @@ async def rig(shared: Any) -> AsyncIterator[Any]:
     assert await shared.engine.live_requests() == []
     await at_rest(shared)
     shared.streams.clear()
+    shared.clients.clear()
+    shared.ended.clear()
 
 
 async def at_rest(rig: Any) -> None:
@@ -314,6 +317,179 @@ class TestStays:
         await rig.engine.drop(MigrationId("m"))
         assert not await rig.engine.add(again, CLIENT, epoch=1000, output_token_ids=expected[:3])
         assert await rig.finish(stream) == expected
+
+
+_stems = (f"mine.{number}" for number in itertools.count())
+
+
+def ids_of_one_stem() -> list[RequestId]:
+    """That no other test has: an engine finds requests that have ended lately."""
+    stem = next(_stems)
+    return [RequestId(f"{stem}-{number}") for number in range(3)]
+
+
+class TestAdoption:
+    """A request whose client is gone goes on as another one, of another client."""
+
+    async def adopt(
+        self,
+        rig: Any,
+        request_id: RequestId,
+        living: Collection[str] = ("new",),
+        name: str = "seeded",
+    ) -> bool:
+        from tests.integration.engine_rig import payload
+
+        again = payload(request_id, PROMPT, sampling(name, 60))
+        adopted: bool = await rig.engine.adopt(request_id, again, "new", living)
+        return adopted
+
+    async def whole(self, rig: Any, request_id: RequestId, expected: list[int]) -> None:
+        from tests.integration.engine_rig import eventually
+
+        await eventually(lambda: request_id in rig.streams and rig.streams[request_id].ended)
+        assert rig.streams[request_id].tokens == expected
+        assert set(rig.streams[request_id].epochs) == {0}
+        assert rig.clients[request_id] == "new"
+        assert not rig.deaths
+
+    @pytest.mark.parametrize("name", SAMPLINGS)
+    async def test_it_goes_on_with_the_same_tokens_and_sends_all_of_them(self, rig: Any, name: str) -> None:
+        from tests.integration.engine_rig import eventually
+
+        first, second, third = ids_of_one_stem()
+        expected = await rig.generate("alone", PROMPT, sampling(name, 60))
+        stream = await rig.add(first, PROMPT, sampling(name, 60))
+        await eventually(lambda: len(stream.tokens) >= 10)
+        assert await rig.engine.clients_of(stem_of(first)) == {"client"}
+        assert not await self.adopt(rig, second, living={"client", "new"}, name=name), "its client lives"
+        assert not await self.adopt(rig, RequestId("other.digest-2"), name=name)
+        assert await self.adopt(rig, second, name=name)
+        assert not await self.adopt(rig, third, name=name), "it has been adopted"
+        assert await rig.engine.abort([first]) == [first], "its former client cannot end it"
+        assert await rig.engine.live_requests() == [second]
+        await eventually(lambda: first in rig.ended)
+        await self.whole(rig, second, expected)
+        assert not stream.ended
+
+    async def test_it_can_be_moved_under_its_new_id(self, rig: Any) -> None:
+        from tests.integration.engine_rig import eventually, payload
+
+        first, second, _ = ids_of_one_stem()
+        expected = await rig.generate("alone", PROMPT, sampling("seeded", 60))
+        stream = await rig.add(first, PROMPT, sampling("seeded", 60), handoff=True)
+        await eventually(lambda: len(stream.tokens) >= 10)
+        assert await self.adopt(rig, second)
+        baggage = await rig.leave(second)
+        assert baggage.description.payload == payload(second, PROMPT, sampling("seeded", 60))
+        assert baggage.description.client == "new"
+        await rig.come_back(baggage)
+        await eventually(lambda: rig.streams[second].ended)
+        assert rig.streams[second].tokens == expected
+
+    @pytest.mark.parametrize("step", ["described", "staged", "waiting", "suspended", "committed elsewhere"])
+    async def test_it_stays_where_it_is_in_the_middle_of_a_migration(self, rig: Any, step: str) -> None:
+        from tests.integration.engine_rig import eventually
+
+        first, second, _ = ids_of_one_stem()
+        engine, reader = rig.engine, MigrationId("leaving")
+        expected = await rig.generate("alone", PROMPT, sampling("seeded", 60))
+        stream = await rig.add(first, PROMPT, sampling("seeded", 60))
+        await eventually(lambda: len(stream.tokens) >= 5)
+        description = await engine.describe(first)
+        if step == "staged":
+            await engine.next_stage(first, description.incarnation, 0, suspend=False, reader=reader)
+        elif step == "suspended":
+            await engine.next_stage(first, description.incarnation, 0, suspend=True, reader=reader)
+        elif step == "committed elsewhere":
+            await rig.leave(first, release=False)
+        if step == "waiting":
+            async with rig.one_boundary():
+                stage = asyncio.create_task(
+                    engine.next_stage(first, description.incarnation, 0, suspend=True, reader=reader)
+                )
+                await asyncio.sleep(0)
+                adopting = asyncio.create_task(self.adopt(rig, second))
+            with pytest.raises(SourceGoneError):
+                await stage
+            assert await adopting
+        else:
+            assert await self.adopt(rig, second)
+        # What its migration does then: the source releases it, or takes it back, and unpins its blocks.
+        with pytest.raises(SourceGoneError):
+            await engine.next_stage(first, description.incarnation, 0, suspend=True, reader=reader)
+        await engine.release(first)
+        await engine.resume(first, 2)
+        await engine.unpin(reader)
+        await self.whole(rig, second, expected)
+
+    async def test_it_stays_where_it_has_come_to_although_it_is_withdrawn(self, rig: Any) -> None:
+        from tests.integration.engine_rig import eventually
+
+        first, second, _ = ids_of_one_stem()
+        expected = await rig.generate("alone", PROMPT, sampling("seeded", 60))
+        stream = await rig.add(first, PROMPT, sampling("seeded", 60))
+        await eventually(lambda: len(stream.tokens) >= 5)
+        baggage = await rig.leave(first)
+        await rig.arrive(baggage)
+        assert await rig.engine.clients_of(stem_of(first)) == set(), "it is on its way"
+        assert not await self.adopt(rig, second)
+        await rig.engine.commit(MigrationId("m"), baggage.final)
+        assert await self.adopt(rig, second)
+        await rig.engine.drop(MigrationId("m"))
+        await rig.engine.publish(MigrationId("m"))
+        await self.whole(rig, second, expected)
+
+    async def test_it_waits_for_its_first_step(self, rig: Any) -> None:
+        from tests.integration.engine_rig import CLIENT, payload
+
+        first, second, _ = ids_of_one_stem()
+        expected = await rig.generate("alone", PROMPT, sampling("seeded", 60))
+        async with rig.one_boundary():
+            sent = payload(first, PROMPT, sampling("seeded", 60))
+            added = asyncio.create_task(rig.engine.add(sent, CLIENT))
+            await asyncio.sleep(0)
+            adopting = asyncio.create_task(self.adopt(rig, second))
+        assert await added
+        assert await adopting
+        await self.whole(rig, second, expected)
+        assert first not in rig.streams
+
+    async def test_it_is_being_recomputed(self, rig: Any) -> None:
+        from tests.integration.engine_rig import CLIENT, payload
+
+        first, second, _ = ids_of_one_stem()
+        expected = await rig.generate("alone", PROMPT, sampling("seeded", 60))
+        sent = payload(first, PROMPT, sampling("seeded", 60))
+        async with rig.one_boundary():
+            added = asyncio.create_task(
+                rig.engine.add(sent, CLIENT, epoch=1000, output_token_ids=expected[:30])
+            )
+            await asyncio.sleep(0)
+            adopting = asyncio.create_task(self.adopt(rig, second))
+        assert await added
+        assert await adopting
+        await self.whole(rig, second, expected)
+
+    async def test_its_end_is_sent_if_it_has_ended(self, rig: Any) -> None:
+        first, second, third = ids_of_one_stem()
+        expected = await rig.generate(first, PROMPT, sampling("seeded", 60))
+        assert await rig.engine.clients_of(stem_of(first)) == {"client"}
+        assert not await self.adopt(rig, second, living={"client", "new"})
+        assert await self.adopt(rig, second)
+        assert not await self.adopt(rig, third)
+        await self.whole(rig, second, expected)
+
+    async def test_a_copy_that_is_here_under_the_new_id_is_not_replaced(self, rig: Any) -> None:
+        """The call was late, and the request has been started anew meanwhile."""
+        from tests.integration.engine_rig import eventually
+
+        first, second, _ = ids_of_one_stem()
+        stream = await rig.add(first, PROMPT, sampling("seeded", 60))
+        again = await rig.add(second, PROMPT, sampling("seeded", 60), epoch=1000)
+        await eventually(lambda: stream.tokens and again.tokens)
+        assert not await self.adopt(rig, second)
+        assert await rig.finish(again) == await rig.finish(stream)
 
 
 class TestRefusals:

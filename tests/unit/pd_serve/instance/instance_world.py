@@ -19,6 +19,7 @@ from migration.messages import (
     Pull,
     RequestDescription,
     RequestId,
+    stem_of,
 )
 from migration.transport.kv_transport import KvRegion
 from migration.transport.local import LocalFabric
@@ -144,6 +145,16 @@ class EngineStub:
     async def resend(self, asked: list[tuple[RequestId, int]]) -> None:
         await self._visit("resend", asked)
 
+    async def clients_of(self, stem: str) -> set[str]:
+        await self._visit("clients_of", stem)
+        return {client for client, held in self.held_by_client.items() for h in held if stem_of(h[0]) == stem}
+
+    async def adopt(
+        self, request_id: RequestId, payload: list[bytes], client: str, living: Collection[str]
+    ) -> bool:
+        await self._visit("adopt", request_id, payload, client, set(living))
+        return bool(await self.clients_of(stem_of(request_id)) - set(living))
+
     async def live_requests(self, client: str | None = None) -> list[RequestId]:
         return [RequestId(request_id) for request_id in sorted(self.running)]
 
@@ -176,7 +187,7 @@ class Publisher:
 class World:
     """The llumlet p0. A test plays the manager, an API server and two decode instances."""
 
-    def __init__(self, bounds: MigrationBounds | None = None) -> None:
+    def __init__(self, bounds: MigrationBounds | None = None, orphan_s: float = 0.0) -> None:
         self.wire, self.engine, self.publisher = RecordingWire("p0"), EngineStub(), Publisher()
         self.fatal: list[BaseException] = []
         transport = LocalFabric().transport("p0")
@@ -188,6 +199,7 @@ class World:
             transport,
             self.publisher,
             bounds=bounds,
+            orphan_s=orphan_s,
             on_fatal=self.fatal.append,
         )
         self.llumlet.start(self.engine)  # type: ignore[arg-type]

@@ -1,0 +1,51 @@
+"""The engines' ids of requests, from which an instance sees that a request has been sent again."""
+
+import hashlib
+from typing import Any
+from uuid import uuid4
+
+import msgspec
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.input_processor import InputProcessor
+
+from pd_serve.api.identity import client_id, credentials
+
+
+class StemInputProcessor(InputProcessor):
+    """Makes ids NAME.DIGEST-RANDOM. All but the end is the stem; see `migration.messages.stem_of`.
+
+    NAME is vLLM's id of the request, which has the client's `X-Request-Id` in it. Two requests have the same
+    stem only if name, prompt, parameters and credentials are the same. A request that another API server
+    could not continue, or that has no id of its client, has no digest and thus no stem.
+    """
+
+    @staticmethod
+    def assign_request_id(request: EngineCoreRequest) -> None:
+        """Source: vllm/v1/engine/input_processor.py"""
+        InputProcessor.assign_request_id(request)
+        digest = _digest(request) if client_id() and _can_be_continued(request) else ""
+        request.request_id = f"{request.external_req_id}.{digest}-{uuid4().hex[:8]}"
+
+
+def _can_be_continued(request: EngineCoreRequest) -> bool:
+    parameters = request.sampling_params
+    return (
+        parameters is not None
+        and request.prompt_token_ids is not None
+        and not request.mm_features
+        and request.prompt_embeds is None
+        and request.lora_request is None
+        and not request.resumable
+        # An engine keeps the tokens of a request, not their logprobs.
+        and parameters.logprobs is None
+        and parameters.logprob_token_ids is None
+        and parameters.prompt_logprobs is None
+        and parameters.prompt_logprob_token_ids is None
+    )
+
+
+def _digest(request: EngineCoreRequest) -> str:
+    prompt: list[Any] = [request.prompt_token_ids, request.cache_salt, request.priority]
+    parts = [credentials(), *prompt, request.sampling_params]
+    encoded = msgspec.msgpack.encode(parts, enc_hook=repr, order="deterministic")
+    return hashlib.sha256(encoded).hexdigest()[:24]

@@ -1,0 +1,77 @@
+"""Ids by which a request that is sent again is found, and no other one."""
+
+from typing import Any
+
+import pytest
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+from vllm.v1.engine import EngineCoreRequest
+
+from migration.messages import stem_of
+from pd_serve.api import identity
+from pd_serve.api.request_ids import StemInputProcessor
+
+
+def assigned(
+    name: str = "cmpl-mine-0",
+    prompt: Any = (1, 2, 3),
+    key: str = "",
+    client_id: str = "mine",
+    **parameters: Any,
+) -> str:
+    request = EngineCoreRequest(
+        name, list(prompt), None, SamplingParams(**parameters), None, 0.0, None, None, None
+    )
+    token, other = identity._credentials.set(key), identity._client_id.set(client_id)
+    try:
+        StemInputProcessor.assign_request_id(request)
+    finally:
+        identity._credentials.reset(token)
+        identity._client_id.reset(other)
+    assert request.external_req_id == name
+    return request.request_id
+
+
+def test_a_request_that_is_sent_again_has_another_id_of_the_same_stem() -> None:
+    grammar = StructuredOutputsParams(json={"type": "object", "properties": {"a": {"type": "string"}}})
+    for parameters in (
+        {},
+        {"stop": ["x"], "seed": 1, "stop_token_ids": [9, 5]},
+        {"structured_outputs": grammar},
+    ):
+        first, second = assigned(**parameters), assigned(**parameters)
+        assert first != second
+        assert stem_of(first) == stem_of(second) != ""
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"name": "cmpl-mine-1"},
+        {"prompt": (1, 2, 4)},
+        {"key": "Bearer other"},
+        {"temperature": 0.5},
+        {"max_tokens": 7},
+        {"stop": ["x"]},
+    ],
+)
+def test_another_request_has_another_stem(other: dict[str, Any]) -> None:
+    assert stem_of(assigned()) != stem_of(assigned(**other))
+
+
+@pytest.mark.parametrize("parameters", [{"logprobs": 1}, {"prompt_logprobs": 0}, {"client_id": ""}])
+def test_a_request_with_logprobs_or_without_an_id_of_its_client_is_never_found(
+    parameters: dict[str, Any],
+) -> None:
+    first, second = assigned(**parameters), assigned(**parameters)
+
+    assert first != second
+    assert stem_of(first) == stem_of(second) == ""
+
+
+@pytest.mark.parametrize("parameters", [{}, {"logprobs": 1}, {"client_id": ""}])
+def test_a_name_cannot_pretend_to_be_a_stem(parameters: dict[str, Any]) -> None:
+    """Neither the stem itself nor all of another request's id."""
+    theirs = assigned(name="chatcmpl-mine")
+
+    for name in (stem_of(theirs), theirs, f"{theirs}.", f"{stem_of(theirs)}-"):
+        assert stem_of(assigned(name=name, **parameters)) != stem_of(theirs)
