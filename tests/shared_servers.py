@@ -13,6 +13,9 @@ USE = {
     "simulated": re.compile(r"def server\(simulated: ServerProcess\)"),
 }
 
+#: By name, largest first, so that two processes end at about the same time; "" is a file of its own.
+GROUPS = ("reference", "simulated", "")
+
 
 @cache
 def used_servers(file: Path) -> frozenset[str]:
@@ -28,6 +31,6 @@ def group(file: Path) -> str:
     return "" if not used else "simulated" if "simulated" in used else "reference"
 
 
-def order(file: Path) -> tuple[str, int]:
+def order(file: Path) -> tuple[int, int]:
     """Files of a group come together, those that need the fewest of its servers last."""
-    return group(file), -len(used_servers(file) & {"cluster"})
+    return GROUPS.index(group(file)), -len(used_servers(file) & {"cluster"})

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from tests.e2e.completion_client import Answer, Body, CompletionClient, Move, Progress
+from tests.e2e.completion_client import Answer, Body, CompletionClient, Meanwhile, Move, Progress
 from tests.e2e.simulated import simulated_answer
 from tests.e2e.test_same_output import assert_same
 
@@ -12,15 +12,22 @@ from tests.e2e.test_same_output import assert_same
 class Stream:
     """One streamed request, begun by the constructor."""
 
-    def __init__(self, client: CompletionClient, body: Body, headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        client: CompletionClient,
+        body: Body,
+        headers: dict[str, str] | None = None,
+        meanwhile: Meanwhile | None = None,
+    ) -> None:
         self.progress = Progress("")
         self._begun = asyncio.Event()
+        self._meanwhile = meanwhile
         self.answer: asyncio.Task[Answer] = asyncio.create_task(client.stream(body, self._watch, headers))
 
     async def _watch(self, progress: Progress) -> list[Move]:
         self.progress = progress
         self._begun.set()
-        return []
+        return await self._meanwhile(progress) if self._meanwhile else []
 
     async def reached(self, tokens: int) -> None:
         await self._begun.wait()
@@ -41,9 +48,11 @@ class Stream:
 
 
 @asynccontextmanager
-async def streaming(client: CompletionClient, bodies: list[Body], tokens: int) -> AsyncIterator[list[Stream]]:
+async def streaming(
+    client: CompletionClient, bodies: list[Body], tokens: int, meanwhile: Meanwhile | None = None
+) -> AsyncIterator[list[Stream]]:
     """Streams of which each has had so many tokens; they go on, and end with the block at the latest."""
-    streams = [Stream(client, body) for body in bodies]
+    streams = [Stream(client, body, meanwhile=meanwhile) for body in bodies]
     try:
         async with asyncio.timeout(60):
             await asyncio.gather(*(stream.reached(tokens) for stream in streams))

@@ -10,7 +10,7 @@ from tests.e2e.conftest import Reference
 from tests.e2e.prompts import token_ids
 from tests.e2e.server_process import ServerProcess
 
-LENGTHS = [1, 2, 31, 32, 33, 64, 127, 500, 1000, 2500, 4000]
+LENGTHS = [1, 31, 32, 33, 64, 500, 1000, 2500, 4000]
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def _numbers(prompt_logprobs: list[Any] | None) -> dict[tuple[int, str], float]:
 async def test_a_handed_off_request_has_plain_vllms_answer(
     client: CompletionClient, reference: Reference, length: int
 ) -> None:
-    body = {"prompt": token_ids(length), "max_tokens": 150}
+    body = {"prompt": token_ids(length), "max_tokens": 100}
     answer = await client.stream(body)
     assert_same(answer, await reference(body))
     assert len(await client.handed_off(answer.request_id)) == 1
@@ -58,7 +58,7 @@ async def test_a_request_migrated_at_random_moments_has_plain_vllms_answer(
     client: CompletionClient, reference: Reference, length: int
 ) -> None:
     rng = random.Random(length)
-    body = {"prompt": token_ids(length), "max_tokens": 150}
-    answer = await client.stream(body, client.at(sorted(rng.sample(range(1, 140), 6)), rng))
+    body = {"prompt": token_ids(length), "max_tokens": 100}
+    answer = await client.stream(body, client.at(sorted(rng.sample(range(1, 90), 6)), rng))
     assert_same(answer, await reference(body))
     assert any(move.done for move in answer.moves)
