@@ -12,9 +12,10 @@ from tests.e2e.completion_client import Body, CompletionClient
 from tests.e2e.prompts import token_ids
 from tests.e2e.ray_cluster import RayCluster, ray_cluster
 from tests.e2e.server_process import ServerProcess, pd_serve
+from tests.e2e.simulated import simulated_answer
 from tests.e2e.test_same_output import assert_same
 
-#: Ray has to start twice over and vLLM to be imported four times.
+#: Ray has to start twice over.
 READY_S = 600.0
 
 #: One more instance, beside whatever else this machine does.
@@ -33,7 +34,7 @@ def nodes(logs: Path) -> Iterator[RayCluster]:
 @pytest.fixture(scope="module")
 def server(nodes: RayCluster, logs: Path) -> Iterator[ServerProcess]:
     """Two decode instances are asked for, and there is room for one."""
-    flags = ["--prefill", "1", "--decode", "2", "--no-enable-prefix-caching"]
+    flags = ["--engine", "simulated", "--prefill", "1", "--decode", "2"]
     flags += ["--prefill-resources", '{"node_a": 1}', "--decode-resources", '{"node_b": 1}']
     command = pd_serve("serve", "tiny", "--port", "0", "--ray-address", nodes.address(), *flags)
     server = ServerProcess(command, logs / "joined.log", environment=nodes.environment)
@@ -59,7 +60,7 @@ async def test_roles_are_on_their_nodes_and_requests_move_between_them(client: C
     assert raylet_of(placed["prefill-0"]) != raylet_of(placed[decode])
 
     body: Body = {"prompt": token_ids(200), "max_tokens": 120}
-    expected = await client.answer(body)
+    expected = simulated_answer(body)
     # The first ones connect the two: on a busy machine they end before they could be handed off.
     async with asyncio.timeout(60):
         while not (await client.cluster())["migrations"].get("handoff", {}).get("committed"):
