@@ -186,7 +186,8 @@ class SimulatedPlatform:
             self.loop.outside_at(self.loop.now + self.starts.dies_after_s, self.kill_instance, name)
 
     def _failed(self, name: str, error: BaseException) -> None:
-        if not isinstance(error, PoisonError):
+        instance = self.instances.get(name) if isinstance(error, EngineDeadError) else None
+        if not (isinstance(error, PoisonError) or (instance is not None and instance.is_orphan)):
             self.on_failure(name, error)
         self.kill_instance(name)
 
@@ -206,8 +207,7 @@ class SimulatedPlatform:
                 self.loop.outside_at(at, launcher.process.call_soon, launcher.lost, actor.name)
         self.network.fabric.die(actor.name)
         if actor.started is not None and not actor.started.done():
-            text = f"{actor.name}: its process ended while starting"
-            actor.started.set_exception(EngineDeadError(text))
+            actor.started.set_exception(EngineDeadError(f"{actor.name}: its process ended while starting"))
             actor.started.exception()
 
     def start_scheduler(self, config: SchedulerConfig) -> tuple[str, SimulatedProcess]:

@@ -12,7 +12,10 @@ from typing import Any
 from migration.transport.local import LocalTransport
 from pd_serve.comm.membership import MembershipChange, MembershipView
 from pd_serve.frontend.placement import RequestPlacement
+from pd_serve.frontend.reconciler import Reconciler
 from pd_serve.frontend.token_ledger import TokenLedger
+from pd_serve.manager.manager import Manager
+from pd_serve.manager.register import InstanceRegister
 from pd_serve.manager.stopper import Stopper
 from pd_serve.simulated_engine.migrations import SequenceMigrations
 from pd_serve.simulation.faults.draw import draw
@@ -87,6 +90,32 @@ def _drained_at_once(is_drained: Any) -> Any:
     return mutated
 
 
+def _no_lease(silent: Any) -> Any:
+    return lambda self: []
+
+
+def _any_epoch(accept: Any) -> Any:
+    def mutated(self: TokenLedger, source: str, epoch: int, *rest: Any) -> Any:
+        outdated = epoch < self.epoch
+        return accept(self, self.owner if outdated else source, self.epoch if outdated else epoch, *rest)
+
+    return mutated
+
+
+def _sizes_forgotten(take_over: Any) -> Any:
+    async def mutated(self: Manager) -> bool:
+        find = self._launcher.find
+
+        async def without_sizes() -> Any:
+            infos, notes = await find()
+            return infos, notes and replace(notes, wanted=dict(self._config.instances))
+
+        self._launcher.find = without_sizes  # type: ignore[method-assign]
+        return bool(await take_over(self))
+
+    return mutated
+
+
 MUTATIONS = [
     Mutation(
         "a peer that left stays connected", MembershipView, "_connect", _stays_connected, 1, 0, "connected"
@@ -101,6 +130,10 @@ MUTATIONS = [
     Mutation(
         "a request on its way counts for ever", RequestPlacement, "settle", _nothing, 1, 0, "on their way"
     ),
+    Mutation("a lease never ends", InstanceRegister, "silent", _no_lease, 1, 5, "has the loads of"),
+    Mutation("outdated tokens are taken", TokenLedger, "accept", _any_epoch, 1, 64, "does not follow"),
+    Mutation("lost messages are not noticed", Reconciler, "check", _nothing, 2, 12, "has not ended"),
+    Mutation("wanted sizes are forgotten", Manager, "take_over", _sizes_forgotten, 2, 24, "are wanted"),
 ]
 
 
@@ -114,7 +147,9 @@ def first_seed(mutation: Mutation) -> tuple[int, list[str]] | None:
 
 
 def main() -> None:
-    for mutation in MUTATIONS[int(sys.argv[1]) :] if len(sys.argv) > 1 else MUTATIONS:
+    """Arguments: parts of the names of the bugs to look for; by default, all."""
+    chosen = [m for m in MUTATIONS if not sys.argv[1:] or any(part in m.name for part in sys.argv[1:])]
+    for mutation in chosen:
         found = first_seed(mutation)
         print(f"{mutation.name}: tier {mutation.tier},", "not found" if found is None else found, flush=True)
 
