@@ -122,8 +122,7 @@ class VllmEngine:
                 self._loader.install(request, 0, None)
             else:
                 self.core.add_request(request)
-            live = LiveRequest(request_id, payload, client, epoch, len(done), request)
-            self._live.enters(request.request_id, live)
+            self._live.enters(request.request_id, LiveRequest(request_id, payload, client, epoch, request))
             if handoff and self.no_migration is None and compatibility.unmovable(request) is None:
                 self.scheduler.handoff_ids.add(request.request_id)
             return True
@@ -220,7 +219,7 @@ class VllmEngine:
         def reserve() -> Reservation:
             self._loader.replay(arriving, request.output_token_ids)
             blocks, present = self.scheduler.reserve(migration_id, arriving)
-            live = LiveRequest(request_id, request.payload, request.client, request.epoch, 0, arriving)
+            live = LiveRequest(request_id, request.payload, request.client, request.epoch, arriving)
             self._live.arrives(arriving.request_id, live)
             return Reservation(blocks, present)
 
@@ -238,7 +237,7 @@ class VllmEngine:
             if not self._end_below(live.request_id, state.epoch + 1):
                 raise DestinationRefusedError(RefusalCode.SUPERSEDED, "a newer copy of the request is here")
             request = self.scheduler.commit(migration_id, state.num_computed_tokens)
-            live.epoch, live.emitted = state.epoch + 1, len(state.output_token_ids)
+            live.epoch = state.epoch + 1
             self._live.enters(request.request_id, live)
             self._loader.install(request, state.num_computed_tokens, state.rng_state)
 

@@ -13,9 +13,8 @@ from migration.ended_requests import EndedRequests
 from migration.engine_interface import HeldByClient, HeldRequest
 from migration.messages import RequestDescription, RequestId, stem_of
 from migration.stem_index import StemIndex
+from migration.token_span import TokenSpan, crc_of
 
-#: (request's ownership epoch, index of the first new token), one per output, in the outputs' order.
-TokenSpan = tuple[int, int]
 OutputSink = Callable[[str, EngineCoreOutputs, list[TokenSpan]], None]
 
 
@@ -27,16 +26,18 @@ class LiveRequest:
         payload: The request as the API server sent it, to be sent on unchanged.
         client: Endpoint that takes its tokens.
         epoch: Ownership epoch; tokens carry it.
-        emitted: Output tokens sent to the client so far, by any instance: the index of the next one.
         request: vLLM's state of it.
+        emitted: Output tokens sent to the client so far, by any instance: the index of the next one.
+        crc: `crc_of` these.
     """
 
     request_id: RequestId
     payload: list[bytes]
     client: str
     epoch: int
-    emitted: int
     request: Request
+    emitted: int = 0
+    crc: int = 0
 
     def describe(self, compatibility: dict[str, str]) -> RequestDescription:
         """What a destination needs; `compatibility` is what has to be equal there."""
@@ -77,7 +78,8 @@ class LiveRequests:
         self._by_stay[stay_id] = live
 
     def enters(self, stay_id: str, live: LiveRequest) -> None:
-        """A request is here from now on; an older stay of it has ended."""
+        """A request is here from now on; an older stay of it has ended. Its tokens so far have been sent."""
+        live.emitted, live.crc = live.request.num_output_tokens, crc_of(live.request.output_token_ids)
         self._by_stay[stay_id] = live
         self._here[live.request_id] = stay_id
         self._stems.add(live.request_id)
@@ -143,8 +145,9 @@ class LiveRequests:
                 output.request_id = live.request_id
                 items, spans = by_client[live.client]
                 items.append(output)
-                spans.append((live.epoch, live.emitted))
+                spans.append((live.epoch, live.emitted, live.crc))
                 live.emitted += len(output.new_token_ids)
+                live.crc = crc_of(output.new_token_ids, live.crc)
                 if output.finish_reason is not None:
                     finished.append(stay_id)
                     if _has_only_tokens(live.request):
@@ -173,14 +176,14 @@ class LiveRequests:
                 if not _has_only_tokens(live.request):
                     continue
                 client, epoch = live.client, live.epoch
-                tokens = list(live.request.output_token_ids[index : live.emitted])
+                sent = list(live.request.output_token_ids[: live.emitted])
             elif (kept := self._ended.get(request_id)) is not None:
-                client, epoch, tokens = kept.client, kept.epoch, kept.output_token_ids[index:]
+                client, epoch, sent = kept.client, kept.epoch, kept.output_token_ids
                 end = {"finish_reason": kept.finish_reason, "stop_reason": kept.stop_reason}
             else:
                 continue
             # One token each, as at first: vLLM's front end would count tokens behind a stop string, too.
-            outputs = [EngineCoreOutput(request_id, [token]) for token in tokens]
+            outputs = [EngineCoreOutput(request_id, [token]) for token in sent[index:]]
             if end:
                 last = outputs.pop().new_token_ids if outputs else []
                 outputs.append(EngineCoreOutput(request_id, last, **end))
@@ -188,7 +191,10 @@ class LiveRequests:
                 continue
             if not index:
                 outputs[0].events = _began_now()
-            spans = [(epoch, index + i) for i in range(len(outputs))]
+            crc, spans = crc_of(sent[:index]), []
+            for output in outputs:
+                spans.append((epoch, index + len(spans), crc))
+                crc = crc_of(output.new_token_ids, crc)
             sink(client, EngineCoreOutputs(outputs=outputs), spans)
 
     def _keep(self, live: LiveRequest, output: EngineCoreOutput) -> None:

@@ -25,6 +25,7 @@ from migration.messages import (
     Withdraw,
 )
 from migration.record import MigrationRecord
+from migration.token_span import TokenSpan
 from pd_serve.comm.cluster_state import COUNTER, MESSAGE_ERRORS, ClusterState, ProcessStats, SchedulerStats
 from pd_serve.comm.membership import Join, Membership
 from pd_serve.comm.requests import Call
@@ -253,12 +254,12 @@ class TokenHeader(msgspec.Struct, frozen=True, array_like=True):
     """First frame of a step's tokens; vLLM's encoding of its `EngineCoreOutputs` follows.
 
     Attributes:
-        spans: (ownership epoch, index of the first new token) per output, in order.
+        spans: One per output, in order.
         report: The instance's requests. Then there are no outputs.
     """
 
     instance_id: str
-    spans: list[tuple[int, int]]
+    spans: list[TokenSpan]
     report: RequestReport | None = None
 
 

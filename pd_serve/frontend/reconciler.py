@@ -37,18 +37,12 @@ MISSING_REPORTS, MAX_MISSING_REPORTS = 4, 40
 #: many reports that have not arrived.
 DEAF_REPORTS, UNHEARD_REPORTS = 20, 40
 
-#: How often one request is recomputed because of lost messages before its client gets an error.
-MAX_LOSSES = 10
-
 
 class LossListener(Protocol):
     """Is told which requests are lost."""
 
     def lost(self, request: TrackedRequest, instance_id: str, reason: RecomputeReason) -> None:
         """The request has to be recomputed; what this instance has of it is to be ended."""
-
-    def give_up(self, request: TrackedRequest, why: str) -> None:
-        """The request has to fail."""
 
 
 @dataclass(slots=True)
@@ -161,7 +155,7 @@ class Reconciler:
         for instance_id in self._out_of_reach():
             for request in list(self._requests.values()):
                 if request.is_on(instance_id):
-                    self._lose(request, instance_id, "out_of_reach")
+                    self._listener.lost(request, instance_id, "out_of_reach")
         resend: defaultdict[str, list[tuple[RequestId, int]]] = defaultdict(list)
         for request in list(self._requests.values()):
             if request.ledger.owner:
@@ -177,7 +171,7 @@ class Reconciler:
         reported = self._reported_by(believed) if is_member else _Reported()
         progress = (believed, ledger.recomputed_epoch, len(ledger.token_ids))
         if check.progress != progress:
-            request.check = Check(progress, reported.number, self._heartbeats(), losses=check.losses)
+            request.check = Check(progress, reported.number, self._heartbeats())
             return
         if is_member and reported.number == check.report:
             return
@@ -193,12 +187,12 @@ class Reconciler:
             if check.behind in RESEND_AT:
                 resend[believed].append((request.request_id, len(ledger.token_ids)))
             elif check.behind >= RECOMPUTE_AT:
-                self._lose(request, believed, "tokens_lost")
+                self._listener.lost(request, believed, "tokens_lost")
             return
         check.missing += 1
         may_be_in_transit = is_member and reported.heartbeat <= check.heartbeat
         if check.missing >= (MAX_MISSING_REPORTS if may_be_in_transit else MISSING_REPORTS):
-            self._lose(request, believed, "request_lost")
+            self._listener.lost(request, believed, "request_lost")
 
     def _out_of_reach(self) -> list[str]:
         """Instances whose messages do not arrive; each once in the time of a lease."""
@@ -209,13 +203,6 @@ class Reconciler:
         for instance_id in unheard:
             self._reported[instance_id].given_up = self._reported[instance_id].sent
         return [*silent, *(name for name in unheard if name not in silent)]
-
-    def _lose(self, request: TrackedRequest, instance_id: str, reason: RecomputeReason) -> None:
-        request.check.losses += 1
-        if request.check.losses > MAX_LOSSES:
-            return self._listener.give_up(request, f"it was lost {request.check.losses} times")
-        self._count("out_of_reach" if reason == "out_of_reach" else "recompute", 1)
-        self._listener.lost(request, instance_id, reason)
 
     # ---- helpers
 

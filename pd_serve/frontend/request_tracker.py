@@ -24,6 +24,9 @@ from router.request import NewRequest
 
 logger = logging.getLogger(__name__)
 
+#: How often one request is recomputed, though its instances live, before its client gets an error.
+MAX_LOSSES = 10
+
 
 class RequestTracker:
     """Starts requests, follows their owners, and recomputes requests that were lost with an instance.
@@ -191,12 +194,15 @@ class RequestTracker:
     # ---- LossListener
 
     def lost(self, request: TrackedRequest, instance_id: str, reason: RecomputeReason) -> None:
+        self._recorder.reconciled("out_of_reach" if reason == "out_of_reach" else "recompute", 1)
+        request.losses += 1
+        if request.losses > MAX_LOSSES:
+            logger.error("request %s: it was lost %d times", request.request_id, request.losses)
+            self._fail(request)
+            self._wire.send(instance_id, AbortRequests([request.request_id]))
+            return
         self._recompute(request, instance_id, reason)
         self._wire.send(instance_id, AbortRequests([request.request_id], request.ledger.recomputed_epoch))
-
-    def give_up(self, request: TrackedRequest, why: str) -> None:
-        logger.error("request %s: %s", request.request_id, why)
-        self._fail(request)
 
     def has_requests_on(self, instance_id: str) -> bool:
         return any(request.is_on(instance_id) for request in self.requests.values())

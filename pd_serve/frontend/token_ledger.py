@@ -1,13 +1,31 @@
 """Delivers every token index exactly once and in order, from any instance.
 
 Tokens of one request may come from several owners on several sockets, late or twice. Each output has the
-epoch of its sender and the index of its first token.
+epoch of its sender, the index of its first token, and the CRC of the sender's tokens before. So what is
+delivered is one copy's text: two copies that continued a request from the same token may have sampled
+different ones, and a client that got tokens of both would have a text that no engine has computed.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+from migration.token_span import TokenSpan, crc_of
 from pd_serve.comm.outputs import RequestOutput
+
+
+class Accepted(NamedTuple):
+    """What becomes of an output.
+
+    Attributes:
+        ready: The outputs to deliver now, in order: often this one; none if it is early or a duplicate.
+        is_stale: Its sender is a former owner, whose copy of the request has to be ended.
+        is_fork: The present owner does not continue the delivered tokens. The request has to be recomputed
+            from them (`take_over`), and the owner's copy to be ended.
+    """
+
+    ready: list[RequestOutput]
+    is_stale: bool = False
+    is_fork: bool = False
 
 
 @dataclass
@@ -18,6 +36,7 @@ class TokenLedger:
         owner: The instance that sent the highest epoch.
         epoch: Highest epoch received.
         token_ids: Delivered output tokens; their number is the next index.
+        crc: `crc_of` these.
         finished: The last output has been delivered.
         last_token_at: Time of the last delivery, in seconds.
         longest_gap_s: Longest time between two deliveries.
@@ -29,6 +48,7 @@ class TokenLedger:
     owner: str
     epoch: int = 0
     token_ids: list[int] = field(default_factory=list)
+    crc: int = 0
     finished: bool = False
     last_token_at: float = 0.0
     longest_gap_s: float = 0.0
@@ -36,19 +56,21 @@ class TokenLedger:
     num_moves: int = 0
     recomputed_epoch: int = 0
     _epoch_begin: int = 0
-    _early: dict[int, tuple[int, RequestOutput]] = field(default_factory=dict)
+    _early: dict[int, tuple[TokenSpan, RequestOutput]] = field(default_factory=dict)
 
-    def extend(self, source: str, epoch: int, index: int, output: RequestOutput, now: float) -> float | None:
+    def extend(self, source: str, span: TokenSpan, output: RequestOutput, now: float) -> float | None:
         """Fast path of `accept` for the owner's next output, if it is neither its first nor its last.
 
         Returns:
             Time of the delivery before; None if nothing was done and `accept` has to take the output.
         """
+        epoch, index, crc = span
         token_ids = self.token_ids
         if (
             epoch != self.epoch
             or source != self.owner
             or index != len(token_ids)
+            or crc != self.crc
             or index == self._epoch_begin
             or self._early
             or self.finished
@@ -56,38 +78,39 @@ class TokenLedger:
         ):
             return None
         token_ids += output.new_token_ids
+        self.crc = crc_of(output.new_token_ids, crc)
         before, self.last_token_at = self.last_token_at, now
         if now - before > self.longest_gap_s:
             self.longest_gap_s = now - before
         return before
 
-    def accept(
-        self, source: str, epoch: int, index: int, output: RequestOutput, now: float
-    ) -> tuple[list[RequestOutput], bool]:
-        """Takes one output (vLLM's `EngineCoreOutput`) whose first new token has this index.
-
-        Returns:
-            The outputs to deliver now, in order (often this one; none if it is early or a duplicate), and
-            whether its sender is a former owner whose copy of the request has to be ended.
-        """
+    def accept(self, source: str, span: TokenSpan, output: RequestOutput, now: float) -> Accepted:
+        """Takes one output (vLLM's `EngineCoreOutput`)."""
+        epoch, index, _ = span
         if epoch > self.epoch:
             if source != self.owner:
                 self.num_moves += 1
             self.owner, self.epoch, self._epoch_begin = source, epoch, index
-            self._early = {i: e for i, e in self._early.items() if i < index or e[0] >= epoch}
+            self._early = {i: e for i, e in self._early.items() if i < index or e[0][0] >= epoch}
         elif source != self.owner and epoch == self.epoch:
             # A source that takes a request back has a higher epoch than its destination, but possibly the
             # same epoch as an instance to which the destination moved it on. The first sender is the owner.
-            return [], True
+            return Accepted([], is_stale=True)
         elif epoch < self.epoch and index >= self._epoch_begin:
-            return [], source != self.owner
-        self._early[index] = (epoch, output)
-        deliver = []
+            return Accepted([], is_stale=source != self.owner)
+        known = self._early.get(index)
+        if known is None or known[0][0] <= epoch:
+            self._early[index] = (span, output)
+        deliver: list[RequestOutput] = []
         while self._early and not self.finished:
             first = min(self._early)
             if first > len(self.token_ids):
                 break
-            sent_epoch, ready = self._early.pop(first)
+            (sent_epoch, _, crc), ready = self._early.pop(first)
+            if not self._continues(first, crc, ready):
+                if sent_epoch == self.epoch:
+                    return Accepted(deliver, is_fork=True)
+                continue
             if sent_epoch < self.epoch:
                 # The present owner has continued: drop the former owner's tokens after the first token of
                 # the present one, and its end of the request.
@@ -95,7 +118,7 @@ class TokenLedger:
                 ready.finish_reason = None
             if self._take(first, ready, now):
                 deliver.append(ready)
-        return deliver, False
+        return Accepted(deliver)
 
     @property
     def has_token_of_owner(self) -> bool:
@@ -123,6 +146,15 @@ class TokenLedger:
         self.num_moves += 1
         return self.epoch
 
+    def _continues(self, index: int, crc: int, output: RequestOutput) -> bool:
+        """Whether an output that begins at a delivered token, or right after the last, has the same text."""
+        known = len(self.token_ids) - index
+        if known <= len(output.new_token_ids):
+            return crc_of(output.new_token_ids[:known], crc) == self.crc
+        has_ended_before = output.finish_reason is not None
+        end = index + len(output.new_token_ids)
+        return not has_ended_before and crc_of(output.new_token_ids, crc) == crc_of(self.token_ids[:end])
+
     def _take(self, index: int, output: RequestOutput, now: float) -> bool:
         """Adds an output's tokens without those delivered before. Returns False if none is left."""
         known = len(self.token_ids) - index
@@ -136,6 +168,7 @@ class TokenLedger:
             if self.num_moves and index == self._epoch_begin:
                 self.last_gap_s = gap_s
         self.token_ids.extend(output.new_token_ids)
+        self.crc = crc_of(output.new_token_ids, self.crc)
         self.last_token_at = now
         self.finished = output.finish_reason is not None
         return True

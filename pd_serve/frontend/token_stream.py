@@ -4,13 +4,14 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from migration.messages import RequestId
+from migration.token_span import TokenSpan
 from pd_serve.comm.message_wire import MessageWire
 from pd_serve.comm.messages import AbortRequests, RequestReport
 from pd_serve.comm.outputs import OutputBatch, RequestOutput
 from pd_serve.frontend.instances import Instances
 from pd_serve.frontend.output_codec import OutputCodec
 from pd_serve.frontend.tracked_request import TrackedRequest
-from pd_serve.observe.recorder import RequestRecorder
+from pd_serve.observe.recorder import RecomputeReason, RequestRecorder
 
 #: Called with (request, instance, tokens so far, time in s) at every delivery; for measurements.
 TokenObserver = Callable[[RequestId, str, int, float], None]
@@ -27,6 +28,9 @@ class TokenListener(Protocol):
 
     def first_token_of_owner(self, request: TrackedRequest, now: float, prefill_s: float | None) -> None:
         """The present owner's first token has been delivered; `prefill_s` is the duration of its prefill."""
+
+    def lost(self, request: TrackedRequest, instance_id: str, reason: RecomputeReason) -> None:
+        """The owner's copy does not continue the delivered tokens."""
 
     def finished(self, request: TrackedRequest, outcome: str) -> None:
         """The last token has been delivered."""
@@ -82,21 +86,21 @@ class TokenStream:
         deliver: list[RequestOutput] = []
         #: Number of outputs by time of the delivery before, which is the same for most outputs of a step.
         gaps: dict[float, int] = {}
-        for output, (epoch, index) in zip(batch.outputs, header.spans, strict=True):
+        for output, span in zip(batch.outputs, header.spans, strict=True):
             request = self._requests.get(output.request_id)
             if request is None:
                 if output.finish_reason is None:
                     self._end_copy(source, RequestId(output.request_id), None)
                 continue
-            before = request.ledger.extend(source, epoch, index, output, now)
+            before = request.ledger.extend(source, span, output, now)
             if before is not None:
                 deliver.append(output)
                 gaps[before] = gaps.get(before, 0) + 1
                 if self.observer is not None:
-                    self.observer(request.request_id, source, index + len(output.new_token_ids), now)
+                    self.observer(request.request_id, source, span[1] + len(output.new_token_ids), now)
                 continue
             before = request.ledger.last_token_at
-            if ready := self._accept(request, source, epoch, index, output, batch, now):
+            if ready := self._accept(request, source, span, output, batch, now):
                 deliver += ready
                 if before:
                     gaps[before] = gaps.get(before, 0) + 1
@@ -111,8 +115,7 @@ class TokenStream:
         self,
         request: TrackedRequest,
         source: str,
-        epoch: int,
-        index: int,
+        span: TokenSpan,
         output: RequestOutput,
         batch: OutputBatch,
         now: float,
@@ -120,9 +123,9 @@ class TokenStream:
         """Takes an output that `TokenLedger.extend` did not take. Returns the outputs to deliver."""
         ledger, listener = request.ledger, self._listener
         had_tokens, moves, delivered = bool(ledger.token_ids), ledger.num_moves, ledger.delivered_epoch
-        ready, is_stale = ledger.accept(source, epoch, index, output, now)
+        ready, is_stale, is_fork = ledger.accept(source, span, output, now)
         if is_stale:
-            self._end_copy(source, request.request_id, epoch + 1)  # this copy, not a later one
+            self._end_copy(source, request.request_id, span[0] + 1)  # this copy, not a later one
         if ledger.token_ids and not had_tokens:
             listener.first_token(request)
         if ledger.num_moves != moves:
@@ -135,6 +138,8 @@ class TokenStream:
             request.wake_move_waiters()
         if ledger.finished:
             listener.finished(request, str(ready[-1].finish_reason))
+        if is_fork:
+            listener.lost(request, source, "fork")
         return ready
 
     def _end_copy(self, source: str, request_id: RequestId, below_epoch: int | None) -> None:

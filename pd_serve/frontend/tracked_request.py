@@ -35,7 +35,6 @@ class Check:
         report: Number of the last report that was compared.
         heartbeat: Number of the last heartbeat before the comparison started.
         behind, missing: Reports in a row with more tokens than were delivered, and without the request.
-        losses: Recomputes because of lost messages.
     """
 
     progress: tuple[str, int, int] = ("", 0, 0)
@@ -43,7 +42,6 @@ class Check:
     heartbeat: int = 0
     behind: int = 0
     missing: int = 0
-    losses: int = 0
 
 
 @dataclass
@@ -59,6 +57,7 @@ class TrackedRequest:
         committed_to: Destination of a committed migration until its first token has come; otherwise "".
         deaths: Deaths of instances that it may have caused, the last one at `died_at`; see
             `pd_serve.frontend.suspects`.
+        losses: Recomputes because of lost or wrong messages, while its instances lived.
         retry_at: Earliest time of its next recompute.
         sighting, check: State of its reconciliation.
         move_waiters: Futures that wait for the first token from the next owner.
@@ -73,6 +72,7 @@ class TrackedRequest:
     committed_to: str = ""
     deaths: int = 0
     died_at: float = -math.inf
+    losses: int = 0
     retry_at: float = 0.0
     placed_at: float = 0.0
     sighting: Sighting = field(default_factory=Sighting)

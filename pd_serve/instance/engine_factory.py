@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from migration.engine_interface import Engine, EngineEvents
+from migration.token_span import TokenSpan
 from pd_serve.platform.cpu import is_cpu_build
 from pd_serve.simulated_engine.settings import EngineSettings
 
@@ -13,8 +14,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.engine import EngineCoreOutputs
 
-#: Publishes a step's outputs for one API server: its token endpoint, the outputs, and (epoch, index) of each.
-PublishOutputs = Callable[[str, "EngineCoreOutputs", list[tuple[int, int]]], None]
+#: Publishes a step's outputs for one API server: its token endpoint, the outputs, and where each belongs.
+PublishOutputs = Callable[[str, "EngineCoreOutputs", list[TokenSpan]], None]
 
 
 def create_engine(

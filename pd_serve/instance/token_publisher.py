@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import zmq
 
+from migration.token_span import TokenSpan
 from pd_serve.comm.messages import RequestReport, TokenHeader
 from pd_serve.comm.wire import Wire
 
@@ -26,7 +27,7 @@ class TokenPublisher:
         self._no_outputs = [bytes(frame) for frame in self._encoder.encode(EngineCoreOutputs())]
         self._sockets: dict[str, zmq.Socket[bytes]] = {}
 
-    def publish(self, client: str, outputs: "EngineCoreOutputs", spans: list[tuple[int, int]]) -> None:
+    def publish(self, client: str, outputs: "EngineCoreOutputs", spans: list[TokenSpan]) -> None:
         """Sends a step's outputs to the token endpoint `client`; see `TokenHeader` for `spans`."""
         self._send(client, TokenHeader(self._name, spans), self._encoder.encode(outputs))
 

@@ -66,7 +66,8 @@ RECOMPUTED = Counter(
     "pd_serve_recomputed_requests",
     "Requests recomputed, by reason: their instance died (died), was stopped with them (stopped), has ended "
     "them because the manager had dropped this API server (dropped), could not be heard (out_of_reach), has "
-    "sent tokens that never arrived (tokens_lost), or does not have them (request_lost).",
+    "sent tokens that never arrived (tokens_lost), does not have them (request_lost), or has continued them "
+    "with other tokens than those delivered (fork).",
     ["reason"],
 )
 RECONCILIATIONS = Counter(

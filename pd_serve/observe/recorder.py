@@ -15,7 +15,7 @@ from router.request import NewRequest
 
 #: Why a request is recomputed: its instance died; was stopped with it; has ended it, as the manager had
 #: dropped this API server; could not be heard; has sent tokens that never arrived; or does not have it.
-RecomputeReason = Literal["died", "stopped", "dropped", "out_of_reach", "tokens_lost", "request_lost"]
+RecomputeReason = Literal["died", "stopped", "dropped", "out_of_reach", "tokens_lost", "request_lost", "fork"]
 
 #: Ended requests whose timelines are kept.
 KEEP_ENDED = 1000

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from migration.engine_interface import EngineEvents, HeldByClient, HeldRequest
+from migration.token_span import TokenSpan
 from pd_serve.errors import EngineDeadError
 from pd_serve.instance.engine_factory import create_engine
 from pd_serve.profiling.profile_points import DECODE_STEPS, Limits, Point, StepSeen
@@ -200,7 +201,7 @@ class MeasuredEngine:
         )
         return [bytes(frame) for frame in self._requests.encode(request)]
 
-    def _take(self, client: str, outputs: "EngineCoreOutputs", spans: list[tuple[int, int]]) -> None:
+    def _take(self, client: str, outputs: "EngineCoreOutputs", spans: list[TokenSpan]) -> None:
         self._outputs.encode(outputs)  # as an instance does before it sends them
         self._left -= sum(output.finish_reason is not None for output in outputs.outputs)
         if not self._left:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Collection, Iterable
 from migration.ended_requests import EndedRequests
 from migration.engine_interface import HeldByClient, HeldRequest
 from migration.messages import RequestId, stem_of
+from migration.token_span import TokenSpan, crc_of
 from pd_serve.simulated_engine.outputs import SimulatedOutput
 from pd_serve.simulated_engine.sequence import Sequence
 
 #: Takes (client, outputs, spans) after every step; see `pd_serve.comm.messages.TokenHeader`.
-OutputSink = Callable[[str, list[SimulatedOutput], list[tuple[int, int]]], None]
+OutputSink = Callable[[str, list[SimulatedOutput], list[TokenSpan]], None]
 
 
 class SequenceEmitter:
@@ -34,9 +35,7 @@ class SequenceEmitter:
 
     def emit(self, sampled: Iterable[Sequence], now: float) -> list[Sequence]:
         """Sends the new tokens of a step. Returns the sequences that have finished."""
-        by_client: dict[str, tuple[list[SimulatedOutput], list[tuple[int, int]]]] = defaultdict(
-            lambda: ([], [])
-        )
+        by_client: dict[str, tuple[list[SimulatedOutput], list[TokenSpan]]] = defaultdict(lambda: ([], []))
         ended = []
         for sequence in sampled:
             output, emitted = sequence.output, sequence.emitted
@@ -44,8 +43,9 @@ class SequenceEmitter:
             outputs, spans = by_client[sequence.client]
             times = None if emitted else sequence.times(now)
             outputs.append(SimulatedOutput(sequence.request_id, output[emitted:], reason, times))
-            spans.append((sequence.epoch, emitted))
+            spans.append((sequence.epoch, emitted, sequence.crc))
             sequence.emitted = len(output)
+            sequence.crc = crc_of(output[emitted:], sequence.crc)
             if reason is not None:
                 ended.append(sequence)
                 self._ended.add(sequence.request_id, sequence.client, sequence.epoch, output, reason)
@@ -93,7 +93,9 @@ class SequenceEmitter:
                 tokens, times = sequence.output[index : sequence.emitted], sequence.times(now)
                 output = SimulatedOutput(request_id, tokens, None, None if index else times)
                 if tokens:
-                    self._sink(sequence.client, [output], [(sequence.epoch, index)])
+                    span = (sequence.epoch, index, crc_of(sequence.output[:index]))
+                    self._sink(sequence.client, [output], [span])
             elif (ended := self._ended.get(request_id)) is not None:
                 output = SimulatedOutput(request_id, ended.output_token_ids[index:], ended.finish_reason)
-                self._sink(ended.client, [output], [(ended.epoch, index)])
+                span = (ended.epoch, index, crc_of(ended.output_token_ids[:index]))
+                self._sink(ended.client, [output], [span])

@@ -188,8 +188,7 @@ class SequenceMigrations:
         prompt_tokens = self.grow(migration_id, 0).prompt_tokens
         sequence = self.grow(migration_id, batcher.num_blocks(prompt_tokens + len(state.output_token_ids)))
         del self.arriving[migration_id]
-        sequence.output = list(state.output_token_ids)
-        sequence.emitted = len(sequence.output)
+        sequence.continue_after(state.output_token_ids)
         sequence.epoch = state.epoch + 1
         sequence.computed = state.num_computed_tokens
         assert sequence.is_decoding, "all tokens but the last one have their KV here"

@@ -1,8 +1,10 @@
 """One request in a simulated engine."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from migration.messages import RequestId
+from migration.token_span import crc_of
 from pd_serve.simulated_engine.contents import MASK, Prompt, kv_of
 
 
@@ -15,6 +17,7 @@ class Sequence:
         payload: The request as the API server sent it.
         epoch: Ownership epoch.
         output: Tokens generated so far, on any instance; `emitted` of them have been sent to the client.
+        crc: `crc_of` the tokens that have been sent.
         computed: Tokens whose KV is in `blocks`. A decoding sequence has all but the last one.
         digest: Sum over the contents of its blocks, as last read.
         hashes: One per full block, each over all contents up to there (prefix caching only).
@@ -35,6 +38,7 @@ class Sequence:
     epoch: int = 0
     output: list[int] = field(default_factory=list)
     emitted: int = 0
+    crc: int = 0
     computed: int = 0
     digest: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -59,6 +63,11 @@ class Sequence:
     @property
     def is_decoding(self) -> bool:
         return bool(self.output) and self.computed == self.num_tokens - 1
+
+    def continue_after(self, output_token_ids: Iterable[int]) -> None:
+        """Its next token follows these, which have been sent."""
+        self.output = list(output_token_ids)
+        self.emitted, self.crc = len(self.output), crc_of(self.output)
 
     def times(self, now: float) -> tuple[float, float]:
         """Seconds that it waited here, and since then."""

@@ -119,8 +119,7 @@ class SimulatedEngine:
     ) -> bool:
         sequence = self._decode(payload)
         sequence.client, sequence.epoch, sequence.wants_handoff = client, epoch, handoff
-        sequence.output = list(output_token_ids or ())
-        sequence.emitted = len(sequence.output)
+        sequence.continue_after(output_token_ids or ())
         sequence.added_at = self._loop.time()
         tokens, blocks = sequence.prompt_tokens + sequence.max_tokens, self.settings.num_blocks
         if self.batcher.num_blocks(tokens) > blocks - self.batcher.watermark_blocks:

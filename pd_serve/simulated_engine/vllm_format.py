@@ -21,6 +21,7 @@ from vllm.v1.serial_utils import MsgpackDecoder
 
 from migration.engine_interface import EngineEvents
 from migration.messages import RequestId
+from migration.token_span import TokenSpan
 from pd_serve.errors import InvalidRequestError
 from pd_serve.simulated_engine.contents import TokenPrompt
 from pd_serve.simulated_engine.faults import EngineFaults
@@ -72,14 +73,14 @@ def decode_request(payload: list[bytes]) -> Sequence:
 
 def make_engine(
     settings: EngineSettings,
-    publish: Callable[[str, Any, list[tuple[int, int]]], None],
+    publish: Callable[[str, Any, list[TokenSpan]], None],
     events: EngineEvents,
     faults: EngineFaults | None = None,
     keep_ended_s: float = 0.0,
 ) -> SimulatedEngine:
     """An engine on the running event loop whose outputs go to `publish` in vLLM's form."""
 
-    def sink(client: str, outputs: list[SimulatedOutput], spans: list[tuple[int, int]]) -> None:
+    def sink(client: str, outputs: list[SimulatedOutput], spans: list[TokenSpan]) -> None:
         now = time.monotonic()
         batch = [
             EngineCoreOutput(

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from migration.bounds import MigrationBounds
 from migration.messages import InstanceId
+from migration.token_span import TokenSpan
 from migration.transport.local import LocalTransport
 from pd_serve.comm.membership import InstanceInfo
 from pd_serve.comm.message_wire import MessageWire
@@ -109,7 +110,7 @@ class SimulatedInstance:
         self.transport.close()
         await self.wire.close()
 
-    def _publish(self, client: str, outputs: list[SimulatedOutput], spans: list[tuple[int, int]]) -> None:
+    def _publish(self, client: str, outputs: list[SimulatedOutput], spans: list[TokenSpan]) -> None:
         self.wire.send_to(client, [TokenHeader(self.name, spans), SimulatedBatch(list(outputs))])
 
     def report(self, client: str, report: RequestReport) -> None:

@@ -20,8 +20,8 @@ from vllm.v1.serial_utils import MsgpackEncoder
 
 from migration.engine_interface import EngineEvents
 from migration.messages import FinalState, MigrationId, RequestDescription, RequestId
+from migration.token_span import TokenSpan, crc_of
 from migration.vllm_engine.adapter import VllmEngine
-from migration.vllm_engine.live_requests import TokenSpan
 from pd_serve.models import resolve
 from pd_serve.platform.cpu import cpu_engine_defaults
 
@@ -103,12 +103,13 @@ class EngineRig:
         self._loop.call_soon_threadsafe(self._receive, client, outputs, spans)
 
     def _receive(self, client: str, outputs: EngineCoreOutputs, spans: list[TokenSpan]) -> None:
-        for output, (epoch, index) in zip(outputs.outputs, spans, strict=True):
+        for output, (epoch, index, crc) in zip(outputs.outputs, spans, strict=True):
             self.clients[output.request_id] = client
             stream = self.streams.setdefault(output.request_id, Stream())
             if epoch < stream.epoch:
                 continue
             assert index == len(stream.tokens), "a token is lost or doubled"
+            assert crc == crc_of(stream.tokens), "a token is another than the one that was sent"
             stream.tokens += output.new_token_ids
             stream.epochs += [epoch] * len(output.new_token_ids)
             stream.ended |= output.finish_reason is not None

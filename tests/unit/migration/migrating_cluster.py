@@ -19,6 +19,7 @@ from migration.messages import AnyMigrationMessage, InstanceId, MigrationMessage
 from migration.record import MigrationRecord
 from migration.source_table import SourceState
 from migration.tasks import BackgroundTasks
+from migration.token_span import TokenSpan
 from pd_serve.frontend.token_ledger import TokenLedger
 from pd_serve.simulated_engine.contents import expected_output
 from pd_serve.simulated_engine.faults import EngineFaults
@@ -140,7 +141,7 @@ class MigratingCluster:
             on_death=lambda error: None,
         )
 
-        def sink(client: str, outputs: list[SimulatedOutput], spans: list[tuple[int, int]]) -> None:
+        def sink(client: str, outputs: list[SimulatedOutput], spans: list[TokenSpan]) -> None:
             asyncio.get_running_loop().call_later(LATENCY_S, self._on_outputs, node, outputs, spans)
 
         faults = EngineFaults()
@@ -249,22 +250,23 @@ class MigratingCluster:
 
     # ---- the front end
 
-    def _on_outputs(self, node: Node, outputs: list[SimulatedOutput], spans: list[tuple[int, int]]) -> None:
+    def _on_outputs(self, node: Node, outputs: list[SimulatedOutput], spans: list[TokenSpan]) -> None:
         if not node.alive:
             return  # its last tokens are lost with it
-        for output, (epoch, index) in zip(outputs, spans, strict=True):
-            self._on_output(node, output, epoch, index)
+        for output, span in zip(outputs, spans, strict=True):
+            self._on_output(node, output, span)
 
-    def _on_output(self, node: Node, output: SimulatedOutput, epoch: int, index: int) -> None:
+    def _on_output(self, node: Node, output: SimulatedOutput, span: TokenSpan) -> None:
         route = self.routes[output.request_id]
         if route.ended.is_set():
             if output.finish_reason is None:
                 self._tasks.start(self._abort(node.name, output.request_id, None))
             return
         now = asyncio.get_running_loop().time()
-        _, stale = route.ledger.accept(node.name, epoch, index, output, now)
-        if stale:
-            self._tasks.start(self._abort(node.name, output.request_id, epoch + 1))
+        _, is_stale, is_fork = route.ledger.accept(node.name, span, output, now)
+        if is_stale:
+            self._tasks.start(self._abort(node.name, output.request_id, span[0] + 1))
+        assert not is_fork, "simulated engines sample no other tokens after a move"
         if route.ledger.finished:
             route.ended.set()
 

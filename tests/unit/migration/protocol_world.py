@@ -19,6 +19,7 @@ from migration.destination_table import (
 )
 from migration.source_table import SOURCE_TABLE, SourceAction, SourceEvent, SourceState
 from migration.state_machine import StateMachine
+from migration.token_span import crc_of
 from pd_serve.errors import ProtocolError
 from pd_serve.frontend.token_ledger import TokenLedger
 
@@ -431,7 +432,8 @@ class World:
             return
         if self.routed:
             output = Output([index], "length" if last else None)
-            _, stale = self.ledger.accept(name, epoch, index, output, now=0.0)
+            span = (epoch, index, crc_of(range(index)))
+            stale = self.ledger.accept(name, span, output, now=0.0).is_stale
             if self.ledger.owner == self.committed_to:
                 self.committed_to = ""
             self.routed = not self.ledger.finished

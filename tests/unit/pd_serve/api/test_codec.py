@@ -66,7 +66,7 @@ class Instance:
         told = [EngineCoreEvent(kind, now - age_s) for kind, age_s in (events or {}).items()]
         output = EngineCoreOutput("r", [1], finish_reason=reason, events=told or None)
         outputs = EngineCoreOutputs(outputs=[output], timestamp=now)
-        header = msgspec.msgpack.encode(TokenHeader("decode-0", [(0, 0)]))
+        header = msgspec.msgpack.encode(TokenHeader("decode-0", [(0, 0, 0)]))
         return [header, *(bytes(frame) for frame in MsgpackEncoder().encode(outputs))]
 
 

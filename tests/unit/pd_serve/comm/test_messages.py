@@ -210,7 +210,7 @@ def test_a_message_of_another_channel_is_an_error() -> None:
 @pytest.mark.parametrize(
     "header",
     [
-        TokenHeader("d0", [(0, 5), (1, 7)]),
+        TokenHeader("d0", [(0, 5, 2**32 - 1), (1, 7, 0)]),
         TokenHeader("d0", [], RequestReport(3, 7, [HeldRequest(R, 1, 5), HeldRequest(R, 2, 6, True)])),
     ],
     ids=["tokens", "report"],

@@ -13,6 +13,7 @@ from vllm.v1.serial_utils import MsgpackEncoder
 from migration.engine_interface import HeldRequest
 from migration.messages import InstanceId, RequestId
 from migration.record import MigrationRecord
+from migration.token_span import crc_of
 from pd_serve.api.codec import VllmCodec
 from pd_serve.comm.membership import MANAGER
 from pd_serve.comm.messages import AddRequest, LoadReport, MigrationEnded, RequestReport, TokenHeader
@@ -96,10 +97,19 @@ class World:
         *ids: int,
         finish: FinishReason | None = None,
         of: str = "r",
+        before: Sequence[int] | None = None,
     ) -> None:
+        """An instance sends tokens. Those before them are 10, 11, 12 … by default."""
         output = EngineCoreOutput(of, list(ids), finish_reason=finish)
         frames = [bytes(frame) for frame in self._encoder.encode(EngineCoreOutputs(outputs=[output]))]
-        self.wire.hear_frames(msgspec.msgpack.encode(TokenHeader(source, [(epoch, index)])), *frames)
+        self.wire.hear_frames(
+            msgspec.msgpack.encode(
+                TokenHeader(
+                    source, [(epoch, index, crc_of(range(10, 10 + index) if before is None else before))]
+                )
+            ),
+            *frames,
+        )
 
     def holds(self, source: str, *held: HeldRequest, heartbeat: int = 1_000_000, number: int = 0) -> None:
         """An instance reports the requests that it has, by default after it has received everything."""

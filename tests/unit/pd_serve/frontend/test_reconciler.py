@@ -11,12 +11,12 @@ from pd_serve.comm.messages import AbortRequests, AddRequest, LoadReport, Resend
 from pd_serve.comm.timing import INSTANCE_LEASE_S, REQUEST_REPORT_INTERVAL_S
 from pd_serve.frontend.reconciler import (
     DEAF_REPORTS,
-    MAX_LOSSES,
     MAX_MISSING_REPORTS,
     MISSING_REPORTS,
     RECOMPUTE_AT,
     UNHEARD_REPORTS,
 )
+from pd_serve.frontend.request_tracker import MAX_LOSSES
 from pd_serve.observe.recorder import Observer
 from pd_serve.observe.timeline import Timeline
 from router.load import InstanceLoad

@@ -50,7 +50,7 @@ class LivingWorld(World):
                 continue
             for request_id, (epoch, index) in list(batch.items()):
                 if request_id in self.requests.requests:
-                    self.tokens(name, epoch, index, 7, of=request_id)
+                    self.tokens(name, epoch, index, 10 + index, of=request_id)
                     batch[request_id] = epoch, index + 1
                 else:
                     del batch[request_id]

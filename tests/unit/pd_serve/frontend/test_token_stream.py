@@ -11,7 +11,8 @@ from vllm.v1.engine import (
 from vllm.v1.serial_utils import MsgpackEncoder
 
 from migration.messages import RequestId
-from pd_serve.comm.messages import AbortRequests, TokenHeader
+from pd_serve.comm.messages import AbortRequests, AddRequest, TokenHeader
+from pd_serve.frontend.request_tracker import MAX_LOSSES
 from tests.unit.pd_serve.frontend.frontend_world import R, World
 
 
@@ -114,10 +115,35 @@ async def test_the_duration_of_a_prefill_is_that_of_the_engine_s_report(world: W
     output = EngineCoreOutput("r", [10], events=[scheduled])
     batch = EngineCoreOutputs(outputs=[output], timestamp=52.0)
     frames = [bytes(frame) for frame in MsgpackEncoder().encode(batch)]
-    world.wire.hear_frames(msgspec.msgpack.encode(TokenHeader("p0", [(0, 0)])), *frames)
+    world.wire.hear_frames(msgspec.msgpack.encode(TokenHeader("p0", [(0, 0, 0)])), *frames)
 
     (timeline,) = world.requests.find("r")
     assert [(s["stage"], s["begin_s"], s["end_s"]) for s in timeline["stages"][1:]] == [
         ("queue", 0.0, 1.0),
         ("prefill", 1.0, 3.0),
     ]
+
+
+async def test_a_fork_is_recomputed_from_the_delivered_tokens(world: World) -> None:
+    """p0 takes the request back, though d0 had committed it and has continued it with other tokens."""
+    world.submit()
+    world.tokens("p0", 0, 0, 10)
+    world.tokens("d0", 1, 1, 11, 12)
+    world.tokens("p0", 2, 1, 99)
+
+    [_, (recomputer, add)] = world.sent(AddRequest)
+    assert (add.epoch, add.output_token_ids) == (1002, [10, 11, 12])
+    assert ("p0", AbortRequests([RequestId("r")], 1002)) in world.sent(AbortRequests)
+    world.tokens("d0", 1, 3, 13)
+    assert ("d0", AbortRequests([RequestId("r")], 2)) in world.sent(AbortRequests)
+    world.tokens(str(recomputer), add.epoch, 3, 23)
+    assert world.delivered_tokens() == [10, 11, 12, 23]
+
+
+async def test_an_instance_whose_tokens_never_fit_ends_the_request_with_an_error(world: World) -> None:
+    world.submit()
+    for index in range(MAX_LOSSES + 1):
+        instance, add = world.sent(AddRequest)[index]
+        world.tokens(str(instance), add.epoch, 0, 10, before=[1])
+    assert world.delivered()[-1].finish_reason is FinishReason.ERROR
+    assert not world.requests.requests

@@ -44,9 +44,9 @@ async def test_outputs_published_on_a_thread_arrive_at_their_own_token_endpoint_
     publisher = TokenPublisher("p0", wire)
 
     def step_thread() -> None:
-        publisher.publish(a, outputs(10), [(0, 0)])
-        publisher.publish(b, outputs(20, 21), [(1, 5)])
-        publisher.publish(a, outputs(11), [(0, 1)])
+        publisher.publish(a, outputs(10), [(0, 0, 0)])
+        publisher.publish(b, outputs(20, 21), [(1, 5, 0)])
+        publisher.publish(a, outputs(11), [(0, 1, 0)])
 
     await asyncio.to_thread(step_thread)
     async with asyncio.timeout(30):
@@ -54,8 +54,8 @@ async def test_outputs_published_on_a_thread_arrive_at_their_own_token_endpoint_
             await asyncio.sleep(0.01)
 
     assert arrived == {
-        "a": [(TokenHeader("p0", [(0, 0)]), [10]), (TokenHeader("p0", [(0, 1)]), [11])],
-        "b": [(TokenHeader("p0", [(1, 5)]), [20, 21])],
+        "a": [(TokenHeader("p0", [(0, 0, 0)]), [10]), (TokenHeader("p0", [(0, 1, 0)]), [11])],
+        "b": [(TokenHeader("p0", [(1, 5, 0)]), [20, 21])],
     }
     publisher.close()
     for api_server in api_servers.values():
@@ -69,7 +69,7 @@ async def test_an_api_server_that_does_not_read_is_logged_and_does_not_block(
     publisher = TokenPublisher("p0", wire)
 
     for index in range(20):
-        publisher.publish("tcp://127.0.0.1:1", outputs(index), [(0, index)])
+        publisher.publish("tcp://127.0.0.1:1", outputs(index), [(0, index, 0)])
 
     assert caplog.text.count("the API server at tcp://127.0.0.1:1 does not read") == 1
     assert len(wire.unsent) == 15
@@ -85,7 +85,7 @@ async def test_nothing_is_kept_for_api_servers_that_are_gone(wire: Wire) -> None
     for number in range(30):
         client = f"tcp://127.0.0.1:{number + 1}"
         for index in range(100):
-            publisher.publish(client, many, [(0, index)])
+            publisher.publish(client, many, [(0, index, 0)])
         publisher.retain({client})
         publisher.report(client, RequestReport(1, 0, []))
     publisher.retain(())
@@ -102,12 +102,12 @@ async def test_a_report_arrives_after_the_outputs_before_it(wire: Wire) -> None:
     publisher = TokenPublisher("p0", wire)
     report = RequestReport(3, 7, [HeldRequest(RequestId("r"), 0, 1)])
 
-    publisher.publish(client, outputs(10), [(0, 0)])
+    publisher.publish(client, outputs(10), [(0, 0, 0)])
     publisher.report(client, report)
     async with asyncio.timeout(30):
         while len(arrived) < 2:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
-    assert arrived == [TokenHeader("p0", [(0, 0)]), TokenHeader("p0", [], report)]
+    assert arrived == [TokenHeader("p0", [(0, 0, 0)]), TokenHeader("p0", [], report)]
     publisher.close()
     await api_server.close()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from migration.engine_interface import EngineEvents
 from migration.messages import FinalState, MigrationId, RequestId
+from migration.token_span import TokenSpan
 from pd_serve.errors import DestinationRefusedError, InvalidRequestError, SourceGoneError
 from pd_serve.simulated_engine.contents import expected_output
 from pd_serve.simulated_engine.cost_model import LinearCostModel
@@ -52,8 +53,8 @@ class Rig:
         self.engine = SimulatedEngine(self.settings, decode_payload, self._hear, events)
         self._payloads: dict[str, SimulatedPayload] = {}
 
-    def _hear(self, client: str, outputs: list[SimulatedOutput], spans: list[tuple[int, int]]) -> None:
-        for output, (_, index) in zip(outputs, spans, strict=True):
+    def _hear(self, client: str, outputs: list[SimulatedOutput], spans: list[TokenSpan]) -> None:
+        for output, (_, index, _) in zip(outputs, spans, strict=True):
             assert index == len(self.said.setdefault(output.request_id, []))
             if not index:
                 self.order.append(output.request_id)

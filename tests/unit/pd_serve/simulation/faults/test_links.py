@@ -154,10 +154,10 @@ def test_tokens_are_encoded() -> None:
         frames: list[list[bytes]] = []
         address = world.listener.listen_for_frames(frames.append)
         output = SimulatedOutput("r", [1, 2], None, (0.5, 1.0))  # type: ignore[arg-type]
-        world.wire.send_to(address, [TokenHeader("a", [(3, 4)]), SimulatedBatch([output])])
+        world.wire.send_to(address, [TokenHeader("a", [(3, 4, 0)]), SimulatedBatch([output])])
         await asyncio.sleep(1.0)
         header, batch = EncodedOutputs().decode(frames[0])
-        assert (header.instance_id, header.spans, batch.outputs) == ("a", [(3, 4)], [output])
+        assert (header.instance_id, header.spans, batch.outputs) == ("a", [(3, 4, 0)], [output])
 
     in_world(test)
 

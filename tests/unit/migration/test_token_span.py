@@ -1,0 +1,20 @@
+"""The CRC of output tokens."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from migration.token_span import crc_of
+
+TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=20)
+
+
+@given(TOKENS, TOKENS)
+def test_the_crc_goes_on_where_it_ended(before: list[int], after: list[int]) -> None:
+    assert crc_of(after, crc_of(before)) == crc_of([*before, *after])
+
+
+@given(TOKENS.filter(bool), st.data())
+def test_another_token_is_another_crc(tokens: list[int], data: st.DataObject) -> None:
+    index = data.draw(st.integers(0, len(tokens) - 1))
+    other = data.draw(st.integers(0, 2**32 - 1).filter(lambda token: token != tokens[index]))
+    assert crc_of([*tokens[:index], other, *tokens[index + 1 :]]) != crc_of(tokens)
