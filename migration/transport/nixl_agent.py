@@ -10,7 +10,10 @@ Source: nixl 1.5.1, `nixl_cu12/_api.py`; `src/plugins/ucx/ucx_engine_thread.cpp`
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,6 +28,9 @@ PROGRESS_PERIOD_US = 100_000
 # NIXL and UCX report a lost peer on stderr as well as by a status. The status is enough here, and
 # losing a peer is part of normal life. Set before the libraries are loaded; the user's setting wins.
 QUIET_ENVIRONMENT = {"NIXL_LOG_LEVEL": "FATAL", "UCX_LOG_LEVEL": "error"}
+
+#: The packages of NIXL's builds.
+BUILDS = ("nixl_cu13", "nixl_cu12")
 
 Indices = npt.NDArray[np.int32]
 
@@ -48,10 +54,8 @@ class NixlAgent:
     def __init__(self, name: str, regions: Sequence[KvRegion], *, progress_thread: bool) -> None:
         for key, value in QUIET_ENVIRONMENT.items():
             os.environ.setdefault(key, value)
-        # Imported late: it asks torch for its CUDA version, so it takes 1.6 s where torch is not loaded yet.
-        from nixl import _bindings  # type: ignore[attr-defined, unused-ignore]
-
-        self._nixl: Any = _bindings
+        self._cuda_device = max((region.device_id for region in regions), default=-1)
+        self._nixl = _bindings = _import_bindings(for_gpu=self._cuda_device >= 0)
         known = [member for member in vars(_bindings).values() if isinstance(member, type)]
         nixl_errors = [member for member in known if issubclass(member, Exception)]
         self._errors: tuple[type[Exception], ...] = (RuntimeError, ValueError, *nixl_errors)
@@ -63,7 +67,6 @@ class NixlAgent:
         config.lthrDelay = PROGRESS_PERIOD_US
         config.captureTelemetry = False
         self._agent: Any = _bindings.nixlAgent(name, config)
-        self._cuda_device = max((region.device_id for region in regions), default=-1)
         self._registered: list[Any] = []
         try:
             self._agent.createBackend("UCX", {})
@@ -227,3 +230,16 @@ def _ranges(regions: Sequence[KvRegion]) -> dict[str, list[tuple[int, int, int, 
         else:
             known.append((region.address, length, _device(region), ""))
     return ranges
+
+
+def _import_bindings(*, for_gpu: bool) -> Any:
+    """NIXL's bindings.
+
+    The package `nixl` asks torch for its CUDA version, to choose among the installed builds: an import of
+    3 s of CPU time where torch is not loaded yet. Without GPU memory every build serves.
+    """
+    if not for_gpu and "torch" not in sys.modules:
+        for build in BUILDS:
+            if importlib.util.find_spec(build) is not None:
+                return importlib.import_module(f"{build}._bindings")
+    return importlib.import_module("nixl._bindings")

@@ -191,7 +191,8 @@ class LiveRequests:
                 continue
             if not index:
                 outputs[0].events = _began_now()
-            crc, spans = crc_of(sent[:index]), []
+            crc = crc_of(sent[:index])
+            spans: list[TokenSpan] = []
             for output in outputs:
                 spans.append((epoch, index + len(spans), crc))
                 crc = crc_of(output.new_token_ids, crc)

@@ -46,13 +46,16 @@ class VllmCodec:
         machines whose clocks differ by days. So the message counts as sent when it arrives; its events keep
         their distance from that.
         """
+        header = self._header.decode(frames[0])
+        if header.report is not None:
+            return header, EngineCoreOutputs()
         batch = self._outputs.decode(frames[1:])
         now = time.monotonic()
         ahead_s, batch.timestamp = now - batch.timestamp, now
         for output in batch.outputs:
             for event in output.events or ():
                 event.timestamp += ahead_s
-        return self._header.decode(frames[0]), batch
+        return header, batch
 
     def prefill_s(self, batch: EngineCoreOutputs, output: EngineCoreOutput) -> float | None:
         """Time since the prefill began, from the engine's events."""

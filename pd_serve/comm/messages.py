@@ -251,11 +251,11 @@ class RequestReport(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TokenHeader(msgspec.Struct, frozen=True, array_like=True):
-    """First frame of a step's tokens; vLLM's encoding of its `EngineCoreOutputs` follows.
+    """First frame of a step's tokens, which vLLM's encoding of its `EngineCoreOutputs` follows; or a report.
 
     Attributes:
         spans: One per output, in order.
-        report: The instance's requests. Then there are no outputs.
+        report: The instance's requests. Nothing follows it.
     """
 
     instance_id: str

@@ -2,7 +2,7 @@
 
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from migration.engine_interface import Engine, EngineEvents
@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.engine import EngineCoreOutputs
 
-#: Publishes a step's outputs for one API server: its token endpoint, the outputs, and where each belongs.
-PublishOutputs = Callable[[str, "EngineCoreOutputs", list[TokenSpan]], None]
+#: Publishes a step's outputs for one API server: its token endpoint, the outputs as frames in vLLM's
+#: encoding, and where each output belongs.
+PublishOutputs = Callable[[str, Sequence[Any], list[TokenSpan]], None]
 
 
 def create_engine(
@@ -37,9 +38,16 @@ def create_engine(
         from pd_serve.simulated_engine.vllm_format import make_engine
 
         return make_engine(simulated, publish, events, keep_ended_s=keep_ended_s)
+    from vllm.v1.serial_utils import MsgpackEncoder
+
     from migration.vllm_engine.adapter import VllmEngine
 
-    return VllmEngine(lambda: _vllm_config(engine_args), publish, events, keep_ended_s)
+    encoder = MsgpackEncoder()
+
+    def sink(client: str, outputs: "EngineCoreOutputs", spans: list[TokenSpan]) -> None:
+        publish(client, encoder.encode(outputs), spans)
+
+    return VllmEngine(lambda: _vllm_config(engine_args), sink, events, keep_ended_s)
 
 
 def no_handoffs(why: str) -> str:
@@ -50,8 +58,8 @@ def no_handoffs(why: str) -> str:
     )
 
 
-def import_engines() -> None:
-    """Imports the slow modules of an instance, which takes seconds.
+def import_engine(*, simulated: bool) -> None:
+    """Imports the modules of an instance; those of vLLM take ten seconds.
 
     Garbage collection takes a tenth of the time of the imports, and vLLM collects five times during its
     start. Freezing the modules' objects saves 1.4 s of CPU time per instance (measured).
@@ -60,7 +68,9 @@ def import_engines() -> None:
     # The step thread, the event loop and the transport's thread switch often: with Python's default interval
     # of 5 ms the copy of a block waits up to 37 ms for the others (measured; 2.5 ms at 0.2 ms).
     sys.setswitchinterval(0.0005)
-    import pd_serve.instance.llumlet  # noqa: F401
+
+    if not simulated:
+        import migration.vllm_engine.adapter  # noqa: F401
 
     gc.freeze()
 

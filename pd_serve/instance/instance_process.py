@@ -14,7 +14,7 @@ from migration.messages import InstanceId
 from pd_serve.comm.membership import InstanceInfo
 from pd_serve.comm.wire import CurveKeys, Wire
 from pd_serve.errors import InvalidRequestError
-from pd_serve.instance.engine_factory import create_engine, import_engines, no_handoffs
+from pd_serve.instance.engine_factory import create_engine, import_engine, no_handoffs
 from pd_serve.simulated_engine.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
@@ -51,14 +51,7 @@ class Instance:
 
     def __init__(self) -> None:
         self._stopped = asyncio.Event()
-        self._loaded: asyncio.Future[None] | None = None
         self._config: InstanceConfig | None = None
-
-    async def load(self) -> None:
-        """Imports vLLM and the transport, which takes seconds; called before the configuration is known."""
-        if self._loaded is None:
-            self._loaded = asyncio.ensure_future(asyncio.to_thread(import_engines))
-        await self._loaded
 
     async def start(self, config: InstanceConfig) -> InstanceInfo:
         """Loads the model and opens the sockets.
@@ -68,7 +61,7 @@ class Instance:
             Exception: The errors of vLLM's start.
         """
         os.environ.update(config.environment)
-        await self.load()
+        await asyncio.to_thread(import_engine, simulated=config.simulated is not None)
         from migration.transport.nixl import NixlTransport
         from pd_serve.instance.llumlet import Llumlet
         from pd_serve.instance.token_publisher import TokenPublisher

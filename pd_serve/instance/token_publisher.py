@@ -1,7 +1,7 @@
 """Sends tokens from the step thread to the API servers, one message per step and API server."""
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import zmq
@@ -10,30 +10,22 @@ from migration.token_span import TokenSpan
 from pd_serve.comm.messages import RequestReport, TokenHeader
 from pd_serve.comm.wire import Wire
 
-if TYPE_CHECKING:
-    from vllm.v1.engine import EngineCoreOutputs
-
 
 class TokenPublisher:
     """Sends a step's outputs, and reports of requests. Used on the step thread only, except for `close`."""
 
     def __init__(self, name: str, wire: Wire) -> None:
-        from vllm.v1.engine import EngineCoreOutputs
-        from vllm.v1.serial_utils import MsgpackEncoder
-
         self._name = name
         self._wire = wire
-        self._encoder = MsgpackEncoder()
-        self._no_outputs = [bytes(frame) for frame in self._encoder.encode(EngineCoreOutputs())]
         self._sockets: dict[str, zmq.Socket[bytes]] = {}
 
-    def publish(self, client: str, outputs: "EngineCoreOutputs", spans: list[TokenSpan]) -> None:
-        """Sends a step's outputs to the token endpoint `client`; see `TokenHeader` for `spans`."""
-        self._send(client, TokenHeader(self._name, spans), self._encoder.encode(outputs))
+    def publish(self, client: str, outputs: Sequence[Any], spans: list[TokenSpan]) -> None:
+        """Sends a step's outputs, encoded as frames, to the token endpoint `client`; see `TokenHeader`."""
+        self._send(client, TokenHeader(self._name, spans), outputs)
 
     def report(self, client: str, report: RequestReport) -> None:
         """Sends a report to the token endpoint `client`, after all outputs before it."""
-        self._send(client, TokenHeader(self._name, [], report), self._no_outputs)
+        self._send(client, TokenHeader(self._name, [], report), ())
 
     def retain(self, clients: Collection[str]) -> None:
         """Closes the sockets, with their queues, to all other clients."""

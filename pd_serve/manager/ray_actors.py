@@ -30,9 +30,6 @@ class InstanceActor:
     def __repr__(self) -> str:
         return self._name  # Ray's prefix of every log line
 
-    async def load(self) -> None:
-        await self._instance.load()
-
     async def start(self, config: InstanceConfig) -> InstanceInfo:
         config = replace(config, host=own_address(config.host))
         self._started = asyncio.ensure_future(self._instance.start(config))

@@ -134,11 +134,10 @@ class RayLauncher:
             options["num_gpus"] = placement.num_gpus
             options["resources"] = {name: amount for name, amount in bundle.items() if name != "GPU"}
         try:
-            actor = self._actors[name] = ray.remote(InstanceActor).options(**options).remote(name)
+            self._actors[name] = ray.remote(InstanceActor).options(**options).remote(name)
         except ValueError as error:  # an instance that a former manager was starting has the name
             self._free(name)
             raise EngineDeadError(f"{name} does not start: {error}") from error
-        actor.load.remote()
 
     def _lasting(self, name: str, *, runtime_env: bool = True) -> dict[str, Any]:
         """Ray's options for actors that outlive this process."""

@@ -10,9 +10,9 @@ from pd_serve.errors import InvalidRequestError
 #: Memory of an instance's process beside its weights and KV cache, in bytes (measured: 0.5-0.6 GB).
 PROCESS_BYTES = 600 * 2**20
 
-#: Memory of an instance with a simulated engine, in bytes (measured: 380 MiB of its own, most of them vLLM's
-#: and torch's modules); it has neither weights nor a KV cache.
-SIMULATED_BYTES = 400 * 2**20
+#: Memory of an instance with a simulated engine, in bytes (measured: 80 MiB of its own); it has neither
+#: weights nor a KV cache.
+SIMULATED_BYTES = 100 * 2**20
 
 
 def check_memory(

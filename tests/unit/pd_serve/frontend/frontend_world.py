@@ -115,8 +115,7 @@ class World:
         """An instance reports the requests that it has, by default after it has received everything."""
         self.report_number = number or self.report_number + 1
         report = RequestReport(self.report_number, heartbeat, list(held))
-        frames = [bytes(frame) for frame in self._encoder.encode(EngineCoreOutputs())]
-        self.wire.hear_frames(msgspec.msgpack.encode(TokenHeader(source, [], report)), *frames)
+        self.wire.hear_frames(msgspec.msgpack.encode(TokenHeader(source, [], report)))
 
     def answer(self, call: Call, result: Any = None, error: str | None = None, error_class: str = "") -> None:
         [called] = [peer for peer, sent in self.sent(Call) if sent.call_id == call.call_id]

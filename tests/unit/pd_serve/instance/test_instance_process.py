@@ -28,9 +28,12 @@ def config(**more: Any) -> InstanceConfig:
 def imports(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Threads that have imported the engines; the real import freezes the garbage collector's objects."""
     threads: list[str] = []
-    monkeypatch.setattr(
-        instance_process, "import_engines", lambda: threads.append(threading.current_thread().name)
-    )
+
+    def import_engine(*, simulated: bool) -> None:
+        assert simulated
+        threads.append(threading.current_thread().name)
+
+    monkeypatch.setattr(instance_process, "import_engine", import_engine)
     monkeypatch.setattr(
         "migration.transport.nixl.NixlTransport", lambda name, on_failure: LocalFabric().transport(name)
     )
@@ -59,11 +62,10 @@ async def test_a_started_instance_tells_its_address_and_the_capacity_of_its_engi
     await instance.stop()
 
 
-async def test_engines_are_imported_once_and_not_on_the_event_loop(imports: list[str]) -> None:
+async def test_the_engine_is_imported_once_and_not_on_the_event_loop(imports: list[str]) -> None:
     instance = Instance()
-
-    await asyncio.gather(instance.load(), instance.load())
-    await instance.load()
+    await instance.start(config())
+    await instance.stop()
 
     assert len(imports) == 1
     assert imports != [threading.current_thread().name]

@@ -2,10 +2,12 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import pytest
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.serial_utils import MsgpackEncoder
 
 from migration.engine_interface import HeldRequest
 from migration.messages import RequestId
@@ -24,8 +26,8 @@ async def wire() -> AsyncIterator[Wire]:
     await wire.close()
 
 
-def outputs(*token_ids: int) -> EngineCoreOutputs:
-    return EngineCoreOutputs(outputs=[EngineCoreOutput("r", list(token_ids))])
+def outputs(*token_ids: int) -> Sequence[Any]:
+    return MsgpackEncoder().encode(EngineCoreOutputs(outputs=[EngineCoreOutput("r", list(token_ids))]))
 
 
 async def test_outputs_published_on_a_thread_arrive_at_their_own_token_endpoint_in_order(wire: Wire) -> None:
