@@ -259,7 +259,7 @@ class MigrationCoordinator:
         self._on_ended(migration.ended.result())
 
     def _withdraw(self, migration: OutgoingMigration) -> None:
-        """Gives back what was offered, as soon as nobody reads it any more."""
+        """Gives back what was offered, when its last reader has ended."""
         migration_id = migration.migration_id
         if migration.may_be_read:
             self._withdrawals[migration_id] = Withdrawal(

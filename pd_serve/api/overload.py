@@ -59,14 +59,14 @@ class Arrival:
         self._count(1)
 
     def announce(self, number: int) -> None:
-        """It brings so many requests, or so many more."""
+        """It brings `number` requests; at a later call, `number` more."""
         self._count(number + (self.num_requests if self._is_announced else 0))
         self._is_announced = True
         if self.num_requests > 1:
             self._check(self.num_requests)
 
     def submitted(self, number: int) -> None:
-        """The cluster counts so many of them, or has refused them."""
+        """The cluster counts `number` of them from now on, or has refused them."""
         self._count(max(self.num_requests - number, 0))
 
     def end(self) -> None:

@@ -1,4 +1,4 @@
-"""Compares the processes of the cluster with each other: where is each request, and who sends it to whom?"""
+"""Compares the processes of the cluster with each other: the place of each request, and its reservations."""
 
 import asyncio
 import logging

@@ -53,7 +53,7 @@ class Stopper:
         return self._take_downs.keys()
 
     def drain(self, instance_id: str, draining: bool, reason: str) -> None:
-        """Drains an instance for the operator, or uses it again, whoever has drained it."""
+        """Drains an instance for the operator, or uses it again, also if the scheduler has drained it."""
         if draining != (instance_id in self.drained_by_operator):
             self._cancel(instance_id)
         if draining:

@@ -150,7 +150,7 @@ def _request() -> EngineCoreRequest:
 
 
 def _serve(config: InstanceConfig, *, hangs: bool) -> None:
-    """The instance, with bounds of a second, so that nobody has to wait for minutes."""
+    """The instance, with bounds of a second instead of minutes."""
     from functools import partial
 
     from pd_serve.comm import leases
