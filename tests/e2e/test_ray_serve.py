@@ -249,9 +249,9 @@ async def test_a_dead_api_server_breaks_only_its_own_streams(
         if is_broken(answer):
             again = {"X-Request-Id": stream.progress.request_id}
             assert_same(await retried(client, body, again), theirs)
-    metrics = (await client.http.get("/metrics")).text
-    adopted = re.findall(r'pd_serve_instance_orphans_total\{.*outcome="adopted".*\} (\S+)', metrics)
-    assert sum(map(float, adopted)) == len(ours) - len(whole)
+    async with asyncio.timeout(30):  # instances report their counters every second
+        while await num_adopted(client) != len(ours) - len(whole):  # noqa: ASYNC110
+            await asyncio.sleep(0.2)
     assert_same(await retried(client, BODIES[0]), expected[0])
     known = set(before["api_servers"])
     after = await client.until(
@@ -260,6 +260,12 @@ async def test_a_dead_api_server_breaks_only_its_own_streams(
     assert pids(after) == pids(before)
     # Instances drop what the dead one had when they have not heard it for a while.
     await client.until(lambda cluster: not any(row["running"] for row in cluster["instances"]), 60)
+
+
+async def num_adopted(client: CompletionClient) -> float:
+    metrics = (await client.http.get("/metrics")).text
+    adopted = re.findall(r'pd_serve_instance_orphans_total\{.*outcome="adopted".*\} (\S+)', metrics)
+    return sum(map(float, adopted))
 
 
 def is_broken(answer: object) -> bool:

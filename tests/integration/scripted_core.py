@@ -8,6 +8,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreReques
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.metrics.stats import SchedulerStats
 
+from pd_serve.api.resumption import note_resumed
 from pd_serve.errors import (
     EngineDeadError,
     InvalidRequestError,
@@ -30,6 +31,7 @@ class ScriptedCore(EngineCoreClient):
         entrance: Cleared, requests wait in `add_request_async`.
         running: Cleared, requests get no further tokens.
         fails_after: Requests end with an error after that many tokens.
+        resumes: Requests count as begun for another API server.
     """
 
     def __init__(self) -> None:
@@ -42,6 +44,7 @@ class ScriptedCore(EngineCoreClient):
         self.entrance.set()
         self.running.set()
         self.fails_after: int | None = None
+        self.resumes = False
         self.steps: dict[str, asyncio.Task[None]] = {}
         self._outputs: asyncio.Queue[EngineCoreOutputs | Exception] = asyncio.Queue()
 
@@ -57,6 +60,7 @@ class ScriptedCore(EngineCoreClient):
         if self.refusal is not None:
             raise self.refusal
         self.added.append(request)
+        note_resumed(self.resumes)
         self.steps[request.request_id] = asyncio.create_task(self._decode(request))
 
     async def _decode(self, request: EngineCoreRequest) -> None:

@@ -165,6 +165,29 @@ class TestGeneration:
             said = answer.json()["choices"][0]["message"]["content"]
         assert said == "abcde"
 
+    @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+    async def test_a_stream_is_resumed_after_its_last_event(self, service: LocalService, path: str) -> None:
+        """With its first event, or what came before, left out: the client puts the texts together."""
+        chat = {"messages": [{"role": "user", "content": "hello"}]} if "chat" in path else {"prompt": "x"}
+        body = {"model": "tiny", "max_tokens": 30, "stream": True, **chat}
+
+        async def ask(last: str) -> list[tuple[str, str]]:
+            """Id and text of each event."""
+            answer = await service.http.post(path, json=body, headers={"Last-Event-ID": last})
+            *found, done = answer.text.removesuffix("\n\n").split("\n\n")
+            assert done == "data: [DONE]"
+            pairs = [event.removeprefix("id: ").split("\ndata: ") for event in found]
+            choices = [(event_id, json.loads(data)["choices"][0]) for event_id, data in pairs]
+            return [(i, c["text"] if "text" in c else c["delta"].get("content") or "") for i, c in choices]
+
+        whole = await ask("0")
+        assert "".join(text for _, text in whole) == (ALPHABET * 2)[:30]
+        service.core.resumes = True
+        for number, (last, _) in enumerate(whole):
+            rest = await ask(last)
+            assert "".join(text for _, text in rest) == "".join(text for _, text in whole[number + 1 :])
+            assert rest[-1][0] == whole[-1][0]
+
     async def test_two_choices_are_two_requests_of_the_core(self, service: LocalService) -> None:
         answer = (await service.complete(max_tokens=4, n=2)).json()
         assert sorted(choice["text"] for choice in answer["choices"]) == ["ABCD", "abcd"]
