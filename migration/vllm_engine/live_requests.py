@@ -120,7 +120,8 @@ class LiveRequests:
                 del self._here[former]
                 self._stems.discard(former)
                 live.request_id, live.payload, live.client, live.epoch = request_id, payload, client, 0
-                self.enters(stay_id, live)
+                self._here[request_id] = stay_id
+                self._stems.add(request_id)
                 return former
         return self._ended.adopt(request_id, client, living)
 
