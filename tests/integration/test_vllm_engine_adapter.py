@@ -228,7 +228,8 @@ class TestSameTokens:
         stream = await rig.add("r", PROMPT, sampling(name, 120))
         back_at = 0  # a request that has come back runs again with its next token
         for number, num_tokens in enumerate((1, 20, 33)):
-            await eventually(lambda n=max(num_tokens, back_at + 1): len(stream.tokens) >= n)
+            wanted = max(num_tokens, back_at + 1)
+            await eventually(lambda n=wanted: len(stream.tokens) >= n)
             baggage = await rig.leave("r")
             assert (baggage.final.rng_state is not None) == name.startswith("seeded")
             assert len(baggage.blocks) == -(-baggage.final.num_computed_tokens // 32)
