@@ -1,9 +1,11 @@
 """The service as a Ray Serve application: several API servers, and what dies is found or made again.
 
-Simulated engines first, whose words show what becomes of the KV cache; then real ones, by `serve run`.
+Simulated engines first, whose words show what becomes of the KV cache; then real ones, by `serve run`, one of
+them neutral.
 """
 
 import asyncio
+import random
 import re
 import secrets
 import sys
@@ -23,6 +25,7 @@ from tests.e2e.conftest import LIMITS, TIMEOUT
 from tests.e2e.prompts import token_ids
 from tests.e2e.ray_cluster import ENVIRONMENT, RayCluster, free_ports, ray_cluster
 from tests.e2e.server_process import ServerProcess
+from tests.e2e.simulated import simulated_answer
 from tests.e2e.streams import answers, streaming
 from tests.e2e.test_same_output import assert_same
 
@@ -119,16 +122,16 @@ def pids(cluster: dict[str, Any]) -> dict[str, int]:
 
 async def test_streams_through_two_servers_are_whole(client: CompletionClient) -> None:
     await wait_for_servers(client, 2)
-    expected = await asyncio.gather(*map(client.answer, BODIES))
+    asked = asyncio.gather(*map(client.answer, BODIES))
     streamed = await asyncio.gather(*map(client.stream, BODIES))
-    for answer, theirs in zip(streamed, expected, strict=True):
-        assert_same(answer, theirs)
+    for body, *both in zip(BODIES, await asked, streamed, strict=True):
+        for answer in both:
+            assert_same(answer, simulated_answer(body))
 
 
 async def test_a_request_is_moved_whichever_server_is_asked(client: CompletionClient) -> None:
-    expected = await client.answer(BODIES[0])
     answer = await client.stream(BODIES[0], client.tour(["decode-0", "decode-1", "decode-0"]))
-    assert_same(answer, expected)
+    assert_same(answer, simulated_answer(BODIES[0]))
     assert {move.status for move in answer.moves} == {200}
     assert len(answer.moves) >= 2
 
@@ -190,7 +193,7 @@ async def test_streams_go_on_while_a_dead_manager_is_replaced(
     client: CompletionClient, server: RayCluster
 ) -> None:
     """The next manager finds all instances; running and new requests do not notice."""
-    expected = await asyncio.gather(*map(client.answer, BODIES))
+    expected = list(map(simulated_answer, BODIES))
     before = await client.cluster()
     async with streaming(client, BODIES, 20) as streams:
         (manager,) = server.processes("InstanceManager")
@@ -216,13 +219,12 @@ async def test_streams_go_on_while_a_dead_manager_is_replaced(
 
 
 async def test_a_dead_scheduler_is_replaced(client: CompletionClient) -> None:
-    expected = await client.answer(BODIES[1])
     cluster = await client.until(lambda cluster: cluster["scheduler"]["state"] == "alive")
     before = cluster["scheduler"]["pid"]
     async with streaming(client, BODIES[1:2], 20) as streams:
         psutil.Process(before).kill()
         (ours,) = await answers(streams)
-    assert_same(ours, expected)
+    assert_same(ours, simulated_answer(BODIES[1]))
     await client.until(
         lambda cluster: cluster["scheduler"]["state"] == "alive" and cluster["scheduler"]["pid"] != before, 60
     )
@@ -235,7 +237,7 @@ async def test_a_dead_api_server_breaks_only_its_own_streams(
 
     Requests of the broken streams go on, and a client that asks again gets all of theirs.
     """
-    expected = await asyncio.gather(*map(client.answer, BODIES))
+    expected = list(map(simulated_answer, BODIES))
     before = await client.cluster()
     async with streaming(client, BODIES, 20) as streams:
         server.processes("ApiServer")[0].kill()
@@ -322,7 +324,7 @@ async def test_serve_run_works_with_real_engines_in_a_home_that_ray_has_used(
     (home / ".ray").mkdir(parents=True)
     (home / ".ray" / "auth_token").write_text(secrets.token_hex(32))
     environment = ENVIRONMENT | {"HOME": str(home), "PD_SERVE_CACHE": str(cache_root())}
-    arguments = ["model=tiny", "prefill=1", "decode=1", "flags=--no-enable-prefix-caching"]
+    arguments = ["model=tiny", "prefill=1", "neutral=1", "flags=--no-enable-prefix-caching"]
     (port,) = free_ports(1)
     script = str(Path(__file__).with_name("serve_run.py"))
     run = ServerProcess(
@@ -333,8 +335,11 @@ async def test_serve_run_works_with_real_engines_in_a_home_that_ray_has_used(
         run.wait_ready(READY_S)
         async with httpx.AsyncClient(base_url=run.url, timeout=TIMEOUT, limits=LIMITS) as http:
             client = CompletionClient(http)
+            client.instances = ["prefill-0", "neutral-0"]
             expected = await asyncio.gather(*map(client.answer, bodies))
-            ours = await asyncio.gather(*map(client.stream, bodies))
+            wander = [client.wander(random.Random(number)) for number in range(len(bodies))]
+            ours = await asyncio.gather(*map(client.stream, bodies, wander))
+            assert any(move.done for answer in ours for move in answer.moves)
             await client.until(lambda cluster: cluster["migrations"]["handoff"]["committed"] > 0)
     finally:
         run.kill()
