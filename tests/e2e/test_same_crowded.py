@@ -25,8 +25,8 @@ def crowd(seed: int) -> list[Body]:
     rng = random.Random(seed)
     bodies: list[Body] = []
     for index in range(32):
-        length = rng.randrange(1, 500 if index % 2 else 1000)
-        body: Body = {"prompt": token_ids(length, index), "max_tokens": rng.randrange(20, 120)}
+        length = rng.randrange(1, 500 if index % 2 else 700)
+        body: Body = {"prompt": token_ids(length, index), "max_tokens": rng.randrange(20, 80)}
         bodies.append(body | ({"temperature": 1, "seed": index} if index % 2 else {}))
     return bodies
 
