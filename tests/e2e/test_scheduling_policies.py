@@ -27,6 +27,12 @@ SETTINGS = {
 
 MAX_WAITING = 8
 
+BOUND_S = 60.0
+
+#: Two of them fill an instance for half a minute, so that none of `BEHIND` fits.
+FILLING: list[Body] = [{"prompt": token_ids(4900, i), "max_tokens": 800} for i in range(4)]
+BEHIND: list[Body] = [{"prompt": token_ids(4400, i), "max_tokens": 20} for i in range(MAX_WAITING + 4)]
+
 with_any_policy = pytest.mark.parametrize("policy", ["llumnix", "infaas++"], indirect=True)
 with_default_policy = pytest.mark.parametrize("policy", ["llumnix"], indirect=True)
 
@@ -67,9 +73,8 @@ async def test_defragmentation_makes_room_for_a_large_request(client: Completion
         assert (waited_for > 0, moved) == (True, 0)
 
 
-@pytest.mark.parametrize(
-    ("policy", "how"), [("llumnix", "body"), ("llumnix", "header"), ("infaas++", "body")], indirect=["policy"]
-)
+@with_any_policy
+@pytest.mark.parametrize("how", ["body", "header"])
 async def test_a_high_priority_request_overtakes_waiting_ones(
     client: CompletionClient, policy: str, how: str
 ) -> None:
@@ -119,8 +124,7 @@ async def test_requests_are_migrated_by_hand_and_never_handed_off(client: Comple
 
 @with_default_policy
 async def test_requests_beyond_the_waiting_limit_get_429(client: CompletionClient) -> None:
-    """Two of them fill an instance."""
-    bodies: list[Body] = [{"prompt": token_ids(4400, i), "max_tokens": 20} for i in range(20)]
+    refused = asyncio.Event()
 
     async def ask(body: Body) -> bool:
         try:
@@ -130,44 +134,52 @@ async def test_requests_beyond_the_waiting_limit_get_429(client: CompletionClien
             assert response.status_code == 429
             assert int(response.headers["Retry-After"]) >= 1
             assert response.json()["error"]["code"] == 429
+            refused.set()
             return False
         assert_same(answer, simulated_answer(body))
         return True
 
-    served = await asyncio.gather(*map(ask, bodies))
-    assert MAX_WAITING <= sum(served) < len(bodies)
+    async with streaming(client, FILLING, 1):
+        asked = asyncio.gather(*map(ask, BEHIND))
+        await asyncio.wait_for(refused.wait(), BOUND_S)
+    assert MAX_WAITING <= sum(await asked) < len(BEHIND)
 
 
 @with_default_policy
 async def test_a_client_that_tries_again_is_served(client: CompletionClient) -> None:
     """openai-python waits as long as `Retry-After` says."""
-    many = 16
     statuses: list[int] = []
+    refused = asyncio.Event()
 
     async def note(response: httpx.Response) -> None:
         statuses.append(response.status_code)
+        if response.status_code == 429:
+            refused.set()
 
     http = httpx.AsyncClient(event_hooks={"response": [note]}, timeout=TIMEOUT, limits=LIMITS)
     async with openai.AsyncOpenAI(
         base_url=f"{client.http.base_url}/v1", api_key="none", http_client=http, max_retries=1000
     ) as patient:
 
-        async def ask(number: int, asking: openai.AsyncOpenAI) -> int:
-            answer = await asking.completions.create(
-                model="tiny", prompt=token_ids(4400, number), max_tokens=20, extra_body={"ignore_eos": True}
-            )
+        async def ask(body: Body, asking: openai.AsyncOpenAI) -> int:
+            answer = await asking.completions.create(model="tiny", **body)
             return answer.usage.completion_tokens if answer.usage else 0
 
         impatient = patient.with_options(max_retries=0)
-        refused = await asyncio.gather(*(ask(n, impatient) for n in range(many)), return_exceptions=True)
-        errors = [answer for answer in refused if answer != 20]
+        async with streaming(client, FILLING, 1):
+            asked = asyncio.gather(*(ask(body, impatient) for body in BEHIND), return_exceptions=True)
+            await asyncio.wait_for(refused.wait(), BOUND_S)
+        errors = [answer for answer in await asked if answer != 20]
         assert {type(error) for error in errors} == {openai.RateLimitError}
         assert statuses.count(429) == len(errors)
 
         statuses.clear()
-        assert await asyncio.gather(*(ask(number, patient) for number in range(many))) == [20] * many
-        assert statuses.count(200) == many
-        assert 429 in statuses
+        refused.clear()
+        async with streaming(client, FILLING, 1):
+            served = asyncio.gather(*(ask(body, patient) for body in BEHIND))
+            await asyncio.wait_for(refused.wait(), BOUND_S)
+        assert await served == [20] * len(BEHIND)
+        assert statuses.count(200) == len(BEHIND)
 
 
 @with_default_policy
