@@ -47,7 +47,7 @@ def create_engine(
     def sink(client: str, outputs: "EngineCoreOutputs", spans: list[TokenSpan]) -> None:
         publish(client, encoder.encode(outputs), spans)
 
-    return VllmEngine(lambda: _vllm_config(engine_args), sink, events, keep_ended_s)
+    return VllmEngine(lambda: vllm_config(engine_args), sink, events, keep_ended_s)
 
 
 def no_handoffs(why: str) -> str:
@@ -75,7 +75,8 @@ def import_engine(*, simulated: bool) -> None:
     gc.freeze()
 
 
-def _vllm_config(engine_args: dict[str, Any]) -> "VllmConfig":
+def vllm_config(engine_args: dict[str, Any]) -> "VllmConfig":
+    """The configuration of an instance's engine. Call it on the thread that runs the engine."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.reasoning import ReasoningParserManager
     from vllm.usage.usage_lib import UsageContext

@@ -5,19 +5,17 @@ import gc
 import random
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from migration.engine_interface import EngineEvents, HeldByClient, HeldRequest
 from migration.token_span import TokenSpan
 from pd_serve.errors import EngineDeadError
-from pd_serve.instance.engine_factory import create_engine
+from pd_serve.instance.engine_factory import vllm_config
 from pd_serve.profiling.profile_points import DECODE_STEPS, Limits, Point, StepSeen
 
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.engine.core import EngineCore
-
-    from migration.vllm_engine.adapter import VllmEngine
 
 CLIENT = "profile"
 
@@ -82,6 +80,8 @@ class MeasuredEngine:
     def __init__(self, engine_args: dict[str, Any], num_threads: int) -> None:
         from vllm.v1.serial_utils import MsgpackEncoder
 
+        from migration.vllm_engine.adapter import VllmEngine
+
         self._num_threads = num_threads
         self._loop = asyncio.get_running_loop()
         events = EngineEvents(
@@ -92,7 +92,7 @@ class MeasuredEngine:
         )
         # A step must be over when its outputs are there, not while the next one is being computed.
         arguments = engine_args | {"async_scheduling": False}
-        self._engine = cast("VllmEngine", create_engine(arguments, None, self._take, events))
+        self._engine = VllmEngine(lambda: vllm_config(arguments), self._take, events)
         self._outputs = MsgpackEncoder()
         self._requests = MsgpackEncoder()
         self._recorder: StepRecorder

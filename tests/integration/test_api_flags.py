@@ -343,8 +343,8 @@ def test_an_instance_imports_the_users_reasoning_parser_before_it_asks_for_it() 
     flags = engine_flags.parse(EFFECTIVE["plugins"][1]["reasoning_parser_plugin"][0], DEFAULTS)
     arguments = json.dumps({**flags.engine("decode"), "enforce_eager": True})
     code = (
-        "import json; from pd_serve.instance.engine_factory import _vllm_config;"
-        f"print(_vllm_config(json.loads({arguments!r})).structured_outputs_config.reasoning_parser)"
+        "import json; from pd_serve.instance.engine_factory import vllm_config;"
+        f"print(vllm_config(json.loads({arguments!r})).structured_outputs_config.reasoning_parser)"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.stdout.split()[-1:] == ["users_thinking"], ran.stderr
