@@ -45,7 +45,12 @@ def _can_be_continued(request: EngineCoreRequest) -> bool:
 
 
 def _digest(request: EngineCoreRequest) -> str:
+    """Equal for equal requests; "" if the parameters have something that cannot be compared."""
     prompt: list[Any] = [request.prompt_token_ids, request.cache_salt, request.priority]
     parts = [credentials(), *prompt, request.sampling_params]
-    encoded = msgspec.msgpack.encode(parts, enc_hook=repr, order="deterministic")
+    try:
+        plain = msgspec.to_builtins(parts, str_keys=True, enc_hook=repr)  # `logit_bias` has integers as keys
+        encoded = msgspec.json.encode(plain, order="deterministic")
+    except (TypeError, ValueError):
+        return ""
     return hashlib.sha256(encoded).hexdigest()[:24]

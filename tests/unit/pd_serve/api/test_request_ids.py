@@ -37,6 +37,8 @@ def test_a_request_that_is_sent_again_has_another_id_of_the_same_stem() -> None:
         {},
         {"stop": ["x"], "seed": 1, "stop_token_ids": [9, 5]},
         {"structured_outputs": grammar},
+        {"logit_bias": {5: 1.0, 3: -1.0}},
+        {"extra_args": {"a": {1: 2}}, "bad_words": ["x"]},
     ):
         first, second = assigned(**parameters), assigned(**parameters)
         assert first != second
@@ -52,6 +54,7 @@ def test_a_request_that_is_sent_again_has_another_id_of_the_same_stem() -> None:
         {"temperature": 0.5},
         {"max_tokens": 7},
         {"stop": ["x"]},
+        {"logit_bias": {5: 1.0}},
     ],
 )
 def test_another_request_has_another_stem(other: dict[str, Any]) -> None:
@@ -75,3 +78,7 @@ def test_a_name_cannot_pretend_to_be_a_stem(parameters: dict[str, Any]) -> None:
 
     for name in (stem_of(theirs), theirs, f"{theirs}.", f"{stem_of(theirs)}-"):
         assert stem_of(assigned(name=name, **parameters)) != stem_of(theirs)
+
+
+def test_parameters_that_cannot_be_compared_have_no_stem_and_are_served() -> None:
+    assert stem_of(assigned(extra_args={"a": {(1, 2): 3}})) == ""

@@ -63,11 +63,13 @@ from pd_serve.comm.messages import (
     ToScheduler,
 )
 from pd_serve.comm.requests import (
+    Adopt,
     AnyRequest,
     Call,
     CallEngine,
     CheckIntegrity,
     DrainInstance,
+    FindOrphan,
     FindRequests,
     Holdings,
     ListHoldings,
@@ -75,6 +77,7 @@ from pd_serve.comm.requests import (
     ManualMigration,
     MigrateByName,
     MoveRequest,
+    OrphanAnswer,
     RestartInstances,
     ScalePools,
 )
@@ -148,11 +151,14 @@ REQUESTS: list[Any] = [
     RestartInstances(),
     MigrateByName("r", "d0"),
     FindRequests("r"),
+    FindOrphan("cmpl-mine-0.5d21"),
+    Adopt(R, "tcp://api/tokens", [b"request"]),
 ]
 
 #: Results of remote calls that are no plain values.
 RESULTS: list[tuple[Any, Any]] = [
     (MoveRequest, RECORD),
+    (FindOrphan, OrphanAnswer("doubtful", 7)),
     (MigrateByName, ManualMigration(RECORD, 0.0085)),
     (ListHoldings, Holdings([HeldBlocks(R, 3, True)], [(R, InstanceId("d0"), "balance")])),
 ]
