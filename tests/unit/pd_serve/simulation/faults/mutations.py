@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from migration.token_span import TokenSpan
 from migration.transport.local import LocalTransport
 from pd_serve.comm.membership import MembershipChange, MembershipView
 from pd_serve.frontend.placement import RequestPlacement
@@ -95,9 +96,10 @@ def _no_lease(silent: Any) -> Any:
 
 
 def _any_epoch(accept: Any) -> Any:
-    def mutated(self: TokenLedger, source: str, epoch: int, *rest: Any) -> Any:
-        outdated = epoch < self.epoch
-        return accept(self, self.owner if outdated else source, self.epoch if outdated else epoch, *rest)
+    def mutated(self: TokenLedger, source: str, span: TokenSpan, *rest: Any) -> Any:
+        if span[0] < self.epoch:  # and the CRC is not compared
+            return accept(self, self.owner, (self.epoch, span[1], self.crc), *rest)
+        return accept(self, source, span, *rest)
 
     return mutated
 
@@ -131,7 +133,7 @@ MUTATIONS = [
         "a request on its way counts for ever", RequestPlacement, "settle", _nothing, 1, 0, "on their way"
     ),
     Mutation("a lease never ends", InstanceRegister, "silent", _no_lease, 1, 5, "has the loads of"),
-    Mutation("outdated tokens are taken", TokenLedger, "accept", _any_epoch, 1, 64, "does not follow"),
+    Mutation("outdated tokens are taken", TokenLedger, "accept", _any_epoch, 1, 64, "has failed"),
     Mutation("lost messages are not noticed", Reconciler, "check", _nothing, 2, 12, "has not ended"),
     Mutation("wanted sizes are forgotten", Manager, "take_over", _sizes_forgotten, 2, 24, "are wanted"),
 ]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from migration.token_span import TokenSpan
 from pd_serve.frontend.token_ledger import TokenLedger
 from pd_serve.simulated_engine.block_pool import BlockPool
 from pd_serve.simulation.faults.run import RunResult, run
@@ -119,9 +120,9 @@ def test_a_flipped_bit_that_would_not_show_is_found(monkeypatch: pytest.MonkeyPa
 def test_a_token_that_is_delivered_twice_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     extend = TokenLedger.extend
 
-    def twice(self: TokenLedger, source: str, epoch: int, index: int, output: object, now: float) -> object:
-        before = extend(self, source, epoch, index, output, now)  # type: ignore[arg-type]
-        if before is not None and index == 20:
+    def twice(self: TokenLedger, source: str, span: TokenSpan, output: object, now: float) -> object:
+        before = extend(self, source, span, output, now)  # type: ignore[arg-type]
+        if before is not None and span[1] == 20:
             output.new_token_ids *= 2  # type: ignore[attr-defined]
         return before
 
