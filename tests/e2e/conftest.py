@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import httpx
 import pytest
 
+from tests.connections import LIMITS
 from tests.e2e.completion_client import Answer, Body, CompletionClient
 from tests.e2e.otlp_receiver import OtlpReceiver
 from tests.e2e.server_process import ServerProcess, pd_serve
@@ -26,9 +27,6 @@ from tests.shared_servers import used_servers
 T = TypeVar("T")
 
 TIMEOUT = httpx.Timeout(120.0)
-
-#: An idle connection is closed before vLLM's server closes it: a request on it at that moment would fail.
-LIMITS = httpx.Limits(max_connections=None, keepalive_expiry=1.0)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -20,8 +20,9 @@ import pytest
 import yaml
 
 from pd_serve.models.cache import cache_root
+from tests.connections import LIMITS
 from tests.e2e.completion_client import Body, CompletionClient
-from tests.e2e.conftest import LIMITS, TIMEOUT
+from tests.e2e.conftest import TIMEOUT
 from tests.e2e.prompts import token_ids
 from tests.e2e.ray_cluster import ENVIRONMENT, RayCluster, free_ports, ray_cluster
 from tests.e2e.server_process import ServerProcess

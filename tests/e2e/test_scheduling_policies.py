@@ -10,8 +10,9 @@ import httpx
 import openai
 import pytest
 
+from tests.connections import LIMITS
 from tests.e2e.completion_client import Body, CompletionClient
-from tests.e2e.conftest import LIMITS, TIMEOUT, run_cluster
+from tests.e2e.conftest import TIMEOUT, run_cluster
 from tests.e2e.prompts import token_ids
 from tests.e2e.server_process import ServerProcess
 from tests.e2e.simulated import simulated_answer

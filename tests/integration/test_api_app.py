@@ -26,6 +26,7 @@ from pd_serve.api.server import bind, serve
 from pd_serve.errors import EngineDeadError, InvalidRequestError, OverloadedError
 from pd_serve.launch import engine_flags
 from pd_serve.models import resolve
+from tests.connections import LIMITS
 from tests.integration.scripted_core import ScriptedCluster, ScriptedCore
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module")]
@@ -92,7 +93,7 @@ async def running(
     serving = asyncio.create_task(serve(app, sock, args, on_ready=ready.set, max_connections=max_connections))
     await asyncio.wait_for(ready.wait(), 5)
     try:
-        async with httpx.AsyncClient(base_url=url, timeout=10) as http:
+        async with httpx.AsyncClient(base_url=url, timeout=60, limits=LIMITS) as http:
             yield LocalService(http, core, cluster, client, app, serving)
     finally:
         serving.cancel()
@@ -333,7 +334,7 @@ class TestOverload:
             codes.append(response.status_code)
             service.cluster.num_live, service.cluster.num_waiting = 2, 0
 
-        http = httpx.AsyncClient(event_hooks={"response": [seen]})
+        http = httpx.AsyncClient(event_hooks={"response": [seen]}, limits=LIMITS)
         url = f"{service.http.base_url}/v1"
         async with openai.AsyncOpenAI(base_url=url, api_key="none", http_client=http) as client:
             answer = await client.completions.create(model="tiny", prompt="x", max_tokens=1)
