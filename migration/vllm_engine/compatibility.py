@@ -179,6 +179,17 @@ def unmovable(request: Any) -> str | None:
     return None
 
 
+def has_only_tokens(parameters: Any) -> bool:
+    """Whether a request's outputs follow from its output tokens; for vLLM's `SamplingParams`, or None."""
+    return (
+        parameters is not None
+        and parameters.logprobs is None
+        and parameters.logprob_token_ids is None
+        and parameters.prompt_logprobs is None
+        and parameters.prompt_logprob_token_ids is None
+    )
+
+
 def compatibility(
     vllm_config: Any, block_bytes: list[int], block_order: str, attention: dict[str, str]
 ) -> dict[str, str]:

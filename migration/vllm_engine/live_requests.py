@@ -14,6 +14,7 @@ from migration.engine_interface import HeldByClient, HeldRequest
 from migration.messages import RequestDescription, RequestId, stem_of
 from migration.stem_index import StemIndex
 from migration.token_span import TokenSpan, crc_of
+from migration.vllm_engine.compatibility import has_only_tokens
 
 OutputSink = Callable[[str, EngineCoreOutputs, list[TokenSpan]], None]
 
@@ -151,7 +152,7 @@ class LiveRequests:
                 live.crc = crc_of(output.new_token_ids, live.crc)
                 if output.finish_reason is not None:
                     finished.append(stay_id)
-                    if _has_only_tokens(live.request):
+                    if has_only_tokens(live.request.sampling_params):
                         self._keep(live, output)
         for client, (items, spans) in by_client.items():
             sink(client, EngineCoreOutputs(outputs=items, scheduler_stats=stats), spans)
@@ -174,7 +175,7 @@ class LiveRequests:
             end: dict[str, Any] = {}
             if (stay_id := self._here.get(request_id)) is not None:
                 live = self._by_stay[stay_id]
-                if not _has_only_tokens(live.request):
+                if not has_only_tokens(live.request.sampling_params):
                     continue
                 client, epoch = live.client, live.epoch
                 sent = list(live.request.output_token_ids[: live.emitted])
@@ -203,18 +204,6 @@ class LiveRequests:
         tokens = list(live.request.output_token_ids[: live.emitted])
         reasons = output.finish_reason, output.stop_reason
         self._ended.add(live.request_id, live.client, live.epoch, tokens, *reasons)
-
-
-def _has_only_tokens(request: Request) -> bool:
-    """Whether the outputs of a request can be made again from its output tokens."""
-    parameters = request.sampling_params
-    return (
-        parameters is not None
-        and parameters.logprobs is None
-        and parameters.logprob_token_ids is None
-        and parameters.prompt_logprobs is None
-        and parameters.prompt_logprob_token_ids is None
-    )
 
 
 def _began_now() -> list[EngineCoreEvent]:

@@ -8,6 +8,7 @@ import msgspec
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
+from migration.vllm_engine.compatibility import has_only_tokens
 from pd_serve.api.identity import client_id, credentials
 
 
@@ -28,19 +29,13 @@ class StemInputProcessor(InputProcessor):
 
 
 def _can_be_continued(request: EngineCoreRequest) -> bool:
-    parameters = request.sampling_params
     return (
-        parameters is not None
+        has_only_tokens(request.sampling_params)
         and request.prompt_token_ids is not None
         and not request.mm_features
         and request.prompt_embeds is None
         and request.lora_request is None
         and not request.resumable
-        # An engine keeps the tokens of a request, not their logprobs.
-        and parameters.logprobs is None
-        and parameters.logprob_token_ids is None
-        and parameters.prompt_logprobs is None
-        and parameters.prompt_logprob_token_ids is None
     )
 
 

@@ -43,7 +43,7 @@ _origin: ContextVar[Origin | None] = ContextVar("pd_serve_origin", default=None)
 
 
 def expect_requests(number: int) -> None:
-    """The HTTP request of this task brings so many (more) engine requests. Before its first event."""
+    """The HTTP request of this task brings `number` (more) engine requests; call it before any event."""
     if (origin := _origin.get()) is not None:
         origin.requests += number
 

@@ -63,6 +63,11 @@ class Instances:
         """Last reported load of an instance; None before the first report."""
         return self.loads.get(instance_id)
 
+    def role_of(self, instance_id: str) -> str:
+        """Last reported role of an instance; "" before the first report."""
+        load = self.loads.get(instance_id)
+        return load.role if load is not None else ""
+
     async def wait_for_reports(self) -> None:
         """Returns when there are instances, and every one has reported its load."""
         while not len(self._slot_of) or not all(info.instance_id in self.loads for info in self):  # noqa: ASYNC110

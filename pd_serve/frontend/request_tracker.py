@@ -106,9 +106,7 @@ class RequestTracker:
             request_id, self._clock(), new, name=name, client_id=client_id, trace_headers=trace_headers
         )
         if holder:
-            load = self._instances.load_of(holder)
-            role = load.role if load is not None else ""
-            self._recorder.dispatched(request_id, holder, role, self._clock())
+            self._recorder.dispatched(request_id, holder, self._instances.role_of(holder), self._clock())
         elif not self._placement.start(request):
             self._recorder.ended(request_id, "error", self._clock())
             raise EngineDeadError("no live instance takes new requests; see GET /cluster")
@@ -219,8 +217,7 @@ class RequestTracker:
 
     def first_token_of_owner(self, request: TrackedRequest, now: float, prefill_s: float | None) -> None:
         owner = request.ledger.owner
-        load = self._instances.load_of(owner)
-        role = load.role if load is not None else ""
+        role = self._instances.role_of(owner)
         gap_s = request.ledger.last_gap_s
         self._recorder.first_token_from(
             request.request_id, owner, role, now, gap_s=gap_s, prefill_s=prefill_s

@@ -153,7 +153,7 @@ class CompletionClient:
         return list(response.json()["requests"])
 
     async def handed_off(self, request_id: str, times: int = 1, bound_s: float = 60.0) -> list[str]:
-        """Waits until a request was handed off so many times and is there, or has ended. Returns where to.
+        """Waits for `times` hand-offs of a request and that it is there, or for its end. Returns where to.
 
         The cluster's counters say nothing of one request: records of earlier ones may arrive meanwhile.
         """

@@ -101,7 +101,7 @@ async def test_a_high_priority_request_overtakes_waiting_ones(
     waiting_then = sum(stream.first_token_at > first.accepted_at for stream in queued)
     # Those that come to an instance's step at the same moment go before it, and so does one that is bound.
     assert overtaken >= waiting_then - 3
-    assert waiting_then > 3, "nobody waited when the urgent one came"
+    assert waiting_then > 3, "no other request waited when the urgent one came"
 
 
 def in_line(cluster: dict[str, Any]) -> int:

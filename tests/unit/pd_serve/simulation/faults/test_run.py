@@ -73,7 +73,7 @@ def test_a_process_that_hangs_for_ever_is_replaced(target: str) -> None:
 
 @pytest.mark.parametrize("seconds", [-600.0, 600.0])
 def test_a_jump_of_the_wall_clocks_changes_nothing(seconds: float) -> None:
-    """Also where the manager and all instances die, so that nobody remembers its term but the API servers."""
+    """Also where the manager and all instances die, so that only the API servers know its term."""
     kills = [ScheduledFault(2.5, FaultKind.KILL, target) for target in ("manager", *["instance:0"] * 3)]
 
     assert faulty(ScheduledFault(2.4, FaultKind.WALL, value=seconds), *kills).findings == []
