@@ -12,5 +12,5 @@ TokenSpan = tuple[int, int, int]
 
 
 def crc_of(token_ids: Iterable[int], before: int = 0) -> int:
-    """CRC-32 of output tokens, which follow others of which it is `before`."""
-    return zlib.crc32(array("I", token_ids), before)
+    """CRC-32 of output tokens, as 64-bit integers, which follow others of which it is `before`."""
+    return zlib.crc32(array("q", token_ids), before)

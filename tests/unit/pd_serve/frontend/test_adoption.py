@@ -497,3 +497,47 @@ async def test_whatever_happens_every_client_gets_its_whole_stream(world: World,
         reader.frontend.requests.abort(list(reader.frontend.requests.requests))
     for move in moving:
         move.cancel()  # those of a dead instance never end
+
+
+@in_world()
+async def test_a_doubled_call_adopts_once(world: World) -> None:
+    await world.orphan()
+    await asyncio.sleep(4.0)
+    world.faults.double(Call)
+    second = await world.b.submit()
+    assert world.b.resumed[second]
+    await world.b.whole(second)
+    assert world.adopted() == 1
+
+
+@in_world()
+async def test_an_api_server_that_dies_while_it_adopts_leaves_an_orphan_again(world: World) -> None:
+    await world.orphan()
+    await asyncio.sleep(4.0)
+    world.faults.hold(Answer)
+    adopting = asyncio.ensure_future(world.b.submit())
+    await asyncio.sleep(0.2)
+    world.faults.release()
+    while not world.adopted():  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+    await world.b.die()
+    adopting.cancel()
+    third = await world.c.submit()
+    assert world.c.resumed[third]
+    await world.c.whole(third)
+    assert world.adopted() == 2
+
+
+@in_world(orphan_s=5.0)
+async def test_an_instance_that_hangs_while_it_is_asked_delays_a_request_only(world: World) -> None:
+    """Its client gets a new one, and the orphan ends after its time."""
+    first = await world.orphan(output=1500)
+    (holder,) = world.holders(first)
+    await asyncio.sleep(4.0)
+    world.cluster.launcher.instances[holder].faults.hang_s = 8.0
+    began = asyncio.get_running_loop().time()
+    second = await world.b.submit(output=1500)
+    assert asyncio.get_running_loop().time() - began < 6.0
+    await world.b.whole(second, 1500)
+    await asyncio.sleep(API_SERVER_LEASE_S + 10.0)
+    assert world.holders(first) == []
