@@ -9,6 +9,7 @@ the last one is checked.
 from collections.abc import Callable
 from contextvars import ContextVar
 
+from fastapi import HTTPException
 from starlette.datastructures import MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -108,6 +109,8 @@ class OverloadMiddleware:
     An HTTP request that brings several requests (prompts, choices) may take half of the places, so that such
     requests never take them all: then it gets 429, and 400 if it alone brings more.
 
+    Whether a request may wait is asked twice: before its body is read, and when the body is complete.
+
     Pure ASGI: streams and the detection of disconnected clients work as without it. Refusals by the cluster
     and by vLLM (`--max-num-queued-reqs`) get their `Retry-After` here too.
 
@@ -147,6 +150,9 @@ class OverloadMiddleware:
             message = await receive()
             # Not earlier: a slow upload must not count towards the limit.
             if message["type"] == "http.request" and not message.get("more_body", False):
+                if (why := self._overload()) is not None:  # others have arrived meanwhile
+                    # Reaches the handler that reads the body, and there vLLM's error responses.
+                    raise HTTPException(429, why)
                 arrival.begin()
             return message
 
@@ -165,11 +171,16 @@ class OverloadMiddleware:
     def _refusal(self) -> JSONResponse | None:
         if self._cluster.num_live == 0:
             return error_response(503, "No instance is available.", headers=RETRY_AFTER)
-        waiting = self.num_waiting
-        if self._max_waiting is not None and waiting >= self._max_waiting:
-            message = f"{waiting} requests are already waiting for their first token; try again later."
-            return error_response(429, message, headers=RETRY_AFTER)
+        if (why := self._overload()) is not None:
+            return error_response(429, why, headers=RETRY_AFTER)
         return None
+
+    def _overload(self) -> str | None:
+        """Why a request cannot wait, in words; None if it can."""
+        waiting = self.num_waiting
+        if self._max_waiting is None or waiting < self._max_waiting:
+            return None
+        return f"{waiting} requests are already waiting for their first token; try again later."
 
     def _check_several(self, number: int) -> None:
         if self._max_waiting is None:

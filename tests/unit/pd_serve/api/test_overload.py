@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import httpx
 import pytest
+from fastapi import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
 from pd_serve.api.overload import GENERATING_PATHS, OverloadMiddleware, announce, mark_submitted
@@ -159,6 +160,30 @@ class TestArriving:
         assert len(gate.arriving) == 1
         app.open()
         await upload
+
+    async def test_uploads_that_end_together_take_no_more_places_than_there_are(self) -> None:
+        """All of them were let in while none counted."""
+        app, rest = App(), asyncio.Event()
+        gate = OverloadMiddleware(app, cluster=Cluster(), max_waiting=2)
+
+        async def receive() -> Message:
+            await rest.wait()
+            return {"type": "http.request", "body": b"{}"}
+
+        async def send(message: Message) -> None: ...
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions"}
+        uploads = [asyncio.create_task(gate(scope, receive, send)) for _ in range(5)]
+        await settle()
+        rest.set()
+        await settle()
+        assert (app.read, len(gate.arriving)) == (2, 2)
+        app.open()
+        ended = await asyncio.gather(*uploads, return_exceptions=True)
+        refused = [error for error in ended if isinstance(error, HTTPException)]
+        assert [error.status_code for error in refused] == [429] * 3
+        assert ended.count(None) == 2
+        assert len(gate.arriving) == 0
 
     @pytest.mark.parametrize("handed_over", [False, True])
     async def test_is_over_when_the_request_is_cancelled(self, handed_over: bool) -> None:
