@@ -297,7 +297,7 @@ class VllmEngine:
     # ---- on the step thread
 
     def _build(self) -> EngineCore:
-        built = build_core(self._make_config())
+        built = build_core(self._make_config(), self._steps.fail)
         self.core, self.scheduler = built.core, built.core.scheduler
         self.no_migration, self.regions = built.no_migration, built.regions
         self.compatibility = built.compatibility

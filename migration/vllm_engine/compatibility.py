@@ -119,6 +119,8 @@ def missing_attributes(core: Any) -> list[str]:
     """The same for a running engine core."""
     from vllm.v1.request import Request
 
+    from migration.vllm_engine import worker
+
     scheduler = core.scheduler
     source = inspect.getsource(Request.__init__)
     missing = [f"Scheduler.{name}" for name in RELIED_ON_SCHEDULER if not hasattr(scheduler, name)]
@@ -127,12 +129,7 @@ def missing_attributes(core: Any) -> list[str]:
         for name in RELIED_ON_REQUEST
         if f"self.{name}" not in source and not hasattr(Request, name)
     ]
-    worker = getattr(core.model_executor, "driver_worker", None)
-    runner = getattr(getattr(worker, "worker", None), "model_runner", None)
-    missing += [f"model_runner.{name}" for name in ("kv_caches", "attn_groups") if not hasattr(runner, name)]
-    if not (hasattr(runner, "requests") or hasattr(runner, "req_states")):
-        missing.append("model_runner.requests / req_states")
-    return missing
+    return missing + core.collective_rpc(worker.missing_attributes)[0]
 
 
 def unsupported_config(vllm_config: Any) -> str | None:

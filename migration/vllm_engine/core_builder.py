@@ -1,6 +1,7 @@
 """Builds vLLM's engine core with a migrating scheduler, and checks whether it can migrate."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from vllm.config import VllmConfig
@@ -9,7 +10,7 @@ from vllm.v1.engine.core import EngineCore
 from migration.transport.kv_transport import KvRegion
 from migration.transport.regions import block_order, kv_regions
 from migration.vllm_engine import compatibility, worker
-from migration.vllm_engine.executor import compile_nothing_if_eager, executor_class
+from migration.vllm_engine.executor import executor_class
 from migration.vllm_engine.migrating_scheduler import MigratingAsyncScheduler, MigratingScheduler
 
 logger = logging.getLogger(__name__)
@@ -31,8 +32,15 @@ class BuiltCore:
     compatibility: dict[str, str] = field(default_factory=dict)
 
 
-def build_core(config: VllmConfig) -> BuiltCore:
-    """Loads the model. Raises: whatever vLLM raises."""
+def build_core(config: VllmConfig, on_failure: Callable[[], None] = lambda: None) -> BuiltCore:
+    """Loads the model.
+
+    Args:
+        on_failure: Called, in any thread, when a worker's process has ended: no further step is possible.
+
+    Raises:
+        Exception: Whatever vLLM raises.
+    """
     scheduling = config.scheduler_config
     missing = compatibility.missing_names()
     if not missing:
@@ -41,8 +49,7 @@ def build_core(config: VllmConfig) -> BuiltCore:
         scheduling.scheduler_cls = (
             MigratingAsyncScheduler if scheduling.async_scheduling else MigratingScheduler
         )
-    compile_nothing_if_eager(config)
-    core = EngineCore(config, executor_class(config), log_stats=True)
+    core = EngineCore(config, executor_class(config), log_stats=True, executor_fail_callback=on_failure)
     missing = missing or compatibility.missing_attributes(core)
     if missing:
         built = BuiltCore(core, "this vLLM lacks " + ", ".join(missing))

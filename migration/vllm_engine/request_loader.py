@@ -97,5 +97,6 @@ class RequestLoader:
             epoch=epoch,
             output_token_ids=list(request.output_token_ids),
             num_computed_tokens=request.num_computed_tokens,
-            rng_state=self._core.collective_rpc(worker.rng_state, args=(request.request_id,))[0],
+            # The workers of the last pipeline stage sample, each with the same generators.
+            rng_state=self._core.collective_rpc(worker.rng_state, args=(request.request_id,))[-1],
         )

@@ -22,7 +22,7 @@ def check_engine(core: EngineCore, stays: set[str], *, migrates: bool) -> list[s
     if lost := stays - known:
         problems.append(f"bookkeeping for requests that are gone: {sorted(lost)}")
     if not known and not core.scheduler.has_requests():
-        kept = core.collective_rpc(worker.num_requests)[0]
+        kept = max(core.collective_rpc(worker.num_requests))
         if kept:
             problems.append(f"the model runner keeps state of {kept} requests at rest")
     return problems

@@ -97,6 +97,11 @@ class StepLoop:
         """Gives a future of the event loop its result, or its exception. For the step thread."""
         self.notify(settle, future, result)
 
+    def fail(self) -> None:
+        """Reports that the core can make no further step, from any thread. The step in progress may hang."""
+        self._dead = EngineDeadError("a worker's process has ended")
+        self.notify(self._on_death, self._dead)
+
     def notify(self, callback: Callable[..., None], *arguments: Any) -> None:
         """Calls back on the event loop. For the step thread."""
         self._loop.call_soon_threadsafe(callback, *arguments)

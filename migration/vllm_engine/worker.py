@@ -80,6 +80,15 @@ def install_request(
     )
 
 
+def missing_attributes(worker: Any) -> list[str]:
+    """The attributes of a model runner that migration relies on and this one lacks."""
+    runner = _runner(worker)
+    missing = [f"model_runner.{name}" for name in ("kv_caches", "attn_groups") if not hasattr(runner, name)]
+    if not (hasattr(runner, "requests") or hasattr(runner, "req_states")):
+        missing.append("model_runner.requests / req_states")
+    return missing
+
+
 def num_requests(worker: Any) -> int:
     """Requests that the runner keeps state for."""
     runner = _runner(worker)

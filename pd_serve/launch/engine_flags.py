@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pd_serve.errors import InvalidRequestError
 from pd_serve.launch.command_line import EngineFlag, cut
 from pd_serve.launch.vllm_parser import as_invalid_request, defaults_of_vllm, engine_settings, parser
+from pd_serve.platform.placement import num_workers
 from router.load import ROLES
 
 if TYPE_CHECKING:
@@ -53,6 +54,10 @@ class ParsedFlags:
         settings, defaults = vars(self._by_role[role]), vars(defaults_of_vllm())
         names = engine_settings() & settings.keys()
         return {name: settings[name] for name in sorted(names) if settings[name] != defaults.get(name)}
+
+    def workers(self, role: str) -> int:
+        """Processes, or GPUs, that compute a step of a role's engines."""
+        return num_workers(self.engine(role))
 
     def engine_args(self, role: str) -> "AsyncEngineArgs":
         """The same as vLLM's own object."""
@@ -162,7 +167,22 @@ def _read(flags: Iterable[EngineFlag], base: Mapping[str, Any], role: str | None
         raise InvalidRequestError(re.sub("^--", f"--{role}-", str(error)) if role else str(error)) from error
     if namespace.model_tag is not None:
         raise InvalidRequestError(f"unexpected argument {namespace.model_tag!r}")
+    _choose_executor(namespace)
     return namespace
+
+
+def _choose_executor(namespace: Namespace) -> None:
+    """Several workers of an engine are child processes of their instance.
+
+    vLLM would choose Ray for them, as an instance is in a placement group.
+    """
+    backend = namespace.distributed_executor_backend
+    if backend in ("ray", "external_launcher"):
+        raise InvalidRequestError(
+            f"--distributed-executor-backend {backend}: an instance's workers are its child processes (mp)"
+        )
+    if num_workers(vars(namespace)) > 1 and backend in (None, "uni"):
+        namespace.distributed_executor_backend = "mp"
 
 
 def _check_server(server: Namespace) -> None:

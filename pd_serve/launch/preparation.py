@@ -1,6 +1,7 @@
 """From the settings to what processes are started with: the model, vLLM's flags, the environment."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +69,7 @@ class Prepared:
             max_instances=config.max_instances,
             policies=config.policies,
             engine_args={role: self.flags.engine(role) for role in ROLES},
-            placements=placements(config, float(self.flags.server.tensor_parallel_size)),
+            placements=placements(config, {role: self.flags.workers(role) for role in ROLES}),
             host=host,
             keys=keys,
             environment=self.model.environment,
@@ -90,10 +91,15 @@ class Prepared:
         return replace(simulated, vocabulary=words)
 
 
-def placements(config: ServeConfig, workers: float) -> dict[str, Placement]:
-    """Requirements of an instance, by role; on GPUs, one for each of its tensor-parallel workers."""
-    gpus = 0.0 if is_cpu_build() or config.engine == "simulated" else workers
-    return {role: Placement(gpus, config.resources[role], config.accelerator_type) for role in ROLES}
+def placements(config: ServeConfig, workers: Mapping[str, int]) -> dict[str, Placement]:
+    """Requirements of an instance, by role; on GPUs, one for each of its workers."""
+    on_gpus = not is_cpu_build() and config.engine == "vllm"
+    return {
+        role: Placement(
+            float(workers[role]) if on_gpus else 0.0, config.resources[role], config.accelerator_type
+        )
+        for role in ROLES
+    }
 
 
 def parse(config: ServeConfig, model: ModelSource) -> Prepared:

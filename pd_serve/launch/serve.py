@@ -24,6 +24,7 @@ from pd_serve.manager.manager import Manager
 from pd_serve.platform.cpu import is_cpu_build
 from pd_serve.platform.environment import ray_environment
 from pd_serve.platform.memory import check_memory
+from router.load import ROLES
 
 #: Time for Ray to start or to be joined, in seconds: a few, unless the machine is very busy.
 JOIN_S = 120.0
@@ -96,8 +97,9 @@ class LocalService:
             raise PdServeError(f"Ray at {where} does not answer within {JOIN_S:g} s") from None
         end_on(*SIGNALS)  # Ray has replaced the handlers
         if is_cpu_build():  # importing takes longest: it goes on while the flags are parsed
+            anywhere = placements(config, dict.fromkeys(ROLES, 1))
             for name, role in config.instance_roles:
-                launcher.launch(name, placements(config, 1)[role])
+                launcher.launch(name, anywhere[role])
         prepared = self._prepared = await parsing
         local = config.ray_address is None
         if local:

@@ -32,6 +32,7 @@ def engine_environment(num_instances: int, model: str, *, vllm_plugins: bool = F
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several engines share the cores
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # an instance has threads, with which a fork may hang
         "GLOO_SOCKET_IFNAME": "lo",  # an engine's process groups do not leave its machine
     }
     if not vllm_plugins:

@@ -6,8 +6,9 @@ from typing import Any
 import psutil
 
 from pd_serve.errors import InvalidRequestError
+from pd_serve.platform.placement import num_workers
 
-#: Memory of an instance's process beside its weights and KV cache, in bytes (measured: 0.5-0.6 GB).
+#: Memory of a process of an engine beside weights and KV cache, in bytes (measured: 0.5-0.6 GB).
 PROCESS_BYTES = 600 * 2**20
 
 #: Memory of an instance with a simulated engine, in bytes (measured: 80 MiB of its own); it has neither
@@ -23,7 +24,9 @@ def check_memory(
         return _check(num_instances, num_instances * SIMULATED_BYTES + PROCESS_BYTES, "start fewer")
     weights = sum(f.stat().st_size for f in Path(model).glob("*.safetensors")) if Path(model).is_dir() else 0
     kv = int(engine_args.get("kv_cache_memory_bytes") or 0)
-    needed = num_instances * (PROCESS_BYTES + weights + kv) + PROCESS_BYTES
+    workers = num_workers(engine_args)
+    processes = workers + 1 if workers > 1 else 1
+    needed = num_instances * (processes * PROCESS_BYTES + weights + workers * kv) + PROCESS_BYTES
     _check(num_instances, needed, "start fewer, or set a smaller --kv-cache-memory-bytes")
 
 

@@ -2,6 +2,20 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+#: vLLM's settings whose product is the number of an engine's workers.
+_DEGREES = ("tensor_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size")
+
+
+def num_workers(engine_args: Mapping[str, Any]) -> int:
+    """Workers of an engine: processes that each compute a part of every step, on GPUs with one GPU each.
+
+    Args:
+        engine_args: Arguments of vLLM's `AsyncEngineArgs`.
+    """
+    return prod(int(engine_args.get(name) or 1) for name in _DEGREES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -9,7 +23,7 @@ class Placement:
     """Requirements of an instance on its machine.
 
     Attributes:
-        num_gpus: GPUs of all its tensor-parallel workers, which share a machine.
+        num_gpus: GPUs of all its workers, which share a machine.
         resources: Custom resources of Ray, by name.
         accelerator_type: Ray's name of the accelerator (`ray.util.accelerators`), such as "A10G".
     """

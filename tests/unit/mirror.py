@@ -14,7 +14,6 @@ RECORDS = {
     "pd_serve/errors.py",
     "pd_serve/manager/launcher.py",
     "pd_serve/manager/manager_config.py",
-    "pd_serve/platform/placement.py",
     "pd_serve/simulation/faults/schedule.py",
     "pd_serve/simulation/result.py",
     "router/settings.py",
@@ -35,6 +34,7 @@ TESTED_THROUGH: dict[str, tuple[str, ...]] = {
         for name in [
             "compatibility",
             "core_builder",
+            "cpu_worker",
             "executor",
             "live_requests",
             "request_loader",

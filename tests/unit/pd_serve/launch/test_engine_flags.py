@@ -82,6 +82,29 @@ class TestDefaults:
         assert pickle.loads(pickle.dumps(settings))["seed"] == 3
 
 
+class TestWorkers:
+    @pytest.mark.parametrize(
+        ("args", "workers", "executor"),
+        [
+            ([], 1, "uni"),
+            (["--tensor-parallel-size", "2"], 2, "mp"),
+            (["-tp", "2", "--pipeline-parallel-size", "3"], 6, "mp"),
+            (["-pp", "2", "--distributed-executor-backend", "uni"], 2, "mp"),
+            (["--distributed-executor-backend", "mp"], 1, "mp"),
+        ],
+    )
+    def test_several_are_processes_of_their_instance(
+        self, args: list[str], workers: int, executor: str
+    ) -> None:
+        flags = read(*args, distributed_executor_backend="uni")
+        assert by_role(flags, "distributed_executor_backend") == [executor] * 3
+        assert [flags.workers(role) for role in ROLES] == [workers] * 3
+
+    @pytest.mark.parametrize("executor", ["ray", "external_launcher"])
+    def test_those_of_another_process_are_refused(self, executor: str) -> None:
+        assert "its child processes (mp)" in complaint("--distributed-executor-backend", executor)
+
+
 class TestForms:
     @pytest.mark.parametrize(
         ("args", "name", "value"),

@@ -11,6 +11,7 @@ from pd_serve.config import ServeConfig
 from pd_serve.errors import InvalidRequestError
 from pd_serve.launch import preparation
 from pd_serve.launch.preparation import check_handoffs, find_model, placements
+from router.load import ROLES
 
 
 @pytest.fixture(autouse=True)
@@ -25,10 +26,10 @@ def test_on_gpus_an_instance_takes_one_for_each_worker(monkeypatch: pytest.Monke
     monkeypatch.setattr(preparation, "is_cpu_build", lambda: False)
     config = ServeConfig(decode_resources='{"node_b": 1}', accelerator_type="A10G")
 
-    found = placements(config, 2.0)
+    found = placements(config, {"prefill": 2, "decode": 4, "neutral": 2})
 
     assert found["prefill"].bundle() == {"GPU": 2.0, "accelerator_type:A10G": 0.001}
-    assert found["decode"].bundle() == {"GPU": 2.0, "node_b": 1.0, "accelerator_type:A10G": 0.001}
+    assert found["decode"].bundle() == {"GPU": 4.0, "node_b": 1.0, "accelerator_type:A10G": 0.001}
 
 
 @pytest.mark.parametrize(("cpu_build", "engine"), [(True, "vllm"), (False, "simulated")])
@@ -37,7 +38,7 @@ def test_without_gpus_any_machine_will_do(
 ) -> None:
     monkeypatch.setattr(preparation, "is_cpu_build", lambda: cpu_build)
 
-    assert placements(ServeConfig(engine=engine), 2.0)["decode"].bundle() == {}
+    assert placements(ServeConfig(engine=engine), dict.fromkeys(ROLES, 2))["decode"].bundle() == {}
 
 
 def test_the_environment_of_the_engines_is_set_in_this_process_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,22 @@ def test_instances_need_weights_cache_and_a_process_each(
 
 
 @pytest.mark.parametrize(("spare", "fits"), [(0, True), (-1, False)])
+def test_each_worker_of_an_engine_is_a_process_with_a_cache_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, model: str, spare: int, fits: bool
+) -> None:
+    """The workers share the weights, and the instance has a process beside theirs."""
+    needed = 2 * (5 * PROCESS_BYTES + 2**30 + 4 * 2**29) + PROCESS_BYTES
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=needed + spare))
+    engine_args = {"kv_cache_memory_bytes": 2**29, "tensor_parallel_size": 2, "pipeline_parallel_size": 2}
+
+    if fits:
+        check_memory(2, engine_args, model)
+    else:
+        with pytest.raises(InvalidRequestError, match="2 instances need about"):
+            check_memory(2, engine_args, model)
+
+
+@pytest.mark.parametrize(("spare", "fits"), [(0, True), (-1, False)])
 def test_simulated_engines_need_neither_weights_nor_a_cache(
     monkeypatch: pytest.MonkeyPatch, model: str, spare: int, fits: bool
 ) -> None:

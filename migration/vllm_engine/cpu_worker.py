@@ -1,0 +1,57 @@
+"""vLLM's worker for CPUs with three corrections, of which every worker process makes one by its name."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed.parallel_state import get_pp_group
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+
+class CorrectedCpuWorker(CPUWorker):
+    """See the methods for what is corrected."""
+
+    def __init__(self, vllm_config: VllmConfig, *arguments: Any, **named: Any) -> None:
+        """Extends `--enforce-eager` to the few helpers that vLLM compiles nevertheless.
+
+        The first request with logprobs would wait seconds for the C++ compiler, and with it every other
+        request of its instance. Source: vllm/v1/sample/ops/logprobs.py, batched_count_greater_than.
+        """
+        if vllm_config.model_config.enforce_eager:
+            torch.compiler.set_stance("force_eager")
+        super().__init__(vllm_config, *arguments, **named)
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Makes the buffers of a later pipeline stage, which vLLM makes while it warms up.
+
+        Without compilation and with an explicit size of the KV cache vLLM does not warm up, and the first
+        request would end the engine. Source: vllm/v1/worker/cpu_worker.py, _should_warm_up_model, and
+        gpu_model_runner.py, _dummy_run.
+        """
+        runner: Any = self.model_runner
+        if not get_pp_group().is_first_rank and getattr(runner, "intermediate_tensors", self) is None:
+            runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+                batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+            )
+        return super().compile_or_warm_up_model()
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """A prompt computed in chunks draws nothing from its request's generator until its last chunk.
+
+        vLLM samples after every chunk, throws the token away and winds the generator back by its offset,
+        which a CPU generator does not have: a seeded request with a chunked prompt would end the engine.
+        Here the generator is out of the batch while such a token is sampled.
+
+        Source: vllm/v1/worker/gpu_model_runner.py, _bookkeeping_sync (set_offset).
+        """
+        if self.use_v2_model_runner:
+            return super().sample_tokens(grammar_output)
+        runner: Any = self.model_runner
+        batch = runner.input_batch
+        unfinished = np.nonzero(runner.discard_request_mask.np[: batch.num_reqs])[0].tolist()
+        kept_out = {row: batch.generators.pop(row) for row in unfinished if row in batch.generators}
+        try:
+            return super().sample_tokens(grammar_output)
+        finally:
+            batch.generators.update(kept_out)
