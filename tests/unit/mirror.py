@@ -53,6 +53,10 @@ TESTED_THROUGH: dict[str, tuple[str, ...]] = {
         for name in ("cluster_routes", "core", "engine_client", "identity", "server")
     ),
     "tests/integration/test_api_http_limits.py": ("pd_serve/api/body_limit.py",),
+    "tests/unit/pd_serve/models/test_random_model.py": (
+        "pd_serve/models/kinds.py",
+        "pd_serve/models/random_weights.py",
+    ),
     # Parts of one loop or of one output.
     "tests/unit/pd_serve/cli/test_simulate.py": ("pd_serve/cli/simulate_output.py",),
     "tests/unit/pd_serve/launch/test_engine_flags.py": ("pd_serve/launch/vllm_parser.py",),
