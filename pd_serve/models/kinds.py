@@ -1,9 +1,13 @@
 """Tiny random models of every kind of engine, by name: what each has to move beside plain full attention.
 
-A configuration is one that vLLM's CPU build runs. The constraints on the way: MLA wants 512 latent dimensions
-and 64 rotary ones; gated delta net wants heads of 128 dimensions and bfloat16; Mamba-2 with a prefix cache
-ends vLLM's engine at the first prompt longer than a block. The tiny Llama itself (`tiny`) is fit for two
-tensor-parallel workers: four heads, two of them with keys.
+A configuration is one that vLLM's CPU build runs. The constraints on the way:
+
+- MLA wants 512 latent dimensions and 64 rotary ones. The rotary embedding is DeepSeek's scaled one: the
+  kernel of the plain one turns other rows than those of MLA's keys, so that equal prompts in a batch differ.
+- Gated delta net wants heads of 128 dimensions and bfloat16.
+- Mamba-2 with a prefix cache ends vLLM's engine at the first prompt longer than a block.
+
+The tiny Llama itself (`tiny`) is fit for two tensor-parallel workers: four heads, two of them with keys.
 """
 
 from dataclasses import dataclass, field
@@ -88,6 +92,16 @@ _MLA = {
     "topk_group": 1,
     "routed_scaling_factor": 1.0,
     "moe_layer_freq": 1,
+    "rope_scaling": {
+        "type": "yarn",
+        "rope_type": "yarn",
+        "factor": 40.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+        "original_max_position_embeddings": 4096,
+    },
     **_EXPERTS,
 }
 
