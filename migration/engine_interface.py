@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
-from migration.messages import BlockRun, FinalState, MigrationId, RequestDescription, RequestId
+from migration.messages import FinalState, KvPart, MigrationId, RequestDescription, RequestId
 from migration.transport.kv_transport import KvRegion
 from router.load import EngineLoad
 
@@ -20,12 +20,15 @@ class Reservation:
     """Blocks held at a destination for a request that is on its way.
 
     Attributes:
-        local_blocks: Local block ids, by block index of the request.
-        blocks_present: How many of the first blocks already hold the right KV (prefix cache hits).
+        tables: For each cache group the local block ids by block index of the request; `NO_BLOCK` where it
+            needs none. Empty for groups with state.
+        states: The block of each group with state, as in `KvPart`.
+        tokens_present: The KV of so many of its first tokens is here already (prefix cache hits).
     """
 
-    local_blocks: list[int]
-    blocks_present: int
+    tables: list[list[int]]
+    states: list[int]
+    tokens_present: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,16 +189,16 @@ class Engine(Protocol):
         self,
         request_id: RequestId,
         incarnation: int,
-        blocks_done: int,
+        tokens_done: int,
         *,
         suspend: bool,
         reader: MigrationId,
-    ) -> BlockRun | FinalState:
-        """Waits until there is something to copy beyond `blocks_done`, deciding at step boundaries.
+    ) -> KvPart | FinalState:
+        """Waits until there is something to copy beyond `tokens_done`, deciding at step boundaries.
 
-        Returns the full blocks that are safe to read; or, once the prompt is prefilled and no more than
-        the engine's tail limit is left (or `suspend` is set), suspends the request, waits until steps in
-        flight have drained, and returns its final state. Only one call per request at a time.
+        Returns the full blocks that are safe to read; or, once the prompt is prefilled and no full block is
+        left (or `suspend` is set), suspends the request, waits until steps in flight have drained, and
+        returns its final state. Only one call per request at a time.
 
         The blocks that it returns are pinned for the migration `reader`: they keep their contents, whatever
         becomes of the request, until the next call for this reader or `unpin`.
@@ -217,8 +220,8 @@ class Engine(Protocol):
     async def reserve(self, migration_id: MigrationId, request: RequestDescription) -> Reservation:
         """Raises: DestinationRefusedError: with the reason; nothing is held."""
 
-    async def grow(self, migration_id: MigrationId, num_blocks: int) -> list[int]:
-        """Makes the reservation at least `num_blocks` long; returns all its blocks.
+    async def grow(self, migration_id: MigrationId, num_tokens: int) -> list[list[int]]:
+        """Makes the reservation long enough for so many tokens; returns its tables.
 
         Raises: DestinationRefusedError: no free blocks; what was held stays held.
         """

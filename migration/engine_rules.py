@@ -1,14 +1,13 @@
 """Rules of a live migration that every engine follows."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from migration.messages import BlockRun
+from migration.messages import BlockRun, KvPart
 
-#: KV blocks reserved beyond those that a request has, so that it can decode on while it is being copied.
-SLACK_BLOCKS = 2
-
-#: A request is suspended when no more than this many blocks are left to copy.
-TAIL_BLOCKS = 2
+#: KV blocks reserved beyond those that a request has, so that it can decode on while it is being copied; and
+#: the most tokens that they are for, as engines with linear attention have blocks of hundreds of tokens.
+SLACK_BLOCKS, SLACK_TOKENS = 2, 64
 
 
 def blocks_for(num_tokens: int, block_tokens: int) -> int:
@@ -16,33 +15,55 @@ def blocks_for(num_tokens: int, block_tokens: int) -> int:
     return -(-num_tokens // block_tokens)
 
 
+def slack_tokens(block_tokens: int) -> int:
+    """Tokens beyond those that a request has for which a destination reserves blocks."""
+    return min(SLACK_BLOCKS * block_tokens, SLACK_TOKENS)
+
+
 def should_suspend(
-    num_computed_tokens: int, block_tokens: int, blocks_done: int, *, decoding: bool, suspend: bool
+    num_computed_tokens: int, stage_tokens: int, tokens_done: int, *, decoding: bool, suspend: bool
 ) -> bool:
     """Whether a running request is to be suspended at this step boundary, to copy what is left.
 
     Args:
         num_computed_tokens: Tokens whose KV is in blocks.
-        blocks_done: Blocks that the destination has.
+        stage_tokens: Tokens of a block, or the least common multiple of several cache groups' block sizes.
+        tokens_done: Tokens whose KV the destination has.
         decoding: The prompt is prefilled.
         suspend: Suspend a decoding request however much is left to copy.
     """
-    left = blocks_for(num_computed_tokens, block_tokens) - blocks_done
-    return decoding and (suspend or left <= TAIL_BLOCKS)
+    return decoding and (suspend or num_computed_tokens - tokens_done < stage_tokens)
+
+
+class BlockTable(NamedTuple):
+    """The blocks of a request in one cache group, by block index."""
+
+    block_tokens: int
+    block_ids: Sequence[int]
 
 
 def next_stage(
-    block_ids: Sequence[int], num_computed_tokens: int, block_tokens: int, blocks_done: int
-) -> BlockRun | None:
+    tables: Sequence[BlockTable], num_computed_tokens: int, stage_tokens: int, tokens_done: int
+) -> KvPart | None:
     """The full blocks to copy next, which are never written again; None if there are none yet."""
-    full = num_computed_tokens // block_tokens
-    return BlockRun(blocks_done, list(block_ids[blocks_done:full])) if full > blocks_done else None
+    end = num_computed_tokens // stage_tokens * stage_tokens
+    return _part(tables, tokens_done, end) if end > tokens_done else None
 
 
-def tail(block_ids: Sequence[int], num_computed_tokens: int, block_tokens: int, blocks_done: int) -> BlockRun:
-    """The blocks of a suspended, drained request that are left to copy."""
-    end = blocks_for(num_computed_tokens, block_tokens)
-    return BlockRun(blocks_done, list(block_ids[blocks_done:end]))
+def tail(
+    tables: Sequence[BlockTable], num_computed_tokens: int, tokens_done: int, states: Sequence[int] = ()
+) -> KvPart:
+    """What is left to copy of a suspended, drained request; `states` are the blocks with its state."""
+    part = _part(tables, tokens_done, num_computed_tokens)
+    return KvPart(part.end, part.runs, list(states))
+
+
+def _part(tables: Sequence[BlockTable], begin: int, end: int) -> KvPart:
+    runs = []
+    for block_tokens, block_ids in tables:
+        first = begin // block_tokens
+        runs.append(BlockRun(first, list(block_ids[first : blocks_for(end, block_tokens)])))
+    return KvPart(end, runs)
 
 
 def mismatch(theirs: dict[str, str], ours: dict[str, str]) -> str | None:

@@ -1,7 +1,9 @@
 """Driver of the destination's side: reserves, pulls blocks stage by stage, commits."""
 
 import asyncio
+import itertools
 import logging
+import sys
 from collections.abc import Callable
 
 from migration.destination_table import (
@@ -13,6 +15,7 @@ from migration.destination_table import (
 from migration.errors import DestinationRefusedError, PeerLostError, Refusal, RefusalCode
 from migration.local_instance import LocalInstance
 from migration.messages import (
+    NO_BLOCK,
     BlockRun,
     Committed,
     Confirmed,
@@ -21,6 +24,7 @@ from migration.messages import (
     FinalState,
     InstanceId,
     KeepAlive,
+    KvPart,
     Offer,
     Pull,
     Query,
@@ -61,10 +65,12 @@ class IncomingMigration:
         self._instance = instance
         self._on_close = on_close
         self._timer = Timer(self._on_timer)
-        self._local_blocks: list[int] = []
-        self._blocks_done = 0
+        self._tables: list[list[int]] = []
+        self._states: list[int] = []
+        self._copied: list[int] = []  # end of the blocks that have been copied, by cache group
+        self._tokens_done = 0
         self._block_bytes = 0
-        self._run: BlockRun | None = None
+        self._part: KvPart | None = None
         self._final: FinalState | None = None
         self._copy: asyncio.Task[None] | None = None
         self._refusal: Refusal | None = None
@@ -81,13 +87,13 @@ class IncomingMigration:
 
     def on_message(self, message: ToDestination) -> None:
         match message:
-            case Stage(run=run):
+            case Stage(part=part):
                 if self.state_machine.state is DestinationState.WAITING:
-                    self._run = run
+                    self._part = part
                 self.on_event(DestinationEvent.STAGE)
             case Final(state=state):
                 if self.state_machine.state is DestinationState.WAITING:
-                    self._run, self._final = state.tail, state
+                    self._part, self._final = state.tail, state
                 self.on_event(DestinationEvent.FINAL)
             case KeepAlive():
                 self.on_event(DestinationEvent.KEEP_ALIVE)
@@ -121,7 +127,7 @@ class IncomingMigration:
     def _perform(self, action: DestinationAction) -> None:
         match action:
             case DestinationAction.SEND_PULL:
-                self._instance.send(self.source, Pull(self.migration_id, self._blocks_done))
+                self._instance.send(self.source, Pull(self.migration_id, self._tokens_done))
             case DestinationAction.SEND_REFUSED:
                 self.was_refused = True
                 self._instance.send(self.source, Refused(self.migration_id, self._why()))
@@ -130,8 +136,8 @@ class IncomingMigration:
             case DestinationAction.SEND_DROPPED:
                 self._instance.send(self.source, Dropped(self.migration_id, self._why()))
             case DestinationAction.COPY:
-                assert self._run is not None
-                self._copy = self._instance.tasks.start(self._copy_blocks(self._run))
+                assert self._part is not None
+                self._copy = self._instance.tasks.start(self._copy_part(self._part))
                 self._copy.add_done_callback(self._copy_ended)
             case DestinationAction.STOP_COPY:
                 assert self._copy is not None
@@ -151,29 +157,29 @@ class IncomingMigration:
         except DestinationRefusedError as error:
             self.on_event(DestinationEvent.REFUSED, error.refusal)
             return
-        self._local_blocks = reservation.local_blocks
-        self._blocks_done = reservation.blocks_present
+        self._tables, self._states = reservation.tables, reservation.states
+        self._copied = [0] * len(self._tables)
+        self._tokens_done = reservation.tokens_present
         self.on_event(DestinationEvent.RESERVED)
 
-    async def _copy_blocks(self, run: BlockRun) -> None:
-        """Copies what `run` offers beyond what is here already. Cancellation waits for the transport."""
+    async def _copy_part(self, part: KvPart) -> None:
+        """Copies what is offered beyond what is here already. Cancellation waits for the transport."""
         loop = asyncio.get_running_loop()
         began_at, is_tail = loop.time(), self.state_machine.state is DestinationState.TAIL
         try:
-            if run.end > len(self._local_blocks):
-                self._local_blocks = await self._instance.engine.grow(self.migration_id, run.end)
-            begin = max(self._blocks_done, run.first)
-            while begin < run.end:
-                end = min(run.end, begin + self._slice_blocks())
+            if any(run.end > len(table) for run, table in self._by_group(part)):
+                self._tables = await self._instance.engine.grow(self.migration_id, part.end)
+            pairs = self._block_pairs(part)
+            while pairs:
+                now, pairs = pairs[: self._slice_blocks()], pairs[self._slice_blocks() :]
                 copied = await self._instance.transport.read(
                     self.source,
                     self._offer.kv_endpoint,
-                    run.block_ids[begin - run.first : end - run.first],
-                    self._local_blocks[begin:end],
+                    [theirs for theirs, _ in now],
+                    [ours for _, ours in now],
                 )
-                self._block_bytes = max(1, copied // (end - begin))
+                self._block_bytes = max(1, copied // len(now))
                 self.bytes_copied += copied
-                begin = end
                 if self.state_machine.state is DestinationState.COPYING:
                     await self._instance.pacer.copied(copied)
         except (PeerLostError, DestinationRefusedError) as error:
@@ -185,14 +191,37 @@ class IncomingMigration:
             self.on_event(DestinationEvent.COPY_FAILED, Refusal(RefusalCode.TIMED_OUT, text))
         else:
             # A partly filled tail block is only ever the end of a final state.
-            self._blocks_done = max(self._blocks_done, run.end)
+            self._copied = [max(run.end, copied) for run, copied in zip(part.runs, self._copied, strict=True)]
+            self._tokens_done = max(self._tokens_done, part.end)
             self.on_event(DestinationEvent.COPIED)
+
+    def _by_group(self, part: KvPart) -> list[tuple[BlockRun, list[int]]]:
+        """The run and the table of each cache group. Raises: PeerLostError: the source has other groups."""
+        num_states = len(self._states) if self.state_machine.state is DestinationState.TAIL else 0
+        if (len(part.runs), len(part.states)) != (len(self._tables), num_states):
+            raise PeerLostError(f"{self.source} offers blocks of other cache groups than those here")
+        return list(zip(part.runs, self._tables, strict=True))
+
+    def _block_pairs(self, part: KvPart) -> list[tuple[int, int]]:
+        """What to copy: blocks of the source, each with the block here that it is for."""
+        pairs: list[tuple[int, int]] = []
+        for (run, table), copied in zip(self._by_group(part), self._copied, strict=True):
+            begin = max(run.first, copied)
+            pairs += zip(run.block_ids[begin - run.first :], table[begin : run.end], strict=False)
+        if part.states:
+            pairs += zip(part.states, self._states, strict=True)
+        return [pair for pair in pairs if NO_BLOCK not in pair]
 
     def _slice_blocks(self) -> int:
         """Blocks to copy at once. The tail is never divided: its request waits for it."""
         if self.state_machine.state is not DestinationState.COPYING or not self._instance.pacer.paces:
-            return len(self._local_blocks)
+            return sys.maxsize
         return max(1, SLICE_BYTES // self._block_bytes) if self._block_bytes else 1
+
+    @property
+    def _local_blocks(self) -> list[int]:
+        """All blocks that are reserved here."""
+        return [*itertools.chain.from_iterable(self._tables), *self._states]
 
     def _copy_ended(self, copy: "asyncio.Task[None]") -> None:
         """Reports a copy that was cancelled, perhaps before its first step, or failed unexpectedly."""

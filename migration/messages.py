@@ -51,8 +51,12 @@ class RequestDescription(msgspec.Struct, frozen=True):
         return self.num_prompt_tokens + len(self.output_token_ids)
 
 
+#: In the place of a block id: there is nothing to copy, such as behind a sliding window.
+NO_BLOCK = -1
+
+
 class BlockRun(msgspec.Struct, frozen=True):
-    """Blocks of the source that hold a request's tokens from block index `first` on."""
+    """Blocks of the source, of one cache group, that hold a request's tokens from block index `first` on."""
 
     first: int
     block_ids: list[int]
@@ -62,13 +66,37 @@ class BlockRun(msgspec.Struct, frozen=True):
         return self.first + len(self.block_ids)
 
 
+class KvPart(msgspec.Struct, frozen=True):
+    """A part of a request's KV cache to be copied, as blocks of its source.
+
+    An engine keeps the layers of a model in cache groups, each with a block table of its own for every
+    request. Blocks of most groups are never written again once they are full. A group of linear-attention
+    layers has one block for each request, which every step overwrites: its **state**.
+
+    Attributes:
+        end: With this part the destination has the KV of all tokens before this one.
+        runs: A run for each cache group, in the engine's order; empty for groups with state.
+        states: The block of each group with state, in the same order. Only in a tail.
+    """
+
+    end: int
+    runs: list[BlockRun]
+    states: list[int] = []
+
+    @property
+    def block_ids(self) -> list[int]:
+        """All blocks to be read."""
+        held = [block for run in self.runs for block in run.block_ids if block != NO_BLOCK]
+        return held + self.states
+
+
 class CopyStage(msgspec.Struct, frozen=True):
     """One round of copying, as its source saw it.
 
     Attributes:
         begin_s, end_s: Since the migration began. The last one of a committed migration is the tail: the
             request is suspended from its begin on.
-        blocks: What was offered to be copied.
+        blocks: What was offered to be copied, of all cache groups.
     """
 
     begin_s: float
@@ -80,14 +108,14 @@ class FinalState(msgspec.Struct, frozen=True):
     """A suspended, drained request: what is left to copy and what the destination continues from.
 
     Attributes:
-        tail: The blocks that have not been copied yet, the last one perhaps partly filled.
+        tail: What has not been copied yet: blocks, the last ones perhaps partly filled, and states.
         epoch: Ownership epoch at the source; the destination continues with `epoch + 1`.
         output_token_ids: All tokens generated so far.
         num_computed_tokens: Tokens whose KV is in the blocks: all but the last sampled one.
         rng_state: State of the request's own random generator, if it has one.
     """
 
-    tail: BlockRun
+    tail: KvPart
     epoch: int
     output_token_ids: list[int]
     num_computed_tokens: int
@@ -113,15 +141,15 @@ class Refused(MigrationMessage, frozen=True, tag=True):
 
 
 class Pull(MigrationMessage, frozen=True, tag=True):
-    """Destination → source: blocks [0, blocks_done) are here, what next?"""
+    """Destination → source: the KV of tokens [0, tokens_done) is here, what next?"""
 
-    blocks_done: int
+    tokens_done: int
 
 
 class Stage(MigrationMessage, frozen=True, tag=True):
     """Source → destination: these full blocks are safe to read while the request decodes on."""
 
-    run: BlockRun
+    part: KvPart
 
 
 class Final(MigrationMessage, frozen=True, tag=True):

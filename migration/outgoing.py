@@ -8,7 +8,6 @@ from typing import Any
 from migration.errors import Refusal, RefusalCode, SourceGoneError
 from migration.local_instance import LocalInstance
 from migration.messages import (
-    BlockRun,
     Committed,
     Confirmed,
     CopyStage,
@@ -17,6 +16,7 @@ from migration.messages import (
     FinalState,
     InstanceId,
     KeepAlive,
+    KvPart,
     MigrationId,
     Offer,
     Pull,
@@ -65,10 +65,9 @@ class OutgoingMigration:
         self._max_stages = 0 if blocking else instance.bounds.max_stages
         self._loop = asyncio.get_running_loop()
         self._timer = Timer(self._on_timer)
-        self._run: BlockRun | None = None
+        self._part: KvPart | None = None
         self._final: FinalState | None = None
-        self._blocks_done = 0
-        self._blocks_present: int | None = None
+        self._tokens_done = 0
         self._stages = 0
         self._began_at = self._loop.time()
         self._stage_at: float | None = None
@@ -95,12 +94,10 @@ class OutgoingMigration:
     def on_message(self, message: ToSource) -> None:
         self._peer_is_gone = isinstance(message, Dropped)  # nothing is held there
         match message:
-            case Pull(blocks_done=blocks_done):
-                if self._blocks_present is None:  # the first time it asks, it has what its cache had
-                    self._blocks_present = blocks_done
-                if self._run is not None:
-                    self._stage_copied(self._run)
-                self._blocks_done = blocks_done
+            case Pull(tokens_done=tokens_done):
+                if self._part is not None:
+                    self._stage_copied(self._part)
+                self._tokens_done = tokens_done
                 self.on_event(SourceEvent.PULLED)
             case Refused(refusal=refusal):
                 self.on_event(SourceEvent.REFUSED, refusal.prefixed("refused"))
@@ -136,10 +133,10 @@ class OutgoingMigration:
             case SourceAction.ADVANCE:
                 self._instance.tasks.start(self._advance())
             case SourceAction.SEND_STAGE:
-                assert self._run is not None
+                assert self._part is not None
                 self._stages += 1
                 self._stage_at = self._loop.time()
-                self._instance.send(self.destination, Stage(self.migration_id, self._run))
+                self._instance.send(self.destination, Stage(self.migration_id, self._part))
             case SourceAction.SEND_FINAL:
                 assert self._final is not None
                 self._instance.send(self.destination, Final(self.migration_id, self._final))
@@ -168,7 +165,7 @@ class OutgoingMigration:
             answer = await self._engine.next_stage(
                 self.request_id,
                 self.description.incarnation,
-                self._blocks_done,
+                self._tokens_done,
                 suspend=self._stages >= self._max_stages,
                 reader=self.migration_id,
             )
@@ -182,7 +179,7 @@ class OutgoingMigration:
             self._final_at = self._stage_at = self._loop.time()
             self.on_event(SourceEvent.SUSPENDED)
         else:
-            self._run = answer
+            self._part = answer
             self.on_event(SourceEvent.STAGE_READY)
 
     async def _finish_in_engine(self, call: Coroutine[Any, Any, None]) -> None:
@@ -193,11 +190,11 @@ class OutgoingMigration:
         await self._engine.release(self.request_id)
         await self._engine.unpin(self.migration_id)
 
-    def _stage_copied(self, run: BlockRun) -> None:
+    def _stage_copied(self, part: KvPart) -> None:
         """Records a stage when the destination first reports it as copied."""
         if self._stage_at is not None:
             begin, end = self._stage_at - self._began_at, self._loop.time() - self._began_at
-            self._copies.append(CopyStage(begin, end, len(run.block_ids)))
+            self._copies.append(CopyStage(begin, end, len(part.block_ids)))
             self._stage_at = None
 
     def _arm_timer(self) -> None:
@@ -234,7 +231,7 @@ class OutgoingMigration:
             reason=self.reason,
             refusal=None if committed else self._why(),
             stages=self._stages,
-            blocks=(final.tail.end if final else self._blocks_done) - (self._blocks_present or 0),
+            blocks=sum(copy.blocks for copy in self._copies),
             tokens=final.num_computed_tokens if final else 0,
             suspended_ms=self._suspended_ms,
             duration_s=self._loop.time() - self._began_at,

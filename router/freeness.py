@@ -24,7 +24,7 @@ def headroom(load: InstanceLoad) -> int:
     """
     if not load.high_priority:
         return 0
-    return max(0, load.total_blocks - HIGH_PRIORITY_LOAD_TOKENS // load.block_tokens)
+    return max(0, load.total_blocks - load.blocks_for(HIGH_PRIORITY_LOAD_TOKENS))
 
 
 def limit_headroom(loads: Iterable[InstanceLoad], share: float) -> list[InstanceLoad]:
@@ -128,7 +128,7 @@ def pooled_freeness(
     pool = list(loads)
     free = sum(_unclaimed(load) for load in pool) + more_blocks
     if waiting.requests and pool:
-        free -= waiting.tokens / pool[0].block_tokens
+        free -= waiting.tokens / pool[0].block_tokens * pool[0].full_groups
     return free / max(sum(_requests(load) for load in pool) + waiting.requests, 1)
 
 

@@ -14,6 +14,12 @@ class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
     """Load of one engine, read between two steps: the engine's part of an `InstanceLoad`.
 
     The description of each field is its meaning in metrics, too.
+
+    Attributes:
+        full_groups: Cache groups in which a request has blocks for all its tokens.
+        window_groups: Cache groups in which it has blocks for the tokens of a window.
+        window_blocks: The most blocks that a request has in these.
+        state_blocks: Blocks that a request has whatever its length (states of linear attention).
     """
 
     total_blocks: Annotated[int, Meta(description="KV blocks that requests can use.")] = 0
@@ -27,6 +33,10 @@ class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
         int, Meta(description="KV blocks that the engine keeps free when it admits a request.")
     ] = 0
     block_tokens: Annotated[int, Meta(description="Tokens per KV block.")] = 16
+    full_groups: int = 1
+    window_groups: int = 0
+    window_blocks: int = 0
+    state_blocks: int = 0
     running: Annotated[int, Meta(description="Requests in the batch, suspended ones included.")] = 0
     suspended: Annotated[
         int,
@@ -76,7 +86,12 @@ class InstanceLoad(EngineLoad, frozen=True):
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that this many tokens of a request take here."""
-        return -(-num_tokens // self.block_tokens)
+        blocks = -(-num_tokens // self.block_tokens)
+        return (
+            blocks * self.full_groups
+            + min(blocks * self.window_groups, self.window_blocks)
+            + self.state_blocks
+        )
 
     def with_arrivals(self, num_blocks: int, requests: int = 1) -> "InstanceLoad":
         """The load after requests that need `num_blocks` blocks together have arrived."""

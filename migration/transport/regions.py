@@ -12,39 +12,39 @@ if TYPE_CHECKING:
     import torch
 
 
-def kv_regions(
-    tensors: Iterable[torch.Tensor], num_blocks: int, block_axis: int | None = None
-) -> list[KvRegion]:
+def kv_regions(tensors: Iterable[torch.Tensor], num_blocks: int) -> list[KvRegion]:
     """Describes KV cache tensors as regions of equally sized blocks.
 
-    What counts is where the bytes lie, not the order of the axes: axes with a smaller stride than
-    `block_axis` are inside a block, the others enumerate regions. So `(2, blocks, ...)` with K and V
-    apart gives two regions a tensor, `(blocks, 2, ...)` one, and a view of the latter's memory in the
-    former's shape still one.
+    vLLM views one allocation as `[blocks, ...]` for each layer, and cache groups overlay each other in it:
+    what
+    a block id stands for is one row of bytes through all of the memory, whatever is in it. A row may have
+    gaps (pages are padded to one size), and the first axis may count kernel blocks, several of which are a
+    block.
 
     Args:
-        tensors: One per attention layer, in layer order, on the CPU or on CUDA. Layers that share
-            memory (same address) give one region.
-        num_blocks: Blocks in each tensor: its size along `block_axis`.
-        block_axis: The axis that counts blocks; the same for all tensors. By default a tensor's first
-            axis of size `num_blocks`.
+        tensors: One per layer, in layer order, on the CPU or on CUDA.
+        num_blocks: Blocks of the whole cache.
 
     Returns:
-        The regions in order of tensors, then of outer index. They point into the tensors, which the
-        caller keeps alive.
+        The regions, each address once. They point into the tensors, which the caller keeps alive.
 
     Raises:
-        ValueError: A tensor has another number of blocks, or its blocks are not contiguous.
+        ValueError: A tensor is not made of so many rows, or regions overlap.
+
+    Source: copy_kv_cache_blocks_inplace and allocate_kv_cache in vllm/v1/worker/utils.py.
     """
     regions: dict[tuple[int, int], KvRegion] = {}
     for index, tensor in enumerate(tensors):
-        for region in _tensor_regions(tensor, index, num_blocks, block_axis):
-            known = regions.setdefault((region.device_id, region.address), region)
-            if known != region:
-                raise ValueError(
-                    f"KV cache tensor {index} starts where another one does, but with blocks of "
-                    f"{region.block_bytes} bytes instead of {known.block_bytes}"
-                )
+        row = _row_bytes(tensor, index, num_blocks)
+        storage = tensor.untyped_storage()
+        is_whole = num_blocks * row <= storage.nbytes() < (num_blocks + 1) * row
+        address = storage.data_ptr() if is_whole else tensor.data_ptr()
+        region = KvRegion(address, num_blocks, row, tensor.get_device())
+        if address + num_blocks * row > storage.data_ptr() + storage.nbytes():
+            raise ValueError(f"{_name(tensor, index)} shares its blocks with other tensors")
+        if regions.setdefault((region.device_id, address), region) != region:
+            raise ValueError(f"{_name(tensor, index)} starts where another one does, with other blocks")
+    _check_apart(list(regions.values()))
     return list(regions.values())
 
 
@@ -55,61 +55,39 @@ def block_order(tensors: Iterable[torch.Tensor], num_blocks: int) -> str:
         tensors: As those of `kv_regions`, which has accepted them.
 
     Returns:
-        Data type, and (axis, size, stride in elements) of each axis inside a block, from the outermost; once
-        for tensors that are alike. The same for any number of blocks.
+        Data type, kernel blocks of a block, and size and stride in elements of each axis inside one; once for
+        tensors that are alike. The same for any number of blocks.
     """
     orders: dict[str, None] = {}
     for tensor in tensors:
-        axis, inner, outer = _axes(tensor, num_blocks, None)
-        assert axis is not None, "kv_regions accepts no such tensor"
-        size, stride = tensor.shape, tensor.stride()
-        inside = [f"axis {i} {size[i]} x {stride[i]}" for i in sorted(inner, key=lambda i: -stride[i])]
-        outside = [f"axis {i} {size[i]} regions" for i in outer]
-        orders[f"{tensor.dtype} blocks on axis {axis}: {', '.join(inside + outside)}"] = None
+        axes = zip(tensor.shape[1:], tensor.stride()[1:], strict=True)
+        inside = ", ".join(f"{size} x {stride if size > 1 else 0}" for size, stride in axes)
+        orders[f"{tensor.dtype} {tensor.shape[0] // num_blocks} x ({inside})"] = None
     return "; ".join(orders)
 
 
-def _axes(
-    tensor: torch.Tensor, num_blocks: int, block_axis: int | None
-) -> tuple[int | None, list[int], list[int]]:
-    """The axis that counts blocks (None: there is none), those inside a block, and those outside."""
-    shape, stride = tensor.shape, tensor.stride()
-    axes = list(range(len(shape)))
-    candidates = axes if block_axis is None else axes[block_axis:][:1]
-    axis = next((i for i in candidates if shape[i] == num_blocks), None)
+def _row_bytes(tensor: torch.Tensor, index: int, num_blocks: int) -> int:
+    """Bytes from one block to the next. Raises: ValueError: the tensor is not made of rows."""
+    kernel_blocks, rest = divmod(tensor.shape[0], num_blocks)
+    if rest or not kernel_blocks:
+        raise ValueError(f"{_name(tensor, index)} has not {num_blocks} blocks along its first axis")
     # An axis of size 1 has no extent, whatever its stride says.
-    others = [i for i in axes if i != axis and shape[i] > 1]
-    if axis is None or num_blocks == 1:
-        return axis, others, []
-    inner = [i for i in others if stride[i] < stride[axis]]
-    return axis, inner, [i for i in others if i not in inner]
+    extent = 1 + sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True)
+    )
+    stride = tensor.stride(0) if tensor.shape[0] > 1 else extent
+    if extent > stride:
+        raise ValueError(f"{_name(tensor, index)} has blocks that are in each other's way")
+    return int(stride * tensor.element_size() * kernel_blocks)
 
 
-def _tensor_regions(
-    tensor: torch.Tensor, index: int, num_blocks: int, block_axis: int | None
-) -> Iterable[KvRegion]:
-    shape, stride = tuple(tensor.shape), tuple(tensor.stride())
-    where = f"KV cache tensor {index} (shape {shape}, strides {stride})"
-    axis, inner, outer = _axes(tensor, num_blocks, block_axis)
-    if axis is None:
-        along = "any axis" if block_axis is None else f"axis {block_axis}"
-        raise ValueError(f"{where} has not {num_blocks} blocks along {along}")
-    dense = 1
-    for i in sorted(inner, key=lambda i: stride[i]):
-        if stride[i] != dense:
-            raise ValueError(f"{where} leaves gaps inside a block: blocks must be contiguous to be moved")
-        dense *= shape[i]
-    if num_blocks > 1 and stride[axis] != dense:
-        raise ValueError(
-            f"{where} has blocks of {dense} elements that are {stride[axis]} elements apart: "
-            "blocks must be contiguous and touch each other to be moved"
-        )
-    size = tensor.element_size()
-    for combination in itertools.product(*(range(shape[i]) for i in outer)):
-        offset = sum(step * stride[i] for step, i in zip(combination, outer, strict=True))
-        yield KvRegion(
-            address=tensor.data_ptr() + offset * size,
-            num_blocks=num_blocks,
-            block_bytes=dense * size,
-            device_id=tensor.get_device(),
-        )
+def _check_apart(regions: list[KvRegion]) -> None:
+    ordered = sorted(regions, key=lambda region: (region.device_id, region.address))
+    for before, after in itertools.pairwise(ordered):
+        end = before.address + before.num_blocks * before.block_bytes
+        if before.device_id == after.device_id and end > after.address:
+            raise ValueError("layers of the KV cache are interleaved in memory, with blocks of several sizes")
+
+
+def _name(tensor: torch.Tensor, index: int) -> str:
+    return f"KV cache tensor {index} (shape {tuple(tensor.shape)}, strides {tuple(tensor.stride())})"

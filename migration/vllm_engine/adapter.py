@@ -25,7 +25,7 @@ from migration.engine_interface import (
 )
 from migration.engine_rules import mismatch
 from migration.errors import DestinationRefusedError, InvalidRequestError, RefusalCode, SourceGoneError
-from migration.messages import BlockRun, FinalState, MigrationId, RequestDescription, RequestId
+from migration.messages import FinalState, KvPart, MigrationId, RequestDescription, RequestId
 from migration.transport.kv_transport import KvRegion
 from migration.vllm_engine import compatibility
 from migration.vllm_engine.core_builder import build_core
@@ -161,12 +161,12 @@ class VllmEngine:
         return await self._steps.call(describe)
 
     async def next_stage(
-        self, request_id: RequestId, incarnation: int, blocks_done: int, *, suspend: bool, reader: MigrationId
-    ) -> BlockRun | FinalState:
+        self, request_id: RequestId, incarnation: int, tokens_done: int, *, suspend: bool, reader: MigrationId
+    ) -> KvPart | FinalState:
         self._check_migration()
-        future: asyncio.Future[BlockRun | FinalState] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[KvPart | FinalState] = asyncio.get_running_loop().create_future()
 
-        def answer(result: BlockRun | Suspended | SourceGoneError) -> None:
+        def answer(result: KvPart | Suspended | SourceGoneError) -> None:
             if isinstance(result, Suspended):
                 epoch = self._live[result.request.request_id].epoch
                 result = self._loader.final_state(result, epoch)  # type: ignore[assignment]
@@ -176,7 +176,7 @@ class VllmEngine:
             if (stay := self._live.stay_of(request_id)) is None:
                 return answer(SourceGoneError(RefusalCode.FINISHED, "the request has finished"))
             self.scheduler.wait_for_stage(
-                StageWaiter(stay, incarnation, blocks_done, suspend, reader, answer)
+                StageWaiter(stay, incarnation, tokens_done, suspend, reader, answer)
             )
 
         self._steps.submit(wait)
@@ -218,15 +218,15 @@ class VllmEngine:
 
         def reserve() -> Reservation:
             self._loader.replay(arriving, request.output_token_ids)
-            blocks, present = self.scheduler.reserve(migration_id, arriving)
+            reservation = self.scheduler.reserve(migration_id, arriving)
             live = LiveRequest(request_id, request.payload, request.client, request.epoch, arriving)
             self._live.arrives(arriving.request_id, live)
-            return Reservation(blocks, present)
+            return reservation
 
         return await self._steps.call(reserve)
 
-    async def grow(self, migration_id: MigrationId, num_blocks: int) -> list[int]:
-        return await self._steps.call(lambda: self.scheduler.grow(migration_id, num_blocks))
+    async def grow(self, migration_id: MigrationId, num_tokens: int) -> list[list[int]]:
+        return await self._steps.call(lambda: self.scheduler.grow(migration_id, num_tokens))
 
     async def commit(self, migration_id: MigrationId, state: FinalState) -> None:
         def commit() -> None:

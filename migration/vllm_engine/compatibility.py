@@ -32,19 +32,23 @@ RELIED_ON: dict[str, tuple[str, ...]] = {
     "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots": (
         "num_new_computed_tokens",
         "new_computed_blocks",
+        "num_lookahead_tokens",
         "num_external_computed_tokens",
         "delay_cache_blocks",
         "reserved_blocks",
         "has_scheduled_reqs",
-        "skip_zeroing_group_ids",
     ),
     "vllm.v1.core.kv_cache_manager:KVCacheManager.get_computed_blocks": (),
     "vllm.v1.core.kv_cache_manager:KVCacheManager.cache_blocks": ("num_computed_tokens",),
-    "vllm.v1.core.kv_cache_manager:KVCacheManager.get_block_ids": (),
+    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager": (),
+    "vllm.v1.core.single_type_kv_cache_manager:SlidingWindowManager": (),
+    "vllm.v1.core.single_type_kv_cache_manager:ChunkedLocalAttentionManager": (),
+    "vllm.v1.core.single_type_kv_cache_manager:MambaManager": (),
+    "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager.allocate_new_blocks": (),
+    "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager.remove_skipped_blocks": (),
     "vllm.v1.core.block_pool:BlockPool.touch": (),
     "vllm.v1.core.block_pool:BlockPool.free_blocks": (),
     "vllm.v1.core.kv_cache_manager:KVCacheManager.free": (),
-    "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.allocate_new_blocks": (),
     "vllm.v1.worker.gpu_input_batch:CachedRequestState": (
         "req_id",
         "prompt_token_ids",
@@ -83,7 +87,17 @@ RELIED_ON_SCHEDULER = (
     "max_num_scheduled_tokens",
     "kv_cache_manager",
     "block_size",
+    "num_lookahead_tokens",
     "use_v2_model_runner",
+)
+RELIED_ON_CACHE_GROUP = (
+    "block_size",
+    "kv_cache_spec",
+    "max_admission_blocks_per_request",
+    "new_block_ids",
+    "num_cached_block",
+    "records_new_block_ids",
+    "req_to_blocks",
 )
 RELIED_ON_REQUEST = (
     "num_computed_tokens",
@@ -92,6 +106,7 @@ RELIED_ON_REQUEST = (
     "is_prefill_chunk",
     "num_output_tokens",
     "prefill_stats",
+    "spec_token_ids",
     "status",
 )
 
@@ -129,6 +144,13 @@ def missing_attributes(core: Any) -> list[str]:
         for name in RELIED_ON_REQUEST
         if f"self.{name}" not in source and not hasattr(Request, name)
     ]
+    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+    missing += [
+        f"{type(manager).__name__}.{name}"
+        for manager in managers
+        for name in RELIED_ON_CACHE_GROUP
+        if not hasattr(manager, name)
+    ]
     return missing + core.collective_rpc(worker.missing_attributes)[0]
 
 
@@ -137,23 +159,19 @@ def unsupported_config(vllm_config: Any) -> str | None:
     parallel = vllm_config.parallel_config
     if parallel.tensor_parallel_size * parallel.pipeline_parallel_size > 1:
         return "tensor or pipeline parallelism inside an instance"
-    if vllm_config.speculative_config is not None:
-        return "speculative decoding"
     if vllm_config.kv_transfer_config is not None:
         return "a KV connector of its own (--kv-transfer-config)"
     return None
 
 
-def unsupported_engine(vllm_config: Any, kv_cache_config: Any) -> str | None:
+def unsupported_engine(vllm_config: Any, scheduler: Any) -> str | None:
     """Why requests of such an engine cannot migrate, or None."""
+    from migration.vllm_engine.cache_groups import unsupported_group
+
     if (why := unsupported_config(vllm_config)) is not None:
         return why
-    if len(kv_cache_config.kv_cache_groups) != 1:
-        return "several KV cache groups (hybrid attention, Mamba)"
-    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
-    if type(spec).__name__ not in ("FullAttentionSpec", "MLAAttentionSpec"):
-        return f"a KV cache of kind {type(spec).__name__}"
-    return None
+    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+    return next((why for manager in managers if (why := unsupported_group(manager)) is not None), None)
 
 
 def unmovable(request: Any) -> str | None:
@@ -188,7 +206,7 @@ def has_only_tokens(parameters: Any) -> bool:
 
 
 def compatibility(
-    vllm_config: Any, block_bytes: list[int], block_order: str, attention: dict[str, str]
+    vllm_config: Any, groups: str, block_bytes: list[int], block_order: str, attention: dict[str, str]
 ) -> dict[str, str]:
     """What has to be equal on both sides of a migration, by name.
 
@@ -196,6 +214,7 @@ def compatibility(
     set). A copy of such a block would be read as garbage, without an error.
 
     Args:
+        groups: See `migration.vllm_engine.cache_groups.CacheGroups.description`.
         block_bytes: Bytes of a block in each region.
         block_order: See `migration.transport.regions.block_order`.
         attention: See `migration.vllm_engine.worker.attention`.
@@ -216,6 +235,7 @@ def compatibility(
         "quantization": str(model.quantization),
         "KV cache dtype": str(cache.cache_dtype),
         "block size": str(cache.block_size),
+        "cache groups": groups,
         "KV layout": f"{cache.kv_cache_layout}, {len(block_bytes)} regions, {sizes}",
         "order of a KV block": block_order,
         **attention,

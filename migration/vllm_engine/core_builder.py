@@ -54,7 +54,7 @@ def build_core(config: VllmConfig, on_failure: Callable[[], None] = lambda: None
     if missing:
         built = BuiltCore(core, "this vLLM lacks " + ", ".join(missing))
     else:
-        unsupported = compatibility.unsupported_engine(config, core.scheduler.kv_cache_config)
+        unsupported = compatibility.unsupported_engine(config, core.scheduler)
         built = BuiltCore(core, unsupported)
     if built.no_migration is None:
         _map_kv_memory(built, config)
@@ -74,4 +74,5 @@ def _map_kv_memory(built: BuiltCore, config: VllmConfig) -> None:
     sizes = [region.block_bytes for region in built.regions]
     order = block_order(tensors, num_blocks)
     attention = built.core.collective_rpc(worker.attention)[0]
-    built.compatibility = compatibility.compatibility(config, sizes, order, attention)
+    groups = built.core.scheduler.cache_groups.description
+    built.compatibility = compatibility.compatibility(config, groups, sizes, order, attention)

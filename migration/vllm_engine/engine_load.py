@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from migration.engine_interface import HeldBlocks, RunningRequest
-from migration.engine_rules import blocks_for
 from migration.messages import RequestId
+from migration.vllm_engine.cache_groups import CacheGroups
 from migration.vllm_engine.compatibility import unmovable
 from router.load import EngineLoad
 from router.priority import PriorityClass, priority_class
@@ -22,22 +22,21 @@ def read_load(scheduler: Any) -> EngineLoad:
     migration = getattr(scheduler, "migration", None)
     arriving = migration.arriving.values() if migration else ()
     suspended = len(migration.suspended) if migration else 0
-    block_tokens = scheduler.block_size
-    get_ids = scheduler.kv_cache_manager.get_block_ids
+    groups = CacheGroups(scheduler.kv_cache_manager)
     return EngineLoad(
         total_blocks=pool.num_gpu_blocks - 1,  # block 0 is the null block
         free_blocks=pool.get_num_free_blocks(),
-        reserved_blocks=sum(len(get_ids(r.request_id)[0]) for r in arriving),
+        reserved_blocks=sum(groups.num_blocks(r.request_id) for r in arriving),
         running=len(scheduler.running) + suspended,
         suspended=suspended,
         waiting=len(queued),
         waiting_tokens=backlog,
-        head_of_line_blocks=blocks_for(lengths[0], block_tokens) if queued else 0,
-        block_tokens=block_tokens,
-        waiting_blocks=sum([-(-length // block_tokens) for length in lengths]),
+        head_of_line_blocks=groups.num_blocks_for(lengths[:1]),
+        waiting_blocks=groups.num_blocks_for(lengths),
         watermark_blocks=scheduler.kv_cache_manager.watermark_blocks,
         preempted=sum([request.num_preemptions > 0 for request in queued]),
         high_priority=sum(priority_class(r.priority) is PriorityClass.HIGH for r in scheduler.running),
+        **groups.sizes,
     )
 
 
@@ -53,10 +52,10 @@ def read_held_blocks(scheduler: Any, name_of: Callable[[str], RequestId]) -> lis
     """Blocks of each request; `scheduler` is one of vLLM's, `name_of` returns the request's own id."""
     migration = getattr(scheduler, "migration", None)
     arriving = [request.request_id for request in migration.arriving.values()] if migration else []
-    get_ids = scheduler.kv_cache_manager.get_block_ids
+    groups = CacheGroups(scheduler.kv_cache_manager)
     held = [(stay_id, False) for stay_id in scheduler.requests]
     held += [(stay_id, True) for stay_id in arriving]
-    counted = [HeldBlocks(name_of(stay_id), len(get_ids(stay_id)[0]), comes) for stay_id, comes in held]
+    counted = [HeldBlocks(name_of(stay_id), groups.num_blocks(stay_id), comes) for stay_id, comes in held]
     return [entry for entry in counted if entry.blocks]
 
 

@@ -1,9 +1,12 @@
 """KV blocks of vLLM's pool that a peer reads, or that came from one and are not confirmed yet."""
 
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 from vllm.v1.request import Request
 
 #: More blocks than any request has.
@@ -18,12 +21,12 @@ class MigratedBlocks:
 
     Attributes:
         pinned: By migration id.
-        unconfirmed: Number of cached blocks at the commit, by request id.
+        unconfirmed: Number of cached blocks at the commit in each cache group, by request id.
     """
 
     def __init__(self, kv_cache_manager: KVCacheManager) -> None:
         self.pinned: dict[str, list[KVCacheBlock]] = {}
-        self.unconfirmed: dict[str, int] = {}
+        self.unconfirmed: dict[str, list[int]] = {}
         self._manager = kv_cache_manager
 
     def pin(self, reader: str, block_ids: list[int]) -> None:
@@ -42,17 +45,24 @@ class MigratedBlocks:
 
     def hold_back(self, request: Request) -> None:
         """Keeps the blocks of a request out of the prefix cache, those that it decodes from now on too."""
-        counts, request_id = self._num_cached_blocks, request.request_id
-        self.unconfirmed[request_id] = counts.get(request_id, 0)
-        counts[request_id] = _ALL_BLOCKS
+        request_id = request.request_id
+        self.unconfirmed[request_id] = [counts.get(request_id, 0) for counts in self._num_cached_blocks]
+        for counts in self._num_cached_blocks:
+            counts[request_id] = _ALL_BLOCKS
 
     def confirm(self, request: Request) -> None:
-        """Adds the blocks of a request to the prefix cache. Idempotent."""
-        counts, request_id = self._num_cached_blocks, request.request_id
+        """Adds the blocks of a request to the prefix cache. Idempotent.
+
+        Blocks with a state stay out of it: the state that came may have been overwritten by now.
+        """
+        request_id = request.request_id
         cached = self.unconfirmed.pop(request_id, None)
-        if cached is not None and counts.get(request_id) == _ALL_BLOCKS:  # else preempted meanwhile
-            counts[request_id] = cached
-            self._manager.cache_blocks(request, min(request.num_computed_tokens, request.num_tokens))
+        if cached is None or any(counts.get(request_id) != _ALL_BLOCKS for counts in self._num_cached_blocks):
+            return  # preempted meanwhile
+        for manager, number in zip(self._managers, cached, strict=True):
+            if type(manager) is not MambaManager:
+                manager.num_cached_block[request_id] = number
+        self._manager.cache_blocks(request, min(request.num_computed_tokens, request.num_tokens))
 
     def forget(self, request_id: str) -> None:
         """A request has ended."""
@@ -66,7 +76,11 @@ class MigratedBlocks:
         return problems
 
     @property
-    def _num_cached_blocks(self) -> dict[str, int]:
-        """How many of its first blocks each request has in the prefix cache."""
-        counts: dict[str, int] = self._manager.coordinator.single_type_managers[0].num_cached_block
-        return counts
+    def _managers(self) -> Sequence[Any]:
+        managers: Sequence[Any] = self._manager.coordinator.single_type_managers
+        return managers
+
+    @property
+    def _num_cached_blocks(self) -> list[dict[str, int]]:
+        """How many of its first blocks each request has in the prefix cache, by cache group."""
+        return [manager.num_cached_block for manager in self._managers]

@@ -7,8 +7,8 @@ One mixin serves `Scheduler` and `AsyncScheduler`. It relies on these facts of v
   `running` is not scheduled any more, while steps in flight still drain into it. Putting it back undoes it.
 - `schedule` drains `kv_holding_waiting` first: a waiting request with computed tokens and blocks of its
   own enters the batch there, without prefill.
-- Between two steps all tokens but the last sampled one have their KV in blocks; full blocks are never
-  written again.
+- Between two steps all tokens but the last sampled one have their KV in blocks. What is in which block, and
+  what is written again, is in `cache_groups`.
 
 All methods run on the engine's step thread, between steps.
 """
@@ -21,9 +21,11 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from migration.engine_rules import SLACK_BLOCKS, blocks_for, next_stage, should_suspend, tail
+from migration.engine_interface import Reservation
+from migration.engine_rules import next_stage, should_suspend, slack_tokens, tail
 from migration.errors import DestinationRefusedError, RefusalCode, SourceGoneError
-from migration.messages import BlockRun
+from migration.messages import KvPart
+from migration.vllm_engine.cache_groups import CacheGroups
 from migration.vllm_engine.migrated_blocks import MigratedBlocks
 
 
@@ -32,7 +34,7 @@ class Suspended:
     """A request that is off the running list and has no step in flight."""
 
     request: Request
-    tail: BlockRun
+    tail: KvPart
 
 
 @dataclass
@@ -41,10 +43,10 @@ class StageWaiter:
 
     request_id: str
     incarnation: int
-    blocks_done: int
+    tokens_done: int
     suspend: bool
     reader: str
-    answer: Callable[[BlockRun | Suspended | SourceGoneError], None]
+    answer: Callable[[KvPart | Suspended | SourceGoneError], None]
 
 
 @dataclass
@@ -68,6 +70,7 @@ class MigrationMixin:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.migration = MigrationState()
+        self.cache_groups = CacheGroups(self.kv_cache_manager)
         self.migrated_blocks = MigratedBlocks(self.kv_cache_manager)
         self.handoff_ids: set[str] = set()
         self.on_prefill_started: Callable[[list[Any]], None] = lambda request_ids: None
@@ -160,11 +163,11 @@ class MigrationMixin:
             if answer is not None:
                 del self.migration.waiters[waiter.request_id]
                 if not isinstance(answer, SourceGoneError):
-                    run = answer if isinstance(answer, BlockRun) else answer.tail
-                    self.migrated_blocks.pin(waiter.reader, run.block_ids)
+                    part = answer if isinstance(answer, KvPart) else answer.tail
+                    self.migrated_blocks.pin(waiter.reader, part.block_ids)
                 waiter.answer(answer)
 
-    def _next_stage(self, waiter: StageWaiter) -> BlockRun | Suspended | SourceGoneError | None:
+    def _next_stage(self, waiter: StageWaiter) -> KvPart | Suspended | SourceGoneError | None:
         request_id = waiter.request_id
         request: Request | None = self.requests.get(request_id)
         if request is None or request.is_finished():
@@ -176,23 +179,24 @@ class MigrationMixin:
             return None
         # num_computed_tokens counts steps in flight already; only what is behind them is in the blocks.
         safe_tokens = request.num_computed_tokens - request.num_in_flight_tokens
-        block_ids = self.kv_cache_manager.get_block_ids(request_id)[0]
+        groups, done = self.cache_groups, waiter.tokens_done
         if request_id not in self.migration.suspended:
             decoding = request.num_output_tokens > 0 and not request.is_prefill_chunk
-            if not should_suspend(
-                safe_tokens, self.block_size, waiter.blocks_done, decoding=decoding, suspend=waiter.suspend
-            ):
-                return next_stage(block_ids, safe_tokens, self.block_size, waiter.blocks_done)
+            size = groups.stage_tokens
+            if not should_suspend(safe_tokens, size, done, decoding=decoding, suspend=waiter.suspend):
+                return next_stage(groups.tables(request_id), safe_tokens, size, done)
             if request not in self.running:
                 return SourceGoneError(RefusalCode.NOT_RUNNING, "the request is not running")
             self.running.remove(request)
             self.migration.suspended[request_id] = request
+            request.spec_token_ids = []  # drafts: the next step, here or there, makes others
             self._hold_slots()
         if request.num_in_flight_tokens:
             return None  # drains with the steps in flight
-        assert request.num_computed_tokens == request.num_tokens - 1, "a drained request has one token to go"
         computed = request.num_computed_tokens
-        return Suspended(request, tail(block_ids, computed, self.block_size, waiter.blocks_done))
+        assert computed == request.num_tokens - 1, "a drained request has one token to go"
+        states = groups.states(request_id, computed)
+        return Suspended(request, tail(groups.tables(request_id), computed, done, states))
 
     def resume(self, request_id: str) -> None:
         """Ends a pending wait and puts a suspended request back. Idempotent."""
@@ -221,11 +225,8 @@ class MigrationMixin:
 
     # ---- destination
 
-    def reserve(self, migration_id: str, request: Request) -> tuple[list[int], int]:
+    def reserve(self, migration_id: str, request: Request) -> Reservation:
         """Holds blocks and a slot for a request; the scheduler does not see it.
-
-        Returns:
-            Its block ids, and how many of the first ones hold its KV already (prefix cache).
 
         Raises:
             DestinationRefusedError: nothing is held.
@@ -237,44 +238,42 @@ class MigrationMixin:
             raise DestinationRefusedError(RefusalCode.NO_BATCH_SLOT, text)
         request.prefill_stats = None  # the source has reported them
         request.status = self._entry_status()
-        manager = self.kv_cache_manager
+        manager, groups = self.kv_cache_manager, self.cache_groups
         computed, num_local, _ = manager.get_computed_blocks(request)
         if num_local % self.block_size:
             computed, num_local = manager.empty_kv_cache_blocks, 0
-        wanted = min(request.num_tokens + SLACK_BLOCKS * self.block_size, self.max_model_len)
-        allocated = manager.allocate_slots(
-            request,
-            0,
-            num_new_computed_tokens=num_local,
-            new_computed_blocks=computed,
-            num_external_computed_tokens=wanted - num_local,
-            delay_cache_blocks=True,
-            reserved_blocks=self._inflight_prefill_reserved_blocks(),
-            skip_zeroing_group_ids=(0,),
-        )
+        # Computed at its commit at least; what is behind a window then is not needed. Not so the slack.
+        sure, slack = request.num_tokens - 1, slack_tokens(self.block_size)
+        with groups.no_zeroing():
+            allocated = manager.allocate_slots(
+                request,
+                1 + slack,
+                num_new_computed_tokens=num_local,
+                new_computed_blocks=groups.without_states(computed),
+                num_lookahead_tokens=self.num_lookahead_tokens,
+                num_external_computed_tokens=sure - num_local,
+                delay_cache_blocks=True,
+                reserved_blocks=self._inflight_prefill_reserved_blocks(),
+            )
         if allocated is None:
-            text = f"no {blocks_for(wanted, self.block_size)} free KV blocks"
+            text = f"no {groups.num_blocks_for([request.num_tokens + slack])} free KV blocks"
             raise DestinationRefusedError(RefusalCode.NO_FREE_BLOCKS, text)
+        states = groups.hold_states(request.request_id)
         self.migration.arriving[migration_id] = request
         self._hold_slots()
-        return list(manager.get_block_ids(request.request_id)[0]), num_local // self.block_size
+        return Reservation(groups.table_ids(request.request_id), states, num_local)
 
-    def grow(self, migration_id: str, num_blocks: int) -> list[int]:
+    def grow(self, migration_id: str, num_tokens: int) -> list[list[int]]:
         """Raises: DestinationRefusedError: no free blocks; the reservation stays as it was."""
-        request = self.arriving_request(migration_id)
-        manager = self.kv_cache_manager
-        missing = num_blocks - len(manager.get_block_ids(request.request_id)[0])
-        if missing > 0:
-            free = manager.block_pool.get_num_free_blocks() - self._inflight_prefill_reserved_blocks()
+        request_id, groups = self.arriving_request(migration_id).request_id, self.cache_groups
+        if (missing := groups.num_missing(request_id, num_tokens)) > 0:
+            free = self.kv_cache_manager.block_pool.get_num_free_blocks()
+            free -= self._inflight_prefill_reserved_blocks()
             if missing > free:
                 text = f"{missing} more KV blocks are needed, {free} are free"
                 raise DestinationRefusedError(RefusalCode.NO_FREE_BLOCKS, text)
-            tokens = num_blocks * self.block_size
-            group = manager.coordinator.single_type_managers[0]
-            to_zero = list(group.new_block_ids)
-            manager.coordinator.allocate_new_blocks(request.request_id, tokens, tokens)
-            group.new_block_ids[:] = to_zero  # the copy fills them; zeroing would come after it
-        return list(manager.get_block_ids(request.request_id)[0])
+            groups.grow(request_id, num_tokens)
+        return groups.table_ids(request_id)
 
     def commit(self, migration_id: str, num_computed_tokens: int) -> Request:
         """Lets a reserved request, whose tokens are complete by now, enter the next batch.
@@ -282,8 +281,9 @@ class MigrationMixin:
         Its blocks stay out of the prefix cache until `publish`.
         """
         request = self.arriving_request(migration_id)
-        self.grow(migration_id, blocks_for(request.num_tokens, self.block_size))
+        self.grow(migration_id, request.num_tokens)
         del self.migration.arriving[migration_id]
+        self.cache_groups.complete(request.request_id, num_computed_tokens)
         request.num_computed_tokens = num_computed_tokens
         request.status = self._entry_status()
         self.migrated_blocks.hold_back(request)

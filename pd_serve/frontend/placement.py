@@ -128,4 +128,4 @@ class RequestPlacement:
 
     def _blocks_of(self, request: TrackedRequest, instance_id: str) -> int:
         """Number of KV blocks for the request's tokens and the next one."""
-        return -(-(request.num_tokens + 1) // self._loads[instance_id].block_tokens)
+        return self._loads[instance_id].blocks_for(request.num_tokens + 1)

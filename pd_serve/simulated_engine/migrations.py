@@ -5,9 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from migration.engine_interface import Reservation
-from migration.engine_rules import SLACK_BLOCKS, mismatch, next_stage, should_suspend, tail
+from migration.engine_rules import BlockTable, mismatch, next_stage, should_suspend, slack_tokens, tail
 from migration.errors import DestinationRefusedError, RefusalCode, SourceGoneError
-from migration.messages import BlockRun, FinalState, RequestDescription, RequestId
+from migration.messages import FinalState, KvPart, RequestDescription, RequestId
 from migration.tasks import settle
 from pd_serve.simulated_engine.batcher import Batcher
 from pd_serve.simulated_engine.sequence import Sequence
@@ -19,10 +19,10 @@ class PendingStage:
 
     sequence: Sequence | None
     incarnation: int
-    blocks_done: int
+    tokens_done: int
     suspend: bool
     reader: str
-    answer: "asyncio.Future[BlockRun | FinalState]"
+    answer: "asyncio.Future[KvPart | FinalState]"
 
 
 class SequenceMigrations:
@@ -99,39 +99,41 @@ class SequenceMigrations:
             if answer is not None:
                 del self._waiters[request_id]
                 if not isinstance(answer, SourceGoneError):
-                    self._pin(waiter.reader, answer if isinstance(answer, BlockRun) else answer.tail)
+                    self._pin(waiter.reader, answer if isinstance(answer, KvPart) else answer.tail)
                 settle(waiter.answer, answer)
 
-    def _pin(self, reader: str, run: BlockRun) -> None:
+    def _pin(self, reader: str, part: KvPart) -> None:
         """Keeps blocks as they are for a peer that reads them. Its former ones have been read."""
-        self._batcher.pool.share(run.block_ids)
+        block_ids = part.block_ids
+        self._batcher.pool.share(block_ids)
         self.unpin(reader)
-        if run.block_ids:
-            self.pinned[reader] = run.block_ids
+        if block_ids:
+            self.pinned[reader] = block_ids
 
     def unpin(self, reader: str) -> None:
         self._batcher.pool.release(self.pinned.pop(reader, []))
 
     def _next_stage(
         self, request_id: str, waiter: PendingStage
-    ) -> BlockRun | FinalState | SourceGoneError | None:
+    ) -> KvPart | FinalState | SourceGoneError | None:
         sequence = waiter.sequence
         if sequence is None or self._sequences.get(request_id) is not sequence:
             return SourceGoneError(RefusalCode.FINISHED, "the request has finished")
         if sequence.preemptions != waiter.incarnation:
             return SourceGoneError(RefusalCode.PREEMPTED, "the request was preempted")
-        block_tokens, done = self._batcher.settings.block_tokens, waiter.blocks_done
+        block_tokens, done = self._batcher.settings.block_tokens, waiter.tokens_done
+        tables = [BlockTable(block_tokens, sequence.blocks)]
         if request_id not in self.suspended:
             if not should_suspend(
                 sequence.computed, block_tokens, done, decoding=sequence.is_decoding, suspend=waiter.suspend
             ):
-                return next_stage(sequence.blocks, sequence.computed, block_tokens, done)
+                return next_stage(tables, sequence.computed, block_tokens, done)
             self._batcher.running.remove(sequence)
             self.suspended[request_id] = sequence
         if self._is_in_flight(sequence):
             return None
         return FinalState(
-            tail=tail(sequence.blocks, sequence.computed, block_tokens, done),
+            tail=tail(tables, sequence.computed, done),
             epoch=sequence.epoch,
             output_token_ids=list(sequence.output),
             num_computed_tokens=sequence.computed,
@@ -163,30 +165,35 @@ class SequenceMigrations:
             raise DestinationRefusedError(RefusalCode.NO_BATCH_SLOT, text)
         shared = batcher.cached(arriving)
         arriving.hashes.clear()
-        missing = batcher.num_blocks(arriving.num_tokens) + SLACK_BLOCKS - len(shared)
+        block_tokens = batcher.settings.block_tokens
+        missing = batcher.num_blocks(arriving.num_tokens + slack_tokens(block_tokens)) - len(shared)
         if missing > batcher.pool.num_free - batcher.pool.num_unused(shared):
             raise DestinationRefusedError(RefusalCode.NO_FREE_BLOCKS, f"no {missing} free KV blocks")
         batcher.pool.share(shared)
         arriving.blocks = shared + batcher.pool.allocate(missing)
         self.arriving[migration_id] = arriving
-        return Reservation(list(arriving.blocks), len(shared))
+        return Reservation([list(arriving.blocks)], [], len(shared) * block_tokens)
 
-    def grow(self, migration_id: str, num_blocks: int) -> Sequence:
-        """Raises: DestinationRefusedError: no free blocks; what was held stays held."""
+    def arriving_sequence(self, migration_id: str) -> Sequence:
+        """Raises: DestinationRefusedError: nothing is reserved for this migration."""
         if (sequence := self.arriving.get(migration_id)) is None:
             text = "nothing is reserved for this migration"
             raise DestinationRefusedError(RefusalCode.UNKNOWN_MIGRATION, text)
-        missing = num_blocks - len(sequence.blocks)
+        return sequence
+
+    def grow(self, migration_id: str, num_tokens: int) -> list[list[int]]:
+        """Returns: its block tables. Raises: DestinationRefusedError: no free blocks."""
+        sequence = self.arriving_sequence(migration_id)
+        missing = self._batcher.num_blocks(num_tokens) - len(sequence.blocks)
         if missing > self._batcher.pool.num_free:
             raise DestinationRefusedError(RefusalCode.NO_FREE_BLOCKS, f"no {missing} more free KV blocks")
         sequence.blocks += self._batcher.pool.allocate(max(0, missing))
-        return sequence
+        return [list(sequence.blocks)]
 
     def commit(self, migration_id: str, state: FinalState) -> None:
         """Lets a reserved sequence enter the batch. Raises: DestinationRefusedError."""
-        batcher = self._batcher
-        prompt_tokens = self.grow(migration_id, 0).prompt_tokens
-        sequence = self.grow(migration_id, batcher.num_blocks(prompt_tokens + len(state.output_token_ids)))
+        batcher, sequence = self._batcher, self.arriving_sequence(migration_id)
+        self.grow(migration_id, sequence.prompt_tokens + len(state.output_token_ids))
         del self.arriving[migration_id]
         sequence.continue_after(state.output_token_ids)
         sequence.epoch = state.epoch + 1

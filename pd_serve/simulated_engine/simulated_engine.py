@@ -17,7 +17,7 @@ from migration.engine_interface import (
     StepProgress,
 )
 from migration.errors import DestinationRefusedError, RefusalCode
-from migration.messages import BlockRun, FinalState, MigrationId, RequestDescription, RequestId
+from migration.messages import FinalState, KvPart, MigrationId, RequestDescription, RequestId
 from migration.transport.kv_transport import KvRegion
 from pd_serve.errors import InvalidRequestError
 from pd_serve.simulated_engine.batcher import Batcher, Step
@@ -169,13 +169,13 @@ class SimulatedEngine:
         return await self._call("describe", lambda: self._migrations.describe(request_id))
 
     async def next_stage(
-        self, request_id: RequestId, incarnation: int, blocks_done: int, *, suspend: bool, reader: MigrationId
-    ) -> BlockRun | FinalState:
-        answer: asyncio.Future[BlockRun | FinalState] = self._loop.create_future()
+        self, request_id: RequestId, incarnation: int, tokens_done: int, *, suspend: bool, reader: MigrationId
+    ) -> KvPart | FinalState:
+        answer: asyncio.Future[KvPart | FinalState] = self._loop.create_future()
 
         def wait() -> None:
             sequence = self.sequences.get(request_id)
-            waiter = PendingStage(sequence, incarnation, blocks_done, suspend, reader, answer)
+            waiter = PendingStage(sequence, incarnation, tokens_done, suspend, reader, answer)
             self._migrations.wait_for_stage(request_id, waiter)
 
         self._step_loop.submit(wait)
@@ -202,12 +202,12 @@ class SimulatedEngine:
         arriving.output = list(request.output_token_ids)
         return await self._call("reserve", lambda: self._migrations.reserve(migration_id, arriving, request))
 
-    async def grow(self, migration_id: MigrationId, num_blocks: int) -> list[int]:
-        return await self._call("grow", lambda: list(self._migrations.grow(migration_id, num_blocks).blocks))
+    async def grow(self, migration_id: MigrationId, num_tokens: int) -> list[list[int]]:
+        return await self._call("grow", lambda: self._migrations.grow(migration_id, num_tokens))
 
     async def commit(self, migration_id: MigrationId, state: FinalState) -> None:
         def commit() -> None:
-            arriving = self._migrations.grow(migration_id, 0)
+            arriving = self._migrations.arriving_sequence(migration_id)
             if not self._end_below(arriving.request_id, state.epoch + 1):
                 raise DestinationRefusedError(RefusalCode.SUPERSEDED, "a newer copy of the request is here")
             self._migrations.commit(migration_id, state)

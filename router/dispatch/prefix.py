@@ -26,7 +26,8 @@ class HeldPrefixes:
         for key in reversed(request.prefix_keys):
             self._keys[key] = None
             self._keys.move_to_end(key)
-        capacity = load.total_blocks * load.block_tokens // PREFIX_TOKENS
+        blocks = load.total_blocks // max(load.full_groups + load.window_groups, 1)
+        capacity = blocks * load.block_tokens // PREFIX_TOKENS
         while len(self._keys) > capacity:
             self._keys.popitem(last=False)
 

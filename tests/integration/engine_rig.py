@@ -143,15 +143,17 @@ class EngineRig:
         engine = self.engine
         description = await engine.describe(RequestId(request_id))
         bag: dict[int, list[bytes]] = {}
+        tokens_done = 0
         while True:
             answer = await engine.next_stage(
                 description.request_id,
                 description.incarnation,
-                len(bag),
+                tokens_done,
                 suspend=len(bag) > 2,
                 reader=MigrationId("leaving"),
             )
-            run = answer.tail if isinstance(answer, FinalState) else answer
+            part = answer.tail if isinstance(answer, FinalState) else answer
+            (run,), tokens_done = part.runs, part.end
             for index, block in enumerate(run.block_ids, run.first):
                 bag[index] = self.read_block(block)
             if isinstance(answer, FinalState):
@@ -169,9 +171,9 @@ class EngineRig:
         """All but the commit; what is in its new blocks before is rubbish."""
         engine, migration = self.engine, MigrationId(migration_id)
         reservation = await engine.reserve(migration, baggage.description)
-        blocks = reservation.local_blocks
+        (blocks,) = reservation.tables
         if len(blocks) < len(baggage.blocks):
-            blocks = await engine.grow(migration, len(baggage.blocks))
+            (blocks,) = await engine.grow(migration, baggage.final.tail.end)
         for block in blocks:
             self.write_block(block, None)
         for block, contents in zip(blocks, baggage.blocks, strict=False):

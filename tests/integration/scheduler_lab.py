@@ -7,6 +7,7 @@ that is lost, stale, overwritten, read too early or put in the wrong place chang
 import array
 import copy
 import itertools
+import math
 import zlib
 from collections import deque
 from dataclasses import dataclass, field
@@ -18,12 +19,19 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    MambaSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from migration.messages import BlockRun
+from migration.engine_interface import Reservation
+from migration.messages import NO_BLOCK, KvPart
 from migration.vllm_engine.migrating_scheduler import (
     MigratingAsyncScheduler,
     MigratingScheduler,
@@ -53,8 +61,50 @@ class Kind:
 KINDS = [Kind(overlapped, v2) for overlapped in (False, True) for v2 in (False, True)]
 
 
+@dataclass(frozen=True)
+class Layers:
+    """A cache group of the played model: what its layers see of the tokens before the next one.
+
+    Attributes:
+        sees: "all" of them, the last `window` ones, or a "state" that every token changes.
+        mode: How states are kept: "none", one for a request; "align", one at the end of each block, too.
+    """
+
+    sees: str = "all"
+    block_tokens: int = 32
+    window: int = 0
+    mode: str = "none"
+
+    def seen(self, entries: list[int]) -> list[int]:
+        """What a token after these is sampled from."""
+        if self.sees == "state":
+            return [state_after(0, entries)]
+        return entries[-self.window :] if self.sees == "window" else entries
+
+    def spec(self, max_model_len: int) -> Any:
+        sizes: dict[str, Any] = {"num_kv_heads": 1, "head_size": 16, "dtype": torch.float32}
+        if self.sees == "all":
+            return FullAttentionSpec(block_size=self.block_tokens, **sizes)
+        if self.sees == "window":
+            return SlidingWindowSpec(block_size=self.block_tokens, sliding_window=self.window, **sizes)
+        size = self.block_tokens if self.mode == "align" else max_model_len
+        shapes, dtypes = ((16,),), (torch.float32,)
+        return MambaSpec(block_size=size, shapes=shapes, dtypes=dtypes, mamba_cache_mode=self.mode)
+
+
+#: Plain attention.
+FULL = (Layers(),)
+
+
+def state_after(state: int, entries: list[int]) -> int:
+    """What a state becomes when these tokens are computed."""
+    for value in entries:
+        state = zlib.crc32(array.array("q", [state, value]).tobytes())
+    return state
+
+
 def sample(contents: list[int]) -> int:
-    """The next token after blocks with these contents."""
+    """The next token, by what all layers see."""
     return zlib.crc32(array.array("q", contents).tobytes()) % VOCABULARY
 
 
@@ -63,13 +113,13 @@ def entry(position: int, token: int) -> int:
     return position * VOCABULARY + token
 
 
-def undisturbed(prompt: list[int], num_tokens: int) -> list[int]:
+def undisturbed(prompt: list[int], num_tokens: int, layers: tuple[Layers, ...] = FULL) -> list[int]:
     """The output of a request that nothing happens to."""
-    contents = [entry(position, token) for position, token in enumerate(prompt)]
+    entries = [entry(position, token) for position, token in enumerate(prompt)]
     output: list[int] = []
     for _ in range(num_tokens):
-        output.append(sample(contents))
-        contents.append(entry(len(contents), output[-1]))
+        output.append(sample([value for group in layers for value in group.seen(entries)]))
+        entries.append(entry(len(entries), output[-1]))
     return output
 
 
@@ -87,7 +137,7 @@ class WorkerRequest:
 
     num_prompt_tokens: int
     tokens: list[int]
-    block_ids: list[int]
+    block_ids: list[list[int]]
     pending: int = 0
 
 
@@ -99,7 +149,7 @@ class Job:
     state: WorkerRequest
     start: int
     end: int
-    block_ids: list[int]
+    block_ids: list[list[int]]
     samples: bool
 
 
@@ -115,7 +165,7 @@ class PlayedRunner:
     """
 
     kind: Kind
-    block_tokens: int
+    layers: tuple[Layers, ...]
     num_slots: int
     memory: dict[int, list[int]] = field(default_factory=dict)
     requests: dict[str, WorkerRequest] = field(default_factory=dict)
@@ -125,9 +175,12 @@ class PlayedRunner:
         """What `worker.install_request` does to a V1 runner."""
         if not self.kind.v2:
             tokens = list(request.all_token_ids)
-            self.requests[request.request_id] = WorkerRequest(request.num_prompt_tokens, tokens, [])
+            self.requests[request.request_id] = WorkerRequest(
+                request.num_prompt_tokens, tokens, [[] for _ in self.layers]
+            )
 
     def dispatch(self, output: SchedulerOutput) -> list[Job]:
+        self.memory.update({block: [] for block in output.new_block_ids_to_zero or ()})
         for request_id in output.finished_req_ids | (output.preempted_req_ids if self.kind.v2 else set()):
             self.requests.pop(request_id, None)
         for new in output.scheduled_new_reqs:
@@ -138,7 +191,9 @@ class PlayedRunner:
                 tokens = list(new.prompt_token_ids)
                 assert new.req_id not in self.requests, "a V1 runner takes it for a streaming update"
             num_prompt_tokens = len(new.prompt_token_ids)
-            self.requests[new.req_id] = WorkerRequest(num_prompt_tokens, tokens, list(new.block_ids[0]))
+            self.requests[new.req_id] = WorkerRequest(
+                num_prompt_tokens, tokens, list(map(list, new.block_ids))
+            )
         starts = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         cached = output.scheduled_cached_reqs
         for index, request_id in enumerate(cached.req_ids):
@@ -157,9 +212,10 @@ class PlayedRunner:
         if request_id in cached.resumed_req_ids:
             assert not self.kind.v2
             assert request_id not in self.last_batch
-            state.block_ids = list(new_block_ids[0])
+            state.block_ids = list(map(list, new_block_ids))
         elif new_block_ids is not None:
-            state.block_ids = state.block_ids + new_block_ids[0]
+            pairs = zip(state.block_ids, new_block_ids, strict=True)
+            state.block_ids = [known + new for known, new in pairs]
         if self.kind.v2 or request_id in self.last_batch:
             return
         # The token of a step in flight is taken from the last batch only.
@@ -175,37 +231,66 @@ class PlayedRunner:
         state = self.requests[request_id]
         end, num_known = start + count, len(state.tokens) + state.pending
         assert end <= num_known, "tokens are scheduled that do not exist"
-        assert len(state.block_ids) * self.block_tokens >= end, "tokens are scheduled that have no slots"
+        for layers, ids in zip(self.layers, state.block_ids, strict=True):
+            if layers.sees != "state":
+                assert len(ids) * layers.block_tokens >= end, "tokens are scheduled that have no slots"
         samples = end == num_known
         state.pending += samples
-        return Job(request_id, state, start, end, list(state.block_ids), samples)
+        return Job(request_id, state, start, end, list(map(list, state.block_ids)), samples)
 
     def complete(self, jobs: list[Job]) -> ModelRunnerOutput:
         for job in jobs:
-            for position in range(job.start, job.end):
-                block = job.block_ids[position // self.block_tokens]
-                slots = self.memory.setdefault(block, [_SEEN_NOTHING] * self.block_tokens)
-                slots[position % self.block_tokens] = entry(position, job.state.tokens[position])
+            entries = [entry(position, job.state.tokens[position]) for position in range(job.start, job.end)]
+            for layers, block_ids in zip(self.layers, job.block_ids, strict=True):
+                self._write(layers, block_ids, job.start, entries)
         sampled: list[list[int]] = []
         for job in jobs:
             if not job.samples:
                 sampled.append([])
                 continue
-            blocks = (self.memory[block] for block in job.block_ids[: -(-job.end // self.block_tokens)])
-            contents = list(itertools.chain.from_iterable(blocks))[: job.end]
-            sampled.append([sample(contents)])
+            groups = zip(self.layers, job.block_ids, strict=True)
+            sampled.append([sample([v for layers, ids in groups for v in self._read(layers, ids, job.end)])])
             job.state.tokens.extend(sampled[-1])
             job.state.pending -= 1
         ids = [job.request_id for job in jobs]
         index = {request_id: i for i, request_id in enumerate(ids)}
         return ModelRunnerOutput(req_ids=ids, req_id_to_index=index, sampled_token_ids=sampled)
 
-    def copy_blocks_from(self, peer: "PlayedRunner", remote: list[int], local: list[int]) -> None:
+    def _write(self, layers: Layers, block_ids: list[int], start: int, entries: list[int]) -> None:
+        if layers.sees == "state":
+            before = self._read(layers, block_ids, start)[0] if start else 0
+            place = self._state_place(layers, start + len(entries))
+            self.memory[block_ids[place]] = [state_after(before, entries)]
+            return
+        for position, value in enumerate(entries, start):
+            block = block_ids[position // layers.block_tokens]
+            assert block, "a token is computed into the null block"
+            slots = self.memory.setdefault(block, [])
+            slots.extend([_SEEN_NOTHING] * (layers.block_tokens - len(slots)))
+            slots[position % layers.block_tokens] = value
+
+    def _read(self, layers: Layers, block_ids: list[int], end: int) -> list[int]:
+        """What the layers see of the first `end` tokens."""
+        if layers.sees == "state":
+            block = block_ids[self._state_place(layers, end)]
+            assert block, "the state is in the null block"
+            return self.memory.get(block, [_SEEN_NOTHING])[:1]
+        begin = max(0, end - layers.window) if layers.sees == "window" else 0
+        size, seen = layers.block_tokens, []
+        for position in range(begin, end):
+            slots = self.memory.get(block_ids[position // size], [])
+            seen.append(slots[position % size] if position % size < len(slots) else _SEEN_NOTHING)
+        return seen
+
+    def _state_place(self, layers: Layers, num_tokens: int) -> int:
+        return (num_tokens - 1) // layers.block_tokens if layers.mode == "align" else 0
+
+    def copy_blocks_from(self, peer: "PlayedRunner", pairs: list[tuple[int, int]]) -> None:
         """The transport: what the blocks hold now, whoever is still writing to them."""
-        assert len(remote) == len(local)
-        assert 0 not in remote + local, "the null block"
-        for theirs, ours in zip(remote, local, strict=True):
-            self.memory[ours] = list(peer.memory.get(theirs, [_SEEN_NOTHING] * self.block_tokens))
+        for theirs, ours in pairs:
+            assert theirs > 0, "the null block"
+            assert ours > 0, "the null block"
+            self.memory[ours] = list(peer.memory.get(theirs, [_SEEN_NOTHING]))
 
 
 # ---- an engine without a model
@@ -243,7 +328,7 @@ class Node:
         kind: Kind,
         *,
         num_blocks: int = 100,
-        block_tokens: int = 32,
+        layers: tuple[Layers, ...] = FULL,
         max_num_seqs: int = 8,
         max_batched_tokens: int = 2048,
         policy: str = "fcfs",
@@ -263,25 +348,28 @@ class Node:
         config.scheduler_config.watermark = watermark
         config.cache_config.enable_prefix_caching = prefix_caching
         config.cache_config.num_gpu_blocks = num_blocks
-        spec = FullAttentionSpec(block_size=block_tokens, num_kv_heads=1, head_size=16, dtype=torch.float32)
+        config.cache_config.mamba_cache_mode = "align" if any(g.mode == "align" for g in layers) else "none"
+        specs = [group.spec(config.model_config.max_model_len) for group in layers]
+        block_tokens = config.cache_config.block_size = math.lcm(*(spec.block_size for spec in specs))
+        hash_tokens = math.gcd(*(spec.block_size for spec in specs))
+        groups = [KVCacheGroupSpec([f"layer {index}"], spec) for index, spec in enumerate(specs)]
         cls = MigratingAsyncScheduler if kind.overlapped else MigratingScheduler
         self.scheduler = cls(
             vllm_config=config,
-            kv_cache_config=KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
+            kv_cache_config=KVCacheConfig(num_blocks, [], groups),
             structured_output_manager=structured_output_manager,
             block_size=block_tokens,
-            hash_block_size=block_tokens,
+            hash_block_size=hash_tokens,
             log_stats=True,
         )
         self.scheduler.use_v2_model_runner = kind.v2
-        self.runner = PlayedRunner(kind, block_tokens, max_num_seqs)
+        self.runner = PlayedRunner(kind, layers, max_num_seqs)
         self.kind = kind
-        self.block_tokens = block_tokens
         self.streams = {} if streams is None else streams
         self.names: dict[str, str] = {}
         self.ended = {} if ended is None else ended
         self.scheduled: SchedulerOutput | None = None  # by the last step
-        self._hasher = get_request_block_hasher(block_tokens, sha256) if prefix_caching else None
+        self._hasher = get_request_block_hasher(hash_tokens, sha256) if prefix_caching else None
         self._in_flight: deque[tuple[SchedulerOutput, list[Job]]] = deque()
 
     # -- requests
@@ -387,7 +475,7 @@ class Node:
     def wait_for_stage(
         self,
         request: Request,
-        blocks_done: int = 0,
+        tokens_done: int = 0,
         *,
         suspend: bool = False,
         incarnation: int | None = None,
@@ -396,14 +484,14 @@ class Node:
         """Without a reader, nothing is pinned for longer than the call."""
         answer = Answer()
 
-        def take(item: BlockRun | Suspended | SourceGoneError) -> None:
+        def take(item: KvPart | Suspended | SourceGoneError) -> None:
             answer.append(item)
             if not reader:
                 self.scheduler.migrated_blocks.unpin(reader)
 
         incarnation = request.num_preemptions if incarnation is None else incarnation
         self.scheduler.wait_for_stage(
-            StageWaiter(request.request_id, incarnation, blocks_done, suspend, reader, take)
+            StageWaiter(request.request_id, incarnation, tokens_done, suspend, reader, take)
         )
         self.settle()  # as after every call
         return answer
@@ -446,13 +534,13 @@ class Node:
         return problems
 
 
-class Answer(list[BlockRun | Suspended | SourceGoneError]):
+class Answer(list[KvPart | Suspended | SourceGoneError]):
     """What a `StageWaiter` was told: empty, or one item."""
 
     @property
-    def run(self) -> BlockRun:
+    def part(self) -> KvPart:
         (answer,) = self
-        assert isinstance(answer, BlockRun)
+        assert isinstance(answer, KvPart)
         return answer
 
     @property
@@ -480,8 +568,11 @@ class Move:
         self.migration_id = f"m{next(self._serial)}"
         self.request = source.scheduler.running_request(source.stay_of(request_id))
         self.incarnation = self.request.num_preemptions
-        self.local_blocks: list[int] = []
-        self.blocks_done = 0
+        self.reserved: Reservation | None = None
+        self.tables: list[list[int]] = []
+        self.tokens_done = 0
+        #: Cache groups that are left out of the copy, to see that it is needed.
+        self.left_out: tuple[int, ...] = ()
         self.stages = 0
         self.answer: Answer | None = None
         self.final: Suspended | None = None
@@ -503,12 +594,12 @@ class Move:
         if self.over:
             return
         try:
-            if not self.local_blocks:
+            if self.reserved is None:
                 self._reserve()
             elif self.answer is None:
                 self.answer = self.source.wait_for_stage(
                     self.request,
-                    self.blocks_done,
+                    self.tokens_done,
                     suspend=suspend,
                     incarnation=self.incarnation,
                     reader=self.migration_id,
@@ -521,22 +612,19 @@ class Move:
     def _reserve(self) -> None:
         arriving = self.destination.copy_of(self.request_id, self.request)
         scheduler = self.destination.scheduler
-        self.local_blocks, self.blocks_done = self.destination.call(
-            scheduler.reserve, self.migration_id, arriving
-        )
+        self.reserved = self.destination.call(scheduler.reserve, self.migration_id, arriving)
+        self.tables, self.tokens_done = self.reserved.tables, self.reserved.tokens_present
 
-    def _take(self, answer: BlockRun | Suspended | SourceGoneError) -> None:
+    def _take(self, answer: KvPart | Suspended | SourceGoneError) -> None:
         if isinstance(answer, SourceGoneError):
             self.cancel(str(answer), resume=False)
             return
-        run = answer if isinstance(answer, BlockRun) else answer.tail
-        if run.end > len(self.local_blocks):
+        part = answer if isinstance(answer, KvPart) else answer.tail
+        if any(run.end > len(table) for run, table in zip(part.runs, self.tables, strict=True)):
             scheduler = self.destination.scheduler
-            self.local_blocks = self.destination.call(scheduler.grow, self.migration_id, run.end)
-        self.destination.runner.copy_blocks_from(
-            self.source.runner, run.block_ids, self.local_blocks[run.first : run.end]
-        )
-        self.blocks_done, self.stages, self.answer = run.end, self.stages + 1, None
+            self.tables = self.destination.call(scheduler.grow, self.migration_id, part.end)
+        self.destination.runner.copy_blocks_from(self.source.runner, self.block_pairs(part))
+        self.tokens_done, self.stages, self.answer = part.end, self.stages + 1, None
         if isinstance(answer, Suspended):
             self.destination.commit(self.migration_id, answer)
             if self.source.call(self.source.scheduler.release, self.stay_id):
@@ -545,6 +633,20 @@ class Move:
                 self.over = self.committed = True
             else:
                 self.cancel("it ended at its source before the commit", resume=False)
+
+    def block_pairs(self, part: KvPart) -> list[tuple[int, int]]:
+        assert self.reserved is not None
+        groups = enumerate(zip(part.runs, self.tables, strict=True))
+        pairs = [
+            pair
+            for index, (run, table) in groups
+            if index not in self.left_out
+            for pair in zip(run.block_ids, table[run.first : run.end], strict=True)
+            if NO_BLOCK not in pair
+        ]
+        with_state = [index for index, group in enumerate(self.source.runner.layers) if group.sees == "state"]
+        states = zip(with_state, part.states, self.reserved.states, strict=False)
+        return pairs + [(theirs, ours) for index, theirs, ours in states if index not in self.left_out]
 
     def cancel(self, why: str = "cancelled", *, resume: bool = True) -> None:
         """The request stays where it is; the destination forgets it."""

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import pytest
 from vllm.v1.request import RequestStatus
 
-from migration.engine_rules import SLACK_BLOCKS, TAIL_BLOCKS
-from migration.messages import BlockRun
+from migration.engine_rules import SLACK_BLOCKS
+from migration.messages import BlockRun, KvPart
 from migration.vllm_engine.scheduler_integrity import check_scheduler
 from pd_serve.errors import DestinationRefusedError, SourceGoneError
 from tests.integration.scheduler_lab import KINDS, Kind, Move, Node, migrate, undisturbed
@@ -65,12 +65,13 @@ class TestStages:
         node.steps(3)  # 192 tokens scheduled; overlapped, the last 64 of them are in flight
         assert request.num_computed_tokens == 192
         assert request.num_in_flight_tokens == (64 if kind.overlapped else 0)
-        run = node.wait_for_stage(request).run
-        assert run == BlockRun(0, node.block_ids("r")[: 4 if kind.overlapped else 6])
-        answer = node.wait_for_stage(request, run.end)
+        part = node.wait_for_stage(request).part
+        full = 4 if kind.overlapped else 6
+        assert part == KvPart(full * BLOCK, [BlockRun(0, node.block_ids("r")[:full])])
+        answer = node.wait_for_stage(request, part.end)
         assert not answer
         node.step()
-        assert answer.run == BlockRun(run.end, node.block_ids("r")[run.end : run.end + 2])
+        assert answer.part.runs == [BlockRun(full, node.block_ids("r")[full : full + 2])]
 
     def test_a_prompt_is_never_suspended_before_its_first_token(
         self, kind: Kind, make: Callable[..., Node]
@@ -78,31 +79,31 @@ class TestStages:
         node = make(kind, max_batched_tokens=64)
         request = node.add("r", list(range(150)), max_tokens=10)
         node.step()
-        blocks_done = 0
+        tokens_done = 0
         while True:
-            answer = node.wait_for_stage(request, blocks_done, suspend=True)
+            answer = node.wait_for_stage(request, tokens_done, suspend=True)
             node.run_until(lambda answer=answer: bool(answer))
-            if not isinstance(answer[0], BlockRun):
+            if not isinstance(answer[0], KvPart):
                 break
-            blocks_done = answer.run.end
-        assert blocks_done == 4
+            tokens_done = answer.part.end
+        assert tokens_done == 4 * BLOCK
         assert answer.final.request.num_output_tokens >= 1
-        assert answer.final.tail == BlockRun(4, node.block_ids("r")[4:5])
+        assert answer.final.tail.runs == [BlockRun(4, node.block_ids("r")[4:5])]
         node.call(node.scheduler.resume, "r")
         node.run_to_the_end()
         assert node.streams["r"] == undisturbed(list(range(150)), 10)
 
-    def test_few_blocks_left_suspend_a_decoding_request_by_themselves(
+    def test_no_full_block_left_suspends_a_decoding_request_by_itself(
         self, kind: Kind, make: Callable[..., Node]
     ) -> None:
         node = make(kind)
         request = node.add("r", list(range(5 * BLOCK)))
         decoding(node, "r", 3)
-        run = node.wait_for_stage(request).run
-        assert len(run.block_ids) == 5 > TAIL_BLOCKS
-        answer = node.wait_for_stage(request, run.end)
+        part = node.wait_for_stage(request).part
+        assert len(part.block_ids) == 5
+        answer = node.wait_for_stage(request, part.end)
         node.run_until(lambda: bool(answer))
-        assert answer.final.tail == BlockRun(5, node.block_ids("r")[5:6])
+        assert answer.final.tail.runs == [BlockRun(5, node.block_ids("r")[5:6])]
         node.call(node.scheduler.release, "r")
 
     def test_blocks_that_another_request_in_flight_still_computes_are_no_stage(
@@ -120,7 +121,7 @@ class TestStages:
         move = Move(source, destination, "second")
         for _ in range(4):
             move.advance()  # as far as it gets before that step's output
-        assert bool(move.blocks_done) == (not kind.overlapped)
+        assert bool(move.tokens_done) == (not kind.overlapped)
         move.finish()
         assert move.committed
         source.run_to_the_end()
@@ -152,13 +153,13 @@ class TestStages:
         node.add("first", list(range(6 * BLOCK)), max_tokens=3 * BLOCK)
         request = node.add("r", list(range(500, 500 + 5 * BLOCK)), max_tokens=3 * BLOCK)
         decoding(node, "r")
-        assert node.wait_for_stage(request, 0).run.end == 5
+        assert node.wait_for_stage(request, 0).part.end == 5 * BLOCK
         node.run_until(lambda: request.num_preemptions == 1)
         assert node.wait_for_stage(request, 5, incarnation=0).gone
         node.run_until(lambda: request.status is RequestStatus.RUNNING)
         assert node.wait_for_stage(request, 5, incarnation=0).gone
         decoding(node, "r", request.num_output_tokens + 2)
-        assert node.wait_for_stage(request, 0).run.first == 0
+        assert node.wait_for_stage(request, 0).part.runs[0].first == 0
         node.run_to_the_end()
         assert node.streams["r"] == undisturbed(list(range(500, 500 + 5 * BLOCK)), 3 * BLOCK)
 
@@ -208,11 +209,10 @@ class TestSuspension:
         assert request.num_tokens == num_tokens + in_flight
         assert answer.final.request is request
         assert request.num_computed_tokens == request.num_tokens - 1
-        assert answer.final.tail == BlockRun(
-            0, node.block_ids("r")[: -(-request.num_computed_tokens // BLOCK)]
-        )
+        (run,) = answer.final.tail.runs
+        assert run == BlockRun(0, node.block_ids("r")[: -(-request.num_computed_tokens // BLOCK)])
         # Asked again, as when the final state was lost on its way: the same answer.
-        assert node.wait_for_stage(request, 2).final.tail == BlockRun(2, answer.final.tail.block_ids[2:])
+        assert node.wait_for_stage(request, 2 * BLOCK).final.tail.runs == [BlockRun(2, run.block_ids[2:])]
         node.call(node.scheduler.release, "r")
         abort(node, "other")
         assert node.streams["r"] == undisturbed(PROMPT, len(node.streams["r"]))
@@ -340,8 +340,10 @@ class TestReservation:
     def reserve(
         self, node: Node, request_id: str = "r", prompt: list[int] = PROMPT, migration_id: str = "m"
     ) -> tuple[list[int], int]:
+        """The blocks, and how many tokens are in them already."""
         request = node.request(request_id, prompt, 1000)
-        return node.call(node.scheduler.reserve, migration_id, request)
+        reservation = node.call(node.scheduler.reserve, migration_id, request)
+        return reservation.tables[0], reservation.tokens_present
 
     def test_a_reservation_holds_blocks_with_slack_that_the_scheduler_does_not_see(
         self, kind: Kind, make: Callable[..., Node]
@@ -419,8 +421,8 @@ class TestReservation:
         decoding(source, "r", 3)
         move = Move(source, destination, "r")
         move.advance()
-        assert move.blocks_done == 2
-        assert move.local_blocks[:2] == destination.block_ids("earlier")[:2]
+        assert move.tokens_done == 2 * BLOCK
+        assert move.tables[0][:2] == destination.block_ids("earlier")[:2]
         abort(destination, "earlier")  # they stay, for the one that is arriving
         move.finish()
         assert move.committed
@@ -437,7 +439,7 @@ class TestReservation:
         decoding(there, "r", 35)
         move = Move(there, here, "r")
         move.advance()
-        assert move.blocks_done == 4
+        assert move.tokens_done == 4 * BLOCK
         move.finish()
         assert move.committed
         assert move.stages == 1
@@ -448,13 +450,13 @@ class TestReservation:
         node = make(kind, num_blocks=11)
         blocks, _ = self.reserve(node)
         grow = node.scheduler.grow
-        assert node.call(grow, "m", 3) == blocks
-        grown = node.call(grow, "m", 8)
+        assert node.call(grow, "m", 3 * BLOCK) == [blocks]
+        (grown,) = node.call(grow, "m", 8 * BLOCK)
         assert grown[:6] == blocks
         assert len(set(grown)) == 8
         with pytest.raises(DestinationRefusedError, match="3 more KV blocks are needed, 2 are free"):
-            node.call(grow, "m", 11)
-        assert node.call(grow, "m", 8) == grown
+            node.call(grow, "m", 11 * BLOCK)
+        assert node.call(grow, "m", 7 * BLOCK + 1) == [grown]
         with pytest.raises(DestinationRefusedError, match="nothing is reserved"):
             node.call(grow, "other", 1)
         node.call(node.scheduler.drop, "m")
@@ -499,9 +501,7 @@ class TestCommit:
         move.advance(suspend=True)
         source.run_until(lambda: bool(move.answer))
         tail = move.answer.final.tail
-        destination.runner.copy_blocks_from(
-            source.runner, tail.block_ids, move.local_blocks[tail.first : tail.end]
-        )
+        destination.runner.copy_blocks_from(source.runner, move.block_pairs(tail))
         source.scheduler.migrated_blocks.unpin(move.migration_id)
         return move
 
@@ -527,7 +527,7 @@ class TestCommit:
             assert new[0].prefill_token_ids[:num_tokens] == PROMPT + source.streams["r"][: num_tokens - 100]
             assert new[0].prompt_token_ids == PROMPT
             assert new[0].num_computed_tokens == num_tokens - 1
-            assert new[0].block_ids[0] == move.local_blocks
+            assert new[0].block_ids[0] == move.tables[0]
         else:
             assert [n.req_id for n in new] == ["waiting"]
             assert cached.req_ids == ["r"]
@@ -535,7 +535,7 @@ class TestCommit:
             assert cached.num_computed_tokens == [num_tokens - 1]
             assert cached.num_output_tokens == [num_tokens - 100]
             assert cached.all_token_ids["r"][:num_tokens] == PROMPT + source.streams["r"][: num_tokens - 100]
-            assert cached.new_block_ids[0][0] == move.local_blocks
+            assert cached.new_block_ids[0][0] == move.tables[0]
         assert request.status is RequestStatus.RUNNING
         destination.run_to_the_end()
         assert source.streams["r"] == undisturbed(PROMPT, 50)
@@ -559,7 +559,7 @@ class TestCommit:
         decoding(source, "r", 3)
         move = Move(source, destination, "r")
         move.advance()
-        assert len(move.local_blocks) == 6
+        assert len(move.tables[0]) == 6
         decoding(source, "r", 150)
         move.finish()
         assert move.committed
@@ -697,7 +697,7 @@ class TestCommit:
         move = self.suspended(source, destination)
         destination.runner.memory.clear()  # garbage
         destination.commit(move.migration_id, move.answer.final)
-        destination.runner.memory.update({block: [7] * BLOCK for block in move.local_blocks})
+        destination.runner.memory.update({block: [7] * BLOCK for block in move.tables[0]})
         destination.steps(2)
         destination.call(destination.scheduler.drop, move.migration_id)
         source.call(source.scheduler.release, "r")
@@ -749,7 +749,7 @@ class TestCommit:
         destination.steps(2)
         move = Move(source, destination, "r")
         move.advance()
-        assert move.local_blocks, move.why
+        assert move.tables[0], move.why
         destination.run_until(lambda: destination.free_blocks < 9)  # those that were here have grown
         destination.add("new", [7] * BLOCK, max_tokens=3)
         move.finish()

@@ -8,16 +8,32 @@ from hypothesis import strategies as st
 from vllm.v1.request import RequestStatus
 
 from pd_serve.errors import SourceGoneError
-from tests.integration.scheduler_lab import KINDS, Kind, Move, Node, undisturbed
+from tests.integration.scheduler_lab import KINDS, Kind, Layers, Move, Node, undisturbed
 
 pytestmark = pytest.mark.integration
 
 BLOCK = 4
 #: Blocks, slots and tokens per step are short now and then; one keeps blocks free at admission.
 SIZES = [
-    {"num_blocks": 44, "max_num_seqs": 5, "max_batched_tokens": 14, "watermark": 0.1},
-    {"num_blocks": 32, "max_num_seqs": 4, "max_batched_tokens": 64, "watermark": 0.0},
+    (44, {"max_num_seqs": 5, "max_batched_tokens": 14, "watermark": 0.1}),
+    (32, {"max_num_seqs": 4, "max_batched_tokens": 64, "watermark": 0.0}),
 ]
+FULL, WINDOW = Layers(block_tokens=BLOCK), Layers("window", BLOCK, window=10)
+STATE = Layers("state", BLOCK, mode="align")
+#: The cache groups of engines that people serve.
+ENGINES = {
+    "full": (FULL,),
+    "window": (WINDOW,),
+    "window and full": (WINDOW, FULL, WINDOW),
+    "blocks of two sizes": (FULL, Layers("window", 2 * BLOCK, window=3)),
+    "state": (Layers("state"),),
+    "state and full": (FULL, Layers("state")),
+    "states at block ends": (
+        Layers("state", BLOCK, mode="align"),
+        FULL,
+        Layers("state", BLOCK, mode="align"),
+    ),
+}
 #: Requests share beginnings, so that the prefix caches hit.
 PROMPTS = [[*range(beginning, beginning + 18), *range(30)] for beginning in (100, 200)]
 #: What happens, as often as it is named here.
@@ -34,12 +50,24 @@ EVENTS = (
 class TwoNodes:
     """Does what it is told, as far as that is possible."""
 
-    def __init__(self, kind: Kind, policy: str, prefix_caching: bool) -> None:
+    def __init__(self, kind: Kind, layers: tuple[Layers, ...], policy: str, prefix_caching: bool) -> None:
         self.streams: dict[str, list[int]] = {}
         self.ended: dict[str, str] = {}
-        settings = {"policy": policy, "prefix_caching": prefix_caching, "block_tokens": BLOCK}
+        # vLLM keeps states at block ends for its prefix cache, and no other states with one.
+        modes = {group.mode for group in layers if group.sees == "state"}
+        prefix_caching = (prefix_caching and "none" not in modes) or "align" in modes
+        settings = {"policy": policy, "prefix_caching": prefix_caching, "layers": layers}
+        self.layers = layers
         self.nodes = [
-            Node(kind, streams=self.streams, ended=self.ended, **settings, **size) for size in SIZES
+            Node(
+                kind,
+                streams=self.streams,
+                ended=self.ended,
+                num_blocks=num_blocks * len(layers),
+                **settings,
+                **size,
+            )
+            for num_blocks, size in SIZES
         ]
         self.expected: dict[str, list[int]] = {}
         self.aborted: dict[str, int] = {}  # with the number of tokens that the client has seen
@@ -50,7 +78,7 @@ class TwoNodes:
         for _ in range(rng.choice([1, 1, 2, 3])):
             request_id = f"r{len(self.expected)}"
             prompt, max_tokens = beginning[: rng.randint(1, 40)], rng.randint(1, 40)
-            self.expected[request_id] = undisturbed(prompt, max_tokens)
+            self.expected[request_id] = undisturbed(prompt, max_tokens, self.layers)
             node.add(request_id, prompt, max_tokens, priority=rng.randint(0, 2))
 
     def step(self, rng: Random) -> None:
@@ -127,9 +155,10 @@ class TwoNodes:
             assert request_id in self.aborted or request_id in self.ended, request_id
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @settings(
-    max_examples=max(25, settings().max_examples // 4),
+    max_examples=max(10, settings().max_examples // 10),
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking takes minutes: do it by hand
     suppress_health_check=[*settings().suppress_health_check, HealthCheck.large_base_example],
 )
@@ -139,9 +168,9 @@ class TwoNodes:
     events=st.lists(st.tuples(st.sampled_from(EVENTS), st.integers(0, 2**32)), min_size=100, max_size=300),
 )
 def test_random_operations_keep_the_output_and_all_blocks(
-    kind: Kind, policy: str, prefix_caching: bool, events: list[tuple[str, int]]
+    kind: Kind, engine: str, policy: str, prefix_caching: bool, events: list[tuple[str, int]]
 ) -> None:
-    two = TwoNodes(kind, policy, prefix_caching)
+    two = TwoNodes(kind, ENGINES[engine], policy, prefix_caching)
     for event, seed in events:
         getattr(two, event)(Random(seed))
     two.end()

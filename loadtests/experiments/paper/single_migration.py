@@ -4,7 +4,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import Literal
 
-from migration.messages import BlockRun, FinalState, MigrationId
+from migration.messages import FinalState, KvPart, MigrationId
 from pd_serve.comm.outputs import OutputBatch
 from pd_serve.simulated_engine.outputs import SimulatedPayload
 from pd_serve.simulated_engine.settings import EngineSettings
@@ -54,7 +54,7 @@ class _Stopwatch:
         loop = asyncio.get_running_loop()
         next_stage, commit = source.next_stage, destination.commit
 
-        async def noted_next_stage(*args: object, **options: object) -> BlockRun | FinalState:
+        async def noted_next_stage(*args: object, **options: object) -> KvPart | FinalState:
             answer = await next_stage(*args, **options)  # type: ignore[arg-type]
             if isinstance(answer, FinalState):
                 self.left_at = loop.time()

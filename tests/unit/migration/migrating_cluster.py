@@ -206,20 +206,20 @@ class MigratingCluster:
             await asyncio.sleep(0.001)
 
     async def migrate(
-        self, source: str, destination: str, request_id: str = "r"
+        self, source: str, destination: str, request_id: str = "r", *, blocking: bool = False
     ) -> MigrationRecord | Refusal:
         """The record of a migration, or why it did not even begin."""
         try:
             return await self[source].coordinator.migrate(
-                RequestId(request_id), InstanceId(destination), "test"
+                RequestId(request_id), InstanceId(destination), "test", blocking=blocking
             )
         except MigrationError as error:
             return error.refusal
 
     def start_migration(
-        self, source: str, destination: str, request_id: str = "r"
+        self, source: str, destination: str, request_id: str = "r", *, blocking: bool = False
     ) -> "asyncio.Task[MigrationRecord | Refusal]":
-        return self._tasks.start(self.migrate(source, destination, request_id))
+        return self._tasks.start(self.migrate(source, destination, request_id, blocking=blocking))
 
     def abort(self, request_id: str = "r") -> None:
         """The client leaves."""

@@ -20,6 +20,7 @@ from migration.messages import (
     Final,
     InstanceId,
     KeepAlive,
+    KvPart,
     MigrationMessage,
     Offer,
     Pull,
@@ -141,7 +142,7 @@ class TestUndisturbed:
             (outcome,) = cluster["a"].records
             assert outcome.committed
             assert outcome.stages > 3
-            assert outcome.tokens < prompt + 6
+            assert outcome.tokens < prompt + 3 * BLOCK_TOKENS
             assert cluster.routes["r"].ledger.owner == "b"
 
     @in_virtual_time
@@ -632,6 +633,27 @@ async def test_a_copy_that_is_withdrawn_before_its_first_step_ends() -> None:
         cluster["b"].coordinator.on_message(A, stage)
         cluster["b"].coordinator.on_message(A, withdraw)  # type: ignore[arg-type]
         assert cluster.states("a", "b") == (None, DS.STOPPING)
+        await cluster.check()
+
+
+@pytest.mark.parametrize("states", [0, 1])
+@in_virtual_time
+async def test_blocks_of_other_cache_groups_are_not_copied(states: int) -> None:
+    """A source whose engine has one group more, or a state."""
+    async with MigratingCluster("a", "b") as cluster:
+        await cluster.add("a", PROMPT, 60)
+        await cluster.tokens(3)
+        cluster.faults.hold(Stage)
+        migration = cluster.start_migration("a", "b")
+        await cluster.until(SS.STAGING, DS.WAITING)
+        stage = cluster.sent[-1]
+        assert isinstance(stage, Stage)
+        runs = stage.part.runs * (1 if states else 2)
+        other = Stage(stage.migration_id, KvPart(stage.part.end, runs, [5] * states))
+        cluster["b"].coordinator.on_message(A, other)
+        refusal = (await migration).refusal  # type: ignore[union-attr]
+        assert refusal is not None
+        assert "other cache groups" in refusal.text
         await cluster.check()
 
 

@@ -33,11 +33,11 @@ def pins(cluster: MigratingCluster, name: str = "a") -> int:
 
 
 async def tail(cluster: MigratingCluster) -> None:
-    """r has been moved as far as the copy of all its blocks, which takes 0.3 s."""
+    """r is suspended, and all its blocks are being copied, which takes 0.3 s."""
     await cluster.add("a", PROMPT, 60)
     await cluster.tokens(1)
     cluster.fabric.latency_s = 0.3
-    cluster.start_migration("a", "b")
+    cluster.start_migration("a", "b", blocking=True)
     await cluster.until(SS.SUSPENDED, DS.TAIL)
 
 

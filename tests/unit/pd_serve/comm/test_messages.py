@@ -8,6 +8,7 @@ import pytest
 
 from migration.engine_interface import HeldBlocks, HeldRequest
 from migration.messages import (
+    NO_BLOCK,
     BlockRun,
     Committed,
     Confirmed,
@@ -17,6 +18,7 @@ from migration.messages import (
     FinalState,
     InstanceId,
     KeepAlive,
+    KvPart,
     MigrationId,
     Offer,
     Pull,
@@ -130,8 +132,8 @@ MESSAGES: list[Any] = [
     Offer(M, "handoff", RESERVED, b"endpoint"),
     Refused(M, FULL),
     Pull(M, 3),
-    Stage(M, BlockRun(0, [1, 2])),
-    Final(M, FinalState(BlockRun(2, [3]), 1, [5, 6], 11, b"state")),
+    Stage(M, KvPart(32, [BlockRun(0, [1, NO_BLOCK])])),
+    Final(M, FinalState(KvPart(11, [BlockRun(2, [3]), BlockRun(2, [])], [4]), 1, [5, 6], 11, b"state")),
     KeepAlive(M),
     Withdraw(M, FULL),
     Query(M),

@@ -13,6 +13,7 @@ from migration.messages import (
     Committed,
     Final,
     FinalState,
+    KvPart,
     MigrationId,
     MigrationMessage,
     Offer,
@@ -109,7 +110,7 @@ class EngineStub:
 
     async def next_stage(self, request_id: RequestId, *arguments: Any, **options: Any) -> FinalState:
         await self._visit("next_stage", request_id)
-        return FinalState(BlockRun(0, [1, 2]), 0, [1, 2, 3], 12)
+        return FinalState(KvPart(12, [BlockRun(0, [1, 2])]), 0, [1, 2, 3], 12)
 
     async def resume(self, request_id: RequestId, epoch: int) -> None:
         await self._visit("resume", request_id, epoch)
@@ -120,7 +121,7 @@ class EngineStub:
 
     async def reserve(self, migration_id: MigrationId, request: RequestDescription) -> Reservation:
         await self._visit("reserve", migration_id)
-        return Reservation([1, 2, 3], 0)
+        return Reservation([[1, 2, 3]], [], 0)
 
     async def unpin(self, reader: MigrationId) -> None:
         await self._visit("unpin", reader)

@@ -321,8 +321,9 @@ async def move(
         RequestId(request_id), described.incarnation, 0, suspend=True, reader=MigrationId("m")
     )
     assert isinstance(final, FinalState)
-    local = await destination.engine.grow(MigrationId("m"), final.tail.end)
-    copy(final.tail.block_ids[reserved.blocks_present :], local[reserved.blocks_present :])
+    (local,) = await destination.engine.grow(MigrationId("m"), final.tail.end)
+    present = reserved.tokens_present // source.engine.facts.block_tokens
+    copy(final.tail.block_ids[present:], local[present:])
     await destination.engine.commit(MigrationId("m"), final)
     await source.engine.release(RequestId(request_id))
     await source.engine.unpin(MigrationId("m"))
@@ -382,7 +383,7 @@ async def test_a_reservation_is_refused_without_room_and_given_back_when_dropped
     with pytest.raises(DestinationRefusedError, match="no 8 free KV blocks"):
         await other.engine.reserve(MigrationId("again"), described)
     with pytest.raises(DestinationRefusedError, match="more free KV blocks"):
-        await other.engine.grow(MigrationId("m"), 9)
+        await other.engine.grow(MigrationId("m"), 8 * 4 + 1)
     await other.engine.drop(MigrationId("m"))
 
     assert other.engine.batcher.pool.num_free == 8

@@ -263,7 +263,7 @@ def test_the_manager_starts_another_scheduler_when_one_dies() -> None:
         assert scheduler is not None
         assert (scheduler.state, scheduler.restarts) == ("alive", 1)
 
-    result = simulate_with(config(instances={"neutral": 3}, requests=workload(240, 12.0)), fault)
+    result = simulate_with(config(instances={"neutral": 3}, requests=workload(240, 10.0)), fault)
 
     assert_nothing_is_lost(result)
     assert num_moved(result.migrations) > moved_by_then[0] + 1
