@@ -117,6 +117,7 @@ class EngineEvents:
     on_requests_ended: Callable[[list[RequestId]], None]  # finished or aborted, wherever they were
     on_load: Callable[[EngineLoad], None]  # after a step
     on_death: Callable[[BaseException], None]  # the step loop has failed; nothing more will come
+    on_unmovable: Callable[[dict[str, int]], None] = lambda numbers: None  # requests that stay, by reason
 
 
 class Engine(Protocol):

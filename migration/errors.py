@@ -19,6 +19,7 @@ import msgspec
 class RefusalCode(StrEnum):
     """Why a migration was refused, or ended without moving its request. The request itself goes on."""
 
+    ADAPTER = auto()  # the destination cannot load the request's LoRA adapter
     ALREADY_HERE = auto()  # the destination has the request
     ALREADY_MIGRATING = auto()  # one migration of a request at a time
     AMBIGUOUS_REQUEST = auto()  # the id names several running requests
@@ -27,6 +28,7 @@ class RefusalCode(StrEnum):
     FINISHED = auto()  # the request ended, or its client left
     GRAMMAR = auto()  # the destination cannot continue the request's structured output
     INCOMPATIBLE = auto()  # model, version or KV layout differ
+    NO_ADAPTER_SLOT = auto()  # the destination's batch has other LoRA adapters
     NO_BATCH_SLOT = auto()  # the destination's batch is full
     NO_FREE_BLOCKS = auto()  # the destination's KV cache is full
     NOT_HERE = auto()  # the source does not have the request: it has ended, or moved on
@@ -40,7 +42,7 @@ class RefusalCode(StrEnum):
     TOO_MANY_MIGRATIONS = auto()  # at the source or the destination, at a time
     UNKNOWN_MIGRATION = auto()  # the destination holds nothing for it
     UNSUPPORTED_ENGINE = auto()  # migration is off on this instance
-    UNSUPPORTED_REQUEST = auto()  # multimodal input, LoRA...
+    UNSUPPORTED_REQUEST = auto()  # a streaming-input session, a KV transfer of its own...
 
 
 class Refusal(msgspec.Struct, frozen=True):

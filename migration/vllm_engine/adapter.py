@@ -68,7 +68,7 @@ class VllmEngine:
             on_idle=self._report_load,
             on_death=events.on_death,
         )
-        self._live = LiveRequests(keep_ended_s)
+        self._live = LiveRequests(keep_ended_s, lambda n: self._steps.notify(events.on_unmovable, n))
         self._loader: RequestLoader = None  # type: ignore[assignment]
         self._last_load_at = 0.0
         self.core: EngineCore = None
@@ -112,22 +112,21 @@ class VllmEngine:
         done = output_token_ids or []
 
         def add() -> bool:
-            if done:
-                self._check_migration()
-                self._loader.replay(request, done)
+            self._loader.enter(request, done)
             if not self._end_below(request_id, epoch):
                 return False
             if done:
-                self.scheduler.continue_by_recompute(request)
-                self._loader.install(request, 0, None)
+                self._loader.continue_by_recompute(request)
             else:
                 self.core.add_request(request)
-            self._live.enters(request.request_id, LiveRequest(request_id, payload, client, epoch, request))
-            if handoff and self.no_migration is None and compatibility.unmovable(request) is None:
+            live = LiveRequest(request_id, payload, client, epoch, request)
+            self._live.enters(request.request_id, live)
+            if handoff and self.no_migration is None and live.unmovable is None:
                 self.scheduler.handoff_ids.add(request.request_id)
             return True
 
         if done:
+            self._loader.check_can_continue()
             await self._loader.compile_grammar(request)
         return await self._steps.call(add)
 
@@ -147,16 +146,17 @@ class VllmEngine:
     async def running_requests(self) -> list[RunningRequest]:
         if self.no_migration is not None:
             return []
-        return await self._steps.call(lambda: read_running(self.scheduler, self._live.name_of))
+        return await self._steps.call(lambda: read_running(self.scheduler, self._live))
 
     async def describe(self, request_id: RequestId) -> RequestDescription:
         def describe() -> RequestDescription:
             self._check_migration()
             request = self.scheduler.running_request(self._live.stay_of(request_id))
-            if (why := compatibility.unmovable(request)) is not None:
-                text = f"a request with {why} cannot move"
+            live = self._live[request.request_id]
+            if live.unmovable is not None:
+                text = f"a request with {compatibility.UNMOVABLE[live.unmovable]} cannot move"
                 raise DestinationRefusedError(RefusalCode.UNSUPPORTED_REQUEST, text)
-            return self._live[request.request_id].describe(self.compatibility)
+            return live.describe(self.compatibility)
 
         return await self._steps.call(describe)
 
@@ -217,7 +217,7 @@ class VllmEngine:
         await self._loader.compile_grammar(arriving)
 
         def reserve() -> Reservation:
-            self._loader.replay(arriving, request.output_token_ids)
+            self._loader.arrive(arriving, request.output_token_ids)
             reservation = self.scheduler.reserve(migration_id, arriving)
             live = LiveRequest(request_id, request.payload, request.client, request.epoch, arriving)
             self._live.arrives(arriving.request_id, live)
@@ -292,7 +292,8 @@ class VllmEngine:
     async def utility(self, method: str, *arguments: object) -> object:
         if method not in compatibility.UTILITIES:
             raise InvalidRequestError(f"{method} is not a utility of the engine")
-        return await self._steps.call(lambda: getattr(self.core, method)(*arguments))
+        owner = self._loader if method == "load_adapter" else self.core
+        return await self._steps.call(lambda: getattr(owner, method)(*arguments))
 
     # ---- on the step thread
 

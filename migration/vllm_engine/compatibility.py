@@ -5,6 +5,7 @@ A request that cannot move is refused with the reason and stays where it is.
 
 import hashlib
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 #: Methods of `EngineCore` that vLLM's front end may call by name.
@@ -17,6 +18,7 @@ UTILITIES = frozenset(
         "is_sleeping",
         "is_scheduler_paused",
         "list_loras",
+        "load_adapter",
         "get_weight_version",
     }
 )
@@ -49,6 +51,36 @@ RELIED_ON: dict[str, tuple[str, ...]] = {
     "vllm.v1.core.block_pool:BlockPool.touch": (),
     "vllm.v1.core.block_pool:BlockPool.free_blocks": (),
     "vllm.v1.core.kv_cache_manager:KVCacheManager.free": (),
+    "vllm.v1.worker.utils:AttentionGroup": (
+        "backend",
+        "kv_cache_spec",
+        "kernel_block_size",
+        "metadata_builders",
+    ),
+    "vllm.v1.engine.core:EngineCore.step": (),
+    "vllm.v1.engine.core:EngineCore.step_with_batch_queue": (),
+    "vllm.v1.engine.core:EngineCore.post_step": (),
+}
+
+#: The same for continuing a request that was lost with its instance, which needs nothing of the above.
+RELIED_ON_TO_CONTINUE: dict[str, tuple[str, ...]] = {
+    "vllm.v1.engine.core:EngineCore.preprocess_add_request": (),
+    "vllm.v1.core.sched.scheduler:Scheduler.add_request": (),
+    "vllm.v1.request:Request.append_output_token_ids": (),
+    "vllm.v1.request:Request.take_events": (),
+    "vllm.v1.request:RequestStatus.PREEMPTED": (),
+    "vllm.v1.core.sched.output:NewRequestData": (
+        "req_id",
+        "prompt_token_ids",
+        "mm_features",
+        "sampling_params",
+        "pooling_params",
+        "block_ids",
+        "num_computed_tokens",
+        "lora_request",
+        "prompt_embeds",
+        "prompt_is_token_ids",
+    ),
     "vllm.v1.worker.gpu_input_batch:CachedRequestState": (
         "req_id",
         "prompt_token_ids",
@@ -58,17 +90,10 @@ RELIED_ON: dict[str, tuple[str, ...]] = {
         "block_ids",
         "num_computed_tokens",
         "output_token_ids",
+        "lora_request",
+        "prompt_embeds",
+        "prompt_is_token_ids",
     ),
-    "vllm.v1.worker.utils:AttentionGroup": (
-        "backend",
-        "kv_cache_spec",
-        "kernel_block_size",
-        "metadata_builders",
-    ),
-    "vllm.v1.engine.core:EngineCore.preprocess_add_request": (),
-    "vllm.v1.engine.core:EngineCore.step": (),
-    "vllm.v1.engine.core:EngineCore.step_with_batch_queue": (),
-    "vllm.v1.engine.core:EngineCore.post_step": (),
 }
 
 #: The same for attributes that only instances have.
@@ -112,11 +137,20 @@ RELIED_ON_REQUEST = (
 
 
 def missing_names() -> list[str]:
-    """The names of `RELIED_ON` that this vLLM does not have."""
+    """The names that migration relies on and this vLLM does not have."""
+    return _missing(RELIED_ON) + missing_to_continue()
+
+
+def missing_to_continue() -> list[str]:
+    """The names of `RELIED_ON_TO_CONTINUE` that this vLLM does not have."""
+    return _missing(RELIED_ON_TO_CONTINUE)
+
+
+def _missing(relied_on: dict[str, tuple[str, ...]]) -> list[str]:
     import importlib
 
     missing = []
-    for path, parameters in RELIED_ON.items():
+    for path, parameters in relied_on.items():
         module_name, _, qualified = path.partition(":")
         try:
             found: Any = importlib.import_module(module_name)
@@ -125,7 +159,7 @@ def missing_names() -> list[str]:
         except (ImportError, AttributeError):
             missing.append(path)
             continue
-        known = inspect.signature(found).parameters
+        known = inspect.signature(found).parameters if parameters else {}
         missing += [f"{path}({p}=)" for p in parameters if p not in known]
     return missing
 
@@ -174,23 +208,36 @@ def unsupported_engine(vllm_config: Any, scheduler: Any) -> str | None:
     return next((why for manager in managers if (why := unsupported_group(manager)) is not None), None)
 
 
-def unmovable(request: Any) -> str | None:
-    """Why this request (vLLM's `Request`) cannot migrate, or None."""
-    params = request.sampling_params
-    if request.pooling_params is not None or params is None:
-        return "a pooling request does not decode"
-    if request.mm_features:
-        return "multimodal input"
-    if request.prompt_embeds is not None or request.prompt_token_ids is None:
-        return "a prompt given as embeddings"
-    if request.lora_request is not None:
-        return "a LoRA adapter"
+#: A request whose inputs are larger stays. An offer has them in one message, and the wire carries up to
+#: `pd_serve.comm.wire.MAX_FRAME_BYTES`.
+MAX_MOVED_BYTES = 64 * 2**20
+
+#: What a request that cannot migrate has, by the reason's name.
+UNMOVABLE = {
+    "pooling": "no tokens to decode (pooling)",
+    "no_data": "multimodal input whose data was not sent with it",
+    "too_large": f"inputs of more than {MAX_MOVED_BYTES >> 20} MiB",
+    "session": "a streaming-input session",
+    "kv_transfer": "a KV transfer of its own",
+}
+
+
+def unmovable(request: Any, payload: Sequence[bytes] = ()) -> str | None:
+    """Why this request (vLLM's `Request`) cannot migrate, one of `UNMOVABLE`; None if it can.
+
+    Args:
+        payload: The request as the API server sent it.
+    """
+    if request.pooling_params is not None or request.sampling_params is None:
+        return "pooling"
+    if any(feature.data is None for feature in request.mm_features):
+        return "no_data"
+    if sum(map(len, payload)) > MAX_MOVED_BYTES:
+        return "too_large"
     if request.resumable:
-        return "a streaming-input session"
+        return "session"
     if request.kv_transfer_params or request.ec_transfer_params:
-        return "a KV transfer of its own"
-    if getattr(params, "thinking_token_budget", None) is not None:
-        return "a thinking token budget"
+        return "kv_transfer"
     return None
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from migration.engine_interface import HeldBlocks, RunningRequest
 from migration.messages import RequestId
 from migration.vllm_engine.cache_groups import CacheGroups
-from migration.vllm_engine.compatibility import unmovable
+from migration.vllm_engine.live_requests import LiveRequests
 from router.load import EngineLoad
 from router.priority import PriorityClass, priority_class
 
@@ -59,10 +59,15 @@ def read_held_blocks(scheduler: Any, name_of: Callable[[str], RequestId]) -> lis
     return [entry for entry in counted if entry.blocks]
 
 
-def read_running(scheduler: Any, name_of: Callable[[str], RequestId]) -> list[RunningRequest]:
+def read_running(scheduler: Any, requests: LiveRequests) -> list[RunningRequest]:
     """The requests that decode and can move; `scheduler` is one with migration."""
-    return [
-        RunningRequest(name_of(request.request_id), request.priority, request.num_tokens, float(rank))
+    decoding = [
+        (requests[request.request_id], request, float(rank))
         for rank, request in enumerate(scheduler.running)
-        if request.num_output_tokens and not request.is_prefill_chunk and unmovable(request) is None
+        if request.num_output_tokens and not request.is_prefill_chunk
+    ]
+    return [
+        RunningRequest(live.request_id, request.priority, request.num_tokens, rank)
+        for live, request, rank in decoding
+        if live.unmovable is None
     ]

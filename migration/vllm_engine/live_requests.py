@@ -14,7 +14,7 @@ from migration.engine_interface import HeldByClient, HeldRequest
 from migration.messages import RequestDescription, RequestId, stem_of
 from migration.stem_index import StemIndex
 from migration.token_span import TokenSpan, crc_of
-from migration.vllm_engine.compatibility import has_only_tokens
+from migration.vllm_engine.compatibility import UNMOVABLE, has_only_tokens, unmovable
 
 OutputSink = Callable[[str, EngineCoreOutputs, list[TokenSpan]], None]
 
@@ -30,6 +30,7 @@ class LiveRequest:
         request: vLLM's state of it.
         emitted: Output tokens sent to the client so far, by any instance: the index of the next one.
         crc: `crc_of` these.
+        unmovable: Why it cannot move, one of `UNMOVABLE`; None if it can.
     """
 
     request_id: RequestId
@@ -39,6 +40,10 @@ class LiveRequest:
     request: Request
     emitted: int = 0
     crc: int = 0
+    unmovable: str | None = None
+
+    def __post_init__(self) -> None:
+        self.unmovable = unmovable(self.request, self.payload)
 
     def describe(self, compatibility: dict[str, str]) -> RequestDescription:
         """What a destination needs; `compatibility` is what has to be equal there."""
@@ -60,13 +65,18 @@ class LiveRequests:
 
     A request may leave and come back within one engine step. vLLM's ids are unique, so each stay has an id
     of its own (`RequestLoader.decode`), which outputs are translated from.
+
+    Args:
+        on_unmovable: Called with the number of requests here that cannot move, by reason, when it changes.
     """
 
-    def __init__(self, keep_ended_s: float) -> None:
+    def __init__(self, keep_ended_s: float, on_unmovable: Callable[[dict[str, int]], None]) -> None:
         self._by_stay: dict[str, LiveRequest] = {}  # arriving ones included
         self._here: dict[RequestId, str] = {}  # arriving ones excluded
         self._stems = StemIndex()  # of those here
         self._ended = EndedRequests(time.monotonic, keep_ended_s)
+        self._unmovable = dict.fromkeys(UNMOVABLE, 0)
+        self._on_unmovable = on_unmovable
 
     def __getitem__(self, stay_id: str) -> LiveRequest:
         return self._by_stay[stay_id]
@@ -84,6 +94,7 @@ class LiveRequests:
         self._by_stay[stay_id] = live
         self._here[live.request_id] = stay_id
         self._stems.add(live.request_id)
+        self._count_unmovable(live, 1)
 
     def ends(self, stay_id: str) -> None:
         """Idempotent."""
@@ -91,6 +102,12 @@ class LiveRequests:
         if live is not None and self._here.get(live.request_id) == stay_id:
             del self._here[live.request_id]
             self._stems.discard(live.request_id)
+            self._count_unmovable(live, -1)
+
+    def _count_unmovable(self, live: LiveRequest, difference: int) -> None:
+        if live.unmovable is not None:
+            self._unmovable[live.unmovable] += difference
+            self._on_unmovable(dict(self._unmovable))
 
     def stay_of(self, request_id: RequestId) -> str | None:
         """The id of a request that is here; None if it is not, or only on its way."""

@@ -25,6 +25,7 @@ from migration.engine_interface import Reservation
 from migration.engine_rules import next_stage, should_suspend, slack_tokens, tail
 from migration.errors import DestinationRefusedError, RefusalCode, SourceGoneError
 from migration.messages import KvPart
+from migration.vllm_engine.adapters import slots_kept
 from migration.vllm_engine.cache_groups import CacheGroups
 from migration.vllm_engine.migrated_blocks import MigratedBlocks
 
@@ -89,8 +90,10 @@ class MigrationMixin:
         limit, entering = config.long_prefill_token_threshold, len(self.kv_holding_waiting)
         if entering:
             config.long_prefill_token_threshold = self._prefill_limit(entering, limit)
+        held = (*self.migration.suspended.values(), *self.migration.arriving.values())
         try:
-            output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+            with slots_kept(self.lora_config, self.running, held):
+                output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         finally:
             config.long_prefill_token_threshold = limit
         if entering:
@@ -237,7 +240,7 @@ class MigrationMixin:
             text = f"all {held} slots of the batch are taken"
             raise DestinationRefusedError(RefusalCode.NO_BATCH_SLOT, text)
         request.prefill_stats = None  # the source has reported them
-        request.status = self._entry_status()
+        request.status = entry_status(self)
         manager, groups = self.kv_cache_manager, self.cache_groups
         computed, num_local, _ = manager.get_computed_blocks(request)
         if num_local % self.block_size:
@@ -285,7 +288,7 @@ class MigrationMixin:
         del self.migration.arriving[migration_id]
         self.cache_groups.complete(request.request_id, num_computed_tokens)
         request.num_computed_tokens = num_computed_tokens
-        request.status = self._entry_status()
+        request.status = entry_status(self)
         self.migrated_blocks.hold_back(request)
         self.requests[request.request_id] = request
         self.migration.arrived[request.request_id] = migration_id
@@ -313,13 +316,6 @@ class MigrationMixin:
             self.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
         return request_id
 
-    def continue_by_recompute(self, request: Request) -> None:
-        """Queues a request that has output tokens but no blocks: its former instance died."""
-        request.prefill_stats = None
-        request.status = self._entry_status()
-        self.requests[request.request_id] = request
-        self._enqueue_waiting_request(request)
-
     def arriving_request(self, migration_id: str) -> Request:
         """Raises: DestinationRefusedError: nothing is reserved for this migration."""
         if (request := self.migration.arriving.get(migration_id)) is None:
@@ -332,10 +328,14 @@ class MigrationMixin:
         arrived = self.migration.arrived.items()
         return next((request_id for request_id, brought_by in arrived if brought_by == migration_id), None)
 
-    def _entry_status(self) -> RequestStatus:
-        # V2 runners take prompt and outputs from NewRequestData, so the request is new to them. V1
-        # runners find the state that worker.install_request has put there, as after a preemption.
-        return RequestStatus.WAITING if self.use_v2_model_runner else RequestStatus.PREEMPTED
+
+def entry_status(scheduler: Any) -> RequestStatus:
+    """The status of a request that enters one of vLLM's schedulers with output tokens.
+
+    V2 runners take prompt and outputs from NewRequestData, so the request is new to them. V1 runners find the
+    state that `worker.install_request` has put there, as after a preemption.
+    """
+    return RequestStatus.WAITING if scheduler.use_v2_model_runner else RequestStatus.PREEMPTED
 
 
 def _is_prefilling(request: Request) -> bool:

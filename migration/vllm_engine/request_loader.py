@@ -2,7 +2,10 @@
 
 import asyncio
 import itertools
+from typing import Any
 
+from vllm.lora.request import LoRARequest
+from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request
@@ -11,7 +14,9 @@ from vllm.v1.serial_utils import MsgpackDecoder
 from migration.errors import DestinationRefusedError, RefusalCode
 from migration.messages import FinalState, RequestId
 from migration.vllm_engine import worker
-from migration.vllm_engine.migrating_scheduler import Suspended
+from migration.vllm_engine.adapters import LoadedAdapters
+from migration.vllm_engine.compatibility import missing_to_continue
+from migration.vllm_engine.migrating_scheduler import Suspended, entry_status
 
 #: How long a grammar may take to compile before a migration goes on without this destination.
 GRAMMAR_S = 30.0
@@ -24,6 +29,7 @@ class RequestLoader:
         self._core = core
         self._decoder = MsgpackDecoder(EngineCoreRequest)
         self._stays = itertools.count()
+        self._adapters = LoadedAdapters(core)
 
     def decode(self, payload: list[bytes]) -> tuple[RequestId, Request]:
         """Decodes a request and starts to compile its grammar, if it has one.
@@ -58,12 +64,48 @@ class RequestLoader:
             text = f"the grammar does not compile: {structured.grammar}"
             raise DestinationRefusedError(RefusalCode.GRAMMAR, text)
 
+    def enter(self, request: Request, token_ids: list[int]) -> None:
+        """Loads the adapter of a request that is to be queued, and appends the tokens that it had elsewhere.
+
+        Raises:
+            InvalidRequestError: See `LoadedAdapters.load`.
+            DestinationRefusedError: See `replay`.
+        """
+        self._adapters.load(request.lora_request)
+        self.replay(request, token_ids)
+
+    def arrive(self, request: Request, token_ids: list[int]) -> None:
+        """The same for a request that is to migrate here.
+
+        Raises:
+            DestinationRefusedError: Its adapter cannot be loaded, or is one too many; or see `replay`.
+        """
+        self._adapters.check_slot(request.lora_request)
+        try:
+            self._adapters.load(request.lora_request)
+        except Exception as error:
+            text = f"the LoRA adapter cannot be loaded: {error}"
+            raise DestinationRefusedError(RefusalCode.ADAPTER, text) from error
+        self.replay(request, token_ids)
+
+    def load_adapter(
+        self, name: str, number: int, path: str, base_model: str | None, is_3d: bool, reload: bool
+    ) -> None:
+        """Loads a LoRA adapter before requests use it. Raises: as `LoadedAdapters.load`.
+
+        Args:
+            reload: Whether weights that are loaded are read again.
+        """
+        self._adapters.load(LoRARequest(name, number, path, base_model, reload, is_3d))
+
     def replay(self, request: Request, token_ids: list[int]) -> None:
         """Appends output tokens as decoding did, so that a grammar advances with them.
 
         Raises:
             DestinationRefusedError: The grammar does not accept them.
         """
+        if not token_ids:
+            return
         if not request.use_structured_output:
             request.append_output_token_ids(token_ids)
             return
@@ -73,20 +115,38 @@ class RequestLoader:
                 text = "the grammar does not accept the tokens so far"
                 raise DestinationRefusedError(RefusalCode.GRAMMAR, text)
 
+    def check_can_continue(self) -> None:
+        """Raises: DestinationRefusedError: this vLLM cannot continue a request that was lost elsewhere."""
+        if missing := missing_to_continue():
+            text = "a lost request cannot be continued: this vLLM lacks " + ", ".join(missing)
+            raise DestinationRefusedError(RefusalCode.UNSUPPORTED_ENGINE, text)
+
+    def continue_by_recompute(self, request: Request) -> None:
+        """Queues a request that has output tokens but no blocks: its former instance died.
+
+        Any engine can do this, with vLLM's own scheduler, too.
+        """
+        self.install(request, 0, None)
+        queue_for_recompute(self._core.scheduler, request)
+
     def install(self, request: Request, num_computed_tokens: int, rng_state: bytes | None) -> None:
         """Gives a V1 model runner the request's state; V2 runners take it from the scheduler."""
         if self._core.scheduler.use_v2_model_runner:
             return
+        state = NewRequestData(
+            req_id=request.request_id,
+            prompt_token_ids=request.prompt_token_ids,
+            mm_features=request.mm_features,  # with their data, for a recompute after a preemption
+            sampling_params=request.sampling_params,
+            pooling_params=None,
+            block_ids=([],),  # set by the scheduler's output when the request is resumed
+            num_computed_tokens=num_computed_tokens,
+            lora_request=request.lora_request,
+            prompt_embeds=request.prompt_embeds,
+            prompt_is_token_ids=request.prompt_is_token_ids,
+        )
         self._core.collective_rpc(
-            worker.install_request,
-            args=(
-                request.request_id,
-                request.prompt_token_ids,
-                list(request.output_token_ids),
-                request.sampling_params,
-                num_computed_tokens,
-                rng_state,
-            ),
+            worker.install_request, args=(state, list(request.output_token_ids), rng_state)
         )
 
     def final_state(self, suspended: Suspended, epoch: int) -> FinalState:
@@ -100,3 +160,11 @@ class RequestLoader:
             # The workers of the last pipeline stage sample, each with the same generators.
             rng_state=self._core.collective_rpc(worker.rng_state, args=(request.request_id,))[-1],
         )
+
+
+def queue_for_recompute(scheduler: Any, request: Request) -> None:
+    """Queues a request that has output tokens, in one of vLLM's schedulers, with migration or without."""
+    request.prefill_stats = None  # they have been reported
+    request.status = entry_status(scheduler)
+    scheduler.add_request(request)
+    request.take_events()  # durations are computed from those of its first queueing

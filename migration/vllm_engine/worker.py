@@ -7,7 +7,8 @@ from platform import machine
 from typing import Any
 
 import torch
-from vllm.sampling_params import SamplingParams, SamplingType
+from vllm.sampling_params import SamplingType
+from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 
@@ -43,41 +44,48 @@ def rng_state(worker: Any, request_id: str) -> bytes | None:
 
 
 def install_request(
-    worker: Any,
-    request_id: str,
-    prompt_token_ids: list[int],
-    output_token_ids: list[int],
-    sampling_params: SamplingParams,
-    num_computed_tokens: int,
-    saved_rng_state: bytes | None,
+    worker: Any, state: NewRequestData, output_token_ids: list[int], saved_rng_state: bytes | None
 ) -> None:
     """Gives a V1 runner the state of a request that was decoded elsewhere.
 
     Without a saved generator state a seeded request's generator is wound forward by sampling once per
     output token, with the runner's own sampler: what that draws differs between platforms.
+
+    Args:
+        state: As the scheduler would present a new request, with the data of its multimodal input.
+
+    Source: vllm/v1/worker/gpu_model_runner.py, _update_states.
     """
     runner = _runner(worker)
+    params = state.sampling_params
+    assert params is not None
     generator = None
-    if sampling_params.sampling_type == SamplingType.RANDOM_SEED:
+    if params.sampling_type == SamplingType.RANDOM_SEED:
         generator = torch.Generator(device=runner.device)
         if saved_rng_state is not None:
             generator.set_state(torch.frombuffer(bytearray(saved_rng_state), dtype=torch.uint8))
         else:
-            assert sampling_params.seed is not None
-            generator.manual_seed(sampling_params.seed)
+            assert params.seed is not None
+            generator.manual_seed(params.seed)
             logits = torch.zeros((1, runner.input_batch.vocab_size), device=runner.device)
             for _ in output_token_ids:
                 runner.sampler.topk_topp_sampler(logits, {0: generator}, None, None)
-    runner.requests[request_id] = CachedRequestState(
-        req_id=request_id,
-        prompt_token_ids=prompt_token_ids,
-        mm_features=[],
-        sampling_params=sampling_params,
+    installed = CachedRequestState(
+        req_id=state.req_id,
+        prompt_token_ids=state.prompt_token_ids,
+        mm_features=state.mm_features,
+        sampling_params=params,
         generator=generator,
-        block_ids=([],),  # set by the scheduler's output when the request is resumed
-        num_computed_tokens=num_computed_tokens,
+        block_ids=state.block_ids,
+        num_computed_tokens=state.num_computed_tokens,
         output_token_ids=list(output_token_ids),
+        lora_request=state.lora_request,
+        prompt_embeds=state.prompt_embeds,
+        prompt_is_token_ids=state.prompt_is_token_ids,
     )
+    runner.requests[state.req_id] = installed
+    if runner.uses_mrope:
+        runner._init_mrope_positions(installed)
 
 
 def missing_attributes(worker: Any) -> list[str]:

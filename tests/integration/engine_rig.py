@@ -6,12 +6,14 @@ import ctypes
 import threading
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any
 
 import msgspec
 import torch
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.platforms import current_platform
 from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import SamplingParams
 from vllm.usage.usage_lib import UsageContext
@@ -27,18 +29,28 @@ from pd_serve.platform.cpu import cpu_engine_defaults
 
 CLIENT = "client"
 
+# vLLM replaces its kernels in all imported modules, for each engine anew. It does not get through those that
+# an engine has imported meanwhile (of torch, numba).
+_register_kernels = cache(current_platform.register_triton_kernel_overrides)
+setattr(type(current_platform), "register_triton_kernel_overrides", staticmethod(_register_kernels))  # noqa: B010
 
-def tiny_config() -> VllmConfig:
+
+def tiny_config(**more: Any) -> VllmConfig:
+    """Args: `more`: Arguments of vLLM's `AsyncEngineArgs`."""
     torch.set_num_threads(1)  # of this thread, which steps the engine; two would wait for each other
-    arguments = cpu_engine_defaults() | {
-        "model": resolve("tiny"),
-        "dtype": "float32",
-        "kv_cache_memory_bytes": 32 << 20,
-        "max_model_len": 2048,
-        "max_num_seqs": 4,
-        "max_num_batched_tokens": 256,
-        "enable_prefix_caching": False,  # so that all blocks are copied, and nothing else is computed
-    }
+    arguments = (
+        cpu_engine_defaults()
+        | {
+            "model": resolve("tiny"),
+            "dtype": "float32",
+            "kv_cache_memory_bytes": 32 << 20,
+            "max_model_len": 2048,
+            "max_num_seqs": 4,
+            "max_num_batched_tokens": 256,
+            "enable_prefix_caching": False,  # so that all blocks are copied, and nothing else is computed
+        }
+        | more
+    )
     return AsyncEngineArgs(**arguments).create_engine_config(UsageContext.ENGINE_CONTEXT)
 
 
@@ -48,19 +60,21 @@ def payload(
     params: SamplingParams | None = None,
     *,
     pooling_params: PoolingParams | None = None,
+    **more: Any,
 ) -> list[bytes]:
-    """A request as an API server sends it."""
-    request = EngineCoreRequest(
-        request_id=request_id,
-        prompt_token_ids=prompt,
-        mm_features=None,
-        sampling_params=params,
-        pooling_params=pooling_params,
-        arrival_time=0.0,
-        lora_request=None,
-        cache_salt=None,
-        data_parallel_rank=None,
-    )
+    """A request as an API server sends it; `more`: fields of `EngineCoreRequest`."""
+    fields: dict[str, Any] = {
+        "request_id": request_id,
+        "prompt_token_ids": prompt,
+        "mm_features": None,
+        "sampling_params": params,
+        "pooling_params": pooling_params,
+        "arrival_time": 0.0,
+        "lora_request": None,
+        "cache_salt": None,
+        "data_parallel_rank": None,
+    }
+    request = EngineCoreRequest(**fields | more)
     return [bytes(frame) for frame in MsgpackEncoder().encode(request)]
 
 
@@ -83,21 +97,27 @@ class Stream:
 
 
 class EngineRig:
-    """An engine and all that it says. Made and used on one event loop."""
+    """An engine and all that it says. Made and used on one event loop.
 
-    def __init__(self) -> None:
+    Args:
+        arguments: Of `tiny_config`.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
         self.streams: dict[str, Stream] = {}
         self.clients: dict[str, str] = {}  # that the last outputs of each request went to
         self.deaths: list[BaseException] = []
         self.ended: list[RequestId] = []
+        self.unmovable: dict[str, int] = {}
         self._loop = asyncio.get_running_loop()
         events = EngineEvents(
             on_prefill_started=lambda ids: None,
             on_requests_ended=self.ended.extend,
             on_load=lambda load: None,
             on_death=self.deaths.append,
+            on_unmovable=self.unmovable.update,
         )
-        self.engine = VllmEngine(tiny_config, self._sink, events)
+        self.engine = VllmEngine(partial(tiny_config, **arguments), self._sink, events)
 
     def _sink(self, client: str, outputs: EngineCoreOutputs, spans: list[TokenSpan]) -> None:
         self._loop.call_soon_threadsafe(self._receive, client, outputs, spans)

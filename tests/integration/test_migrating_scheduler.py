@@ -10,6 +10,7 @@ from vllm.v1.request import RequestStatus
 
 from migration.engine_rules import SLACK_BLOCKS
 from migration.messages import BlockRun, KvPart
+from migration.vllm_engine.request_loader import queue_for_recompute
 from migration.vllm_engine.scheduler_integrity import check_scheduler
 from pd_serve.errors import DestinationRefusedError, SourceGoneError
 from tests.integration.scheduler_lab import KINDS, Kind, Move, Node, migrate, undisturbed
@@ -775,7 +776,7 @@ class TestRecompute:
         heir.scheduler.handoff_ids.add("r")
         started: list[list[str]] = []
         heir.scheduler.on_prefill_started = started.append
-        heir.call(heir.scheduler.continue_by_recompute, request)
+        heir.call(queue_for_recompute, heir.scheduler, request)
         heir.runner.install(request)
         heir.run_to_the_end()
         assert dead.streams["r"] == undisturbed(PROMPT, 40)
@@ -792,7 +793,7 @@ class TestRecompute:
         request = node.copy_of("r", old)
         del node.streams["r"][request.num_output_tokens :]
         abort(node, "r")
-        node.call(node.scheduler.continue_by_recompute, request)
+        node.call(queue_for_recompute, node.scheduler, request)
         node.runner.install(request)
         node.run_to_the_end()
         assert node.streams["r"] == undisturbed(PROMPT, 40)

@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from vllm.v1.request import RequestStatus
 
+from migration.vllm_engine.request_loader import queue_for_recompute
 from pd_serve.errors import SourceGoneError
 from tests.integration.scheduler_lab import KINDS, Kind, Layers, Move, Node, undisturbed
 
@@ -132,7 +133,7 @@ class TwoNodes:
                 move.cancel()
         request = heir.copy_of(request_id, node.scheduler.requests[stay_id])
         node.call(node.scheduler.finish_requests, stay_id, RequestStatus.FINISHED_ABORTED)
-        heir.call(heir.scheduler.continue_by_recompute, request)
+        heir.call(queue_for_recompute, heir.scheduler, request)
         heir.runner.install(request)
 
     def owned(self) -> list[tuple[int, str]]:

@@ -520,9 +520,11 @@ class TestRefusals:
         own_transfer = {"kv_transfer_params": {"do_remote_decode": False}}
         stream = await rig.add("r", PROMPT[:40], greedy(30, extra_args=own_transfer), handoff=True)
         await eventually(lambda: stream.tokens)
-        with pytest.raises(DestinationRefusedError, match="a KV transfer of its own"):
+        with pytest.raises(DestinationRefusedError, match="a request with a KV transfer of its own"):
             await rig.engine.describe(RequestId("r"))
+        assert rig.unmovable["kv_transfer"] == 1
         assert await rig.finish(stream) == expected
+        assert set(rig.unmovable.values()) == {0}
 
     @pytest.mark.parametrize(
         "name",
@@ -615,7 +617,9 @@ class TestUnmovable:
         prompt = attributes.pop("prompt_token_ids", [1, 2, 3])
         return Request("r", prompt, None if pooling_params else params, pooling_params, **attributes)
 
-    async def test_an_ordinary_request_moves(self) -> None:
+    async def test_requests_of_most_kinds_move(self) -> None:
+        import torch
+        from vllm.lora.request import LoRARequest
         from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
         from migration.vllm_engine.compatibility import unmovable
@@ -624,15 +628,16 @@ class TestUnmovable:
         assert unmovable(self.request(SamplingParams(max_tokens=5, seed=1, logprobs=3))) is None
         json_only = StructuredOutputsParams(json_object=True)
         assert unmovable(self.request(SamplingParams(max_tokens=5, structured_outputs=json_only))) is None
+        assert unmovable(self.request(SamplingParams(max_tokens=5, thinking_token_budget=4))) is None
+        assert unmovable(self.request(lora_request=LoRARequest("adapter", 1, "somewhere"))) is None
+        assert unmovable(self.request(prompt_token_ids=None, prompt_embeds=torch.zeros(3, 4))) is None
 
     async def test_unsupported_requests_do_not_move(self) -> None:
-        import torch
-        from vllm.lora.request import LoRARequest
         from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
         from vllm.pooling_params import PoolingParams
         from vllm.sampling_params import SamplingParams
 
-        from migration.vllm_engine.compatibility import unmovable
+        from migration.vllm_engine.compatibility import UNMOVABLE, unmovable
 
         image = MultiModalFeatureSpec(
             data=None, modality="image", identifier="i", mm_position=PlaceholderRange(offset=0, length=2)
@@ -642,17 +647,15 @@ class TestUnmovable:
             return self.request(SamplingParams(max_tokens=5, extra_args=extra))
 
         kinds = {
-            "a pooling request": self.request(pooling_params=PoolingParams(task="embed")),
-            "multimodal input": self.request(mm_features=[image]),
-            "embeddings": self.request(prompt_token_ids=None, prompt_embeds=torch.zeros(3, 4)),
-            "a LoRA adapter": self.request(lora_request=LoRARequest("adapter", 1, "somewhere")),
-            "streaming-input": self.request(resumable=True),
-            "a KV transfer": asks_for(kv_transfer_params={"do_remote_prefill": True}),
-            "transfer of its own": asks_for(ec_transfer_params={"any": 1}),
-            "thinking token budget": self.request(SamplingParams(max_tokens=5, thinking_token_budget=4)),
+            "pooling": self.request(pooling_params=PoolingParams(task="embed")),
+            "no_data": self.request(mm_features=[image]),
+            "session": self.request(resumable=True),
+            "kv_transfer": asks_for(kv_transfer_params={"do_remote_prefill": True}),
         }
         for why, request in kinds.items():
-            assert why in str(unmovable(request))
+            assert unmovable(request) == why
+        assert unmovable(asks_for(ec_transfer_params={"any": 1})) == "kv_transfer"
+        assert kinds.keys() | {"too_large"} == UNMOVABLE.keys()
 
 
 async def test_a_failed_step_ends_the_engine(
@@ -683,7 +686,7 @@ async def test_an_unknown_vllm_serves_without_migration(
     from vllm.v1.core.sched.scheduler import Scheduler
 
     from migration.vllm_engine import compatibility as support
-    from tests.integration.engine_rig import CLIENT, EngineRig, eventually, greedy, payload
+    from tests.integration.engine_rig import EngineRig, eventually, greedy
 
     name = "vllm.v1.core.sched.scheduler:Scheduler.gone_in_the_next_release"
     monkeypatch.setattr(support, "RELIED_ON", support.RELIED_ON | {name: ()})
@@ -700,7 +703,6 @@ async def test_an_unknown_vllm_serves_without_migration(
             rig.engine.describe(request_id),
             rig.engine.next_stage(request_id, 0, 0, suspend=False, reader=MigrationId("m")),
             rig.engine.reserve(migration_id, None),
-            rig.engine.add(payload("s", PROMPT, greedy(9)), CLIENT, output_token_ids=[1, 2]),
         ):
             with pytest.raises(DestinationRefusedError, match="migration is off here"):
                 await call
