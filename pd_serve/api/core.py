@@ -4,11 +4,15 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any
 
+from msgspec.structs import replace
+from vllm.lora.request import LoRARequest
+from vllm.utils import length_from_prompt_token_ids_or_embeds
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.core_client import EngineCoreClient
 
 from pd_serve.api.codec import VllmCodec
 from pd_serve.api.identity import client_id
+from pd_serve.api.lora_adapters import adapter_of, for_engines
 from pd_serve.api.resumption import note_resumed
 from pd_serve.comm.requests import CallEngine
 from pd_serve.frontend.frontend import Frontend
@@ -18,7 +22,7 @@ from router.request import NewRequest, prefix_keys
 class ClusterCore(EngineCoreClient):
     """Passes requests to the frontend and outputs back to `AsyncLLM`.
 
-    Methods of the base class that are not defined here (LoRA, pause, sleep, profile, collective RPC) raise
+    Methods of the base class that are not defined here (pause, sleep, profile, collective RPC) raise
     `NotImplementedError`, which vLLM answers with 501.
 
     Attributes:
@@ -47,8 +51,11 @@ class ClusterCore(EngineCoreClient):
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         """Takes a request. After a `PdServeError`, or when cancelled, it is aborted."""
+        if request.lora_request is not None:
+            request = replace(request, lora_request=for_engines(request.lora_request))
         token_ids = request.prompt_token_ids or ()
-        new = NewRequest(len(token_ids), request.priority, prefix_keys(token_ids))
+        num_tokens = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
+        new = NewRequest(num_tokens, request.priority, prefix_keys(token_ids))
         parameters = request.sampling_params
         max_tokens = parameters.max_tokens if parameters is not None else 0  # pooling
         is_resumed = await self._frontend.adoption.submit(
@@ -69,6 +76,16 @@ class ClusterCore(EngineCoreClient):
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         """Ends requests on any instance. Unknown and finished ids are ignored; ids may repeat."""
         self._frontend.requests.abort(request_ids)
+
+    async def add_lora_async(self, lora_request: LoRARequest) -> bool:
+        """Loads an adapter on all instances, and offers it at all API servers."""
+        adapter = adapter_of(lora_request)
+        await self._frontend.lora_adapters.load(adapter, reload=lora_request.load_inplace)
+        return True
+
+    async def list_loras_async(self) -> set[int]:
+        listed = await self._frontend.instances.call_all(CallEngine("list_loras", []))
+        return {number for numbers in listed.values() for number in numbers}
 
     async def reset_mm_cache_async(self) -> None:
         await self._frontend.instances.call_all(CallEngine("reset_mm_cache", []))

@@ -5,6 +5,7 @@ lost one. While the manager is absent, every process keeps the last membership t
 """
 
 import asyncio
+import hashlib
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -47,6 +48,39 @@ class ApiServerInfo(msgspec.Struct, frozen=True):
     joined: str = ""
 
 
+class LoraAdapter(msgspec.Struct, frozen=True):
+    """A LoRA adapter that the cluster serves.
+
+    Attributes:
+        name: Clients name it as the model.
+        path: Directory, on every node, or name on a hub.
+        base_model: Served name of the model that it is listed under; None for the first one.
+        is_3d: See vLLM's `LoRARequest.is_3d_lora_weight`.
+    """
+
+    name: str
+    path: str
+    base_model: str | None = None
+    is_3d: bool = False
+
+    @property
+    def number(self) -> int:
+        """Engines know an adapter by this. It follows from name and path, so that it is the same everywhere;
+        31 bits, which is what vLLM's second model runner keeps.
+        """
+        digest = hashlib.sha256(f"{self.name}\0{self.path}".encode()).digest()
+        return int.from_bytes(digest[:4], "big") % (2**31 - 1) + 1
+
+    @property
+    def for_engine(self) -> tuple[str, int, str, str | None, bool]:
+        """The fields of vLLM's `LoRARequest` that an engine needs, in order, without `load_inplace`.
+
+        vLLM keeps one adapter of a name in a batch. With the path in it, requests that use the former one go
+        on when an adapter is replaced.
+        """
+        return f"{self.name}@{self.path}", self.number, self.path, self.base_model, self.is_3d
+
+
 class Join(msgspec.Struct, frozen=True, tag=True):
     """API server → manager: the sender joins the cluster. Repeated as a heartbeat.
 
@@ -71,6 +105,7 @@ class Membership(msgspec.Struct, frozen=True, tag=True):
         leaving: Instances that are stopped as soon as they are empty.
         starting: Number of instances that are being started, by role.
         scheduler: The scheduler's address; "" if there is none.
+        lora_adapters: Those that API servers offer to clients.
     """
 
     term: int
@@ -80,6 +115,7 @@ class Membership(msgspec.Struct, frozen=True, tag=True):
     starting: dict[str, int] = {}
     scheduler: str = ""
     api_servers: dict[str, ApiServerInfo] = {}
+    lora_adapters: list[LoraAdapter] = []
 
 
 @dataclass(frozen=True, slots=True)

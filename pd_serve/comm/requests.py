@@ -7,6 +7,7 @@ import msgspec
 from migration.engine_interface import HeldBlocks
 from migration.messages import InstanceId, RequestId
 from migration.record import MigrationRecord
+from pd_serve.comm.membership import LoraAdapter
 from pd_serve.comm.rpc import Request
 
 # ---- API server → instance
@@ -116,6 +117,23 @@ class RestartInstances(Request[None], frozen=True, tag=True):
     cancel: bool = False
 
 
+class LoadAdapter(Request[None], frozen=True, tag=True):
+    """Loads a LoRA adapter on all instances, and offers it at all API servers.
+
+    Attributes:
+        reload: Also if one of this name is loaded, which it replaces.
+    """
+
+    adapter: LoraAdapter
+    reload: bool = False
+
+
+class UnloadAdapter(Request[None], frozen=True, tag=True):
+    """Ends the offer of a LoRA adapter at all API servers."""
+
+    name: str
+
+
 # ---- API server → manager → the other API servers
 
 
@@ -159,6 +177,8 @@ AnyRequest = (
     | DrainInstance
     | ScalePools
     | RestartInstances
+    | LoadAdapter
+    | UnloadAdapter
     | MigrateByName
     | FindRequests
 )

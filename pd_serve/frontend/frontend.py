@@ -32,6 +32,7 @@ from pd_serve.errors import MigrationRefusedError, RefusalCode, UnknownTargetErr
 from pd_serve.frontend.adoption import Adoption
 from pd_serve.frontend.instances import Instances
 from pd_serve.frontend.integrity import IntegrityWatch, compare_holdings, lost, without_client
+from pd_serve.frontend.lora_adapters import OfferedAdapters
 from pd_serve.frontend.manager_client import ManagerClient
 from pd_serve.frontend.manual_migration import ManualMigrations, MigrationMode
 from pd_serve.frontend.output_codec import OutputCodec
@@ -89,8 +90,8 @@ class Frontend:
         self.internal_ids: Callable[[str], list[str]] = lambda request_id: [request_id]
         self._recorder = recorder = recorder or RequestRecorder()
         self.instances = Instances(wire, self._members, dispatcher.loads, num_slots)
-        token_endpoint = wire.listen_for_frames(lambda frames: self.tokens.on_frames(frames))
-        placement = RequestPlacement(wire, token_endpoint, dispatcher, recorder, clock)
+        self._token_endpoint = endpoint = wire.listen_for_frames(lambda frames: self.tokens.on_frames(frames))
+        placement = RequestPlacement(wire, endpoint, dispatcher, recorder, clock)
         self.requests = RequestTracker(wire, self.instances, placement, codec, deliver, recorder, clock)
         requests = self.requests.requests
         self._reconciler = Reconciler(
@@ -107,7 +108,7 @@ class Frontend:
             clock,
             self._reconciler.on_report,
         )
-        self.adoption = Adoption(token_endpoint, self.instances, self.requests, orphan_s)
+        self.adoption = Adoption(endpoint, self.instances, self.requests, orphan_s)
         self._placement = placement
         self._manual = ManualMigrations(wire, requests, self.instances, placement)
         self._manager = ManagerClient(
@@ -118,11 +119,11 @@ class Frontend:
             lambda: placement.demand,
             self._is_unused,
         )
+        self.lora_adapters = OfferedAdapters(self._manager)
         self._server = RpcServer(
             wire, {MigrateByName: self._serve_migrate, FindRequests: self._serve_find_requests}
         )
-        info = ApiServerInfo(wire.listen(ToApiServer, self._on_message), token_endpoint)
-        self._token_endpoint = token_endpoint
+        info = ApiServerInfo(wire.listen(ToApiServer, self._on_message), endpoint)
         self._manager.open(info)
         self._tasks = BackgroundTasks(wire.failures.task_failed)
         self._tasks.start(self._reconcile())
@@ -181,6 +182,7 @@ class Frontend:
         if change is None:
             return
         self._note_own_membership(message)
+        self.lora_adapters.on_membership(message.lora_adapters)
         for instance_id in change.left:
             self.instances.remove(instance_id)
             self._reconciler.instance_left(instance_id)
@@ -223,9 +225,8 @@ class Frontend:
         return len(candidates(self.instances.loads))
 
     def snapshot(self) -> ClusterSnapshot:
-        instances = [
-            InstanceSnapshot.of(info, self.instances.load_of(info.instance_id)) for info in self.instances
-        ]
+        seen, stats = self.instances, self._stats.get
+        instances = [InstanceSnapshot.of(i, seen.load_of(i.instance_id), stats(i.instance_id)) for i in seen]
         snapshot = ClusterSnapshot(
             instances=instances,
             waiting_line=WaitingRequests(*self._placement.demand),

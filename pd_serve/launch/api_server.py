@@ -60,6 +60,7 @@ class ApiServer:
         from pd_serve.api.codec import VllmCodec
         from pd_serve.api.core import ClusterCore
         from pd_serve.api.engine_client import ClusterAsyncLLM
+        from pd_serve.api.lora_adapters import offer_adapters
         from pd_serve.dashboard.routes import show_dashboard
         from pd_serve.observe.exposition import show_metrics
 
@@ -104,6 +105,7 @@ class ApiServer:
                 admin_key=config.admin_key,
                 max_body_bytes=config.max_body_bytes,
             )
+            offer_adapters(app.state.openai_serving_models, frontend.lora_adapters)
             labels = {"service": config.service_name, "model_name": server.served_model_name[0]}
             show_metrics(app, frontend.report, labels=labels)
             live = LiveView(wire.name, frontend.snapshot, frontend.instances, recent, labels, frontend.totals)

@@ -36,6 +36,11 @@ CHANGED_DEFAULTS: Mapping[str, Any] = {
 }
 """Where the service's defaults differ from vLLM's, and why. Flags override them."""
 
+#: vLLM's front end sends the data of an image once, and afterwards its hash only, if it believes that it is
+#: the only one and has one engine. With several API servers it always sends the data, which is right for
+#: several engines, too. Source: vllm/multimodal/cache/factories.py, _get_cache_type.
+SEVERAL_API_SERVERS = 2
+
 
 @dataclass(frozen=True, slots=True)
 class ParsedFlags:
@@ -53,7 +58,8 @@ class ParsedFlags:
         """Arguments of `AsyncEngineArgs` for a role: those that differ from vLLM's defaults."""
         settings, defaults = vars(self._by_role[role]), vars(defaults_of_vllm())
         names = engine_settings() & settings.keys()
-        return {name: settings[name] for name in sorted(names) if settings[name] != defaults.get(name)}
+        arguments = {name: settings[name] for name in sorted(names) if settings[name] != defaults.get(name)}
+        return arguments | {"mm_processor_cache_gb": 0.0}  # API servers have it: `SEVERAL_API_SERVERS`
 
     def workers(self, role: str) -> int:
         """Processes, or GPUs, that compute a step of a role's engines."""
@@ -98,6 +104,7 @@ class ParsedFlags:
         with as_invalid_request():
             configure_logging_from_args(self.server)
             engine_args = AsyncEngineArgs.from_cli_args(self.server)
+            engine_args._api_process_count = SEVERAL_API_SERVERS
             return engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
 
 
@@ -190,8 +197,8 @@ def _check_server(server: Namespace) -> None:
     from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
     from vllm.entrypoints.launchers.launcher import validate_api_server_args
 
-    if server.lora_modules:
-        raise InvalidRequestError("--lora-modules: LoRA adapters cannot be loaded into a cluster")
+    if server.lora_modules and not server.enable_lora:
+        raise InvalidRequestError("--lora-modules: LoRA adapters need --enable-lora")
     with as_invalid_request():
         _import_plugin("--tool-parser-plugin", server.tool_parser_plugin)
         _import_plugin("--reasoning-parser-plugin", server.reasoning_parser_plugin)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from pd_serve.comm.membership import ApiServerInfo, InstanceInfo
+from pd_serve.comm.membership import ApiServerInfo, InstanceInfo, LoraAdapter
 from pd_serve.instance.instance_process import InstanceConfig
 from pd_serve.platform.placement import Placement
 from pd_serve.scheduler.scheduler_process import SchedulerConfig
@@ -40,6 +40,7 @@ class ManagerNotes:
         roles: Present roles of the instances.
         restart: The rolling restart that is under way; None if there is none.
         api_servers: API servers that have joined, by name.
+        lora_adapters: See `Membership.lora_adapters`.
     """
 
     term: int = 1
@@ -52,6 +53,7 @@ class ManagerNotes:
     roles: dict[str, str] = field(default_factory=dict)
     restart: RestartNotes | None = None
     api_servers: dict[str, ApiServerInfo] = field(default_factory=dict)
+    lora_adapters: list[LoraAdapter] = field(default_factory=list)
 
     @property
     def age(self) -> tuple[int, int]:

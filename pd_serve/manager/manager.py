@@ -19,9 +19,11 @@ from pd_serve.comm.messages import LoadReport, SchedulerReport, StartInstance, S
 from pd_serve.comm.requests import Call
 from pd_serve.comm.rpc import Answer, RpcClient
 from pd_serve.comm.timing import HEARTBEAT_S, INSTANCE_LEASE_S
+from pd_serve.instance.engine_factory import no_moves
 from pd_serve.manager.announcer import Announcer
 from pd_serve.manager.decision_log import DecisionLog
 from pd_serve.manager.launcher import Launcher, ManagerNotes
+from pd_serve.manager.lora_adapters import LoraAdapters
 from pd_serve.manager.manager_config import ManagerConfig
 from pd_serve.manager.operations import Operations
 from pd_serve.manager.pool_sizes import PoolSizes
@@ -92,8 +94,16 @@ class Manager:
         self._scheduler = SchedulerKeeper(
             launcher, scheduler, self._clock, self.keep_notes, self._on_scheduler_started, notices.warn
         )
+        self._adapters = LoraAdapters(self.register, self._calls, self._keep_changed)
         self._operations = Operations(
-            wire, self.register, self._stopper, self._sizes, self._restart, self._announcer, self._calls
+            wire,
+            self.register,
+            self._stopper,
+            self._sizes,
+            self._restart,
+            self._adapters,
+            self._announcer,
+            self._calls,
         )
         launcher.on_lost = self._on_lost
         self.address = wire.listen(ToManager, self._on_message)
@@ -114,6 +124,7 @@ class Manager:
             self._starter.next_numbers = dict(notes.next_numbers)
             self._stopper.drained_by_operator = set(notes.drained_by_operator)
             self._sizes.stopped = dict(notes.stopped)
+            self._adapters.take_over(notes.lora_adapters)
         for info in infos:
             self._wire.connect(info.instance_id, info.address)
             self.register.add(info, self._notes.roles.get(info.instance_id, ""))
@@ -154,7 +165,7 @@ class Manager:
         self._wire.connect(name, info.address)
         self._notices.step(f"{name} is ready (pid {info.pid})")
         if info.engine.no_migration is not None:
-            self._notices.warn(f"{name} serves without migration: {info.engine.no_migration}")
+            self._notices.warn(f"{name}: {no_moves(info.engine.no_migration, role)}")
         return info
 
     async def _stop(self, instance_id: str) -> None:
@@ -174,6 +185,7 @@ class Manager:
             return
         role, age_s = self.register.role_of(instance_id), self.register.age_s(instance_id)
         self.register.remove(instance_id)
+        self._calls.peer_lost(instance_id)
         self._wire.disconnect(instance_id)
         self._stopper.forget(instance_id)
         self.log.count("lost", role)
@@ -229,10 +241,16 @@ class Manager:
             roles=self.register.roles(),
             restart=self._restart.notes,
             api_servers=self._announcer.api_servers,
+            lora_adapters=list(self._adapters),
         )
         if (notes, kept_by) != (self._notes, self._noted_by):
             self._notes, self._noted_by = replace(notes, version=notes.version + 1), kept_by
             self._tasks.start(self.keep_notes())
+
+    async def _keep_changed(self) -> None:
+        """The same, and returns when the instances have the notes."""
+        self._changed()
+        await self.keep_notes()
 
     async def keep_notes(self) -> bool:
         """Gives the notes to the instances. Returns False, and ends, if another manager has taken over."""
@@ -264,6 +282,7 @@ class Manager:
             starting=dict(self._starter.num_starting),
             scheduler=self._scheduler.address,
             api_servers=self._announcer.api_servers,
+            lora_adapters=list(self._adapters),
         )
 
     def state(self) -> ClusterState:

@@ -7,14 +7,17 @@ from pd_serve.comm.message_wire import MessageWire
 from pd_serve.comm.requests import (
     DrainInstance,
     FindRequests,
+    LoadAdapter,
     ManualMigration,
     MigrateByName,
     RestartInstances,
     ScalePools,
+    UnloadAdapter,
 )
 from pd_serve.comm.rpc import RpcClient, RpcServer
 from pd_serve.errors import EngineDeadError, MigrationRefusedError, UnknownTargetError
 from pd_serve.manager.announcer import Announcer
+from pd_serve.manager.lora_adapters import LoraAdapters
 from pd_serve.manager.pool_sizes import PoolSizes
 from pd_serve.manager.register import InstanceRegister
 from pd_serve.manager.rolling_restart import RollingRestart
@@ -35,6 +38,7 @@ class Operations:
         stopper: Stopper,
         sizes: PoolSizes,
         restart: RollingRestart,
+        adapters: LoraAdapters,
         announcer: Announcer,
         calls: RpcClient,
     ) -> None:
@@ -52,6 +56,8 @@ class Operations:
                 RestartInstances: self._restart_all,
                 MigrateByName: self._migrate,
                 FindRequests: self._find_requests,
+                LoadAdapter: adapters.load,
+                UnloadAdapter: adapters.unload,
             },
         )
         self.on_call = self._server.on_call

@@ -204,6 +204,7 @@ SILENT: dict[str, list[str]] = {
     "enable_flash_late_interaction": ["--no-enable-flash-late-interaction"],
     "enable_log_requests": ["--enable-log-requests"],
     "disable_log_stats": ["--disable-log-stats"],
+    "lora_modules": ["--enable-lora", "--lora-modules", "a=b"],  # see test_api_lora.py
 }
 
 #: Settings of what pd-serve does in another way, or not at all.
@@ -218,7 +219,6 @@ REFUSED: dict[str, list[str]] = {
     "dp_supervisor_probe_timeout_s": ["--dp-supervisor-probe-timeout-s", "1"],
     "dp_supervisor_probe_failure_threshold": ["--dp-supervisor-probe-failure-threshold", "1"],
     "enable_ssl_refresh": ["--enable-ssl-refresh"],
-    "lora_modules": ["--lora-modules", "a=b"],
 }
 
 #: Read before vLLM's parser is asked: see `tests/unit/pd_serve/launch/test_engine_flags.py`.

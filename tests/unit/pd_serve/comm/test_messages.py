@@ -39,7 +39,7 @@ from pd_serve.comm.cluster_state import (
     SchedulerStats,
     StartingInstance,
 )
-from pd_serve.comm.membership import ApiServerInfo, Join
+from pd_serve.comm.membership import ApiServerInfo, Join, LoraAdapter
 from pd_serve.comm.messages import (
     AbortRequests,
     AddRequest,
@@ -76,12 +76,14 @@ from pd_serve.comm.requests import (
     Holdings,
     ListHoldings,
     ListRequests,
+    LoadAdapter,
     ManualMigration,
     MigrateByName,
     MoveRequest,
     OrphanAnswer,
     RestartInstances,
     ScalePools,
+    UnloadAdapter,
 )
 from pd_serve.comm.rpc import Answer
 from pd_serve.errors import RefusalCode
@@ -151,6 +153,8 @@ REQUESTS: list[Any] = [
     DrainInstance("d0", True, True),
     ScalePools({"decode": 3}),
     RestartInstances(),
+    LoadAdapter(LoraAdapter("french", "/adapters/french", "tiny", True), True),
+    UnloadAdapter("french"),
     MigrateByName("r", "d0"),
     FindRequests("r"),
     FindOrphan("cmpl-mine-0.5d21"),

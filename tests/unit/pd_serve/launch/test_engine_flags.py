@@ -50,7 +50,8 @@ class TestDefaults:
         flags = read()
         assert {name: getattr(flags.server, name) for name in CHANGED_DEFAULTS} == CHANGED_DEFAULTS
         for role in ROLES:
-            assert flags.engine(role) == {"model": MODEL, "scheduling_policy": "priority"}
+            defaults = {"model": MODEL, "scheduling_policy": "priority"}
+            assert flags.engine(role) == defaults | {"mm_processor_cache_gb": 0.0}
 
     def test_command_line_before_caller_before_ours(self) -> None:
         assert by_role(read(max_num_seqs=4), "max_num_seqs") == [4, 4, 4]

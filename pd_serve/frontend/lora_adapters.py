@@ -1,0 +1,39 @@
+"""LoRA adapters as an API server knows them: from the manager, by the membership."""
+
+from collections.abc import Callable, Sequence
+
+from pd_serve.comm.membership import LoraAdapter
+from pd_serve.comm.requests import LoadAdapter, UnloadAdapter
+from pd_serve.frontend.manager_client import ManagerClient
+
+
+class OfferedAdapters:
+    """Asks the manager to load and unload adapters, and follows those that it has.
+
+    Attributes:
+        on_change: Called with all adapters of the cluster. To be set with `follow`.
+    """
+
+    def __init__(self, manager: ManagerClient) -> None:
+        self._manager = manager
+        self._known: list[LoraAdapter] = []
+        self._on_change: Callable[[Sequence[LoraAdapter]], None] = lambda adapters: None
+
+    def follow(self, on_change: Callable[[Sequence[LoraAdapter]], None]) -> None:
+        """Calls back with the present adapters, and whenever they have changed."""
+        self._on_change = on_change
+        if self._known:
+            on_change(self._known)
+
+    def on_membership(self, adapters: list[LoraAdapter]) -> None:
+        if adapters != self._known:
+            self._known = adapters
+            self._on_change(adapters)
+
+    async def load(self, adapter: LoraAdapter, *, reload: bool = False) -> None:
+        """Returns when all instances have the adapter. Raises: PdServeError: It is not loaded."""
+        await self._manager.call(LoadAdapter(adapter, reload))
+
+    async def unload(self, name: str) -> None:
+        """Raises: PdServeError: It is not unloaded."""
+        await self._manager.call(UnloadAdapter(name))

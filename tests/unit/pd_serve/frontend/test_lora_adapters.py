@@ -1,0 +1,56 @@
+"""An API server's LoRA adapters follow the manager's."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from pd_serve.comm.membership import LoraAdapter
+from pd_serve.comm.requests import LoadAdapter, UnloadAdapter
+from pd_serve.frontend.lora_adapters import OfferedAdapters
+from pd_serve.frontend.manager_client import ManagerClient
+
+FRENCH, GERMAN = LoraAdapter("french", "/french"), LoraAdapter("german", "/german")
+
+
+class Manager:
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    async def call(self, request: Any) -> None:
+        self.calls.append(request)
+
+
+def following(manager: Manager | None = None) -> tuple[OfferedAdapters, list[list[LoraAdapter]]]:
+    adapters = OfferedAdapters(cast(ManagerClient, manager or Manager()))
+    seen: list[list[LoraAdapter]] = []
+
+    def see(present: Sequence[LoraAdapter]) -> None:
+        seen.append(list(present))
+
+    adapters.follow(see)
+    return adapters, seen
+
+
+async def test_the_manager_is_asked_to_load_and_unload() -> None:
+    manager = Manager()
+    adapters, seen = following(manager)
+    await adapters.load(FRENCH)
+    await adapters.load(FRENCH, reload=True)
+    await adapters.unload("french")
+    assert manager.calls == [LoadAdapter(FRENCH), LoadAdapter(FRENCH, reload=True), UnloadAdapter("french")]
+    assert seen == [], "what the membership says counts"
+
+
+def test_only_changes_are_told() -> None:
+    """A heartbeat that was sent before an adapter was loaded must not take it away again."""
+    adapters, seen = following()
+    for present in ([], [FRENCH], [FRENCH], [FRENCH, GERMAN], [GERMAN], [GERMAN], []):
+        adapters.on_membership(present)
+    assert seen == [[FRENCH], [FRENCH, GERMAN], [GERMAN], []]
+
+
+def test_what_was_told_before_is_told_to_who_follows_later() -> None:
+    adapters = OfferedAdapters(cast(ManagerClient, Manager()))
+    adapters.on_membership([FRENCH])
+    seen: list[list[LoraAdapter]] = []
+    adapters.follow(lambda present: seen.append(list(present)))
+    assert seen == [[FRENCH]]
