@@ -76,7 +76,9 @@ def _reported() -> Iterable[tuple[Metric, list[str]]]:
         loads=[load],
         slots={"decode-0": 0},
         stats={
-            "decode-0": InstanceStats(process, 0, 0, 0, 0, 0, errors, {"policy": 0}, orphans={"ended": 0})
+            "decode-0": InstanceStats(
+                process, 0, 0, 0, 0, 0, errors, {"policy": 0}, {"session": 0}, orphans={"ended": 0}
+            )
         },
         stranded={},
         waiting=NO_DEMAND,

@@ -25,8 +25,8 @@ from migration.engine_interface import Reservation
 from migration.engine_rules import next_stage, should_suspend, slack_tokens, tail
 from migration.errors import DestinationRefusedError, RefusalCode, SourceGoneError
 from migration.messages import KvPart
-from migration.vllm_engine.adapters import slots_kept
 from migration.vllm_engine.cache_groups import CacheGroups
+from migration.vllm_engine.lora_adapters import slots_kept
 from migration.vllm_engine.migrated_blocks import MigratedBlocks
 
 

@@ -14,8 +14,8 @@ from vllm.v1.serial_utils import MsgpackDecoder
 from migration.errors import DestinationRefusedError, RefusalCode
 from migration.messages import FinalState, RequestId
 from migration.vllm_engine import worker
-from migration.vllm_engine.adapters import LoadedAdapters
 from migration.vllm_engine.compatibility import missing_to_continue
+from migration.vllm_engine.lora_adapters import LoadedAdapters
 from migration.vllm_engine.migrating_scheduler import Suspended, entry_status
 
 #: How long a grammar may take to compile before a migration goes on without this destination.

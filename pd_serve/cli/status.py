@@ -74,6 +74,9 @@ def show(service: ServiceClient) -> None:
     for i in cluster["instances"]:
         if (why := i.get("no_migration")) is not None:
             console.print(f"{i['id']} serves without migration: {why}", style="yellow", highlight=False)
+        for reason, number in i.get("unmovable", {}).items():
+            text = f"{i['id']}: {number} requests stay there until they end: {reason}"
+            console.print(text, style="yellow", highlight=False)
     line = cluster["waiting_line"]
     console.print(f"{line['requests']} requests in line for an instance with room, {line['tokens']} tokens")
     migrations = Table("reason", "committed", "aborted", title="migrations")

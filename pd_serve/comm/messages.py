@@ -196,6 +196,17 @@ class InstanceStats(msgspec.Struct, frozen=True):
             extra=COUNTER | {"label": "reason"},
         ),
     ] = {}
+    unmovable: Annotated[
+        dict[str, int],
+        Meta(
+            title="unmovable_requests",
+            description="Requests that stay on the instance until they end, by reason (pooling; no_data: "
+            "multimodal input whose data was not sent with it; too_large: inputs of more than 64 MiB; "
+            "session: streaming input; kv_transfer: of the request's own). If the whole engine cannot move "
+            "requests, `migration_enabled` is 0.",
+            extra={"label": "reason"},
+        ),
+    ] = {}
     orphans: Annotated[
         dict[str, int],
         Meta(

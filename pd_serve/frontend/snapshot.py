@@ -12,6 +12,7 @@ from pd_serve.comm.cluster_state import (
     StartingInstance,
 )
 from pd_serve.comm.membership import InstanceInfo
+from pd_serve.comm.messages import InstanceStats
 from router.freeness import freeness, headroom
 from router.load import InstanceLoad
 
@@ -28,6 +29,7 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
         expected_blocks: KV blocks for requests that are on their way here; not free for freeness.
         batch: Requests that freeness divides by: those that run or are on their way, at least 1.
         no_migration: Why requests cannot move from or to the instance; null if they can.
+        unmovable: Number of requests that stay on the instance until they end, by reason.
     """
 
     id: str
@@ -49,10 +51,13 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     expected_blocks: int = 0
     batch: int = 1
     no_migration: str | None = None
+    unmovable: dict[str, int] = {}
 
     @classmethod
-    def of(cls, info: InstanceInfo, load: InstanceLoad | None) -> "InstanceSnapshot":
-        """A started instance; `load` is None before its first report."""
+    def of(
+        cls, info: InstanceInfo, load: InstanceLoad | None, stats: InstanceStats | None = None
+    ) -> "InstanceSnapshot":
+        """A started instance; `load` and `stats` are None before its first report."""
         if load is None:
             return cls(
                 id=info.instance_id,
@@ -83,6 +88,7 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
             expected_blocks=load.expected_blocks,
             batch=max(load.running + load.expected_requests, 1),
             no_migration=info.engine.no_migration,
+            unmovable={reason: n for reason, n in stats.unmovable.items() if n} if stats is not None else {},
         )
 
     @classmethod

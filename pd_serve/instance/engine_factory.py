@@ -58,6 +58,13 @@ def no_handoffs(why: str) -> str:
     )
 
 
+def no_moves(why: str, role: str) -> str:
+    """What it means, for the operator, that the engine of an instance with this role cannot move requests."""
+    if role == "neutral":
+        return f"its requests stay until they end, as they cannot move: {why}"
+    return f"its requests decode where they were prefilled, as they cannot move; run it --neutral: {why}"
+
+
 def import_engine(*, simulated: bool) -> None:
     """Imports the modules of an instance; those of vLLM take ten seconds.
 

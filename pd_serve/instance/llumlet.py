@@ -111,6 +111,7 @@ class Llumlet:
             on_requests_ended=self._on_requests_ended,
             on_load=self._on_engine_load,
             on_death=on_fatal or (lambda error: None),
+            on_unmovable=self.reporter.on_unmovable,
         )
         self._calls = RpcServer(
             wire,

@@ -61,6 +61,7 @@ class LoadReporter:
         self.requests_added = 0
         self.refused_orders = Counter(dict.fromkeys(REFUSED_ORDERS, 0))
         self.moves_decided = 0
+        self.unmovable: dict[str, int] = {}
         self.step_watch = StepWatch()
         self._name = name
         self._wire = wire
@@ -101,6 +102,10 @@ class LoadReporter:
         self.draining = draining or self.drained_by_operator
         self.report_soon()
 
+    def on_unmovable(self, numbers: dict[str, int]) -> None:
+        """Takes the engine's number of requests that cannot move, by reason."""
+        self.unmovable = numbers
+
     def on_engine_load(self, load: EngineLoad) -> None:
         """Takes the engine's load after a step."""
         before, self._engine = self._engine, load
@@ -136,6 +141,7 @@ class LoadReporter:
             protocol_errors=coordinator.protocol_errors + len(self._wire.failures),
             message_errors=dict(self._wire.failures.by_kind),
             refused_orders=dict(self.refused_orders),
+            unmovable=self.unmovable,
             orphans=dict(zip(("adopted", "ended"), self._orphans(), strict=True)),
         )
 

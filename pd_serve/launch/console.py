@@ -64,20 +64,20 @@ class Console:
             url: Such as "http://127.0.0.1:8000".
             model: Its name in the API.
             instances: One text for each.
-            no_migration: Why requests cannot move; None if they can.
+            no_migration: What it means that requests cannot move, and why; None if they can.
         """
         seconds = time.monotonic() - self._begin
         if is_json():
             logger.info("endpoint %s/v1 serves %s after %.1f s", url, model, seconds)
             if no_migration is not None:
-                logger.warning("requests cannot move between instances: %s", no_migration)
+                logger.warning("migration is off: %s", no_migration)
             return
         table = Table.grid(padding=(0, 2))
         rows = (("endpoint", f"{url}/v1"), ("model", model), ("instances", ", ".join(instances)))
         for name, value in rows:
             table.add_row(f"[bold]{name}[/bold]", value)
         if no_migration is not None:
-            text = f"[bold yellow]off: requests cannot move: {escape(no_migration)}[/bold yellow]"
+            text = f"[bold yellow]off: {escape(no_migration)}[/bold yellow]"
             table.add_row("[bold]migration[/bold]", text)
         ready = f"ready after {seconds:.1f} s"
         self._console.print(Panel(table, title="pd-serve", subtitle=ready, expand=False))

@@ -14,6 +14,7 @@ from pd_serve.comm.membership import MANAGER
 from pd_serve.comm.wire import CurveKeys, Wire
 from pd_serve.config import ServeConfig
 from pd_serve.errors import PdServeError
+from pd_serve.instance.engine_factory import no_moves
 from pd_serve.launch.api_server import ApiServer, import_api_modules
 from pd_serve.launch.console import Console
 from pd_serve.launch.flag_table import vllm_version
@@ -152,5 +153,7 @@ class LocalService:
             server.served_model_name[0],
             [f"{info.instance_id} (pid {info.pid})" for info in infos],
             needs_key=bool(config.api_key),
-            no_migration=next((info.engine.no_migration for info in infos if info.engine.no_migration), None),
+            no_migration=next(
+                (no_moves(why, i.role) for i in infos if (why := i.engine.no_migration) is not None), None
+            ),
         )

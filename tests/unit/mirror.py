@@ -47,7 +47,7 @@ TESTED_THROUGH: dict[str, tuple[str, ...]] = {
         "migration/vllm_engine/scheduler_integrity.py",
     ),
     "tests/integration/test_profiling_engine_profile.py": ("pd_serve/profiling/measured_engine.py",),
-    "tests/integration/test_vllm_engine_lora.py": ("migration/vllm_engine/adapters.py",),
+    "tests/integration/test_vllm_engine_lora.py": ("migration/vllm_engine/lora_adapters.py",),
     "tests/integration/test_api_lora.py": ("pd_serve/api/lora_adapters.py",),
     # Parts of the HTTP application, which are tested by requests to it.
     "tests/integration/test_api_app.py": tuple(

@@ -1,6 +1,6 @@
 // Dialogs: the timeline of a request, and the requests of an instance.
 
-import { explained } from "./instance.js";
+import { explained, staying } from "./instance.js";
 import { make, makeSvg, seconds } from "./look.js";
 import { ask } from "./stream.js";
 
@@ -116,6 +116,6 @@ export function openInstance(instance, requests, blockTokens, open) {
   const row = instance.row;
   const facts = `${row.role}, ${row.state}${row.node ? ` on ${row.node}, process ${row.pid}` : ""}`;
   const list = rows.length ? make("ol", { className: "log" }, ...rows) : make("p", {}, "No request holds blocks here.");
-  const more = [facts, explained(row), row.no_migration ? `Requests cannot move: ${row.no_migration}` : ""].filter(Boolean);
+  const more = [facts, explained(row), row.no_migration ? `Requests cannot move: ${row.no_migration}` : "", ...staying(row)].filter(Boolean);
   show(instance.id, ...more.map((text) => make("p", { className: "facts" }, text)), list);
 }

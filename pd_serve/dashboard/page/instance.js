@@ -16,6 +16,11 @@ export function explained(row) {
   return `Freeness: (${row.free_blocks} free blocks${parts.join("")}) / ${row.batch} requests`;
 }
 
+/** The requests that stay on an instance until they end, a text for each reason. */
+export function staying(row) {
+  return Object.entries(row.unmovable).map(([reason, requests]) => `${requests} requests stay there until they end: ${reason}`);
+}
+
 export class Instance {
   /** `page` has `requests` (by number: id, colour), `colours`, and `isDense`, `point(instance, request, event)`,
    * `open(request)`, `list(instance)`. */
@@ -59,10 +64,10 @@ export class Instance {
     const reserved = held.reduce((sum, [, blocks, comes]) => sum + (comes ? blocks : 0), 0);
     this.element.className = `instance ${row.role} ${row.state}`;
     this.role.textContent = row.role === this.id.replace(/-\d+$/, "") ? "" : row.role;
-    const notes = [row.state === "ready" ? "" : row.state, row.no_migration ? "cannot move" : "", row.preempted ? `${row.preempted} preempted` : ""].filter(Boolean);
+    const notes = [row.state === "ready" ? "" : row.state, row.no_migration ? "cannot move" : "", staying(row).length ? "some stay" : "", row.preempted ? `${row.preempted} preempted` : ""].filter(Boolean);
     this.chip.hidden = !notes.length;
     this.chip.textContent = notes.join(", ");
-    this.chip.title = row.no_migration ?? "";
+    this.chip.title = row.no_migration ?? staying(row).join("\n");
     this.canvas.hidden = !row.total_blocks;
     this.used.textContent = row.total_blocks ? `${share} % used` : "";
     this.facts.running.textContent = number(row.running);

@@ -22,8 +22,11 @@ RULES: dict[str, dict[str, Any]] = {
 
 SERVICE = 'job="pd-serve",service="chat",model_name="tiny"'
 
+UNMOVABLE = f'pd_serve_instance_unmovable_requests{{{SERVICE},role="prefill"'
+
 #: Series of a healthy service with traffic, over 30 minutes.
 HEALTHY = {
+    f'{UNMOVABLE},instance="prefill-0",reason="session"}}': "0x60",
     'up{job="pd-serve",api_server="a:1"}': "1x60",
     f"pd_serve_scheduler_up{{{SERVICE}}}": "1x60",
     f"pd_serve_integrity_problems{{{SERVICE}}}": "0x60",
@@ -60,6 +63,7 @@ HEALTHY = {
         ("total_blocks", "", "100x60"),
         ("stranded", "", "0x60"),
         ("migration_enabled", "", "1x60"),
+        ("unmovable_requests", ',reason="session"', "2x60"),
     )
 }
 
@@ -83,6 +87,7 @@ FIRES = {
     "PdServeEngineCannotMove": [
         (f'pd_serve_instance_migration_enabled{{{SERVICE},role="decode",instance="decode-1"', "0x60")
     ],
+    "PdServeRequestsCannotMove": [(UNMOVABLE, "2x60")],
     "PdServeSlowFirstToken": [
         (f'pd_serve_time_to_first_token_seconds_bucket{{{SERVICE},le="0.1"', "0+1x60"),
     ],

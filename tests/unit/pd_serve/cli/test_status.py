@@ -99,6 +99,12 @@ def test_instances_that_cannot_move_requests_are_named_with_the_reason(
     assert "neutral-0 serves without migration: speculative decoding" in capsys.readouterr().out
 
 
+def test_requests_that_cannot_move_are_counted_by_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    show(Service({**CLUSTER, "instances": [INSTANCE | {"unmovable": {"session": 2}}]}))
+
+    assert "neutral-0: 2 requests stay there until they end: session" in capsys.readouterr().out
+
+
 def test_a_running_request_is_shown_with_the_instance_that_it_is_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

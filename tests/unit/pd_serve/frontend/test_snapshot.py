@@ -5,7 +5,8 @@ import json
 
 import msgspec
 
-from pd_serve.comm.cluster_state import StartingInstance
+from pd_serve.comm.cluster_state import ProcessStats, StartingInstance
+from pd_serve.comm.messages import InstanceStats
 from pd_serve.frontend.snapshot import ClusterSnapshot, InstanceSnapshot, WaitingRequests
 from router.load import InstanceLoad
 from tests.members import instance_info
@@ -37,6 +38,15 @@ def test_an_instance_has_the_reason_why_its_requests_cannot_move() -> None:
     assert InstanceSnapshot.of(INFO, None).no_migration is None
     for load in (None, InstanceLoad("d0", "decode", total_blocks=10)):
         assert InstanceSnapshot.of(info, load).no_migration == "speculative decoding"
+
+
+def test_an_instance_has_the_number_of_requests_that_cannot_move_by_reason() -> None:
+    process = ProcessStats(1.0, 1.0, 1.0)
+    stats = InstanceStats(process, 0, 0, 0, 0, 0, unmovable={"session": 2, "pooling": 0})
+    load = InstanceLoad("d0", "decode", total_blocks=10)
+
+    assert InstanceSnapshot.of(INFO, load, stats).unmovable == {"session": 2}
+    assert InstanceSnapshot.of(INFO, load).unmovable == {}
 
 
 def test_the_numbers_of_an_instance_explain_its_freeness() -> None:

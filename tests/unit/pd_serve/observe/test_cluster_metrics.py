@@ -167,6 +167,15 @@ def test_statistics_of_an_instance_are_exported_until_it_leaves() -> None:
     assert world.value("instance_offers_total", **labels) is None
 
 
+def test_requests_that_cannot_move_are_exported_by_reason() -> None:
+    world = World()
+    world.stats["d0"] = InstanceStats(PROCESS, 0, 0, 0, 0, 0, unmovable={"session": 2, "pooling": 0})
+
+    labels = {"instance": "d0", "role": "decode"}
+    assert world.value("instance_unmovable_requests", reason="session", **labels) == 2
+    assert world.value("instance_unmovable_requests", reason="pooling", **labels) == 0
+
+
 def test_statistics_of_the_scheduler_are_exported_while_it_is_alive() -> None:
     world = World()
     assert world.value("scheduler_up") == 0
