@@ -34,14 +34,15 @@ def _can_be_continued(request: EngineCoreRequest) -> bool:
         and request.prompt_token_ids is not None
         and not request.mm_features
         and request.prompt_embeds is None
-        and request.lora_request is None
         and not request.resumable
     )
 
 
 def _digest(request: EngineCoreRequest) -> str:
     """Equal for equal requests; "" if the parameters have something that cannot be compared."""
-    prompt: list[Any] = [request.prompt_token_ids, request.cache_salt, request.priority]
+    adapter = request.lora_request
+    model = None if adapter is None else (adapter.lora_name, adapter.lora_path)
+    prompt: list[Any] = [model, request.prompt_token_ids, request.cache_salt, request.priority]
     parts = [credentials(), *prompt, request.sampling_params]
     try:
         plain = msgspec.to_builtins(parts, str_keys=True, enc_hook=repr)  # `logit_bias` has integers as keys

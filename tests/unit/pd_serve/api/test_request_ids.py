@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.engine import EngineCoreRequest
 
@@ -16,10 +17,11 @@ def assigned(
     prompt: Any = (1, 2, 3),
     key: str = "",
     client_id: str = "mine",
+    adapter: LoRARequest | None = None,
     **parameters: Any,
 ) -> str:
     request = EngineCoreRequest(
-        name, list(prompt), None, SamplingParams(**parameters), None, 0.0, None, None, None
+        name, list(prompt), None, SamplingParams(**parameters), None, 0.0, adapter, None, None
     )
     token, other = identity._credentials.set(key), identity._client_id.set(client_id)
     try:
@@ -39,6 +41,7 @@ def test_a_request_that_is_sent_again_has_another_id_of_the_same_stem() -> None:
         {"structured_outputs": grammar},
         {"logit_bias": {5: 1.0, 3: -1.0}},
         {"extra_args": {"a": {1: 2}}, "bad_words": ["x"]},
+        {"adapter": LoRARequest("french", 7, "/french")},
     ):
         first, second = assigned(**parameters), assigned(**parameters)
         assert first != second
@@ -55,10 +58,20 @@ def test_a_request_that_is_sent_again_has_another_id_of_the_same_stem() -> None:
         {"max_tokens": 7},
         {"stop": ["x"]},
         {"logit_bias": {5: 1.0}},
+        {"adapter": LoRARequest("french", 7, "/french")},
     ],
 )
 def test_another_request_has_another_stem(other: dict[str, Any]) -> None:
     assert stem_of(assigned()) != stem_of(assigned(**other))
+
+
+def test_a_request_with_another_adapter_has_another_stem() -> None:
+    """Its name may have been given to another one meanwhile; its number does not count."""
+    stems = {
+        stem_of(assigned(adapter=LoRARequest(name, number, path)))
+        for name, number, path in [("a", 1, "/a"), ("a", 2, "/a"), ("b", 1, "/a"), ("a", 1, "/b")]
+    }
+    assert len(stems) == 3
 
 
 @pytest.mark.parametrize("parameters", [{"logprobs": 1}, {"prompt_logprobs": 0}, {"client_id": ""}])
