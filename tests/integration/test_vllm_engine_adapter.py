@@ -524,7 +524,7 @@ class TestRefusals:
             await rig.engine.describe(RequestId("r"))
         assert rig.unmovable["kv_transfer"] == 1
         assert await rig.finish(stream) == expected
-        assert set(rig.unmovable.values()) == {0}
+        await eventually(lambda: set(rig.unmovable.values()) == {0})
 
     @pytest.mark.parametrize(
         "name",
