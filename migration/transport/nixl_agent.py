@@ -25,9 +25,18 @@ from migration.transport.kv_transport import KvRegion
 # The safety net's period. Idle agents used 0.08 % of a core at 100 ms, 1.5 % at 1 ms.
 PROGRESS_PERIOD_US = 100_000
 
-# NIXL and UCX report a lost peer on stderr as well as by a status. The status is enough here, and
-# losing a peer is part of normal life. Set before the libraries are loaded; the user's setting wins.
-QUIET_ENVIRONMENT = {"NIXL_LOG_LEVEL": "FATAL", "UCX_LOG_LEVEL": "error"}
+#: Set before the libraries are loaded; the user's settings win.
+ENVIRONMENT = {
+    # NIXL and UCX report a lost peer on stderr as well as by a status. The status is enough here, and losing
+    # a peer is part of normal life.
+    "NIXL_LOG_LEVEL": "FATAL",
+    "UCX_LOG_LEVEL": "error",
+    # Against a leak in UCX, as vLLM does: _maybe_set_ucx_rcache_limit in vllm/distributed/nixl_utils.py.
+    "UCX_RCACHE_MAX_UNRELEASED": "1024",
+    # Between GPUs without NVLink UCX would only write through cuda_ipc, not read, and emulate reads by TCP.
+    # Source: uct_cuda_ipc_iface_get_max_get_zcopy of UCX; NIXL's pull request 2208 sets it, too.
+    "UCX_CUDA_IPC_ENABLE_GET_ZCOPY": "on",
+}
 
 #: The packages of NIXL's builds.
 BUILDS = ("nixl_cu13", "nixl_cu12")
@@ -52,7 +61,7 @@ class NixlAgent:
     """
 
     def __init__(self, name: str, regions: Sequence[KvRegion], *, progress_thread: bool) -> None:
-        for key, value in QUIET_ENVIRONMENT.items():
+        for key, value in ENVIRONMENT.items():
             os.environ.setdefault(key, value)
         self._cuda_device = max((region.device_id for region in regions), default=-1)
         self._nixl = _bindings = _import_bindings(for_gpu=self._cuda_device >= 0)
@@ -69,6 +78,7 @@ class NixlAgent:
         self._agent: Any = _bindings.nixlAgent(name, config)
         self._registered: list[Any] = []
         try:
+            self.enter_thread()
             self._agent.createBackend("UCX", {})
             for memory, ranges in _ranges(regions).items():
                 descriptors = _bindings.nixlRegDList(getattr(_bindings, memory), ranges)
@@ -86,11 +96,20 @@ class NixlAgent:
             raise NixlFailure(f"{call}: {error!r}") from error
 
     def enter_thread(self) -> None:
-        """To be called first in a thread that reads: UCX copies on the thread's current CUDA device."""
+        """To be called first in a thread that uses the agent: gives it a current CUDA context.
+
+        UCX looks for one when it makes a backend, connects and copies, and goes without cuda_ipc, that is
+        without NVLink, where it finds none. `set_device` alone makes none current on device 0, the default
+        of a new thread; an allocation does.
+
+        Source: _nixl_handshake of vLLM's NixlConnector, set_device in vllm/platforms/cuda.py.
+        """
         if self._cuda_device >= 0:
             import torch
 
-            torch.cuda.set_device(self._cuda_device)
+            device = torch.device("cuda", self._cuda_device)
+            torch.cuda.set_device(device)
+            torch.zeros(1, device=device)
 
     def metadata(self) -> bytes:
         """What a peer's `connect` needs."""

@@ -27,7 +27,6 @@ TESTED_THROUGH: dict[str, tuple[str, ...]] = {
         "migration/transport/nixl_connections.py",
         "migration/transport/read_job.py",
     ),
-    "tests/integration/test_transport_nixl.py": ("migration/transport/nixl_agent.py",),
     # Parts of a vLLM engine that need one that runs.
     "tests/integration/test_vllm_engine_adapter.py": tuple(
         f"migration/vllm_engine/{name}.py"
