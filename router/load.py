@@ -53,6 +53,7 @@ class InstanceLoad(EngineLoad, frozen=True):
 
     Attributes:
         role: One of `ROLES`. It may change while the instance runs.
+        drained_by_operator: It drains for an operator, who alone can end that.
         requests_added: Requests received since the start; tells which dispatches a report has seen.
         moves_decided: Orders of the scheduler to move a request that were carried out since the start (an
             order may choose no request); tells which orders a report has seen.
@@ -65,6 +66,7 @@ class InstanceLoad(EngineLoad, frozen=True):
     migrating_in: Annotated[int, Meta(description="Migrations arriving.")] = 0
     migrating_out: Annotated[int, Meta(description="Migrations leaving.")] = 0
     draining: Annotated[bool, Meta(description="1 while it takes nothing new.")] = False
+    drained_by_operator: bool = False
     requests_added: int = 0
     moves_decided: int = 0
     step_s: Annotated[

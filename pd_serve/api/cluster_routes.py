@@ -87,7 +87,7 @@ async def request_timeline(request_id: str, request: Request) -> Response:
     return JSONResponse({"id": request_id, "requests": found})
 
 
-@router.post("/migrate", responses=responses(400, 404, 409, ok=MigrateResponse))
+@router.post("/migrate", responses=responses(400, 404, 409, 503, ok=MigrateResponse))
 async def migrate(body: MigrateBody, request: Request) -> Response:
     """Moves a running request to another instance and reports the cost."""
     ids = request.app.state.engine_client.internal_ids(body.request_id)
@@ -102,6 +102,8 @@ async def migrate(body: MigrateBody, request: Request) -> Response:
         return error_response(404, str(error))
     except MigrationRefusedError as error:
         return error_response(409, str(error), reason=error.code)
+    except EngineDeadError:
+        return error_response(503, MANAGER_ABSENT)
     record = moved.record
     answer = MigrateResponse(
         downtime_ms=moved.downtime_ms,

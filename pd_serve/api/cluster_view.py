@@ -43,7 +43,8 @@ class ClusterView(Protocol):
 
         Raises:
             UnknownTargetError: No such request or instance.
-            MigrationRefusedError: The request stays where it is.
+            MigrationRefusedError: The request stays where it is, or its next token comes too late.
+            EngineDeadError: It is not a request of this API server, and others could not be asked.
         """
         ...
 

@@ -11,7 +11,8 @@ class LeaseClock:
     """The time in which this process receives messages of others.
 
     Every other process sends something each `HEARTBEAT_S`. The clock stops while this process is suspended
-    (SIGSTOP, a sleeping machine) or cut off from all others: their silence means nothing then.
+    (SIGSTOP, a sleeping machine) or cut off from all others, in either direction: their silence means nothing
+    then.
     """
 
     def __init__(self) -> None:
@@ -20,7 +21,7 @@ class LeaseClock:
         self._seconds = 0.0
 
     def on_message(self) -> None:
-        """Any message has been received."""
+        """A message has been received of a process that hears this one."""
         now = self._loop.time()
         self._seconds += min(now - self._received_at, 2 * HEARTBEAT_S)
         self._received_at = now

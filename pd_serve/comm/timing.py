@@ -24,6 +24,9 @@ INSTANCE_LEASE_S = 30.0  # the manager removes it from the membership and ends i
 READER_SILENCE_S, FIND_ORPHAN_S = 3.0, 4.5
 FIND_INTERVAL_S, FIND_CALL_S, ADOPT_S = 0.25, 0.5, 5.0
 
+#: Interval at which a manager looks whether another one has taken over.
+TERM_CHECK_S = 5.0
+
 #: An instance or scheduler ends itself when neither manager nor API servers have sent anything for this long.
 ORPHAN_S = 120.0
 

@@ -42,6 +42,14 @@ class ManualMigrations:
         self, request_id: str, destination: str, mode: MigrationMode = "live"
     ) -> ManualMigration:
         """See `pd_serve.api.cluster_view.ClusterView.migrate`."""
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                return await self._migrate(request_id, destination, mode)
+        except TimeoutError as error:
+            text = f"{destination} has not continued {request_id} within {CALL_TIMEOUT_S:.0f} s"
+            raise MigrationRefusedError(text, RefusalCode.TIMED_OUT) from error
+
+    async def _migrate(self, request_id: str, destination: str, mode: MigrationMode) -> ManualMigration:
         request = self._requests.get(RequestId(request_id))
         if request is None:
             raise UnknownTargetError(f"no running request {request_id!r}")
@@ -87,10 +95,9 @@ class ManualMigrations:
     async def _wait_for_next_owner(self, request: TrackedRequest, moves: int) -> None:
         """Returns at the first token of an owner after `moves` moves, or when the request has ended."""
         ledger = request.ledger
-        async with asyncio.timeout(CALL_TIMEOUT_S):
-            while request.request_id in self._requests and not (
-                ledger.num_moves > moves and ledger.has_token_of_owner
-            ):
-                waiter = asyncio.get_running_loop().create_future()
-                request.move_waiters.append(waiter)
-                await waiter
+        while request.request_id in self._requests and not (
+            ledger.num_moves > moves and ledger.has_token_of_owner
+        ):
+            waiter = asyncio.get_running_loop().create_future()
+            request.move_waiters.append(waiter)
+            await waiter

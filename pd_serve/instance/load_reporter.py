@@ -90,10 +90,14 @@ class LoadReporter:
         self.role = role
         self.report_soon()
 
-    def refuse_order(self, reason: str, why: str) -> None:
-        """Counts an order of the scheduler that is not carried out; logs the first one for each reason."""
+    def refuse_order(self, reason: str, why: str, level: int = logging.ERROR) -> None:
+        """Counts an order of the scheduler that is not carried out; logs the first one for each reason.
+
+        Args:
+            level: ERROR for an order that no scheduler should give.
+        """
         self.refused_orders[reason] += 1
-        level = logging.ERROR if self.refused_orders[reason] == 1 else logging.DEBUG
+        level = level if self.refused_orders[reason] == 1 else logging.DEBUG
         logger.log(level, "%s refuses an order of the scheduler: %s", self._name, why)
 
     def set_draining(self, draining: bool, *, by_operator: bool) -> None:
@@ -121,6 +125,7 @@ class LoadReporter:
             migrating_in=coordinator.num_incoming if coordinator else 0,
             migrating_out=coordinator.num_outgoing if coordinator else 0,
             draining=self.draining,
+            drained_by_operator=self.drained_by_operator,
             requests_added=self.requests_added,
             moves_decided=self.moves_decided,
             step_s=self.step_watch.step_s,

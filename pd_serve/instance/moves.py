@@ -69,7 +69,8 @@ class Moves:
     async def _choose(self, order: MoveOut) -> RequestId | None:
         destination = order.destination
         if not self._members.has_peer(destination.instance_id):
-            self._reporter.refuse_order("destination", f"{destination.instance_id} is no other instance")
+            why = f"{destination.instance_id} is no other instance"  # any more: the scheduler learns it later
+            self._reporter.refuse_order("destination", why, logging.INFO)
             return None
         running = await self._engine.running_requests()
         requests = [r for r in running if not self._coordinator.is_leaving(r.request_id)]

@@ -105,6 +105,11 @@ class InstanceManager:
         """Its address for API servers."""
         return self._manager.address
 
+    async def check_health(self) -> None:
+        """Serve replaces this replica if another manager has taken over. Raises: RuntimeError."""
+        if self._manager.is_superseded:
+            raise RuntimeError("another manager has taken over")
+
     async def __del__(self) -> None:
         """The application is deleted, or another manager has taken the instances over."""
         if await self._manager.keep_notes():

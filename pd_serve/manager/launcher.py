@@ -9,6 +9,9 @@ from pd_serve.instance.instance_process import InstanceConfig
 from pd_serve.platform.placement import Placement
 from pd_serve.scheduler.scheduler_process import SchedulerConfig
 
+#: Terms of managers that take over from the same one differ by less than this.
+TERM_STEP = 1_000_000
+
 
 @dataclass(frozen=True, slots=True)
 class RestartNotes:

@@ -24,7 +24,7 @@ class LoraAdapters:
     """
 
     def __init__(
-        self, register: InstanceRegister, calls: RpcClient, keep: Callable[[], Awaitable[object]]
+        self, register: InstanceRegister, calls: RpcClient, keep: Callable[[], Awaitable[None]]
     ) -> None:
         self._register = register
         self._calls = calls

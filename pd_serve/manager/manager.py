@@ -8,7 +8,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from migration.tasks import BackgroundTasks
 from pd_serve.comm.cluster_state import ClusterState
@@ -18,13 +18,15 @@ from pd_serve.comm.message_wire import MessageWire
 from pd_serve.comm.messages import LoadReport, SchedulerReport, StartInstance, StopInstance, ToManager
 from pd_serve.comm.requests import Call
 from pd_serve.comm.rpc import Answer, RpcClient
-from pd_serve.comm.timing import HEARTBEAT_S, INSTANCE_LEASE_S
+from pd_serve.comm.timing import HEARTBEAT_S, INSTANCE_LEASE_S, TERM_CHECK_S
+from pd_serve.errors import EngineDeadError
 from pd_serve.instance.engine_factory import no_moves
 from pd_serve.manager.announcer import Announcer
 from pd_serve.manager.decision_log import DecisionLog
-from pd_serve.manager.launcher import Launcher, ManagerNotes
+from pd_serve.manager.launcher import TERM_STEP, Launcher, ManagerNotes
 from pd_serve.manager.lora_adapters import LoraAdapters
 from pd_serve.manager.manager_config import ManagerConfig
+from pd_serve.manager.notices import OperatorNotices
 from pd_serve.manager.operations import Operations
 from pd_serve.manager.pool_sizes import PoolSizes
 from pd_serve.manager.register import InstanceRegister
@@ -36,13 +38,6 @@ from pd_serve.platform.memory import check_memory
 from pd_serve.scheduler.scheduler_process import SchedulerConfig
 
 
-class OperatorNotices(Protocol):
-    """Progress and warnings for the operator."""
-
-    def step(self, text: str) -> None: ...
-    def warn(self, text: str) -> None: ...
-
-
 class Manager:
     """The manager of a cluster. Runs on one event loop until `close`.
 
@@ -50,6 +45,7 @@ class Manager:
 
     Attributes:
         address: Address at which it receives messages.
+        is_superseded: Another manager has taken over, and this one has ended.
     """
 
     def __init__(
@@ -61,12 +57,11 @@ class Manager:
         self._notices = notices
         self._tasks = BackgroundTasks(wire.failures.task_failed)
         # Later than that of any before, unless the clock was set back; see `_exceed`.
-        self._notes = ManagerNotes(term=time.time_ns() // 1_000_000)
+        self._started_at_us = time.time_ns() // 1_000
+        self._notes = ManagerNotes(term=self._started_at_us)
         self._noted_by: list[str] = []
-        self._closed = False
+        self.is_superseded = self._is_open = self._closed = False
         self._closing: asyncio.Future[None] | None = None
-        self._exceeding: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._exceeding.set_result(None)
         self._clock = LeaseClock()
         self.register = InstanceRegister(self._clock)
         self.log = DecisionLog(self._changed)
@@ -94,7 +89,7 @@ class Manager:
         self._scheduler = SchedulerKeeper(
             launcher, scheduler, self._clock, self.keep_notes, self._on_scheduler_started, notices.warn
         )
-        self._adapters = LoraAdapters(self.register, self._calls, self._keep_changed)
+        self._adapters = LoraAdapters(self.register, self._calls, self._keep_changes)
         self._operations = Operations(
             wire,
             self.register,
@@ -104,6 +99,7 @@ class Manager:
             self._adapters,
             self._announcer,
             self._calls,
+            self._keep_changes,
         )
         launcher.on_lost = self._on_lost
         self.address = wire.listen(ToManager, self._on_message)
@@ -119,31 +115,36 @@ class Manager:
         if not infos:
             return False
         if notes is not None:
-            self._notes = replace(notes, term=notes.term + 1)
+            self._notes = replace(notes, term=self._term_after(notes.term))
             self._sizes.wanted = dict(notes.wanted)
             self._starter.next_numbers = dict(notes.next_numbers)
-            self._stopper.drained_by_operator = set(notes.drained_by_operator)
             self._sizes.stopped = dict(notes.stopped)
             self._adapters.take_over(notes.lora_adapters)
         for info in infos:
             self._wire.connect(info.instance_id, info.address)
             self.register.add(info, self._notes.roles.get(info.instance_id, ""))
+            self._starter.exclude(info.instance_id)
+        if notes is not None:  # some of their instances have died since
+            self._stopper.drained_by_operator = set(notes.drained_by_operator) & self.register.infos.keys()
         for instance_id in notes.stopping if notes is not None else []:
             self._stopper.stop_drained(instance_id, "drained before the restart of the manager")
         if notes is not None and notes.restart is not None:
             self._restart.resume(notes.restart)
         for name, api_server in (notes or self._notes).api_servers.items():
             self._announcer.on_join(name, Join(api_server, unused=[]))
-        await self._launcher.keep_notes(self._notes)  # the next term, before any process sees it
+        if not await self.keep_notes():  # the next term, before any process sees it
+            return True
         self._sizes.keep("missing after the restart of the manager")
         self._notices.step(f"took over {', '.join(info.instance_id for info in infos)}")
         self._open()
         return True
 
     def _open(self) -> None:
+        self._is_open = True
         self._announcer.open()
         self._scheduler.open()
         self._tasks.start(self._watch_instances())
+        self._tasks.start(self._watch_term())
         self._changed()
 
     async def close(self) -> None:
@@ -215,15 +216,17 @@ class Manager:
             self._lose(instance_id)
             self._tasks.start(self._launcher.stop_instance(instance_id))
 
+    async def _watch_term(self) -> None:
+        """Notices another manager, which may have taken over at the same time, also if nothing changes."""
+        while True:
+            await asyncio.sleep(TERM_CHECK_S)
+            await self.keep_notes()
+
     def _on_scheduler_started(self, address: str) -> None:
         self._wire.connect(SCHEDULER, address)
         self._changed()
 
     # ---- membership and notes
-
-    def announce_soon(self) -> None:
-        """Sends the present membership to every process."""
-        self._announcer.announce_soon()
 
     def _changed(self) -> None:
         """Announces the membership, and gives changed notes to the instances."""
@@ -247,10 +250,11 @@ class Manager:
             self._notes, self._noted_by = replace(notes, version=notes.version + 1), kept_by
             self._tasks.start(self.keep_notes())
 
-    async def _keep_changed(self) -> None:
-        """The same, and returns when the instances have the notes."""
+    async def _keep_changes(self) -> None:
+        """Returns when the instances have noted the present state. Raises: EngineDeadError: superseded."""
         self._changed()
-        await self.keep_notes()
+        if not await self.keep_notes():
+            raise EngineDeadError("another manager has taken over")
 
     async def keep_notes(self) -> bool:
         """Gives the notes to the instances. Returns False, and ends, if another manager has taken over."""
@@ -258,7 +262,7 @@ class Manager:
         if term > self._notes.term and not self._closed:
             self._notices.warn("another manager has taken over; this one ends")
             self._launcher.leave_starts()
-            self._closed = True
+            self._closed = self.is_superseded = True
             self._closing = asyncio.ensure_future(self.close())
         return not self._closed
 
@@ -269,9 +273,13 @@ class Manager:
         """
         kept = await self._launcher.keep_notes(self._notes)
         if kept == self._notes.term:
-            self._notes = replace(self._notes, term=term + 1)
+            self._notes = replace(self._notes, term=max(kept, self._term_after(term)))
         if await self.keep_notes():
             self._changed()
+
+    def _term_after(self, term: int) -> int:
+        """A later term. Managers that take over at the same time have different ones, by their starts."""
+        return term + 1 + self._started_at_us % TERM_STEP
 
     def _membership(self) -> Membership:
         return Membership(
@@ -303,12 +311,16 @@ class Manager:
     # ---- messages
 
     def _on_message(self, sender: str, message: Any, payload: Sequence[bytes]) -> None:
-        self._clock.on_message()
+        if not self._is_open:
+            return  # it is for an earlier process at this address
+        # The sender of a `Join` of another term has not heard this manager. Neither may the instances have.
+        if not (isinstance(message, Join) and message.term != self._notes.term):
+            self._clock.on_message()
         match message:
             case Join():
                 self._announcer.on_join(sender, message)
-                if message.term > self._notes.term and self._exceeding.done():
-                    self._exceeding = self._tasks.start(self._exceed(message.term))
+                if message.term > self._notes.term:
+                    self._tasks.start(self._exceed(message.term))
             case LoadReport(load=load):
                 self.register.on_report(load)
                 self._stopper.on_report(load)

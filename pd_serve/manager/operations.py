@@ -1,6 +1,7 @@
 """What operators ask of the manager, through API servers."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from pd_serve.comm.message_wire import MessageWire
@@ -27,7 +28,10 @@ from pd_serve.manager.stopper import Stopper
 class Operations:
     """Serves the calls of API servers. Each operation only begins here, and can be undone.
 
+    It is answered when the instances have noted it: from then on it outlives this manager.
+
     Args:
+        keep: Has the instances note the present state.
         calls: For calls of the other API servers.
     """
 
@@ -41,6 +45,7 @@ class Operations:
         adapters: LoraAdapters,
         announcer: Announcer,
         calls: RpcClient,
+        keep: Callable[[], Awaitable[None]],
     ) -> None:
         self._register = register
         self._stopper = stopper
@@ -48,12 +53,13 @@ class Operations:
         self._restart = restart
         self._announcer = announcer
         self._calls = calls
+        self._keep = keep
         self._server = RpcServer(
             wire,
             {
-                DrainInstance: self._drain,
-                ScalePools: self._scale,
-                RestartInstances: self._restart_all,
+                DrainInstance: self._kept(self._drain),
+                ScalePools: self._kept(self._scale),
+                RestartInstances: self._kept(self._restart_all),
                 MigrateByName: self._migrate,
                 FindRequests: self._find_requests,
                 LoadAdapter: adapters.load,
@@ -65,7 +71,14 @@ class Operations:
     async def close(self) -> None:
         await self._server.close()
 
-    async def _drain(self, sender: str, request: DrainInstance) -> None:
+    def _kept(self, begin: Callable[[Any], None]) -> Callable[[str, Any], Awaitable[None]]:
+        async def serve(sender: str, request: Any) -> None:
+            begin(request)
+            await self._keep()
+
+        return serve
+
+    def _drain(self, request: DrainInstance) -> None:
         instance_id = request.instance_id
         if instance_id not in self._register:
             raise UnknownTargetError(f"no instance {instance_id!r}; see GET /cluster")
@@ -82,11 +95,10 @@ class Operations:
         if request.stop:
             self._sizes.stop_one(instance_id)
 
-    async def _scale(self, sender: str, request: ScalePools) -> None:
+    def _scale(self, request: ScalePools) -> None:
         self._sizes.scale(request.sizes)
-        self._announcer.announce_soon()
 
-    async def _restart_all(self, sender: str, request: RestartInstances) -> None:
+    def _restart_all(self, request: RestartInstances) -> None:
         if request.cancel:
             self._restart.cancel()
         else:

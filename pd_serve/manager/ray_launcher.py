@@ -241,7 +241,8 @@ class RayLauncher:
             self._keep(info, actor)
             infos.append(info)
             found_notes += [notes] if notes is not None else []
-        return infos, max(found_notes, key=lambda notes: notes.age, default=None)
+        living = [info for info in infos if info.instance_id in self._actors]  # some have died meanwhile
+        return living, max(found_notes, key=lambda notes: notes.age, default=None)
 
     def _named_actors(self) -> dict[str, Any]:
         prefix = f"{self._service}:"

@@ -104,7 +104,7 @@ class Starter:
                 for start in done:
                     start.result()
                     del starts[start]
-        except BaseException:
+        except (Exception, asyncio.CancelledError):
             for start in starts:
                 start.cancel()
             await asyncio.gather(*starts, return_exceptions=True)
@@ -183,6 +183,11 @@ class Starter:
         del self._repeating[name]
         if not ready:
             self.start_until_ready(role, reason)
+
+    def exclude(self, instance_id: str) -> None:
+        """An instance of an earlier manager has this id, which its notes may lack."""
+        role, _, number = instance_id.rpartition("-")
+        self.next_numbers[role] = max(self.next_numbers.get(role, 0), int(number) + 1)
 
     def new_id(self, role: str, reason: str) -> str:
         """Id of the next instance of a role, which counts as starting from now on."""

@@ -79,8 +79,9 @@ class Stopper:
 
     def on_report(self, load: InstanceLoad) -> None:
         """Repeats the operator's order to an instance that it has not reached."""
-        if load.instance_id in self.drained_by_operator and not load.draining:
-            self._wire.send(load.instance_id, SetDraining(True, by_operator=True))
+        drained = load.instance_id in self.drained_by_operator
+        if load.instance_id in self._register and load.drained_by_operator != drained:
+            self._wire.send(load.instance_id, SetDraining(drained, by_operator=True))
 
     def forget(self, instance_id: str) -> None:
         """Removes an instance that has died."""

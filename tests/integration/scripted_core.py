@@ -132,6 +132,8 @@ class ScriptedCluster:
             raise UnknownTargetError(f"no instance {destination}")
         if request_id.startswith("gone"):
             raise UnknownTargetError(f"no running request {request_id}")
+        if request_id == "elsewhere":
+            raise EngineDeadError("the manager is absent")
         self.moved.append((request_id, destination))
         return ObservedMigration(migrated(stages=2, blocks=4, tokens=120), 0.0, downtime_s=0.0085)
 

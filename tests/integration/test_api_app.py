@@ -470,6 +470,7 @@ class TestClusterRoutes:
         refused = error_of(await migrate(service, "x", "p0"))
         assert (refused["code"], refused["message"]) == (409, "p0 has 3 free blocks and the request needs 9")
         assert refused["reason"] == "no_free_blocks"
+        assert error_of(await migrate(service, "elsewhere", "d0"))["code"] == 503
 
     @pytest.mark.parametrize(
         "content", ["{", "[]", '{"request_id": "x"}', '{"request_id": 3, "destination": 4}', b"\x80"]

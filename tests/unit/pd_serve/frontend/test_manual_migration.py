@@ -11,6 +11,7 @@ from pd_serve.errors import MigrationRefusedError, RefusalCode, UnknownTargetErr
 from pd_serve.frontend.manual_migration import MigrationMode
 from router.request import NewRequest
 from tests.unit.pd_serve.frontend.frontend_world import R, World, record, turns
+from tests.virtual_time import in_virtual_time
 
 
 async def test_migrate_returns_the_record_and_the_downtime(world: World) -> None:
@@ -87,6 +88,22 @@ async def test_a_migration_whose_source_dies_is_refused_and_the_request_goes_on(
     with pytest.raises(MigrationRefusedError, match="p0 has died; the request is recomputed elsewhere"):
         await task
     assert world.sent(AddRequest)[-1][0] == "p1"
+
+
+@pytest.mark.parametrize("answered", [False, True])
+@in_virtual_time
+async def test_a_migration_that_is_not_seen_is_refused_after_a_bounded_time(answered: bool) -> None:
+    """The call or its answer was lost; or the destination sends no token."""
+    world = World()
+    world.join("p0", "p1", "d0", "d1")
+    world.submit()
+    task, call = await world.migrate("d0")
+    if answered:
+        world.answer(call, record("r", "p0", "d0", stages=1))
+    with pytest.raises(MigrationRefusedError, match="d0 has not continued r within 60 s") as refused:
+        await task
+    assert refused.value.code is RefusalCode.TIMED_OUT
+    await world.frontend.close()
 
 
 async def test_a_request_that_ends_right_after_the_commit_ends_the_wait(world: World) -> None:

@@ -37,7 +37,7 @@ class FakeLauncher:
     Attributes:
         fails: Raised by every start; None: starts succeed.
         waits: Instances that wait for resources.
-        found: What the next manager finds.
+        found: What the next manager finds, in `find_s`.
         scheduler_fails: Raised by the next starts of a scheduler.
     """
 
@@ -49,6 +49,7 @@ class FakeLauncher:
         self.leaves_starts = False
         self.notes: ManagerNotes | None = None
         self.found: list[InstanceInfo] = []
+        self.find_s = 0.0
         self.scheduler_starts = 0
         self.scheduler_stops = 0
         self.scheduler_start_s = 0.0
@@ -79,7 +80,9 @@ class FakeLauncher:
         self.stopped.append(name)
 
     async def find(self) -> tuple[list[InstanceInfo], ManagerNotes | None]:
-        return self.found, self.notes
+        found = self.found, self.notes
+        await asyncio.sleep(self.find_s)
+        return found
 
     async def keep_notes(self, notes: ManagerNotes) -> int:
         if self.notes is None or notes.age > self.notes.age:
@@ -122,7 +125,8 @@ class World:
         held: Draining and role of instances that the test reports for itself.
         silent: Instances that report nothing.
         scheduler_hangs: The scheduler reports nothing.
-        known_term: Term of the latest membership that the API servers know.
+        known_term: Term of the latest membership that the API servers know; 0: the manager's.
+        deaf: Instances that no order reaches.
         hanging: Instances that report that their engine hangs.
         fewest: The smallest number of instances so far.
     """
@@ -143,8 +147,10 @@ class World:
         self.joined: list[str] = ["api"]
         self.scheduler_hangs = False
         self.known_term = 0
+        self.deaf: set[str] = set()
         self.fewest = 3
         self._draining: dict[str, bool] = {}
+        self._drained_by_operator: dict[str, bool] = {}
         self._roles: dict[str, str] = {}
         self._obeyed = self._calls = 0
         config = ManagerConfig(
@@ -175,8 +181,8 @@ class World:
 
     def play_peers(self) -> None:
         for peer, message, _ in self.wire.sent[self._obeyed :]:
-            if isinstance(message, SetDraining):
-                self._draining[peer] = message.draining
+            if isinstance(message, SetDraining) and peer not in self.deaf:
+                self._draining[peer] = self._drained_by_operator[peer] = message.draining
         self._obeyed = len(self.wire.sent)
         for name in self.names:
             if name not in self.silent:
@@ -191,18 +197,19 @@ class World:
     def join(self, api_server: str, *unused: str) -> None:
         address = f"tcp://{api_server}"
         info = ApiServerInfo(address, f"{address}/tokens")
-        self.wire.hear(api_server, Join(info, list(unused), self.known_term))
+        self.wire.hear(api_server, Join(info, list(unused), self.known_term or self.members.term))
 
     def report(self, name: str, **load: Any) -> None:
-        draining = self._draining.get(name, False)
+        load |= {"draining": self._draining.get(name, False)}
+        load |= {"drained_by_operator": self._drained_by_operator.get(name, False)}
         role = self._roles.get(name, name.split("-")[0])
-        self.wire.hear(name, LoadReport(InstanceLoad(name, role, draining=draining, **load), []))
+        self.wire.hear(name, LoadReport(InstanceLoad(name, role, **load), []))
 
     def change_role(self, name: str, role: str) -> None:
         self._roles[name] = role
 
     def drain_by_scheduler(self, name: str, draining: bool = True) -> None:
-        self._draining[name] = draining
+        self._draining[name] = draining or self._drained_by_operator.get(name, False)
         self.report(name)
 
     def want_one(self, role: str = "decode", times: int = 1) -> None:

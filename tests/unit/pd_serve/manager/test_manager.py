@@ -15,7 +15,7 @@ from pd_serve.comm.requests import (
     RestartInstances,
     ScalePools,
 )
-from pd_serve.comm.timing import API_SERVER_LEASE_S, HEARTBEAT_S, INSTANCE_LEASE_S
+from pd_serve.comm.timing import API_SERVER_LEASE_S, HEARTBEAT_S, INSTANCE_LEASE_S, TERM_CHECK_S
 from pd_serve.manager.launcher import ManagerNotes
 from tests.members import instance_info
 from tests.unit.pd_serve.manager.manager_world import START_S, FakeLauncher, World, a_world
@@ -128,9 +128,9 @@ class TestTakeOver:
         async def second() -> None:
             world = await self.take_over(names, notes)
             assert world.launcher.notes is not None
-            assert world.launcher.notes.term == notes.term + 1
+            assert world.launcher.notes.term == world.members.term > notes.term
             await asyncio.sleep(1)
-            assert world.sent(Membership, "decode-0")[-1].term == notes.term + 1
+            assert world.sent(Membership, "decode-0")[-1].term == world.members.term
             await world.close()
 
         second()
@@ -230,19 +230,89 @@ class TestTakeOver:
 
         second()
 
+    def test_the_next_manager_forgets_what_concerns_an_instance_that_has_died_before(self) -> None:
+        async def before(world: World) -> None:
+            world.busy.update(("decode-0", "decode-1"))
+            await world.call(DrainInstance("decode-1", True, True))
+
+        names, notes = leave(before)
+        assert (notes.drained_by_operator, notes.stopping) == (["decode-1"], ["decode-1"])
+
+        @in_virtual_time
+        async def second() -> None:
+            world = await self.take_over([name for name in names if name != "decode-1"], notes)
+            await asyncio.sleep(HEARTBEAT_S)
+            assert world.launcher.notes is not None
+            assert world.launcher.notes.drained_by_operator == world.launcher.notes.stopping == []
+            assert world.launcher.notes.stopped == {}
+            await world.close()
+
+        second()
+
+    def test_the_next_manager_uses_no_id_of_an_instance_again_that_the_notes_lack(self) -> None:
+        """Its predecessor has started it, and died before the notes were kept."""
+        names, notes = leave(lambda world: asyncio.sleep(0))
+
+        @in_virtual_time
+        async def second() -> None:
+            world = await self.take_over([*names, "decode-2"], notes)
+            await world.call(ScalePools({"decode": 4}))
+            await asyncio.sleep(START_S + 1)
+            assert world.names == ["decode-0", "decode-1", "decode-2", "decode-3", "prefill-0"]
+            assert [line.split()[0] for line in world.decisions] == ["decode-3"]
+            await world.close()
+
+        second()
+
+    def test_of_two_managers_that_take_over_at_the_same_time_one_stays(self) -> None:
+        """Both find the notes of the same predecessor, and have the instances keep theirs."""
+        names, notes = leave(lambda world: asyncio.sleep(0))
+
+        @in_virtual_time
+        async def both() -> None:
+            launcher = FakeLauncher()
+            launcher.found, launcher.notes = [instance_info(name) for name in names], notes
+            launcher.find_s = 1.0
+            worlds = [World(launcher=launcher) for _ in range(2)]
+            await asyncio.gather(*(world.manager.take_over() for world in worlds))
+            await asyncio.sleep(2 * TERM_CHECK_S)
+            first, second = sorted(worlds, key=lambda world: world.members.term)
+            assert first.manager.is_superseded
+            assert not second.manager.is_superseded
+            assert launcher.notes is not None
+            assert launcher.notes.term == second.members.term
+            for world in worlds:
+                await world.close()
+
+        both()
+
+    @in_virtual_time
+    async def test_a_manager_that_no_other_process_hears_ends_no_silent_instance(self) -> None:
+        """API servers find it by its name, and instances by its messages only."""
+        async with a_world() as world:
+            await asyncio.sleep(100)
+            world.silent.update(world.names)
+            world.scheduler_hangs = True
+            world.known_term = world.members.term - 1
+            await asyncio.sleep(3 * INSTANCE_LEASE_S)
+            assert world.launcher.stopped == []
+            world.known_term = 0
+            await asyncio.sleep(INSTANCE_LEASE_S + 3 * HEARTBEAT_S)
+            assert sorted(world.launcher.stopped) == ["decode-0", "decode-1", "prefill-0"]
+
     @in_virtual_time
     async def test_a_manager_that_finds_no_instance_has_a_later_term_than_those_before(self) -> None:
         """API servers that have outlived all instances would ignore it otherwise."""
         async with a_world() as world:
-            assert abs(world.members.term / 1000 - time.time()) < 3600
+            assert abs(world.members.term / 1e6 - time.time()) < 3600
 
     @in_virtual_time
     async def test_a_manager_whose_clock_is_behind_exceeds_the_term_that_api_servers_know(self) -> None:
         """The last manager and all its instances have died, and the clock was set back, by an hour."""
         async with a_world() as world:
-            world.known_term = world.members.term + 3_600_000
+            world.known_term = world.members.term + 3_600_000_000
             await asyncio.sleep(5)
-            assert world.members.term == world.known_term + 1
+            assert world.members.term > world.known_term
             assert world.launcher.notes is not None
             assert world.launcher.notes.term == world.members.term
             assert world.sent(Membership, "api")[-1].term == world.members.term

@@ -1,15 +1,25 @@
-"""Calls of API servers to the manager that concern the requests of others."""
+"""Calls of API servers to the manager: operations, and requests of other API servers."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from migration.messages import InstanceId, RequestId
 from migration.record import MigrationRecord
-from pd_serve.comm.requests import Call, FindRequests, ManualMigration, MigrateByName
+from pd_serve.comm.requests import (
+    Call,
+    DrainInstance,
+    FindRequests,
+    ManualMigration,
+    MigrateByName,
+    RestartInstances,
+    ScalePools,
+)
 from pd_serve.comm.rpc import Answer
-from pd_serve.errors import UnknownTargetError
+from pd_serve.errors import EngineDeadError, UnknownTargetError
+from pd_serve.manager.launcher import ManagerNotes
 from tests.unit.pd_serve.manager.manager_world import World, a_world
 from tests.virtual_time import in_virtual_time
 
@@ -20,6 +30,38 @@ RECORD = MigrationRecord(
     reason="manual",
     tokens=120,
 )
+
+
+@pytest.mark.parametrize(
+    "operation", [DrainInstance("decode-1", True, True), ScalePools({"decode": 3}), RestartInstances()]
+)
+@in_virtual_time
+async def test_an_operation_is_answered_when_the_instances_have_noted_it(operation: Any) -> None:
+    async with a_world() as world:
+        await asyncio.sleep(1)
+        before, keep_notes, go_on = world.launcher.notes, world.launcher.keep_notes, asyncio.Event()
+
+        async def keep_late(notes: ManagerNotes) -> int:
+            await go_on.wait()
+            return await keep_notes(notes)
+
+        world.launcher.keep_notes = keep_late  # type: ignore[method-assign]
+        answer = asyncio.create_task(world.call(operation))
+        await asyncio.sleep(1)
+        assert not answer.done()
+        go_on.set()
+        await answer
+        assert world.launcher.notes != before
+
+
+@in_virtual_time
+async def test_a_superseded_manager_confirms_no_operation() -> None:
+    async with a_world() as world:
+        await asyncio.sleep(1)
+        assert world.launcher.notes is not None
+        world.launcher.notes = replace(world.launcher.notes, term=world.launcher.notes.term + 1)
+        with pytest.raises(EngineDeadError, match="another manager has taken over"):
+            await world.call(ScalePools({"decode": 3}))
 
 
 class TestRequestsOfOtherApiServers:

@@ -115,6 +115,22 @@ class TestForTheOperator:
             assert world.launcher.stopped == ["decode-0", "decode-1"]
             assert world.names == ["decode-2", "decode-3", "prefill-0"]
 
+    @pytest.mark.parametrize("draining", [True, False])
+    @in_virtual_time
+    async def test_an_order_that_has_not_reached_its_instance_is_repeated(self, draining: bool) -> None:
+        async with a_world() as world:
+            if not draining:
+                await world.call(DrainInstance("decode-1", True, False))
+                await asyncio.sleep(1)
+            world.deaf.add("decode-1")
+            await world.call(DrainInstance("decode-1", draining, False))
+            await asyncio.sleep(1)
+            world.deaf.clear()
+            await asyncio.sleep(1)
+            load = world.manager.register.load_of("decode-1")
+            assert load is not None
+            assert (load.draining, load.drained_by_operator) == (draining, draining)
+
     @in_virtual_time
     async def test_an_instance_that_is_used_again_and_drained_at_once_is_not_stopped(self) -> None:
         async with a_world() as world:

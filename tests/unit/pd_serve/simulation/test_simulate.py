@@ -313,12 +313,13 @@ def test_messages_of_an_earlier_manager_are_ignored() -> None:
         await asyncio.sleep(2.0)
         earlier = cluster.manager
         assert earlier is not None
+        earlier.keep_notes = asyncio.Event().wait  # type: ignore[assignment]
         await cluster.replace_manager()
         assert cluster.manager is not None
         await asyncio.sleep(1.0)  # the API server hears of it
         await cluster.frontend.scale({"prefill": 2, "decode": 3})
         await asyncio.sleep(20.0)
-        earlier.announce_soon()
+        earlier._announcer.announce_soon()
         await asyncio.sleep(40.0)
         rows = cluster.frontend.snapshot().instances
         assert len([row for row in rows if row.role == "decode"]) == 3
