@@ -32,6 +32,9 @@ from router.scaling import PoolBounds
 #: Maximum number of instances at a time.
 MAX_INSTANCES = 16
 
+#: Interval at which the platform looks whether the manager has ended itself, in seconds; as Ray Serve's.
+HEALTH_PERIOD_S = 2.0
+
 
 @dataclass(eq=False)
 class SimulatedApiServer:
@@ -128,6 +131,7 @@ class FaultyCluster:
     async def start(self) -> None:
         """Returns when the scheduler runs, and every instance has reported to every API server."""
         self.start_manager()
+        self._check_health()
         for _ in range(self.shape.api_servers):
             self.start_api_server()
         while not self._is_ready():  # noqa: ASYNC110
@@ -221,6 +225,13 @@ class FaultyCluster:
         if self.manager is handle:
             self.manager = None
             self.loop.outside_at(self.loop.now + self._rng.uniform(0.5, 8.0), self._replace_manager)
+
+    def _check_health(self) -> None:
+        """Replaces the manager if another one has taken over; that one may be an earlier one, which dies."""
+        handle = self.manager
+        if handle is not None and handle.process.is_running and handle.manager.is_superseded:
+            self.kill_manager(handle)
+        self.loop.outside_at(self.loop.now + HEALTH_PERIOD_S, self._check_health)
 
     def _replace_manager(self) -> None:
         if self.manager is None:

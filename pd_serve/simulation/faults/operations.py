@@ -93,17 +93,16 @@ class OperatorCalls:
         what = self._open[number]
         size = max(1, min(self.sizes.get(fault.target, {0})) + int(fault.value))
         try:
-            async with asyncio.timeout(ANSWER_BOUND_S):
+            async with asyncio.timeout(ANSWER_BOUND_S) as bound:
                 await work
         except EngineDeadError as error:
             self._note(f"{what}: {error}")
             self._apply(fault, name, size, is_sure=False)
         except PdServeError as error:
             self._note(f"{what}: {error}")
-        except TimeoutError:
-            self._report(f"{what} was not answered within {ANSWER_BOUND_S:.0f} s")
         except Exception as error:
-            self._report(f"{what} failed: {error!r}")
+            late = f"was not answered within {ANSWER_BOUND_S:.0f} s"
+            self._report(f"{what} {late if bound.expired() else f'failed: {error!r}'}")
         else:
             self._note(f"{what}: done")
             self._apply(fault, name, size, is_sure=True)

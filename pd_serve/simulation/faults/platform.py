@@ -7,7 +7,6 @@ the notes of the managers, and which each manager's launcher watches.
 import asyncio
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from pd_serve.comm.membership import SCHEDULER, InstanceInfo
 from pd_serve.comm.timing import INSTANCE_LEASE_S
@@ -18,6 +17,7 @@ from pd_serve.platform.placement import Placement
 from pd_serve.scheduler.scheduler_process import SchedulerConfig, SchedulerProcess
 from pd_serve.simulated_engine.faults import EngineFaults, PoisonError
 from pd_serve.simulation.config import SimulationConfig
+from pd_serve.simulation.faults.actors import SimulatedActor, StartFaults
 from pd_serve.simulation.faults.links import FaultyNetwork, FaultyWire
 from pd_serve.simulation.faults.process_loop import ProcessLoop, SimulatedProcess
 from pd_serve.simulation.simulated_instance import SimulatedInstance
@@ -27,46 +27,6 @@ ANSWER_S = 3.0
 
 #: Greatest time until a launcher learns of a death.
 NOTICE_S = 0.5
-
-
-@dataclass(eq=False)
-class SimulatedActor:
-    """An instance's process.
-
-    Attributes:
-        started: Settled when the instance is ready, or will never be.
-        instance: None before that.
-        notes: The latest notes of a manager.
-    """
-
-    name: str
-    process: SimulatedProcess
-    faults: EngineFaults
-    started: "asyncio.Future[InstanceInfo] | None" = None
-    instance: SimulatedInstance | None = None
-    notes: ManagerNotes | None = None
-
-    @property
-    def is_starting(self) -> bool:
-        return self.process.is_alive and self.started is not None and not self.started.done()
-
-
-@dataclass
-class StartFaults:
-    """What happens to the instances that are started next.
-
-    Attributes:
-        delay_s: Added to the time of a start.
-        failures: Number of starts that fail.
-        early_deaths: Number of instances that die `dies_after_s` after they were ready.
-        starved: There are no resources for another instance.
-    """
-
-    delay_s: float = 0.0
-    failures: int = 0
-    early_deaths: int = 0
-    dies_after_s: float = 1.0
-    starved: bool = False
 
 
 class SimulatedPlatform:
@@ -162,6 +122,7 @@ class SimulatedPlatform:
         if self.actors.get(actor.name) is not actor or actor.started.done():
             return
         if fails:
+            self.starts.ended_at = self.loop.now
             actor.started.set_exception(EngineDeadError(f"{actor.name} does not start: injected"))
             actor.started.exception()
             return
@@ -183,7 +144,8 @@ class SimulatedPlatform:
         actor.started.set_result(actor.instance.info)
         if self.starts.early_deaths:
             self.starts.early_deaths -= 1
-            self.loop.outside_at(self.loop.now + self.starts.dies_after_s, self.kill_instance, name)
+            self.starts.ended_at = self.loop.now + self.starts.dies_after_s
+            self.loop.outside_at(self.starts.ended_at, self.kill_instance, name)
 
     def _failed(self, name: str, error: BaseException) -> None:
         instance = self.instances.get(name) if isinstance(error, EngineDeadError) else None
@@ -315,15 +277,12 @@ class PlatformLauncher:
         return infos, max(notes, key=lambda found: found.age, default=None)
 
     async def keep_notes(self, notes: ManagerNotes) -> int:
+        """A suspended actor keeps them when it goes on, whether or not this manager still lives."""
         actors = list(self._platform.actors.values())
-        await self._answers(actors, ANSWER_S)
-        terms = [0]
         for actor in actors:
-            if actor.process.is_running:
-                if actor.notes is None or notes.age > actor.notes.age:
-                    actor.notes = notes
-                terms.append(actor.notes.term)
-        return max(terms)
+            actor.process.call_soon(actor.keep, notes)
+        await self._answers(actors, ANSWER_S)
+        return max((a.notes.term for a in actors if a.process.is_running and a.notes), default=0)
 
     async def _answers(
         self, actors: list[SimulatedActor], timeout_s: float, *, started: bool = False

@@ -8,13 +8,13 @@ import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
+from pd_serve.simulation.faults.actors import SimulatedActor
 from pd_serve.simulation.faults.clients import Clients, ClientStream
 from pd_serve.simulation.faults.cluster import FaultyCluster
 from pd_serve.simulation.faults.effects import Effects
 from pd_serve.simulation.faults.injector import Injector
 from pd_serve.simulation.faults.logs import RunLog
 from pd_serve.simulation.faults.operations import OperatorCalls
-from pd_serve.simulation.faults.platform import SimulatedActor
 from pd_serve.simulation.faults.process_loop import ProcessLoop, wall_clock
 from pd_serve.simulation.faults.rest import RestChecks
 from pd_serve.simulation.faults.schedule import Schedule
@@ -155,7 +155,8 @@ class FaultRun:
             problems = problems or self._checks.problems()
             if not problems:
                 return
-            if self._loop.now > max(self.injector.ended_at, began + last_s) + REST_BOUND_S:
+            starts_s = self.cluster.platform.starts.ended_at
+            if self._loop.now > max(self.injector.ended_at, began + last_s, starts_s) + REST_BOUND_S:
                 break
             await asyncio.sleep(5.0)
         for problem in problems:

@@ -79,6 +79,66 @@ def test_a_jump_of_the_wall_clocks_changes_nothing(seconds: float) -> None:
     assert faulty(ScheduledFault(2.4, FaultKind.WALL, value=seconds), *kills).findings == []
 
 
+def test_the_drain_of_an_instance_that_dies_while_there_is_no_manager_ends_with_it() -> None:
+    faults = [
+        ScheduledFault(2.0, FaultKind.DRAIN, "decode:0"),
+        ScheduledFault(4.0, FaultKind.KILL, "manager"),
+        ScheduledFault(4.1, FaultKind.KILL, "decode:0"),
+    ]
+
+    assert faulty(*faults).findings == []
+
+
+def test_the_lost_order_to_use_an_instance_again_is_repeated() -> None:
+    faults = [
+        ScheduledFault(2.0, FaultKind.DRAIN, "decode:0"),
+        ScheduledFault(4.0, FaultKind.RESET, "manager", "decode:0", for_s=0.5, value=1.0),
+        ScheduledFault(4.1, FaultKind.UNDO),
+    ]
+
+    assert faulty(*faults).findings == []
+
+
+def test_a_manager_whose_messages_do_not_arrive_ends_no_instance() -> None:
+    """API servers find it through the platform; the instances do not know it."""
+    faults = [
+        ScheduledFault(2.0, FaultKind.RESET, "manager", for_s=60.0, value=1.0),
+        ScheduledFault(4.0, FaultKind.KILL, "manager"),
+    ]
+
+    assert faulty(*faults).findings == []
+
+
+def test_an_operation_whose_call_is_lost_is_answered_with_an_error() -> None:
+    faults = [
+        ScheduledFault(3.0, FaultKind.RESET, "api:0", for_s=20.0, value=2.0),
+        ScheduledFault(3.5, FaultKind.MIGRATE, "prefill:0", value=10.0),
+    ]
+
+    assert faulty(*faults, api_servers=1).findings == []
+
+
+def test_a_manager_may_die_while_it_starts_the_first_instances() -> None:
+    """Python would run the cleanup of its tasks when the simulation drops them, after the run."""
+    kills = [ScheduledFault(2.5, FaultKind.KILL, target) for target in ("manager", *["instance:0"] * 3)]
+    again = [ScheduledFault(at_s, FaultKind.KILL, "manager") for at_s in (7.0, 11.0, 15.0)]
+
+    assert faulty(*kills, *again, start_instance_s=8.0).findings == []
+
+
+def test_pools_have_their_time_after_the_last_start_that_fails() -> None:
+    """A start is tried again with longer and longer pauses, for longer than the bound of a run."""
+    faults = [
+        ScheduledFault(2.0, FaultKind.FAILED_START, value=8.0),
+        ScheduledFault(2.1, FaultKind.KILL, "decode:0"),
+    ]
+
+    result = faulty(*faults)
+
+    assert result.findings == []
+    assert result.simulated_s > 300.0
+
+
 def test_slow_readers_get_everything() -> None:
     requests = [ClientRequest(n / 4, 100, 60, reads_every_s=0.1 * 3**n) for n in range(6)]
 
