@@ -3,10 +3,10 @@ MODEL ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint bench compare loadtest faults compat lock clean
+.PHONY: help setup serve test lint bench compare gpu-check loadtest faults compat lock clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## Make .venv from requirements.lock (done by the others when needed)
 	@deploy/setup_env.sh
@@ -31,6 +31,10 @@ bench: setup ## Measure migration, overhead, reports and the simulator; writes r
 
 compare: setup ## Measure ours beside plain vLLM, its NixlConnector and public routers (10 minutes)
 	.venv/bin/python -m loadtests.bench compare --json results/bench-compare.json $(ARGS)
+
+gpu-check: setup ## Move requests between two instances on one GPU, of every kind of engine (10 minutes)
+	@mkdir -p results
+	.venv/bin/python -m tests.gpu.check --out results/gpu-check.json $(ARGS)
 
 loadtest: setup ## Load a cluster of simulated engines for two minutes; writes results/loadtest/report.html
 	.venv/bin/python -m loadtests $(ARGS)
