@@ -70,7 +70,9 @@ class LiveRequests:
         on_unmovable: Called with the number of requests here that cannot move, by reason, when it changes.
     """
 
-    def __init__(self, keep_ended_s: float, on_unmovable: Callable[[dict[str, int]], None]) -> None:
+    def __init__(
+        self, keep_ended_s: float, on_unmovable: Callable[[dict[str, int]], None] = lambda numbers: None
+    ) -> None:
         self._by_stay: dict[str, LiveRequest] = {}  # arriving ones included
         self._here: dict[RequestId, str] = {}  # arriving ones excluded
         self._stems = StemIndex()  # of those here

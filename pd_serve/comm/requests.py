@@ -122,10 +122,13 @@ class LoadAdapter(Request[None], frozen=True, tag=True):
 
     Attributes:
         reload: Also if one of this name is loaded, which it replaces.
+        by_flag: An API server that starts was given it. One of this name that is loaded stays: operators may
+            have replaced it meanwhile.
     """
 
     adapter: LoraAdapter
     reload: bool = False
+    by_flag: bool = False
 
 
 class UnloadAdapter(Request[None], frozen=True, tag=True):

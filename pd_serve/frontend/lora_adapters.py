@@ -10,14 +10,13 @@ from pd_serve.frontend.manager_client import ManagerClient
 class OfferedAdapters:
     """Asks the manager to load and unload adapters, and follows those that it has.
 
-    Attributes:
-        on_change: Called with all adapters of the cluster. To be set with `follow`.
+    Until it is followed, the API server starts, and loads what its flags name.
     """
 
     def __init__(self, manager: ManagerClient) -> None:
         self._manager = manager
         self._known: list[LoraAdapter] = []
-        self._on_change: Callable[[Sequence[LoraAdapter]], None] = lambda adapters: None
+        self._on_change: Callable[[Sequence[LoraAdapter]], None] | None = None
 
     def follow(self, on_change: Callable[[Sequence[LoraAdapter]], None]) -> None:
         """Calls back with the present adapters, and whenever they have changed."""
@@ -28,11 +27,12 @@ class OfferedAdapters:
     def on_membership(self, adapters: list[LoraAdapter]) -> None:
         if adapters != self._known:
             self._known = adapters
-            self._on_change(adapters)
+            if self._on_change is not None:
+                self._on_change(adapters)
 
     async def load(self, adapter: LoraAdapter, *, reload: bool = False) -> None:
         """Returns when all instances have the adapter. Raises: PdServeError: It is not loaded."""
-        await self._manager.call(LoadAdapter(adapter, reload))
+        await self._manager.call(LoadAdapter(adapter, reload, by_flag=self._on_change is None))
 
     async def unload(self, name: str) -> None:
         """Raises: PdServeError: It is not unloaded."""

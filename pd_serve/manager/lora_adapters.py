@@ -48,8 +48,8 @@ class LoraAdapters:
         adapter = request.adapter
         async with self._turn:
             known = self._by_name.get(adapter.name)
-            if known == adapter and not request.reload:
-                return  # another API server has asked, with the same flag `--lora-modules`
+            if known is not None and (request.by_flag or (known == adapter and not request.reload)):
+                return
             if known is not None and not request.reload:
                 text = f"the adapter {adapter.name!r} is loaded from {known.path}"
                 raise InvalidRequestError(f"{text}; unload it, or set load_inplace")

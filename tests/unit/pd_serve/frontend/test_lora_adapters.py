@@ -30,6 +30,15 @@ def following(manager: Manager | None = None) -> tuple[OfferedAdapters, list[lis
     return adapters, seen
 
 
+async def test_what_is_loaded_before_the_first_client_comes_from_flags() -> None:
+    manager = Manager()
+    adapters = OfferedAdapters(cast(ManagerClient, manager))
+    await adapters.load(FRENCH)
+    adapters.follow(lambda present: None)
+    await adapters.load(FRENCH)
+    assert manager.calls == [LoadAdapter(FRENCH, by_flag=True), LoadAdapter(FRENCH)]
+
+
 async def test_the_manager_is_asked_to_load_and_unload() -> None:
     manager = Manager()
     adapters, seen = following(manager)

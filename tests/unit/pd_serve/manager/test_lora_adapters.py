@@ -86,6 +86,16 @@ async def test_a_second_api_server_with_the_same_flag_loads_nothing_again() -> N
 
 
 @in_virtual_time
+async def test_an_api_server_that_starts_takes_over_what_operators_have_replaced() -> None:
+    async with a_world() as world:
+        await ask(world, LoadAdapter(FRENCH, by_flag=True))
+        newer = LoraAdapter("french", "/adapters/french-2")
+        await ask(world, LoadAdapter(newer, reload=True))
+        await ask(world, LoadAdapter(FRENCH, by_flag=True))
+        assert world.members.lora_adapters == [newer]
+
+
+@in_virtual_time
 async def test_a_name_is_given_once_unless_its_adapter_is_to_be_replaced() -> None:
     async with a_world() as world:
         await ask(world, LoadAdapter(FRENCH))
