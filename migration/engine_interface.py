@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 from migration.messages import FinalState, KvPart, MigrationId, RequestDescription, RequestId
 from migration.transport.kv_transport import KvRegion
+from migration.transport.worker_transport import WorkerMemory
 from router.load import EngineLoad
 
 T = TypeVar("T")
@@ -135,7 +136,12 @@ class Engine(Protocol):
 
     @property
     def regions(self) -> Sequence[KvRegion]:
-        """The KV cache's memory, for the transport; known once `start` has returned."""
+        """The KV cache's memory in this process, for the transport; known once `start` has returned."""
+        ...
+
+    @property
+    def workers(self) -> Sequence[WorkerMemory]:
+        """The KV cache's memory, in the place of `regions`, if the engine's workers have processes."""
         ...
 
     @property

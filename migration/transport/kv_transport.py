@@ -27,9 +27,8 @@ class KvRegion:
 class KvTransport(Protocol):
     """Reads KV blocks of a peer into local blocks (one-sided: the peer's engine takes no part).
 
-    One object per instance. `register` is called once, before anything else. All regions of all
-    instances of a model have the same order, count and block size; the protocol checks that before
-    the first read.
+    One object per instance, with the memory of its KV cache. All regions of all instances of a model have the
+    same order, count and block size; the protocol checks that before the first read.
 
     Attributes:
         quarantine: Local blocks that a read which has raised may still write to. They are not to be freed
@@ -37,9 +36,6 @@ class KvTransport(Protocol):
     """
 
     quarantine: Quarantine
-
-    def register(self, regions: Sequence[KvRegion]) -> None:
-        """Makes the regions readable by peers and writable by `read`. The caller keeps the memory alive."""
 
     def endpoint(self) -> bytes:
         """What a peer has to know to read from here. Opaque, sent over the authenticated control channel."""

@@ -25,7 +25,6 @@ What was found on one machine (NIXL 1.5.1, two cores, UCX_TLS unset; GPU memory 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -36,12 +35,12 @@ import numpy as np
 from migration.errors import PdServeError, PeerLostError
 from migration.transport.kv_transport import KvRegion
 from migration.transport.nixl_agent import NixlAgent, NixlFailure, memory_kind
-from migration.transport.nixl_reader import CANCEL_GRACE_S, NixlReader
-from migration.transport.quarantine import Quarantine
+from migration.transport.nixl_reader import NixlReader
+from migration.transport.read_caller import ReadCaller
 from migration.transport.read_job import ReadJob
 
-#: How often a read looks whether the reader is overdue, and by how much it may be.
-LOOK_S, OVERDUE_S = 1.0, 10.0
+#: Python's switch interval in a process that reads, in seconds: see above.
+SWITCH_INTERVAL_S = 0.0005
 
 
 class _NixlEndpoint(msgspec.Struct, frozen=True, array_like=True):
@@ -72,7 +71,8 @@ class NixlTransport:
         timeout_s: float = 30.0,
         on_failure: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
-        self.quarantine = Quarantine()
+        self._caller = ReadCaller(f"the reader of {name}", timeout_s, on_failure)
+        self.quarantine = self._caller.quarantine
         self._name = name
         self._on_failure = on_failure
         self._timeout_s = timeout_s
@@ -149,37 +149,8 @@ class NixlTransport:
             quiet=loop.create_future(),
         )
         reader.submit(job)
-        try:
-            await self._wait_for(job, self._timeout_s)
-            job.done.result()
-        except asyncio.CancelledError:
-            job.cancelled.set()
-            waiting = asyncio.ensure_future(self._wait_for(job, CANCEL_GRACE_S))
-            while not waiting.done():
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait([waiting])
-            job.done.exception()  # so that asyncio does not report it
-            raise
-        finally:
-            if not job.quiet.done():
-                self.quarantine.add(job.local_blocks.tolist(), job.quiet)
+        await self._caller.wait_for(job.done, job.quiet, job.local_blocks.tolist(), job.cancelled.set)
         return len(local_blocks) * sum(region.block_bytes for region in self._regions)
-
-    async def _wait_for(self, job: ReadJob, timeout_s: float) -> None:
-        """Waits for a job's end, counting its time in looks: a suspension of the process does not count.
-
-        Raises:
-            PeerLostError: The reader hangs.
-        """
-        looks = 0
-        while not job.done.done():
-            if looks * LOOK_S > timeout_s + OVERDUE_S:
-                error = PeerLostError(f"the reader of {self._name} does not answer")
-                job.done.set_exception(error)
-                self._on_failure(error)
-                break
-            await asyncio.wait([job.done], timeout=LOOK_S)
-            looks += 1
 
     def forget(self, peer: str) -> None:
         """Drops the connection to a peer that is gone; its reads end with PeerLostError."""

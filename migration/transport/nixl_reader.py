@@ -30,6 +30,7 @@ from migration.errors import PeerLostError
 from migration.transport.kv_transport import KvRegion
 from migration.transport.nixl_agent import NixlFailure
 from migration.transport.nixl_connections import ConnectedPeer, ConnectError, NixlConnections
+from migration.transport.read_caller import CANCEL_GRACE_S
 from migration.transport.read_job import Chunk, ReadJob
 
 logger = logging.getLogger(__name__)
@@ -38,9 +39,6 @@ logger = logging.getLogger(__name__)
 # one, and a cancelled one ends soon. Through shared memory 4 MiB take about 0.7 ms.
 CHUNK_BYTES = 4 << 20
 CHUNKS_UNDER_WAY = 2
-
-# How long a cancelled read's caller waits for the chunks under way.
-CANCEL_GRACE_S = 0.5
 
 # When nothing writes any more over a connection that was closed. A forced close drops what is in flight in
 # some ms; a network card gives up its retries within a few seconds.

@@ -9,15 +9,26 @@ class Quarantine:
 
     A one-sided read cannot be taken back for certain. Its error is reported at once, so that the request goes
     on elsewhere; its blocks wait here until the transport knows that nothing writes to them any more.
+
+    Args:
+        parts: What is in one of these is in here, too.
     """
 
-    def __init__(self) -> None:
-        self._writing: dict[asyncio.Future[None], frozenset[int]] = {}
+    def __init__(self, *parts: "Quarantine") -> None:
+        self._parts = parts
+        self._own: dict[asyncio.Future[None], frozenset[int]] = {}
+
+    @property
+    def _writing(self) -> dict["asyncio.Future[None]", frozenset[int]]:
+        writing = dict(self._own)
+        for part in self._parts:
+            writing |= part._writing
+        return writing
 
     def add(self, blocks: Iterable[int], quiet: "asyncio.Future[None]") -> None:
         """Keeps blocks until `quiet` is done, which has a bound of its own."""
-        self._writing[quiet] = frozenset(blocks)
-        quiet.add_done_callback(self._writing.pop)
+        self._own[quiet] = frozenset(blocks)
+        quiet.add_done_callback(self._own.pop)
 
     def holds(self, blocks: Sequence[int]) -> bool:
         """Whether any of these blocks is in here."""

@@ -27,6 +27,7 @@ from migration.engine_rules import mismatch
 from migration.errors import DestinationRefusedError, InvalidRequestError, RefusalCode, SourceGoneError
 from migration.messages import FinalState, KvPart, MigrationId, RequestDescription, RequestId
 from migration.transport.kv_transport import KvRegion
+from migration.transport.worker_transport import WorkerMemory
 from migration.vllm_engine import compatibility
 from migration.vllm_engine.core_builder import build_core
 from migration.vllm_engine.engine_load import read_held_blocks, read_load, read_running
@@ -74,6 +75,7 @@ class VllmEngine:
         self.core: EngineCore = None
         self.scheduler: MigratingScheduler = None  # type: ignore[assignment]
         self.regions: list[KvRegion] = []
+        self.workers: list[WorkerMemory] = []
         self.compatibility: dict[str, str] = {}
         self.no_migration: str | None = None
 
@@ -300,15 +302,13 @@ class VllmEngine:
     def _build(self) -> EngineCore:
         built = build_core(self._make_config(), self._steps.fail)
         self.core, self.scheduler = built.core, built.core.scheduler
-        self.no_migration, self.regions = built.no_migration, built.regions
-        self.compatibility = built.compatibility
+        self.no_migration, self.compatibility = built.no_migration, built.compatibility
+        self.regions, self.workers = built.regions, built.workers
         self._supported_tasks = tuple(self.core.get_supported_tasks())
         self._loader = RequestLoader(self.core)
         if self.no_migration is None:
-            on_prefill_started = self._events.on_prefill_started
-            self.scheduler.on_prefill_started = lambda stay_ids: self._steps.notify(
-                on_prefill_started, self._live.request_ids(stay_ids)
-            )
+            tell, ids_of, asked = self._steps.notify, self._live.request_ids, self._events.on_prefill_started
+            self.scheduler.on_prefill_started = lambda stay_ids: tell(asked, ids_of(stay_ids))
         return self.core
 
     def _at_boundary(self) -> None:

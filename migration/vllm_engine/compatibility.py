@@ -6,7 +6,18 @@ A request that cannot move is refused with the reason and stays where it is.
 import hashlib
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from migration.vllm_engine.worker import KvLayout
+
+#: How an engine's workers share its KV cache: settings of vLLM's `ParallelConfig`.
+PARALLELISM = (
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "decode_context_parallel_size",
+    "prefill_context_parallel_size",
+)
 
 #: Methods of `EngineCore` that vLLM's front end may call by name.
 UTILITIES = frozenset(
@@ -190,9 +201,6 @@ def missing_attributes(core: Any) -> list[str]:
 
 def unsupported_config(vllm_config: Any) -> str | None:
     """Why requests of an engine with these settings cannot migrate, whatever the model; None if they may."""
-    parallel = vllm_config.parallel_config
-    if parallel.tensor_parallel_size * parallel.pipeline_parallel_size > 1:
-        return "tensor or pipeline parallelism inside an instance"
     if vllm_config.kv_transfer_config is not None:
         return "a KV connector of its own (--kv-transfer-config)"
     return None
@@ -252,9 +260,7 @@ def has_only_tokens(parameters: Any) -> bool:
     )
 
 
-def compatibility(
-    vllm_config: Any, groups: str, block_bytes: list[int], block_order: str, attention: dict[str, str]
-) -> dict[str, str]:
+def compatibility(vllm_config: Any, groups: str, layouts: "Sequence[KvLayout]") -> dict[str, str]:
     """What has to be equal on both sides of a migration, by name.
 
     Blocks of equal size may hold their bytes in another order (NHD or HND; keys packed for an instruction
@@ -262,9 +268,7 @@ def compatibility(
 
     Args:
         groups: See `migration.vllm_engine.cache_groups.CacheGroups.description`.
-        block_bytes: Bytes of a block in each region.
-        block_order: See `migration.transport.regions.block_order`.
-        attention: See `migration.vllm_engine.worker.attention`.
+        layouts: Of the KV cache of each worker, by rank.
 
     Source: compute_nixl_compatibility_hash in vllm/distributed/kv_transfer/kv_connector/v1/nixl/metadata.py,
     and what that connector compares at a handshake.
@@ -273,6 +277,8 @@ def compatibility(
 
     model = vllm_config.model_config
     cache = vllm_config.cache_config
+    parallel = vllm_config.parallel_config
+    block_bytes = [[region.block_bytes for region in layout.regions] for layout in layouts]
     sizes = hashlib.sha256(repr(block_bytes).encode()).hexdigest()[:12]
     return {
         "vllm version": str(vllm.__version__),
@@ -283,7 +289,8 @@ def compatibility(
         "KV cache dtype": str(cache.cache_dtype),
         "block size": str(cache.block_size),
         "cache groups": groups,
-        "KV layout": f"{cache.kv_cache_layout}, {len(block_bytes)} regions, {sizes}",
-        "order of a KV block": block_order,
-        **attention,
+        **{degree.replace("_", " "): str(getattr(parallel, degree)) for degree in PARALLELISM},
+        "KV layout": f"{cache.kv_cache_layout}, {sum(map(len, block_bytes))} regions, {sizes}",
+        "order of a KV block": ", ".join(dict.fromkeys(layout.block_order for layout in layouts)),
+        **layouts[0].attention,
     }

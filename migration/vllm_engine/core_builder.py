@@ -1,19 +1,25 @@
 """Builds vLLM's engine core with a migrating scheduler, and checks whether it can migrate."""
 
 import logging
+import socket
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from vllm.config import VllmConfig
 from vllm.v1.engine.core import EngineCore
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from migration.transport.kv_transport import KvRegion
-from migration.transport.regions import block_order, kv_regions
+from migration.transport.worker_transport import WorkerMemory
 from migration.vllm_engine import compatibility, worker
 from migration.vllm_engine.executor import executor_class
 from migration.vllm_engine.migrating_scheduler import MigratingAsyncScheduler, MigratingScheduler
 
 logger = logging.getLogger(__name__)
+
+#: Time for a worker that has started its transport to be connected, in seconds.
+CONNECT_S = 10.0
 
 
 @dataclass
@@ -22,13 +28,15 @@ class BuiltCore:
 
     Attributes:
         no_migration: Why requests cannot migrate; None if they can.
-        regions: The KV cache's memory, if they can.
+        regions: The KV cache's memory, if they can and it is in this process.
+        workers: The KV cache's memory, if they can and it is in workers' processes, by rank.
         compatibility: What has to be equal at the other end of a migration, by name.
     """
 
     core: EngineCore
     no_migration: str | None
     regions: list[KvRegion] = field(default_factory=list)
+    workers: list[WorkerMemory] = field(default_factory=list)
     compatibility: dict[str, str] = field(default_factory=dict)
 
 
@@ -64,15 +72,30 @@ def build_core(config: VllmConfig, on_failure: Callable[[], None] = lambda: None
 
 
 def _map_kv_memory(built: BuiltCore, config: VllmConfig) -> None:
-    tensors = built.core.collective_rpc(worker.kv_caches)[0]
-    num_blocks = built.core.scheduler.kv_cache_config.num_blocks
-    try:
-        built.regions = kv_regions(tensors, num_blocks)
-    except ValueError as error:
-        built.no_migration = str(error)
+    core, num_blocks = built.core, built.core.scheduler.kv_cache_config.num_blocks
+    layouts = core.collective_rpc(worker.kv_layout, args=(num_blocks,))
+    if reasons := [layout for layout in layouts if isinstance(layout, str)]:
+        built.no_migration = reasons[0]
         return
-    sizes = [region.block_bytes for region in built.regions]
-    order = block_order(tensors, num_blocks)
-    attention = built.core.collective_rpc(worker.attention)[0]
-    groups = built.core.scheduler.cache_groups.description
-    built.compatibility = compatibility.compatibility(config, groups, sizes, order, attention)
+    groups = core.scheduler.cache_groups.description
+    built.compatibility = compatibility.compatibility(config, groups, layouts)
+    if isinstance(core.model_executor, UniProcExecutor):
+        built.regions = layouts[0].regions
+    else:
+        built.workers = _connect_workers(core, num_blocks)
+
+
+def _connect_workers(core: EngineCore, num_blocks: int) -> list[WorkerMemory]:
+    """Starts a transport in each worker's process, and connects to them."""
+    with tempfile.TemporaryDirectory(prefix="pd-serve-") as folder, socket.socket(socket.AF_UNIX) as listener:
+        path = f"{folder}/workers"
+        listener.bind(path)
+        listener.listen(core.vllm_config.parallel_config.world_size)
+        listener.settimeout(CONNECT_S)
+        endpoints = core.collective_rpc(worker.serve_kv_cache, args=(path, num_blocks))
+        connections = {}
+        for _ in endpoints:
+            connection, _ = listener.accept()
+            rank = int.from_bytes(connection.recv(4, socket.MSG_WAITALL))
+            connections[rank] = connection
+    return [WorkerMemory(rank, endpoint, connections[rank]) for rank, endpoint in enumerate(endpoints)]

@@ -1,8 +1,13 @@
 """State of vLLM's model runner that migration reads and writes. Functions for `Executor.collective_rpc`.
 
-They take the executor's worker (a `WorkerWrapperBase`) first and run on the step thread.
+They take the executor's worker (a `WorkerWrapperBase`) first and run on the step thread, or, if the workers
+have processes of their own, there between two steps.
 """
 
+import logging
+import socket
+import sys
+from dataclasses import dataclass
 from platform import machine
 from typing import Any
 
@@ -11,10 +16,67 @@ from vllm.sampling_params import SamplingType
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
+from migration.transport.kv_transport import KvRegion
+from migration.transport.regions import block_order, kv_regions
+from migration.transport.worker_server import WorkerServer
 
-def kv_caches(worker: Any) -> list[torch.Tensor]:
-    """Every attention layer's KV cache; layers may share one."""
-    return list(_runner(worker).kv_caches)
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class KvLayout:
+    """The KV cache of one worker.
+
+    Attributes:
+        regions: Its memory, with addresses of the worker's process.
+        block_order: See `migration.transport.regions.block_order`.
+        attention: See `attention`.
+    """
+
+    regions: list[KvRegion]
+    block_order: str
+    attention: dict[str, str]
+
+
+def kv_layout(worker: Any, num_blocks: int) -> KvLayout | str:
+    """How the worker's KV cache lies in its memory, or why its blocks cannot be moved."""
+    tensors = list(_runner(worker).kv_caches)  # of every attention layer; layers may share one
+    try:
+        regions = kv_regions(tensors, num_blocks)
+    except ValueError as error:
+        return str(error)
+    return KvLayout(regions, block_order(tensors, num_blocks), attention(worker))
+
+
+def serve_kv_cache(worker: Any, path: str, num_blocks: int) -> bytes:
+    """Starts a transport for the worker's KV cache in the worker's process, and connects it to the instance.
+
+    The process that has allocated memory registers it, as in vLLM's NixlConnector. Reads have a thread of
+    their own, so that no step waits for them.
+
+    Args:
+        path: A Unix socket on which the instance listens. The rank is sent first, in 4 bytes.
+
+    Returns:
+        The transport's endpoint.
+    """
+    from migration.transport.nixl import SWITCH_INTERVAL_S, NixlTransport
+
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    layout = kv_layout(worker, num_blocks)
+    assert isinstance(layout, KvLayout), layout
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(path)
+
+    def end(error: BaseException) -> None:
+        logger.critical("the transport of worker %d ends: %s", worker.global_rank, error)
+        connection.shutdown(socket.SHUT_RDWR)  # the instance notices it, and ends
+
+    transport = NixlTransport(f"worker-{worker.global_rank}", on_failure=end)
+    transport.register(layout.regions)
+    connection.sendall(worker.global_rank.to_bytes(4))
+    WorkerServer(transport, connection).start()
+    return transport.endpoint()
 
 
 def attention(worker: Any) -> dict[str, str]:

@@ -5,12 +5,14 @@ import gc
 import logging
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from migration.bounds import MigrationBounds
 from migration.engine_interface import Engine
 from migration.messages import InstanceId
+from migration.transport.kv_transport import KvTransport
 from pd_serve.comm.membership import InstanceInfo
 from pd_serve.comm.wire import CurveKeys, Wire
 from pd_serve.errors import InvalidRequestError
@@ -46,12 +48,33 @@ class InstanceConfig:
     orphan_s: float = 0.0
 
 
+async def open_transport(
+    name: InstanceId, engine: Engine, on_failure: Callable[[BaseException], None]
+) -> KvTransport:
+    """The transport of an engine's KV memory: in this process, or in those of the engine's workers.
+
+    Args:
+        on_failure: Called, in any thread, when it is not known any more which blocks are written to. Has to
+            end the process.
+    """
+    from migration.transport.nixl import NixlTransport
+    from migration.transport.ranked import open_workers
+
+    if engine.workers:
+        return await open_workers(name, engine.workers, on_failure)
+    transport = NixlTransport(name, on_failure=on_failure)
+    if engine.facts.no_migration is None:
+        transport.register(engine.regions)
+    return transport
+
+
 class Instance:
     """An instance, which is started once. When its engine dies, the whole process ends."""
 
     def __init__(self) -> None:
         self._stopped = asyncio.Event()
         self._config: InstanceConfig | None = None
+        self._transport: KvTransport | None = None
 
     async def start(self, config: InstanceConfig) -> InstanceInfo:
         """Loads the model and opens the sockets.
@@ -62,21 +85,18 @@ class Instance:
         """
         os.environ.update(config.environment)
         await asyncio.to_thread(import_engine, simulated=config.simulated is not None)
-        from migration.transport.nixl import NixlTransport
         from pd_serve.instance.llumlet import Llumlet
         from pd_serve.instance.token_publisher import TokenPublisher
 
         name = InstanceId(config.instance_id)
         self._config = config
         self._wire = Wire(name, config.host, config.keys)
-        self._transport = NixlTransport(name, on_failure=self._die)
         bounds = MigrationBounds(stage_bytes_per_s=config.stage_bytes_per_s)
         self._tokens = TokenPublisher(name, self._wire)
         self.llumlet = Llumlet(
             name,
             config.role,
             self._wire,
-            self._transport,
             self._tokens,
             bounds=bounds,
             orphan_s=config.orphan_s,
@@ -91,9 +111,8 @@ class Instance:
         if config.needs_migration and facts.no_migration is not None:
             await self.stop()
             raise InvalidRequestError(no_handoffs(facts.no_migration))
-        if facts.no_migration is None:
-            self._transport.register(self._engine.regions)
-        self.llumlet.start(self._engine)
+        self._transport = await open_transport(name, self._engine, self._die)
+        self.llumlet.start(self._engine, self._transport)
         logger.debug("%s (%s) is ready, pid %d", name, config.role, os.getpid())
         return InstanceInfo(
             instance_id=name,
@@ -113,7 +132,8 @@ class Instance:
         if self._config is not None:
             await self.llumlet.close()
             await self._engine.stop()
-            self._transport.close()
+            if self._transport is not None:
+                self._transport.close()
             self._tokens.close()
             await self._wire.close()
         self._stopped.set()

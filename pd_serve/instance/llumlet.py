@@ -74,7 +74,6 @@ class Llumlet:
         name: InstanceId,
         role: str,
         wire: MessageWire,
-        transport: KvTransport,
         publisher: ReportPublisher,
         *,
         bounds: MigrationBounds | None = None,
@@ -83,7 +82,6 @@ class Llumlet:
     ) -> None:
         self.name = name
         self._wire = wire
-        self._transport = transport
         self._bounds = bounds
         self._on_fatal = on_fatal
         self._tasks = BackgroundTasks(on_fatal)
@@ -127,13 +125,13 @@ class Llumlet:
         )
         self.address = wire.listen(ToInstance, self._on_message)
 
-    def start(self, engine: Engine) -> None:
-        """Begins to serve with an engine that is ready."""
+    def start(self, engine: Engine, transport: KvTransport) -> None:
+        """Begins to serve with an engine that is ready, and the transport of its memory."""
         self.engine = engine
         self.coordinator = MigrationCoordinator(
             self.name,
             engine,
-            self._transport,
+            transport,
             self._send_to_peer,
             bounds=self._bounds,
             on_ended=self._on_migration_ended,

@@ -62,7 +62,6 @@ class SimulatedInstance:
             InstanceId(name),
             role,
             self.wire,
-            self.transport,
             self,
             bounds=bounds,
             orphan_s=config.orphan_s,
@@ -85,7 +84,7 @@ class SimulatedInstance:
             config.orphan_s,
         )
         self.transport.register(self.engine.regions)
-        self.llumlet.start(self.engine)
+        self.llumlet.start(self.engine, self.transport)
 
     @property
     def info(self) -> InstanceInfo:

@@ -46,7 +46,10 @@ def complaint(server: ServerProcess) -> str:
             "unknown flag --max-model-length; did you mean --max-model-len?",
         ),
         (["tiny", "--kv-cache-memory-bytes", "9000000000000"], "smaller --kv-cache-memory-bytes"),
-        (["tiny", "--tensor-parallel-size", "2"], "start with --neutral, or with --allow-no-migration"),
+        (
+            ["tiny", "--kv-transfer-config", '{"kv_connector": "NixlConnector", "kv_role": "kv_both"}'],
+            "start with --neutral, or with --allow-no-migration",
+        ),
         (["tiny", "--prefill", "two"], "'--prefill'"),
         (["tiny", "--prefill", "1", "--decode", "0"], "--decode"),
         (["tiny", "--neutral", "0", "--prefill", "0", "--decode", "0"], "--neutral"),

@@ -53,11 +53,11 @@ async def test_descriptors_and_memory_are_flat_while_thirty_api_servers_die() ->
     """Each dies with streams under way, and does not read any more until the manager has noticed."""
     wire, manager = Wire("neutral-0", HOST, KEYS), Wire(MANAGER, HOST, KEYS)
     transport, tokens = LocalFabric().transport("neutral-0"), TokenPublisher("neutral-0", wire)
-    llumlet = Llumlet(InstanceId("neutral-0"), "neutral", wire, transport, tokens)
+    llumlet = Llumlet(InstanceId("neutral-0"), "neutral", wire, tokens)
     settings = EngineSettings(COST_MODELS["a10-llama-7b"], num_blocks=2000)
     engine = create_engine({}, settings, tokens.publish, llumlet.events)
     transport.register(engine.regions)
-    llumlet.start(engine)
+    llumlet.start(engine, transport)
     manager_address = manager.listen(ToManager, lambda sender, message, payload: None)
     manager.connect("neutral-0", llumlet.address)
 

@@ -172,10 +172,10 @@ class Cluster:
     async def _start_instance(self, name: str) -> None:
         wire = await self._proxied_wire(name)
         transport, tokens = self._fabric.transport(name), TokenPublisher(name, wire)
-        llumlet = Llumlet(InstanceId(name), name.rpartition("-")[0], wire, transport, tokens)
+        llumlet = Llumlet(InstanceId(name), name.rpartition("-")[0], wire, tokens)
         engine = create_engine({}, SETTINGS, tokens.publish, llumlet.events)
         transport.register(engine.regions)
-        llumlet.start(engine)
+        llumlet.start(engine, transport)
         self._manager.connect(name, llumlet.address)
         role = name.rpartition("-")[0]
         self._instances.append(InstanceInfo(name, role, llumlet.address, "node", 1, engine.facts))

@@ -298,8 +298,8 @@ async def test_connections_of_strangers_leave_no_descriptor(monkeypatch: pytest.
 
 async def test_a_reader_that_hangs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its process has to end: nobody knows what it still writes to."""
-    monkeypatch.setattr("migration.transport.nixl.LOOK_S", 0.01)
-    monkeypatch.setattr("migration.transport.nixl.OVERDUE_S", 0.02)
+    monkeypatch.setattr("migration.transport.read_caller.LOOK_S", 0.01)
+    monkeypatch.setattr("migration.transport.read_caller.OVERDUE_S", 0.02)
     failures: list[BaseException] = []
     _, regions = _memory(None)
     transport = NixlTransport("target", timeout_s=0.05, on_failure=failures.append)

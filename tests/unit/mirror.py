@@ -27,6 +27,9 @@ TESTED_THROUGH: dict[str, tuple[str, ...]] = {
         "migration/transport/nixl_connections.py",
         "migration/transport/read_job.py",
     ),
+    "tests/unit/migration/transport/test_worker_transport.py": tuple(
+        f"migration/transport/{name}.py" for name in ("read_caller", "worker_messages", "worker_server")
+    ),
     # Parts of a vLLM engine that need one that runs.
     "tests/integration/test_vllm_engine_adapter.py": tuple(
         f"migration/vllm_engine/{name}.py"

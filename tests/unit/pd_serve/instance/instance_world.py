@@ -197,13 +197,12 @@ class World:
             "p0",  # type: ignore[arg-type]
             "prefill",
             self.wire,
-            transport,
             self.publisher,
             bounds=bounds,
             orphan_s=orphan_s,
             on_fatal=self.fatal.append,
         )
-        self.llumlet.start(self.engine)  # type: ignore[arg-type]
+        self.llumlet.start(self.engine, transport)  # type: ignore[arg-type]
         self.members("d0", "d1")
 
     async def __aenter__(self) -> "World":

@@ -101,16 +101,16 @@ async def test_a_dead_engine_ends_the_whole_process(
 async def test_an_instance_that_has_to_move_requests_does_not_start_if_it_cannot(
     monkeypatch: pytest.MonkeyPatch, needed: bool
 ) -> None:
-    facts = EngineFacts("tensor parallelism", 512, 100, 16, ("generate",))
+    facts = EngineFacts("speculative decoding", 512, 100, 16, ("generate",))
     monkeypatch.setattr(SimulatedEngine, "facts", facts)
     instance = Instance()
 
     if needed:
-        with pytest.raises(InvalidRequestError, match="tensor parallelism; start with --neutral"):
+        with pytest.raises(InvalidRequestError, match="speculative decoding; start with --neutral"):
             await instance.start(config(needs_migration=True))
     else:
         info = await instance.start(config())
-        assert info.engine.no_migration == "tensor parallelism"
+        assert info.engine.no_migration == "speculative decoding"
         await instance.stop()
 
 

@@ -64,13 +64,13 @@ def test_the_environment_of_the_engines_is_set_in_this_process_too(monkeypatch: 
 def test_disaggregation_is_refused_before_the_start_if_requests_cannot_move(
     settings: dict[str, Any], is_refused: bool
 ) -> None:
-    parallel = SimpleNamespace(tensor_parallel_size=2, pipeline_parallel_size=1)
-    engine: Any = SimpleNamespace(parallel_config=parallel)
+    engine: Any = SimpleNamespace(speculative_config=None, kv_transfer_config=SimpleNamespace())
     config = ServeConfig(**settings)
 
     if is_refused:
         with pytest.raises(
-            InvalidRequestError, match=r"parallelism.*start with --neutral.*--allow-no-migration"
+            InvalidRequestError,
+            match=r"a KV connector.*start with --neutral.*--allow-no-migration",
         ):
             check_handoffs(config, engine)
     else:
