@@ -58,6 +58,8 @@ def build_core(config: VllmConfig, on_failure: Callable[[], None] = lambda: None
             MigratingAsyncScheduler if scheduling.async_scheduling else MigratingScheduler
         )
     core = EngineCore(config, executor_class(config), log_stats=True, executor_fail_callback=on_failure)
+    if not isinstance(core.model_executor, UniProcExecutor):
+        core.collective_rpc(worker.end_with_instance)
     missing = missing or compatibility.missing_attributes(core)
     if missing:
         built = BuiltCore(core, "this vLLM lacks " + ", ".join(missing))

@@ -64,7 +64,7 @@ class StepLoop:
         await self._ready
 
     async def stop(self) -> None:
-        """Ends the thread after the step it is in."""
+        """Ends the workers' processes, and the thread, after the step it is in."""
         self._stopping = True
         self._calls.put(lambda: None)
         await asyncio.to_thread(self._thread.join, 5.0)
@@ -122,6 +122,7 @@ class StepLoop:
                 self._turns += 1
                 self._run_calls()
                 self._step()
+            self._core.model_executor.shutdown()  # here: the kernel ends workers with this thread
         except BaseException as error:
             self._dead = error
             logger.exception("the engine's step loop has failed")

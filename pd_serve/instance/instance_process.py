@@ -131,9 +131,9 @@ class Instance:
         """Stops the engine thread and frees sockets and shared memory."""
         if self._config is not None:
             await self.llumlet.close()
-            await self._engine.stop()
             if self._transport is not None:
-                self._transport.close()
+                self._transport.close()  # before workers end, which would be a failure of it
+            await self._engine.stop()
             self._tokens.close()
             await self._wire.close()
         self._stopped.set()

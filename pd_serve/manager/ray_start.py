@@ -98,11 +98,21 @@ def _is_of_ray(process: psutil.Process) -> bool:
 
 
 def end_children(timeout_s: float, is_meant: Callable[[psutil.Process], bool] = lambda process: True) -> None:
-    """Ends child processes by force, those of children too, and waits for their end for a time."""
-    found = []
+    """Ends child processes by force, those of children too, and waits for their end for a time.
+
+    Python's resource trackers end after the processes that they belong to, whose shared memory they free.
+    """
+    found, trackers = [], []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-            if is_meant(process):
+            if not is_meant(process):
+                continue
+            if not any("multiprocessing.resource_tracker" in part for part in process.cmdline()):
                 process.kill()
                 found.append(process)
+            elif process.ppid() != os.getpid():
+                trackers.append(process)
     psutil.wait_procs(found, timeout=timeout_s)
+    for process in psutil.wait_procs(trackers, timeout=timeout_s)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()

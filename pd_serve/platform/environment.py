@@ -49,7 +49,12 @@ def ray_environment(ray_address: str | None) -> dict[str, str]:
     It must not be set later, nor in actors: Ray reads its authentication mode once, when it is imported, and
     a process in which the variable and Ray disagree cannot join any cluster.
     """
-    environment = {"RAY_DEDUP_LOGS": "0"}  # Ray would leave out what decode-1 logs after decode-0
+    environment = {
+        "RAY_DEDUP_LOGS": "0",  # Ray would leave out what decode-1 logs after decode-0
+        # An instance's workers end with it; Python's process that frees their shared memory ends after them.
+        "RAY_kill_child_processes_on_worker_exit": "0",
+        "RAY_process_group_cleanup_enabled": "0",
+    }
     if ray_address is None:
         environment |= LOOPBACK
     elif (Path.home() / ".ray" / "auth_token").is_file():

@@ -19,7 +19,6 @@ from migration.engine_interface import (
 from migration.errors import DestinationRefusedError, RefusalCode
 from migration.messages import FinalState, KvPart, MigrationId, RequestDescription, RequestId
 from migration.transport.kv_transport import KvRegion
-from migration.transport.worker_transport import WorkerMemory
 from pd_serve.errors import InvalidRequestError
 from pd_serve.simulated_engine.batcher import Batcher, Step
 from pd_serve.simulated_engine.emitter import OutputSink, SequenceEmitter
@@ -70,6 +69,7 @@ class SimulatedEngine:
         keep_ended_s: float = 0.0,
     ) -> None:
         self.settings = settings
+        self.workers: tuple[()] = ()  # the memory is in this process
         self.batcher = Batcher(
             settings, lambda started: events.on_prefill_started([s.request_id for s in started])
         )
@@ -89,11 +89,6 @@ class SimulatedEngine:
     def regions(self) -> list[KvRegion]:
         """The blocks' contents, for a transport: one number each."""
         return [KvRegion(*self.batcher.pool.content.buffer_info(), 8)]
-
-    @property
-    def workers(self) -> list[WorkerMemory]:
-        """None: the blocks' contents are in this process."""
-        return []
 
     @property
     def facts(self) -> EngineFacts:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import ctypes
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any

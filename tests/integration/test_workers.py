@@ -34,26 +34,23 @@ class Pair:
         self._moves += 1
         migration = MigrationId(f"move-{self._moves}")
         old, new = self.engines[source], self.engines[1 - source]
-        reader, endpoint = self.transports[1 - source], self.transports[source].endpoint()
+        copying = [RankedTransport([t._ranks[rank] for rank in ranks]) for t in self.transports]
         description = await old.engine.describe(RequestId(request_id))
-        reservation = await new.engine.reserve(migration, description)
-        blocks, done = reservation.local_blocks, 0
+        (blocks,), done = (await new.engine.reserve(migration, description)).tables, 0
         answer: Any = None
         while not isinstance(answer, FinalState):
             answer = await old.engine.next_stage(
-                description.request_id, description.incarnation, done, suspend=done > 2, reader=migration
+                description.request_id, description.incarnation, done, suspend=done > 0, reader=migration
             )
-            run = answer.tail if isinstance(answer, FinalState) else answer
+            part = answer.tail if isinstance(answer, FinalState) else answer
+            (run,), done = part.runs, part.end
             if run.end > len(blocks):
-                blocks = await new.engine.grow(migration, run.end)
-            copying = RankedTransport([rank for i, rank in enumerate(reader._ranks) if i in ranks])
-            part = RankedTransport([r for i, r in enumerate(self.transports[source]._ranks) if i in ranks])
-            copied = await copying.read(
-                str(source), part.endpoint(), run.block_ids, blocks[run.first : run.end]
+                (blocks,) = await new.engine.grow(migration, part.end)
+            local = blocks[run.first : run.end]
+            copied = await copying[1 - source].read(
+                str(source), copying[source].endpoint(), run.block_ids, local
             )
-            assert copied > 0 or not run.block_ids
-            assert endpoint != part.endpoint() or len(ranks) == 2
-            done = run.end
+            assert copied > 0 or not local
         new.streams[request_id] = old.streams[request_id]
         await new.engine.commit(migration, answer)
         await old.engine.release(description.request_id)
