@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.engine.core import EngineCore
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from migration.engine_interface import StepProgress
 from migration.errors import EngineDeadError
@@ -122,7 +123,8 @@ class StepLoop:
                 self._turns += 1
                 self._run_calls()
                 self._step()
-            self._core.model_executor.shutdown()  # here: the kernel ends workers with this thread
+            if not isinstance(self._core.model_executor, UniProcExecutor):
+                self._core.model_executor.shutdown()  # the kernel ends workers with the thread
         except BaseException as error:
             self._dead = error
             logger.exception("the engine's step loop has failed")

@@ -4,11 +4,7 @@ They take the executor's worker (a `WorkerWrapperBase`) first and run on the ste
 have processes of their own, there between two steps.
 """
 
-import ctypes
 import logging
-import multiprocessing
-import os
-import signal
 import socket
 import sys
 from dataclasses import dataclass
@@ -20,14 +16,12 @@ from vllm.sampling_params import SamplingType
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
+from migration.child_process import end_with_parent
 from migration.transport.kv_transport import KvRegion
 from migration.transport.regions import block_order, kv_regions
 from migration.transport.worker_server import WorkerServer
 
 logger = logging.getLogger(__name__)
-
-#: Of prctl(2), which Python does not have.
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +50,8 @@ def kv_layout(worker: Any, num_blocks: int) -> KvLayout | str:
 
 
 def end_with_instance(worker: Any) -> None:
-    """Has the kernel kill the worker's process when the thread that has started it ends, as by a SIGKILL.
-
-    vLLM's workers notice the end of their parent, but not while they are stopped, or in a call that hangs.
-    """
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    parent = multiprocessing.parent_process()
-    if parent is not None and os.getppid() != parent.pid:  # it has ended before
-        os.kill(os.getpid(), signal.SIGKILL)
+    """Lets the worker's process end with the step thread: vLLM's workers do not when they hang."""
+    end_with_parent()
 
 
 def serve_kv_cache(worker: Any, path: str, num_blocks: int) -> bytes:
