@@ -97,11 +97,6 @@ class SimulatedInstance:
             engine=self.engine.facts,
         )
 
-    @property
-    def is_orphan(self) -> bool:
-        """No manager has sent it a membership."""
-        return self.llumlet._members.latest is None
-
     async def stop(self) -> None:
         """Ends the instance at once, like the end of its process."""
         await self.engine.stop()

@@ -226,6 +226,11 @@ class FaultyCluster:
             self.manager = None
             self.loop.outside_at(self.loop.now + self._rng.uniform(0.5, 8.0), self._replace_manager)
 
+    def is_left(self, name: str) -> bool:
+        """An instance that a former manager has left, or was starting, and no present one has adopted."""
+        present = [h.manager for h in self.managers if h.process.is_alive and not h.manager.is_superseded]
+        return all(name not in manager.register for manager in present)
+
     def _check_health(self) -> None:
         """Replaces the manager if another one has taken over; that one may be an earlier one, which dies."""
         handle = self.manager

@@ -13,6 +13,9 @@ from pd_serve.simulation.faults.schedule import FaultKind, ScheduledFault
 #: An operation has to be answered within this time.
 ANSWER_BOUND_S = 130.0
 
+#: Operations that change the size of a pool.
+RESIZING = (FaultKind.SCALE, FaultKind.DRAIN_STOP, FaultKind.UNDO)
+
 
 class OperatorCalls:
     """Calls the API of an operator, and checks that each call is answered.
@@ -22,7 +25,8 @@ class OperatorCalls:
         note: Takes a line of the trace.
 
     Attributes:
-        sizes: Possible sizes of each pool: several if the answer to an order was lost.
+        sizes: Possible sizes of each pool: several if the answer to an order was lost, or came after the next
+            order.
         drained: Instances that an operator has drained.
         has_changed_roles: An instance that dies under another role is replaced in the pool of that role.
     """
@@ -42,6 +46,9 @@ class OperatorCalls:
         self._clients = clients
         self._report = report
         self._note = note
+        self._reused: set[str] = set()  # those of `_stopped` that a larger pool may use again
+        self._resizing: set[int] = set()  # operations in progress
+        self._overlapping: set[int] = set()
         self._open: dict[int, str] = {}
         self._number = 0
 
@@ -55,10 +62,15 @@ class OperatorCalls:
         if not servers:
             return
         server = servers[int(fault.at_s * 1000) % len(servers)]
+        if fault.kind is FaultKind.UNDO and self.drained:
+            name = self.drained[-1]
         work = self._operation(fault, name, server.frontend)
         if work is not None:
             self._number += 1
             self._open[self._number] = f"{fault.kind} {name or fault.target}"
+            if fault.kind in RESIZING:
+                self._resizing.add(self._number)
+                self._overlapping |= self._resizing if len(self._resizing) > 1 else set()
             server.process.start(self._call(self._number, fault, name, work))
             if self._cluster.shape.one_process is False:
                 loop = self._cluster.loop
@@ -66,7 +78,11 @@ class OperatorCalls:
 
     def _forget_of_dead(self, number: int, server: Any) -> None:
         if not server.process.is_alive:
-            self._open.pop(number, None)
+            self._end(number)
+
+    def _end(self, number: int) -> None:
+        self._open.pop(number, None)
+        self._resizing.discard(number)
 
     def _operation(
         self, fault: ScheduledFault, name: str, frontend: Frontend
@@ -77,7 +93,7 @@ class OperatorCalls:
             case FaultKind.DRAIN_STOP:
                 return frontend.drain(name, stop=True)
             case FaultKind.UNDO:
-                return frontend.drain(self.drained[-1], draining=False) if self.drained else None
+                return frontend.drain(name, draining=False) if name else None
             case FaultKind.SCALE:
                 size = min(self.sizes.get(fault.target, {0})) + int(fault.value)
                 return frontend.scale({fault.target: max(1, size)})
@@ -105,9 +121,9 @@ class OperatorCalls:
             self._report(f"{what} {late if bound.expired() else f'failed: {error!r}'}")
         else:
             self._note(f"{what}: done")
-            self._apply(fault, name, size, is_sure=True)
+            self._apply(fault, name, size, is_sure=number not in self._overlapping)
         finally:
-            self._open.pop(number, None)
+            self._end(number)
 
     def _apply(self, fault: ScheduledFault, name: str, size: int, *, is_sure: bool) -> None:
         """Changes the expected sizes as the operation does, or may have done."""
@@ -115,15 +131,17 @@ class OperatorCalls:
             case FaultKind.SCALE:
                 known = self.sizes.get(fault.target, {0})
                 self.sizes[fault.target] = {size} if is_sure else known | {size}
-            case FaultKind.DRAIN_STOP if name not in self._stopped:
-                role = name.rpartition("-")[0]
-                self._stopped[name] = role
+                self._reused |= {stopped for stopped, of in self._stopped.items() if of == fault.target}
+            case FaultKind.DRAIN_STOP if name not in self._stopped or name in self._reused:
+                role = self._stopped[name] = name.rpartition("-")[0]
                 smaller = {known - 1 for known in self.sizes[role]}
+                is_sure = is_sure and name not in self._reused
                 self.sizes[role] = smaller if is_sure else smaller | self.sizes[role]
-            case FaultKind.UNDO if self.drained and (role := self._stopped.pop(self.drained[-1], "")):
+            case FaultKind.UNDO if role := self._stopped.pop(name, ""):
                 larger = {known + 1 for known in self.sizes[role]}
+                is_sure = is_sure and name not in self._reused
                 self.sizes[role] = larger if is_sure else larger | self.sizes[role]
         if fault.kind in (FaultKind.DRAIN, FaultKind.DRAIN_STOP):
             self.drained.append(name)
-        elif fault.kind is FaultKind.UNDO and self.drained:
-            self.drained.pop()
+        elif fault.kind is FaultKind.UNDO and name in self.drained:
+            self.drained.remove(name)

@@ -148,8 +148,7 @@ class SimulatedPlatform:
             self.loop.outside_at(self.starts.ended_at, self.kill_instance, name)
 
     def _failed(self, name: str, error: BaseException) -> None:
-        instance = self.instances.get(name) if isinstance(error, EngineDeadError) else None
-        if not (isinstance(error, PoisonError) or (instance is not None and instance.is_orphan)):
+        if not isinstance(error, PoisonError):
             self.on_failure(name, error)
         self.kill_instance(name)
 

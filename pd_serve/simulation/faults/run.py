@@ -8,6 +8,7 @@ import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
+from pd_serve.errors import EngineDeadError
 from pd_serve.simulation.faults.actors import SimulatedActor
 from pd_serve.simulation.faults.clients import Clients, ClientStream
 from pd_serve.simulation.faults.cluster import FaultyCluster
@@ -176,6 +177,8 @@ class FaultRun:
         self._find(f"unhandled: {context.get('exception') or context['message']!r}")
 
     def _on_failure(self, what: str, error: BaseException) -> None:
+        if isinstance(error, EngineDeadError) and self.cluster.is_left(what):
+            return  # it ends itself after a time
         self._find(f"{what} has ended because of a failure: {error!r}")
 
     def _on_death(self, name: str) -> None:

@@ -139,6 +139,27 @@ def test_pools_have_their_time_after_the_last_start_that_fails() -> None:
     assert result.simulated_s > 300.0
 
 
+def test_either_of_two_sizes_is_right_when_the_orders_are_answered_together() -> None:
+    """An operation is answered when all instances have noted it, and one of them stands still."""
+    faults = [
+        ScheduledFault(3.0, FaultKind.FREEZE, "decode:0", for_s=2.5),
+        ScheduledFault(3.28, FaultKind.SCALE, "prefill", value=1.0),
+        ScheduledFault(4.42, FaultKind.SCALE, "prefill", value=-1.0),
+    ]
+
+    assert faulty(*faults, instances={"prefill": 2, "decode": 2}).findings == []
+
+
+def test_a_larger_pool_may_use_an_instance_again_that_is_being_stopped() -> None:
+    faults = [
+        ScheduledFault(3.0, FaultKind.DRAIN_STOP, "decode:0"),
+        ScheduledFault(3.05, FaultKind.SCALE, "decode", value=1.0),
+        ScheduledFault(3.1, FaultKind.UNDO),
+    ]
+
+    assert faulty(*faults).findings == []
+
+
 def test_slow_readers_get_everything() -> None:
     requests = [ClientRequest(n / 4, 100, 60, reads_every_s=0.1 * 3**n) for n in range(6)]
 
