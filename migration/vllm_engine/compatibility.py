@@ -75,6 +75,8 @@ RELIED_ON: dict[str, tuple[str, ...]] = {
 
 #: The same for continuing a request that was lost with its instance, which needs nothing of the above.
 RELIED_ON_TO_CONTINUE: dict[str, tuple[str, ...]] = {
+    "vllm.v1.worker.worker_base:WorkerWrapperBase": ("global_rank",),
+    "vllm.v1.engine.core:EngineCore": ("executor_fail_callback",),
     "vllm.v1.engine.core:EngineCore.preprocess_add_request": (),
     "vllm.v1.core.sched.scheduler:Scheduler.add_request": (),
     "vllm.v1.request:Request.append_output_token_ids": (),
