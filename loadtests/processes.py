@@ -103,6 +103,8 @@ class ServiceProcesses:
         Raises:
             ValueError: The process does not belong to the service.
         """
+        if not is_alive(process):
+            return False
         if self._seen.get(process.pid) != process:
             raise ValueError(f"process {process.pid} is not one of the service's")
         try:

@@ -92,6 +92,8 @@ def test_a_signal_to_an_ended_process_is_not_sent(
     parent.wait()
 
     assert not processes.send(root, signal.SIGCONT)
+    assert root not in processes.alive()
+    assert not processes.send(root, signal.SIGCONT)
 
 
 def test_stopped_processes_are_resumed(family: tuple[subprocess.Popen[bytes], psutil.Process]) -> None:
