@@ -125,14 +125,21 @@ class CacheGroups:
         return KVCacheBlocks(tuple([] if manager in self._with_state else found for manager, found in blocks))
 
     @contextlib.contextmanager
-    def no_zeroing(self) -> Iterator[None]:
-        """Blocks that are allocated meanwhile are not zeroed: a copy fills them, perhaps before that."""
-        to_zero = [list(manager.new_block_ids) for manager in self.managers]
+    def no_zeroing(self, request_id: str) -> Iterator[None]:
+        """Blocks that the request gets meanwhile are not zeroed: a copy fills them, perhaps before that.
+
+        Some may be in line for it already: those of a request that came, and ended before the next step.
+        """
+        in_line = [list(manager.new_block_ids) for manager in self.managers]
         try:
             yield
         finally:
-            for manager, ids in zip(self.managers, to_zero, strict=True):
-                manager.new_block_ids[:] = ids
+            blocks = [
+                block for manager in self.managers for block in manager.req_to_blocks.get(request_id, ())
+            ]
+            held = {block.block_id for block in blocks}
+            for manager, ids in zip(self.managers, in_line, strict=True):
+                manager.new_block_ids[:] = [block_id for block_id in ids if block_id not in held]
 
     def hold_states(self, request_id: str) -> list[int]:
         """Keeps one block for the state in each group that has one, wherever it will be in the table.
@@ -150,7 +157,7 @@ class CacheGroups:
 
     def grow(self, request_id: str, num_tokens: int) -> None:
         """Makes the tables long enough for so many tokens. There are enough free blocks."""
-        with self.no_zeroing():
+        with self.no_zeroing(request_id):
             for manager in self._append_only:
                 manager.allocate_new_blocks(request_id, num_tokens, num_tokens)
 

@@ -247,7 +247,7 @@ class MigrationMixin:
             computed, num_local = manager.empty_kv_cache_blocks, 0
         # Computed at its commit at least; what is behind a window then is not needed. Not so the slack.
         sure, slack = request.num_tokens - 1, slack_tokens(self.block_size)
-        with groups.no_zeroing():
+        with groups.no_zeroing(request.request_id):
             allocated = manager.allocate_slots(
                 request,
                 1 + slack,

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 from vllm.v1.core.single_type_kv_cache_manager import MambaManager, RSWAManager
+from vllm.v1.request import RequestStatus
 
 from migration.messages import NO_BLOCK
 from migration.vllm_engine.cache_groups import unsupported_group
@@ -134,6 +135,26 @@ def test_blocks_that_a_copy_fills_are_not_zeroed_and_all_others_are(
     destination.step()
     assert destination.scheduled is not None
     assert destination.scheduled.new_block_ids_to_zero == move.tables[0][3:]
+    destination.run_to_the_end()
+    assert source.streams["r"] == undisturbed(PROMPT, 20, layers)
+
+
+def test_blocks_of_an_arrival_that_ended_at_once_are_not_zeroed_under_the_next_one(
+    kind: Kind, make: Callable[..., Node]
+) -> None:
+    """Both come between two steps of the destination, whose memory is just large enough for one."""
+    layers = (FULL, STATE)
+    source, destination = make(kind, layers), make(kind, layers, num_blocks=8)
+    for request_id in ("gone", "r"):
+        source.add(request_id, PROMPT, max_tokens=20)
+        decoding(source, request_id)
+    migrate(source, destination, "gone")
+    destination.call(
+        destination.scheduler.finish_requests,
+        destination.stay_of("gone"),
+        RequestStatus.FINISHED_ABORTED,
+    )
+    migrate(source, destination, "r")
     destination.run_to_the_end()
     assert source.streams["r"] == undisturbed(PROMPT, 20, layers)
 
