@@ -3,7 +3,7 @@ MODEL ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint bench compare gpu-check loadtest faults compat lock clean
+.PHONY: help setup serve test lint bench compare gpu-check loadtest faults kinds compat lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ loadtest: setup ## Load a cluster of simulated engines for two minutes; writes r
 
 faults: setup ## Try kills, freezes, mutated frames and mixed load on small clusters (10 minutes)
 	PD_SERVE_FAULT_TESTS=1 .venv/bin/python -m pytest -q tests/e2e/test_faults.py $(ARGS)
+
+kinds: setup ## Try requests of every kind in a cluster, and the smallest case of the GPU check (4 minutes)
+	PD_SERVE_ALL_KINDS=1 .venv/bin/python -m pytest -q tests/e2e/test_request_kinds.py tests/integration/test_gpu_check.py $(ARGS)
 
 compat: setup ## Try other clients and test suites at plain vLLM and at a cluster; writes results/compat.json
 	@deploy/setup_compat.sh

@@ -20,6 +20,11 @@ from tests.e2e.test_same_output import assert_same
 
 TOOL, END = 262, 263
 
+pytestmark = pytest.mark.skipif(
+    "PD_SERVE_ALL_KINDS" not in os.environ,
+    reason="`make kinds` runs it; test_vllm_engine_request_kinds.py has the same without a cluster",
+)
+
 
 @pytest.fixture(scope="module")
 def server(logs: Path) -> Iterator[ServerProcess]:

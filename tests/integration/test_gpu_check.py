@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.skipif("PD_SERVE_ALL_KINDS" not in os.environ, reason="`make kinds` runs it, in a minute")
 def test_the_smallest_case_passes_in_a_dry_run(tmp_path: Path) -> None:
     """One import of vLLM, and two engines with the tiny model."""
     out = tmp_path / "check.json"
