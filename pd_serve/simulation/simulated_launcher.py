@@ -60,6 +60,8 @@ class SimulatedLauncher:
             self._network.fabric,
             began,
         )
+        if not self.instances:
+            self._notes = None  # the instances have the notes
         self.instances[name] = instance
         return instance.info
 
