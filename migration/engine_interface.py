@@ -24,7 +24,7 @@ class Reservation:
         tables: For each cache group the local block ids by block index of the request; `NO_BLOCK` where it
             needs none. Empty for groups with state.
         states: The block of each group with state, as in `KvPart`.
-        tokens_present: The KV of so many of its first tokens is here already (prefix cache hits).
+        tokens_present: Number of its first tokens whose KV is here already (prefix cache hits).
     """
 
     tables: list[list[int]]
@@ -228,7 +228,7 @@ class Engine(Protocol):
         """Raises: DestinationRefusedError: with the reason; nothing is held."""
 
     async def grow(self, migration_id: MigrationId, num_tokens: int) -> list[list[int]]:
-        """Makes the reservation long enough for so many tokens; returns its tables.
+        """Makes the reservation long enough for `num_tokens` tokens; returns its tables.
 
         Raises: DestinationRefusedError: no free blocks; what was held stays held.
         """

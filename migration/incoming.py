@@ -171,7 +171,8 @@ class IncomingMigration:
                 self._tables = await self._instance.engine.grow(self.migration_id, part.end)
             pairs = self._block_pairs(part)
             while pairs:
-                now, pairs = pairs[: self._slice_blocks()], pairs[self._slice_blocks() :]
+                size = self._slice_blocks()
+                now, pairs = pairs[:size], pairs[size:]
                 copied = await self._instance.transport.read(
                     self.source,
                     self._offer.kv_endpoint,

@@ -29,7 +29,7 @@ def kv_regions(tensors: Iterable[torch.Tensor], num_blocks: int) -> list[KvRegio
         The regions, each address once. They point into the tensors, which the caller keeps alive.
 
     Raises:
-        ValueError: A tensor is not made of so many rows, or regions overlap.
+        ValueError: A tensor is not made of `num_blocks` rows, or regions overlap.
 
     Source: copy_kv_cache_blocks_inplace and allocate_kv_cache in vllm/v1/worker/utils.py.
     """

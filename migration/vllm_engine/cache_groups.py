@@ -42,13 +42,18 @@ def unsupported_group(manager: Any) -> str | None:
     """
     if type(manager) in APPEND_ONLY:
         return None
-    if type(manager) is not MambaManager:
+    if not has_state(manager):
         return f"a KV cache of kind {type(manager.kv_cache_spec).__name__}"
     if manager.mamba_cache_mode == "all":
         return "a cache of linear-attention states at every block (--mamba-cache-mode all)"
     if manager.num_speculative_blocks:
         return "speculative decoding with linear attention"
     return None
+
+
+def has_state(manager: Any) -> bool:
+    """Whether a group keeps one block for each request, which every step overwrites."""
+    return type(manager) is MambaManager
 
 
 class CacheGroups:
@@ -62,8 +67,8 @@ class CacheGroups:
     def __init__(self, kv_cache_manager: KVCacheManager) -> None:
         self.managers: Sequence[Any] = kv_cache_manager.coordinator.single_type_managers
         self._pool = kv_cache_manager.block_pool
-        self._with_state = [manager for manager in self.managers if type(manager) is MambaManager]
-        self._append_only = [manager for manager in self.managers if type(manager) is not MambaManager]
+        self._with_state = [manager for manager in self.managers if has_state(manager)]
+        self._append_only = [manager for manager in self.managers if not has_state(manager)]
         sizes = [manager.block_size for manager in self._append_only]
         self.stage_tokens: int = math.lcm(*sizes) if sizes else sys.maxsize
 
@@ -81,7 +86,7 @@ class CacheGroups:
         return [list(table.block_ids) for table in self.tables(request_id)]
 
     def states(self, request_id: str, num_computed_tokens: int) -> list[int]:
-        """The block with the state after so many tokens, of each group with state."""
+        """The block with the state after `num_computed_tokens` tokens, of each group with state."""
         return [
             manager.req_to_blocks[request_id][_state_place(manager, num_computed_tokens)].block_id
             for manager in self._with_state
@@ -97,7 +102,7 @@ class CacheGroups:
         return number
 
     def num_blocks_for(self, lengths: Sequence[int]) -> int:
-        """Blocks that requests of so many tokens need together, in all groups."""
+        """Blocks that requests of these lengths, in tokens, need together, in all groups."""
         number = len(self._with_state) * len(lengths)
         for manager in self._append_only:
             size, most = manager.block_size, manager.max_admission_blocks_per_request or sys.maxsize
@@ -149,20 +154,20 @@ class CacheGroups:
         return [self._hold_state(manager, request_id) for manager in self._with_state]
 
     def num_missing(self, request_id: str, num_tokens: int) -> int:
-        """Blocks that the request's tables lack for so many tokens."""
+        """Blocks that the request's tables lack for `num_tokens` tokens."""
         lengths = [
             (manager.block_size, len(manager.req_to_blocks[request_id])) for manager in self._append_only
         ]
         return sum(max(0, blocks_for(num_tokens, size) - length) for size, length in lengths)
 
     def grow(self, request_id: str, num_tokens: int) -> None:
-        """Makes the tables long enough for so many tokens. There are enough free blocks."""
+        """Makes the tables long enough for `num_tokens` tokens. There are enough free blocks."""
         with self.no_zeroing(request_id):
             for manager in self._append_only:
                 manager.allocate_new_blocks(request_id, num_tokens, num_tokens)
 
     def complete(self, request_id: str, num_computed_tokens: int) -> None:
-        """Brings the tables to the order that vLLM expects of a request with so many tokens computed."""
+        """Brings the tables to the order that vLLM expects of a request with these tokens computed."""
         for manager in self._with_state:
             (state,) = manager.req_to_blocks[request_id]
             before = [self._pool.null_block] * _state_place(manager, num_computed_tokens)
@@ -192,5 +197,5 @@ class CacheGroups:
 
 
 def _state_place(manager: Any, num_computed_tokens: int) -> int:
-    """Index of the block with the state after so many tokens."""
+    """Index of the block with the state after `num_computed_tokens` tokens."""
     return int((num_computed_tokens - 1) // manager.block_size)

@@ -6,8 +6,9 @@ from typing import Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
-from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 from vllm.v1.request import Request
+
+from migration.vllm_engine.cache_groups import has_state
 
 #: More blocks than any request has.
 _ALL_BLOCKS = sys.maxsize
@@ -60,7 +61,7 @@ class MigratedBlocks:
         if cached is None or any(counts.get(request_id) != _ALL_BLOCKS for counts in self._num_cached_blocks):
             return  # preempted meanwhile
         for manager, number in zip(self._managers, cached, strict=True):
-            if type(manager) is not MambaManager:
+            if not has_state(manager):
                 manager.num_cached_block[request_id] = number
         self._manager.cache_blocks(request, min(request.num_computed_tokens, request.num_tokens))
 
