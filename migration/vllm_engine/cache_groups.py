@@ -15,6 +15,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
@@ -109,7 +110,7 @@ class CacheGroups:
             number += sum([min(-(-length // size), most) for length in lengths])
         return number
 
-    @property
+    @cached_property
     def sizes(self) -> dict[str, int]:
         """The fields of `EngineLoad` by which blocks for a number of tokens are estimated elsewhere."""
         most = [manager.max_admission_blocks_per_request for manager in self._append_only]
@@ -199,3 +200,9 @@ class CacheGroups:
 def _state_place(manager: Any, num_computed_tokens: int) -> int:
     """Index of the block with the state after `num_computed_tokens` tokens."""
     return int((num_computed_tokens - 1) // manager.block_size)
+
+
+def groups_of(scheduler: Any) -> CacheGroups:
+    """The cache groups of one of vLLM's schedulers; one with migration has them already."""
+    known: CacheGroups | None = getattr(scheduler, "cache_groups", None)
+    return known or CacheGroups(scheduler.kv_cache_manager)

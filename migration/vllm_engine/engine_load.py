@@ -5,7 +5,7 @@ from typing import Any
 
 from migration.engine_interface import HeldBlocks, RunningRequest
 from migration.messages import RequestId
-from migration.vllm_engine.cache_groups import CacheGroups
+from migration.vllm_engine.cache_groups import groups_of
 from migration.vllm_engine.live_requests import LiveRequests
 from router.load import EngineLoad
 from router.priority import PriorityClass, priority_class
@@ -22,7 +22,7 @@ def read_load(scheduler: Any) -> EngineLoad:
     migration = getattr(scheduler, "migration", None)
     arriving = migration.arriving.values() if migration else ()
     suspended = len(migration.suspended) if migration else 0
-    groups = CacheGroups(scheduler.kv_cache_manager)
+    groups = groups_of(scheduler)
     return EngineLoad(
         total_blocks=pool.num_gpu_blocks - 1,  # block 0 is the null block
         free_blocks=pool.get_num_free_blocks(),
@@ -52,7 +52,7 @@ def read_held_blocks(scheduler: Any, name_of: Callable[[str], RequestId]) -> lis
     """Blocks of each request; `scheduler` is one of vLLM's, `name_of` returns the request's own id."""
     migration = getattr(scheduler, "migration", None)
     arriving = [request.request_id for request in migration.arriving.values()] if migration else []
-    groups = CacheGroups(scheduler.kv_cache_manager)
+    groups = groups_of(scheduler)
     held = [(stay_id, False) for stay_id in scheduler.requests]
     held += [(stay_id, True) for stay_id in arriving]
     counted = [HeldBlocks(name_of(stay_id), groups.num_blocks(stay_id), comes) for stay_id, comes in held]

@@ -10,6 +10,8 @@ import itertools
 import math
 import zlib
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -446,6 +448,10 @@ class Node:
             self.step()
         raise AssertionError(f"did not happen in {limit} steps")
 
+    def decode(self, request_id: str, num_tokens: int = 1) -> None:
+        """Steps until a request has this many output tokens."""
+        self.run_until(lambda: len(self.streams[request_id]) >= num_tokens)
+
     def run_to_the_end(self, limit: int = 5000) -> None:
         """Until nothing is left to do, in flight included."""
         self.run_until(lambda: not (self.scheduler.has_requests() or self._in_flight), limit)
@@ -532,6 +538,23 @@ class Node:
         if self.runner.requests:
             problems.append(f"the runner keeps {sorted(self.runner.requests)}")
         return problems
+
+
+@contextmanager
+def nodes_at_rest() -> Iterator[Callable[..., Node]]:
+    """Makes nodes that share their clients, and wants them at rest in the end."""
+    nodes: list[Node] = []
+    streams: dict[str, list[int]] = {}
+    ended: dict[str, str] = {}
+
+    def make(kind: Kind, **settings: Any) -> Node:
+        nodes.append(Node(kind, streams=streams, ended=ended, **settings))
+        return nodes[-1]
+
+    yield make
+    for node in nodes:
+        node.run_to_the_end()
+        assert node.problems() == []
 
 
 class Answer(list[KvPart | Suspended | SourceGoneError]):

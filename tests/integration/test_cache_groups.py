@@ -12,7 +12,16 @@ from migration.messages import NO_BLOCK
 from migration.vllm_engine.cache_groups import unsupported_group
 from migration.vllm_engine.engine_load import read_load
 from router.load import InstanceLoad
-from tests.integration.scheduler_lab import KINDS, Kind, Layers, Move, Node, migrate, undisturbed
+from tests.integration.scheduler_lab import (
+    KINDS,
+    Kind,
+    Layers,
+    Move,
+    Node,
+    migrate,
+    nodes_at_rest,
+    undisturbed,
+)
 
 pytestmark = pytest.mark.integration
 
@@ -30,23 +39,10 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 
 @pytest.fixture
 def make() -> Iterator[Callable[..., Node]]:
-    """Makes nodes that share their clients, and wants them at rest in the end."""
-    nodes: list[Node] = []
-    shared: dict[str, dict] = {"streams": {}, "ended": {}}
-
-    def make(kind: Kind, layers: tuple[Layers, ...], **settings: object) -> Node:
-        caching = STATE not in layers
-        nodes.append(Node(kind, layers=layers, prefix_caching=caching, **shared, **settings))
-        return nodes[-1]
-
-    yield make
-    for node in nodes:
-        node.run_to_the_end()
-        assert node.problems() == []
-
-
-def decoding(node: Node, request_id: str, num_tokens: int = 1) -> None:
-    node.run_until(lambda: len(node.streams[request_id]) >= num_tokens)
+    with nodes_at_rest() as make:
+        yield lambda kind, layers, **settings: make(
+            kind, layers=layers, prefix_caching=STATE not in layers, **settings
+        )
 
 
 @pytest.mark.parametrize("layers", ENGINES)
@@ -58,7 +54,7 @@ def test_a_request_moves_to_and_fro_past_windows_and_block_ends(
     one.add("neighbour", PROMPT[:50], max_tokens=200)
     for tokens in range(1, 150, 17):
         here, there = (one, other) if one.stay_of("r") else (other, one)
-        decoding(here, "r", tokens)
+        here.decode("r", tokens)
         migrate(here, there, "r", suspend=tokens % 2 == 0)
     for node in (one, other):
         node.run_to_the_end()
@@ -81,6 +77,20 @@ def test_a_hand_off_begins_during_a_chunked_prefill(
     assert source.streams["r"] == undisturbed(prompt, 40, layers)
 
 
+@pytest.mark.parametrize("prompt_tokens", [1, 2, BLOCK - 1, BLOCK, BLOCK + 1])
+@pytest.mark.parametrize("layers", ENGINES)
+def test_short_prompts_and_those_that_end_with_a_block_move(
+    kind: Kind, layers: tuple[Layers, ...], prompt_tokens: int, make: Callable[..., Node]
+) -> None:
+    source, destination = make(kind, layers), make(kind, layers)
+    prompt = PROMPT[:prompt_tokens]
+    source.add("r", prompt, max_tokens=70)
+    source.step()
+    migrate(source, destination, "r")
+    destination.run_to_the_end()
+    assert source.streams["r"] == undisturbed(prompt, 70, layers)
+
+
 @pytest.mark.parametrize("layers", ENGINES)
 def test_no_group_can_be_left_out(kind: Kind, layers: tuple[Layers, ...], make: Callable[..., Node]) -> None:
     """A negative control: were the copy of one group not needed, the other tests would show nothing."""
@@ -88,7 +98,7 @@ def test_no_group_can_be_left_out(kind: Kind, layers: tuple[Layers, ...], make: 
         request_id = f"r{index}"
         source, destination = make(kind, layers), make(kind, layers)
         source.add(request_id, PROMPT, max_tokens=20)
-        decoding(source, request_id)
+        source.decode(request_id)
         move = Move(source, destination, request_id)
         move.left_out = (index,)
         move.finish()
@@ -104,11 +114,11 @@ def test_blocks_that_left_the_window_during_the_copy_are_not_shared(
     """They are not at the source any more, so the blocks that were reserved for them hold anything."""
     source, destination = make(kind, (WINDOW,)), make(kind, (WINDOW,))
     source.add("r", PROMPT, max_tokens=300)
-    decoding(source, "r")
+    source.decode("r")
     move = Move(source, destination, "r")
     move.advance()
     assert NO_BLOCK not in move.tables[0][1:]
-    decoding(source, "r", 2 * BLOCK)
+    source.decode("r", 2 * BLOCK)
     destination.runner.memory.update({block: [7] * BLOCK for block in move.tables[0]})
     if confirmed_late:
         publish, destination.scheduler.publish = destination.scheduler.publish, lambda migration_id: None
@@ -124,13 +134,31 @@ def test_blocks_that_left_the_window_during_the_copy_are_not_shared(
     assert source.streams["same"] == undisturbed(same, 20, (WINDOW,))
 
 
+@pytest.mark.parametrize("tokens_meanwhile", [0, 2 * BLOCK])
+def test_what_came_is_shared_however_far_the_window_has_passed(
+    kind: Kind, tokens_meanwhile: int, make: Callable[..., Node]
+) -> None:
+    layers = (FULL, WINDOW, WINDOW)
+    source, destination = make(kind, layers), make(kind, layers)
+    source.add("r", PROMPT, max_tokens=300)
+    source.decode("r")
+    move = Move(source, destination, "r")
+    move.advance()
+    source.decode("r", 1 + tokens_meanwhile)
+    move.finish()
+    destination.run_to_the_end()
+    again = destination.request("again", [*PROMPT, *source.streams["r"], 3], 5)
+    _, num_hits, _ = destination.scheduler.kv_cache_manager.get_computed_blocks(again)
+    assert num_hits == (len(PROMPT) + 299) // BLOCK * BLOCK
+
+
 def test_blocks_that_a_copy_fills_are_not_zeroed_and_all_others_are(
     kind: Kind, make: Callable[..., Node]
 ) -> None:
     layers = (FULL, STATE)
     source, destination = make(kind, layers), make(kind, layers)
     source.add("r", PROMPT, max_tokens=20)
-    decoding(source, "r")
+    source.decode("r")
     move = migrate(source, destination, "r")
     destination.step()
     assert destination.scheduled is not None
@@ -147,7 +175,7 @@ def test_blocks_of_an_arrival_that_ended_at_once_are_not_zeroed_under_the_next_o
     source, destination = make(kind, layers), make(kind, layers, num_blocks=8)
     for request_id in ("gone", "r"):
         source.add(request_id, PROMPT, max_tokens=20)
-        decoding(source, request_id)
+        source.decode(request_id)
     migrate(source, destination, "gone")
     destination.call(
         destination.scheduler.finish_requests,
@@ -168,7 +196,7 @@ def test_what_the_prefix_cache_has_is_not_copied_but_for_states(
     destination.add("earlier", prompt, max_tokens=3)
     destination.run_to_the_end()
     source.add("r", prompt, max_tokens=90)
-    decoding(source, "r", 3)
+    source.decode("r", 3)
     move = Move(source, destination, "r")
     move.advance()
     assert move.tokens_done == 4 * BLOCK

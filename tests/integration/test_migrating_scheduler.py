@@ -13,7 +13,7 @@ from migration.messages import BlockRun, KvPart
 from migration.vllm_engine.request_loader import queue_for_recompute
 from migration.vllm_engine.scheduler_integrity import check_scheduler
 from pd_serve.errors import DestinationRefusedError, SourceGoneError
-from tests.integration.scheduler_lab import KINDS, Kind, Move, Node, migrate, undisturbed
+from tests.integration.scheduler_lab import KINDS, Kind, Move, Node, migrate, nodes_at_rest, undisturbed
 
 pytestmark = pytest.mark.integration
 
@@ -33,24 +33,8 @@ def overlapped(request: pytest.FixtureRequest) -> Kind:
 
 @pytest.fixture
 def make() -> Iterator[Callable[..., Node]]:
-    """Makes nodes that share their clients, and wants them at rest in the end."""
-    nodes: list[Node] = []
-    streams: dict[str, list[int]] = {}
-    ended: dict[str, str] = {}
-
-    def make(kind: Kind, **settings: object) -> Node:
-        nodes.append(Node(kind, streams=streams, ended=ended, **settings))
-        return nodes[-1]
-
-    yield make
-    for node in nodes:
-        node.run_to_the_end()
-        assert node.problems() == []
-
-
-def decoding(node: Node, request_id: str, num_tokens: int = 1) -> None:
-    """Steps until a request has so many output tokens."""
-    node.run_until(lambda: len(node.streams[request_id]) >= num_tokens)
+    with nodes_at_rest() as make:
+        yield make
 
 
 def abort(node: Node, request_id: str) -> None:
@@ -99,7 +83,7 @@ class TestStages:
     ) -> None:
         node = make(kind)
         request = node.add("r", list(range(5 * BLOCK)))
-        decoding(node, "r", 3)
+        node.decode("r", 3)
         part = node.wait_for_stage(request).part
         assert len(part.block_ids) == 5
         answer = node.wait_for_stage(request, part.end)
@@ -153,13 +137,13 @@ class TestStages:
         node = make(kind, num_blocks=15)
         node.add("first", list(range(6 * BLOCK)), max_tokens=3 * BLOCK)
         request = node.add("r", list(range(500, 500 + 5 * BLOCK)), max_tokens=3 * BLOCK)
-        decoding(node, "r")
+        node.decode("r")
         assert node.wait_for_stage(request, 0).part.end == 5 * BLOCK
         node.run_until(lambda: request.num_preemptions == 1)
         assert node.wait_for_stage(request, 5, incarnation=0).gone
         node.run_until(lambda: request.status is RequestStatus.RUNNING)
         assert node.wait_for_stage(request, 5, incarnation=0).gone
-        decoding(node, "r", request.num_output_tokens + 2)
+        node.decode("r", request.num_output_tokens + 2)
         assert node.wait_for_stage(request, 0).part.runs[0].first == 0
         node.run_to_the_end()
         assert node.streams["r"] == undisturbed(list(range(500, 500 + 5 * BLOCK)), 3 * BLOCK)
@@ -182,7 +166,7 @@ class TestStages:
         if where != "unknown":
             request = node.add("r", PROMPT, max_tokens=10)
         if where == "suspended":
-            decoding(node, "r")
+            node.decode("r")
             node.wait_for_stage(request, suspend=True)
         with pytest.raises(SourceGoneError):
             node.scheduler.running_request("r")
@@ -196,7 +180,7 @@ class TestSuspension:
         node = make(kind)
         request = node.add("r", PROMPT)
         node.add("other", PROMPT[:50])
-        decoding(node, "r", 5)
+        node.decode("r", 5)
         in_flight = 1 if kind.overlapped else 0
         assert request.num_in_flight_tokens == in_flight
         answer = node.wait_for_stage(request, suspend=True)
@@ -221,7 +205,7 @@ class TestSuspension:
     def test_the_only_request_drains_too(self, overlapped: Kind, make: Callable[..., Node]) -> None:
         node = make(overlapped)
         request = node.add("r", PROMPT)
-        decoding(node, "r")
+        node.decode("r")
         answer = node.wait_for_stage(request, suspend=True)
         assert not answer
         assert not node.scheduler.has_requests()
@@ -234,7 +218,7 @@ class TestSuspension:
     ) -> None:
         node = make(overlapped)
         request = node.add("r", PROMPT, max_tokens=5)
-        decoding(node, "r", 4)
+        node.decode("r", 4)
         answer = node.wait_for_stage(request, suspend=True)
         assert not answer
         node.step()
@@ -252,7 +236,7 @@ class TestSuspension:
     ) -> None:
         node = make(kind, max_batched_tokens=64)
         request = node.add("r", PROMPT, max_tokens=40)
-        decoding(node, "r", 2)
+        node.decode("r", 2)
         answer = node.wait_for_stage(request, suspend=True)
         node.add("long", list(range(1000)), max_tokens=2)
         node.steps(3)
@@ -268,7 +252,7 @@ class TestSuspension:
         node = make(kind)
         request = node.add("r", PROMPT, max_tokens=40)
         node.add("other", PROMPT[:40], max_tokens=40)
-        decoding(node, "r", 5)
+        node.decode("r", 5)
         node.wait_for_stage(request, suspend=True)
         if drained:
             node.steps(7)
@@ -283,7 +267,7 @@ class TestSuspension:
         node = make(kind)
         free = node.free_blocks
         request = node.add("r", PROMPT)
-        decoding(node, "r", 5)
+        node.decode("r", 5)
         answer = node.wait_for_stage(request, suspend=True)
         node.run_until(lambda: bool(answer))
         num_tokens = len(node.streams["r"])
@@ -303,7 +287,7 @@ class TestSuspension:
     ) -> None:
         node = make(kind, max_num_seqs=2)
         request = node.add("r", PROMPT)
-        decoding(node, "r", 5)
+        node.decode("r", 5)
         answer = node.wait_for_stage(request, 99, suspend=True)
         if drained:
             node.run_until(lambda: bool(answer))
@@ -325,7 +309,7 @@ class TestSuspension:
         node = make(kind, num_blocks=12)
         other = node.add("other", list(range(4 * BLOCK)), max_tokens=5 * BLOCK)
         request = node.add("r", list(range(500, 500 + 4 * BLOCK)), max_tokens=2 * BLOCK)
-        decoding(node, "r")
+        node.decode("r")
         node.wait_for_stage(request, suspend=True)
         blocks = node.block_ids("r")
         node.run_until(lambda: other.num_preemptions > 0)
@@ -388,7 +372,7 @@ class TestReservation:
     ) -> None:
         node = make(kind, max_num_seqs=2)
         request = node.add("running", PROMPT, max_tokens=10)
-        decoding(node, "running")
+        node.decode("running")
         self.reserve(node, "a", migration_id="a")
         with pytest.raises(DestinationRefusedError, match="all 2 slots"):
             self.reserve(node, "b", migration_id="b")
@@ -417,9 +401,9 @@ class TestReservation:
     def test_a_cached_prefix_is_shared(self, kind: Kind, make: Callable[..., Node]) -> None:
         source, destination = make(kind), make(kind)
         destination.add("earlier", [*PROMPT[:70], 7, 8, 9], max_tokens=10)
-        decoding(destination, "earlier")
+        destination.decode("earlier")
         source.add("r", PROMPT, max_tokens=60)
-        decoding(source, "r", 3)
+        source.decode("r", 3)
         move = Move(source, destination, "r")
         move.advance()
         assert move.tokens_done == 2 * BLOCK
@@ -435,9 +419,9 @@ class TestReservation:
     ) -> None:
         here, there = make(kind), make(kind)
         here.add("r", PROMPT, max_tokens=100)
-        decoding(here, "r", 30)
+        here.decode("r", 30)
         migrate(here, there, "r")
-        decoding(there, "r", 35)
+        there.decode("r", 35)
         move = Move(there, here, "r")
         move.advance()
         assert move.tokens_done == 4 * BLOCK
@@ -467,7 +451,7 @@ class TestReservation:
     ) -> None:
         node = make(overlapped, num_blocks=8)
         node.add("leaving", PROMPT)
-        decoding(node, "leaving")
+        node.decode("leaving")
         blocks = node.block_ids("leaving")
         abort(node, "leaving")
         assert node.free_blocks == 3  # the step in flight writes into the last of the other four
@@ -485,7 +469,7 @@ class TestReservation:
         """It was scheduled once more before the output that ended it was looked at."""
         node = make(overlapped, prefix_caching=False)
         request = node.add("r", PROMPT)
-        decoding(node, "r", 2)
+        node.decode("r", 2)
         request.sampling_params.stop_token_ids = [undisturbed(PROMPT, 3)[-1]]
         free = node.free_blocks
         node.run_until(lambda: "r" in node.ended)
@@ -511,7 +495,7 @@ class TestCommit:
     ) -> None:
         source, destination = make(kind), make(kind)
         source.add("r", PROMPT, max_tokens=50)
-        decoding(source, "r", 10)
+        source.decode("r", 10)
         move = self.suspended(source, destination)
         destination.add("waiting", list(range(30)), max_tokens=3)
         request = destination.commit(move.migration_id, move.answer.final)
@@ -544,7 +528,7 @@ class TestCommit:
     def test_committed_blocks_are_in_the_prefix_cache(self, kind: Kind, make: Callable[..., Node]) -> None:
         source, destination = make(kind), make(kind)
         source.add("r", PROMPT, max_tokens=50)
-        decoding(source, "r", 40)
+        source.decode("r", 40)
         migrate(source, destination, "r")
         destination.add("same", PROMPT, max_tokens=50)
         destination.step()
@@ -557,11 +541,11 @@ class TestCommit:
     ) -> None:
         source, destination = make(kind), make(kind)
         source.add("r", PROMPT, max_tokens=300)
-        decoding(source, "r", 3)
+        source.decode("r", 3)
         move = Move(source, destination, "r")
         move.advance()
         assert len(move.tables[0]) == 6
-        decoding(source, "r", 150)
+        source.decode("r", 150)
         move.finish()
         assert move.committed
         assert len(destination.block_ids("r")) == 8
@@ -574,12 +558,12 @@ class TestCommit:
         """128 tokens are computed, all of them fit; the 129th would not."""
         source, destination = make(kind), make(kind, num_blocks=8)
         source.add("r", PROMPT[:60], max_tokens=200)
-        decoding(source, "r", 2)
+        source.decode("r", 2)
         move = Move(source, destination, "r")
         move.advance()
         blocker = destination.request("blocker", [1], 10)
         destination.call(destination.scheduler.reserve, "b", blocker)
-        decoding(source, "r", 69 - (1 if kind.overlapped else 0))
+        source.decode("r", 69 - (1 if kind.overlapped else 0))
         move.advance(suspend=True)
         source.run_until(lambda: bool(move.answer))
         assert move.answer.final.request.num_computed_tokens == 128
@@ -596,11 +580,11 @@ class TestCommit:
         """A V1 runner forgets the old stay in the step in which the new one begins."""
         here, there = make(kind), make(kind)
         here.add("r", PROMPT, max_tokens=60)
-        decoding(here, "r")
+        here.decode("r")
         migrate(here, there, "r")
-        decoding(there, "r", 5)
+        there.decode("r", 5)
         migrate(there, here, "r")
-        decoding(here, "r", 20)
+        here.decode("r", 20)
         migrate(here, there, "r")
         for node in (here, there):
             node.run_to_the_end()
@@ -617,7 +601,7 @@ class TestCommit:
     ) -> None:
         source, destination = make(kind), make(kind)
         source.add("r", PROMPT, max_tokens=40)
-        decoding(source, "r", 5)
+        source.decode("r", 5)
         move = self.suspended(source, destination)
         num_tokens = len(source.streams["r"])
         destination.commit(move.migration_id, move.answer.final)
@@ -636,7 +620,7 @@ class TestCommit:
         """Aborted or preempted at its source while its last blocks are being copied."""
         source, destination = make(kind, num_blocks=11), make(kind)
         source.add("r", PROMPT, max_tokens=50)
-        decoding(source, "r", 2)
+        source.decode("r", 2)
         move = Move(source, destination, "r")
         move.advance()
         move.advance(suspend=True)
@@ -657,11 +641,11 @@ class TestCommit:
         """The copies may be garbage. Those that are decoded here depend on them."""
         source, destination = make(kind), make(kind)
         source.add("r", PROMPT, max_tokens=80)
-        decoding(source, "r", 2)
+        source.decode("r", 2)
         move = self.suspended(source, destination)
         request = destination.commit(move.migration_id, move.answer.final)
         pool = destination.scheduler.kv_cache_manager.block_pool
-        decoding(destination, "r", 60)
+        destination.decode("r", 60)
         assert len(pool.cached_block_hash_to_block) == 0
         source.call(source.scheduler.release, "r")
         for _ in range(2):
@@ -677,7 +661,7 @@ class TestCommit:
     ) -> None:
         source, destination = make(kind), make(kind, num_blocks=9)
         source.add("r", PROMPT, max_tokens=80, priority=1)
-        decoding(source, "r", 2)
+        source.decode("r", 2)
         destination.add("first", list(range(40)), max_tokens=120)
         destination.step()
         move = self.suspended(source, destination)
@@ -694,7 +678,7 @@ class TestCommit:
         """Its source may have ended it, and used its blocks again, before the last ones were copied."""
         source, destination = make(kind), make(kind)
         source.add("r", PROMPT, max_tokens=50)
-        decoding(source, "r", 2)
+        source.decode("r", 2)
         move = self.suspended(source, destination)
         destination.runner.memory.clear()  # garbage
         destination.commit(move.migration_id, move.answer.final)
@@ -711,11 +695,11 @@ class TestCommit:
     ) -> None:
         here, there = make(kind), make(kind)
         there.add("r", PROMPT, max_tokens=60)
-        decoding(there, "r")
+        there.decode("r")
         first = migrate(there, here, "r")
-        decoding(here, "r", 5)
+        here.decode("r", 5)
         migrate(here, there, "r")
-        decoding(there, "r", 10)
+        there.decode("r", 10)
         migrate(there, here, "r")
         assert here.call(here.scheduler.drop, first.migration_id) is None
         here.run_to_the_end()
@@ -726,7 +710,7 @@ class TestCommit:
     ) -> None:
         source, destination = make(kind), make(kind, max_batched_tokens=64)
         source.add("r", PROMPT, max_tokens=30)
-        decoding(source, "r", 5)
+        source.decode("r", 5)
         move = self.suspended(source, destination)
         destination.add("long", list(range(1000)), max_tokens=2)
         destination.steps(2)
@@ -744,7 +728,7 @@ class TestCommit:
     ) -> None:
         source, destination = make(kind), make(kind, num_blocks=31, watermark=0.3)
         source.add("r", PROMPT, max_tokens=40)
-        decoding(source, "r")
+        source.decode("r")
         for number in range(3):
             destination.add(f"here{number}", [number] * 4 * BLOCK, max_tokens=2 * BLOCK)
         destination.steps(2)
@@ -769,7 +753,7 @@ class TestRecompute:
     ) -> None:
         dead, heir = make(kind), make(kind, max_batched_tokens=64)
         lost = dead.add("r", PROMPT, max_tokens=40)
-        decoding(dead, "r", 17)
+        dead.decode("r", 17)
         del dead.streams["r"][lost.num_output_tokens :]
         request = heir.copy_of("r", lost)
         abort(dead, "r")
@@ -806,7 +790,7 @@ class TestSlots:
         node, other = make(kind, max_num_seqs=3), make(kind)
         for name in "abcde":
             node.add(name, PROMPT[:40], max_tokens=20)
-        decoding(node, "a", 2)
+        node.decode("a", 2)
         assert len(node.scheduler.running) == 3
         away = node.wait_for_stage(node.scheduler.requests["a"], suspend=True)
         node.steps(4)
@@ -817,7 +801,7 @@ class TestSlots:
         assert len(node.scheduler.running) == 3
         node.run_until(lambda: len(node.scheduler.running) < 3)
         other.add("r", PROMPT, max_tokens=30)
-        decoding(other, "r", 2)
+        other.decode("r", 2)
         move = Move(other, node, "r")
         move.advance()
         for name in "fgh":
@@ -838,7 +822,7 @@ class TestSlots:
         source, destination = make(kind), make(kind, max_num_seqs=1)
         for name in "ab":
             source.add(name, PROMPT, max_tokens=30)
-        decoding(source, "b", 2)
+        source.decode("b", 2)
         Move(source, destination, "a").finish()
         second = Move(source, destination, "b")
         second.finish()
@@ -856,7 +840,7 @@ class TestPriorities:
     ) -> None:
         source, destination = make(kind), make(kind, policy="priority", max_num_seqs=2)
         source.add("r", PROMPT, max_tokens=30, priority=9)
-        decoding(source, "r", 2)
+        source.decode("r", 2)
         move = Move(source, destination, "r")
         move.advance()
         for name in "abc":
@@ -877,7 +861,7 @@ class TestPriorities:
     ) -> None:
         source, destination = make(kind), make(kind, policy="priority", num_blocks=15)
         source.add("r", list(range(4 * BLOCK)), max_tokens=100, priority=9)
-        decoding(source, "r", 2)
+        source.decode("r", 2)
         arrived = source.scheduler.requests["r"]
         destination.add("urgent", list(range(500, 500 + 5 * BLOCK)), max_tokens=200)
         destination.step()
@@ -929,7 +913,7 @@ def test_a_request_moves_to_and_fro(kind: Kind, make: Callable[..., Node], suspe
         nodes[0].add(name, PROMPT[: ord(name) - 60], max_tokens=250)
     for node in nodes:
         node.add(f"neighbour of {id(node)}", list(range(50)), max_tokens=250)
-    decoding(nodes[0], "c")
+    nodes[0].decode("c")
     hops = 0
     while not {"a", "b", "c"} <= nodes[0].ended.keys():
         for name in "abc":
