@@ -4,7 +4,9 @@ import asyncio
 import itertools
 import json
 import math
+import os
 import random
+import signal
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -219,6 +221,18 @@ class CompletionClient:
             return moves
 
         return move
+
+    def kill_after(self, tokens: int) -> "Meanwhile":
+        """Kills the instance that a request was handed off to, once the request has this many tokens."""
+
+        async def kill(progress: Progress) -> list[Move]:
+            assert await progress.reached(tokens)
+            (place,) = await self.handed_off(progress.request_id)
+            instances = (await self.cluster())["instances"]
+            os.kill(next(i["pid"] for i in instances if i["id"] == place), signal.SIGKILL)
+            return []
+
+        return kill
 
     def wander(self, rng: random.Random, pause_s: float = 0.0) -> "Meanwhile":
         """Moves a request to random places, one migration after the other, until it ends."""

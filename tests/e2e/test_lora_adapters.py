@@ -1,15 +1,13 @@
 """LoRA adapters in a cluster: given at the start, loaded and unloaded at run time, moved and recomputed."""
 
-import os
 import random
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pd_serve.models.lora import adapters
-from tests.e2e.completion_client import Body, CompletionClient, Move, Progress
+from tests.e2e.completion_client import Body, CompletionClient
 from tests.e2e.conftest import run_cluster
 from tests.e2e.prompts import token_ids
 from tests.e2e.server_process import ServerProcess
@@ -57,14 +55,7 @@ async def test_an_adapter_is_loaded_at_run_time_and_its_requests_survive(client:
     expected = await client.stream(body("second", 400))
     assert expected.only.token_ids[:150] != (await client.stream(body("first"))).only.token_ids
 
-    async def kill(progress: Progress) -> list[Move]:
-        assert await progress.reached(60)
-        (place,) = await client.handed_off(progress.request_id)
-        instances = (await client.cluster())["instances"]
-        os.kill(next(i["pid"] for i in instances if i["id"] == place), signal.SIGKILL)
-        return []
-
-    assert_same(await client.stream(body("second", 400), kill), expected)
+    assert_same(await client.stream(body("second", 400), client.kill_after(60)), expected)
     recomputed = await client.metric("pd_serve_recomputed_requests_total")
     assert recomputed >= 1
     ready = await client.until(lambda seen: [i["state"] for i in seen["instances"]] == ["ready"] * 3)

@@ -4,7 +4,6 @@ import base64
 import io
 import os
 import random
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from pd_serve.models.tiny import TINY
-from tests.e2e.completion_client import Body, CompletionClient, Move, Progress
+from tests.e2e.completion_client import Body, CompletionClient
 from tests.e2e.conftest import run_cluster
 from tests.e2e.prompts import token_ids
 from tests.e2e.server_process import ServerProcess
@@ -63,13 +62,6 @@ async def test_it_is_handed_off_moves_and_survives_its_instance(client: Completi
     assert_same(moved, unmoved)
     assert any(move.done for move in moved.moves)
 
-    async def kill(progress: Progress) -> list[Move]:
-        assert await progress.reached(60)
-        (place,) = await client.handed_off(progress.request_id)
-        instances = (await client.cluster())["instances"]
-        os.kill(next(i["pid"] for i in instances if i["id"] == place), signal.SIGKILL)
-        return []
-
-    assert_same(await client.stream(body, kill), unmoved)
+    assert_same(await client.stream(body, client.kill_after(60)), unmoved)
     assert await client.metric("pd_serve_recomputed_requests_total") >= 1
     await client.until(lambda seen: [i["state"] for i in seen["instances"]] == ["ready"] * 3)
