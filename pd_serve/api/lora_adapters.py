@@ -30,7 +30,7 @@ def offer_adapters(models: OpenAIServingModels, adapters: OfferedAdapters) -> No
     """Offers the cluster's adapters to the clients of this API server, and unloads them at all.
 
     vLLM's own `load_lora_adapter` asks the engine client to load, `ClusterCore.add_lora_async`; its
-    `unload_lora_adapter` asks nobody.
+    `unload_lora_adapter` does not ask it.
     """
 
     def update(present: Sequence[LoraAdapter]) -> None:
