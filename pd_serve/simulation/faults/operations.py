@@ -71,14 +71,19 @@ class OperatorCalls:
             if fault.kind in RESIZING:
                 self._resizing.add(self._number)
                 self._overlapping |= self._resizing if len(self._resizing) > 1 else set()
-            server.process.start(self._call(self._number, fault, name, work))
+            size = max(1, min(self.sizes.get(fault.target, {0})) + int(fault.value))
+            server.process.start(self._call(self._number, fault, name, size, work))
             if self._cluster.shape.one_process is False:
                 loop = self._cluster.loop
-                loop.outside_at(loop.now + ANSWER_BOUND_S, self._forget_of_dead, self._number, server)
+                loop.outside_at(
+                    loop.now + ANSWER_BOUND_S, self._forget_of_dead, self._number, server, fault, name, size
+                )
 
-    def _forget_of_dead(self, number: int, server: Any) -> None:
-        if not server.process.is_alive:
+    def _forget_of_dead(self, number: int, server: Any, fault: ScheduledFault, name: str, size: int) -> None:
+        """The API server has died before it had the answer; the manager may have begun the operation."""
+        if number in self._open and not server.process.is_alive:
             self._end(number)
+            self._apply(fault, name, size, is_sure=False)
 
     def _end(self, number: int) -> None:
         self._open.pop(number, None)
@@ -104,10 +109,9 @@ class OperatorCalls:
                 return frontend.migrate(stream.request_id, name) if stream is not None else None
 
     async def _call(
-        self, number: int, fault: ScheduledFault, name: str, work: Coroutine[Any, Any, Any]
+        self, number: int, fault: ScheduledFault, name: str, size: int, work: Coroutine[Any, Any, Any]
     ) -> None:
         what = self._open[number]
-        size = max(1, min(self.sizes.get(fault.target, {0})) + int(fault.value))
         try:
             async with asyncio.timeout(ANSWER_BOUND_S) as bound:
                 await work

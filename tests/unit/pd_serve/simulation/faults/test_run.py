@@ -160,6 +160,16 @@ def test_a_larger_pool_may_use_an_instance_again_that_is_being_stopped() -> None
     assert faulty(*faults).findings == []
 
 
+def test_an_operation_may_have_begun_whose_api_server_dies_before_the_answer() -> None:
+    faults = [
+        ScheduledFault(3.0, FaultKind.FREEZE, "prefill:0", for_s=4.0),
+        ScheduledFault(3.2, FaultKind.DRAIN_STOP, "decode:0"),
+        ScheduledFault(4.0, FaultKind.KILL, "api:0"),
+    ]
+
+    assert faulty(*faults, api_servers=1).findings == []
+
+
 def test_slow_readers_get_everything() -> None:
     requests = [ClientRequest(n / 4, 100, 60, reads_every_s=0.1 * 3**n) for n in range(6)]
 
