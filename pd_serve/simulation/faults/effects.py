@@ -8,6 +8,7 @@ from pd_serve.comm.messages import SetRole
 from pd_serve.comm.timing import INSTANCE_LEASE_S
 from pd_serve.simulation.faults.clients import Clients
 from pd_serve.simulation.faults.cluster import FaultyCluster
+from pd_serve.simulation.faults.links import FaultyLink
 from pd_serve.simulation.faults.operations import OperatorCalls
 from pd_serve.simulation.faults.process_loop import ThawOrder
 from pd_serve.simulation.faults.schedule import FaultKind, ScheduledFault
@@ -156,40 +157,70 @@ class Effects:
     def _cut(self, fault: ScheduledFault, target: FaultTarget, names: dict[str, str]) -> End:
         """Cuts a process off from another one, or from all; in both directions if the value is 2."""
         network, name = self._cluster.network, target.name
-        other = self._targets.find(fault.other, names) if fault.other else None
-        others = [other.name] if other is not None else [n for n in self._targets.all_names() if n != name]
-        if fault.other and other is None:
-            others = []
-        links = [(name, peer) for peer in others]
-        if fault.value == 2.0:
-            links += [(peer, name) for peer in others]
-        if other is not None and {name, other.name} & {"manager"}:
-            self._excuse(name, fault.for_s)
-            self._excuse(other.name, fault.for_s)
-        elif not fault.other and name != "manager":
-            self._excuse(name, fault.for_s)
-        for link in links:
-            network.link(*link).cuts += 1
+        is_reset = fault.kind is FaultKind.RESET
+        links: list[tuple[str, str]] = []
+
+        def cut(peer: str) -> None:
+            for link in [(name, peer), (peer, name)][: 2 if fault.value == 2.0 else 1]:
+                links.append(link)
+                network.link(*link).cuts += 1
+
+        def cut_from_all(peer: str) -> None:
+            cut(peer)
+            if name == "manager" and peer not in self._cluster.platform.instances:
+                self._excuse(peer, fault.for_s)  # it starts and cannot learn where to report
 
         def end() -> None:
+            if end_of_newcomers is not None:
+                end_of_newcomers()
             for link in links:
-                network.heal(*link, reset=fault.kind is FaultKind.RESET)
+                network.heal(*link, reset=is_reset)
 
+        end_of_newcomers: End | None = None
+        if not fault.other:
+            if name != "manager":
+                self._excuse(name, fault.for_s)
+            end_of_newcomers = self._with_each_peer(name, cut_from_all)
+        elif other := self._targets.find(fault.other, names):
+            if "manager" in (name, other.name):
+                self._excuse(name, fault.for_s)
+                self._excuse(other.name, fault.for_s)
+            cut(other.name)
         return end
+
+    def _with_each_peer(self, name: str, begin: Callable[[str], None]) -> End:
+        """Calls `begin` with the name of each other process, also of those that start until the end."""
+        begun = {name}
+
+        def begin_once(peer: str) -> None:
+            if peer not in begun:
+                begun.add(peer)
+                begin(peer)
+
+        on_listen = self._cluster.network.on_listen
+        on_listen.append(begin_once)
+        for peer in self._targets.all_names():
+            begin_once(peer)
+        return lambda: on_listen.remove(begin_once)
 
     def _spoil_links(self, fault: ScheduledFault, target: FaultTarget) -> End:
         network, name = self._cluster.network, target.name
-        others = [peer for peer in self._targets.all_names() if peer != name]
-        links = [network.link(*pair) for peer in others for pair in ((name, peer), (peer, name))]
+        links: list[FaultyLink] = []
         field = {
             FaultKind.DELAY: "delay_s",
             FaultKind.LOSE: "loss",
             FaultKind.DUPLICATE: "duplication",
         }[fault.kind]
-        for link in links:
-            setattr(link, field, fault.value)
+
+        def spoil(peer: str) -> None:
+            for link in (network.link(name, peer), network.link(peer, name)):
+                links.append(link)
+                setattr(link, field, fault.value)
+
+        end_of_newcomers = self._with_each_peer(name, spoil)
 
         def end() -> None:
+            end_of_newcomers()
             for link in links:
                 setattr(link, field, 0.0)
 

@@ -51,6 +51,7 @@ class FaultyNetwork:
 
     Attributes:
         on_send: Called with (sender, receiver, type of the message) before a message is sent.
+        on_listen: Each is called with the name of a process that begins to listen.
         dropped: Number of lost messages by type.
     """
 
@@ -59,6 +60,7 @@ class FaultyNetwork:
     ) -> None:
         self.fabric = FaultyFabric(settings, scale)
         self.on_send: Callable[[str, str, str], None] = lambda sender, receiver, kind: None
+        self.on_listen: list[Callable[[str], None]] = []
         self.dropped: dict[str, int] = defaultdict(int)
         self._loop = loop
         self._rng = rng
@@ -93,6 +95,8 @@ class FaultyNetwork:
         self._ports += 1
         address = f"{name}/{self._ports}"
         self._listeners[address] = (contextvars.copy_context(), on_frames)
+        for listening in self.on_listen:
+            listening(name)
         return address
 
     def silence(self, address: str) -> None:

@@ -109,6 +109,15 @@ def test_a_manager_whose_messages_do_not_arrive_ends_no_instance() -> None:
     assert faulty(*faults).findings == []
 
 
+def test_instances_that_start_while_the_manager_is_cut_off_are_cut_off_too() -> None:
+    """The manager may end them: they cannot learn where to report. It ends no other instance."""
+    faults = [
+        ScheduledFault(2.0, FaultKind.RESTART),
+        ScheduledFault(2.1, FaultKind.CUT, "manager", for_s=45.0, value=1.0),
+    ]
+    assert faulty(*faults, start_instance_s=3.0).findings == []
+
+
 def test_an_operation_whose_call_is_lost_is_answered_with_an_error() -> None:
     faults = [
         ScheduledFault(3.0, FaultKind.RESET, "api:0", for_s=20.0, value=2.0),
