@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import ctypes
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -94,6 +94,10 @@ class Stream:
     epochs: list[int] = field(default_factory=list)  # of every token
     ended: bool = False
     epoch: int = 0  # what lower ones send is dropped
+    logprobs: list[tuple[list[int], list[float]]] = field(
+        default_factory=list
+    )  # of every token, if asked for
+    cached_tokens: int = 0  # of the prompt, that were in the prefix cache
 
 
 class EngineRig:
@@ -101,9 +105,15 @@ class EngineRig:
 
     Args:
         arguments: Of `tiny_config`.
+
+    Attributes:
+        on_prefill_started: Called with the requests that are to be handed off and have begun.
+        on_requests_ended: Called with the requests that have ended here.
     """
 
     def __init__(self, **arguments: Any) -> None:
+        self.on_prefill_started: Callable[[list[RequestId]], None] = lambda ids: None
+        self.on_requests_ended: Callable[[list[RequestId]], None] = lambda ids: None
         self.streams: dict[str, Stream] = {}
         self.clients: dict[str, str] = {}  # that the last outputs of each request went to
         self.deaths: list[BaseException] = []
@@ -111,13 +121,17 @@ class EngineRig:
         self.unmovable: dict[str, int] = {}
         self._loop = asyncio.get_running_loop()
         events = EngineEvents(
-            on_prefill_started=lambda ids: None,
-            on_requests_ended=self.ended.extend,
+            on_prefill_started=lambda ids: self.on_prefill_started(ids),
+            on_requests_ended=self._end,
             on_load=lambda load: None,
             on_death=self.deaths.append,
             on_unmovable=self.unmovable.update,
         )
         self.engine = VllmEngine(partial(tiny_config, **arguments), self._sink, events)
+
+    def _end(self, request_ids: list[RequestId]) -> None:
+        self.ended += request_ids
+        self.on_requests_ended(request_ids)
 
     def _sink(self, client: str, outputs: EngineCoreOutputs, spans: list[TokenSpan]) -> None:
         self._loop.call_soon_threadsafe(self._receive, client, outputs, spans)
@@ -133,6 +147,11 @@ class EngineRig:
             stream.tokens += output.new_token_ids
             stream.epochs += [epoch] * len(output.new_token_ids)
             stream.ended |= output.finish_reason is not None
+            if (logprobs := output.new_logprobs) is not None:
+                rows = zip(logprobs.logprob_token_ids, logprobs.logprobs, strict=True)
+                stream.logprobs += [(ids.tolist(), values.tolist()) for ids, values in rows]
+            if (prefill := output.prefill_stats) is not None:
+                stream.cached_tokens = prefill.num_cached_tokens
 
     async def add(self, request_id: str, prompt: list[int], params: SamplingParams, **more: Any) -> Stream:
         stream = self.streams[request_id] = Stream()
