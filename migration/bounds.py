@@ -19,6 +19,10 @@ class MigrationBounds:
         log_s: Destination: how long a commit is remembered to answer questions.
         max_outgoing, max_incoming: Migrations at a time per instance.
         stage_bytes_per_s: Rate of copies into one instance while their requests go on; None for no bound.
+        prefix_reply_s: Reader of a prefix: for each answer of the holder.
+        prefix_read_s: Reader of a prefix: for the copy. Its request waits for it.
+        prefix_lease_s: Holder of a prefix: how long blocks are kept for a reader, unless it answers.
+        max_prefix_copies, max_prefix_leases: Prefix copies at a time per reader and holder.
         max_stages: Stages after which a request is suspended however much is left.
     """
 
@@ -30,7 +34,12 @@ class MigrationBounds:
     lease_s: float = 10.0
     tail_s: float = 10.0
     log_s: float = 120.0
+    prefix_reply_s: float = 1.0
+    prefix_read_s: float = 5.0
+    prefix_lease_s: float = 15.0
     max_outgoing: int = 64
     max_incoming: int = 64
+    max_prefix_copies: int = 16
+    max_prefix_leases: int = 64
     max_stages: int = 16
     stage_bytes_per_s: float | None = None

@@ -30,6 +30,8 @@ from migration.messages import (
     Withdraw,
 )
 from migration.outgoing import OutgoingMigration
+from migration.prefix_copies import PrefixCopies
+from migration.prefix_messages import AnyPrefixMessage, PrefixMessage
 from migration.record import MigrationRecord
 from migration.source_table import SourceEvent, SourceState
 from migration.tasks import BackgroundTasks
@@ -51,6 +53,7 @@ class MigrationCoordinator:
     Attributes:
         num_offers, num_refused: Offers received from peers, and those of them that were refused.
         protocol_errors: Messages that the state tables do not allow.
+        prefixes: Copies of prefixes from and to other instances.
     """
 
     def __init__(
@@ -58,7 +61,7 @@ class MigrationCoordinator:
         name: InstanceId,
         engine: Engine,
         transport: KvTransport,
-        send: Callable[[InstanceId, MigrationMessage], None],
+        send: Callable[[InstanceId, MigrationMessage | PrefixMessage], None],
         *,
         bounds: MigrationBounds | None = None,
         on_ended: Callable[[MigrationRecord], None] = lambda record: None,
@@ -68,6 +71,7 @@ class MigrationCoordinator:
         self.bounds = bounds or MigrationBounds()
         pacer, tasks = Pacer(self.bounds.stage_bytes_per_s), BackgroundTasks(on_failure)
         self._instance = LocalInstance(name, engine, transport, send, self.bounds, pacer, tasks)
+        self.prefixes = PrefixCopies(self._instance)
         self._on_ended = on_ended
         self._serial = itertools.count()
         self._incarnation = uuid.uuid4().hex[:8]  # ids from before a restart must not match
@@ -143,10 +147,12 @@ class MigrationCoordinator:
         self._by_request[request_id] = migration
         return await asyncio.shield(migration.ended)  # it goes on if the caller stops waiting
 
-    def on_message(self, peer: InstanceId, message: AnyMigrationMessage) -> None:
+    def on_message(self, peer: InstanceId, message: AnyMigrationMessage | AnyPrefixMessage) -> None:
         """Takes a message from a peer. One that is not allowed is logged and changes nothing."""
         if self._closed:
             return
+        if isinstance(message, AnyPrefixMessage):
+            return self.prefixes.on_message(peer, message)
         try:
             if isinstance(message, ToSource):
                 self._on_message_to_source(peer, message)
@@ -173,6 +179,7 @@ class MigrationCoordinator:
     def peer_lost(self, peer: InstanceId) -> None:
         """A peer is known to be dead (not merely silent)."""
         self._instance.transport.forget(peer)
+        self.prefixes.peer_lost(peer)
         refusal = Refusal(RefusalCode.PEER_LOST, f"{peer} died")
         for outgoing in list(self._outgoing.values()):
             if outgoing.destination == peer:
@@ -187,6 +194,7 @@ class MigrationCoordinator:
     async def close(self) -> None:
         """Stops all migrations where they are; the peers notice by their bounds."""
         self._closed = True
+        self.prefixes.close()
         for outgoing in self._outgoing.values():
             outgoing.close()
         for incoming in self._incoming.values():
@@ -213,7 +221,7 @@ class MigrationCoordinator:
         held += [f"{migration_id} is withdrawn and not answered" for migration_id in self._withdrawals]
         if self._starting:
             held.append(f"still starting to move {sorted(self._starting)}")
-        return held + self._instance.transport.quarantine.problems()
+        return held + self.prefixes.check_integrity() + self._instance.transport.quarantine.problems()
 
     def _on_message_to_source(self, peer: InstanceId, message: ToSource) -> None:
         migration = self._outgoing.get(message.migration_id)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
 from migration.messages import FinalState, KvPart, MigrationId, RequestDescription, RequestId
+from migration.prefix_store import PrefixStore
 from migration.transport.kv_transport import KvRegion
 from migration.transport.worker_transport import WorkerMemory
 from router.load import EngineLoad
@@ -147,6 +148,11 @@ class Engine(Protocol):
     @property
     def progress(self) -> StepProgress:
         """For a watch that notices a step which hangs. Does not wait for the step."""
+        ...
+
+    @property
+    def prefixes(self) -> PrefixStore:
+        """The prefix cache, for copies of prefixes; known once `start` has returned."""
         ...
 
     async def start(self) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from migration.bounds import MigrationBounds
 from migration.engine_interface import Engine
 from migration.messages import InstanceId, MigrationMessage
+from migration.prefix_messages import PrefixMessage
 from migration.tasks import BackgroundTasks
 from migration.transport.kv_transport import KvTransport
 
@@ -50,7 +51,7 @@ class LocalInstance:
     name: InstanceId
     engine: Engine
     transport: KvTransport
-    send: Callable[[InstanceId, MigrationMessage], None]
+    send: Callable[[InstanceId, MigrationMessage | PrefixMessage], None]
     bounds: MigrationBounds
     pacer: Pacer
     tasks: BackgroundTasks

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Collection
 from typing import TypeVar
 
-import msgspec
 from vllm.config import VllmConfig
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.engine.core import EngineCore
@@ -33,6 +32,7 @@ from migration.vllm_engine.core_builder import build_core
 from migration.vllm_engine.engine_load import read_held_blocks, read_load, read_running
 from migration.vllm_engine.live_requests import LiveRequest, LiveRequests, OutputSink
 from migration.vllm_engine.migrating_scheduler import MigratingScheduler, StageWaiter, Suspended
+from migration.vllm_engine.prefix_store import VllmPrefixStore
 from migration.vllm_engine.request_loader import RequestLoader
 from migration.vllm_engine.scheduler_integrity import check_engine
 from migration.vllm_engine.step_loop import StepLoop
@@ -71,6 +71,7 @@ class VllmEngine:
         )
         self._live = LiveRequests(keep_ended_s, lambda n: self._steps.notify(events.on_unmovable, n))
         self._loader: RequestLoader = None  # type: ignore[assignment]
+        self.prefixes: VllmPrefixStore = None  # type: ignore[assignment]
         self._last_load_at = 0.0
         self.core: EngineCore = None
         self.scheduler: MigratingScheduler = None  # type: ignore[assignment]
@@ -211,12 +212,7 @@ class VllmEngine:
         if request.max_total_tokens > (most := self.scheduler.max_model_len):
             text = f"{request.max_total_tokens} tokens do not fit this instance's {most}"
             raise DestinationRefusedError(RefusalCode.TOO_LONG, text)
-        try:
-            request_id, arriving = self._loader.decode(request.payload)
-        except (msgspec.MsgspecError, ValueError, TypeError, LookupError) as error:
-            text = f"the request cannot be read: {error}"
-            raise DestinationRefusedError(RefusalCode.UNSUPPORTED_REQUEST, text) from error
-        await self._loader.compile_grammar(arriving)
+        request_id, arriving = await self._loader.decode_arriving(request.payload)
 
         def reserve() -> Reservation:
             self._loader.arrive(arriving, request.output_token_ids)
@@ -306,6 +302,8 @@ class VllmEngine:
         self.regions, self.workers = built.regions, built.workers
         self._supported_tasks = tuple(self.core.get_supported_tasks())
         self._loader = RequestLoader(self.core)
+        migrating = self.scheduler if self.no_migration is None else None
+        self.prefixes = VllmPrefixStore(self._steps, self._loader, migrating, self.compatibility)
         if self.no_migration is None:
             tell, ids_of, asked = self._steps.notify, self._live.request_ids, self._events.on_prefill_started
             self.scheduler.on_prefill_started = lambda stay_ids: tell(asked, ids_of(stay_ids))

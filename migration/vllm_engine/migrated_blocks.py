@@ -9,6 +9,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
 from migration.vllm_engine.cache_groups import has_state
+from migration.vllm_engine.prefix_blocks import PrefixBlocks
 
 #: More blocks than any request has.
 _ALL_BLOCKS = sys.maxsize
@@ -23,11 +24,13 @@ class MigratedBlocks:
     Attributes:
         pinned: By migration id.
         unconfirmed: Number of cached blocks at the commit in each cache group, by request id.
+        prefixes: Blocks of prefixes, without a request.
     """
 
     def __init__(self, kv_cache_manager: KVCacheManager) -> None:
         self.pinned: dict[str, list[KVCacheBlock]] = {}
         self.unconfirmed: dict[str, list[int]] = {}
+        self.prefixes = PrefixBlocks(kv_cache_manager)
         self._manager = kv_cache_manager
 
     def pin(self, reader: str, block_ids: list[int]) -> None:
@@ -74,7 +77,7 @@ class MigratedBlocks:
         problems = [f"{len(blocks)} blocks are pinned for {reader}" for reader, blocks in self.pinned.items()]
         if lost := self.unconfirmed.keys() - known:
             problems.append(f"ended requests are remembered as unconfirmed: {sorted(lost)}")
-        return problems
+        return problems + self.prefixes.check_integrity()
 
     @property
     def _managers(self) -> Sequence[Any]:

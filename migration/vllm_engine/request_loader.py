@@ -4,6 +4,7 @@ import asyncio
 import itertools
 from typing import Any
 
+import msgspec
 from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.engine import EngineCoreRequest
@@ -43,6 +44,25 @@ class RequestLoader:
         message.client_index = 0  # clients are told apart by their endpoint
         request, _ = self._core.preprocess_add_request(message)
         return request_id, request
+
+    async def decode_arriving(self, payload: list[bytes]) -> tuple[RequestId, Request]:
+        """`decode` for a request that is to migrate here; its grammar is compiled.
+
+        Raises:
+            DestinationRefusedError: It cannot be read, or its grammar cannot be compiled.
+        """
+        try:
+            request_id, request = self.decode(payload)
+        except (msgspec.MsgspecError, ValueError, TypeError, LookupError) as error:
+            text = f"the request cannot be read: {error}"
+            raise DestinationRefusedError(RefusalCode.UNSUPPORTED_REQUEST, text) from error
+        await self.compile_grammar(request)
+        return request_id, request
+
+    def read(self, payload: list[bytes]) -> Request:
+        """Decodes a request without any effect in the engine, for the hashes of its blocks."""
+        message: EngineCoreRequest = self._decoder.decode(payload)
+        return Request.from_engine_core_request(message, self._core.request_block_hasher)
 
     async def compile_grammar(self, request: Request) -> None:
         """Waits until a structured request's grammar is compiled.

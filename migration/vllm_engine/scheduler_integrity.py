@@ -39,7 +39,8 @@ def check_scheduler(scheduler: Any) -> list[str]:
             problems.append(f"blocks are held for unknown requests {sorted(leaked)}")
     pool = scheduler.kv_cache_manager.block_pool
     problems += scheduler.migrated_blocks.check_integrity(set(scheduler.requests))
-    if not holders and not scheduler.deferred_frees and not scheduler.migrated_blocks.pinned:
+    lent = scheduler.migrated_blocks.pinned or scheduler.migrated_blocks.prefixes.reserved
+    if not (holders or scheduler.deferred_frees or lent):
         free, usable = pool.get_num_free_blocks(), pool.num_gpu_blocks - 1  # block 0 is the null block
         if free != usable:
             problems.append(f"at rest {usable - free} of {usable} blocks are not free")

@@ -24,6 +24,7 @@ from migration.messages import (
     Stage,
     Withdraw,
 )
+from migration.prefix_messages import AnyPrefixMessage
 from migration.record import MigrationRecord
 from migration.token_span import TokenSpan
 from pd_serve.comm.cluster_state import COUNTER, MESSAGE_ERRORS, ClusterState, ProcessStats, SchedulerStats
@@ -58,6 +59,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag=True):
         handoff: Decode instances for the hand-off after the first step, best first. Empty: there is none now,
             and the request is stranded until there is one. None: no hand-off.
         output_token_ids: Tokens generated before the request was lost with its last instance.
+        prefix_from: Instance to copy the KV blocks of the prompt's prefix from, before it is queued.
     """
 
     request_id: RequestId
@@ -65,6 +67,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag=True):
     epoch: int
     handoff: list[str] | None
     output_token_ids: list[int]
+    prefix_from: str | None = None
 
 
 class AbortRequests(msgspec.Struct, frozen=True, tag=True):
@@ -291,6 +294,7 @@ ToInstance = (
     | SetDraining
     | Call
     | MigrationWire
+    | AnyPrefixMessage
 )
 ToApiServer = Membership | ClusterState | LoadReport | MigrationEnded | RequestFailed | Call | Answer
 ToManager = Join | LoadReport | StartInstance | StopInstance | SchedulerReport | Call | Answer

@@ -15,6 +15,7 @@ from migration.coordinator import MigrationCoordinator
 from migration.engine_interface import Engine, EngineEvents
 from migration.errors import EngineDeadError, PdServeError
 from migration.messages import AnyMigrationMessage, InstanceId, MigrationMessage, Offer, RequestId
+from migration.prefix_messages import AnyPrefixMessage, PrefixMessage
 from migration.record import MigrationRecord
 from migration.tasks import BackgroundTasks
 from migration.transport.kv_transport import KvTransport
@@ -50,6 +51,7 @@ from pd_serve.instance.handoffs import Handoffs
 from pd_serve.instance.load_reporter import LoadReporter
 from pd_serve.instance.moves import Moves
 from pd_serve.instance.orphans import Orphans
+from pd_serve.instance.prefix_waiters import PrefixWaiters
 from pd_serve.instance.request_reporter import ReportPublisher, RequestReporter
 from router.load import EngineLoad
 
@@ -101,6 +103,7 @@ class Llumlet:
         self.handoffs = Handoffs(name, self._members, self.reporter, self._tasks)
         self._moves = Moves(name, wire, self._members, self.reporter)
         self._forwards: OrderedDict[RequestId, InstanceId] = OrderedDict()
+        self._waiters: PrefixWaiters
         self._orphan_timer = OrphanTimer(name)
         self.engine: Engine
         self.coordinator: MigrationCoordinator | None = None
@@ -137,6 +140,7 @@ class Llumlet:
             on_ended=self._on_migration_ended,
             on_failure=self._on_fatal,
         )
+        self._waiters = PrefixWaiters(self.coordinator.prefixes.reader)
         self._orphans.start(engine)
         for part in (self.handoffs, self._moves):
             part.start(engine, self.coordinator)
@@ -182,7 +186,7 @@ class Llumlet:
                 self._on_membership(message)
             case Call(call_id=call_id, request=request):
                 self._calls.on_call(sender, call_id, request)
-            case _ if isinstance(message, AnyMigrationMessage):
+            case _ if isinstance(message, AnyMigrationMessage | AnyPrefixMessage):
                 if isinstance(message, Offer):
                     self._orphans.note(message.request.request_id)
                 self.coordinator.on_message(InstanceId(sender), message)
@@ -207,7 +211,7 @@ class Llumlet:
         self._orphans.on_membership(change.api_servers_left)
         self.reporter.report_soon()
 
-    def _send_to_peer(self, peer: InstanceId, message: MigrationMessage) -> None:
+    def _send_to_peer(self, peer: InstanceId, message: MigrationMessage | PrefixMessage) -> None:
         self._wire.send(peer, message)
 
     async def _heartbeat(self) -> None:
@@ -231,11 +235,14 @@ class Llumlet:
         self._forwards.pop(request_id, None)
         if message.epoch:
             # A recompute. The end of an older copy must not end the hand-off of this one.
+            self._waiters.end(request_id, message.epoch)
             await self.engine.abort([request_id], message.epoch)
         if message.handoff is not None:
             self.handoffs.expect(request_id, message.handoff)
         try:
-            if not await self.engine.add(
+            if not await self._waiters.copy(message, payload):
+                self.handoffs.forget(request_id)
+            elif not await self.engine.add(
                 payload,
                 message.client,
                 epoch=message.epoch,
@@ -258,6 +265,8 @@ class Llumlet:
 
     async def _abort(self, message: AbortRequests) -> None:
         """Aborts requests here, and forwards the abort for requests that have moved."""
+        for request_id in message.request_ids:
+            self._waiters.end(request_id, message.below_epoch)
         unknown = await self.engine.abort(message.request_ids, message.below_epoch)
         by_destination: dict[InstanceId, list[RequestId]] = {}
         for request_id in unknown:

@@ -99,10 +99,10 @@ class SequenceMigrations:
             if answer is not None:
                 del self._waiters[request_id]
                 if not isinstance(answer, SourceGoneError):
-                    self._pin(waiter.reader, answer if isinstance(answer, KvPart) else answer.tail)
+                    self.pin(waiter.reader, answer if isinstance(answer, KvPart) else answer.tail)
                 settle(waiter.answer, answer)
 
-    def _pin(self, reader: str, part: KvPart) -> None:
+    def pin(self, reader: str, part: KvPart) -> None:
         """Keeps blocks as they are for a peer that reads them. Its former ones have been read."""
         block_ids = part.block_ids
         self._batcher.pool.share(block_ids)

@@ -25,6 +25,7 @@ from pd_serve.simulated_engine.emitter import OutputSink, SequenceEmitter
 from pd_serve.simulated_engine.engine_load import read_load
 from pd_serve.simulated_engine.faults import EngineFaults
 from pd_serve.simulated_engine.migrations import PendingStage, SequenceMigrations
+from pd_serve.simulated_engine.prefix_store import SimulatedPrefixStore
 from pd_serve.simulated_engine.sequence import Sequence
 from pd_serve.simulated_engine.settings import EngineSettings
 from pd_serve.simulated_engine.step_loop import SimulatedStepLoop
@@ -73,6 +74,8 @@ class SimulatedEngine:
         self.batcher = Batcher(
             settings, lambda started: events.on_prefill_started([s.request_id for s in started])
         )
+        #: The blocks' contents, for a transport: one number each.
+        self.regions = [KvRegion(*self.batcher.pool.content.buffer_info(), 8)]
         self.sequences: dict[str, Sequence] = {}
         self.steps, self.busy_s = 0, 0.0
         self._decode, self._events = decode, events
@@ -81,14 +84,10 @@ class SimulatedEngine:
         self._emitter = SequenceEmitter(self.sequences, sink, self._loop.time, keep_ended_s)
         self._step_loop = SimulatedStepLoop(self, one_ahead=settings.async_scheduling)
         self._migrations = SequenceMigrations(self.batcher, self.sequences, self._is_in_flight)
+        self.prefixes = SimulatedPrefixStore(self.batcher, self._migrations, decode, self._call)
         self._reported: tuple[int, ...] = ()
         self._reported_at = 0.0
         self._step_loop.submit(lambda: None)
-
-    @property
-    def regions(self) -> list[KvRegion]:
-        """The blocks' contents, for a transport: one number each."""
-        return [KvRegion(*self.batcher.pool.content.buffer_info(), 8)]
 
     @property
     def facts(self) -> EngineFacts:
@@ -250,10 +249,10 @@ class SimulatedEngine:
         await self._call("resend", lambda: self._emitter.resend(asked, self._loop.time()))
 
     async def live_requests(self, client: str | None = None) -> list[RequestId]:
-        return await self._call(
-            "live_requests",
-            lambda: [s.request_id for s, _ in self._held() if client in (None, s.client)],
-        )
+        def live_requests() -> list[RequestId]:
+            return [s.request_id for s, _ in self._held() if client in (None, s.client)]
+
+        return await self._call("live_requests", live_requests)
 
     async def held_blocks(self) -> list[HeldBlocks]:
         return await self._call(
@@ -270,6 +269,7 @@ class SimulatedEngine:
         def check_integrity() -> list[str]:
             held = [block for sequence, _ in self._held() for block in sequence.blocks]
             held += [block for pinned in self._migrations.pinned.values() for block in pinned]
+            held += self.prefixes.held_blocks
             return self.batcher.pool.check_integrity(held) + self._migrations.check_integrity()
 
         return await self._call("check_integrity", check_integrity)
@@ -294,8 +294,8 @@ class SimulatedEngine:
                 sequence.begun_at = self._loop.time()
         duration_s = step.duration_s * (1.0 + self.settings.migration_slowdown * self._is_copying())
         if self._faults is not None:
-            ids = [sequence.request_id for sequence, _ in step.chunks]
-            duration_s += self._faults.begin_step(ids, self._events.on_death)
+            begun = [sequence.request_id for sequence, _ in step.chunks]
+            duration_s += self._faults.begin_step(begun, self._events.on_death)
         self.busy_s += duration_s
         return duration_s
 
@@ -332,12 +332,11 @@ class SimulatedEngine:
 
     def _end_below(self, request_id: RequestId, epoch: int) -> bool:
         """Ends an older copy of a request. Returns False if the one here is not older."""
-        sequence = self.sequences.get(request_id)
-        if sequence is not None and sequence.epoch >= epoch:
-            return False
-        if sequence is not None:
+        if (sequence := self.sequences.get(request_id)) is None:
+            return True
+        if sequence.epoch < epoch:
             self._end(sequence)
-        return True
+        return sequence.epoch < epoch
 
     def _forget(self, sequence: Sequence) -> None:
         self.batcher.remove(sequence)

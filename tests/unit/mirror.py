@@ -23,6 +23,10 @@ RECORDS = {
 TESTED_THROUGH: dict[str, tuple[str, ...]] = {
     # Both sides of the protocol, which only make sense together.
     "tests/unit/migration/test_coordinator.py": ("migration/incoming.py", "migration/outgoing.py"),
+    "tests/unit/migration/test_prefix_copies.py": (
+        "migration/prefix_holder.py",
+        "migration/prefix_reader.py",
+    ),
     "tests/unit/migration/transport/test_nixl_reader.py": (
         "migration/transport/nixl_connections.py",
         "migration/transport/read_job.py",
@@ -48,6 +52,7 @@ TESTED_THROUGH: dict[str, tuple[str, ...]] = {
         "migration/vllm_engine/migrated_blocks.py",
         "migration/vllm_engine/scheduler_integrity.py",
     ),
+    "tests/integration/test_prefix_store.py": ("migration/vllm_engine/prefix_blocks.py",),
     "tests/integration/test_profiling_engine_profile.py": ("pd_serve/profiling/measured_engine.py",),
     "tests/integration/test_vllm_engine_lora.py": ("migration/vllm_engine/lora_adapters.py",),
     "tests/integration/test_api_lora.py": ("pd_serve/api/lora_adapters.py",),

@@ -16,6 +16,7 @@ from migration.destination_table import DestinationState
 from migration.engine_interface import EngineEvents
 from migration.errors import MigrationError, Refusal
 from migration.messages import AnyMigrationMessage, InstanceId, MigrationMessage, RequestId
+from migration.prefix_messages import AnyPrefixMessage, PrefixMessage
 from migration.record import MigrationRecord
 from migration.source_table import SourceState
 from migration.tasks import BackgroundTasks
@@ -45,6 +46,10 @@ BOUNDS = MigrationBounds(
     log_s=5.0,
     max_outgoing=16,
     max_incoming=16,
+    prefix_reply_s=0.5,
+    prefix_read_s=1.0,
+    prefix_lease_s=2.0,
+    max_prefix_leases=4,
     max_stages=8,
 )
 
@@ -105,7 +110,7 @@ class MigratingCluster:
         )
         self.faults = self.network.faults = MessageFaults()
         self.fabric = self.network.fabric
-        self.sent: list[MigrationMessage] = []
+        self.sent: list[MigrationMessage | PrefixMessage] = []
         self.routes: dict[str, Route] = {}
         self._tasks = BackgroundTasks(self._failed)
         self._failures: list[BaseException] = []
@@ -151,7 +156,7 @@ class MigratingCluster:
         wire = SimulatedWire(name, self.network)
         address = wire.listen_for_frames(lambda frames: self._on_message(node, frames[0], frames[1]))
 
-        def send(peer: InstanceId, message: MigrationMessage) -> None:
+        def send(peer: InstanceId, message: MigrationMessage | PrefixMessage) -> None:
             self.sent.append(message)
             wire.connect(peer, f"{peer}/0")
             wire.send(peer, message)
@@ -169,7 +174,7 @@ class MigratingCluster:
         node = Node(name, engine, faults, coordinator)
         return node
 
-    def _on_message(self, node: Node, sender: str, message: AnyMigrationMessage) -> None:
+    def _on_message(self, node: Node, sender: str, message: AnyMigrationMessage | AnyPrefixMessage) -> None:
         if node.alive:
             node.coordinator.on_message(InstanceId(sender), message)
 

@@ -22,6 +22,7 @@ from migration.messages import (
     RequestId,
     stem_of,
 )
+from migration.prefix_store import PrefixQuery
 from migration.transport.kv_transport import KvRegion
 from migration.transport.local import LocalFabric
 from pd_serve.comm.messages import (
@@ -44,6 +45,20 @@ from tests.recording_wire import RecordingWire
 M = TypeVar("M")
 T = TypeVar("T")
 R = RequestId("r")
+
+
+class PrefixStoreStub:
+    """A prefix cache that has room for everything."""
+
+    def query(self, payload: list[bytes]) -> PrefixQuery:
+        return PrefixQuery([b"hash"], 16, {})
+
+    async def reserve(self, copy_id: MigrationId, payload: list[bytes], part: KvPart) -> list[list[int]]:
+        return [[3]]
+
+    async def publish(self, copy_id: MigrationId) -> None: ...
+
+    async def drop(self, copy_id: MigrationId) -> None: ...
 
 
 class EngineStub:
@@ -69,6 +84,7 @@ class EngineStub:
         self.held: dict[str, asyncio.Event] = {}
         self.held_by_client: HeldByClient = {}
         self.hangs = False
+        self.prefixes = PrefixStoreStub()
 
     async def _visit(self, name: str, *arguments: Any) -> None:
         self.calls.append((name, *arguments))
@@ -233,9 +249,15 @@ class World:
         await self.settle()
         return self.sent(Answer, "api")[-1]
 
-    def add(self, request_id: str = "r", handoff: Sequence[str] | None = None, epoch: int = 0) -> None:
+    def add(
+        self,
+        request_id: str = "r",
+        handoff: Sequence[str] | None = None,
+        epoch: int = 0,
+        prefix_from: str | None = None,
+    ) -> None:
         candidates = None if handoff is None else list(handoff)
-        message = AddRequest(RequestId(request_id), "api/tokens", epoch, candidates, [])
+        message = AddRequest(RequestId(request_id), "api/tokens", epoch, candidates, [], prefix_from)
         self.hear("api", message, b"one", b"two")
 
     async def start_prefill(self, request_id: str = "r") -> None:
