@@ -106,6 +106,11 @@ class MigrationCoordinator:
         """KV copied to this instance, aborted migrations included."""
         return self._bytes_received + sum(m.bytes_copied for m in self._incoming.values())
 
+    @property
+    def block_copy_s(self) -> float:
+        """Time for each KV block in the latest copies to this instance, in seconds; 0 until there was one."""
+        return self._instance.reads.block_s
+
     async def migrate(
         self, request_id: RequestId, destination: InstanceId, reason: str, *, blocking: bool = False
     ) -> MigrationRecord:

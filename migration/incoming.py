@@ -173,7 +173,7 @@ class IncomingMigration:
             while pairs:
                 size = self._slice_blocks()
                 now, pairs = pairs[:size], pairs[size:]
-                copied = await self._instance.transport.read(
+                copied = await self._instance.read(
                     self.source,
                     self._offer.kv_endpoint,
                     [theirs for theirs, _ in now],

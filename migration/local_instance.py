@@ -1,8 +1,8 @@
 """What all migrations of one instance share."""
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from migration.bounds import MigrationBounds
 from migration.engine_interface import Engine
@@ -10,6 +10,9 @@ from migration.messages import InstanceId, MigrationMessage
 from migration.prefix_messages import PrefixMessage
 from migration.tasks import BackgroundTasks
 from migration.transport.kv_transport import KvTransport
+
+#: Weight of earlier reads, at each new one.
+_DECAY = 0.9
 
 
 class Pacer:
@@ -39,6 +42,23 @@ class Pacer:
         await asyncio.sleep(self._free_at - now)
 
 
+class ReadTimes:
+    """How long the latest copies to an instance took.
+
+    Attributes:
+        block_s: Time for each block, in seconds; 0 until there was a copy.
+    """
+
+    def __init__(self) -> None:
+        self.block_s = 0.0
+        self._seconds = self._blocks = 0.0
+
+    def add(self, seconds: float, num_blocks: int) -> None:
+        self._seconds = _DECAY * self._seconds + seconds
+        self._blocks = _DECAY * self._blocks + num_blocks
+        self.block_s = self._seconds / self._blocks
+
+
 @dataclass(frozen=True, slots=True)
 class LocalInstance:
     """The instance that migrations leave or come to.
@@ -46,6 +66,7 @@ class LocalInstance:
     Attributes:
         send: Sends a message to a peer; must not block, and may lose the message.
         tasks: Run until they end or the instance stops.
+        reads: Of this instance.
     """
 
     name: InstanceId
@@ -55,3 +76,14 @@ class LocalInstance:
     bounds: MigrationBounds
     pacer: Pacer
     tasks: BackgroundTasks
+    reads: ReadTimes = field(default_factory=ReadTimes)
+
+    async def read(
+        self, peer: InstanceId, endpoint: bytes, remote_blocks: Sequence[int], local_blocks: Sequence[int]
+    ) -> int:
+        """See `KvTransport.read`."""
+        loop = asyncio.get_running_loop()
+        began_at = loop.time()
+        num_bytes = await self.transport.read(peer, endpoint, remote_blocks, local_blocks)
+        self.reads.add(loop.time() - began_at, max(len(local_blocks), 1))
+        return num_bytes

@@ -147,7 +147,7 @@ class PrefixReader:
             return 0
         try:
             async with asyncio.timeout(self._instance.bounds.prefix_read_s):
-                return await self._instance.transport.read(
+                return await self._instance.read(
                     copy.holder,
                     offer.kv_endpoint,
                     [theirs for theirs, _ in pairs],

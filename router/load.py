@@ -46,6 +46,17 @@ class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
     waiting: Annotated[int, Meta(description="Requests queued for the batch.")] = 0
     waiting_tokens: Annotated[int, Meta(description="Prompt tokens still to be computed.")] = 0
     preempted: Annotated[int, Meta(description="Queued requests that have lost their blocks.")] = 0
+    decode_step_s: Annotated[
+        float,
+        Meta(title="decode_step_seconds", description="Mean duration of the latest steps without prompts."),
+    ] = 0.0
+    prompt_token_s: Annotated[
+        float,
+        Meta(
+            title="prompt_token_seconds",
+            description="Time that each prompt token has added to the latest steps; 0 until there was one.",
+        ),
+    ] = 0.0
 
 
 class InstanceLoad(EngineLoad, frozen=True):
@@ -73,6 +84,13 @@ class InstanceLoad(EngineLoad, frozen=True):
         float, Meta(title="step_in_progress_seconds", description="Time that the step in progress has taken.")
     ] = 0.0
     hangs: Annotated[bool, Meta(description="1 if its step has exceeded its bound.")] = False
+    block_copy_s: Annotated[
+        float,
+        Meta(
+            title="block_copy_seconds",
+            description="Time for each KV block in the latest copies to the instance; 0 until there was one.",
+        ),
+    ] = 0.0
     expected_blocks: int = 0
     expected_requests: int = 0
 

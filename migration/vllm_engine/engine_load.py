@@ -5,6 +5,7 @@ from typing import Any
 
 from migration.engine_interface import HeldBlocks, RunningRequest
 from migration.messages import RequestId
+from migration.step_times import StepTimes
 from migration.vllm_engine.cache_groups import groups_of
 from migration.vllm_engine.live_requests import LiveRequests
 from router.load import EngineLoad
@@ -23,6 +24,7 @@ def read_load(scheduler: Any) -> EngineLoad:
     arriving = migration.arriving.values() if migration else ()
     suspended = len(migration.suspended) if migration else 0
     groups = groups_of(scheduler)
+    times = getattr(scheduler, "step_times", None) or StepTimes()
     return EngineLoad(
         total_blocks=pool.num_gpu_blocks - 1,  # block 0 is the null block
         free_blocks=pool.get_num_free_blocks(),
@@ -36,6 +38,8 @@ def read_load(scheduler: Any) -> EngineLoad:
         watermark_blocks=scheduler.kv_cache_manager.watermark_blocks,
         preempted=sum([request.num_preemptions > 0 for request in queued]),
         high_priority=sum(priority_class(r.priority) is PriorityClass.HIGH for r in scheduler.running),
+        decode_step_s=times.decode_s,
+        prompt_token_s=times.prompt_token_s,
         **groups.sizes,
     )
 

@@ -28,6 +28,7 @@ from migration.messages import KvPart
 from migration.vllm_engine.cache_groups import CacheGroups
 from migration.vllm_engine.lora_adapters import slots_kept
 from migration.vllm_engine.migrated_blocks import MigratedBlocks
+from migration.vllm_engine.step_timer import StepTimer
 
 
 @dataclass
@@ -132,9 +133,8 @@ class MigrationMixin:
         result = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
         request_id = request.request_id
         self.handoff_ids.discard(request_id)
-        self.migration.suspended.pop(request_id, None)
-        self.migration.arrived.pop(request_id, None)
-        self.migration.entered_at.pop(request_id, None)
+        for table in (self.migration.suspended, self.migration.arrived, self.migration.entered_at):
+            table.pop(request_id, None)
         self.migrated_blocks.forget(request_id)
         self._hold_slots()
         return result
@@ -342,9 +342,9 @@ def _is_prefilling(request: Request) -> bool:
     return bool(request.is_prefill_chunk)
 
 
-class MigratingScheduler(MigrationMixin, Scheduler):
+class MigratingScheduler(MigrationMixin, StepTimer, Scheduler):
     """vLLM's scheduler for engines that run one step at a time (CPU, or async scheduling off)."""
 
 
-class MigratingAsyncScheduler(MigrationMixin, AsyncScheduler):
+class MigratingAsyncScheduler(MigrationMixin, StepTimer, AsyncScheduler):
     """vLLM's scheduler for engines that schedule a step ahead (the default on GPUs)."""

@@ -130,6 +130,7 @@ class LoadReporter:
             moves_decided=self.moves_decided,
             step_s=self.step_watch.step_s,
             hangs=self.step_watch.hangs,
+            block_copy_s=coordinator.block_copy_s if coordinator else 0.0,
             **asdict(self._engine),
         )
 

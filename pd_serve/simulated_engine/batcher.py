@@ -7,6 +7,7 @@ import bisect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from migration.step_times import StepTimes
 from pd_serve.simulated_engine.block_pool import BlockPool
 from pd_serve.simulated_engine.contents import _NEXT, _POSITION, _TOKEN, MASK, sampled_token, token_after
 from pd_serve.simulated_engine.sequence import Sequence
@@ -39,6 +40,7 @@ class Batcher:
         waiting: In the order of admission: by priority, preempted ones first, then by arrival.
         running: The batch.
         held_slots: Slots of the batch kept for suspended and arriving requests.
+        step_times: What its steps have taken.
         last_step: The latest step that was decided.
         preemption_loss_s: Time from preemption to the end of the recompute, summed up.
     """
@@ -52,6 +54,7 @@ class Batcher:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.held_slots = 0
+        self.step_times = StepTimes()
         self.last_step: Step | None = None
         self.waiting_blocks = 0
         self.waiting_tokens = 0

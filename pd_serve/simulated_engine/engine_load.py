@@ -25,5 +25,7 @@ def read_load(batcher: Batcher, migrations: SequenceMigrations) -> EngineLoad:
         waiting_blocks=batcher.waiting_blocks,
         watermark_blocks=batcher.watermark_blocks,
         preempted=batcher.num_preempted,
+        decode_step_s=batcher.step_times.decode_s,
+        prompt_token_s=batcher.step_times.prompt_token_s,
         high_priority=sum([priority_class(s.priority) is PriorityClass.HIGH for s in batcher.running]),
     )
