@@ -16,6 +16,7 @@ class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
     The description of each field is its meaning in metrics, too.
 
     Attributes:
+        step_prompt_tokens: Prompt tokens that a step takes at most.
         full_groups: Cache groups in which a request has blocks for all its tokens.
         window_groups: Cache groups in which it has blocks for the tokens of a window.
         window_blocks: The most blocks that a request has in these.
@@ -33,6 +34,7 @@ class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
         int, Meta(description="KV blocks that the engine keeps free when it admits a request.")
     ] = 0
     block_tokens: Annotated[int, Meta(description="Tokens per KV block.")] = 16
+    step_prompt_tokens: int = 0
     full_groups: int = 1
     window_groups: int = 0
     window_blocks: int = 0

@@ -34,6 +34,9 @@ class PolicySet:
     late_binding: bool = setting(False, "Requests that no neutral instance has room for wait in one line.")
     bind_after_s: float = setting(15.0, "Wait after which an instance has to make room for the first.", ge=0)
     max_bound: float = setting(0.0625, "Share of the instances that may do so at a time.", ge=0, le=1)
+    decode_prompt_tokens: int = setting(
+        0, "Prompt tokens that a step of a decode instance may take; 0: prompts start elsewhere.", ge=0
+    )
     headroom: float = setting(0.0, "Share of a pool that high priority keeps nearly empty.", ge=0, le=1)
     max_report_age_s: float = setting(3.0, "Instances without a report for longer take no part.", gt=0)
 

@@ -38,10 +38,18 @@ def read_load(scheduler: Any) -> EngineLoad:
         watermark_blocks=scheduler.kv_cache_manager.watermark_blocks,
         preempted=sum([request.num_preemptions > 0 for request in queued]),
         high_priority=sum(priority_class(r.priority) is PriorityClass.HIGH for r in scheduler.running),
+        step_prompt_tokens=_step_prompt_tokens(scheduler),
         decode_step_s=times.decode_s,
         prompt_token_s=times.prompt_token_s,
         **groups.sizes,
     )
+
+
+def _step_prompt_tokens(scheduler: Any) -> int:
+    """Tokens of one prompt that a step takes at most."""
+    config = scheduler.scheduler_config
+    most = config.max_num_batched_tokens
+    return int(min(most, config.long_prefill_token_threshold or most))
 
 
 def _members(queue: Any) -> Any:

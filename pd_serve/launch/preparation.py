@@ -124,6 +124,8 @@ def parse(config: ServeConfig, model: ModelSource) -> Prepared:
     if is_cpu_build():
         defaults |= cpu_engine_defaults()
         role_defaults["prefill"] = {"max_num_batched_tokens": CPU_PREFILL_CHUNK_TOKENS}
+    if budget := config.policies.decode_prompt_tokens:
+        role_defaults["decode"] = {"long_prefill_token_threshold": budget}
     flags = parse_flags(list(config.flags), defaults, role_defaults)
     # Refuses what does not fit together before anything is started.
     engine_config = flags.server_config()

@@ -52,7 +52,7 @@ class ManagerConfig:
             self.keys,
             self.environment,
             self.stage_bytes_per_s,
-            self.simulated,
+            self.simulated and self.simulated.of_role(role, self.policies.decode_prompt_tokens),
             orphan_s=self.orphan_s,
             needs_migration=role != "neutral" and not self.allow_no_migration,
         )

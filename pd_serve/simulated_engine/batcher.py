@@ -104,7 +104,7 @@ class Batcher:
 
     def _schedule(self, now: float) -> Step | None:
         model = self.settings.cost_model
-        if self.settings.chunk_tokens is None:
+        if not self.settings.mixes:
             chunks = self._admit(self.settings.max_prefill_tokens, whole=True)
             if chunks:
                 lengths = [(n, sequence.computed) for sequence, n in chunks]
@@ -117,7 +117,10 @@ class Batcher:
         decodes = [sequence for sequence in self.running if sequence.is_decoding]
         self._make_room(decodes, now)
         decodes = [sequence for sequence in self.running if sequence.is_decoding]
-        chunks = self._chunks(self.settings.chunk_tokens - len(decodes))
+        budgets = [self.settings.prompt_budget] if self.settings.prompt_budget is not None else []
+        if self.settings.chunk_tokens is not None:
+            budgets.append(self.settings.chunk_tokens - len(decodes))
+        chunks = self._chunks(min(budgets))
         if not decodes and not chunks:
             return None
         lengths = [(n, sequence.computed) for sequence, n in chunks]

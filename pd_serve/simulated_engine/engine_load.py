@@ -10,7 +10,7 @@ def read_load(batcher: Batcher, migrations: SequenceMigrations) -> EngineLoad:
     """Reads the load as `migration.vllm_engine.engine_load.read_load` does for vLLM."""
     settings = batcher.settings
     prefilling = 0
-    if settings.chunk_tokens is not None:
+    if settings.mixes:
         prefilling = sum(s.num_tokens - s.computed for s in batcher.running if not s.is_decoding)
     return EngineLoad(
         total_blocks=settings.num_blocks,
@@ -25,6 +25,7 @@ def read_load(batcher: Batcher, migrations: SequenceMigrations) -> EngineLoad:
         waiting_blocks=batcher.waiting_blocks,
         watermark_blocks=batcher.watermark_blocks,
         preempted=batcher.num_preempted,
+        step_prompt_tokens=settings.step_prompt_tokens,
         decode_step_s=batcher.step_times.decode_s,
         prompt_token_s=batcher.step_times.prompt_token_s,
         high_priority=sum([priority_class(s.priority) is PriorityClass.HIGH for s in batcher.running]),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from pd_serve.simulated_engine.settings import EngineSettings
+from router.policies import PolicySet, policy_set
 from router.scaling import PoolBounds
 
 #: Time from the client to an engine and back with the first token, without queueing and computing. Fitted
@@ -73,3 +74,8 @@ class SimulationConfig:
     max_migrations: int = 64
     orphan_s: float = 0.0
     seed: int = 0
+
+    @property
+    def policies(self) -> PolicySet:
+        """Raises: PolicyError: there is no such set or setting."""
+        return policy_set(self.policy, **self.overrides)

@@ -18,7 +18,6 @@ from pd_serve.simulation.simulated_launcher import SimulatedLauncher
 from pd_serve.simulation.simulated_network import SimulatedNetwork, SimulatedWire
 from router.dispatcher import Dispatcher
 from router.load import ROLES
-from router.policies import policy_set
 
 #: Maximum number of instances at a time, in addition to those at the start, in a cluster that scales.
 SPARE_SLOTS = 1024
@@ -53,7 +52,7 @@ class SimulatedCluster:
         self.launcher = SimulatedLauncher(config, self.network)
         self.manager: Manager | None = None
         self.scaling: list[tuple[float, str]] = []
-        self._policies = policy_set(config.policy, **config.overrides)
+        self._policies = config.policies
         self._max_instances = sum(config.instances.values()) + (SPARE_SLOTS if config.autoscale else 0)
         self.frontend = Frontend(
             SimulatedWire("api", self.network),

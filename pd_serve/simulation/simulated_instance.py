@@ -73,6 +73,7 @@ class SimulatedInstance:
             return bool(leaving[name] or entering[name])
 
         settings = config.engines.get(role) or config.engines["neutral"]
+        settings = settings.of_role(role, config.policies.decode_prompt_tokens)
         self.faults = faults or EngineFaults()
         self.engine = SimulatedEngine(
             settings,

@@ -14,6 +14,7 @@ RECORDS = {
     "pd_serve/errors.py",
     "pd_serve/manager/launcher.py",
     "pd_serve/manager/manager_config.py",
+    "pd_serve/simulation/config.py",
     "pd_serve/simulation/faults/schedule.py",
     "pd_serve/simulation/result.py",
     "router/settings.py",

@@ -449,3 +449,18 @@ async def test_a_preempted_request_cannot_be_moved() -> None:
             RequestId("victim"), described.incarnation, 0, suspend=False, reader=MigrationId("m")
         )
     await rig.until_idle()
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 64])
+@in_virtual_time
+async def test_a_budget_for_prompts_keeps_steps_short_for_those_that_decode(chunk_tokens: int | None) -> None:
+    rig = Rig(prompt_budget=8, chunk_tokens=chunk_tokens)
+    await rig.add("decodes", 4, 12)
+    await until(lambda: rig.said.get("decodes"))
+    await rig.add("prompt", 40, 2)
+    before = len(rig.said["decodes"])
+    await until(lambda: rig.said.get("prompt"))
+    assert len(rig.said["decodes"]) - before == 40 // 8
+    assert rig.loads[-1].step_prompt_tokens == 8
+    await rig.until_idle()
+    assert rig.said["prompt"] == rig.expected("prompt")
