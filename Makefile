@@ -42,8 +42,8 @@ loadtest: setup ## Load a cluster of simulated engines for two minutes; writes r
 faults: setup ## Try kills, freezes, mutated frames and mixed load on small clusters (10 minutes)
 	PD_SERVE_FAULT_TESTS=1 .venv/bin/python -m pytest -q tests/e2e/test_faults.py $(ARGS)
 
-kinds: setup ## Move requests of every kind between engines of every kind, and in a cluster (10 minutes)
-	PD_SERVE_ALL_KINDS=1 .venv/bin/python -m pytest -q tests/integration/test_engine_kinds.py tests/e2e/test_request_kinds.py tests/integration/test_gpu_check.py $(ARGS)
+kinds: setup ## Move requests of every kind between engines of every kind, and in a cluster (20 minutes)
+	PD_SERVE_ALL_KINDS=1 .venv/bin/python -m pytest -q tests/integration/test_engine_kinds.py tests/integration/test_workers_of_kinds.py tests/e2e/test_request_kinds.py tests/integration/test_gpu_check.py $(ARGS)
 
 compat: setup ## Try other clients and test suites at plain vLLM and at a cluster; writes results/compat.json
 	@deploy/setup_compat.sh

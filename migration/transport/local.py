@@ -16,7 +16,8 @@ import msgspec
 
 from migration.errors import PeerLostError
 from migration.tasks import settle
-from migration.transport.kv_transport import KvRegion
+from migration.transport.head_slices import KvRows, common_heads, rows_of
+from migration.transport.kv_transport import KvHeads, KvRegion
 from migration.transport.quarantine import Quarantine
 
 # What is copied between two visits to the event loop.
@@ -152,16 +153,27 @@ class LocalTransport:
             raise ValueError("the local transport copies host memory only")
         self.regions = tuple(regions)
 
+    @property
+    def heads(self) -> KvHeads | None:
+        """See `RankTransport`."""
+        return common_heads(self.regions)
+
     def endpoint(self) -> bytes:
         """What a peer has to know to read from here."""
         return msgspec.msgpack.encode(self.address)
 
     async def read(
-        self, peer: str, endpoint: bytes, remote_blocks: Sequence[int], local_blocks: Sequence[int]
+        self,
+        peer: str,
+        endpoint: bytes,
+        remote_blocks: Sequence[int],
+        local_blocks: Sequence[int],
+        heads: KvHeads | None = None,
     ) -> int:
         """Copies the peer's `remote_blocks[i]` over the local `local_blocks[i]`, in every region.
 
-        As `KvTransport.read`. The bytes of a chunk arrive at its end; a cancelled read copies no further one.
+        As `RankTransport.read`. The bytes of a chunk arrive at its end; a cancelled read copies no further
+        one.
 
         Raises:
             PeerLostError: As there; also when this transport is closed.
@@ -174,8 +186,9 @@ class LocalTransport:
             raise ValueError(f"not a local transport's endpoint: {error}") from error
         pairs = list(zip(remote_blocks, local_blocks, strict=True))
         connection = self._connections.setdefault(peer, object())
-        self._check(self._source(peer, source, connection).regions, pairs)
-        block_bytes = sum(region.block_bytes for region in self.regions)
+        self._check(self._source(peer, source, connection).regions, heads, pairs)
+        ours = rows_of(self.regions, heads)
+        block_bytes = sum(rows.size for rows in ours)
         chunk = max(1, CHUNK_BYTES // max(1, block_bytes))
         self._fabric.begin_read(source.name, self.address.name)
         try:
@@ -185,8 +198,8 @@ class LocalTransport:
                     part = pairs[start : start + chunk]
                     duration_s = self._fabric.copy_s(source.name, self.address.name, len(part) * block_bytes)
                     remote = await self._elapse(peer, source, connection, duration_s)
-                    for theirs, ours in zip(remote.regions, self.regions, strict=True):
-                        _copy(theirs, ours, part)
+                    for rows in zip(rows_of(remote.regions, heads), ours, strict=True):
+                        _copy(*rows, part)
         except BaseException as error:
             if quarantine_s := self._fabric.quarantine_s:
                 self._keep(local_blocks, quarantine_s)
@@ -251,8 +264,10 @@ class LocalTransport:
                 except TimeoutError:
                     duration_s = 0.0
 
-    def _check(self, remote: Sequence[KvRegion], pairs: Sequence[tuple[int, int]]) -> None:
-        if [r.block_bytes for r in remote] != [r.block_bytes for r in self.regions]:
+    def _check(
+        self, remote: Sequence[KvRegion], heads: KvHeads | None, pairs: Sequence[tuple[int, int]]
+    ) -> None:
+        if [r.size for r in rows_of(remote, heads)] != [r.size for r in rows_of(self.regions, heads)]:
             raise ValueError("the peer's KV regions differ from the local ones in number or block size")
         theirs = min((region.num_blocks for region in remote), default=0)
         ours = min((region.num_blocks for region in self.regions), default=0)
@@ -260,9 +275,8 @@ class LocalTransport:
             raise ValueError(f"block out of range: the peer has {theirs}, this instance {ours}")
 
 
-def _copy(theirs: KvRegion, ours: KvRegion, pairs: Sequence[tuple[int, int]]) -> None:
+def _copy(theirs: KvRows, ours: KvRows, pairs: Sequence[tuple[int, int]]) -> None:
     if not theirs.address or not ours.address:
         return
-    size = ours.block_bytes
     for remote, local in pairs:
-        ctypes.memmove(ours.address + local * size, theirs.address + remote * size, size)
+        ctypes.memmove(ours.address + local * ours.stride, theirs.address + remote * theirs.stride, ours.size)

@@ -28,19 +28,25 @@ import asyncio
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import msgspec
 import numpy as np
 
 from migration.errors import PdServeError, PeerLostError
-from migration.transport.kv_transport import KvRegion
+from migration.transport.head_slices import common_heads, rows_of
+from migration.transport.kv_transport import KvHeads, KvRegion
 from migration.transport.nixl_agent import NixlAgent, NixlFailure, memory_kind
+from migration.transport.nixl_connections import ReadPath
 from migration.transport.nixl_reader import NixlReader
 from migration.transport.read_caller import ReadCaller
 from migration.transport.read_job import ReadJob
 
 #: Python's switch interval in a process that reads, in seconds: see above.
 SWITCH_INTERVAL_S = 0.0005
+
+#: Indices of NIXL have 32 bits.
+MAX_ROWS = (1 << 31) - 1
 
 
 class _NixlEndpoint(msgspec.Struct, frozen=True, array_like=True):
@@ -53,6 +59,22 @@ class _NixlEndpoint(msgspec.Struct, frozen=True, array_like=True):
 
     metadata: bytes
     regions: list[KvRegion]
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What a peer's endpoint means here.
+
+    Attributes:
+        block_bytes: Of one block, how much is read.
+        limits: Blocks of the peer, and here.
+    """
+
+    endpoint: bytes
+    heads: KvHeads | None
+    path: ReadPath
+    block_bytes: int
+    limits: list[int]
 
 
 class NixlTransport:
@@ -80,6 +102,7 @@ class NixlTransport:
         self._server: NixlAgent | None = None
         self._reader: NixlReader | None = None
         self._endpoint = b""
+        self._sources: dict[str, _Source] = {}
 
     def register(self, regions: Sequence[KvRegion]) -> None:
         """Makes the regions readable by peers and writable by `read`. The caller keeps the memory alive.
@@ -102,8 +125,13 @@ class NixlTransport:
         self._regions = tuple(regions)
         self._endpoint = msgspec.msgpack.encode(_NixlEndpoint(self._server.metadata(), list(regions)))
 
+    @property
+    def heads(self) -> KvHeads | None:
+        """See `RankTransport`."""
+        return common_heads(self._regions)
+
     def endpoint(self) -> bytes:
-        """What a peer has to know to read from here: about 1 kB and 40 bytes a region.
+        """What a peer has to know to read from here: about 1 kB and 120 bytes a region.
 
         Raises:
             ValueError: Nothing is registered.
@@ -113,12 +141,17 @@ class NixlTransport:
         return self._endpoint
 
     async def read(
-        self, peer: str, endpoint: bytes, remote_blocks: Sequence[int], local_blocks: Sequence[int]
+        self,
+        peer: str,
+        endpoint: bytes,
+        remote_blocks: Sequence[int],
+        local_blocks: Sequence[int],
+        heads: KvHeads | None = None,
     ) -> int:
         """Copies the peer's `remote_blocks[i]` over the local `local_blocks[i]`, in every region.
 
-        As `KvTransport.read`. Blocks are copied in no particular order; runs of neighbours on both sides
-        move as one.
+        As `RankTransport.read`. Blocks are copied in no particular order; runs of neighbours on both sides
+        move as one if they are whole.
 
         Raises:
             PeerLostError: As there; also when this transport is closed.
@@ -128,19 +161,19 @@ class NixlTransport:
         reader = self._reader
         if reader is None:
             raise PeerLostError(f"the transport {self._name} is closed or not registered")
-        remote = self._checked(endpoint)
+        source = self._source(peer, endpoint, heads)
         pairs = np.array([remote_blocks, local_blocks], dtype=np.int32)
-        limits = [min(region.num_blocks for region in regions) for regions in (remote.regions, self._regions)]
         if pairs.size == 0:
             return 0
-        if pairs.min() < 0 or (pairs.max(axis=1) >= limits).any():
-            raise ValueError(f"block out of range: the peer has {limits[0]}, this instance {limits[1]}")
+        if pairs.min() < 0 or (pairs.max(axis=1) >= source.limits).any():
+            theirs, ours = source.limits
+            raise ValueError(f"block out of range: the peer has {theirs}, this instance {ours}")
         pairs = pairs[:, np.argsort(pairs[0], kind="stable")]
         loop = asyncio.get_running_loop()
         job = ReadJob(
             peer=peer,
-            metadata=remote.metadata,
-            remote_regions=remote.regions,
+            path=source.path,
+            block_bytes=source.block_bytes,
             remote_blocks=pairs[0],
             local_blocks=pairs[1],
             deadline=time.monotonic() + self._timeout_s,
@@ -150,10 +183,11 @@ class NixlTransport:
         )
         reader.submit(job)
         await self._caller.wait_for(job.done, job.quiet, job.local_blocks.tolist(), job.cancelled.set)
-        return len(local_blocks) * sum(region.block_bytes for region in self._regions)
+        return len(local_blocks) * source.block_bytes
 
     def forget(self, peer: str) -> None:
         """Drops the connection to a peer that is gone; its reads end with PeerLostError."""
+        self._sources.pop(peer, None)
         if self._reader is not None:
             self._reader.forget(peer)
 
@@ -161,17 +195,34 @@ class NixlTransport:
         """Ends all reads with PeerLostError and frees everything. Idempotent. Blocks for at most 2 s."""
         reader, self._reader = self._reader, None
         server, self._server = self._server, None
+        self._sources.clear()
         if reader is not None:
             reader.close()
         if server is not None:
             server.close()
 
-    def _checked(self, endpoint: bytes) -> _NixlEndpoint:
+    def _source(self, peer: str, endpoint: bytes, heads: KvHeads | None) -> _Source:
+        """What to read from a peer. Raises: ValueError."""
+        known = self._sources.get(peer)
+        if known is None or (known.endpoint, known.heads) != (endpoint, heads):
+            known = self._sources[peer] = self._checked(endpoint, heads)
+        return known
+
+    def _checked(self, endpoint: bytes, heads: KvHeads | None) -> _Source:
         try:
             remote = msgspec.msgpack.decode(endpoint, type=_NixlEndpoint)
         except msgspec.DecodeError as error:
             raise ValueError(f"not a NIXL transport's endpoint: {error}") from error
-        layouts = [[(r.block_bytes, memory_kind(r)) for r in rs] for rs in (remote.regions, self._regions)]
-        if layouts[0] != layouts[1]:
+        theirs, ours = (tuple(rows_of(regions, heads)) for regions in (remote.regions, self._regions))
+        sizes = [[(rows.size, memory_kind(rows)) for rows in side] for side in (theirs, ours)]
+        if sizes[0] != sizes[1]:
             raise ValueError("the peer's KV regions differ from the local ones in number, block size or kind")
-        return remote
+        if any(sum(rows.number for rows in side) > MAX_ROWS for side in (theirs, ours)):
+            raise ValueError("more blocks than NIXL's indices can tell apart")
+        return _Source(
+            endpoint,
+            heads,
+            ReadPath(remote.metadata, theirs, None if heads is None else ours),
+            sum(rows.size for rows in ours),
+            [min(region.num_blocks for region in regions) for regions in (remote.regions, self._regions)],
+        )

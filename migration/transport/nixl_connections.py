@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from migration.transport.head_slices import KvRows, rows_of
 from migration.transport.kv_transport import KvRegion
 from migration.transport.nixl_agent import Indices, NixlAgent, NixlFailure, memory_kind
 
 
 @dataclass(frozen=True, slots=True)
 class BlockList:
-    """All blocks of some regions, prepared for NIXL. Block b of region r has index `first[r] + b`."""
+    """All blocks, or a slice of each, prepared for NIXL. Row b of entry r has index `first[r] + b`."""
 
     handle: int
     first: Indices
@@ -23,13 +24,31 @@ class BlockList:
         return (self.first[:, None] + blocks[None, :]).ravel()
 
 
+BlockLists = dict[str, BlockList]  #: By memory kind.
+
+
 @dataclass(frozen=True, slots=True)
-class ConnectedPeer:
-    """A connected peer and its blocks, by memory kind."""
+class ReadPath:
+    """What is read of each block of a peer, and where it goes.
+
+    Attributes:
+        metadata: The peer agent's.
+        local: None for whole blocks.
+    """
 
     metadata: bytes
+    remote: tuple[KvRows, ...]
+    local: tuple[KvRows, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectedPeer:
+    """A connected peer with its blocks, and those here that they are for."""
+
+    path: ReadPath
     agent_name: str
-    blocks: dict[str, BlockList]
+    remote: BlockLists
+    local: BlockLists
 
 
 class ConnectError(Exception):
@@ -45,8 +64,7 @@ class NixlConnections:
 
     Attributes:
         agent: None after `close`, until the next `connect`.
-        local: The local blocks, by memory kind.
-        peers: By instance id.
+        peers: By name.
 
     Raises:
         NixlFailure: The regions cannot be registered.
@@ -54,26 +72,29 @@ class NixlConnections:
 
     def __init__(self, name: str, regions: Sequence[KvRegion]) -> None:
         self.agent: NixlAgent | None = None
-        self.local: dict[str, BlockList] = {}
         self.peers: dict[str, ConnectedPeer] = {}
         self._name = name
         self._regions = tuple(regions)
+        self._whole: BlockLists = {}
         self._generations = itertools.count()
         self._open()
 
-    def connect(self, name: str, metadata: bytes, regions: Sequence[KvRegion]) -> ConnectedPeer:
+    def connect(self, name: str, path: ReadPath) -> ConnectedPeer:
         """Connects to a peer. Raises: ConnectError."""
         try:
             agent = self.agent or self._open()
-            agent_name = agent.connect(metadata)
+            agent_name = agent.connect(path.metadata)
+            local: BlockLists = {}
             try:
-                peer = ConnectedPeer(metadata, agent_name, _prepare(agent, agent_name, regions))
+                local = self._whole if path.local is None else _prepare(agent, None, path.local)
+                remote = _prepare(agent, agent_name, path.remote)
             except NixlFailure:
+                self._discard(agent, local)
                 agent.disconnect(agent_name)
                 raise
         except NixlFailure as failure:
             raise ConnectError(f"cannot connect: {failure}") from failure
-        self.peers[name] = peer
+        self.peers[name] = peer = ConnectedPeer(path, agent_name, remote, local)
         return peer
 
     def disconnect(self, name: str) -> None:
@@ -81,15 +102,20 @@ class NixlConnections:
         peer = self.peers.pop(name, None)
         if peer is None or self.agent is None:
             return
-        for blocks in peer.blocks.values():
-            self.agent.discard(blocks.handle)
+        self._discard(self.agent, peer.remote)
+        self._discard(self.agent, peer.local)
         self.agent.disconnect(peer.agent_name)
+
+    def _discard(self, agent: NixlAgent, lists: BlockLists) -> None:
+        if lists is not self._whole:
+            for blocks in lists.values():
+                agent.discard(blocks.handle)
 
     def close(self) -> None:
         """Destroys the agent, and with it all transfers and connections."""
         agent, self.agent = self.agent, None
         self.peers.clear()
-        self.local.clear()
+        self._whole = {}
         if agent is not None:
             agent.close()
 
@@ -97,7 +123,7 @@ class NixlConnections:
         name = f"{self._name}/read-{next(self._generations)}"
         agent = NixlAgent(name, self._regions, progress_thread=False)
         try:
-            self.local = _prepare(agent, None, self._regions)
+            self._whole = _prepare(agent, None, rows_of(self._regions, None))
         except NixlFailure:
             agent.close()
             raise
@@ -105,14 +131,14 @@ class NixlConnections:
         return agent
 
 
-def _prepare(agent: NixlAgent, agent_name: str | None, regions: Sequence[KvRegion]) -> dict[str, BlockList]:
-    kinds: dict[str, list[KvRegion]] = {}
-    for region in regions:
-        kinds.setdefault(memory_kind(region), []).append(region)
+def _prepare(agent: NixlAgent, agent_name: str | None, rows: Sequence[KvRows]) -> BlockLists:
+    kinds: dict[str, list[KvRows]] = {}
+    for entry in rows:
+        kinds.setdefault(memory_kind(entry), []).append(entry)
     return {
         kind: BlockList(
             agent.prepare(agent_name, members),
-            np.cumsum([0, *(member.num_blocks for member in members[:-1])], dtype=np.int32),
+            np.cumsum([0, *(member.number for member in members[:-1])], dtype=np.int32),
         )
         for kind, members in kinds.items()
     }

@@ -80,7 +80,6 @@ class NixlReader:
         on_failure: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
         self._name = name
-        self._block_bytes = sum(region.block_bytes for region in regions)
         self._on_failure = on_failure
         self._active: list[ReadJob] = []
         self._lingering: list[ReadJob] = []  # cancelled, with chunks under way
@@ -172,7 +171,7 @@ class NixlReader:
 
     def _take(self, command: ReadJob | str) -> None:
         if isinstance(command, ReadJob):
-            size = max(1, CHUNK_BYTES // max(1, self._block_bytes))
+            size = max(1, CHUNK_BYTES // max(1, command.block_bytes))
             starts = range(0, len(command.local_blocks), size)
             command.waiting.extend(Chunk(slice(start, start + size)) for start in starts)
             self._active.append(command)
@@ -246,12 +245,12 @@ class NixlReader:
     def _post(self, job: ReadJob) -> None:
         """Starts a job's next chunk. Small reads through shared memory have ended after this."""
         peer = self._connect(job)
-        agent, local_blocks = self._connections.agent, self._connections.local
+        agent = self._connections.agent
         assert agent is not None
         chunk = job.waiting.popleft()
         job.under_way.append(chunk)
-        for kind, remote in peer.blocks.items():
-            local = local_blocks[kind]
+        for kind, remote in peer.remote.items():
+            local = peer.local[kind]
             handle = agent.read(
                 local.handle,
                 local.indices(job.local_blocks[chunk.pairs]),
@@ -314,13 +313,13 @@ class NixlReader:
     def _connect(self, job: ReadJob) -> ConnectedPeer:
         """The connection for a job, made if necessary. Raises: ConnectError."""
         known = self._connections.peers.get(job.peer)
-        if known is not None and known.metadata == job.metadata:
+        if known is not None and known.path == job.path:
             return known
         if known is not None:
             self._drop_connection(job.peer, "was started anew")
-            for other in [j for j in self._active if j.peer == job.peer and j.metadata == known.metadata]:
+            for other in [j for j in self._active if j.peer == job.peer and j.path == known.path]:
                 self._lose(other, "was started anew")
-        return self._connections.connect(job.peer, job.metadata, job.remote_regions)
+        return self._connections.connect(job.peer, job.path)
 
     def _release(self, job: ReadJob) -> None:
         """Frees the handles of a job's chunks under way."""

@@ -1,21 +1,30 @@
 """`RankedTransport`: the KV memory of an engine whose workers hold a part of every block each.
 
-A block id is one row through the memory of all ranks, so a read copies the same rows on each of them.
+A block id is one row through the memory of all ranks, so a read copies the same rows on each of them: whole
+rows from the peer's same rank, or slices of rows if the peer has another number of ranks.
 """
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 
 import msgspec
 
-from migration.transport.kv_transport import KvTransport
+from migration.transport.head_slices import plan
+from migration.transport.kv_transport import KvHeads, KvTransport, RankTransport
 from migration.transport.quarantine import Quarantine
 from migration.transport.worker_transport import WorkerMemory, WorkerTransport
 
 
+class _RankEndpoint(msgspec.Struct, frozen=True, array_like=True):
+    """What a peer needs to read from a rank."""
+
+    heads: KvHeads | None
+    endpoint: bytes
+
+
 class RankedTransport:
-    """A `KvTransport` over those of the ranks, each of which reads from the peer's same rank.
+    """A `KvTransport` over those of the ranks.
 
     Args:
         ranks: In the order that all instances share.
@@ -24,13 +33,14 @@ class RankedTransport:
         quarantine: All that is in quarantine on a rank.
     """
 
-    def __init__(self, ranks: Sequence[KvTransport]) -> None:
+    def __init__(self, ranks: Sequence[RankTransport]) -> None:
         self.quarantine = Quarantine(*(rank.quarantine for rank in ranks))
         self._ranks = tuple(ranks)
+        self._read_from: dict[str, set[int]] = {}  # ranks of each peer
 
     def endpoint(self) -> bytes:
         """Those of all ranks."""
-        return msgspec.msgpack.encode([rank.endpoint() for rank in self._ranks])
+        return msgspec.msgpack.encode([_RankEndpoint(rank.heads, rank.endpoint()) for rank in self._ranks])
 
     async def read(
         self, peer: str, endpoint: bytes, remote_blocks: Sequence[int], local_blocks: Sequence[int]
@@ -42,31 +52,31 @@ class RankedTransport:
 
         Raises:
             PeerLostError: As there, of any rank.
-            ValueError: The peer has another number of ranks; or as there.
+            ValueError: The peer's ranks do not hold what is needed here; or as there.
         """
         try:
-            endpoints = msgspec.msgpack.decode(endpoint, type=list[bytes])
+            theirs = msgspec.msgpack.decode(endpoint, type=list[_RankEndpoint])
         except msgspec.DecodeError as error:
-            raise ValueError(f"not the endpoint of several ranks: {error}") from error
-        if len(endpoints) != len(self._ranks):
-            raise ValueError(f"the peer has {len(endpoints)} ranks instead of {len(self._ranks)}")
+            raise ValueError(f"not the endpoint of ranks: {error}") from error
+        planned = plan([rank.heads for rank in self._ranks], [rank.heads for rank in theirs])
+        self._read_from.setdefault(peer, set()).update(read.peer_rank for read in planned)
         reads = [
-            asyncio.ensure_future(rank.read(peer, theirs, remote_blocks, local_blocks))
-            for rank, theirs in zip(self._ranks, endpoints, strict=True)
+            self._ranks[read.rank].read(
+                _name(peer, read.peer_rank),
+                theirs[read.peer_rank].endpoint,
+                remote_blocks,
+                local_blocks,
+                read.heads,
+            )
+            for read in planned
         ]
-        try:
-            await asyncio.wait(reads, return_when=asyncio.FIRST_EXCEPTION)
-        finally:
-            await _end(reads)
-        for read in reads:
-            if not read.cancelled() and (failed := read.exception()) is not None:
-                raise failed
-        return sum(read.result() for read in reads)
+        return await reads[0] if len(reads) == 1 else await _all(reads)
 
     def forget(self, peer: str) -> None:
         """As `KvTransport.forget`, on all ranks."""
-        for rank in self._ranks:
-            rank.forget(peer)
+        for peer_rank in sorted(self._read_from.pop(peer, {0})):
+            for rank in self._ranks:
+                rank.forget(_name(peer, peer_rank))
 
     def close(self) -> None:
         """As `KvTransport.close`, on all ranks."""
@@ -87,7 +97,25 @@ async def open_workers(
     ranks = [WorkerTransport(name, worker, on_failure=on_failure) for worker in workers]
     for rank in ranks:
         await rank.open()
-    return ranks[0] if len(ranks) == 1 else RankedTransport(ranks)
+    return RankedTransport(ranks)
+
+
+def _name(peer: str, rank: int) -> str:
+    """A rank of a peer, to which there is a connection of its own."""
+    return peer if rank == 0 else f"{peer}, rank {rank}"
+
+
+async def _all(reads: Iterable[Coroutine[None, None, int]]) -> int:
+    """The sum of their results, when all have ended."""
+    tasks = [asyncio.ensure_future(read) for read in reads]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    finally:
+        await _end(tasks)
+    for task in tasks:
+        if not task.cancelled() and (failed := task.exception()) is not None:
+            raise failed
+    return sum(task.result() for task in tasks)
 
 
 async def _end(reads: Iterable["asyncio.Future[int]"]) -> None:

@@ -6,13 +6,12 @@ import asyncio
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from migration.errors import PeerLostError
 from migration.tasks import settle
-from migration.transport.kv_transport import KvRegion
 from migration.transport.nixl_agent import Indices
+from migration.transport.nixl_connections import ReadPath
 
 
 @dataclass(eq=False, slots=True)
@@ -28,8 +27,8 @@ class ReadJob:
     """One call of `read`. `cancelled` is set from the event loop's thread; all else belongs to the reader's.
 
     Attributes:
-        metadata: The peer agent's, from its endpoint.
-        remote_regions: The peer's, in the order of the local ones.
+        path: What is read of each block, and where it goes.
+        block_bytes: Of one block, how much is read.
         remote_blocks: Read these ...
         local_blocks: ... into these.
         deadline: On `time.monotonic()`.
@@ -42,8 +41,8 @@ class ReadJob:
     """
 
     peer: str
-    metadata: bytes
-    remote_regions: Sequence[KvRegion]
+    path: ReadPath
+    block_bytes: int
     remote_blocks: Indices
     local_blocks: Indices
     deadline: float

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from migration.transport.kv_transport import KvRegion
+from migration.transport.kv_transport import KvHeads, KvRegion
 
 if TYPE_CHECKING:
     import torch
@@ -16,10 +17,9 @@ def kv_regions(tensors: Iterable[torch.Tensor], num_blocks: int) -> list[KvRegio
     """Describes KV cache tensors as regions of equally sized blocks.
 
     vLLM views one allocation as `[blocks, ...]` for each layer, and cache groups overlay each other in it:
-    what
-    a block id stands for is one row of bytes through all of the memory, whatever is in it. A row may have
-    gaps (pages are padded to one size), and the first axis may count kernel blocks, several of which are a
-    block.
+    what a block id stands for is one row of bytes through all of the memory, whatever is in it. A row may
+    have gaps (pages are padded to one size), and the first axis may count kernel blocks, several of which are
+    a block.
 
     Args:
         tensors: One per layer, in layer order, on the CPU or on CUDA.
@@ -48,11 +48,58 @@ def kv_regions(tensors: Iterable[torch.Tensor], num_blocks: int) -> list[KvRegio
     return list(regions.values())
 
 
-def block_order(tensors: Iterable[torch.Tensor], num_blocks: int) -> str:
+def divided_by_heads(
+    regions: Sequence[KvRegion], tensors: Sequence[torch.Tensor], num_blocks: int, heads: KvHeads
+) -> list[KvRegion]:
+    """The regions with what each of their blocks holds.
+
+    Args:
+        regions: What `kv_regions` has made of `tensors`.
+        tensors: With the axes [kernel blocks, heads, tokens, ...], as vLLM views them.
+        heads: What each tensor holds.
+
+    Raises:
+        ValueError: A block is not made of heads, each of them in one piece, one after the other.
+    """
+    return [_divided(region, tensors, num_blocks, heads) for region in regions]
+
+
+def _divided(region: KvRegion, tensors: Sequence[torch.Tensor], num_blocks: int, heads: KvHeads) -> KvRegion:
+    pieces = {
+        (start - region.address, size, head)
+        for tensor in tensors
+        if tensor.get_device() == region.device_id
+        for start, size, head in _pieces(tensor, num_blocks, heads.number)
+        if region.address <= start < region.address + region.block_bytes
+    }
+    ordered, end = sorted(pieces), 0
+    for index, (start, size, head) in enumerate(ordered):
+        if (start, size, head) != (end, ordered[0][1], index % heads.number):
+            raise ValueError("heads do not lie one after the other in a block")
+        end += size
+    if end != region.block_bytes or len(ordered) % heads.number:
+        raise ValueError("blocks have gaps between heads")
+    return replace(region, heads=heads, parts=len(ordered) // heads.number)
+
+
+def _pieces(tensor: torch.Tensor, num_blocks: int, num_heads: int) -> Iterator[tuple[int, int, int]]:
+    """Address, bytes and number of each head of a tensor's first block."""
+    if tensor.dim() < 3 or tensor.shape[1] != num_heads:
+        raise ValueError(f"a block has no axis of {num_heads} heads")
+    if not tensor[0, 0].is_contiguous():
+        raise ValueError("a head is not in one piece")
+    for kernel_block in range(tensor.shape[0] // num_blocks):
+        for head in range(num_heads):
+            piece = tensor[kernel_block, head]
+            yield piece.data_ptr(), piece.numel() * piece.element_size(), head
+
+
+def block_order(tensors: Iterable[torch.Tensor], num_blocks: int, *, of_a_head: bool = False) -> str:
     """The order of the elements inside a block, in words. Blocks of one size may have several (NHD, HND).
 
     Args:
         tensors: As those of `kv_regions`, which has accepted them.
+        of_a_head: Only of one head, which does not depend on their number.
 
     Returns:
         Data type, kernel blocks of a block, and size and stride in elements of each axis inside one; once for
@@ -60,7 +107,8 @@ def block_order(tensors: Iterable[torch.Tensor], num_blocks: int) -> str:
     """
     orders: dict[str, None] = {}
     for tensor in tensors:
-        axes = zip(tensor.shape[1:], tensor.stride()[1:], strict=True)
+        first = 2 if of_a_head else 1
+        axes = zip(tensor.shape[first:], tensor.stride()[first:], strict=True)
         inside = ", ".join(f"{size} x {stride if size > 1 else 0}" for size, stride in axes)
         orders[f"{tensor.dtype} {tensor.shape[0] // num_blocks} x ({inside})"] = None
     return "; ".join(orders)

@@ -6,19 +6,22 @@ from typing import TypeVar
 
 import msgspec
 
+from migration.transport.kv_transport import KvHeads
+
 T = TypeVar("T")
 
 _LENGTH_BYTES = 4
 
 
 class ReadBlocks(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """To a worker: `KvTransport.read`, under a number of its own."""
+    """To a worker: `RankTransport.read`, under a number of its own."""
 
     call: int
     peer: str
     endpoint: bytes
     remote_blocks: list[int]
     local_blocks: list[int]
+    heads: KvHeads | None = None
 
 
 class CancelRead(msgspec.Struct, frozen=True, array_like=True, tag=True):

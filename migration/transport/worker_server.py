@@ -10,7 +10,7 @@ import msgspec
 
 from migration.errors import PeerLostError
 from migration.tasks import BackgroundTasks
-from migration.transport.kv_transport import KvTransport
+from migration.transport.kv_transport import RankTransport
 from migration.transport.worker_messages import (
     BlocksQuiet,
     CancelRead,
@@ -36,7 +36,7 @@ class WorkerServer:
         connection: To the instance.
     """
 
-    def __init__(self, transport: KvTransport, connection: socket.socket) -> None:
+    def __init__(self, transport: RankTransport, connection: socket.socket) -> None:
         self._transport = transport
         self._connection = connection
         self._reads: dict[int, asyncio.Task[None]] = {}
@@ -82,7 +82,7 @@ class WorkerServer:
 
         try:
             copied = await self._transport.read(
-                read.peer, read.endpoint, read.remote_blocks, read.local_blocks
+                read.peer, read.endpoint, read.remote_blocks, read.local_blocks, read.heads
             )
         except asyncio.CancelledError:
             error, is_lost = f"KV read from {read.peer}: was cancelled", True

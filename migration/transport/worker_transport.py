@@ -10,6 +10,7 @@ import msgspec
 
 from migration.errors import PeerLostError
 from migration.tasks import settle
+from migration.transport.kv_transport import KvHeads
 from migration.transport.read_caller import ReadCaller
 from migration.transport.worker_messages import (
     BlocksQuiet,
@@ -31,11 +32,13 @@ class WorkerMemory:
     Attributes:
         endpoint: The transport's.
         connection: To the `WorkerServer` there. The worker's process has ended when this has.
+        heads: See `RankTransport`.
     """
 
     rank: int
     endpoint: bytes
     connection: socket.socket
+    heads: KvHeads | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -46,7 +49,7 @@ class _Call:
 
 
 class WorkerTransport:
-    """A `KvTransport` whose reads a worker's process carries out. Belongs to one event loop.
+    """A `RankTransport` whose reads a worker's process carries out. Belongs to one event loop.
 
     Args:
         name: The instance's id.
@@ -80,14 +83,24 @@ class WorkerTransport:
         reader, self._writer = await asyncio.open_connection(sock=self._worker.connection)
         self._receiving = asyncio.create_task(self._receive(reader))
 
+    @property
+    def heads(self) -> KvHeads | None:
+        """Those of the worker."""
+        return self._worker.heads
+
     def endpoint(self) -> bytes:
         """That of the worker's transport."""
         return self._worker.endpoint
 
     async def read(
-        self, peer: str, endpoint: bytes, remote_blocks: Sequence[int], local_blocks: Sequence[int]
+        self,
+        peer: str,
+        endpoint: bytes,
+        remote_blocks: Sequence[int],
+        local_blocks: Sequence[int],
+        heads: KvHeads | None = None,
     ) -> int:
-        """As `KvTransport.read`.
+        """As `RankTransport.read`.
 
         Raises:
             PeerLostError: As there; also when this transport is closed, or the worker has ended.
@@ -95,7 +108,7 @@ class WorkerTransport:
         """
         loop, number = asyncio.get_running_loop(), next(self._numbers)
         local = list(local_blocks)
-        message = ReadBlocks(number, peer, endpoint, list(remote_blocks), local)
+        message = ReadBlocks(number, peer, endpoint, list(remote_blocks), local, heads)
         if self._writer is None:
             raise PeerLostError(f"the transport of {self._what} is closed")
         call = self._calls[number] = _Call(loop.create_future(), loop.create_future())

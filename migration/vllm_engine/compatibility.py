@@ -262,13 +262,25 @@ def has_only_tokens(parameters: Any) -> bool:
     )
 
 
-def compatibility(vllm_config: Any, groups: str, layouts: "Sequence[KvLayout]") -> dict[str, str]:
+def model_configuration(vllm_config: Any) -> str:
+    """A digest of the model's own configuration.
+
+    To be asked for before the model is loaded: some models change their configuration, which would be seen
+    here only if the worker is in this process.
+    """
+    return hashlib.sha256(vllm_config.model_config.hf_config.to_json_string().encode()).hexdigest()[:12]
+
+
+def compatibility(
+    vllm_config: Any, configuration: str, groups: str, layouts: "Sequence[KvLayout]"
+) -> dict[str, str]:
     """What has to be equal on both sides of a migration, by name.
 
     Blocks of equal size may hold their bytes in another order (NHD or HND; keys packed for an instruction
     set). A copy of such a block would be read as garbage, without an error.
 
     Args:
+        configuration: See `model_configuration`.
         groups: See `migration.vllm_engine.cache_groups.CacheGroups.description`.
         layouts: Of the KV cache of each worker, by rank.
 
@@ -280,19 +292,32 @@ def compatibility(vllm_config: Any, groups: str, layouts: "Sequence[KvLayout]") 
     model = vllm_config.model_config
     cache = vllm_config.cache_config
     parallel = vllm_config.parallel_config
-    block_bytes = [[region.block_bytes for region in layout.regions] for layout in layouts]
-    sizes = hashlib.sha256(repr(block_bytes).encode()).hexdigest()[:12]
+    division, sizes = _division(parallel, layouts)
+    digest = hashlib.sha256(repr(sizes).encode()).hexdigest()[:12]
     return {
         "vllm version": str(vllm.__version__),
         "model": f"{model.model}@{model.revision}",
-        "model configuration": hashlib.sha256(model.hf_config.to_json_string().encode()).hexdigest()[:12],
+        "model configuration": configuration,
         "dtype": str(model.dtype),
         "quantization": str(model.quantization),
         "KV cache dtype": str(cache.cache_dtype),
         "block size": str(cache.block_size),
         "cache groups": groups,
-        **{degree.replace("_", " "): str(getattr(parallel, degree)) for degree in PARALLELISM},
-        "KV layout": f"{cache.kv_cache_layout}, {sum(map(len, block_bytes))} regions, {sizes}",
+        **division,
+        "KV layout": f"{cache.kv_cache_layout}, {len(layouts[0].regions)} regions, {digest}",
         "order of a KV block": ", ".join(dict.fromkeys(layout.block_order for layout in layouts)),
         **layouts[0].attention,
     }
+
+
+def _division(parallel: Any, layouts: "Sequence[KvLayout]") -> tuple[dict[str, str], Sequence[object]]:
+    """What has to be equal of how ranks divide blocks, and the sizes of what they are divided into."""
+    degrees = {degree.replace("_", " "): str(getattr(parallel, degree)) for degree in PARALLELISM}
+    for layout in layouts:
+        if layout.undivided is not None:
+            degrees["tensor parallel size"] += f" ({layout.undivided})"
+            return degrees, [[region.block_bytes for region in layout.regions] for layout in layouts]
+    heads = [region.heads for layout in layouts for region in layout.regions if region.heads is not None]
+    degrees |= {"tensor parallel size": "any", "KV heads": str(max(held.end for held in heads))}
+    of_ranks = [[(r.parts, r.head_bytes) for r in layout.regions] for layout in layouts]
+    return degrees, [sizes for rank, sizes in enumerate(of_ranks) if sizes not in of_ranks[:rank]]

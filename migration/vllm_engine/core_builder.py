@@ -3,14 +3,15 @@
 import logging
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from vllm.config import VllmConfig
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-from migration.transport.kv_transport import KvRegion
+from migration.transport.head_slices import common_heads
+from migration.transport.kv_transport import KvHeads, KvRegion
 from migration.transport.worker_transport import WorkerMemory
 from migration.vllm_engine import compatibility, worker
 from migration.vllm_engine.executor import executor_class
@@ -57,6 +58,7 @@ def build_core(config: VllmConfig, on_failure: Callable[[], None] = lambda: None
         scheduling.scheduler_cls = (
             MigratingAsyncScheduler if scheduling.async_scheduling else MigratingScheduler
         )
+    configuration = compatibility.model_configuration(config)
     core = EngineCore(config, executor_class(config), log_stats=True, executor_fail_callback=on_failure)
     if not isinstance(core.model_executor, UniProcExecutor):
         core.collective_rpc(worker.end_with_instance)
@@ -67,27 +69,29 @@ def build_core(config: VllmConfig, on_failure: Callable[[], None] = lambda: None
         unsupported = compatibility.unsupported_engine(config, core.scheduler)
         built = BuiltCore(core, unsupported)
     if built.no_migration is None:
-        _map_kv_memory(built, config)
+        _map_kv_memory(built, config, configuration)
     if built.no_migration is not None:
         logger.warning("this engine serves without migration: %s", built.no_migration)
     return built
 
 
-def _map_kv_memory(built: BuiltCore, config: VllmConfig) -> None:
+def _map_kv_memory(built: BuiltCore, config: VllmConfig, configuration: str) -> None:
     core, num_blocks = built.core, built.core.scheduler.kv_cache_config.num_blocks
     layouts = core.collective_rpc(worker.kv_layout, args=(num_blocks,))
     if reasons := [layout for layout in layouts if isinstance(layout, str)]:
         built.no_migration = reasons[0]
         return
     groups = core.scheduler.cache_groups.description
-    built.compatibility = compatibility.compatibility(config, groups, layouts)
+    built.compatibility = compatibility.compatibility(config, configuration, groups, layouts)
     if isinstance(core.model_executor, UniProcExecutor):
         built.regions = layouts[0].regions
     else:
-        built.workers = _connect_workers(core, num_blocks)
+        built.workers = _connect_workers(core, num_blocks, [common_heads(of.regions) for of in layouts])
 
 
-def _connect_workers(core: EngineCore, num_blocks: int) -> list[WorkerMemory]:
+def _connect_workers(
+    core: EngineCore, num_blocks: int, heads: Sequence[KvHeads | None]
+) -> list[WorkerMemory]:
     """Starts a transport in each worker's process, and connects to them."""
     with tempfile.TemporaryDirectory(prefix="pd-serve-") as folder, socket.socket(socket.AF_UNIX) as listener:
         path = f"{folder}/workers"
@@ -100,4 +104,7 @@ def _connect_workers(core: EngineCore, num_blocks: int) -> list[WorkerMemory]:
             connection, _ = listener.accept()
             rank = int.from_bytes(connection.recv(4, socket.MSG_WAITALL))
             connections[rank] = connection
-    return [WorkerMemory(rank, endpoint, connections[rank]) for rank, endpoint in enumerate(endpoints)]
+    return [
+        WorkerMemory(rank, endpoint, connections[rank], heads[rank])
+        for rank, endpoint in enumerate(endpoints)
+    ]

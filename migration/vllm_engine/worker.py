@@ -18,8 +18,9 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from migration.child_process import end_with_parent
 from migration.transport.kv_transport import KvRegion
-from migration.transport.regions import block_order, kv_regions
+from migration.transport.regions import block_order, divided_by_heads, kv_regions
 from migration.transport.worker_server import WorkerServer
+from migration.vllm_engine.head_division import heads_of_rank
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +31,15 @@ class KvLayout:
 
     Attributes:
         regions: Its memory, with addresses of the worker's process.
-        block_order: See `migration.transport.regions.block_order`.
+        block_order: See `migration.transport.regions.block_order`; of a head if blocks are divided by heads.
         attention: See `attention`.
+        undivided: Why blocks are not divided by heads; None if they are.
     """
 
     regions: list[KvRegion]
     block_order: str
     attention: dict[str, str]
+    undivided: str | None
 
 
 def kv_layout(worker: Any, num_blocks: int) -> KvLayout | str:
@@ -46,7 +49,14 @@ def kv_layout(worker: Any, num_blocks: int) -> KvLayout | str:
         regions = kv_regions(tensors, num_blocks)
     except ValueError as error:
         return str(error)
-    return KvLayout(regions, block_order(tensors, num_blocks), attention(worker))
+    specs = [group.kv_cache_spec for of_spec in _runner(worker).attn_groups for group in of_spec]
+    try:
+        heads = heads_of_rank(worker.worker.vllm_config, specs, worker.global_rank)
+        regions, undivided = divided_by_heads(regions, tensors, num_blocks, heads), None
+    except ValueError as error:
+        undivided = str(error)
+    order = block_order(tensors, num_blocks, of_a_head=undivided is None)
+    return KvLayout(regions, order, attention(worker), undivided)
 
 
 def end_with_instance(worker: Any) -> None:

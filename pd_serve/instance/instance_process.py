@@ -58,14 +58,14 @@ async def open_transport(
             end the process.
     """
     from migration.transport.nixl import NixlTransport
-    from migration.transport.ranked import open_workers
+    from migration.transport.ranked import RankedTransport, open_workers
 
     if engine.workers:
         return await open_workers(name, engine.workers, on_failure)
     transport = NixlTransport(name, on_failure=on_failure)
     if engine.facts.no_migration is None:
         transport.register(engine.regions)
-    return transport
+    return RankedTransport([transport])
 
 
 class Instance:

@@ -16,10 +16,10 @@ SAME_EVERYWHERE = re.compile(
     |hf_config_path|hf_overrides|config_format|revision|code_revision|trust_remote_code|tokenizer.*
     |skip_tokenizer_init|dtype|quantization|quantization_config|max_model_len|disable_sliding_window
     |served_model_name|generation_config|override_generation_config
-    # What a KV block holds, and over how many ranks it is spread.
+    # What a KV block holds. Over how many tensor-parallel ranks its heads are spread may differ.
     |block_size|kv_cache_dtype.*|kv_sharing_fast_prefill|attention_backend|attention_config
     |disable_hybrid_kv_cache_manager|mamba_block_size|mamba_.*cache_dtype|mamba_cache_mode
-    |speculative_config|spec_.*|(tensor|pipeline|decode_context|prefill_context)_parallel_size
+    |speculative_config|spec_.*|(pipeline|decode_context|prefill_context)_parallel_size
     |[dp]?cp_kv_cache_interleave_size
     # What a request may ask for, wherever it is.
     |enable_lora|max_lora_rank|lora_dtype|max_logprobs|logprobs_mode|logits_processors

@@ -1,7 +1,7 @@
 """From the settings to what processes are started with: the model, vLLM's flags, the environment."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 #: Below this token id most vocabularies hold control tokens and single bytes; smaller ones are made of bytes.
 FIRST_WORD = 1000
+
+#: vLLM's variable for the order of layers, blocks, heads and tokens in the KV cache.
+LAYOUT = "VLLM_KV_CACHE_LAYOUT"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,7 @@ class Prepared:
             placements=placements(config, {role: self.flags.workers(role) for role in ROLES}),
             host=host,
             keys=keys,
-            environment=self.model.environment,
+            environment=self.model.environment | self._layout(),
             stage_bytes_per_s=CPU_STAGE_BYTES_PER_S if is_cpu_build() else None,
             simulated=self._simulated(),
             replaces=config.replace,
@@ -80,6 +83,15 @@ class Prepared:
             allow_no_migration=config.allow_no_migration,
             checks_memory=config.ray_address is None,
         )
+
+    def _layout(self) -> dict[str, str]:
+        """Where numbers of workers differ by role, each KV head has to be in one piece, as vLLM asks for.
+
+        CPUs have no other layout, and latent vectors are not divided.
+        """
+        widths = {self.flags.workers(role) for role, number in self.config.instances.items() if number}
+        divided = len(widths) > 1 and not self.engine_config.model_config.use_mla
+        return {LAYOUT: os.environ.get(LAYOUT, "LBHNC")} if divided and not is_cpu_build() else {}
 
     def _simulated(self) -> EngineSettings | None:
         """The settings of simulated engines: they generate plain words of the model's vocabulary."""
@@ -129,11 +141,8 @@ def parse(config: ServeConfig, model: ModelSource) -> Prepared:
     flags = parse_flags(list(config.flags), defaults, role_defaults)
     # Refuses what does not fit together before anything is started.
     engine_config = flags.server_config()
-    for role, number in config.instances.items():
-        if number:
-            of_role = _engine_config(flags, role)
-            if role != "neutral":
-                check_handoffs(config, of_role)
+    by_role = {role: _engine_config(flags, role) for role, number in config.instances.items() if number}
+    check_handoffs(config, [of_role for role, of_role in by_role.items() if role != "neutral"])
     return Prepared(config, model, flags, engine_config)
 
 
@@ -144,7 +153,7 @@ def _engine_config(flags: "ParsedFlags", role: str) -> "VllmConfig":
         raise InvalidRequestError(f"{role} instances: {error}") from error
 
 
-def check_handoffs(config: ServeConfig, engine_config: "VllmConfig") -> None:
+def check_handoffs(config: ServeConfig, engine_configs: "Sequence[VllmConfig]") -> None:
     """Refuses prefill and decode instances with settings of vLLM that do not let requests move.
 
     What depends on the model, the instances find out when they start.
@@ -153,7 +162,11 @@ def check_handoffs(config: ServeConfig, engine_config: "VllmConfig") -> None:
         InvalidRequestError: With what to change.
     """
     from migration.vllm_engine.compatibility import unsupported_config
+    from migration.vllm_engine.head_division import unsupported_widths
 
     hands_off = config.instances["decode"] and config.engine == "vllm" and not config.allow_no_migration
-    if hands_off and (why := unsupported_config(engine_config)) is not None:
-        raise InvalidRequestError(no_handoffs(why))
+    reasons = [unsupported_config(of_role) for of_role in engine_configs] if hands_off else []
+    reasons += [unsupported_widths(engine_configs)] if hands_off else []
+    for why in reasons:
+        if why is not None:
+            raise InvalidRequestError(no_handoffs(why))

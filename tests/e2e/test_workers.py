@@ -1,4 +1,4 @@
-"""Instances with several workers: tensor parallelism inside an instance, and disaggregation between them."""
+"""Disaggregation over tensor parallelism: a prefill instance with one worker, a decode instance with two."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ from tests.e2e.test_same_output import assert_same
 
 @pytest.fixture(scope="module")
 def server(logs: Path) -> Iterator[ServerProcess]:
-    flags = ("--prefill", "1", "--decode", "1", "--tensor-parallel-size", "2", "--no-replace")
+    flags = ("--prefill", "1", "--decode", "1", "--decode-tensor-parallel-size", "2", "--no-replace")
     with run_cluster(logs / "workers.log", *flags, "--no-enable-prefix-caching") as server:
         yield server
 

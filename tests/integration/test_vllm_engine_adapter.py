@@ -536,6 +536,8 @@ class TestRefusals:
             "quantization",
             "KV cache dtype",
             "block size",
+            "tensor parallel size",
+            "KV heads",
             "KV layout",
             "order of a KV block",
             "attention backend",

@@ -4,13 +4,16 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from migration.transport import nixl_connections, nixl_reader
-from migration.transport.kv_transport import KvRegion
+from migration.transport.head_slices import KvRows, rows_of
+from migration.transport.kv_transport import KvHeads, KvRegion
 from migration.transport.nixl_agent import Indices, NixlFailure
+from migration.transport.nixl_connections import ReadPath
 from migration.transport.nixl_reader import NixlReader
 from migration.transport.read_job import ReadJob
 from pd_serve.errors import PeerLostError
@@ -103,7 +106,7 @@ class FakeAgent:
         assert not self.closed
         self.nixl.note("progress", self.name)
 
-    def prepare(self, agent_name: str | None, regions: Sequence[KvRegion]) -> int:
+    def prepare(self, agent_name: str | None, rows: Sequence[KvRows]) -> int:
         handle = self._new()
         self.lists[handle] = agent_name
         return handle
@@ -170,12 +173,13 @@ def _job(
     metadata: str | None = None,
     within_s: float = 5.0,
     regions: Sequence[KvRegion] = (HOST,),
+    local: tuple[KvRows, ...] | None = None,
 ) -> ReadJob:
     loop = asyncio.get_running_loop()
     return ReadJob(
         peer=peer,
-        metadata=(metadata or peer).encode(),
-        remote_regions=regions,
+        path=ReadPath((metadata or peer).encode(), tuple(rows_of(regions, None)), local),
+        block_bytes=sum(region.block_bytes for region in regions),
         remote_blocks=np.array(blocks, dtype=np.int32),
         local_blocks=np.array(blocks, dtype=np.int32),
         deadline=time.monotonic() + within_s,
@@ -459,3 +463,32 @@ async def test_reads_fail_while_no_agent_can_be_made(nixl: FakeNixl, reader: Nix
     job = _job("a")
     _start(reader, job)
     await job.done
+
+
+async def test_lists_of_slices_end_with_their_connection(nixl: FakeNixl, reader: NixlReader) -> None:
+    """Those of whole blocks are everybody's."""
+    nixl.slow = False
+    (agent,) = nixl.open_agents
+    whole = len(agent.lists)
+    (slices,) = rows_of([replace(HOST, heads=KvHeads(0, 2))], KvHeads(1, 1))
+    one, other = _job("one", local=(slices,)), _job("other")
+    _start(reader, one, other)
+    await one.done
+    await other.done
+    assert len(agent.lists) == whole + 3
+
+    for name in ("one", "other"):
+        reader.forget(name)
+
+    await asyncio.to_thread(nixl.wait_for, lambda: len(agent.lists) == whole)
+
+
+async def test_a_peer_whose_slices_change_is_connected_anew(nixl: FakeNixl, reader: NixlReader) -> None:
+    nixl.slow = False
+    heads = replace(HOST, heads=KvHeads(0, 2))
+    jobs = [_job("peer", local=tuple(rows_of([heads], KvHeads(head, 1)))) for head in (0, 1)]
+    for job in jobs:
+        _start(reader, job)
+        await job.done
+    assert ("disconnect", "peer", []) in nixl.log
+    assert len(nixl.reads_of("peer")) == 2

@@ -4,11 +4,12 @@ import asyncio
 import ctypes
 from collections.abc import Sequence
 
+import msgspec
 import pytest
 
 from migration.errors import PeerLostError
-from migration.transport.kv_transport import KvRegion
-from migration.transport.local import LocalFabric
+from migration.transport.kv_transport import KvHeads, KvRegion
+from migration.transport.local import LocalFabric, LocalTransport
 from migration.transport.quarantine import Quarantine
 from migration.transport.ranked import RankedTransport
 
@@ -16,9 +17,10 @@ from migration.transport.ranked import RankedTransport
 class ScriptedRank:
     """A rank whose read goes on until the test ends it, also when it is cancelled: something still writes."""
 
-    def __init__(self) -> None:
+    def __init__(self, heads: KvHeads | None = None) -> None:
+        self.heads = heads
         self.quarantine = Quarantine()
-        self.reads: list[tuple[str, bytes, list[int], list[int]]] = []
+        self.reads: list[tuple[str, bytes, list[int], list[int], KvHeads | None]] = []
         self.outcome: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self.writes_no_more = asyncio.Event()
         self.cancelled = 0
@@ -29,9 +31,14 @@ class ScriptedRank:
         return b"endpoint"
 
     async def read(
-        self, peer: str, endpoint: bytes, remote_blocks: Sequence[int], local_blocks: Sequence[int]
+        self,
+        peer: str,
+        endpoint: bytes,
+        remote_blocks: Sequence[int],
+        local_blocks: Sequence[int],
+        heads: KvHeads | None = None,
     ) -> int:
-        self.reads.append((peer, endpoint, list(remote_blocks), list(local_blocks)))
+        self.reads.append((peer, endpoint, list(remote_blocks), list(local_blocks), heads))
         try:
             return await asyncio.shield(self.outcome)
         except asyncio.CancelledError:
@@ -93,7 +100,8 @@ async def test_a_read_waits_for_the_last_rank() -> None:
     ranks[0].outcome.set_result(20)
 
     assert await read == 30
-    assert [rank.reads for rank in ranks] == [[("peer", b"endpoint", [1, 2], [3, 4])]] * 2
+    names = "peer", "peer, rank 1"
+    assert [rank.reads for rank in ranks] == [[(name, b"endpoint", [1, 2], [3, 4], None)] for name in names]
 
 
 @pytest.mark.parametrize("failed", [0, 1])
@@ -187,7 +195,7 @@ async def test_an_endpoint_of_another_number_of_ranks_is_refused(number: int) ->
 
 @pytest.mark.parametrize("endpoint", [b"", b"\x93", b"rubbish", b"\x91\x01"])
 async def test_what_is_no_endpoint_of_ranks_is_refused(endpoint: bytes) -> None:
-    with pytest.raises(ValueError, match="not the endpoint of several ranks"):
+    with pytest.raises(ValueError, match="not the endpoint of ranks"):
         await RankedTransport([ScriptedRank()]).read("peer", endpoint, [0], [0])
 
 
@@ -200,3 +208,97 @@ async def test_all_ranks_forget_a_peer_and_are_closed() -> None:
 
     assert [rank.forgotten for rank in ranks] == [["peer"], ["peer"]]
     assert all(rank.closed for rank in ranks)
+
+
+class Sliced:
+    """One rank with four heads, and a peer with two ranks, over a fabric that fails to order."""
+
+    def __init__(self, **fabric: float) -> None:
+        self.fabric = LocalFabric(**fabric)
+        self.memory = bytearray(b".") * 16
+        self.theirs = [bytearray(letters * 2) for letters in (b"AABB", b"CCDD")]
+        self.here = RankedTransport([self._rank("here", self.memory, KvHeads(0, 4))])
+        self.there = RankedTransport(
+            [self._rank(f"there/{rank}", self.theirs[rank], KvHeads(2 * rank, 2)) for rank in range(2)]
+        )
+
+    def _rank(self, name: str, memory: bytearray, heads: KvHeads) -> LocalTransport:
+        rank = self.fabric.transport(name)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        rank.register([KvRegion(address, 2, len(memory) // 2, heads=heads)])
+        return rank
+
+    async def read(self) -> int:
+        return await self.here.read("there", self.there.endpoint(), [0], [1])
+
+
+async def test_one_rank_reads_from_all_ranks_of_a_wider_peer() -> None:
+    sliced = Sliced()
+
+    assert await sliced.read() == 8
+
+    assert bytes(sliced.memory) == b"." * 8 + b"AABBCCDD"
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+async def test_a_rank_of_the_peer_that_dies_during_a_read_ends_it_and_nothing_writes_any_more(
+    lost: int,
+) -> None:
+    sliced = Sliced(latency_s=60)
+    read = asyncio.create_task(sliced.read())
+    await turns()
+
+    sliced.fabric.fail(f"there/{lost}")
+
+    with pytest.raises(PeerLostError, match="there, rank 1" if lost else "there"):
+        await read
+    sliced.fabric.latency_s = 0
+    await turns()
+    assert bytes(sliced.memory) == b"." * 16
+    with pytest.raises(PeerLostError):
+        await sliced.read()
+
+
+async def test_blocks_of_a_failed_read_are_in_quarantine_for_every_rank_that_it_read_from() -> None:
+    sliced = Sliced(latency_s=60)
+    sliced.fabric.quarantine_s = 0.05
+    read = asyncio.create_task(sliced.read())
+    await turns()
+    sliced.fabric.fail("there/1")
+    with pytest.raises(PeerLostError):
+        await read
+
+    assert sliced.here.quarantine.holds([1])
+    await sliced.here.quarantine.wait_for([1])
+
+
+@pytest.mark.parametrize(
+    ("heads", "why"),
+    [
+        ([KvHeads(0, 2)], "other KV heads"),
+        ([KvHeads(0, 2), KvHeads(1, 2), KvHeads(2, 2)], "not in all regions"),
+        ([KvHeads(0, 2), KvHeads(3, 1)], "no rank of the peer has KV head 2"),
+        ([KvHeads(0, 2), None], "not divided by heads"),
+        ([KvHeads(0, 4), KvHeads(0, 4)], "differ from the local ones"),
+    ],
+)
+async def test_a_peer_that_lies_about_its_heads_is_not_read(heads: list[KvHeads | None], why: str) -> None:
+    """What it says of its ranks, and of their regions, has to agree with each other and with ours."""
+    sliced = Sliced()
+    endpoints = [rank.endpoint() for rank in sliced.there._ranks] * 2
+    lie = msgspec.msgpack.encode([(said, endpoints[rank]) for rank, said in enumerate(heads)])
+
+    with pytest.raises(ValueError, match=why):
+        await sliced.here.read("there", lie, [0], [1])
+
+
+async def test_connections_to_all_ranks_of_a_peer_are_forgotten_and_no_others() -> None:
+    here, there = ScriptedRank(KvHeads(0, 2)), [ScriptedRank(KvHeads(rank, 1)) for rank in range(2)]
+    here.outcome.set_result(1)
+    transport = RankedTransport([here])
+    await transport.read("peer", RankedTransport(there).endpoint(), [0], [0])
+
+    transport.forget("peer")
+    transport.forget("unknown")
+
+    assert here.forgotten == ["peer", "peer, rank 1", "unknown"]

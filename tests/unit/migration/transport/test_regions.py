@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from migration.transport.regions import block_order, kv_regions
+from migration.transport.kv_transport import KvHeads, KvRegion
+from migration.transport.regions import block_order, divided_by_heads, kv_regions
 
 BLOCKS, LAYERS, HEADS, TOKENS, DIM = 6, 3, 2, 4, 8
 
@@ -112,3 +113,60 @@ def test_the_data_type_and_kernel_blocks_belong_to_the_order_of_a_block() -> Non
     kernel_blocks = memory.view(BLOCKS * HEADS, 1, TOKENS, DIM)
     orders = {block_order([tensor], BLOCKS) for tensor in (memory, memory.view(torch.float64), kernel_blocks)}
     assert len(orders) == 3
+
+
+def _divided(tensors: list[torch.Tensor], num_heads: int = HEADS) -> list[KvRegion]:
+    return divided_by_heads(kv_regions(tensors, BLOCKS), tensors, BLOCKS, KvHeads(4, num_heads))
+
+
+def test_heads_that_lie_one_after_the_other_divide_a_block() -> None:
+    memory = _numbered(LAYERS, BLOCKS, HEADS, TOKENS, DIM)
+    for region in _divided(list(memory)):
+        assert (region.heads, region.parts, region.head_bytes) == (KvHeads(4, HEADS), 1, TOKENS * DIM * 8)
+
+
+def test_a_block_has_its_heads_once_for_each_kernel_block() -> None:
+    memory = _numbered(LAYERS, BLOCKS * 3, HEADS, TOKENS, DIM)
+    assert {region.parts for region in _divided(list(memory))} == {3}
+    # A rank with one of two heads has as many parts.
+    assert {region.parts for region in _divided(list(memory[:, :, :1].contiguous()), 1)} == {3}
+
+
+def test_a_block_has_its_heads_once_for_each_layer_inside_it() -> None:
+    memory = _numbered(BLOCKS, LAYERS, HEADS, TOKENS, DIM)
+    (region,) = _divided([memory[:, layer] for layer in range(LAYERS)])
+    assert region.parts == LAYERS
+
+
+def test_layers_of_several_groups_may_share_a_region() -> None:
+    memory = _numbered(LAYERS, BLOCKS, HEADS, TOKENS, DIM)
+    assert _divided([*memory, *memory]) == _divided(list(memory))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "why"),
+    [
+        ([_numbered(BLOCKS, TOKENS, HEADS, DIM).permute(0, 2, 1, 3)], "not in one piece"),  # NHD
+        (list(_numbered(BLOCKS, HEADS, LAYERS, TOKENS, DIM).permute(2, 0, 1, 3, 4)), "one after the other"),
+        ([_numbered(BLOCKS, HEADS + 1, TOKENS, DIM)], "no axis of 2 heads"),
+        ([_numbered(BLOCKS, HEADS * TOKENS)], "no axis of 2 heads"),
+        ([_numbered(BLOCKS, 3 * HEADS * DIM)[:, : 2 * HEADS * DIM].unflatten(1, (HEADS, 2, DIM))], "gaps"),
+        (
+            [
+                memory := _numbered(BLOCKS, HEADS, 6, DIM),
+                memory.view(BLOCKS, HEADS * 6 * DIM).unflatten(1, (3, 4, DIM))[:, :HEADS],
+            ],
+            "one after the other",  # another group, whose pages are divided in another way
+        ),
+    ],
+)
+def test_other_layouts_are_not_divided_by_heads(tensors: list[torch.Tensor], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        _divided(tensors)
+
+
+def test_the_order_of_a_head_does_not_depend_on_the_number_of_heads() -> None:
+    orders = {
+        block_order([_numbered(BLOCKS, number, TOKENS, DIM)], BLOCKS, of_a_head=True) for number in (1, 2, 4)
+    }
+    assert len(orders) == 1

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from migration.errors import PeerLostError
+from migration.transport.kv_transport import KvHeads
 from migration.transport.quarantine import Quarantine
 from migration.transport.worker_server import WorkerServer
 from migration.transport.worker_transport import WorkerMemory, WorkerTransport
@@ -19,7 +20,8 @@ class ScriptedTransport:
 
     def __init__(self, script: "Callable[[ScriptedTransport, Sequence[int]], object]") -> None:
         self.quarantine = Quarantine()
-        self.reads: list[tuple[str, bytes, list[int], list[int]]] = []
+        self.heads = None
+        self.reads: list[tuple[str, bytes, list[int], list[int], KvHeads | None]] = []
         self.script = script
         self.began, self.cancelled = threading.Event(), threading.Event()
         self.may_end = threading.Event()
@@ -30,9 +32,14 @@ class ScriptedTransport:
         return b"endpoint"
 
     async def read(
-        self, peer: str, endpoint: bytes, remote_blocks: Sequence[int], local_blocks: Sequence[int]
+        self,
+        peer: str,
+        endpoint: bytes,
+        remote_blocks: Sequence[int],
+        local_blocks: Sequence[int],
+        heads: KvHeads | None = None,
     ) -> int:
-        self.reads.append((peer, endpoint, list(remote_blocks), list(local_blocks)))
+        self.reads.append((peer, endpoint, list(remote_blocks), list(local_blocks), heads))
         self.began.set()
         result = self.script(self, local_blocks)
         if result is not None:
@@ -68,7 +75,7 @@ class Link:
             await asyncio.to_thread(self.server._thread.join, 10)
 
     async def read(self) -> int:
-        return await self.transport.read("peer", b"theirs", [1, 2], [3, 4])
+        return await self.transport.read("peer", b"theirs", [1, 2], [3, 4], KvHeads(1, 2))
 
 
 MakeLink = Callable[..., "asyncio.Future[Link]"]
@@ -126,7 +133,7 @@ async def test_a_read_is_carried_out_in_the_worker(make_link: MakeLink) -> None:
 
     assert await asyncio.gather(link.read(), link.read()) == [64, 64]
 
-    assert link.worker.reads == [("peer", b"theirs", [1, 2], [3, 4])] * 2
+    assert link.worker.reads == [("peer", b"theirs", [1, 2], [3, 4], KvHeads(1, 2))] * 2
     assert link.transport.endpoint() == b"mine"
     assert not link.failures
 

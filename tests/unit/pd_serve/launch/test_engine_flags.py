@@ -232,7 +232,7 @@ class TestComplaints:
 
     @pytest.mark.parametrize(
         "name",
-        ["model", "tokenizer", "block-size", "kv-cache-dtype", "max-model-len", "tensor-parallel-size"],
+        ["model", "tokenizer", "block-size", "kv-cache-dtype", "max-model-len", "pipeline-parallel-size"],
     )
     def test_what_must_be_the_same_everywhere(self, name: str) -> None:
         assert complaint(f"--decode-{name}", "1").endswith(f"use --{name}")

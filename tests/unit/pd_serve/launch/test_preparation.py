@@ -64,7 +64,9 @@ def test_the_environment_of_the_engines_is_set_in_this_process_too(monkeypatch: 
 def test_disaggregation_is_refused_before_the_start_if_requests_cannot_move(
     settings: dict[str, Any], is_refused: bool
 ) -> None:
-    engine: Any = SimpleNamespace(speculative_config=None, kv_transfer_config=SimpleNamespace())
+    engine: Any = SimpleNamespace(
+        kv_transfer_config=SimpleNamespace(), parallel_config=SimpleNamespace(tensor_parallel_size=1)
+    )
     config = ServeConfig(**settings)
 
     if is_refused:
@@ -72,6 +74,43 @@ def test_disaggregation_is_refused_before_the_start_if_requests_cannot_move(
             InvalidRequestError,
             match=r"a KV connector.*start with --neutral.*--allow-no-migration",
         ):
-            check_handoffs(config, engine)
+            check_handoffs(config, [engine])
     else:
-        check_handoffs(config, engine)
+        check_handoffs(config, [engine])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "more", "why"),
+    [
+        ((1, 2), {}, None),
+        ((2, 2), {"is_hybrid": True}, None),
+        ((1, 2), {"is_hybrid": True}, "several tensor parallel sizes, although states of linear attention"),
+        ((1, 2), {"is_attention_free": True}, "although states of linear attention"),
+        ((1, 2), {"pipeline_parallel_size": 2}, "although pipeline stages divide the layers"),
+    ],
+)
+def test_disaggregation_over_several_widths_is_refused_where_blocks_are_not_divided_by_heads(
+    sizes: tuple[int, int], more: dict[str, Any], why: str | None
+) -> None:
+    settings = {
+        "is_hybrid": False,
+        "is_attention_free": False,
+        "pipeline_parallel_size": 1,
+        "decode_context_parallel_size": 1,
+        "prefill_context_parallel_size": 1,
+    }
+    engines: list[Any] = [
+        SimpleNamespace(
+            kv_transfer_config=None,
+            model_config=SimpleNamespace(**settings | more),
+            parallel_config=SimpleNamespace(**settings | more | {"tensor_parallel_size": size}),
+        )
+        for size in sizes
+    ]
+
+    if why is None:
+        check_handoffs(ServeConfig(), engines)
+        return
+    with pytest.raises(InvalidRequestError, match=why):
+        check_handoffs(ServeConfig(), engines)
+    check_handoffs(ServeConfig(allow_no_migration=True), engines)
