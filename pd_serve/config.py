@@ -10,6 +10,7 @@ import json
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -151,7 +152,9 @@ class ServeConfig(BaseSettings):
         INSTANCES, "vllm", "Engine of the instances: vLLM, or a simulation that generates random words."
     )
     cost_model: str = _flag(
-        INSTANCES, DEFAULT_COST_MODEL, "Speed of simulated engines: a name, or a CSV file of measured steps."
+        INSTANCES,
+        DEFAULT_COST_MODEL,
+        "Hardware of simulated engines: a name, or a CSV file of step times.",
     )
 
     policy: str = _flag(
@@ -321,9 +324,10 @@ class ServeConfig(BaseSettings):
         """The simulated engine, which batches as vLLM does; None for vLLM itself."""
         if self.engine == "vllm":
             return None
-        from pd_serve.simulated_engine.cost_table import cost_model
+        from pd_serve.simulated_engine.hardware import hardware
 
-        return EngineSettings(cost_model(self.cost_model), chunk_tokens=2048, prefix_caching=True)
+        engine = hardware(self.cost_model).engine
+        return replace(engine, chunk_tokens=engine.chunk_tokens or 2048, prefix_caching=True)
 
 
 def _message(error: Any) -> str:

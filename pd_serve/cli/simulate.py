@@ -9,7 +9,6 @@ import typer
 from pd_serve.cli.simulate_faults import faults
 from pd_serve.config import DEFAULT_COST_MODEL, DEFAULT_POLICY, parse_bounds, parse_settings
 from pd_serve.errors import InvalidRequestError
-from pd_serve.simulated_engine.settings import FITTED_BLOCKS
 from router.scaling import PoolBounds
 
 DEFAULT_INSTANCES = 16
@@ -54,14 +53,21 @@ def run(
         float, typer.Option(min=0, max=1, help="Share of requests of high priority.")
     ] = 0.0,
     cost_model: Annotated[
-        str, typer.Option(help="Speed of the engines: a name, or a CSV file of measured steps.")
+        str,
+        typer.Option(
+            help="GPUs and model of an instance, such as h100x4-llama-3.1-70b, or a CSV file of measured"
+            " steps."
+        ),
     ] = DEFAULT_COST_MODEL,
     blocks: Annotated[
-        int, typer.Option(min=1, help="KV blocks of 16 tokens of each instance.")
-    ] = FITTED_BLOCKS,
+        int | None,
+        typer.Option(min=1, help="KV blocks of 16 tokens of each instance. [default: the cost model's]"),
+    ] = None,
     chunk_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Chunked prefill with this token budget per step. [default: off]"),
+        typer.Option(
+            min=0, help="Token budget per step of chunked prefill; 0: off. [default: the cost model's]"
+        ),
     ] = None,
     prefix_caching: Annotated[
         bool, typer.Option(help="Reuse the KV cache of requests with the same beginning.")

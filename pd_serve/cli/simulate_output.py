@@ -83,6 +83,8 @@ def counts(summary: dict[str, Any]) -> Table:
     grid.add_row("instances", f"{summary['avg_instances'] or 0:.2f} on average")
     if summary["left_out"]:
         grid.add_row("left out", f"{summary['left_out']} requests longer than an instance's memory")
+    if summary["assumed"]:
+        grid.add_row("assumed", f"the paper's {', '.join(summary['assumed'])}: the cost model has none")
     grid.add_row("simulated", f"{summary['duration_s']:,.0f} s in {summary['wall_s']:.1f} s")
     return grid
 

@@ -9,7 +9,7 @@ import asyncio
 import random
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from pd_serve.launch.signals import end_on
 from pd_serve.observe import provenance as report
 from pd_serve.profiling.measured_engine import MeasuredEngine
 from pd_serve.profiling.profile_points import (
+    FITTED,
     PHASES,
     Point,
     Row,
@@ -75,7 +76,7 @@ async def run(
     finally:
         await engine.close()
     table = rows(measured)
-    write_csv(out, table)
+    write_csv(out, table, sizes(about))
     fitted = cost_table.read(out)
     errors = relative_errors(table, fitted)
     console.print(_table(table, fitted))
@@ -84,12 +85,26 @@ async def run(
         ("decode", fitted.decode_ms, ("", " batch", " context")),
     ):
         formula = " + ".join(f"{value:.3g}{term}" for value, term in zip(coefficients, terms, strict=True))
-        error = errors[phase]
+        if (error := errors.get(phase)) is None:
+            continue
         console.print(f"{phase:<8} {formula} ms (off by {error['median']:.1%}, at most {error['max']:.1%})")
+    if (error := errors.get("mixed")) is not None:
+        console.print(
+            f"mixed    both, with a constant of {fitted.mixed_ms:.3g} ms "
+            f"(off by {error['median']:.1%}, at most {error['max']:.1%})"
+        )
     console.print(f"written to {out}")
     if json_path is not None:
         result = {"model": model, "engine": about, "fit": asdict(fitted), "relative_error": errors}
         report.write(json_path, result | {"rows": [asdict(row) for row in table]} | provenance)
+
+
+def sizes(about: Mapping[str, int]) -> dict[str, float]:
+    """What a cost model says of an engine besides its steps. Links and the start are not measured."""
+    return {
+        name: about["max_num_batched_tokens" if name == "chunk_tokens" else name]
+        for name in cost_table.ENGINE_SIZES
+    }
 
 
 async def start_engine(model: str, engine_flags: Sequence[str], num_instances: int = 1) -> MeasuredEngine:
@@ -120,13 +135,14 @@ async def measure(
     """
     dice = random.Random("profile")
     for phase in PHASES:  # threads, memory and caches get warm
-        await engine.steps(next(point for point in wanted if point.phase == phase), dice)
+        for point in [point for point in wanted if point.phase == phase][:1]:
+            await engine.steps(point, dice)
     measured: dict[Point, list[StepSeen]] = {point: [] for point in wanted}
     deadline = time.monotonic() + seconds
     least = min(MIN_POINTS, len(wanted) // 2)
     while True:
         for point in wanted:
-            done = [sum(p.phase == phase for p, steps in measured.items() if steps) for phase in PHASES]
+            done = [sum(p.phase == phase for p, steps in measured.items() if steps) for phase in FITTED]
             if time.monotonic() > deadline and min(done) >= least:
                 return measured
             on_point(point)
@@ -157,6 +173,7 @@ def _table(table: Sequence[Row], fitted: LinearCostModel) -> Table:
         shown.add_column(column, justify="right")
     for row in table:
         ms = row.model_ms(fitted)
-        numbers = (row.batch_size, row.batch_size * row.new_tokens, row.context_tokens)
+        new = row.new_tokens if row.phase == "mixed" else row.batch_size * row.new_tokens
+        numbers = (row.batch_size, new, row.context_tokens)
         shown.add_row(row.phase, *map(str, numbers), f"{row.ms:.2f}", f"{ms:.2f}", f"{ms / row.ms - 1:+.1%}")
     return shown

@@ -11,7 +11,7 @@ from migration.engine_interface import EngineEvents, HeldByClient, HeldRequest
 from migration.token_span import TokenSpan
 from pd_serve.errors import EngineDeadError
 from pd_serve.instance.engine_factory import vllm_config
-from pd_serve.profiling.profile_points import DECODE_STEPS, Limits, Point, StepSeen
+from pd_serve.profiling.profile_points import DECODE_STEPS, MIXED_CONTEXT, Limits, Point, StepSeen
 
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutputs
@@ -22,6 +22,9 @@ CLIENT = "profile"
 #: Time for one point, in seconds: a fraction with the tiny model, minutes with a large one on a CPU.
 POINT_S = 600.0
 
+#: Prompts that one visit adds beside a decoding batch.
+PROMPTS_BESIDE = 4
+
 
 class StepRecorder:
     """Records what the steps of an engine core do, and how long each takes. Runs on the step thread.
@@ -29,11 +32,13 @@ class StepRecorder:
     Attributes:
         held: While set, steps do nothing: requests gather, to begin in one step.
         steps: Those followed by another one at once, oldest first.
+        on_step: Called when one has been added to `steps`.
     """
 
     def __init__(self, core: "EngineCore") -> None:
         self.held = False
         self.steps: list[StepSeen] = []
+        self.on_step: Callable[[], object] = lambda: None
         self._core = core
         self._step, core.step_fn = core.step_fn, self._recorded_step
         self._schedule, core.scheduler.schedule = core.scheduler.schedule, self._recorded_schedule
@@ -48,6 +53,7 @@ class StepRecorder:
             ms = (now - self._began) * 1e3
             self.steps.append(StepSeen(chunks, len(contexts), sum(contexts), ms))
             self._began = None
+            self.on_step()
         if self.held:
             return {}, False
         self._scheduled = []
@@ -144,18 +150,36 @@ class MeasuredEngine:
             EngineDeadError: A step has failed.
         """
         num_tokens = 2 if point.phase == "prefill" else DECODE_STEPS
+        context = MIXED_CONTEXT if point.phase == "mixed" else point.tokens
+        prompts_beside = PROMPTS_BESIDE if point.phase == "mixed" else 0
         self._all_ended = self._loop.create_future()
-        self._left = point.batch_size
+        self._left = point.batch_size + prompts_beside
         self._recorder.held = True
-        vocabulary = self._engine.core.vllm_config.model_config.get_vocab_size()
         for _ in range(point.batch_size):
-            prompt = [dice.randrange(vocabulary) for _ in range(point.tokens)]
-            await self._engine.add(self._payload(prompt, num_tokens), CLIENT)
+            await self._add(context, num_tokens, dice)
         self._recorder.steps.clear()
         self._recorder.held = False
         async with asyncio.timeout(POINT_S):
+            for _ in range(prompts_beside):
+                await self._next_step()  # so that each prompt gets a step of its own
+                await self._add(point.tokens, 1, dice)
             await self._all_ended
+        import sys
+
+        print(point, self._recorder.steps, file=sys.stderr)
         return list(self._recorder.steps)
+
+    async def _next_step(self) -> None:
+        """Waits until the step thread has recorded a step."""
+        recorded = asyncio.Event()
+        self._recorder.on_step = lambda: self._loop.call_soon_threadsafe(recorded.set)
+        await recorded.wait()
+        self._recorder.on_step = lambda: None
+
+    async def _add(self, num_prompt_tokens: int, num_tokens: int, dice: random.Random) -> None:
+        vocabulary = self._engine.core.vllm_config.model_config.get_vocab_size()
+        prompt = [dice.randrange(vocabulary) for _ in range(num_prompt_tokens)]
+        await self._engine.add(self._payload(prompt, num_tokens), CLIENT)
 
     async def report_ms(self, send: Callable[[list[HeldRequest]], None]) -> tuple[int, float]:
         """Reports the requests as an instance does.

@@ -10,13 +10,21 @@ from typing import Literal, get_args
 from pd_serve.simulated_engine.cost_model import CostModel
 from pd_serve.simulated_engine.cost_table import COLUMNS
 
-Phase = Literal["prefill", "decode"]
+Phase = Literal["prefill", "decode", "mixed"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
+
+#: Phases without which there is no fit; an engine may have no room for mixed steps.
+FITTED: tuple[Phase, ...] = ("prefill", "decode")
 
 PROMPTS = (16, 32, 64, 128, 256, 512, 1024, 2048)
 PROMPT_BATCHES = ((2, 64), (4, 64), (2, 256), (4, 256), (8, 128), (4, 512))
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CONTEXTS = (32, 256, 1024)
+MIXED_BATCHES = (1, 4, 16, 64)
+MIXED_PROMPTS = (64, 256, 1024)
+
+#: Context of each decoding request beside a prompt, at the start.
+MIXED_CONTEXT = 32
 
 #: Context tokens of a batch together: filling the cache is not measured, and costs time.
 MAX_CONTEXT_TOKENS = 8192
@@ -46,7 +54,7 @@ class Limits:
 @dataclass(frozen=True, slots=True)
 class Point:
     """A kind of step: `batch_size` prompts of `tokens` each, or one token each for `batch_size` requests with
-    `tokens` of context each at the start."""
+    `tokens` of context each at the start, or one prompt of `tokens` beside `batch_size` decoding requests."""
 
     phase: Phase
     batch_size: int
@@ -83,6 +91,8 @@ class Row:
         """Its time according to a cost model."""
         if self.phase == "prefill":
             return model.prefill_s([(self.new_tokens, 0)] * self.batch_size) * 1e3
+        if self.phase == "mixed":
+            return model.mixed_s([(self.new_tokens, 0)], self.batch_size, self.context_tokens) * 1e3
         return model.decode_s(self.batch_size, self.context_tokens) * 1e3
 
 
@@ -105,6 +115,15 @@ def points(limits: Limits) -> list[Point]:
         and batch * tokens <= most
         and tokens + DECODE_STEPS <= limits.model_tokens
     ]
+    found += [
+        Point("mixed", batch, tokens)
+        for batch in MIXED_BATCHES
+        for tokens in MIXED_PROMPTS
+        if batch + 1 <= limits.batch_size
+        and batch + tokens <= limits.step_tokens
+        and batch * max(MIXED_CONTEXT + DECODE_STEPS, tokens) + tokens <= limits.cache_tokens
+        and max(tokens, MIXED_CONTEXT + DECODE_STEPS) + 1 <= limits.model_tokens
+    ]
     return sorted(found, key=lambda point: (point.batch_size * point.tokens, point.phase))
 
 
@@ -113,6 +132,9 @@ def samples(point: Point, steps: Sequence[StepSeen]) -> list[StepSeen]:
     if point.phase == "prefill":
         chunks = ((point.tokens, 0),) * point.batch_size
         return [step for step in steps if step.chunks == chunks and not step.decodes]
+    if point.phase == "mixed":
+        beside = ((point.tokens, 0),)
+        return [step for step in steps if step.chunks == beside and step.decodes == point.batch_size]
     pure = [step for step in steps if not step.chunks and step.decodes == point.batch_size]
     return pure[WARM_UP_STEPS:-1]
 
@@ -123,7 +145,7 @@ def rows(measured: Mapping[Point, Sequence[StepSeen]]) -> list[Row]:
         Row(
             point.phase,
             point.batch_size,
-            point.tokens if point.phase == "prefill" else 1,
+            1 if point.phase == "decode" else point.tokens,
             round(statistics.median(step.context_tokens for step in steps)),
             round(statistics.median(step.ms for step in steps), 4),
         )
@@ -135,16 +157,18 @@ def rows(measured: Mapping[Point, Sequence[StepSeen]]) -> list[Row]:
     ]
 
 
-def write_csv(path: Path, table: Iterable[Row]) -> None:
+def write_csv(path: Path, table: Iterable[Row], sizes: Mapping[str, float] | None = None) -> None:
+    """Writes a table for `cost_table.read`, below the sizes of the engine; see `cost_table.SIZES`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
+        file.writelines(f"# {name}: {value:g}\n" for name, value in (sizes or {}).items())
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         writer.writerows([getattr(row, name) for name in COLUMNS] for row in table)
 
 
 def relative_errors(table: Iterable[Row], model: CostModel) -> dict[str, dict[str, float]]:
-    """{"prefill" and "decode": {"median", "max"}} of |fitted / measured − 1|."""
+    """{phase: {"median", "max"}} of |fitted / measured − 1|."""
     errors: dict[Phase, list[float]] = {phase: [] for phase in PHASES}
     for row in table:
         errors[row.phase].append(abs(row.model_ms(model) / row.ms - 1))

@@ -27,11 +27,15 @@ class LinearCostModel:
     n² is taken per prompt, where attention is: a chunk of c tokens after h others costs p2 (c² + 2 c h).
     A mixed step runs both over the same weights, so its constant is counted once.
 
+    Attributes:
+        mixed_ms: Constant of a mixed step; None for the greater one of the two kinds.
+
     Source: fitted to the Llumnix paper's figure 10 and its artifact.
     """
 
     prefill_ms: tuple[float, float, float]
     decode_ms: tuple[float, float, float]
+    mixed_ms: float | None = None
 
     def prefill_s(self, chunks: Sequence[tuple[int, int]]) -> float:
         constant, linear, square = self.prefill_ms
@@ -48,14 +52,13 @@ class LinearCostModel:
             return self.prefill_s(chunks)
         if not chunks:
             return self.decode_s(batch_size, context_tokens)
-        return (
-            self.prefill_s(chunks)
-            + self.decode_s(batch_size, context_tokens)
-            - min(self.prefill_ms[0], self.decode_ms[0]) * 1e-3
-        )
+        constants = self.prefill_ms[0], self.decode_ms[0]
+        constant = max(constants) if self.mixed_ms is None else self.mixed_ms
+        both = self.prefill_s(chunks) + self.decode_s(batch_size, context_tokens)
+        return both + (constant - sum(constants)) * 1e-3
 
 
-#: By name, as `pd-serve simulate --cost-model` takes them.
+#: By the name of the hardware; see `pd_serve.simulated_engine.hardware`.
 COST_MODELS = {
     "a10-llama-7b": LinearCostModel((5.6, 0.2028, 5.09e-6), (38.0, 0.45, 1.33e-3)),
     "a100-opt-13b": LinearCostModel((22.05, 0.1405, 8.08e-6), (23.48, 0.0607, 5.93e-4)),

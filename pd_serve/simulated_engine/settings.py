@@ -14,7 +14,7 @@ FITTED_BLOCKS = 780
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """One simulated instance.
+    """One simulated engine. The sizes are the paper's; those of others are in `hardware`.
 
     Attributes:
         num_blocks: KV blocks.

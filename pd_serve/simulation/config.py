@@ -37,7 +37,7 @@ class NetworkSettings:
 
     Attributes:
         message_latency_s: One-way latency of control messages and tokens.
-        kv_latency_s: Latency of a copy. Fitted, like the bandwidth, to the paper's blocking copies.
+        kv_latency_s: Latency of a copy. The defaults are the paper's; see `hardware.Hardware`.
         kv_bytes_per_s: Bandwidth of one instance's link in each direction; its copies share it.
     """
 

@@ -5,16 +5,15 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from pd_serve.errors import InvalidRequestError
-from pd_serve.simulated_engine.cost_table import cost_model
-from pd_serve.simulated_engine.settings import FITTED_BLOCKS, EngineSettings
-from pd_serve.simulation.config import SimulationConfig
+from pd_serve.simulated_engine.hardware import hardware
+from pd_serve.simulation.config import NetworkSettings, SimulationConfig
 from pd_serve.simulation.result import SimulationResult
 from pd_serve.simulation.simulate import simulate
 from pd_serve.simulation.summary import Slo, series, summarize
@@ -32,6 +31,7 @@ class Scenario:
 
     Attributes:
         instances: Number at the start, by role.
+        num_blocks, chunk_tokens: In the place of those of the cost model; 0 chunk tokens for none.
         autoscale: Bounds by role.
         one_class: Schedules all requests with normal priority, and reports them by the priority of the trace.
         with_series: Whether the summary has the cluster over time.
@@ -43,7 +43,7 @@ class Scenario:
     instances: dict[str, int] = field(default_factory=lambda: {"neutral": 16})
     overrides: dict[str, float | int | str] = field(default_factory=dict)
     cost_model: str = "a10-llama-7b"
-    num_blocks: int = FITTED_BLOCKS
+    num_blocks: int | None = None
     chunk_tokens: int | None = None
     prefix_caching: bool = False
     autoscale: dict[str, PoolBounds] = field(default_factory=dict)
@@ -85,10 +85,12 @@ def configure(
         policy_set(case.policy, **overrides)
     except ValueError as error:
         raise InvalidRequestError(str(error)) from error
-    engine = EngineSettings(
-        cost_model(case.cost_model),
-        num_blocks=case.num_blocks,
-        chunk_tokens=case.chunk_tokens,
+    machine = hardware(case.cost_model)
+    chunk_tokens = machine.engine.chunk_tokens if case.chunk_tokens is None else case.chunk_tokens or None
+    engine = replace(
+        machine.engine,
+        num_blocks=case.num_blocks or machine.engine.num_blocks,
+        chunk_tokens=chunk_tokens,
         prefix_caching=case.prefix_caching,
     )
     wanted = make_requests(case.trace, traces)
@@ -104,7 +106,9 @@ def configure(
         policy=case.policy,
         engines={"neutral": engine},
         overrides=overrides,
+        network=NetworkSettings(kv_latency_s=machine.kv_latency_s, kv_bytes_per_s=machine.kv_bytes_per_s),
         autoscale=case.autoscale,
+        start_instance_s=machine.start_s,
         max_migrations=case.max_migrations,
         front_end_s=case.front_end_s,
         seed=case.trace.seed,
@@ -127,10 +131,11 @@ def run_scenario(
         InvalidRequestError: A field of the case is invalid.
     """
     config, classes, left_out = configure(case, traces)
+    assumed = hardware(case.cost_model).unknown
     with _quiet():
         result = simulate(config, on_progress)
     summary = summarize(result, case.slo, classes)
-    summary |= {"seed": case.trace.seed, "left_out": left_out, "config": asdict(case)}
+    summary |= {"seed": case.trace.seed, "left_out": left_out, "assumed": assumed, "config": asdict(case)}
     if case.with_series:
         summary["series"] = series(result)
     return summary

@@ -9,14 +9,16 @@ import pytest
 from pd_serve.models import resolve
 from pd_serve.platform.environment import engine_environment
 from pd_serve.profiling import engine_profile as profile
-from pd_serve.profiling.profile_points import DECODE_STEPS, WARM_UP_STEPS, Point, rows, write_csv
+from pd_serve.profiling.profile_points import DECODE_STEPS, PHASES, WARM_UP_STEPS, Point, rows, write_csv
 from pd_serve.simulated_engine import cost_table
+from pd_serve.simulated_engine.hardware import hardware
 
 pytestmark = pytest.mark.integration
 
 POINTS = [
     Point("prefill", 1, 16),
     Point("prefill", 4, 64),
+    Point("mixed", 4, 64),
     Point("prefill", 1, 512),
     Point("decode", 1, 32),
     Point("decode", 4, 32),
@@ -66,12 +68,16 @@ async def test_steps_of_a_real_engine_become_a_cost_model(tmp_path: Path) -> Non
         (p.phase, p.batch_size) for p in sorted_points()
     ]
 
-    write_csv(tmp_path / "steps.csv", table)
+    write_csv(tmp_path / "steps.csv", table, profile.sizes(about))
     fitted = cost_table.read(tmp_path / "steps.csv")
+    engine_settings = hardware(str(tmp_path / "steps.csv")).engine
 
     assert fitted.prefill_s([(512, 0)]) > fitted.prefill_s([(16, 0)]) > 0
     assert fitted.decode_s(8, 800) > 0
+    assert fitted.mixed_ms is not None
+    assert (engine_settings.chunk_tokens, engine_settings.max_num_seqs) == (512, 8)
+    assert engine_settings.kv_bytes_per_token == 4096
 
 
 def sorted_points() -> list[Point]:
-    return sorted(POINTS, key=lambda p: (p.phase == "decode", p.batch_size, p.tokens))
+    return sorted(POINTS, key=lambda p: (PHASES.index(p.phase), p.batch_size, p.tokens))

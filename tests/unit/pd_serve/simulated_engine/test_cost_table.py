@@ -6,7 +6,7 @@ import pytest
 
 from pd_serve.errors import InvalidRequestError
 from pd_serve.simulated_engine.cost_model import COST_MODELS, LinearCostModel
-from pd_serve.simulated_engine.cost_table import cost_model
+from pd_serve.simulated_engine.cost_table import read, read_sizes
 
 HEADER = "phase,batch_size,new_tokens,context_tokens,ms"
 
@@ -21,17 +21,12 @@ def written(path: Path, model: LinearCostModel) -> Path:
     return path
 
 
-def test_a_cost_model_is_found_by_name() -> None:
-    assert cost_model("a10-llama-7b") is COST_MODELS["a10-llama-7b"]
-
-
 @pytest.mark.parametrize("name", COST_MODELS)
 def test_a_fit_recovers_the_model_that_made_the_times(name: str, tmp_path: Path) -> None:
     model = COST_MODELS[name]
 
-    found = cost_model(str(written(tmp_path / "measured.csv", model)))
+    found = read(written(tmp_path / "measured.csv", model))
 
-    assert isinstance(found, LinearCostModel)
     assert found.prefill_ms == pytest.approx(model.prefill_ms, rel=1e-6)
     assert found.decode_ms == pytest.approx(model.decode_ms, rel=1e-6)
 
@@ -39,9 +34,8 @@ def test_a_fit_recovers_the_model_that_made_the_times(name: str, tmp_path: Path)
 def test_no_cost_falls_with_size(tmp_path: Path) -> None:
     path = written(tmp_path / "measured.csv", LinearCostModel((5, 0.2, 0), (38, 0.5, -1e-3)))
 
-    found = cost_model(str(path))
+    found = read(path)
 
-    assert isinstance(found, LinearCostModel)
     assert min(*found.prefill_ms, *found.decode_ms) >= 0
 
 
@@ -59,12 +53,7 @@ def test_a_file_without_the_columns_is_refused(content: str, message: str, tmp_p
     path.write_text(content)
 
     with pytest.raises(InvalidRequestError, match=message):
-        cost_model(str(path))
-
-
-def test_an_unknown_cost_model_is_refused() -> None:
-    with pytest.raises(InvalidRequestError, match="known: a10-llama-7b"):
-        cost_model("h100")
+        read(path)
 
 
 def test_a_binary_file_is_refused(tmp_path: Path) -> None:
@@ -72,7 +61,7 @@ def test_a_binary_file_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"\x89PNG\xff\xfe")
 
     with pytest.raises(InvalidRequestError, match="cannot be read"):
-        cost_model(str(path))
+        read(path)
 
 
 @pytest.mark.parametrize("ms", ["0", "-1", "nan"])
@@ -81,4 +70,21 @@ def test_a_step_without_duration_is_refused(ms: str, tmp_path: Path) -> None:
     path.write_text(f"{HEADER}\ndecode,1,1,100,{ms}\n")
 
     with pytest.raises(InvalidRequestError, match="a step of"):
-        cost_model(str(path))
+        read(path)
+
+
+def test_sizes_stand_above_the_columns(tmp_path: Path) -> None:
+    path = written(tmp_path / "measured.csv", COST_MODELS["a10-llama-7b"])
+    path.write_text(f"# any remark\n# num_blocks: 500\n# kv_bytes_per_s: 2.5e9\n{path.read_text()}")
+
+    assert read_sizes(path) == {"num_blocks": 500, "kv_bytes_per_s": 2.5e9}
+    assert read(path).decode_ms == pytest.approx(COST_MODELS["a10-llama-7b"].decode_ms, rel=1e-6)
+
+
+@pytest.mark.parametrize("line", ["# blocks: 500", "# num_blocks: many", "# num_blocks: 0"])
+def test_a_size_that_is_unknown_or_no_number_is_refused(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "sizes.csv"
+    path.write_text(f"{line}\n{HEADER}\n")
+
+    with pytest.raises(InvalidRequestError, match="must be one of num_blocks"):
+        read_sizes(path)
