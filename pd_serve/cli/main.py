@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pd_serve.cli import operate, policies, simulate
+from pd_serve.cli import operate, plan, policies, simulate
 from pd_serve.cli.flags import ENGINE_ARGS, EngineCommand, Model, given, with_settings
 from pd_serve.config import ServeConfig
 from pd_serve.errors import InvalidRequestError, PdServeError
@@ -72,6 +72,7 @@ app.add_typer(operate.app)
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure on this machine.")
 app.add_typer(bench, name="bench")
 app.add_typer(simulate.app, name="simulate")
+app.command()(plan.plan)
 app.command()(policies.policies)
 
 

@@ -28,8 +28,8 @@ def run(
     trace: Annotated[
         str,
         typer.Option(
-            help="Workload: s-s, m-m, l-l, s-l or l-s (generated, needs --rate), azure-conv, azure-code,"
-            " mooncake or sharegpt (from a file), or the path of a trace file."
+            help="Workload: s-s, m-m, l-l, s-l or l-s, or PROMPT:OUTPUT for fixed lengths (generated, needs"
+            " --rate), azure-conv, azure-code, mooncake or sharegpt (from a file), or the path of a file."
         ),
     ],
     policy: Annotated[str, typer.Option(help="Policy set; see pd-serve policies.")] = DEFAULT_POLICY,

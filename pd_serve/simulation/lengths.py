@@ -7,6 +7,7 @@ through the quantiles, prompts and outputs independently of each other.
 Source: Llumnix (OSDI 2024), table 1; its artifact's trace generator.
 """
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,7 +77,17 @@ class Quantiles:
         return low
 
 
-Distribution = PowerLaw | Quantiles
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """The same length for all."""
+
+    length: int
+
+    def draw(self, count: int, dice: np.random.RandomState) -> Lengths:
+        return np.full(count, self.length, dtype=np.int64)
+
+
+Distribution = PowerLaw | Quantiles | Fixed
 
 SHORT, MEDIUM, LONG = PowerLaw(128, 2.0), PowerLaw(256, 1.5), PowerLaw(512, 1.15)
 
@@ -98,6 +109,11 @@ GENERATED: dict[str, tuple[Distribution, Distribution]] = {
 }
 
 
+def is_generated(name: str) -> bool:
+    """Whether `generate` knows a trace: one of `GENERATED`, or PROMPT:OUTPUT for fixed lengths in tokens."""
+    return name.lower() in GENERATED or re.fullmatch(r"[1-9]\d*:[1-9]\d*", name) is not None
+
+
 def generate(name: str, count: int, seed: int = 0) -> tuple[Lengths, Lengths]:
     """Prompt and output lengths of a generated trace.
 
@@ -105,5 +121,8 @@ def generate(name: str, count: int, seed: int = 0) -> tuple[Lengths, Lengths]:
         seed: 0 gives the lengths of the paper, whose artifact draws all prompts before all outputs.
     """
     dice = np.random.RandomState(PAPER_SEED + seed)
+    if ":" in name:
+        prompt, _, output = name.partition(":")
+        return Fixed(int(prompt)).draw(count, dice), Fixed(int(output)).draw(count, dice)
     prompts, outputs = GENERATED[name]
     return prompts.draw(count, dice), outputs.draw(count, dice)

@@ -12,7 +12,7 @@ from pd_serve.errors import InvalidRequestError
 from pd_serve.simulation import trace_files
 from pd_serve.simulation.arrivals import Arrivals, Seconds, drawn, recorded, recorded_rate
 from pd_serve.simulation.config import TraceRequest
-from pd_serve.simulation.lengths import GENERATED, generate
+from pd_serve.simulation.lengths import generate, is_generated
 from pd_serve.simulation.trace_files import RecordedTrace
 
 HIGH_PRIORITY = -1
@@ -24,7 +24,7 @@ class TraceSpec:
     """Specification of a workload.
 
     Attributes:
-        name: Name of a generator (`lengths.GENERATED`) or of a known file (`trace_files.FILES`), or a path.
+        name: Generated (`lengths.is_generated`), a known file (`trace_files.FILES`), or a path.
         rate: Mean requests/s; None for the rate of the file.
         requests: Number of requests; None for all of a file, or `DEFAULT_REQUESTS` generated ones.
         arrivals: See `Arrivals.parse`; None for recorded times if the trace has them, Poisson otherwise.
@@ -73,6 +73,17 @@ def make_requests(spec: TraceSpec, folder: Path | None = None) -> list[TraceRequ
     return [requests[i] for i in np.argsort(times, kind="stable")]
 
 
+def has_times(spec: TraceSpec, folder: Path | None = None) -> bool:
+    """Whether a trace has arrival times of its own.
+
+    Raises:
+        InvalidRequestError: There is no such trace.
+    """
+    if is_generated(spec.name):
+        return False
+    return trace_files.read(trace_files.find(spec.name, folder)).arrivals is not None
+
+
 def fitting(requests: list[TraceRequest], most_tokens: int) -> list[TraceRequest]:
     """The requests with at most `most_tokens` prompt and output tokens.
 
@@ -82,7 +93,7 @@ def fitting(requests: list[TraceRequest], most_tokens: int) -> list[TraceRequest
 
 
 def _trace(spec: TraceSpec, folder: Path | None) -> RecordedTrace:
-    if spec.name.lower() in GENERATED:
+    if is_generated(spec.name):
         return RecordedTrace(*generate(spec.name.lower(), spec.requests or DEFAULT_REQUESTS, spec.seed))
     path = trace_files.find(spec.name, folder)
     file = trace_files.read(path)

@@ -69,6 +69,7 @@ TESTED_THROUGH: dict[str, tuple[str, ...]] = {
         "pd_serve/models/random_weights.py",
     ),
     # Parts of one loop or of one output.
+    "tests/unit/pd_serve/planning/test_fast_cluster.py": ("pd_serve/planning/fast_instance.py",),
     "tests/unit/pd_serve/cli/test_simulate.py": ("pd_serve/cli/simulate_output.py",),
     "tests/unit/pd_serve/launch/test_engine_flags.py": ("pd_serve/launch/vllm_parser.py",),
     "tests/unit/pd_serve/observe/test_cluster_metrics.py": ("pd_serve/observe/exposition.py",),

@@ -27,7 +27,7 @@ FLOORS = (
     ("pd_serve.manager", "pd_serve.api"),
     ("pd_serve.dashboard", "pd_serve.simulation"),
     ("pd_serve.launch",),
-    ("pd_serve.profiling",),
+    ("pd_serve.profiling", "pd_serve.planning"),
     ("pd_serve.cli",),
     ("deploy", "loadtests"),
 )

@@ -1,0 +1,1 @@
+"""Which layout of GPUs suits a workload; see docs/planning.md."""
