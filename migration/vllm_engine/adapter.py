@@ -31,7 +31,8 @@ from migration.vllm_engine import compatibility
 from migration.vllm_engine.core_builder import build_core
 from migration.vllm_engine.engine_load import read_held_blocks, read_load, read_running
 from migration.vllm_engine.live_requests import LiveRequest, LiveRequests, OutputSink
-from migration.vllm_engine.migrating_scheduler import MigratingScheduler, StageWaiter, Suspended
+from migration.vllm_engine.migrating_scheduler import MigratingScheduler
+from migration.vllm_engine.migration_state import StageWaiter, Suspended
 from migration.vllm_engine.prefix_store import VllmPrefixStore
 from migration.vllm_engine.request_loader import RequestLoader
 from migration.vllm_engine.scheduler_integrity import check_engine

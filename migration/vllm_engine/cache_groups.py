@@ -29,6 +29,7 @@ from vllm.v1.core.single_type_kv_cache_manager import (
 
 from migration.engine_rules import BlockTable, blocks_for
 from migration.messages import NO_BLOCK
+from migration.vllm_engine.local_tier import LocalTier
 
 #: Managers whose blocks are never written again when they are full. No subclasses: those of vLLM 0.32 do
 #: other things with their blocks.
@@ -65,9 +66,10 @@ class CacheGroups:
         stage_tokens: Blocks of all groups without state end at multiples of it.
     """
 
-    def __init__(self, kv_cache_manager: KVCacheManager) -> None:
+    def __init__(self, kv_cache_manager: KVCacheManager, tier: LocalTier | None = None) -> None:
         self.managers: Sequence[Any] = kv_cache_manager.coordinator.single_type_managers
         self._pool = kv_cache_manager.block_pool
+        self._tier = tier or LocalTier(None, self._pool)
         self._with_state = [manager for manager in self.managers if has_state(manager)]
         self._append_only = [manager for manager in self.managers if not has_state(manager)]
         sizes = [manager.block_size for manager in self._append_only]
@@ -131,21 +133,22 @@ class CacheGroups:
         return KVCacheBlocks(tuple([] if manager in self._with_state else found for manager, found in blocks))
 
     @contextlib.contextmanager
-    def no_zeroing(self, request_id: str) -> Iterator[None]:
-        """Blocks that the request gets meanwhile are not zeroed: a copy fills them, perhaps before that.
+    def filled_by_copy(self, request_id: str) -> Iterator[None]:
+        """Blocks that the request gets meanwhile are written by a copy, at any time from then on.
 
-        Some may be in line for it already: those of a request that came, and ended before the next step.
+        So they are not zeroed, perhaps after the copy: some may be in line for it already, those of a request
+        that came, and ended before the next step. And nothing else may have to read them.
         """
         in_line = [list(manager.new_block_ids) for manager in self.managers]
-        try:
-            yield
-        finally:
-            blocks = [
-                block for manager in self.managers for block in manager.req_to_blocks.get(request_id, ())
-            ]
-            held = {block.block_id for block in blocks}
-            for manager, ids in zip(self.managers, in_line, strict=True):
-                manager.new_block_ids[:] = [block_id for block_id in ids if block_id not in held]
+        with self._tier.untouched():
+            try:
+                yield
+            finally:
+                blocks = [b for m in self.managers for b in m.req_to_blocks.get(request_id, ())]
+                held = {block.block_id for block in blocks}
+                for manager, ids in zip(self.managers, in_line, strict=True):
+                    manager.new_block_ids[:] = [block_id for block_id in ids if block_id not in held]
+                self._tier.forget_blocks(b.block_id for b in blocks if b.block_hash is None)
 
     def hold_states(self, request_id: str) -> list[int]:
         """Keeps one block for the state in each group that has one, wherever it will be in the table.
@@ -163,9 +166,8 @@ class CacheGroups:
 
     def grow(self, request_id: str, num_tokens: int) -> None:
         """Makes the tables long enough for `num_tokens` tokens. There are enough free blocks."""
-        with self.no_zeroing(request_id):
-            for manager in self._append_only:
-                manager.allocate_new_blocks(request_id, num_tokens, num_tokens)
+        for manager in self._append_only:
+            manager.allocate_new_blocks(request_id, num_tokens, num_tokens)
 
     def complete(self, request_id: str, num_computed_tokens: int) -> None:
         """Brings the tables to the order that vLLM expects of a request with these tokens computed."""

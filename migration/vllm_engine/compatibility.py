@@ -37,7 +37,7 @@ UTILITIES = frozenset(
 #: Private or undocumented names of vLLM 0.32 that migration relies on: "module:object.attribute", and
 #: for functions the parameters that are passed by name.
 RELIED_ON: dict[str, tuple[str, ...]] = {
-    "vllm.v1.core.sched.scheduler:Scheduler._enqueue_waiting_request": (),
+    "vllm.v1.core.sched.request_queue:RequestQueue.prepend_request": (),
     "vllm.v1.core.sched.scheduler:Scheduler._free_request": (),
     "vllm.v1.core.sched.scheduler:Scheduler._inflight_prefill_reserved_blocks": (),
     "vllm.v1.core.sched.scheduler:Scheduler.finish_requests": ("request_ids", "finished_status"),
@@ -109,9 +109,23 @@ RELIED_ON_TO_CONTINUE: dict[str, tuple[str, ...]] = {
     ),
 }
 
+_OFFLOADING = "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler"
+
+#: The same for engines with a local KV tier (`--kv-offloading-size`).
+RELIED_ON_BESIDE_A_TIER: dict[str, tuple[str, ...]] = {
+    "vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector:OffloadingConnector.scheduler": (),
+    f"{_OFFLOADING}:OffloadingConnectorScheduler.on_new_request": ("request",),
+    f"{_OFFLOADING}:TransferJobStatus": ("is_store", "deferred_fence_block_ids", "fenced_block_ids"),
+    f"{_OFFLOADING}:RequestGroupState": ("block_ids",),
+    f"{_OFFLOADING}:RequestOffloadState.max_offload_tokens": (),
+    f"{_OFFLOADING}:RequestOffloadState.finished_signaled": (),
+    f"{_OFFLOADING}:RequestOffloadState.group_states": (),
+}
+
 #: The same for attributes that only instances have.
 RELIED_ON_SCHEDULER = (
     "requests",
+    "connector",
     "running",
     "waiting",
     "kv_holding_waiting",
@@ -203,18 +217,25 @@ def missing_attributes(core: Any) -> list[str]:
 
 def unsupported_config(vllm_config: Any) -> str | None:
     """Why requests of an engine with these settings cannot migrate, whatever the model; None if they may."""
-    if vllm_config.kv_transfer_config is not None:
-        return "a KV connector of its own (--kv-transfer-config)"
+    connector = vllm_config.kv_transfer_config
+    if connector is None:
+        return None
+    if connector.kv_connector != "OffloadingConnector" or connector.kv_connector_module_path is not None:
+        return f"a KV connector of its own ({connector.kv_connector})"
+    if missing := _missing(RELIED_ON_BESIDE_A_TIER):
+        return "this vLLM lacks " + ", ".join(missing)
     return None
 
 
 def unsupported_engine(vllm_config: Any, scheduler: Any) -> str | None:
     """Why requests of such an engine cannot migrate, or None."""
-    from migration.vllm_engine.cache_groups import unsupported_group
+    from migration.vllm_engine.cache_groups import has_state, unsupported_group
 
     if (why := unsupported_config(vllm_config)) is not None:
         return why
     managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+    if scheduler.connector is not None and any(map(has_state, managers)):
+        return "linear attention beside a KV tier"
     return next((why for manager in managers if (why := unsupported_group(manager)) is not None), None)
 
 

@@ -15,8 +15,8 @@ from router.priority import PriorityClass, priority_class
 def read_load(scheduler: Any) -> EngineLoad:
     """Args: `scheduler` is one of vLLM's, with or without migration."""
     pool = scheduler.kv_cache_manager.block_pool
-    queues = (scheduler.kv_holding_waiting, scheduler.waiting)
-    queued = [request for queue in queues for request in _members(queue)]
+    holding, waiting = map(_members, (scheduler.kv_holding_waiting, scheduler.waiting))
+    queued = [*holding, *waiting]
     lengths = [request.num_tokens for request in queued]
     backlog = sum(lengths) - sum([request.num_computed_tokens for request in queued])
     backlog += sum(r.num_tokens - r.num_computed_tokens for r in scheduler.running if r.is_prefill_chunk)
@@ -25,6 +25,7 @@ def read_load(scheduler: Any) -> EngineLoad:
     suspended = len(migration.suspended) if migration else 0
     groups = groups_of(scheduler)
     times = getattr(scheduler, "step_times", None) or StepTimes()
+    held = [groups.num_blocks(request.request_id) for request in holding]
     return EngineLoad(
         total_blocks=pool.num_gpu_blocks - 1,  # block 0 is the null block
         free_blocks=pool.get_num_free_blocks(),
@@ -33,8 +34,8 @@ def read_load(scheduler: Any) -> EngineLoad:
         suspended=suspended,
         waiting=len(queued),
         waiting_tokens=backlog,
-        head_of_line_blocks=groups.num_blocks_for(lengths[:1]),
-        waiting_blocks=groups.num_blocks_for(lengths),
+        head_of_line_blocks=max(0, groups.num_blocks_for(lengths[:1]) - sum(held[:1])),
+        waiting_blocks=max(0, groups.num_blocks_for(lengths) - sum(held)),
         watermark_blocks=scheduler.kv_cache_manager.watermark_blocks,
         preempted=sum([request.num_preemptions > 0 for request in queued]),
         high_priority=sum(priority_class(r.priority) is PriorityClass.HIGH for r in scheduler.running),

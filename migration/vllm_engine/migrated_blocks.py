@@ -9,6 +9,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
 from migration.vllm_engine.cache_groups import has_state
+from migration.vllm_engine.local_tier import LocalTier
 from migration.vllm_engine.prefix_blocks import PrefixBlocks
 
 #: More blocks than any request has.
@@ -27,11 +28,12 @@ class MigratedBlocks:
         prefixes: Blocks of prefixes, without a request.
     """
 
-    def __init__(self, kv_cache_manager: KVCacheManager) -> None:
+    def __init__(self, kv_cache_manager: KVCacheManager, tier: LocalTier) -> None:
         self.pinned: dict[str, list[KVCacheBlock]] = {}
         self.unconfirmed: dict[str, list[int]] = {}
-        self.prefixes = PrefixBlocks(kv_cache_manager)
+        self.prefixes = PrefixBlocks(kv_cache_manager, tier)
         self._manager = kv_cache_manager
+        self._tier = tier
 
     def pin(self, reader: str, block_ids: list[int]) -> None:
         """Keeps blocks as they are for a migration. Those that it was offered before have been read."""
@@ -48,11 +50,12 @@ class MigratedBlocks:
             self._manager.block_pool.free_blocks(reversed(blocks))
 
     def hold_back(self, request: Request) -> None:
-        """Keeps the blocks of a request out of the prefix cache, those that it decodes from now on too."""
+        """Keeps the blocks of a request that enters out of the prefix cache, those that it decodes too."""
         request_id = request.request_id
         self.unconfirmed[request_id] = [counts.get(request_id, 0) for counts in self._num_cached_blocks]
         for counts in self._num_cached_blocks:
             counts[request_id] = _ALL_BLOCKS
+        self._tier.enter(request)
 
     def confirm(self, request: Request) -> None:
         """Adds the blocks of a request to the prefix cache. Idempotent.
@@ -60,6 +63,7 @@ class MigratedBlocks:
         Blocks with a state stay out of it: the state that came may have been overwritten by now.
         """
         request_id = request.request_id
+        self._tier.confirm(request_id)
         cached = self.unconfirmed.pop(request_id, None)
         if cached is None or any(counts.get(request_id) != _ALL_BLOCKS for counts in self._num_cached_blocks):
             return  # preempted meanwhile

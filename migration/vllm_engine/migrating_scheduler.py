@@ -14,7 +14,6 @@ All methods run on the engine's step thread, between steps.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -26,40 +25,11 @@ from migration.engine_rules import next_stage, should_suspend, slack_tokens, tai
 from migration.errors import DestinationRefusedError, RefusalCode, SourceGoneError
 from migration.messages import KvPart
 from migration.vllm_engine.cache_groups import CacheGroups
+from migration.vllm_engine.local_tier import tier_of
 from migration.vllm_engine.lora_adapters import slots_kept
 from migration.vllm_engine.migrated_blocks import MigratedBlocks
+from migration.vllm_engine.migration_state import MigrationState, StageWaiter, Suspended
 from migration.vllm_engine.step_timer import StepTimer
-
-
-@dataclass
-class Suspended:
-    """A request that is off the running list and has no step in flight."""
-
-    request: Request
-    tail: KvPart
-
-
-@dataclass
-class StageWaiter:
-    """A pending `Engine.next_stage`."""
-
-    request_id: str
-    incarnation: int
-    tokens_done: int
-    suspend: bool
-    reader: str
-    answer: Callable[[KvPart | Suspended | SourceGoneError], None]
-
-
-@dataclass
-class MigrationState:
-    """What the mixin adds to a scheduler's state."""
-
-    arriving: dict[str, Request] = field(default_factory=dict)  # by migration id
-    arrived: dict[str, str] = field(default_factory=dict)  # migration id by request id, once committed
-    suspended: dict[str, Request] = field(default_factory=dict)  # by request id
-    waiters: dict[str, StageWaiter] = field(default_factory=dict)  # by request id
-    entered_at: dict[str, int] = field(default_factory=dict)  # step by request id, if steps overlap
 
 
 class MigrationMixin:
@@ -72,8 +42,9 @@ class MigrationMixin:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.migration = MigrationState()
-        self.cache_groups = CacheGroups(self.kv_cache_manager)
-        self.migrated_blocks = MigratedBlocks(self.kv_cache_manager)
+        tier = tier_of(self)
+        self.cache_groups = CacheGroups(self.kv_cache_manager, tier)
+        self.migrated_blocks = MigratedBlocks(self.kv_cache_manager, tier)
         self.handoff_ids: set[str] = set()
         self.on_prefill_started: Callable[[list[Any]], None] = lambda request_ids: None
         self.max_active: int = self.max_num_active_reqs
@@ -88,9 +59,10 @@ class MigrationMixin:
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         config = self.scheduler_config
-        limit, entering = config.long_prefill_token_threshold, len(self.kv_holding_waiting)
+        limit = config.long_prefill_token_threshold
+        entering = [r for r in self.kv_holding_waiting if r.num_tokens - r.num_computed_tokens == 1]
         if entering:
-            config.long_prefill_token_threshold = self._prefill_limit(entering, limit)
+            config.long_prefill_token_threshold = self._prefill_limit(len(entering), limit)
         held = (*self.migration.suspended.values(), *self.migration.arriving.values())
         try:
             with slots_kept(self.lora_config, self.running, held):
@@ -122,10 +94,11 @@ class MigrationMixin:
         A prompt in progress would take all tokens of all steps until it is done.
         """
         prompts = sum(map(_is_prefilling, self.running))
-        if not prompts:
+        loading = len(self.kv_holding_waiting) - entering  # from a KV tier; their other tokens are prefilled
+        if not prompts + loading:
             return limit
         left: int = self.max_num_scheduled_tokens - entering - (len(self.running) - prompts)
-        share = max(1, left // prompts)
+        share = max(1, left // (prompts + loading))
         return min(limit, share) if limit else share
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
@@ -138,6 +111,11 @@ class MigrationMixin:
         self.migrated_blocks.forget(request_id)
         self._hold_slots()
         return result
+
+    def has_finished_requests(self) -> bool:
+        """With a connector, vLLM steps on while there are requests that are in no queue."""
+        unseen = len(self.requests) - sum(self.get_request_counts()) - len(self.migration.suspended)
+        return bool(self.finished_req_ids) or (self.connector is not None and unseen > 0)
 
     def _hold_slots(self) -> None:
         """Keeps a model-runner slot free for every request that may enter or come back."""
@@ -247,7 +225,7 @@ class MigrationMixin:
             computed, num_local = manager.empty_kv_cache_blocks, 0
         # Computed at its commit at least; what is behind a window then is not needed. Not so the slack.
         sure, slack = request.num_tokens - 1, slack_tokens(self.block_size)
-        with groups.no_zeroing(request.request_id):
+        with groups.filled_by_copy(request.request_id):
             allocated = manager.allocate_slots(
                 request,
                 1 + slack,
@@ -270,12 +248,13 @@ class MigrationMixin:
         """Raises: DestinationRefusedError: no free blocks; the reservation stays as it was."""
         request_id, groups = self.arriving_request(migration_id).request_id, self.cache_groups
         if (missing := groups.num_missing(request_id, num_tokens)) > 0:
-            free = self.kv_cache_manager.block_pool.get_num_free_blocks()
-            free -= self._inflight_prefill_reserved_blocks()
-            if missing > free:
-                text = f"{missing} more KV blocks are needed, {free} are free"
-                raise DestinationRefusedError(RefusalCode.NO_FREE_BLOCKS, text)
-            groups.grow(request_id, num_tokens)
+            with groups.filled_by_copy(request_id):
+                free = self.kv_cache_manager.block_pool.get_num_free_blocks()
+                free -= self._inflight_prefill_reserved_blocks()
+                if missing > free:
+                    text = f"{missing} more KV blocks are needed, {free} are free"
+                    raise DestinationRefusedError(RefusalCode.NO_FREE_BLOCKS, text)
+                groups.grow(request_id, num_tokens)
         return groups.table_ids(request_id)
 
     def commit(self, migration_id: str, num_computed_tokens: int) -> Request:
@@ -292,7 +271,7 @@ class MigrationMixin:
         self.migrated_blocks.hold_back(request)
         self.requests[request.request_id] = request
         self.migration.arrived[request.request_id] = migration_id
-        self._enqueue_waiting_request(request)
+        self.kv_holding_waiting.prepend_request(request)  # the slot is its own
         self._hold_slots()
         return request
 

@@ -14,6 +14,7 @@ from vllm.v1.request import Request
 
 from migration.errors import DestinationRefusedError, RefusalCode
 from migration.messages import NO_BLOCK, BlockRun, KvPart
+from migration.vllm_engine.local_tier import LocalTier
 
 
 @dataclass(slots=True)
@@ -42,11 +43,12 @@ class PrefixBlocks:
         reserved: By id of the copy.
     """
 
-    def __init__(self, kv_cache_manager: KVCacheManager) -> None:
+    def __init__(self, kv_cache_manager: KVCacheManager, tier: LocalTier) -> None:
         self.reserved: dict[str, ReservedPrefix] = {}
         self._coordinator = kv_cache_manager.coordinator
         self._pool = kv_cache_manager.block_pool
         self._managers: Sequence[Any] = self._coordinator.single_type_managers
+        self._tier = tier
 
     def find(self, hashes: list[BlockHash], max_tokens: int) -> KvPart:
         """The longest cached prefix that ends with a block of every group."""
@@ -75,11 +77,13 @@ class PrefixBlocks:
         number = sum(block_id != NO_BLOCK for block_ids in offered for block_id in block_ids)
         shared = [block for found in ours for block in found if not block.is_null]
         self._pool.touch(shared)
-        if number > (free := self._pool.get_num_free_blocks() - kept_free):
-            self._pool.free_blocks(reversed(shared))
-            text = f"a prefix of {number} KV blocks, {free} are free"
-            raise DestinationRefusedError(RefusalCode.NO_FREE_BLOCKS, text)
-        fresh = self._pool.get_new_blocks(number)
+        with self._tier.untouched():
+            if number > (free := self._pool.get_num_free_blocks() - kept_free):
+                self._pool.free_blocks(reversed(shared))
+                text = f"a prefix of {number} KV blocks, {free} are free"
+                raise DestinationRefusedError(RefusalCode.NO_FREE_BLOCKS, text)
+            fresh = self._pool.get_new_blocks(number)
+        self._tier.forget_blocks(block.block_id for block in fresh)
         self._keep_from_zeroing(fresh)
         blocks, null = iter(fresh), self._pool.null_block
         tables = [

@@ -17,7 +17,8 @@ from migration.messages import FinalState, RequestId
 from migration.vllm_engine import worker
 from migration.vllm_engine.compatibility import missing_to_continue
 from migration.vllm_engine.lora_adapters import LoadedAdapters
-from migration.vllm_engine.migrating_scheduler import Suspended, entry_status
+from migration.vllm_engine.migrating_scheduler import entry_status
+from migration.vllm_engine.migration_state import Suspended
 
 #: How long a grammar may take to compile before a migration goes on without this destination.
 GRAMMAR_S = 30.0
@@ -186,5 +187,8 @@ def queue_for_recompute(scheduler: Any, request: Request) -> None:
     """Queues a request that has output tokens, in one of vLLM's schedulers, with migration or without."""
     request.prefill_stats = None  # they have been reported
     request.status = entry_status(scheduler)
+    if scheduler.connector is not None:
+        # When tokens have been loaded from a KV tier, vLLM resumes only what has been preempted.
+        request.num_preemptions += 1
     scheduler.add_request(request)
     request.take_events()  # durations are computed from those of its first queueing

@@ -21,6 +21,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
@@ -37,13 +38,13 @@ from migration.messages import NO_BLOCK, KvPart
 from migration.vllm_engine.migrating_scheduler import (
     MigratingAsyncScheduler,
     MigratingScheduler,
-    StageWaiter,
-    Suspended,
 )
+from migration.vllm_engine.migration_state import StageWaiter, Suspended
 from migration.vllm_engine.scheduler_integrity import check_scheduler
 from pd_serve.errors import DestinationRefusedError, SourceGoneError
 from pd_serve.launch import engine_flags
 from pd_serve.models import resolve
+from tests.integration.played_tier import PlayedTier, offloading_config
 
 VOCABULARY = 1000
 _SEEN_NOTHING = -1
@@ -172,6 +173,7 @@ class PlayedRunner:
     memory: dict[int, list[int]] = field(default_factory=dict)
     requests: dict[str, WorkerRequest] = field(default_factory=dict)
     last_batch: set[str] = field(default_factory=set)
+    tier: PlayedTier | None = None
 
     def install(self, request: Request) -> None:
         """What `worker.install_request` does to a V1 runner."""
@@ -240,7 +242,9 @@ class PlayedRunner:
         state.pending += samples
         return Job(request_id, state, start, end, list(map(list, state.block_ids)), samples)
 
-    def complete(self, jobs: list[Job]) -> ModelRunnerOutput:
+    def complete(self, jobs: list[Job], metadata: Any = None) -> ModelRunnerOutput:
+        if self.tier is not None:
+            self.tier.before_forward(metadata)
         for job in jobs:
             entries = [entry(position, job.state.tokens[position]) for position in range(job.start, job.end)]
             for layers, block_ids in zip(self.layers, job.block_ids, strict=True):
@@ -255,8 +259,12 @@ class PlayedRunner:
             job.state.tokens.extend(sampled[-1])
             job.state.pending -= 1
         ids = [job.request_id for job in jobs]
-        index = {request_id: i for i, request_id in enumerate(ids)}
-        return ModelRunnerOutput(req_ids=ids, req_id_to_index=index, sampled_token_ids=sampled)
+        return ModelRunnerOutput(
+            req_ids=ids,
+            req_id_to_index={request_id: i for i, request_id in enumerate(ids)},
+            sampled_token_ids=sampled,
+            kv_connector_output=self.tier and self.tier.after_forward(metadata),
+        )
 
     def _write(self, layers: Layers, block_ids: list[int], start: int, entries: list[int]) -> None:
         if layers.sees == "state":
@@ -336,6 +344,7 @@ class Node:
         policy: str = "fcfs",
         prefix_caching: bool = True,
         watermark: float = 0.0,
+        offloading: bool = False,
         streams: dict[str, list[int]] | None = None,
         ended: dict[str, str] | None = None,
     ) -> None:
@@ -350,6 +359,7 @@ class Node:
         config.scheduler_config.watermark = watermark
         config.cache_config.enable_prefix_caching = prefix_caching
         config.cache_config.num_gpu_blocks = num_blocks
+        config.kv_transfer_config = offloading_config() if offloading else None
         config.cache_config.mamba_cache_mode = "align" if any(g.mode == "align" for g in layers) else "none"
         specs = [group.spec(config.model_config.max_model_len) for group in layers]
         block_tokens = config.cache_config.block_size = math.lcm(*(spec.block_size for spec in specs))
@@ -366,12 +376,14 @@ class Node:
         )
         self.scheduler.use_v2_model_runner = kind.v2
         self.runner = PlayedRunner(kind, layers, max_num_seqs)
+        if offloading:
+            self.runner.tier = PlayedTier(self.runner.memory)
         self.kind = kind
         self.streams = {} if streams is None else streams
         self.names: dict[str, str] = {}
         self.ended = {} if ended is None else ended
         self.scheduled: SchedulerOutput | None = None  # by the last step
-        self._hasher = get_request_block_hasher(hash_tokens, sha256) if prefix_caching else None
+        self._hasher = get_request_block_hasher(hash_tokens, sha256) if prefix_caching or offloading else None
         self._in_flight: deque[tuple[SchedulerOutput, list[Job]]] = deque()
 
     # -- requests
@@ -458,7 +470,8 @@ class Node:
 
     def _process(self) -> None:
         output, jobs = self._in_flight.popleft()
-        results = self.scheduler.update_from_output(output, self.runner.complete(jobs))
+        done = self.runner.complete(jobs, output.kv_connector_metadata)
+        results = self.scheduler.update_from_output(output, done)
         for result in (o for batch in results.values() for o in batch.outputs):
             request_id = self.names[result.request_id]
             self.streams[request_id].extend(result.new_token_ids)
@@ -473,7 +486,11 @@ class Node:
 
     def _check_entered(self, output: SchedulerOutput) -> None:
         """A request that has come with its blocks is in the very next batch, unless one had to leave it."""
-        waiting = [request.request_id for request in self.scheduler.kv_holding_waiting]
+        if self.runner.tier and self.scheduler.policy is SchedulingPolicy.PRIORITY:
+            return  # one of higher priority whose blocks have come from the tier may enter before it
+        arrived = self.scheduler.migration.arrived
+        holding = self.scheduler.kv_holding_waiting  # some of them wait for the tier
+        waiting = [r.request_id for r in holding if r.request_id in arrived and not r.num_preemptions]
         assert not waiting or output.preempted_req_ids, f"{waiting} wait for admission with their blocks held"
 
     # -- migration, as `VllmEngine` does it
@@ -617,7 +634,10 @@ class Move:
         if self.over:
             return
         try:
-            if self.reserved is None:
+            if self.committed:
+                self.destination.call(self.destination.scheduler.publish, self.migration_id)
+                self.over = True
+            elif self.reserved is None:
                 self._reserve()
             elif self.answer is None:
                 self.answer = self.source.wait_for_stage(
@@ -652,8 +672,7 @@ class Move:
             self.destination.commit(self.migration_id, answer)
             if self.source.call(self.source.scheduler.release, self.stay_id):
                 self.source.scheduler.migrated_blocks.unpin(self.migration_id)
-                self.destination.call(self.destination.scheduler.publish, self.migration_id)
-                self.over = self.committed = True
+                self.committed = True
             else:
                 self.cancel("it ended at its source before the commit", resume=False)
 
@@ -672,10 +691,12 @@ class Move:
         return pairs + [(theirs, ours) for index, theirs, ours in states if index not in self.left_out]
 
     def cancel(self, why: str = "cancelled", *, resume: bool = True) -> None:
-        """The request stays where it is; the destination forgets it."""
+        """The request stays where it is; the destination forgets it. After the commit: no confirmation."""
         if self.over:
             return
         self.over, self.why = True, why
+        if self.committed:
+            return
         self.destination.call(self.destination.scheduler.drop, self.migration_id)
         self.source.scheduler.migrated_blocks.unpin(self.migration_id)
         if resume:

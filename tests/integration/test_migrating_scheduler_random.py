@@ -35,6 +35,8 @@ ENGINES = {
         Layers("state", BLOCK, mode="align"),
     ),
 }
+#: One of them beside a local KV tier (`--kv-offloading-size`).
+ENGINES["window and full, a tier"] = ENGINES["window and full"]
 #: Requests share beginnings, so that the prefix caches hit.
 PROMPTS = [[*range(beginning, beginning + 18), *range(30)] for beginning in (100, 200)]
 #: What happens, as often as it is named here.
@@ -51,13 +53,20 @@ EVENTS = (
 class TwoNodes:
     """Does what it is told, as far as that is possible."""
 
-    def __init__(self, kind: Kind, layers: tuple[Layers, ...], policy: str, prefix_caching: bool) -> None:
+    def __init__(
+        self, kind: Kind, layers: tuple[Layers, ...], policy: str, prefix_caching: bool, offloading: bool
+    ) -> None:
         self.streams: dict[str, list[int]] = {}
         self.ended: dict[str, str] = {}
         # vLLM keeps states at block ends for its prefix cache, and no other states with one.
         modes = {group.mode for group in layers if group.sees == "state"}
         prefix_caching = (prefix_caching and "none" not in modes) or "align" in modes
-        settings = {"policy": policy, "prefix_caching": prefix_caching, "layers": layers}
+        settings = {
+            "policy": policy,
+            "prefix_caching": prefix_caching,
+            "layers": layers,
+            "offloading": offloading,
+        }
         self.layers = layers
         self.nodes = [
             Node(
@@ -171,7 +180,7 @@ class TwoNodes:
 def test_random_operations_keep_the_output_and_all_blocks(
     kind: Kind, engine: str, policy: str, prefix_caching: bool, events: list[tuple[str, int]]
 ) -> None:
-    two = TwoNodes(kind, ENGINES[engine], policy, prefix_caching)
+    two = TwoNodes(kind, ENGINES[engine], policy, prefix_caching, engine.endswith("tier"))
     for event, seed in events:
         getattr(two, event)(Random(seed))
     two.end()

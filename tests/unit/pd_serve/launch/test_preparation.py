@@ -65,7 +65,8 @@ def test_disaggregation_is_refused_before_the_start_if_requests_cannot_move(
     settings: dict[str, Any], is_refused: bool
 ) -> None:
     engine: Any = SimpleNamespace(
-        kv_transfer_config=SimpleNamespace(), parallel_config=SimpleNamespace(tensor_parallel_size=1)
+        kv_transfer_config=SimpleNamespace(kv_connector="NixlConnector"),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1),
     )
     config = ServeConfig(**settings)
 
