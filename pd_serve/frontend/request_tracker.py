@@ -170,7 +170,9 @@ class RequestTracker:
         lost = [request for request in self.requests.values() if request.is_on(instance_id)]
         if died:
             for request in self._suspects.blame(lost):
-                logger.error("request %s: its instances died %d times", request.request_id, request.deaths)
+                logger.error(
+                    "request %s: its instances died %d times", request.request_id, request.deaths_in_a_row
+                )
                 self._fail(request)
         for request in list(self.requests.values()):
             # With a gap, the instance may have been an earlier owner whose last tokens were lost.

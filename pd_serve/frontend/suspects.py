@@ -4,6 +4,10 @@ A request can end its instance, for example by a defect of a kernel that only it
 elsewhere, it would end one instance after another, with the requests beside it. So the deaths that each
 request has seen are counted, and a request that has seen two is recomputed on trial: without another such
 request on the same instance. Whatever ends the instance then is blamed on it alone.
+
+A request that goes on for `PROGRESS_TOKENS` after a recompute has passed what it may have died of, and the
+next death counts as its first one. If that happens again and again, its trials last until it has come further
+than the last time.
 """
 
 import asyncio
@@ -16,8 +20,11 @@ from pd_serve.frontend.tracked_request import TrackedRequest
 #: Deaths that a request may have seen, the last one on trial, before its client gets an error.
 MAX_DEATHS = 3
 
-#: Deaths without regard to trials.
+#: Deaths without regard to trials and progress.
 MAX_DEATHS_IN_A_ROW = 3 * MAX_DEATHS
+
+#: Tokens after which a recomputed request is past what its last instance died of.
+PROGRESS_TOKENS = 16
 
 
 class Suspects:
@@ -46,26 +53,29 @@ class Suspects:
         now = self._loop.time()
         for request in requests:
             if now - request.died_at > FORGIVEN_S:
-                request.deaths = 0
+                request.deaths = request.deaths_in_a_row = 0
         on_trial = [request for request in requests if self._is_on_trial(request)]
         most = max((request.deaths for request in requests), default=0)
         given_up = []
         for request in on_trial or [request for request in requests if request.deaths == most]:
+            num_tokens = len(request.ledger.token_ids)
             if now - request.died_at >= DEATH_CHAIN_S:
-                request.deaths += 1
+                request.deaths_in_a_row += 1
+                request.progress = num_tokens - request.died_at_token
+                request.deaths = 1 if request.progress >= PROGRESS_TOKENS else request.deaths + 1
                 first = request.deaths == 1
             else:
                 first = False
-            request.died_at = now
+            request.died_at, request.died_at_token = now, num_tokens
             request.retry_at = now if first else now + DEATH_CHAIN_S
-            if request.deaths > (MAX_DEATHS if on_trial else MAX_DEATHS_IN_A_ROW):
+            if (request.deaths > MAX_DEATHS and on_trial) or request.deaths_in_a_row > MAX_DEATHS_IN_A_ROW:
                 given_up.append(request)
         for request in requests:
             self._trials.pop(request.request_id, None)
         return given_up
 
     def needs_trial(self, request: TrackedRequest) -> bool:
-        return request.deaths > 1
+        return request.deaths > 1 or request.deaths_in_a_row > MAX_DEATHS
 
     def begin_trial(self, request: TrackedRequest) -> None:
         self._trials[request.request_id] = self._loop.time()
@@ -86,7 +96,9 @@ class Suspects:
         if began is None:
             return False
         lasted_s = self._loop.time() - began
-        over = lasted_s >= (TRIAL_S if request.ledger.has_token_of_owner else MAX_TRIAL_S)
+        least = request.progress if request.deaths_in_a_row > MAX_DEATHS else 0
+        goes_on = len(request.ledger.token_ids) - request.died_at_token > least
+        over = lasted_s >= (TRIAL_S if goes_on else MAX_TRIAL_S)
         if over:
             del self._trials[request.request_id]
         return not over

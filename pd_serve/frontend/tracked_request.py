@@ -55,7 +55,8 @@ class TrackedRequest:
         ledger: The request's tokens and its owner, the instance that runs it.
         destination: Decode instance in whose projected load it counts.
         committed_to: Destination of a committed migration until its first token has come; otherwise "".
-        deaths: Deaths of instances that it may have caused, the last one at `died_at`; see
+        deaths, deaths_in_a_row: Deaths of instances that it may have caused, the last one at `died_at`, with
+            `died_at_token` tokens, which were `progress` more than at the death before; see
             `pd_serve.frontend.suspects`.
         losses: Recomputes because of lost or wrong messages, while its instances lived.
         retry_at: Earliest time of its next recompute.
@@ -71,7 +72,10 @@ class TrackedRequest:
     destination: str = ""
     committed_to: str = ""
     deaths: int = 0
+    deaths_in_a_row: int = 0
     died_at: float = -math.inf
+    died_at_token: int = 0
+    progress: int = 0
     losses: int = 0
     retry_at: float = 0.0
     placed_at: float = 0.0

@@ -7,7 +7,7 @@ from vllm.v1.engine import FinishReason
 
 from pd_serve.comm.messages import AddRequest
 from pd_serve.comm.timing import FORGIVEN_S
-from pd_serve.frontend.suspects import MAX_DEATHS
+from pd_serve.frontend.suspects import MAX_DEATHS, MAX_DEATHS_IN_A_ROW, PROGRESS_TOKENS
 from tests.unit.pd_serve.frontend.frontend_world import World
 from tests.virtual_time import in_virtual_time
 
@@ -82,6 +82,33 @@ async def test_a_request_that_ends_its_instance_at_once_fails_alone() -> None:
 async def test_a_request_that_ends_its_instance_at_a_token_fails_alone() -> None:
     world = LivingWorld(["n0", "n1"], lambda request_id, index: request_id == "poison" and index >= 20)
     assert await outcome(world) == ["poison"]
+
+
+@in_virtual_time
+async def test_a_request_that_ends_every_instance_after_some_tokens_fails_in_the_end() -> None:
+    """It may end as many instances as it gets tokens for, but not more than a few."""
+    began: dict[int, int] = {}
+
+    def kills(request_id: str, index: int) -> bool:
+        first = began.setdefault(len(world.deaths), index) if request_id == "poison" else index
+        return request_id == "poison" and index >= first + PROGRESS_TOKENS + 4
+
+    world = LivingWorld(["n0", "n1"], kills)
+    assert await outcome(world, 120.0) == ["poison"]
+    assert len(world.deaths) <= MAX_DEATHS_IN_A_ROW + 3
+
+
+@in_virtual_time
+async def test_a_request_that_goes_on_each_time_outlives_deaths_every_few_seconds() -> None:
+    world = LivingWorld(["n0", "n1"], lambda request_id, index: False)
+    world.submit()
+    for number in range(MAX_DEATHS_IN_A_ROW - 1):
+        await world.run(3.0)
+        world.leave(world.requests.requests["r"].ledger.owner)  # type: ignore[index]
+        world.join(f"n{number + 2}")
+    await world.run(5.0)
+    assert [o.finish_reason for o in world.delivered() if o.finish_reason] == []
+    await world.frontend.close()
 
 
 @in_virtual_time
