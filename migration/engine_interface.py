@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
+from migration.cached_keys import KeyChanges, KeyFormat
 from migration.messages import FinalState, KvPart, MigrationId, RequestDescription, RequestId
 from migration.prefix_store import PrefixStore
 from migration.transport.kv_transport import KvRegion
@@ -41,6 +42,7 @@ class EngineFacts:
         no_migration: Why it cannot migrate; None if it can.
         max_model_len: Tokens that a request may have in all.
         supported_tasks: As vLLM names them: "generate"...
+        key_format: Of the keys of its prefix cache; None if it publishes none.
     """
 
     no_migration: str | None
@@ -48,6 +50,7 @@ class EngineFacts:
     num_blocks: int
     block_tokens: int
     supported_tasks: tuple[str, ...]
+    key_format: KeyFormat | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +125,16 @@ class EngineEvents:
     on_unmovable: Callable[[dict[str, int]], None] = lambda numbers: None  # requests that stay, by reason
 
 
+class CachedKeySource(Protocol):
+    """The prefix cache of an engine, for those who want to know what is in it."""
+
+    async def take(self, most: int) -> KeyChanges | None:
+        """Takes up to `most` changes since the last call; first, and after the cache was emptied, all of it.
+
+        Returns: None if nothing has changed. Does not wait for a step then.
+        """
+
+
 class Engine(Protocol):
     """An inference engine that can move running requests to another engine.
 
@@ -143,6 +156,11 @@ class Engine(Protocol):
     @property
     def workers(self) -> Sequence[WorkerMemory]:
         """The KV cache's memory, in the place of `regions`, if the engine's workers have processes."""
+        ...
+
+    @property
+    def cached_keys(self) -> CachedKeySource:
+        """The prefix cache; known once `start` has returned."""
         ...
 
     @property

@@ -5,6 +5,8 @@ import random
 from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar
 
+from msgspec.structs import replace
+
 from router.dispatch import DISPATCH, DispatchPolicy, can_start, candidates
 from router.dispatch.least_loaded import LeastBacklog
 from router.freeness import limit_headroom
@@ -48,6 +50,8 @@ class Dispatcher:
         self._dispatch = DISPATCH.make(self.policies.choice("dispatch"))
         self._prefill_dispatch = DISPATCH.make(self.policies.choice("prefill_dispatch"))
         self._handoff = HANDOFF.make(self.policies.choice("handoff"))
+        chosen = (self._dispatch, self._prefill_dispatch, self._handoff)
+        self.loads.prefixes.is_used = any(getattr(policy, "uses_prefixes", False) for policy in chosen)
         self._failed: set[int] = set()  # policies by id
 
     def dispatch(
@@ -77,7 +81,10 @@ class Dispatcher:
             loads = with_room or loads
         if not loads:
             return None
+        loads = self._with_cached(loads, request.prefix_keys, soon=True)
         chosen = self._decide(policy, LeastBacklog(), lambda policy: self._choose(policy, loads, request))
+        if request.prefix_keys:
+            self.loads.prefixes.expect(chosen.instance_id, request.prefix_keys)
         self.loads.add_dispatch(chosen.instance_id, tokens, chosen.blocks_for(tokens))
         return chosen.instance_id
 
@@ -89,10 +96,10 @@ class Dispatcher:
             raise PolicyError(f"it has chosen {chosen}")
         return chosen
 
-    def destinations(self, num_blocks: int, priority: int = 0) -> list[str]:
+    def destinations(self, num_blocks: int, priority: int = 0, prefix_keys: Sequence[int] = ()) -> list[str]:
         """Instances to hand a request of this size off to, best first."""
-        ranked = self._ranked(self.loads.fresh(), num_blocks, priority)
-        return ranked or self._ranked(self.loads.all(), num_blocks, priority)
+        ranked = self._ranked(self.loads.fresh(), num_blocks, priority, prefix_keys)
+        return ranked or self._ranked(self.loads.all(), num_blocks, priority, prefix_keys)
 
     @property
     def is_serving(self) -> bool:
@@ -115,8 +122,10 @@ class Dispatcher:
         takes_new = can_start(load) or any(load.instance_id == instance_id for load in self._candidates())
         return _admissible_blocks(load) if takes_new else 0
 
-    def _ranked(self, loads: Sequence[InstanceLoad], num_blocks: int, priority: int) -> list[str]:
-        loads = can_receive(self._with_headroom(loads))
+    def _ranked(
+        self, loads: Sequence[InstanceLoad], num_blocks: int, priority: int, prefix_keys: Sequence[int]
+    ) -> list[str]:
+        loads = self._with_cached(can_receive(self._with_headroom(loads)), prefix_keys)
         ranked = self._decide(
             self._handoff, FreestDestination(), lambda policy: policy.rank(loads, num_blocks, priority)
         )
@@ -136,6 +145,19 @@ class Dispatcher:
         return candidates(self._with_headroom(self.loads.fresh())) or candidates(
             self._with_headroom(self.loads.all())
         )
+
+    def _with_cached(
+        self, loads: list[InstanceLoad], prefix_keys: Sequence[int], *, soon: bool = False
+    ) -> list[InstanceLoad]:
+        """The loads with what each instance has of a prompt; see `PrefixIndex.held_tokens`."""
+        if not prefix_keys:
+            return loads
+        prefixes = self.loads.prefixes
+        tokens = [prefixes.held_tokens(load.instance_id, prefix_keys, soon=soon) for load in loads]
+        return [
+            replace(load, cached_tokens=cached) if cached else load
+            for load, cached in zip(loads, tokens, strict=True)
+        ]
 
     def _with_headroom(self, loads: Sequence[InstanceLoad]) -> list[InstanceLoad]:
         return limit_headroom(loads, self.policies.headroom)

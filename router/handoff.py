@@ -1,8 +1,10 @@
 """The instances that a prefilled request may be handed off to, best first."""
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Protocol
 
+from msgspec import Meta
 from msgspec.structs import replace
 
 from router.freeness import freeness
@@ -12,7 +14,10 @@ from router.priority import PriorityClass, priority_class
 
 
 class HandoffPolicy(Protocol):
-    """Ranks destinations. Each API server has its own."""
+    """Ranks destinations. Each API server has its own.
+
+    A class with `uses_prefixes = True` gets `InstanceLoad.cached_tokens`.
+    """
 
     def rank(self, loads: Sequence[InstanceLoad], num_blocks: int, priority: int) -> list[InstanceLoad]:
         """The given instances, best first.
@@ -39,13 +44,40 @@ class FreestDestination:
         def preference(load: InstanceLoad) -> tuple[bool, float, str]:
             if without_headroom:
                 load = replace(load, high_priority=0)
-            fits = load.free_blocks - load.expected_blocks >= num_blocks
-            return not fits, -freeness(load.with_arrivals(num_blocks)), load.instance_id
+            return not has_room(load, num_blocks), -freeness(load.with_arrivals(num_blocks)), load.instance_id
 
         return sorted(loads, key=preference)
 
 
-HANDOFF: PolicyKind[HandoffPolicy] = PolicyKind("handoff", "rank", {"freest": FreestDestination})
+@dataclass
+class HolderDestination:
+    """The instance with room that has most of the request's blocks already; among equals, the freest one.
+
+    Blocks that the destination has are not copied.
+    """
+
+    uses_prefixes: ClassVar[bool] = True
+
+    min_tokens: Annotated[
+        int,
+        Meta(ge=0, description="With fewer tokens of the request there, the freest one is better."),
+    ] = 256
+
+    def rank(self, loads: Sequence[InstanceLoad], num_blocks: int, priority: int) -> list[InstanceLoad]:
+        def preference(load: InstanceLoad) -> tuple[bool, int]:
+            cached = load.cached_tokens if load.cached_tokens >= self.min_tokens else 0
+            return not has_room(load, num_blocks), -cached
+
+        return sorted(FreestDestination().rank(loads, num_blocks, priority), key=preference)
+
+
+HANDOFF: PolicyKind[HandoffPolicy] = PolicyKind(
+    "handoff", "rank", {"freest": FreestDestination, "prefix": HolderDestination}
+)
+
+
+def has_room(load: InstanceLoad, num_blocks: int) -> bool:
+    return load.free_blocks - load.expected_blocks >= num_blocks
 
 
 def can_receive(loads: Iterable[InstanceLoad]) -> list[InstanceLoad]:

@@ -72,6 +72,8 @@ class InstanceLoad(EngineLoad, frozen=True):
             order may choose no request); tells which orders a report has seen.
         expected_blocks, expected_requests: Demand that was decided on and is not in the report yet. Added by
             the process that decided.
+        cached_tokens: Tokens at the beginning of the request in question whose KV blocks it has, for policies
+            that use prefixes. Added by the process that decides.
     """
 
     instance_id: str
@@ -95,6 +97,7 @@ class InstanceLoad(EngineLoad, frozen=True):
     ] = 0.0
     expected_blocks: int = 0
     expected_requests: int = 0
+    cached_tokens: int = 0
 
     @property
     def is_empty(self) -> bool:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from router.load import InstanceLoad
+from router.prefix_index import PrefixIndex
 
 #: A move that its source has not confirmed for this long is lost, in seconds.
 LOST_AFTER_S = 1.0
@@ -46,11 +47,15 @@ class ProjectedLoads:
     Args:
         clock: Seconds, for the age of reports and moves. None: neither ages.
         max_report_age_s: Reports older than this are not `fresh`.
+
+    Attributes:
+        prefixes: What the instances have in their prefix caches.
     """
 
     def __init__(self, clock: Callable[[], float] | None = None, max_report_age_s: float = math.inf) -> None:
         self._clock = clock or (lambda: 0.0)
         self._max_report_age_s = max_report_age_s
+        self.prefixes = PrefixIndex(self._clock)
         self._reports: dict[str, InstanceLoad] = {}
         self._reported_at: dict[str, float] = {}
         self._dispatches: dict[str, deque[PendingDispatch]] = {}
@@ -90,6 +95,7 @@ class ProjectedLoads:
         """Forgets an instance and everything on its way there. Unknown instances are ignored."""
         for move in self._moves.pop(instance_id, ()):
             self._end_move(instance_id, move)
+        self.prefixes.remove(instance_id)
         for known in (self._reports, self._reported_at, self._dispatches, self._arrivals, self._projected):
             known.pop(instance_id, None)
 

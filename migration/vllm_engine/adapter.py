@@ -28,6 +28,7 @@ from migration.messages import FinalState, KvPart, MigrationId, RequestDescripti
 from migration.transport.kv_transport import KvRegion
 from migration.transport.worker_transport import WorkerMemory
 from migration.vllm_engine import compatibility
+from migration.vllm_engine.cached_keys import RecordedKeys
 from migration.vllm_engine.core_builder import build_core
 from migration.vllm_engine.engine_load import read_held_blocks, read_load, read_running
 from migration.vllm_engine.live_requests import LiveRequest, LiveRequests, OutputSink
@@ -80,19 +81,11 @@ class VllmEngine:
         self.workers: list[WorkerMemory] = []
         self.compatibility: dict[str, str] = {}
         self.no_migration: str | None = None
+        self.facts: EngineFacts
+        self.cached_keys: RecordedKeys
 
     async def start(self) -> None:
         await self._steps.start()
-
-    @property
-    def facts(self) -> EngineFacts:
-        return EngineFacts(
-            no_migration=self.no_migration,
-            max_model_len=self.scheduler.max_model_len,
-            num_blocks=self.core.vllm_config.cache_config.num_gpu_blocks,
-            block_tokens=self.scheduler.block_size,
-            supported_tasks=self._supported_tasks,
-        )
 
     @property
     def progress(self) -> StepProgress:
@@ -301,7 +294,7 @@ class VllmEngine:
         self.core, self.scheduler = built.core, built.core.scheduler
         self.no_migration, self.compatibility = built.no_migration, built.compatibility
         self.regions, self.workers = built.regions, built.workers
-        self._supported_tasks = tuple(self.core.get_supported_tasks())
+        self.facts, self.cached_keys = built.facts, RecordedKeys(built.cached_keys, self._steps)
         self._loader = RequestLoader(self.core)
         migrating = self.scheduler if self.no_migration is None else None
         self.prefixes = VllmPrefixStore(self._steps, self._loader, migrating, self.compatibility)

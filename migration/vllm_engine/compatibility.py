@@ -59,6 +59,8 @@ RELIED_ON: dict[str, tuple[str, ...]] = {
     "vllm.v1.core.single_type_kv_cache_manager:MambaManager": (),
     "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager.allocate_new_blocks": (),
     "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager.remove_skipped_blocks": (),
+    "vllm.v1.core.block_pool:BlockHashToBlockMap.insert": ("key", "block"),
+    "vllm.v1.core.block_pool:BlockHashToBlockMap.pop": ("key", "block_id"),
     "vllm.v1.core.block_pool:BlockPool.touch": (),
     "vllm.v1.core.block_pool:BlockPool.free_blocks": (),
     "vllm.v1.core.kv_cache_manager:KVCacheManager.free": (),
@@ -139,6 +141,7 @@ RELIED_ON_SCHEDULER = (
     "max_num_scheduled_tokens",
     "kv_cache_manager",
     "block_size",
+    "hash_block_size",
     "num_lookahead_tokens",
     "use_v2_model_runner",
 )

@@ -10,10 +10,12 @@ from vllm.config import VllmConfig
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
+from migration.engine_interface import EngineFacts
 from migration.transport.head_slices import common_heads
 from migration.transport.kv_transport import KvHeads, KvRegion
 from migration.transport.worker_transport import WorkerMemory
 from migration.vllm_engine import compatibility, worker
+from migration.vllm_engine.cached_keys import CachedKeys
 from migration.vllm_engine.executor import executor_class
 from migration.vllm_engine.migrating_scheduler import MigratingAsyncScheduler, MigratingScheduler
 
@@ -32,13 +34,27 @@ class BuiltCore:
         regions: The KV cache's memory, if they can and it is in this process.
         workers: The KV cache's memory, if they can and it is in workers' processes, by rank.
         compatibility: What has to be equal at the other end of a migration, by name.
+        cached_keys: Of its prefix cache.
     """
 
     core: EngineCore
     no_migration: str | None
+    cached_keys: CachedKeys
     regions: list[KvRegion] = field(default_factory=list)
     workers: list[WorkerMemory] = field(default_factory=list)
     compatibility: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def facts(self) -> EngineFacts:
+        scheduler, cache_config = self.core.scheduler, self.core.vllm_config.cache_config
+        return EngineFacts(
+            no_migration=self.no_migration,
+            max_model_len=scheduler.max_model_len,
+            num_blocks=cache_config.num_gpu_blocks,
+            block_tokens=scheduler.block_size,
+            supported_tasks=tuple(self.core.get_supported_tasks()),
+            key_format=self.cached_keys.format,
+        )
 
 
 def build_core(config: VllmConfig, on_failure: Callable[[], None] = lambda: None) -> BuiltCore:
@@ -62,12 +78,11 @@ def build_core(config: VllmConfig, on_failure: Callable[[], None] = lambda: None
     core = EngineCore(config, executor_class(config), log_stats=True, executor_fail_callback=on_failure)
     if not isinstance(core.model_executor, UniProcExecutor):
         core.collective_rpc(worker.end_with_instance)
-    missing = missing or compatibility.missing_attributes(core)
-    if missing:
-        built = BuiltCore(core, "this vLLM lacks " + ", ".join(missing))
+    if missing := missing or compatibility.missing_attributes(core):
+        why: str | None = "this vLLM lacks " + ", ".join(missing)
     else:
-        unsupported = compatibility.unsupported_engine(config, core.scheduler)
-        built = BuiltCore(core, unsupported)
+        why = compatibility.unsupported_engine(config, core.scheduler)
+    built = BuiltCore(core, why, CachedKeys(config, core.scheduler))
     if built.no_migration is None:
         _map_kv_memory(built, config, configuration)
     if built.no_migration is not None:

@@ -13,10 +13,11 @@ from vllm.v1.engine.core_client import EngineCoreClient
 from pd_serve.api.codec import VllmCodec
 from pd_serve.api.identity import client_id
 from pd_serve.api.lora_adapters import adapter_of, for_engines
+from pd_serve.api.prefix_keys import PrefixKeys
 from pd_serve.api.resumption import note_resumed
 from pd_serve.comm.requests import CallEngine
 from pd_serve.frontend.frontend import Frontend
-from router.request import NewRequest, prefix_keys
+from router.request import NewRequest
 
 
 class ClusterCore(EngineCoreClient):
@@ -45,6 +46,7 @@ class ClusterCore(EngineCoreClient):
         self._outputs = outputs
         self._codec = codec
         self._supported_tasks = supported_tasks
+        self._prefix_keys = PrefixKeys()
 
     async def get_supported_tasks_async(self) -> tuple[str, ...]:
         return self._supported_tasks
@@ -53,9 +55,9 @@ class ClusterCore(EngineCoreClient):
         """Takes a request. After a `PdServeError`, or when cancelled, it is aborted."""
         if request.lora_request is not None:
             request = replace(request, lora_request=for_engines(request.lora_request))
-        token_ids = request.prompt_token_ids or ()
         num_tokens = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
-        new = NewRequest(num_tokens, request.priority, prefix_keys(token_ids))
+        keys = self._prefix_keys.of(request, self._frontend.instances.cached_blocks.format)
+        new = NewRequest(num_tokens, request.priority, keys)
         parameters = request.sampling_params
         max_tokens = parameters.max_tokens if parameters is not None else 0  # pooling
         is_resumed = await self._frontend.adoption.submit(

@@ -27,6 +27,7 @@ from migration.messages import (
 from migration.prefix_messages import AnyPrefixMessage
 from migration.record import MigrationRecord
 from migration.token_span import TokenSpan
+from pd_serve.comm.cached_blocks import CachedBlocks, FollowCachedBlocks
 from pd_serve.comm.cluster_state import COUNTER, MESSAGE_ERRORS, ClusterState, ProcessStats, SchedulerStats
 from pd_serve.comm.membership import Join, Membership
 from pd_serve.comm.requests import Call
@@ -218,6 +219,21 @@ class InstanceStats(msgspec.Struct, frozen=True):
             extra=COUNTER | {"label": "outcome"},
         ),
     ] = {}
+    published_blocks: Annotated[
+        int,
+        Meta(description="Blocks in the prefix cache that API servers know of; 0 if no policy needs them."),
+    ] = 0
+    cache_reports: Annotated[
+        int, Meta(description="Reports of blocks that the prefix cache gained and lost.", extra=COUNTER)
+    ] = 0
+    full_cache_reports: Annotated[
+        int,
+        Meta(
+            description="How often an API server was told all blocks in the prefix cache: at its start, and "
+            "after a report that did not arrive.",
+            extra=COUNTER,
+        ),
+    ] = 0
 
 
 class LoadReport(msgspec.Struct, frozen=True, tag=True):
@@ -227,12 +243,14 @@ class LoadReport(msgspec.Struct, frozen=True, tag=True):
         stranded: Requests that wait on this instance until a decode instance takes them.
         stats: Metrics of the instance, about once a second.
         request_reports: Number of the last `RequestReport` that was sent.
+        cache_reports: Number of the last `CachedBlocks` that was sent.
     """
 
     load: InstanceLoad
     stranded: list[RequestId]
     stats: InstanceStats | None = None
     request_reports: int = 0
+    cache_reports: int = 0
 
 
 class MigrationEnded(msgspec.Struct, frozen=True, tag=True):
@@ -288,6 +306,7 @@ ToInstance = (
     | AddRequest
     | AbortRequests
     | ResendTokens
+    | FollowCachedBlocks
     | HandOff
     | MoveOut
     | SetRole
@@ -296,6 +315,8 @@ ToInstance = (
     | MigrationWire
     | AnyPrefixMessage
 )
-ToApiServer = Membership | ClusterState | LoadReport | MigrationEnded | RequestFailed | Call | Answer
+ToApiServer = (
+    Membership | ClusterState | LoadReport | CachedBlocks | MigrationEnded | RequestFailed | Call | Answer
+)
 ToManager = Join | LoadReport | StartInstance | StopInstance | SchedulerReport | Call | Answer
 ToScheduler = Membership | Heartbeat | LoadReport

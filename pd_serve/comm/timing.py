@@ -65,9 +65,11 @@ DRAIN_TIMEOUT_S = 600.0
 #: Polling interval of a condition that no message announces.
 POLL_S = 0.05
 
-#: Minimum interval of load reports; of reports that differ in blocks only; of reports with statistics.
+#: Minimum interval of load reports; of reports that differ in blocks only; of reports of the blocks in the
+#: prefix cache; of reports with statistics.
 REPORT_INTERVAL_S = 0.02
 PROGRESS_REPORT_INTERVAL_S = 0.1
+CACHE_REPORT_INTERVAL_S = 0.1
 STATS_INTERVAL_S = 1.0
 
 #: Maximum wait of a new scheduler for the first load report of every instance.
@@ -82,6 +84,9 @@ DEATH_CHAIN_S = 1.0
 #: A request that may have ended its instances runs alone among such requests, on trial: at least this long,
 #: and until its first token; at most `MAX_TRIAL_S`. After `FORGIVEN_S` without a death it is no suspect.
 TRIAL_S, MAX_TRIAL_S, FORGIVEN_S = 0.25, 30.0, 60.0
+
+#: Minimum interval at which an API server asks an instance for all blocks in its prefix cache.
+CACHE_ASK_INTERVAL_S = 1.0
 
 #: Minimum interval of attempts to hand off a stranded request, and of looks for such requests.
 HANDOFF_RETRY_S = 0.25

@@ -5,10 +5,9 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from msgspec.structs import replace
-
 from migration.messages import RequestId
 from migration.tasks import BackgroundTasks
+from pd_serve.comm.cached_blocks import CachedBlocks
 from pd_serve.comm.cluster_state import ClusterState
 from pd_serve.comm.membership import ApiServerInfo, InstanceInfo, Membership, MembershipView
 from pd_serve.comm.message_wire import MessageWire
@@ -159,10 +158,13 @@ class Frontend:
                 if sender in self.instances:
                     if self._reconciler.on_load(sender, message.request_reports):
                         self.instances.loads.report(load)
+                    self.instances.cached_blocks.on_load(sender, message.cache_reports)
                     self._stranded[sender] = len(message.stranded)
                     if message.stats is not None:
                         self._stats[sender] = message.stats
                     self.requests.on_load(sender, message)
+            case CachedBlocks():
+                self.instances.cached_blocks.on_report(sender, message)
             case MigrationEnded(record=record):
                 self.requests.on_migration_ended(record)
             case RequestFailed():
@@ -235,20 +237,8 @@ class Frontend:
                 for reason, counts in self.requests.migrations.items()
             },
         )
-        if (state := self._manager.state) is None:
-            return snapshot
-        known = {instance.id for instance in instances}
-        instances += [InstanceSnapshot.of_starting(new) for new in state.starting if new.id not in known]
-        return replace(
-            snapshot,
-            manager="alive" if self._manager.is_alive else "absent",
-            scheduler=state.scheduler,
-            scaled=state.scaled,
-            decisions=state.decisions,
-            restart=state.restart,
-            api_servers=state.api_servers,
-            wanted=state.wanted,
-        )
+        state, is_alive = self._manager.state, self._manager.is_alive
+        return snapshot if state is None else snapshot.with_state(state, is_alive=is_alive)
 
     def totals(self) -> tuple[int, int]:
         """Requests of the whole cluster that run, and that wait; those in other API servers' lines not."""

@@ -10,6 +10,7 @@ from pd_serve.comm.requests import Call
 from pd_serve.comm.rpc import Request, RpcClient
 from pd_serve.comm.timing import POLL_S
 from pd_serve.errors import EngineDeadError, PdServeError, UnknownTargetError
+from pd_serve.frontend.cached_blocks import CachedBlockFollower
 from router.load import InstanceLoad
 from router.projected_loads import ProjectedLoads
 
@@ -25,6 +26,7 @@ class Instances:
     Attributes:
         slots: All slots.
         loads: Reported loads, corrected by the decisions since.
+        cached_blocks: Follows what they have in their prefix caches.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Instances:
         self._members = members
         self._slot_of: dict[str, int] = {}
         self.calls = RpcClient(wire, Call)
+        self.cached_blocks = CachedBlockFollower(wire, members, loads.prefixes)
 
     def __iter__(self) -> Iterator[InstanceInfo]:
         return iter(self._members.instances.values())
@@ -56,6 +59,7 @@ class Instances:
     def remove(self, instance_id: str) -> None:
         """Removes an instance that died or was stopped. Calls to it fail."""
         self._slot_of.pop(instance_id, None)
+        self.cached_blocks.remove(instance_id)
         self.loads.remove(instance_id)
         self.calls.peer_lost(instance_id)
 

@@ -3,8 +3,10 @@
 import math
 
 import msgspec
+from msgspec.structs import replace
 
 from pd_serve.comm.cluster_state import (
+    ClusterState,
     PastDecision,
     RestartState,
     ScaledCount,
@@ -123,3 +125,19 @@ class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     restart: RestartState | None = None
     api_servers: list[str] = []
     wanted: dict[str, int] = {}
+
+    def with_state(self, state: ClusterState, *, is_alive: bool) -> "ClusterSnapshot":
+        """The same with what the manager has reported, which is alive or absent."""
+        known = {instance.id for instance in self.instances}
+        starting = [InstanceSnapshot.of_starting(new) for new in state.starting if new.id not in known]
+        return replace(
+            self,
+            instances=[*self.instances, *starting],
+            manager="alive" if is_alive else "absent",
+            scheduler=state.scheduler,
+            scaled=state.scaled,
+            decisions=state.decisions,
+            restart=state.restart,
+            api_servers=state.api_servers,
+            wanted=state.wanted,
+        )

@@ -19,6 +19,7 @@ from migration.prefix_messages import AnyPrefixMessage, PrefixMessage
 from migration.record import MigrationRecord
 from migration.tasks import BackgroundTasks
 from migration.transport.kv_transport import KvTransport
+from pd_serve.comm.cached_blocks import FollowCachedBlocks
 from pd_serve.comm.leases import OrphanTimer
 from pd_serve.comm.membership import Membership, MembershipView
 from pd_serve.comm.message_wire import MessageWire
@@ -47,6 +48,7 @@ from pd_serve.comm.requests import (
 )
 from pd_serve.comm.rpc import RpcServer
 from pd_serve.comm.timing import INSTANCE_HEARTBEAT_S
+from pd_serve.instance.cached_blocks import CachedBlockReporter
 from pd_serve.instance.handoffs import Handoffs
 from pd_serve.instance.load_reporter import LoadReporter
 from pd_serve.instance.moves import Moves
@@ -91,6 +93,7 @@ class Llumlet:
         self._orphan_s = orphan_s
         self._requests = RequestReporter(self._members, publisher, self._tasks, orphan_s)
         self._orphans = Orphans(self._members)
+        self._cached_blocks = CachedBlockReporter(wire, self._members)
         self.reporter = LoadReporter(
             name,
             role,
@@ -98,6 +101,7 @@ class Llumlet:
             self._members,
             lambda: self.handoffs.stranded,
             lambda: self._requests.number,
+            self._cached_blocks,
             lambda: (self._orphans.num_adopted, self._requests.num_orphans_ended),
         )
         self.handoffs = Handoffs(name, self._members, self.reporter, self._tasks)
@@ -145,7 +149,9 @@ class Llumlet:
         for part in (self.handoffs, self._moves):
             part.start(engine, self.coordinator)
         self.reporter.start(self.coordinator)
+        self._cached_blocks.start(engine, self.address)
         self._tasks.start(self._heartbeat())
+        self._tasks.start(self._cached_blocks.run())
 
     async def close(self) -> None:
         self.reporter.close()
@@ -170,6 +176,8 @@ class Llumlet:
                 self._tasks.start(self._abort(message))
             case ResendTokens(requests=asked):
                 self._tasks.start(self.engine.resend(asked))
+            case FollowCachedBlocks():
+                self._cached_blocks.on_asked(sender)
             case HandOff(request_id=request_id, destination=destination):
                 self.handoffs.hand_off(request_id, [destination])
             case MoveOut():
@@ -206,6 +214,7 @@ class Llumlet:
             end = f"its requests end after {self._orphan_s:g} s"
             logger.warning("%s: API server %s is gone, %s", self.name, api_server, end)
             self._requests.client_left(info.token_endpoint)
+            self._cached_blocks.reader_left(api_server)
             if not self._orphan_s:
                 self._tasks.start(self.engine.abort_client(info.token_endpoint))
         self._orphans.on_membership(change.api_servers_left)

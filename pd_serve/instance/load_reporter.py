@@ -14,6 +14,7 @@ from pd_serve.comm.membership import MANAGER, SCHEDULER, MembershipView
 from pd_serve.comm.message_wire import MessageWire
 from pd_serve.comm.messages import InstanceStats, LoadReport
 from pd_serve.comm.timing import PROGRESS_REPORT_INTERVAL_S, REPORT_INTERVAL_S, STATS_INTERVAL_S
+from pd_serve.instance.cached_blocks import CachedBlockReporter
 from pd_serve.observe.process_stats import process_stats
 from router.load import ROLES, EngineLoad, InstanceLoad
 
@@ -32,6 +33,7 @@ class LoadReporter:
     Args:
         stranded: Returns the stranded requests.
         request_reports: Returns the number of the last report of requests.
+        cached_blocks: Reports what is in the prefix cache.
         orphans: Returns the numbers of adopted and of ended orphans.
 
     Attributes:
@@ -52,6 +54,7 @@ class LoadReporter:
         members: MembershipView,
         stranded: Callable[[], list[RequestId]],
         request_reports: Callable[[], int],
+        cached_blocks: CachedBlockReporter,
         orphans: Callable[[], tuple[int, int]] = lambda: (0, 0),
     ) -> None:
         self.role = role
@@ -68,6 +71,7 @@ class LoadReporter:
         self._members = members
         self._stranded = stranded
         self._request_reports = request_reports
+        self._cached_blocks = cached_blocks
         self._orphans = orphans
         self._loop = asyncio.get_running_loop()
         self._coordinator: MigrationCoordinator | None = None
@@ -149,6 +153,9 @@ class LoadReporter:
             refused_orders=dict(self.refused_orders),
             unmovable=self.unmovable,
             orphans=dict(zip(("adopted", "ended"), self._orphans(), strict=True)),
+            published_blocks=self._cached_blocks.num_keys,
+            cache_reports=self._cached_blocks.number,
+            full_cache_reports=self._cached_blocks.num_asked,
         )
 
     def report_soon(self) -> None:
@@ -165,9 +172,11 @@ class LoadReporter:
         stats = None
         if self._reported_at - self._stats_at >= STATS_INTERVAL_S:
             self._stats_at, stats = self._reported_at, self.stats()
-        report = LoadReport(self.load(), self._stranded(), stats, self._request_reports())
+        numbers = self._request_reports(), self._cached_blocks.number
+        report = LoadReport(self.load(), self._stranded(), stats, *numbers)
         for api_server in self._members.api_servers:
             self._wire.send(api_server, report)
+        self._cached_blocks.report_soon()
         self._wire.send(SCHEDULER, report)
         state = (self.role, self.draining)
         if stats is not None or self.draining or state != self._reported_state:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from migration.step_times import StepTimes
 from pd_serve.simulated_engine.block_pool import BlockPool
+from pd_serve.simulated_engine.cached_keys import next_hash
 from pd_serve.simulated_engine.contents import _NEXT, _POSITION, _TOKEN, MASK, sampled_token, token_after
 from pd_serve.simulated_engine.sequence import Sequence
 from pd_serve.simulated_engine.settings import EngineSettings
@@ -212,7 +213,7 @@ class Batcher:
         block_tokens, hashes = self.settings.block_tokens, sequence.hashes
         for block in range(len(hashes), num_blocks):
             before = hashes[-1] if hashes else 0
-            hashes.append(hash((before, sequence.content(block, block_tokens, block_tokens))))
+            hashes.append(next_hash(before, sequence.content(block, block_tokens, block_tokens)))
 
     # ---- doing
 

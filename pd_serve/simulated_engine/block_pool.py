@@ -1,8 +1,9 @@
 """Paged KV memory of a simulated engine: blocks with contents, reference counts and a prefix cache."""
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
+from migration.cached_keys import ChangeRecord
 from pd_serve.simulated_engine.contents import GARBAGE
 
 
@@ -11,11 +12,13 @@ class BlockPool:
 
     Attributes:
         content: One 64-bit number per block, in memory of its own that a transport can copy.
+        record: Hashes that the prefix cache gains and loses; None as long as no one asks.
     """
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self.content = array("Q", [GARBAGE]) * num_blocks
+        self.record: ChangeRecord[int] | None = None
         self._free = list(range(num_blocks - 1, -1, -1))
         self._references = [0] * num_blocks
         self._block_by_hash: dict[int, int] = {}
@@ -81,6 +84,23 @@ class BlockPool:
         if value not in self._block_by_hash and block not in self._hash_of:
             self._block_by_hash[value] = block
             self._hash_of[block] = value
+            if self.record is not None:
+                self.record.gained(value)
+
+    @property
+    def hashes(self) -> Collection[int]:
+        """What the prefix cache has."""
+        return self._block_by_hash.keys()
+
+    def empty_cache(self) -> bool:
+        """Empties the prefix cache. As in vLLM, only if no request holds a block; returns whether it did."""
+        if self.num_free != self.num_blocks:
+            return False
+        while self._evictable:
+            block = next(iter(self._evictable))
+            self._forget(block)
+            self._free.append(block)
+        return True
 
     def check_integrity(self, held: Sequence[int]) -> list[str]:
         """What does not add up if requests hold `held`, each block once per holder."""
@@ -98,5 +118,8 @@ class BlockPool:
 
     def _forget(self, block: int) -> None:
         del self._evictable[block]
-        del self._block_by_hash[self._hash_of.pop(block)]
+        value = self._hash_of.pop(block)
+        del self._block_by_hash[value]
+        if self.record is not None:
+            self.record.lost(value)
         self.content[block] = GARBAGE

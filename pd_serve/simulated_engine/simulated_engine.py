@@ -21,6 +21,7 @@ from migration.messages import FinalState, KvPart, MigrationId, RequestDescripti
 from migration.transport.kv_transport import KvRegion
 from pd_serve.errors import InvalidRequestError
 from pd_serve.simulated_engine.batcher import Batcher, Step
+from pd_serve.simulated_engine.cached_keys import SimulatedKeys, key_format
 from pd_serve.simulated_engine.emitter import OutputSink, SequenceEmitter
 from pd_serve.simulated_engine.engine_load import read_load
 from pd_serve.simulated_engine.faults import EngineFaults
@@ -29,20 +30,13 @@ from pd_serve.simulated_engine.prefix_store import SimulatedPrefixStore
 from pd_serve.simulated_engine.sequence import Sequence
 from pd_serve.simulated_engine.settings import EngineSettings
 from pd_serve.simulated_engine.step_loop import SimulatedStepLoop
+from pd_serve.simulated_engine.utilities import call_utility
 from router.load import EngineLoad
 
 T = TypeVar("T")
 
 #: Least time between two load reports if no request came or went.
 LOAD_INTERVAL_S = 0.1
-
-#: Answers to the calls that vLLM's front end makes by name.
-UTILITIES: dict[str, object] = {
-    "get_supported_tasks": ("generate",),
-    "is_sleeping": False,
-    "is_scheduler_paused": False,
-    "reset_prefix_cache": True,
-}
 
 
 class SimulatedEngine:
@@ -76,6 +70,7 @@ class SimulatedEngine:
         )
         #: The blocks' contents, for a transport: one number each.
         self.regions = [KvRegion(*self.batcher.pool.content.buffer_info(), 8)]
+        self.cached_keys = SimulatedKeys(self.batcher.pool)
         self.sequences: dict[str, Sequence] = {}
         self.steps, self.busy_s = 0, 0.0
         self._decode, self._events = decode, events
@@ -93,7 +88,8 @@ class SimulatedEngine:
     def facts(self) -> EngineFacts:
         settings = self.settings
         max_tokens = (settings.num_blocks - self.batcher.watermark_blocks) * settings.block_tokens
-        return EngineFacts(None, max_tokens, settings.num_blocks, settings.block_tokens, ("generate",))
+        blocks, keys = (settings.num_blocks, settings.block_tokens), key_format(settings)
+        return EngineFacts(None, max_tokens, *blocks, ("generate",), keys)
 
     @property
     def progress(self) -> StepProgress:
@@ -261,9 +257,7 @@ class SimulatedEngine:
         )
 
     async def utility(self, method: str, *arguments: object) -> object:
-        if method not in UTILITIES:
-            raise InvalidRequestError(f"{method} is not a utility of a simulated engine")
-        return UTILITIES[method]
+        return await self._call("utility", lambda: call_utility(self.batcher.pool, method))
 
     async def check_integrity(self) -> list[str]:
         def check_integrity() -> list[str]:

@@ -8,14 +8,15 @@ from typing import Any
 
 from pd_serve.comm.outputs import OutputBatch
 from pd_serve.errors import PdServeError
+from pd_serve.simulated_engine.cached_keys import prompt_keys
 from pd_serve.simulated_engine.contents import SegmentPrompt, expected_output
 from pd_serve.simulated_engine.outputs import SimulatedPayload
 from pd_serve.simulated_engine.settings import SEGMENT_TOKENS
-from pd_serve.simulation.config import SimulationConfig, TraceRequest
+from pd_serve.simulation.config import SimulationConfig
 from pd_serve.simulation.result import RequestRecord, Sample, SimulationResult
 from pd_serve.simulation.simulated_cluster import SimulatedCluster
 from pd_serve.simulation.virtual_time import VirtualLoop
-from router.request import PREFIX_TOKENS, NewRequest
+from router.request import NewRequest
 
 SAMPLE_S = 1.0
 
@@ -121,12 +122,21 @@ class Simulation:
             segments=request.segments,
             seed=number,
         )
-        new = NewRequest(request.prompt_tokens, request.priority, _prefix_keys(request))
+        keys = self._prefix_keys(payload) if request.segments else ()
+        new = NewRequest(request.prompt_tokens, request.priority, keys)
         try:
             self.cluster.frontend.requests.submit(payload.request_id, payload.encode(), new)
         except PdServeError:
             self.records[number].failed = True
             self._end_one()
+
+    def _prefix_keys(self, payload: SimulatedPayload) -> tuple[int, ...]:
+        """The keys of the shared part of a prompt, if a policy needs them."""
+        wanted = self.cluster.frontend.instances.cached_blocks.format
+        if wanted is None:
+            return ()
+        shared = min(payload.prompt_tokens, len(payload.segments) * SEGMENT_TOKENS)
+        return tuple(prompt_keys(payload.prompt, wanted.key_tokens, shared))
 
     def _on_batch(self, batch: OutputBatch) -> None:
         now = self._loop.time() - self._zero
@@ -199,14 +209,3 @@ class Simulation:
             if (not leaked and not integrity) or self._loop.time() > deadline:
                 return leaked, integrity
             await asyncio.sleep(0.5)
-
-
-def _prefix_keys(request: TraceRequest) -> tuple[int, ...]:
-    """Like `router.request.prefix_keys`, computed from segments instead of tokens."""
-    keys = []
-    key = 0
-    for segment in request.segments[: request.prompt_tokens // SEGMENT_TOKENS]:
-        for part in range(SEGMENT_TOKENS // PREFIX_TOKENS):
-            key = hash((key, segment, part))
-            keys.append(key)
-    return tuple(keys)

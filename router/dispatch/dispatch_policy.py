@@ -9,7 +9,10 @@ from router.request import NewRequest
 
 
 class DispatchPolicy(Protocol):
-    """Decides where a new request starts. Each API server has its own."""
+    """Decides where a new request starts. Each API server has its own.
+
+    A class with `uses_prefixes = True` gets `InstanceLoad.cached_tokens` and `NewRequest.prefix_keys`.
+    """
 
     def choose(
         self, loads: Sequence[InstanceLoad], request: NewRequest, rng: random.Random

@@ -55,6 +55,7 @@ TESTED_THROUGH: dict[str, tuple[str, ...]] = {
         "migration/vllm_engine/scheduler_integrity.py",
     ),
     "tests/integration/test_prefix_store.py": ("migration/vllm_engine/prefix_blocks.py",),
+    "tests/integration/test_cached_keys.py": ("pd_serve/api/prefix_keys.py",),
     "tests/integration/test_profiling_engine_profile.py": ("pd_serve/profiling/measured_engine.py",),
     "tests/integration/test_vllm_engine_lora.py": ("migration/vllm_engine/lora_adapters.py",),
     "tests/integration/test_api_lora.py": ("pd_serve/api/lora_adapters.py",),

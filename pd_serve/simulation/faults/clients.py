@@ -7,6 +7,7 @@ from typing import Protocol
 from pd_serve.comm.outputs import OutputBatch
 from pd_serve.errors import EngineDeadError, PdServeError
 from pd_serve.frontend.frontend import Frontend
+from pd_serve.simulated_engine.cached_keys import prompt_keys
 from pd_serve.simulated_engine.contents import OutputCheck, SegmentPrompt
 from pd_serve.simulated_engine.outputs import SimulatedPayload
 from pd_serve.simulated_engine.settings import SEGMENT_TOKENS
@@ -145,7 +146,9 @@ class Clients:
             segments=request.segments,
             seed=stream.number,
         )
-        new = NewRequest(request.prompt_tokens, request.priority, ())
+        wanted = stream.api_server.frontend.instances.cached_blocks.format
+        keys = tuple(prompt_keys(payload.prompt, wanted.key_tokens)) if wanted is not None else ()
+        new = NewRequest(request.prompt_tokens, request.priority, keys)
         try:
             stream.api_server.frontend.requests.submit(
                 stream.request_id, payload.encode(), new, max_tokens=request.output_tokens

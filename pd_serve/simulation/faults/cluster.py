@@ -123,7 +123,7 @@ class FaultyCluster:
         self.on_failure: Callable[[str, BaseException], None] = lambda what, error: None
         self._deliver = deliver
         self._rng = rng
-        self._policies = policy_set(shape.policy)
+        self._policies = policy_set(shape.policy, **shape.settings)
         self._started = 0
         self.num_first_starts = 0
         self.recoveries: Counter[str] = Counter()

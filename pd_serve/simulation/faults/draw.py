@@ -19,6 +19,14 @@ FAULTS_S = (1.0, 14.0)
 #: Messages of a migration, at which faults happen precisely.
 STAGES = ("AddRequest", "Offer", "Pull", "Stage", "Final", "Committed", "Tokens", "MigrationEnded")
 
+#: Policies that need to know what is in the instances' prefix caches.
+PREFIX_POLICIES: dict[str, str | int] = {
+    "dispatch": "prefix",
+    "prefill_dispatch": "prefix",
+    "handoff": "prefix",
+    "handoff.min_tokens": 16,
+}
+
 Dice = random.Random
 DrawFaults = Callable[[Dice, FaultyClusterShape, int], list[ScheduledFault]]
 
@@ -26,6 +34,8 @@ DrawFaults = Callable[[Dice, FaultyClusterShape, int], list[ScheduledFault]]
 def draw(seed: int, tier: int) -> Schedule:
     """The schedule of a seed: cluster, requests and faults are drawn independently."""
     shape = _shape(random.Random(f"{tier}/{seed}/shape"), tier)
+    if shape.prefix_caching and random.Random(f"{tier}/{seed}/policies").random() < 0.7:
+        shape = replace(shape, settings=PREFIX_POLICIES)
     requests = _requests(random.Random(f"{tier}/{seed}/requests"), tier, shape)
     requests = _slow_readers(random.Random(f"{tier}/{seed}/readers"), requests)
     faults = _faults(random.Random(f"{tier}/{seed}/faults"), tier, shape, len(requests))

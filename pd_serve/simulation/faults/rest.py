@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from migration.tasks import BackgroundTasks
+from pd_serve.simulated_engine.cached_keys import key_of
 from pd_serve.simulation.faults.clients import Clients
 from pd_serve.simulation.faults.cluster import FaultyCluster, SimulatedApiServer
 from pd_serve.simulation.faults.operations import OperatorCalls
@@ -24,7 +25,7 @@ class RestChecks:
     def problems(self) -> list[str]:
         """Everything that is not as it has to be. What needs time to end is no problem only then."""
         found = list(self._unfinished())
-        found = found or [*self._pools(), *self._members(), *self._held()]
+        found = found or [*self._pools(), *self._members(), *self._held(), *self._known_blocks()]
         return found or list(self._remains())
 
     def _unfinished(self) -> Iterator[str]:
@@ -163,6 +164,15 @@ class RestChecks:
                 yield f"{server.name} expects {count} requests on their way to {load.instance_id}"
             if load.running or load.waiting or load.free_blocks != load.total_blocks:
                 yield f"{server.name} has a load of {load.instance_id} that is not empty"
+
+    def _known_blocks(self) -> Iterator[str]:
+        """Every API server that needs it knows what is in the prefix cache of every instance."""
+        for server in self._cluster.api_servers:
+            prefixes = server.frontend.instances.loads.prefixes
+            for name, instance in self._cluster.platform.instances.items():
+                there = set(map(key_of, instance.engine.batcher.pool.hashes)) if prefixes.is_used else set()
+                if (wrong := len(prefixes.keys(name) ^ there)) > 0:
+                    yield f"{server.name} is wrong about {wrong} blocks in the prefix cache of {name}"
 
     def _held_by_instance(self, name: str, instance: SimulatedInstance) -> Iterator[str]:
         engine, llumlet = instance.engine, instance.llumlet

@@ -101,6 +101,7 @@ class FaultyClusterShape(msgspec.Struct, frozen=True, omit_defaults=True):
         api_servers: Number of API servers.
         one_process: The manager runs in the process of the only API server, as with `pd-serve serve`.
         autoscale: Bounds by role.
+        settings: Changed settings of the policies.
         link_delays_s: Bound of the additional latency of a link, which differs between links.
         sampled: See `EngineSettings.sampled`.
     """
@@ -114,6 +115,7 @@ class FaultyClusterShape(msgspec.Struct, frozen=True, omit_defaults=True):
     async_scheduling: bool = False
     autoscale: dict[str, tuple[int, int]] = {}
     policy: str = "llumnix"
+    settings: dict[str, str | int] = {}
     start_instance_s: float = 2.0
     link_delays_s: float = 0.0
     resume_order: ThawOrder = "as it came"

@@ -293,3 +293,51 @@ def test_a_built_in_policy_ranks_in_the_place_of_one_that_fails() -> None:
     dispatcher._handoff = Fails()
 
     assert dispatcher.destinations(10) == ["d1", "d0"]
+
+
+# ---- prefixes
+
+
+def with_prefixes(*loads: InstanceLoad) -> Dispatcher:
+    dispatcher = Dispatcher(policy_set("llumnix", prefill_dispatch="prefix", handoff="prefix"))
+    dispatcher.loads.prefixes.key_tokens = 16
+    for load in loads:
+        dispatcher.loads.report(load)
+    return dispatcher
+
+
+@pytest.mark.parametrize("setting", ["dispatch", "prefill_dispatch", "handoff"])
+def test_what_the_instances_have_is_asked_for_if_a_policy_uses_it(setting: str) -> None:
+    assert not Dispatcher().loads.prefixes.is_used
+    assert Dispatcher(policy_set("llumnix", **{setting: "prefix"})).loads.prefixes.is_used
+
+
+def test_a_prompt_goes_where_its_prefix_is() -> None:
+    dispatcher = with_prefixes(prefill("p0"), prefill("p1", 30))
+    dispatcher.loads.prefixes.add("p1", [1, 2], 100)
+
+    assert dispatcher.dispatch(NewRequest(60, prefix_keys=(1, 2, 3))) == "p1"
+    assert dispatcher.dispatch(NewRequest(60, prefix_keys=(7, 2, 3))) == "p0"
+
+
+def test_a_prompt_goes_where_its_prefix_will_be() -> None:
+    """Two with the same long prefix come between two reports."""
+    dispatcher = with_prefixes(prefill("p0"), prefill("p1"))
+    keys = tuple(range(10))
+    first = dispatcher.dispatch(NewRequest(100, prefix_keys=keys))
+
+    assert dispatcher.dispatch(NewRequest(170, prefix_keys=(*keys, 70))) == first
+    assert dispatcher.dispatch(NewRequest(170, prefix_keys=(70, *keys))) != first
+
+
+def test_a_hand_off_goes_where_the_blocks_are_and_not_where_they_are_expected() -> None:
+    dispatcher = with_prefixes(decode("d0"), decode("d1", running=9))
+    keys = tuple(range(20))
+    dispatcher.loads.prefixes.expect("d1", keys)
+    assert dispatcher.destinations(20, prefix_keys=keys) == ["d0", "d1"]
+    dispatcher.loads.prefixes.add("d1", keys, 100)
+
+    assert dispatcher.destinations(20, prefix_keys=keys) == ["d1", "d0"]
+    assert dispatcher.destinations(20) == ["d0", "d1"]
+    dispatcher.loads.remove("d1")
+    assert dispatcher.loads.prefixes.best_holder(keys) is None

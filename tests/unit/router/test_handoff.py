@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from router.freeness import freeness
-from router.handoff import FreestDestination, can_receive
+from router.handoff import FreestDestination, HolderDestination, can_receive
 from router.load import InstanceLoad
 from tests.unit.router.made_loads import clusters, decode, neutral, prefill, scaled
 
@@ -98,3 +98,35 @@ def test_high_priority_shares_an_instance_and_others_keep_away_from_it() -> None
     assert [load.instance_id for load in destinations([hosts, other], 10)] == ["other", "hosts"]
     ranked = destinations([hosts, other], 10, priority=-1)
     assert [load.instance_id for load in ranked] == ["hosts", "other"]
+
+
+def holder(name: str, cached: int, free: int = 100, running: int = 1) -> InstanceLoad:
+    return replace(decode(name, free, running), cached_tokens=cached)
+
+
+def ranked(*loads: InstanceLoad, num_blocks: int = 50) -> list[str]:
+    return [load.instance_id for load in HolderDestination().rank(loads, num_blocks, 0)]
+
+
+def test_the_instance_with_most_of_the_blocks_comes_first() -> None:
+    assert ranked(holder("d0", 0), holder("d1", 512, running=9), holder("d2", 1024, running=50)) == [
+        "d2",
+        "d1",
+        "d0",
+    ]
+
+
+def test_an_instance_without_room_comes_last_whatever_it_has() -> None:
+    assert ranked(holder("d0", 4096, free=49), holder("d1", 0), holder("d2", 512))[-1] == "d0"
+
+
+def test_a_few_blocks_are_not_worth_it() -> None:
+    assert ranked(holder("d0", 255, running=9), holder("d1", 0)) == ["d1", "d0"]
+    assert ranked(holder("d0", 256, running=9), holder("d1", 0)) == ["d0", "d1"]
+
+
+@given(clusters(role="decode"), st.integers(0, 1000))
+def test_without_cached_blocks_it_ranks_as_by_freeness(loads: list[InstanceLoad], num_blocks: int) -> None:
+    ranked = HolderDestination().rank(loads, num_blocks, 0)
+
+    assert ranked == FreestDestination().rank(loads, num_blocks, 0)

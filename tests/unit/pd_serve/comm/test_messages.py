@@ -29,6 +29,14 @@ from migration.messages import (
     Stage,
     Withdraw,
 )
+from migration.prefix_messages import (
+    PrefixAsk,
+    PrefixConfirmed,
+    PrefixOffer,
+    PrefixRead,
+    PrefixRefused,
+)
+from pd_serve.comm.cached_blocks import CachedBlocks, FollowCachedBlocks, packed
 from pd_serve.comm.cluster_state import (
     ClusterState,
     PastDecision,
@@ -108,6 +116,8 @@ MESSAGES: list[Any] = [
     AddRequest(R, "tcp://api/tokens", 0, None, []),
     AbortRequests([R], 7),
     ResendTokens([(R, 3)]),
+    FollowCachedBlocks(),
+    CachedBlocks("tcp://d0", 3, packed([1, 2**64 - 1]), packed([]), True),
     HandOff(R, "d0"),
     MoveOut(LOAD, "balance", PolicyChoice("shortest")),
     SetRole("decode"),
@@ -142,6 +152,11 @@ MESSAGES: list[Any] = [
     Committed(M, 4096),
     Confirmed(M),
     Dropped(M, FULL),
+    PrefixAsk(M, [b"hash"], 31, {"model": "tiny"}),
+    PrefixOffer(M, KvPart(32, [BlockRun(0, [1, NO_BLOCK])]), b"endpoint"),
+    PrefixRefused(M, FULL),
+    PrefixRead(M),
+    PrefixConfirmed(M),
 ]
 
 REQUESTS: list[Any] = [

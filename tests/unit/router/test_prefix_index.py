@@ -1,0 +1,89 @@
+"""Which instance has the blocks of which prompts."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from router.prefix_index import EXPECTED_S, MAX_EXPECTED, PrefixIndex
+
+
+@dataclass
+class Clock:
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def index(clock: Clock) -> PrefixIndex:
+    index = PrefixIndex(clock)
+    index.key_tokens = 16
+    return index
+
+
+def test_the_run_from_the_first_key_counts(index: PrefixIndex) -> None:
+    index.add("d0", [1, 2, 4, 5], 100)
+
+    assert index.held_tokens("d0", [1, 2, 3, 4, 5]) == 32
+    assert index.held_tokens("d0", [3, 4, 5]) == 0
+    assert index.held_tokens("d0", []) == 0
+    assert index.held_tokens("d1", [1, 2]) == 0
+
+
+def test_what_an_instance_has_lost_does_not_count(index: PrefixIndex) -> None:
+    index.add("d0", [1, 2, 3], 100)
+    index.discard("d0", [2, 7])
+    index.discard("d9", [2])
+
+    assert index.held_tokens("d0", [1, 2, 3]) == 16
+
+
+def test_the_best_holder_has_the_longest_run(index: PrefixIndex) -> None:
+    assert index.best_holder([1]) is None
+    index.add("d0", [1, 3, 4, 5, 6], 100)
+    index.add("d1", [1, 2], 100)
+
+    assert index.best_holder([1, 2, 3]) == ("d1", 32)
+    assert index.best_holder([9]) is None
+    index.clear("d1")
+    assert index.best_holder([1, 2, 3]) == ("d0", 16)
+    index.remove("d0")
+    assert index.best_holder([1, 2, 3]) is None
+
+
+def test_an_instance_cannot_have_more_keys_than_blocks(index: PrefixIndex) -> None:
+    index.add("d0", range(1000), 100)
+    index.add("d0", range(1000, 2000), 100)
+
+    assert len(index.keys("d0")) == 100
+
+
+def test_keys_are_expected_where_a_request_was_sent(index: PrefixIndex, clock: Clock) -> None:
+    index.add("p0", [1], 100)
+    index.expect("p0", [1, 2, 3])
+
+    assert index.held_tokens("p0", [1, 2, 3, 4], soon=True) == 48
+    assert index.held_tokens("p0", [1, 2, 3, 4]) == 16
+    assert index.best_holder([1, 2, 3]) == ("p0", 16)
+    index.discard("p0", [3])  # computed, and evicted since
+    assert index.held_tokens("p0", [1, 2, 3], soon=True) == 32
+    clock.now += EXPECTED_S
+    assert index.held_tokens("p0", [1, 2, 3], soon=True) == 16
+
+
+def test_expected_keys_are_bounded(index: PrefixIndex, clock: Clock) -> None:
+    for first in range(0, 3 * MAX_EXPECTED, 1000):
+        index.expect("p0", range(first, first + 1000))
+    assert len(index._expected["p0"]) == MAX_EXPECTED
+
+    clock.now += EXPECTED_S
+    index.expect("p0", [1])
+    assert len(index._expected["p0"]) == 1
+    index.remove("p0")
+    assert not index._expected
