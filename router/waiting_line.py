@@ -2,27 +2,42 @@
 
 In the paper a request is bound to an instance at once. It then waits for room on this instance, while others
 may have room sooner, and holds up the requests that are queued behind it. Here requests wait in one line for
-all instances, and each goes as soon as it fits one. So that large requests do not starve, the first in line
-is bound after a while to the freest instance. That instance takes no other request until it has room, and
-gives running requests away to make room (de-fragmentation). Only few instances do so at a time, because their
-free memory is idle meanwhile.
+all instances, and each goes as soon as it fits one. So that large requests do not starve, one that has waited
+for a while is bound to the freest instance, whatever the priority of those before it; one of high priority is
+bound at once, so that smaller requests of lower priority do not take its room. That instance takes no other
+request until it has room, and gives running requests away to make room (de-fragmentation). Only few instances
+do so at a time, because their free memory is idle meanwhile.
 """
 
 import bisect
+import math
+from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from router.dispatcher import Dispatcher
+from router.load import InstanceLoad
+from router.priority import PriorityClass, priority_class
 from router.request import Demand, NewRequest
+
+#: Prompt lengths are told apart in this many classes per doubling, of which the first so many members are
+#: looked at when an instance reports: its cost does not grow with the line.
+CLASSES_PER_DOUBLING = 8
+MEMBERS_LOOKED_AT = 4
 
 
 class WaitingRequest(NamedTuple):
-    """`place` is the priority and the number of the arrival: the order of the line."""
+    """`place` is the priority and the number of the arrival: the order of the line. From `due_at` on, an
+    instance has to make room for it."""
 
     place: tuple[int, int]
     request_id: str
     request: NewRequest
-    since: float
+    due_at: float
+
+    @property
+    def size_class(self) -> int:
+        return int(CLASSES_PER_DOUBLING * math.log2(max(self.request.prompt_tokens, 1)))
 
 
 class WaitingLine:
@@ -30,48 +45,84 @@ class WaitingLine:
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
-        self._line: list[WaitingRequest] = []
+        self._waiting: dict[str, WaitingRequest] = {}
+        self._by_size: dict[int, list[WaitingRequest]] = {}  # each in the order of the line
+        self._by_priority: dict[int, deque[WaitingRequest]] = {}  # by arrival; some have left
+        self._tokens = 0
         self._count = 0
 
     def __len__(self) -> int:
-        return len(self._line)
+        return len(self._waiting)
 
     def __iter__(self) -> Iterator[str]:
-        return (waiting.request_id for waiting in self._line)
+        return (one.request_id for one in sorted(self._waiting.values(), key=lambda one: one.place))
 
     @property
     def demand(self) -> Demand:
         """Number and prompt tokens of all waiting requests."""
-        return Demand(len(self._line), sum(waiting.request.prompt_tokens for waiting in self._line))
+        return Demand(len(self._waiting), self._tokens)
 
     def add(self, request_id: str, request: NewRequest, now: float) -> None:
         self._count += 1
-        waiting = WaitingRequest((request.priority, self._count), request_id, request, now)
-        bisect.insort(self._line, waiting, key=lambda waiting: waiting.place)
+        is_high = priority_class(request.priority) is PriorityClass.HIGH
+        due_at = now if is_high else now + self._dispatcher.policies.bind_after_s
+        waiting = WaitingRequest((request.priority, self._count), request_id, request, due_at)
+        self.discard(request_id)
+        self._waiting[request_id] = waiting
+        self._tokens += request.prompt_tokens
+        bisect.insort(self._by_size.setdefault(waiting.size_class, []), waiting, key=lambda one: one.place)
+        self._by_priority.setdefault(request.priority, deque()).append(waiting)
 
     def discard(self, request_id: str) -> None:
         """Takes a request out of the line. Unknown requests are ignored."""
-        self._line = [waiting for waiting in self._line if waiting.request_id != request_id]
+        if (waiting := self._waiting.pop(request_id, None)) is None:
+            return
+        self._tokens -= waiting.request.prompt_tokens
+        members = self._by_size[waiting.size_class]
+        del members[bisect.bisect_left(members, waiting.place, key=lambda one: one.place)]
+        if not members:
+            del self._by_size[waiting.size_class]
 
     def take(self, instance_id: str, now: float) -> list[str]:
         """Takes out the requests that can be dispatched now that an instance has reported: those that fit
-        there, or else the first in line, if it is overdue and another instance may be bound."""
-        taken: list[WaitingRequest] = []
-        free_blocks = self._dispatcher.admissible_blocks(instance_id)
-        if free_blocks <= 0 and not self._is_overdue(now):
+        there, or one that is due and fits nowhere, if another instance may be bound."""
+        if not self._waiting:
             return []
-        load = self._dispatcher.loads[instance_id]
-        for waiting in self._line:
-            num_blocks = load.blocks_for(waiting.request.prompt_tokens)
-            if num_blocks <= free_blocks:
-                taken.append(waiting)
-                free_blocks -= num_blocks
-        if not taken and self._is_overdue(now) and self._dispatcher.may_bind:
-            taken = self._line[:1]
-        if taken:
-            places = {waiting.place for waiting in taken}
-            self._line = [waiting for waiting in self._line if waiting.place not in places]
-        return [waiting.request_id for waiting in taken]
+        taken: list[str] = []
+        free_blocks = self._dispatcher.admissible_blocks(instance_id)
+        load = self._dispatcher.loads[instance_id] if free_blocks > 0 else None
+        due = self._longest_due(now)
+        fits = load is not None and due is not None and _needed(load, due) <= free_blocks
+        if due is not None and not fits and self._dispatcher.may_bind:
+            self.discard(due.request_id)
+            return [due.request_id]
+        while load is not None and (fitting := self._first_that_fits(load, free_blocks)):
+            free_blocks -= _needed(load, fitting)
+            taken.append(fitting.request_id)
+            self.discard(fitting.request_id)
+        return taken
 
-    def _is_overdue(self, now: float) -> bool:
-        return bool(self._line) and now - self._line[0].since >= self._dispatcher.policies.bind_after_s
+    def _first_that_fits(self, load: InstanceLoad, free_blocks: int) -> WaitingRequest | None:
+        """The first in line that fits, as far as it is among the first of its size."""
+        fitting = (
+            one
+            for members in self._by_size.values()
+            for one in members[:MEMBERS_LOOKED_AT]
+            if _needed(load, one) <= free_blocks
+        )
+        return min(fitting, key=lambda one: one.place, default=None)
+
+    def _longest_due(self, now: float) -> WaitingRequest | None:
+        """The request that has been due for longest. Those of one priority become due in their order."""
+        for priority, arrivals in list(self._by_priority.items()):
+            while arrivals and self._waiting.get(arrivals[0].request_id) is not arrivals[0]:
+                arrivals.popleft()
+            if not arrivals:
+                del self._by_priority[priority]
+        firsts = [arrivals[0] for arrivals in self._by_priority.values()]
+        due = [one for one in firsts if one.due_at <= now]
+        return min(due, key=lambda one: (one.due_at, one.place), default=None)
+
+
+def _needed(load: InstanceLoad, waiting: WaitingRequest) -> int:
+    return load.blocks_for(waiting.request.prompt_tokens)

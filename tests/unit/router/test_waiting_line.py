@@ -1,5 +1,6 @@
 """Requests that no instance has room for: which go when, and where to."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -163,4 +164,68 @@ def test_a_request_that_goes_fits_or_is_first_and_none_is_lost(
     assert sorted([*taken, *line]) == sorted(before)
     assert [name for name in before if name in taken] == taken
     needed = sum(sizes[int(name)][0] for name in taken)
-    assert needed <= free_blocks or (taken == before[:1] and now >= LATE.bind_after_s)
+    is_due = now >= LATE.bind_after_s or any(priority < 0 for _, priority in sizes)
+    assert needed <= free_blocks or (len(taken) == 1 and is_due)
+
+
+def test_a_long_prompt_gets_its_turn_behind_a_stream_of_high_priority() -> None:
+    line, _ = line_of(with_free("i0", 4))
+    line.add("long", blocks(50), now=0.0)
+    bound = []
+    for step in range(12):
+        now = 0.1 * step
+        line.add(f"high-{step}", blocks(6, -1), now=now)
+        bound += line.take("i0", now)
+
+    assert "long" in bound
+    assert bound.index("long") <= 6  # due after 0.5 s
+
+
+def test_a_long_prompt_gets_its_turn_beside_short_ones_that_always_fit() -> None:
+    line, _ = line_of(with_free("i0", 10))
+    line.add("long", blocks(50), now=0.0)
+    taken = []
+    for step in range(8):
+        line.add(f"short-{step}", blocks(2), now=0.1 * step)
+        taken += line.take("i0", now=0.1 * step)
+
+    assert "long" in taken
+
+
+def test_high_priority_that_fits_nowhere_is_bound_before_smaller_requests_take_its_room() -> None:
+    line, _ = line_of(with_free("i0", 0), with_free("i1", 0))
+    line.add("high", blocks(50, -1), now=0.0)
+    line.add("small", blocks(3), now=0.0)
+
+    assert line.take("i0", now=0.01) == ["high"]
+    assert list(line) == ["small"]
+
+
+def test_a_report_does_not_look_at_the_whole_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    line, dispatcher = line_of(with_free("i0", 0))
+    for number in range(3000):
+        line.add(str(number), blocks(20 + number % 80), now=0.0)
+    dispatcher.loads.report(with_free("i0", 10))
+    looks = 0
+    blocks_for = InstanceLoad.blocks_for
+
+    def counted(load: InstanceLoad, num_tokens: int) -> int:
+        nonlocal looks
+        looks += 1
+        return blocks_for(load, num_tokens)
+
+    monkeypatch.setattr(InstanceLoad, "blocks_for", counted)
+
+    assert line.take("i0", now=0.1) == []
+    assert looks < 200
+
+
+def test_a_request_that_comes_back_waits_once() -> None:
+    line, dispatcher = line_of(with_free("i0", 0))
+    line.add("a", blocks(3), now=0.0)
+    line.add("a", blocks(3), now=0.1)
+    dispatcher.loads.report(with_free("i0", 10))
+
+    assert (len(line), line.demand) == (1, Demand(1, 3 * BLOCK_TOKENS))
+    assert line.take("i0", now=0.2) == ["a"]
+    assert (len(line), line.demand) == (0, Demand(0, 0))
