@@ -115,6 +115,8 @@ def pooled_freeness(
 ) -> float:
     """Average freeness of a pool: all free blocks per request of all. Scaling decides by it.
 
+    Headroom does not count: it steers requests among instances, and is no use of memory.
+
     The mean of the instances' freeness would be infinite with one idle instance (in the paper), or so high
     that it hides that all others are full. Here an idle instance counts with its blocks.
 
@@ -126,7 +128,7 @@ def pooled_freeness(
     Source: Llumnix (OSDI 2024), section 4.4.3; its artifact pools in the same way.
     """
     pool = list(loads)
-    free = sum(_unclaimed(load) for load in pool) + more_blocks
+    free = sum(_unclaimed(load) + headroom(load) for load in pool) + more_blocks
     if waiting.requests and pool:
         free -= waiting.tokens / pool[0].block_tokens * pool[0].full_groups
     return free / max(sum(_requests(load) for load in pool) + waiting.requests, 1)

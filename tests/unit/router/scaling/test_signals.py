@@ -62,6 +62,11 @@ def test_the_whole_queue_counts() -> None:
     assert look([queue], 0).instances == 1
 
 
+def test_headroom_is_no_use_of_memory() -> None:
+    """One request of high priority on a lone instance that is nine tenths free does not ask for another."""
+    assert look([load("i0", 766, 2, high_priority=1)], 0).instances == 0
+
+
 def test_the_reason_is_one_line_with_the_numbers() -> None:
     assert look(pool(4, 80, 20), 0).reason == "average freeness 4.0 < 10"
     assert look(pool(4, 600, 5), 0).reason == "average freeness without it 77.5 > 60"
