@@ -77,7 +77,17 @@ def _reported() -> Iterable[tuple[Metric, list[str]]]:
         slots={"decode-0": 0},
         stats={
             "decode-0": InstanceStats(
-                process, 0, 0, 0, 0, 0, errors, {"policy": 0}, {"session": 0}, orphans={"ended": 0}
+                process,
+                0,
+                0,
+                0,
+                0,
+                0,
+                errors,
+                refused_orders={"policy": 0},
+                prefix_copies={"copied": 0},
+                unmovable={"session": 0},
+                orphans={"ended": 0},
             )
         },
         stranded={},

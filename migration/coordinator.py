@@ -103,8 +103,9 @@ class MigrationCoordinator:
 
     @property
     def bytes_received(self) -> int:
-        """KV copied to this instance, aborted migrations included."""
-        return self._bytes_received + sum(m.bytes_copied for m in self._incoming.values())
+        """KV copied to this instance, aborted migrations and prefixes included."""
+        migrating = sum(m.bytes_copied for m in self._incoming.values())
+        return self._bytes_received + migrating + self.prefixes.reader.bytes_copied
 
     @property
     def block_copy_s(self) -> float:

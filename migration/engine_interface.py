@@ -11,27 +11,12 @@ from typing import NamedTuple, Protocol, TypeVar
 from migration.cached_keys import KeyChanges, KeyFormat
 from migration.messages import FinalState, KvPart, MigrationId, RequestDescription, RequestId
 from migration.prefix_store import PrefixStore
+from migration.reservation import Reservation
 from migration.transport.kv_transport import KvRegion
 from migration.transport.worker_transport import WorkerMemory
 from router.load import EngineLoad
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """Blocks held at a destination for a request that is on its way.
-
-    Attributes:
-        tables: For each cache group the local block ids by block index of the request; `NO_BLOCK` where it
-            needs none. Empty for groups with state.
-        states: The block of each group with state, as in `KvPart`.
-        tokens_present: Number of its first tokens whose KV is here already (prefix cache hits).
-    """
-
-    tables: list[list[int]]
-    states: list[int]
-    tokens_present: int
 
 
 @dataclass(frozen=True, slots=True)

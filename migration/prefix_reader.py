@@ -20,6 +20,7 @@ from migration.prefix_messages import (
     PrefixRefused,
     ToPrefixReader,
 )
+from migration.reservation import Reservation
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,8 @@ class PrefixReader:
 
     Attributes:
         outcomes: Number of copies by outcome: "copied", or the code of the refusal.
-        tokens_copied, bytes_copied: What copies have brought into the prefix cache.
+        tokens_copied: Tokens whose KV copies have brought into the prefix cache.
+        bytes_copied: What was read.
     """
 
     def __init__(self, instance: LocalInstance) -> None:
@@ -124,22 +126,23 @@ class PrefixReader:
         offer = await copy.answer(bounds.prefix_reply_s)
         if not isinstance(offer, PrefixOffer):
             raise PeerLostError(f"{copy.holder} confirms what it has not offered")
-        tables: list[list[int]] = []
+        held = Reservation([], [], 0)
         try:
             try:
                 if offer.part.end > query.max_tokens:
                     raise PeerLostError(f"{copy.holder} offers more tokens than the prompt has")
-                tables = await store.reserve(copy_id, payload, offer.part)
-                num_bytes = await self._read(copy, offer, tables)
+                held = await store.reserve(copy_id, payload, offer.part)
+                self.bytes_copied += await self._read(copy, offer, held.tables)
             finally:
                 instance.send(copy.holder, PrefixRead(copy_id))
             await self._confirmed(copy)
         except BaseException:
-            await self._drop(copy_id, [block for table in tables for block in table if block != NO_BLOCK])
+            await self._drop(
+                copy_id, [block for table in held.tables for block in table if block != NO_BLOCK]
+            )
             raise
         await store.publish(copy_id)
-        self.bytes_copied += num_bytes
-        self.tokens_copied += offer.part.end if num_bytes else 0
+        self.tokens_copied += offer.part.end - held.tokens_present
 
     async def _read(self, copy: PrefixCopy, offer: PrefixOffer, tables: list[list[int]]) -> int:
         pairs = _block_pairs(offer.part, tables)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from migration.messages import KvPart, MigrationId
+from migration.reservation import Reservation
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +41,11 @@ class PrefixStore(Protocol):
             DestinationRefusedError: the engines differ, or this one cannot share blocks; nothing is pinned.
         """
 
-    async def reserve(self, copy_id: MigrationId, payload: list[bytes], part: KvPart) -> list[list[int]]:
+    async def reserve(self, copy_id: MigrationId, payload: list[bytes], part: KvPart) -> Reservation:
         """Holds blocks for what is offered and not here already.
 
-        Returns: for each cache group the local block ids by block index; `NO_BLOCK` where nothing is to be
-            copied. Empty lists if all is here already, and nothing is held.
+        Returns: its tables have `NO_BLOCK` where nothing is to be copied. They are empty if all is here
+            already, and nothing is held.
 
         Raises:
             DestinationRefusedError: no room, or the offer does not fit this engine; nothing is held.

@@ -14,6 +14,7 @@ from router.handoff import HANDOFF, FreestDestination, can_receive
 from router.load import InstanceLoad
 from router.plugins import PolicyError
 from router.policies import PolicySet, policy_set
+from router.prefix_source import prefix_source
 from router.projected_loads import ProjectedLoads
 from router.request import NewRequest
 
@@ -73,6 +74,8 @@ class Dispatcher:
         policy = self._dispatch
         if any(load.role == "prefill" for load in loads):
             policy = self._prefill_dispatch
+            if self.policies.decode_prompt_tokens:
+                loads += [load for load in self._decoding() if load.instance_id not in avoid]
             loads = [load for load in loads if load.role == "prefill" or _has_room(load, tokens)]
         elif self.policies.late_binding and loads:
             with_room = [load for load in loads if _has_room(load, tokens)]
@@ -81,12 +84,23 @@ class Dispatcher:
             loads = with_room or loads
         if not loads:
             return None
-        loads = self._with_cached(loads, request.prefix_keys, soon=True)
+        loads = self._with_prefixes(loads, request.prefix_keys)
         chosen = self._decide(policy, LeastBacklog(), lambda policy: self._choose(policy, loads, request))
-        if request.prefix_keys:
-            self.loads.prefixes.expect(chosen.instance_id, request.prefix_keys)
-        self.loads.add_dispatch(chosen.instance_id, tokens, chosen.blocks_for(tokens))
+        to_compute = max(tokens - chosen.cached_tokens - chosen.copied_tokens, 1)
+        self.loads.add_dispatch(chosen.instance_id, to_compute, chosen.blocks_for(tokens))
         return chosen.instance_id
+
+    def send_prefix(self, request: NewRequest, instance_id: str) -> str | None:
+        """Counts the prompt's blocks on the instance that it starts on.
+
+        Returns: the instance to copy its prefix from; None if computing it is sooner.
+        """
+        if not (keys := request.prefix_keys):
+            return None
+        (reader,) = self._with_cached([self.loads.projected(instance_id)], keys, soon=True)
+        source = prefix_source(self._with_cached(self.loads.fresh(), keys), reader)
+        self.loads.prefixes.expect(instance_id, keys)
+        return source.holder if source is not None else None
 
     def _choose(
         self, policy: DispatchPolicy, loads: Sequence[InstanceLoad], request: NewRequest
@@ -145,6 +159,24 @@ class Dispatcher:
         return candidates(self._with_headroom(self.loads.fresh())) or candidates(
             self._with_headroom(self.loads.all())
         )
+
+    def _decoding(self) -> list[InstanceLoad]:
+        """Decode instances that do not drain."""
+        loads = self._with_headroom(self.loads.fresh())
+        return [load for load in loads if load.role == "decode" and not load.draining]
+
+    def _with_prefixes(self, loads: list[InstanceLoad], prefix_keys: Sequence[int]) -> list[InstanceLoad]:
+        """The loads with what each instance has of a prompt, or can copy from another one."""
+        if not prefix_keys:
+            return loads
+        holders = self._with_cached(self.loads.fresh(), prefix_keys)
+        found = []
+        for load in self._with_cached(loads, prefix_keys, soon=True):
+            source = prefix_source(holders, load)
+            found.append(
+                replace(load, copied_tokens=source.tokens, copy_s=source.seconds) if source else load
+            )
+        return found
 
     def _with_cached(
         self, loads: list[InstanceLoad], prefix_keys: Sequence[int], *, soon: bool = False

@@ -74,6 +74,8 @@ class InstanceLoad(EngineLoad, frozen=True):
             the process that decided.
         cached_tokens: Tokens at the beginning of the request in question whose KV blocks it has, for policies
             that use prefixes. Added by the process that decides.
+        copied_tokens, copy_s: Tokens whose KV blocks it would copy from another instance, and the time that
+            takes. Added as well.
     """
 
     instance_id: str
@@ -98,6 +100,8 @@ class InstanceLoad(EngineLoad, frozen=True):
     expected_blocks: int = 0
     expected_requests: int = 0
     cached_tokens: int = 0
+    copied_tokens: int = 0
+    copy_s: float = 0.0
 
     @property
     def is_empty(self) -> bool:

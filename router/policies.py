@@ -1,7 +1,7 @@
 """Policy sets by name, and the check of every setting where it enters."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Annotated, Any
 
 from router.dispatch import DISPATCH
@@ -14,6 +14,20 @@ from router.settings import PolicySet
 
 __all__ = ["POLICY_KINDS", "PolicyError", "PolicySet", "paper_threshold", "policy_set", "policy_set_names"]
 
+#: The default. docs/policies.md has the reason and the measured gain of each difference to the paper.
+LLUMNIX = PolicySet(
+    "llumnix",
+    late_binding=True,
+    headroom=0.1,
+    rescheduling="pairs",
+    selection="guarded",
+    migration_threshold=10.0,
+    max_moves=4,
+    scale_threshold=20.0,
+    scale_margin=10.0,
+    drain_after_s=30.0,
+)
+
 POLICY_SETS: dict[str, PolicySet] = {
     policies.name: policies
     for policies in (
@@ -24,18 +38,14 @@ POLICY_SETS: dict[str, PolicySet] = {
         PolicySet("infaas++"),
         # The paper's settings, nothing else.
         PolicySet("llumnix-paper", headroom=1.0, rescheduling="pairs"),
-        # The default. docs/policies.md has the reason and the measured gain of each difference to the paper.
-        PolicySet(
-            "llumnix",
-            late_binding=True,
-            headroom=0.1,
-            rescheduling="pairs",
-            selection="guarded",
-            migration_threshold=10.0,
-            max_moves=4,
-            scale_threshold=20.0,
-            scale_margin=10.0,
-            drain_after_s=30.0,
+        LLUMNIX,
+        # The default, and prompts are computed where that is soonest, with prefixes from anywhere.
+        replace(
+            LLUMNIX,
+            name="conditional",
+            prefill_dispatch="soonest",
+            handoff="prefix",
+            decode_prompt_tokens=256,
         ),
     )
 }

@@ -18,13 +18,13 @@ from migration.engine_interface import (
     EngineFacts,
     HeldBlocks,
     HeldByClient,
-    Reservation,
     RunningRequest,
     StepProgress,
 )
 from migration.engine_rules import mismatch
 from migration.errors import DestinationRefusedError, InvalidRequestError, RefusalCode, SourceGoneError
 from migration.messages import FinalState, KvPart, MigrationId, RequestDescription, RequestId
+from migration.reservation import Reservation
 from migration.transport.kv_transport import KvRegion
 from migration.transport.worker_transport import WorkerMemory
 from migration.vllm_engine import compatibility

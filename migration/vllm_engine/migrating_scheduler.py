@@ -20,10 +20,10 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from migration.engine_interface import Reservation
 from migration.engine_rules import next_stage, should_suspend, slack_tokens, tail
 from migration.errors import DestinationRefusedError, RefusalCode, SourceGoneError
 from migration.messages import KvPart
+from migration.reservation import Reservation
 from migration.vllm_engine.cache_groups import CacheGroups
 from migration.vllm_engine.local_tier import tier_of
 from migration.vllm_engine.lora_adapters import slots_kept

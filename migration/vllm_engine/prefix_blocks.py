@@ -14,6 +14,7 @@ from vllm.v1.request import Request
 
 from migration.errors import DestinationRefusedError, RefusalCode
 from migration.messages import NO_BLOCK, BlockRun, KvPart
+from migration.reservation import Reservation
 from migration.vllm_engine.local_tier import LocalTier
 
 
@@ -53,14 +54,10 @@ class PrefixBlocks:
     def find(self, hashes: list[BlockHash], max_tokens: int) -> KvPart:
         """The longest cached prefix that ends with a block of every group."""
         blocks, end = self._longest(hashes, max_tokens)
-        runs = [
-            BlockRun(0, [NO_BLOCK if block.is_null else block.block_id for block in found])
-            for found in blocks
-        ]
-        return KvPart(end, runs)
+        return KvPart(end, [BlockRun(0, _ids(found)) for found in blocks])
 
-    def reserve(self, copy_id: str, request: Request, part: KvPart, kept_free: int) -> list[list[int]]:
-        """Holds blocks for what is offered and not here already; returns their ids, see `PrefixStore`.
+    def reserve(self, copy_id: str, request: Request, part: KvPart, kept_free: int) -> Reservation:
+        """Holds blocks for what is offered and not here already; see `PrefixStore`.
 
         Args:
             kept_free: Blocks that are to stay free.
@@ -71,7 +68,7 @@ class PrefixBlocks:
         self._check(request, part)
         ours, present = self._longest(request.block_hashes, part.end)
         if present >= part.end:
-            return []
+            return Reservation([], [], present)
         firsts = [present // manager.block_size for manager in self._managers]
         offered = [run.block_ids[first:] for run, first in zip(part.runs, firsts, strict=True)]
         number = sum(block_id != NO_BLOCK for block_ids in offered for block_id in block_ids)
@@ -91,10 +88,8 @@ class PrefixBlocks:
             for block_ids in offered
         ]
         self.reserved[copy_id] = ReservedPrefix(request, shared, firsts, tables, part.end)
-        return [
-            [NO_BLOCK] * first + [NO_BLOCK if block.is_null else block.block_id for block in table]
-            for first, table in zip(firsts, tables, strict=True)
-        ]
+        ids = [[NO_BLOCK] * first + _ids(table) for first, table in zip(firsts, tables, strict=True)]
+        return Reservation(ids, [], present)
 
     def publish(self, copy_id: str) -> None:
         """The blocks enter the prefix cache. Idempotent."""
@@ -150,3 +145,7 @@ class PrefixBlocks:
             manager.new_block_ids[:] = [
                 block_id for block_id in manager.new_block_ids if block_id not in held
             ]
+
+
+def _ids(blocks: Sequence[KVCacheBlock]) -> list[int]:
+    return [NO_BLOCK if block.is_null else block.block_id for block in blocks]

@@ -8,6 +8,7 @@ from migration.engine_rules import mismatch
 from migration.errors import DestinationRefusedError, RefusalCode
 from migration.messages import KvPart, MigrationId
 from migration.prefix_store import PrefixQuery
+from migration.reservation import Reservation
 from migration.vllm_engine.prefix_blocks import PrefixBlocks
 from migration.vllm_engine.request_loader import RequestLoader
 from migration.vllm_engine.step_loop import StepLoop
@@ -60,10 +61,10 @@ class VllmPrefixStore:
             pass
         return part
 
-    async def reserve(self, copy_id: MigrationId, payload: list[bytes], part: KvPart) -> list[list[int]]:
+    async def reserve(self, copy_id: MigrationId, payload: list[bytes], part: KvPart) -> Reservation:
         request = self._loader.read(payload)
 
-        def reserve() -> list[list[int]]:
+        def reserve() -> Reservation:
             kept_free = self._scheduler._inflight_prefill_reserved_blocks()
             return self._blocks.reserve(copy_id, request, part, kept_free)
 

@@ -200,6 +200,21 @@ class InstanceStats(msgspec.Struct, frozen=True):
             extra=COUNTER | {"label": "reason"},
         ),
     ] = {}
+    prefix_copies: Annotated[
+        dict[str, int],
+        Meta(
+            description="Copies of prefixes of prompts to the instance, by outcome: copied, or why not.",
+            extra=COUNTER | {"label": "outcome"},
+        ),
+    ] = {}
+    prefix_tokens: Annotated[
+        int,
+        Meta(
+            title="copied_prefix_tokens",
+            description="Tokens whose KV was copied to the instance in the place of computing it.",
+            extra=COUNTER,
+        ),
+    ] = 0
     unmovable: Annotated[
         dict[str, int],
         Meta(

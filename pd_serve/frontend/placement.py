@@ -86,7 +86,8 @@ class RequestPlacement:
         self._recorder.dispatched(request.request_id, instance_id, role, self._clock())
         handoff = self._handoff_candidates(request) if role == "prefill" else None
         epoch, tokens = request.ledger.epoch, list(request.ledger.token_ids)
-        message = AddRequest(request.request_id, self._token_endpoint, epoch, handoff, tokens)
+        prefix_from = self._dispatcher.send_prefix(new, instance_id)
+        message = AddRequest(request.request_id, self._token_endpoint, epoch, handoff, tokens, prefix_from)
         self._wire.send(instance_id, message, request.payload)
         return True
 

@@ -142,11 +142,14 @@ class LoadReporter:
         """For metrics; None before the engine has started."""
         if (coordinator := self._coordinator) is None:
             return None
+        reader = coordinator.prefixes.reader
         return InstanceStats(
             process=process_stats(),
             offers=coordinator.num_offers,
             refused_offers=coordinator.num_refused,
             bytes_received=coordinator.bytes_received,
+            prefix_copies={str(outcome): number for outcome, number in reader.outcomes.items()},
+            prefix_tokens=reader.tokens_copied,
             unsent_messages=len(self._wire.unsent),
             protocol_errors=coordinator.protocol_errors + len(self._wire.failures),
             message_errors=dict(self._wire.failures.by_kind),

@@ -4,10 +4,10 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from migration.engine_interface import Reservation
 from migration.engine_rules import BlockTable, mismatch, next_stage, should_suspend, slack_tokens, tail
 from migration.errors import DestinationRefusedError, RefusalCode, SourceGoneError
 from migration.messages import FinalState, KvPart, RequestDescription, RequestId
+from migration.reservation import Reservation
 from migration.tasks import settle
 from pd_serve.simulated_engine.batcher import Batcher
 from pd_serve.simulated_engine.sequence import Sequence

@@ -8,6 +8,7 @@ from migration.engine_rules import mismatch
 from migration.errors import DestinationRefusedError, RefusalCode
 from migration.messages import NO_BLOCK, BlockRun, KvPart, MigrationId
 from migration.prefix_store import PrefixQuery
+from migration.reservation import Reservation
 from pd_serve.simulated_engine.batcher import Batcher
 from pd_serve.simulated_engine.migrations import SequenceMigrations
 from pd_serve.simulated_engine.sequence import Sequence
@@ -69,11 +70,11 @@ class SimulatedPrefixStore:
         found: KvPart = await self._call("offer_prefix", offer)
         return found
 
-    async def reserve(self, copy_id: MigrationId, payload: list[bytes], part: KvPart) -> list[list[int]]:
+    async def reserve(self, copy_id: MigrationId, payload: list[bytes], part: KvPart) -> Reservation:
         hashes = self._hashes(self._decode(payload))
         block_tokens = self._batcher.settings.block_tokens
 
-        def reserve() -> list[list[int]]:
+        def reserve() -> Reservation:
             number = part.end // block_tokens
             if len(part.runs) != 1 or part.runs[0].first or len(part.runs[0].block_ids) != number:
                 text = "the prefix that is offered does not fit this engine"
@@ -81,7 +82,7 @@ class SimulatedPrefixStore:
             pool = self._batcher.pool
             shared = pool.cached(hashes[:number])
             if not self._caches or len(shared) == number:
-                return []
+                return Reservation([], [], len(shared) * block_tokens)
             missing = number - len(shared)
             if missing > pool.num_free - pool.num_unused(shared):
                 text = f"a prefix of {missing} KV blocks, {pool.num_free} are free"
@@ -89,10 +90,10 @@ class SimulatedPrefixStore:
             pool.share(shared)
             fresh = pool.allocate(missing)
             self.reserved[copy_id] = HeldPrefix(shared, fresh, hashes[len(shared) : number])
-            return [[NO_BLOCK] * len(shared) + fresh]
+            return Reservation([[NO_BLOCK] * len(shared) + fresh], [], len(shared) * block_tokens)
 
-        tables: list[list[int]] = await self._call("reserve_prefix", reserve)
-        return tables
+        held: Reservation = await self._call("reserve_prefix", reserve)
+        return held
 
     async def publish(self, copy_id: MigrationId) -> None:
         def publish() -> None:

@@ -12,12 +12,12 @@ from migration.engine_interface import (
     EngineFacts,
     HeldBlocks,
     HeldByClient,
-    Reservation,
     RunningRequest,
     StepProgress,
 )
 from migration.errors import DestinationRefusedError, RefusalCode
 from migration.messages import FinalState, KvPart, MigrationId, RequestDescription, RequestId
+from migration.reservation import Reservation
 from migration.transport.kv_transport import KvRegion
 from pd_serve.errors import InvalidRequestError
 from pd_serve.simulated_engine.batcher import Batcher, Step

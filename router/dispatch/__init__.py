@@ -4,6 +4,7 @@ from router.dispatch.dispatch_policy import DispatchPolicy, can_start, candidate
 from router.dispatch.least_loaded import Freest, LeastBacklog, PowerOfTwo, ShortestQueue
 from router.dispatch.prefix import LongestPrefix
 from router.dispatch.round_robin import RoundRobin
+from router.dispatch.soonest import Soonest
 from router.plugins import PolicyKind
 
 __all__ = ["DISPATCH", "DispatchPolicy", "can_start", "candidates"]
@@ -18,5 +19,6 @@ DISPATCH: PolicyKind[DispatchPolicy] = PolicyKind(
         "freest": Freest,
         "backlog": LeastBacklog,
         "prefix": LongestPrefix,
+        "soonest": Soonest,
     },
 )

@@ -33,8 +33,8 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from migration.engine_interface import Reservation
 from migration.messages import NO_BLOCK, KvPart
+from migration.reservation import Reservation
 from migration.vllm_engine.migrating_scheduler import (
     MigratingAsyncScheduler,
     MigratingScheduler,

@@ -139,6 +139,7 @@ class Cluster:
         self.tokens: dict[str, list[int]] = {}
         self.ends: dict[str, str] = {}
         self.all_ended = asyncio.Event()
+        self.llumlets: dict[str, Llumlet] = {}
         self._close: list[Callable[[], Awaitable[None]]] = []
         self._fabric = LocalFabric()
         self._manager = Wire(MANAGER, HOST, KEYS)
@@ -193,6 +194,7 @@ class Cluster:
         engine = create_engine({}, self.settings, tokens.publish, llumlet.events)
         transport.register(engine.regions)
         llumlet.start(engine, transport)
+        self.llumlets[name] = llumlet
         self._manager.connect(name, llumlet.address)
         role = name.rpartition("-")[0]
         self._instances.append(InstanceInfo(name, role, llumlet.address, "node", 1, engine.facts))

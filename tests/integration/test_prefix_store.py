@@ -84,7 +84,7 @@ def copy_prefix(holder: Node, reader: Node, prompt: list[int], left_out: int | N
         copy_id, store = MigrationId(f"copy {next(_ids)}"), store_of(reader)
         part = await offered(holder, reader, prompt, copy_id)
         if part.end:
-            tables = await store.reserve(copy_id, encoded(prompt), part)
+            tables = (await store.reserve(copy_id, encoded(prompt), part)).tables
             for group, (run, table) in enumerate(zip(part.runs, tables, strict=bool(tables))):
                 pairs = [
                     pair for pair in zip(run.block_ids, table, strict=bool(table)) if NO_BLOCK not in pair
@@ -193,7 +193,7 @@ def test_a_copy_that_is_given_up_leaves_nothing(kind: Kind, make: Make) -> None:
 
     async def give_up() -> None:
         part = await offered(holder, reader, PROMPT, copy_id)
-        (table,) = await store.reserve(copy_id, encoded(PROMPT), part)
+        (table,) = (await store.reserve(copy_id, encoded(PROMPT), part)).tables
         assert len(table) == 5
         await store.drop(copy_id)
         await store.drop(copy_id)

@@ -76,8 +76,11 @@ async def test_only_what_the_reader_lacks_is_copied() -> None:
         await copy(cluster)
         assert num_held(cluster) == BLOCKS
         assert cluster["b"].coordinator.prefixes.reader.bytes_copied <= (BLOCKS - 2) * 8
+        tokens = cluster["b"].coordinator.prefixes.reader.tokens_copied
+        assert 0 < tokens <= (BLOCKS - 2) * BLOCK_TOKENS
         await copy(cluster)
         assert cluster["b"].coordinator.prefixes.reader.bytes_copied <= (BLOCKS - 2) * 8
+        assert cluster["b"].coordinator.prefixes.reader.tokens_copied == tokens
         await serve_on_b(cluster)
 
 

@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from router.dispatch import DispatchPolicy
 from router.dispatcher import Dispatcher
@@ -324,7 +325,9 @@ def test_a_prompt_goes_where_its_prefix_will_be() -> None:
     """Two with the same long prefix come between two reports."""
     dispatcher = with_prefixes(prefill("p0"), prefill("p1"))
     keys = tuple(range(10))
-    first = dispatcher.dispatch(NewRequest(100, prefix_keys=keys))
+    first = dispatcher.dispatch(request := NewRequest(100, prefix_keys=keys))
+    assert first is not None
+    dispatcher.send_prefix(request, first)
 
     assert dispatcher.dispatch(NewRequest(170, prefix_keys=(*keys, 70))) == first
     assert dispatcher.dispatch(NewRequest(170, prefix_keys=(70, *keys))) != first
@@ -341,3 +344,54 @@ def test_a_hand_off_goes_where_the_blocks_are_and_not_where_they_are_expected() 
     assert dispatcher.destinations(20) == ["d0", "d1"]
     dispatcher.loads.remove("d1")
     assert dispatcher.loads.prefixes.best_holder(keys) is None
+
+
+# ---- prompts on decode instances, and copies of prefixes
+
+
+def conditional(*loads: InstanceLoad, **settings: object) -> Dispatcher:
+    dispatcher = Dispatcher(policy_set("conditional", **settings))
+    dispatcher.loads.prefixes.key_tokens = 16
+    for load in loads:
+        measured = {"prompt_token_s": 1e-3, "decode_step_s": 0.02, "step_prompt_tokens": 256}
+        dispatcher.loads.report(replace(load, **measured))  # type: ignore[arg-type]
+    return dispatcher
+
+
+KEYS = tuple(range(100, 140))  # of 640 tokens
+
+
+def test_a_decode_instance_takes_prompts_only_where_the_policy_set_lets_it() -> None:
+    loads = [prefill("p0", 5000), decode("d0")]
+    assert conditional(*loads).dispatch(NewRequest(300)) == "d0"
+    assert conditional(*loads, decode_prompt_tokens=0).dispatch(NewRequest(300)) == "p0"
+
+
+def test_a_full_or_draining_or_avoided_decode_instance_takes_no_prompt() -> None:
+    busy = prefill("p0", 5000)
+    assert conditional(busy, decode("d0", 3)).dispatch(NewRequest(300)) == "p0"
+    assert conditional(busy, decode("d0", draining=True)).dispatch(NewRequest(300)) == "p0"
+    assert conditional(busy, decode("d0")).dispatch(NewRequest(300), avoid=["d0"]) == "p0"
+
+
+def test_a_prefix_is_copied_to_where_the_prompt_starts() -> None:
+    dispatcher = conditional(prefill("p0"), decode("d0"), decode_prompt_tokens=0)
+    dispatcher.loads.prefixes.add("d0", KEYS, 1000)
+    request = NewRequest(700, prefix_keys=KEYS)
+    assert dispatcher.dispatch(request) == "p0"
+    assert dispatcher.send_prefix(request, "p0") == "d0"
+    assert dispatcher.loads.projected("p0").waiting_tokens == 60
+
+
+def test_what_is_on_its_way_to_an_instance_is_not_copied_again() -> None:
+    dispatcher = conditional(prefill("p0"), decode("d0"), decode_prompt_tokens=0)
+    dispatcher.loads.prefixes.add("d0", KEYS, 1000)
+    request = NewRequest(700, prefix_keys=KEYS)
+    for source in ("d0", None):
+        assert dispatcher.dispatch(request) == "p0"
+        assert dispatcher.send_prefix(request, "p0") == source
+
+
+def test_without_keys_nothing_is_copied() -> None:
+    dispatcher = conditional(prefill("p0"), decode("d0"))
+    assert dispatcher.send_prefix(NewRequest(700), "p0") is None

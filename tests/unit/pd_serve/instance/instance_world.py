@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from migration.bounds import MigrationBounds
-from migration.engine_interface import HeldByClient, Reservation, RunningRequest, StepProgress
+from migration.engine_interface import HeldByClient, RunningRequest, StepProgress
 from migration.errors import RefusalCode
 from migration.messages import (
     BlockRun,
@@ -23,6 +23,7 @@ from migration.messages import (
     stem_of,
 )
 from migration.prefix_store import PrefixQuery
+from migration.reservation import Reservation
 from migration.transport.kv_transport import KvRegion
 from migration.transport.local import LocalFabric
 from pd_serve.comm.messages import (
@@ -53,8 +54,8 @@ class PrefixStoreStub:
     def query(self, payload: list[bytes]) -> PrefixQuery:
         return PrefixQuery([b"hash"], 16, {})
 
-    async def reserve(self, copy_id: MigrationId, payload: list[bytes], part: KvPart) -> list[list[int]]:
-        return [[3]]
+    async def reserve(self, copy_id: MigrationId, payload: list[bytes], part: KvPart) -> Reservation:
+        return Reservation([[3]], [], 0)
 
     async def publish(self, copy_id: MigrationId) -> None: ...
 

@@ -1,0 +1,62 @@
+"""Dispatch to wherever the first token comes soonest, by measured times."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from msgspec import Meta
+
+from router.dispatch.dispatch_policy import can_start
+from router.freeness import dispatch_freeness
+from router.load import InstanceLoad
+from router.request import NewRequest
+
+#: Time for a prompt token while no instance has computed one, in seconds.
+UNKNOWN_TOKEN_S = 1e-4
+
+
+@dataclass
+class Soonest:
+    """The instance that will have computed the prompt first.
+
+    It has its backlog to compute, and what of the prompt it has neither cached nor can copy sooner.
+
+    Decode instances take part if the policy set lets them (`decode_prompt_tokens`). Each of their steps takes
+    that many tokens of a prompt at most, beside a token for each request of their batch.
+    """
+
+    uses_prefixes: ClassVar[bool] = True
+
+    decode_patience: Annotated[
+        float,
+        Meta(gt=0, description="A decode instance has to be sooner by this factor than a prefill instance."),
+    ] = 1.0
+
+    def choose(
+        self, loads: Sequence[InstanceLoad], request: NewRequest, rng: random.Random
+    ) -> InstanceLoad | None:
+        measured = [load.prompt_token_s for load in loads if load.prompt_token_s]
+        mean_s = sum(measured) / len(measured) if measured else UNKNOWN_TOKEN_S
+
+        def cost(load: InstanceLoad) -> tuple[float, float, str]:
+            seconds = first_token_s(load, request.prompt_tokens, load.prompt_token_s or mean_s)
+            if not can_start(load):
+                seconds *= self.decode_patience
+            return seconds, -dispatch_freeness(load, request.priority), load.instance_id
+
+        return min(loads, key=cost, default=None)
+
+
+def first_token_s(load: InstanceLoad, prompt_tokens: int, token_s: float) -> float:
+    """Time until an instance has computed a prompt, and everything that is before it in its queue.
+
+    Args:
+        load: With `cached_tokens`, `copied_tokens` and `copy_s` for this prompt.
+        token_s: Time for each prompt token there.
+    """
+    tokens = load.waiting_tokens + max(prompt_tokens - load.cached_tokens - load.copied_tokens, 1)
+    seconds = load.copy_s + tokens * token_s
+    if load.running:
+        seconds += -(-tokens // max(load.step_prompt_tokens, 1)) * load.decode_step_s
+    return seconds
