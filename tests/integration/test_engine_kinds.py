@@ -31,6 +31,8 @@ pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module")]
 REPRESENTATIVE = ["tiny-gpt-oss", "tiny-falcon-h1"]
 #: The second engine of a process has another output than the first, also where nothing moves.
 NOT_TWICE = ["tiny-llama4", "tiny-granite4"]
+#: Its draft model is the model itself, so that drafts are accepted.
+DRAFTS = "tiny, a draft model"
 WINDOWED = ["tiny-mistral", "tiny-gemma3", "tiny-gpt-oss", "tiny-llama4"]
 LONG = 5 * WINDOW_TOKENS + 13
 _seeds = itertools.count(1)
@@ -59,14 +61,18 @@ def environment() -> Iterator[None]:
     vllm.envs.disable_envs_cache()  # an engine freezes what it has read
 
 
-@pytest_asyncio.fixture(loop_scope="module", scope="module", params=kinds(KINDS))
+@pytest_asyncio.fixture(loop_scope="module", scope="module", params=kinds([*KINDS, DRAFTS]))
 async def engines(request: pytest.FixtureRequest, environment: None) -> AsyncIterator[Any]:
     """One pair of engines for all tests of a kind."""
     from tests.integration.engine_pair import EnginePair
 
     # Blocks of a window serve others wherever it has passed, not only at the end of the prompt.
     dense = {"prefix_cache_retention_interval": None} if request.param in WINDOWED else {}
-    pair = EnginePair(request.param, **dense)
+    if request.param == DRAFTS:
+        drafts = {"method": "draft_model", "model": resolve("tiny"), "num_speculative_tokens": 3}
+        pair = EnginePair("tiny", speculative_config=drafts)
+    else:
+        pair = EnginePair(request.param, **dense)
     await pair.start()
     yield pair
     await pair.close()
@@ -116,6 +122,9 @@ async def test_a_request_that_moves_there_and_back_has_the_output_of_one_that_st
 
     from tests.integration import engine_rig
 
+    speculating = pair.a.rig.engine.core.vllm_config.speculative_config is not None
+    if speculating and sampling == "seeded":
+        pytest.skip("what is sampled depends on the drafts")
     prompt, neighbour = some_prompt(LONG), some_prompt(40)
     params = {
         "greedy": lambda: engine_rig.greedy(120, logprobs=2),
@@ -146,12 +155,14 @@ async def test_each_group_has_to_be_copied(pair: Any) -> None:
     from vllm.v1.kv_cache_interface import MambaSpec
 
     from tests.integration.engine_pair import left_out
-    from tests.integration.engine_rig import seeded
+    from tests.integration.engine_rig import greedy, seeded
 
+    speculating = pair.a.rig.engine.core.vllm_config.speculative_config is not None
+    sampled = greedy if speculating else seeded
     groups = pair.a.rig.engine.core.scheduler.kv_cache_config.kv_cache_groups
     states = [index for index, group in enumerate(groups) if isinstance(group.kv_cache_spec, MambaSpec)]
     prompt = some_prompt(3 * WINDOW_TOKENS)
-    stays = await pair.a.rig.generate("stays", prompt, seeded(80))
+    stays = await pair.a.rig.generate("stays", prompt, sampled(80))
     for group in range(len(groups)):
         await pair.forget()
         state = states.index(group) if group in states else None
@@ -160,7 +171,7 @@ async def test_each_group_has_to_be_copied(pair: Any) -> None:
             return left_out(message, group, state)
 
         pair.on_way = on_way
-        moves = await pair.add(pair.a, f"without {group}", prompt, seeded(80))
+        moves = await pair.add(pair.a, f"without {group}", prompt, sampled(80))
         await pair.tokens(f"without {group}", 10)
         await pair.move(f"without {group}", pair.a, pair.b)
         await pair.b.rig.finish(moves)
