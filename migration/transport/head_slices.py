@@ -91,6 +91,23 @@ def _sources(
         first = end
 
 
+def paired_rows(
+    ours: Sequence[KvRegion], theirs: Sequence[KvRegion], heads: KvHeads | None
+) -> tuple[list[KvRows], list[KvRows]]:
+    """The rows here and at a peer that hold these heads, or whole blocks, each with its counterpart.
+
+    Raises:
+        ValueError: The regions of the two differ; nothing was made of what the peer says.
+    """
+    sizes = [
+        [region.block_bytes if heads is None else (region.parts, region.head_bytes) for region in side]
+        for side in (ours, theirs)
+    ]
+    if sizes[0] != sizes[1]:
+        raise ValueError("the peer's KV regions differ from the local ones in number or block size")
+    return rows_of(ours, heads), rows_of(theirs, heads)
+
+
 def rows_of(regions: Sequence[KvRegion], heads: KvHeads | None) -> list[KvRows]:
     """The rows that hold these heads, or whole blocks, in the order of the regions.
 

@@ -16,7 +16,7 @@ import msgspec
 
 from migration.errors import PeerLostError
 from migration.tasks import settle
-from migration.transport.head_slices import KvRows, common_heads, rows_of
+from migration.transport.head_slices import KvRows, common_heads, paired_rows, rows_of
 from migration.transport.kv_transport import KvHeads, KvRegion
 from migration.transport.quarantine import Quarantine
 
@@ -187,8 +187,7 @@ class LocalTransport:
         pairs = list(zip(remote_blocks, local_blocks, strict=True))
         connection = self._connections.setdefault(peer, object())
         self._check(self._source(peer, source, connection).regions, heads, pairs)
-        ours = rows_of(self.regions, heads)
-        block_bytes = sum(rows.size for rows in ours)
+        block_bytes = sum(rows.size for rows in rows_of(self.regions, heads))
         chunk = max(1, CHUNK_BYTES // max(1, block_bytes))
         self._fabric.begin_read(source.name, self.address.name)
         try:
@@ -198,8 +197,8 @@ class LocalTransport:
                     part = pairs[start : start + chunk]
                     duration_s = self._fabric.copy_s(source.name, self.address.name, len(part) * block_bytes)
                     remote = await self._elapse(peer, source, connection, duration_s)
-                    for rows in zip(rows_of(remote.regions, heads), ours, strict=True):
-                        _copy(*rows, part)
+                    for ours, theirs in zip(*paired_rows(self.regions, remote.regions, heads), strict=True):
+                        _copy(theirs, ours, part)
         except BaseException as error:
             if quarantine_s := self._fabric.quarantine_s:
                 self._keep(local_blocks, quarantine_s)
@@ -267,8 +266,7 @@ class LocalTransport:
     def _check(
         self, remote: Sequence[KvRegion], heads: KvHeads | None, pairs: Sequence[tuple[int, int]]
     ) -> None:
-        if [r.size for r in rows_of(remote, heads)] != [r.size for r in rows_of(self.regions, heads)]:
-            raise ValueError("the peer's KV regions differ from the local ones in number or block size")
+        paired_rows(self.regions, remote, heads)
         theirs = min((region.num_blocks for region in remote), default=0)
         ours = min((region.num_blocks for region in self.regions), default=0)
         if not all(0 <= remote < theirs and 0 <= local < ours for remote, local in pairs):

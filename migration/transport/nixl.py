@@ -34,7 +34,7 @@ import msgspec
 import numpy as np
 
 from migration.errors import PdServeError, PeerLostError
-from migration.transport.head_slices import common_heads, rows_of
+from migration.transport.head_slices import common_heads, paired_rows
 from migration.transport.kv_transport import KvHeads, KvRegion
 from migration.transport.nixl_agent import NixlAgent, NixlFailure, memory_kind
 from migration.transport.nixl_connections import ReadPath
@@ -213,16 +213,15 @@ class NixlTransport:
             remote = msgspec.msgpack.decode(endpoint, type=_NixlEndpoint)
         except msgspec.DecodeError as error:
             raise ValueError(f"not a NIXL transport's endpoint: {error}") from error
-        theirs, ours = (tuple(rows_of(regions, heads)) for regions in (remote.regions, self._regions))
-        sizes = [[(rows.size, memory_kind(rows)) for rows in side] for side in (theirs, ours)]
-        if sizes[0] != sizes[1]:
-            raise ValueError("the peer's KV regions differ from the local ones in number, block size or kind")
+        ours, theirs = paired_rows(self._regions, remote.regions, heads)
+        if [memory_kind(rows) for rows in ours] != [memory_kind(rows) for rows in theirs]:
+            raise ValueError("the peer's KV regions are in another kind of memory than the local ones")
         if any(sum(rows.number for rows in side) > MAX_ROWS for side in (theirs, ours)):
             raise ValueError("more blocks than NIXL's indices can tell apart")
         return _Source(
             endpoint,
             heads,
-            ReadPath(remote.metadata, theirs, None if heads is None else ours),
+            ReadPath(remote.metadata, tuple(theirs), None if heads is None else tuple(ours)),
             sum(rows.size for rows in ours),
             [min(region.num_blocks for region in regions) for regions in (remote.regions, self._regions)],
         )

@@ -49,7 +49,11 @@ def kv_regions(tensors: Iterable[torch.Tensor], num_blocks: int) -> list[KvRegio
 
 
 def divided_by_heads(
-    regions: Sequence[KvRegion], tensors: Sequence[torch.Tensor], num_blocks: int, heads: KvHeads
+    regions: Sequence[KvRegion],
+    tensors: Sequence[torch.Tensor],
+    num_blocks: int,
+    heads: KvHeads,
+    total: int,
 ) -> list[KvRegion]:
     """The regions with what each of their blocks holds.
 
@@ -57,10 +61,13 @@ def divided_by_heads(
         regions: What `kv_regions` has made of `tensors`.
         tensors: With the axes [kernel blocks, heads, tokens, ...], as vLLM views them.
         heads: What each tensor holds.
+        total: Heads of all ranks. The only one is a whole block, whatever is in it.
 
     Raises:
         ValueError: A block is not made of heads, each of them in one piece, one after the other.
     """
+    if total == 1:
+        return [replace(region, heads=heads) for region in regions]
     return [_divided(region, tensors, num_blocks, heads) for region in regions]
 
 

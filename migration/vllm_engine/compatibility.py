@@ -70,6 +70,8 @@ RELIED_ON: dict[str, tuple[str, ...]] = {
         "kernel_block_size",
         "metadata_builders",
     ),
+    "vllm.v1.kv_cache_interface:AttentionSpec": ("num_kv_heads", "num_head_slots"),
+    "vllm.config:ModelConfig.get_total_num_kv_heads": (),
     "vllm.v1.engine.core:EngineCore.step": (),
     "vllm.v1.engine.core:EngineCore.step_with_batch_queue": (),
     "vllm.v1.engine.core:EngineCore.post_step": (),

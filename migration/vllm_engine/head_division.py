@@ -36,8 +36,8 @@ def unsupported_widths(vllm_configs: Iterable[Any]) -> str | None:
     return f"several tensor parallel sizes, although {reasons[0]}" if reasons else None
 
 
-def heads_of_rank(vllm_config: Any, specs: Iterable[Any], rank: int) -> KvHeads:
-    """The heads that every block of a rank holds.
+def heads_of_rank(vllm_config: Any, specs: Iterable[Any], rank: int) -> tuple[KvHeads, int]:
+    """The heads that every block of a rank holds, and the number of all.
 
     vLLM gives each rank an equal share of the heads, or one head to several ranks if there are more ranks.
     The latent vectors of MLA are the same on all ranks: one head.
@@ -62,11 +62,11 @@ def heads_of_rank(vllm_config: Any, specs: Iterable[Any], rank: int) -> KvHeads:
         if not isinstance(spec, AttentionSpec):
             raise ValueError(f"a KV cache of kind {type(spec).__name__} is not divided by heads")
     if all(isinstance(spec, MLAAttentionSpec | SlidingWindowMLASpec) for spec in specs):
-        return KvHeads(0, 1)
+        return KvHeads(0, 1), 1
     ranks, total = parallel.tensor_parallel_size, model.get_total_num_kv_heads()
     draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
     totals = {total} if draft is None else {total, draft.get_total_num_kv_heads()}
     numbers = {spec.num_heads for spec in specs} | {spec.num_kv_heads for spec in specs}
     if len(totals) > 1 or numbers != {max(1, total // ranks)}:
         raise ValueError("not all layers have the model's number of KV heads")
-    return KvHeads(rank * total // ranks, numbers.pop())
+    return KvHeads(rank * total // ranks, numbers.pop()), total

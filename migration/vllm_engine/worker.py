@@ -31,7 +31,7 @@ class KvLayout:
 
     Attributes:
         regions: Its memory, with addresses of the worker's process.
-        block_order: See `migration.transport.regions.block_order`; of a head if blocks are divided by heads.
+        block_order: See `migration.transport.regions.block_order`; of a head if ranks have different heads.
         attention: See `attention`.
         undivided: Why blocks are not divided by heads; None if they are.
     """
@@ -51,11 +51,11 @@ def kv_layout(worker: Any, num_blocks: int) -> KvLayout | str:
         return str(error)
     specs = [group.kv_cache_spec for of_spec in _runner(worker).attn_groups for group in of_spec]
     try:
-        heads = heads_of_rank(worker.worker.vllm_config, specs, worker.global_rank)
-        regions, undivided = divided_by_heads(regions, tensors, num_blocks, heads), None
+        heads, total = heads_of_rank(worker.worker.vllm_config, specs, worker.global_rank)
+        regions, undivided = divided_by_heads(regions, tensors, num_blocks, heads, total), None
     except ValueError as error:
-        undivided = str(error)
-    order = block_order(tensors, num_blocks, of_a_head=undivided is None)
+        total, undivided = 1, str(error)
+    order = block_order(tensors, num_blocks, of_a_head=total > 1)
     return KvLayout(regions, order, attention(worker), undivided)
 
 

@@ -53,14 +53,14 @@ def test_heads_are_shared_or_repeated(total: int, ranks: int, expected: list[tup
         SlidingWindowSpec(num_kv_heads=expected[0][1], sliding_window=64, **SHAPE),
     ]
     for rank, (first, number) in enumerate(expected):
-        assert heads_of_rank(config(total, ranks), specs, rank) == KvHeads(first, number)
+        assert heads_of_rank(config(total, ranks), specs, rank) == (KvHeads(first, number), total)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 8])
 def test_every_rank_has_the_latent_vectors_of_mla(ranks: int) -> None:
     latent = MLAAttentionSpec(num_kv_heads=1, **SHAPE)
     for rank in range(ranks):
-        assert heads_of_rank(config(4, ranks), [latent], rank) == KvHeads(0, 1)
+        assert heads_of_rank(config(4, ranks), [latent], rank) == (KvHeads(0, 1), 1)
 
 
 @pytest.mark.parametrize(
@@ -86,4 +86,4 @@ def test_blocks_that_are_not_divided_by_heads_have_a_reason(
 
 
 def test_a_drafter_with_as_many_heads_is_divided_with_the_model() -> None:
-    assert heads_of_rank(config(4, 2, draft=4), [full(2), full(2)], 1) == KvHeads(2, 2)
+    assert heads_of_rank(config(4, 2, draft=4), [full(2), full(2)], 1) == (KvHeads(2, 2), 4)

@@ -13,16 +13,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import psutil
 import pytest
 
 from migration.transport import nixl_reader
-from migration.transport.kv_transport import KvRegion
+from migration.transport.kv_transport import KvHeads, KvRegion
 from migration.transport.nixl import NixlTransport
+from migration.transport.ranked import RankedTransport
 from pd_serve.errors import PeerLostError
 from tests.environment import START_ENVIRONMENT
 
@@ -312,6 +315,43 @@ async def test_a_reader_that_hangs_is_said(monkeypatch: pytest.MonkeyPatch) -> N
     transport.close()
 
 
+async def test_one_rank_reads_its_heads_from_two_processes_until_one_of_them_dies(
+    make_source: MakeSource,
+) -> None:
+    """Each half of a block comes from a process of its own, as where two workers hand off to one."""
+    memory, regions = _memory(None)
+    rank = NixlTransport("target", timeout_s=10)
+    rank.register([replace(region, heads=KvHeads(0, 2)) for region in regions])
+    transport = RankedTransport([rank])
+    sources = await asyncio.gather(*(make_source(f"rank {i}", 1 + i, {"HEAD": str(i)}) for i in range(2)))
+    endpoint = msgspec.msgpack.encode([(KvHeads(i, 1), source.endpoint) for i, source in enumerate(sources)])
+    halves = memory.reshape(REGIONS, BLOCKS, 2, BLOCK_BYTES // 2)
+    remote, local = list(range(40, 60)), list(range(100, 60, -2))
+    try:
+        copied = await transport.read("peer", endpoint, remote, local)
+
+        assert copied == 20 * REGIONS * BLOCK_BYTES
+        for head, source in enumerate(sources):
+            assert (halves[:, local, head] == _content(source.seed)[:, remote][:, :, None]).all()
+        assert (memory[:, 101] == 255).all()
+
+        async def read_on() -> None:
+            while True:
+                await transport.read("peer", endpoint, ALL, ALL)
+
+        reading = asyncio.create_task(read_on())
+        await asyncio.sleep(0.1)
+        sources[1].signal(signal.SIGKILL)
+        with pytest.raises(PeerLostError, match="peer, rank 1"):
+            await asyncio.wait_for(reading, 20)
+        await asyncio.wait_for(transport.quarantine.wait_for(ALL), 30)
+        left = memory.copy()
+        await asyncio.sleep(0.1)
+        assert (memory == left).all()
+    finally:
+        transport.close()
+
+
 @pytest.mark.parametrize("transports", ["^cma", "tcp"])
 async def test_works_without_direct_access_to_the_peers_memory(
     make_source: MakeSource, transports: str
@@ -326,6 +366,10 @@ async def test_works_without_direct_access_to_the_peers_memory(
 
 def _source(name: str, seed: str) -> None:
     _, regions = _memory(int(seed))
+    if "HEAD" in os.environ:  # one of two heads: blocks of half the size
+        memory = np.repeat(_content(int(seed))[:, :, None], BLOCK_BYTES // 2, axis=2)
+        head = KvHeads(int(os.environ["HEAD"]), 1)
+        regions = [KvRegion(part.ctypes.data, BLOCKS, BLOCK_BYTES // 2, heads=head) for part in memory]
     transport = NixlTransport(name)
     transport.register(regions)
     print(transport.endpoint().hex(), flush=True)

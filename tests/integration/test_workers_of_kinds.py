@@ -55,7 +55,6 @@ CASES = [
     Case("tiny", 2),
     Case("one KV head", 1),
     Case("tiny-gemma3", 1),
-    Case("tiny-gpt-oss", 1),
     Case("tiny-deepseek-v2", 1),
     Case("tiny-deepseek-v2", 2),
     Case("tiny-falcon-h1", 2, _STATES),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from migration.transport.head_slices import common_heads, plan, rows_of
+from migration.transport.head_slices import common_heads, paired_rows, plan, rows_of
 from migration.transport.kv_transport import KvHeads, KvRegion
 from migration.transport.local import LocalFabric
 from migration.transport.ranked import RankedTransport
@@ -189,6 +189,25 @@ def test_heads_that_a_region_does_not_have_are_no_slice_of_it(heads: KvHeads) ->
     for regions in ([region], [replace(region, heads=None)]):
         with pytest.raises(ValueError, match="not in all regions"):
             rows_of(regions, heads)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"parts": 3},
+        {"block_bytes": 48, "parts": 4},
+        {"block_bytes": 48},
+        {"heads": KvHeads(0, 3)},
+        {"block_bytes": 24 << 30, "parts": 2 << 30},  # slices of it would fill the memory
+    ],
+)
+def test_regions_that_are_divided_in_another_way_are_not_sliced(lie: dict[str, object]) -> None:
+    ours = KvRegion(0, 1, 24, heads=KvHeads(0, 4), parts=2)
+    theirs = replace(ours, heads=KvHeads(0, 2), block_bytes=12)
+    assert [row.size for row in paired_rows([ours], [theirs], KvHeads(0, 2))[1]] == [6, 6]
+    for regions in ([replace(theirs, **lie)], [theirs, theirs]):  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="differ from the local ones"):
+            paired_rows([ours], regions, KvHeads(0, 2))
 
 
 def test_slices_of_a_block_do_not_overlap() -> None:

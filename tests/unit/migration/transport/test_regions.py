@@ -116,7 +116,8 @@ def test_the_data_type_and_kernel_blocks_belong_to_the_order_of_a_block() -> Non
 
 
 def _divided(tensors: list[torch.Tensor], num_heads: int = HEADS) -> list[KvRegion]:
-    return divided_by_heads(kv_regions(tensors, BLOCKS), tensors, BLOCKS, KvHeads(4, num_heads))
+    regions = kv_regions(tensors, BLOCKS)
+    return divided_by_heads(regions, tensors, BLOCKS, KvHeads(4, num_heads), total=8)
 
 
 def test_heads_that_lie_one_after_the_other_divide_a_block() -> None:
@@ -141,6 +142,14 @@ def test_a_block_has_its_heads_once_for_each_layer_inside_it() -> None:
 def test_layers_of_several_groups_may_share_a_region() -> None:
     memory = _numbered(LAYERS, BLOCKS, HEADS, TOKENS, DIM)
     assert _divided([*memory, *memory]) == _divided(list(memory))
+
+
+def test_the_only_head_is_a_whole_block_whatever_lies_in_it() -> None:
+    """As latent vectors do, with gaps behind them, and others with indices beside them."""
+    memory = _numbered(BLOCKS, 3 * TOKENS * DIM)
+    tensors = [memory[:, : TOKENS * DIM].unflatten(1, (TOKENS, DIM)), memory[:, : 2 * DIM]]
+    (region,) = divided_by_heads(kv_regions(tensors, BLOCKS), tensors, BLOCKS, KvHeads(0, 1), total=1)
+    assert (region.heads, region.parts, region.head_bytes) == (KvHeads(0, 1), 1, 3 * TOKENS * DIM * 8)
 
 
 @pytest.mark.parametrize(
