@@ -82,6 +82,8 @@ class WaitingLine:
         del members[bisect.bisect_left(members, waiting.place, key=lambda one: one.place)]
         if not members:
             del self._by_size[waiting.size_class]
+        if not self._waiting:
+            self._by_priority.clear()
 
     def take(self, instance_id: str, now: float) -> list[str]:
         """Takes out the requests that can be dispatched now that an instance has reported: those that fit

@@ -229,3 +229,13 @@ def test_a_request_that_comes_back_waits_once() -> None:
     assert (len(line), line.demand) == (1, Demand(1, 3 * BLOCK_TOKENS))
     assert line.take("i0", now=0.2) == ["a"]
     assert (len(line), line.demand) == (0, Demand(0, 0))
+
+
+def test_an_empty_line_keeps_nothing_of_the_requests_that_have_left() -> None:
+    line, _ = line_of(with_free("i0", 0))
+    for number in range(10):
+        line.add(str(number), blocks(3, priority=number % 2), now=0.0)
+    for number in reversed(range(10)):
+        line.discard(str(number))
+
+    assert not line._by_priority
