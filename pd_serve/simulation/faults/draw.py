@@ -19,6 +19,9 @@ FAULTS_S = (1.0, 14.0)
 #: Messages of a migration, at which faults happen precisely.
 STAGES = ("AddRequest", "Offer", "Pull", "Stage", "Final", "Committed", "Tokens", "MigrationEnded")
 
+#: Messages of a prefix copy.
+PREFIX_STAGES = ("PrefixAsk", "PrefixOffer", "PrefixRead", "PrefixConfirmed")
+
 #: Policies that need to know what is in the instances' prefix caches.
 PREFIX_POLICIES: dict[str, str | int] = {
     "dispatch": "prefix",
@@ -34,8 +37,8 @@ DrawFaults = Callable[[Dice, FaultyClusterShape, int], list[ScheduledFault]]
 def draw(seed: int, tier: int) -> Schedule:
     """The schedule of a seed: cluster, requests and faults are drawn independently."""
     shape = _shape(random.Random(f"{tier}/{seed}/shape"), tier)
-    if shape.prefix_caching and random.Random(f"{tier}/{seed}/policies").random() < 0.7:
-        shape = replace(shape, settings=PREFIX_POLICIES)
+    if shape.prefix_caching:
+        shape = _with_prefixes(random.Random(f"{tier}/{seed}/policies"), shape)
     requests = _requests(random.Random(f"{tier}/{seed}/requests"), tier, shape)
     requests = _slow_readers(random.Random(f"{tier}/{seed}/readers"), requests)
     faults = _faults(random.Random(f"{tier}/{seed}/faults"), tier, shape, len(requests))
@@ -72,10 +75,19 @@ def _shape(dice: Dice, tier: int) -> FaultyClusterShape:
     )
 
 
+def _with_prefixes(dice: Dice, shape: FaultyClusterShape) -> FaultyClusterShape:
+    """Mostly policies that follow the prefix caches, half of which copy prefixes, too."""
+    chance = dice.random()
+    if chance < 0.35:
+        return replace(shape, policy="conditional", settings={"decode_prompt_tokens": 32})
+    return replace(shape, settings=PREFIX_POLICIES) if chance < 0.7 else shape
+
+
 def _requests(dice: Dice, tier: int, shape: FaultyClusterShape) -> list[ClientRequest]:
     requests = []
+    shares = 0.9 if shape.policy == "conditional" else 0.5 if shape.prefix_caching else 0.0
     for _ in range(dice.randrange(6, 15) if tier == 1 else dice.randrange(10, 25)):
-        prompt = min(600, 1 + int(dice.expovariate(1 / 120)))
+        prompt = min(600, 1 + int(dice.expovariate(1 / (400 if shape.policy == "conditional" else 120))))
         output = min(200, 1 + int(dice.expovariate(1 / 60)))
         aborts_after = dice.randrange(0, output) if dice.random() < 0.15 else None
         requests.append(
@@ -84,7 +96,7 @@ def _requests(dice: Dice, tier: int, shape: FaultyClusterShape) -> list[ClientRe
                 prompt_tokens=prompt,
                 output_tokens=output,
                 priority=-1 if dice.random() < 0.1 else 0,
-                segments=(dice.randrange(3),) if shape.prefix_caching and dice.random() < 0.5 else (),
+                segments=(dice.randrange(3),) if shares and dice.random() < shares else (),
                 aborts_after=aborts_after,
             )
         )
@@ -131,7 +143,7 @@ def _single(dice: Dice, shape: FaultyClusterShape, requests: int) -> list[Schedu
     at_s = dice.uniform(*FAULTS_S)
     on, process = "", _process(dice, shape, requests)
     if dice.random() < 0.4:
-        on = dice.choice(STAGES)
+        on = dice.choice(PREFIX_STAGES if shape.policy == "conditional" and dice.random() < 0.5 else STAGES)
     instance = dice.choice((f"instance:{dice.randrange(8)}", f"owner:{dice.randrange(requests)}"))
     match dice.randrange(20):
         case 0 | 1 | 2 | 3:
