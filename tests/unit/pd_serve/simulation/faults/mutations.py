@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from migration.prefix_reader import PrefixCopy, PrefixReader
 from migration.token_span import TokenSpan
 from migration.transport.local import LocalTransport
 from pd_serve.comm.membership import MembershipChange, MembershipView
@@ -118,6 +119,13 @@ def _sizes_forgotten(take_over: Any) -> Any:
     return mutated
 
 
+def _prefix_not_read(read: Any) -> Any:
+    async def mutated(self: PrefixReader, copy: PrefixCopy, *rest: Any) -> int:
+        return 8
+
+    return mutated
+
+
 MUTATIONS = [
     Mutation(
         "a peer that left stays connected", MembershipView, "_connect", _stays_connected, 1, 0, "connected"
@@ -135,6 +143,7 @@ MUTATIONS = [
     Mutation("a lease never ends", InstanceRegister, "silent", _no_lease, 1, 5, "has the loads of"),
     Mutation("outdated tokens are taken", TokenLedger, "accept", _any_epoch, 1, 64, "has failed"),
     Mutation("lost messages are not noticed", Reconciler, "check", _nothing, 2, 12, "has not ended"),
+    Mutation("a prefix is not read", PrefixReader, "_read", _prefix_not_read, 2, 2, "token"),
     Mutation("wanted sizes are forgotten", Manager, "take_over", _sizes_forgotten, 2, 24, "are wanted"),
 ]
 
