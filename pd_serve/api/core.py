@@ -1,6 +1,7 @@
 """The cluster as vLLM's engine-core client, which `AsyncLLM` calls."""
 
 import asyncio
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ from vllm.utils import length_from_prompt_token_ids_or_embeds
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.core_client import EngineCoreClient
 
+from migration.cached_keys import KeyFormat
 from pd_serve.api.codec import VllmCodec
 from pd_serve.api.identity import client_id
 from pd_serve.api.lora_adapters import adapter_of, for_engines
@@ -26,6 +28,9 @@ class ClusterCore(EngineCoreClient):
     Methods of the base class that are not defined here (pause, sleep, profile, collective RPC) raise
     `NotImplementedError`, which vLLM answers with 501.
 
+    Args:
+        key_format: Returns the format of the keys by which prefixes are found; None if they are not needed.
+
     Attributes:
         resources: With `engine_dead` set, vLLM refuses every request with 500. It stays False while there is
             no instance: `check_health` and the 503 of `pd_serve.api.overload` cover that.
@@ -39,6 +44,7 @@ class ClusterCore(EngineCoreClient):
         outputs: "asyncio.Queue[EngineCoreOutputs]",
         codec: VllmCodec,
         supported_tasks: tuple[str, ...],
+        key_format: Callable[[], KeyFormat | None] = lambda: None,
     ) -> None:
         self.resources = SimpleNamespace(engine_dead=False)
         self.engine_ranks_managed = frontend.instances.slots
@@ -46,6 +52,7 @@ class ClusterCore(EngineCoreClient):
         self._outputs = outputs
         self._codec = codec
         self._supported_tasks = supported_tasks
+        self._key_format = key_format
         self._prefix_keys = PrefixKeys()
 
     async def get_supported_tasks_async(self) -> tuple[str, ...]:
@@ -56,7 +63,7 @@ class ClusterCore(EngineCoreClient):
         if request.lora_request is not None:
             request = replace(request, lora_request=for_engines(request.lora_request))
         num_tokens = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
-        keys = self._prefix_keys.of(request, self._frontend.instances.cached_blocks.format)
+        keys = self._prefix_keys.of(request, self._key_format())
         new = NewRequest(num_tokens, request.priority, keys)
         parameters = request.sampling_params
         max_tokens = parameters.max_tokens if parameters is not None else 0  # pooling

@@ -87,7 +87,9 @@ class ApiServer:
             engine_config.cache_config.num_gpu_blocks = engine.num_blocks
             engine_config.cache_config.block_size = engine.block_tokens
             engine_config.model_config.max_model_len = _max_model_len(config, server, infos)
-            core = ClusterCore(frontend, outputs, codec, engine.supported_tasks)
+            followed = frontend.instances.cached_blocks
+            tasks = engine.supported_tasks
+            core = ClusterCore(frontend, outputs, codec, tasks, lambda: followed.format)
             client = ClusterAsyncLLM(
                 engine_config,
                 core,
