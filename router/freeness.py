@@ -54,15 +54,16 @@ def virtual_usage(load: InstanceLoad) -> float:
     """Blocks in use or claimed.
 
     Counted are the blocks of running requests, headroom, the demand of the first queued request (those behind
-    it: nothing), and the demand on its way. The first queued request counts so that a queue shows that free
-    blocks elsewhere could serve (de-fragmentation). A draining instance has infinite usage.
+    it: nothing), the demand on its way, and free blocks that the time per token leaves no use for. The first
+    queued request counts so that a queue shows that free blocks elsewhere could serve (de-fragmentation). A
+    draining instance has infinite usage.
 
     Source: Llumnix (OSDI 2024), algorithm 1.
     """
     if load.draining:
         return math.inf
     used = load.total_blocks - load.free_blocks
-    return used + load.head_of_line_blocks + load.expected_blocks + headroom(load)
+    return used + load.slow_blocks + load.head_of_line_blocks + load.expected_blocks + headroom(load)
 
 
 def freeness(load: InstanceLoad) -> float:
@@ -136,7 +137,7 @@ def pooled_freeness(
 
 def _unclaimed(load: InstanceLoad) -> int:
     claimed = load.watermark_blocks + load.waiting_blocks + load.expected_blocks + headroom(load)
-    return load.free_blocks - claimed
+    return load.free_blocks - load.slow_blocks - claimed
 
 
 def _requests(load: InstanceLoad) -> int:

@@ -20,6 +20,8 @@ class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
         full_groups: Cache groups in which a request has blocks for all its tokens.
         window_groups: Cache groups in which it has blocks for the tokens of a window.
         window_blocks: The most blocks that a request has in these.
+        least_step_s: Duration of the shortest steps without prompts.
+        busy_s: Duration of all steps since the start.
         state_blocks: Blocks that a request has whatever its length (states of linear attention).
     """
 
@@ -59,6 +61,15 @@ class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
             description="Time that each prompt token has added to the latest steps; 0 until there was one.",
         ),
     ] = 0.0
+    token_s: Annotated[
+        float,
+        Meta(
+            title="token_seconds",
+            description="Time for each token of a running request, steps with prompts included.",
+        ),
+    ] = 0.0
+    least_step_s: float = 0.0
+    busy_s: float = 0.0
 
 
 class InstanceLoad(EngineLoad, frozen=True):
@@ -70,6 +81,7 @@ class InstanceLoad(EngineLoad, frozen=True):
         requests_added: Requests received since the start; tells which dispatches a report has seen.
         moves_decided: Orders of the scheduler to move a request that were carried out since the start (an
             order may choose no request); tells which orders a report has seen.
+        slow_blocks: Free blocks whose use would take the time per token over the target; see `slow_blocks`.
         expected_blocks, expected_requests: Demand that was decided on and is not in the report yet. Added by
             the process that decided.
         cached_tokens: Tokens at the beginning of the request in question whose KV blocks it has, for policies
@@ -97,6 +109,10 @@ class InstanceLoad(EngineLoad, frozen=True):
             description="Time for each KV block in the latest copies to the instance; 0 until there was one.",
         ),
     ] = 0.0
+    busy: Annotated[
+        float, Meta(title="busy_ratio", description="Share of the last seconds that the engine was in steps.")
+    ] = 0.0
+    slow_blocks: int = 0
     expected_blocks: int = 0
     expected_requests: int = 0
     cached_tokens: int = 0
@@ -137,3 +153,21 @@ class InstanceLoad(EngineLoad, frozen=True):
             free_blocks=min(self.free_blocks + num_blocks, self.total_blocks),
             running=max(self.running - requests, 0),
         )
+
+
+def slow_blocks(load: EngineLoad, target_s: float) -> int:
+    """Blocks that memory has, but not the time per token under the target.
+
+    The blocks in use take the time per token from that of the shortest steps to the present one, prompts
+    between decodes included. By the same ratio the target is reached at a number of blocks: what there is
+    beyond is not free. No target, or one that even the shortest steps miss, gives 0.
+
+    Args:
+        target_s: Time per token in seconds; 0 for none.
+    """
+    used = load.total_blocks - load.free_blocks
+    over = load.token_s - load.least_step_s
+    if not used or not load.running or over <= 0 or target_s <= load.least_step_s:
+        return 0
+    usable = round(used * (target_s - load.least_step_s) / over)
+    return max(load.total_blocks - usable, 0)

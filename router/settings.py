@@ -31,6 +31,9 @@ class PolicySet:
     prefill_dispatch: str = setting(
         "backlog", "Dispatch policy among prefill instances, and neutral ones beside them."
     )
+    itl_target_s: float = setting(
+        0.0, "Target of the time per token: freeness is what memory and it leave; 0: none.", ge=0
+    )
     late_binding: bool = setting(False, "Requests that no neutral instance has room for wait in one line.")
     bind_after_s: float = setting(15.0, "Wait after which an instance has to make room for the first.", ge=0)
     max_bound: float = setting(0.0625, "Share of the instances that may do so at a time.", ge=0, le=1)
@@ -50,10 +53,12 @@ class PolicySet:
     max_moves: int = setting(1, "Migrations of one instance that rescheduling keeps in flight.", ge=1)
 
     scaling: str = setting("freeness", "Scaling policy of decode and neutral pools.")
-    prefill_scaling: str = setting("backlog", "Scaling policy of prefill pools.")
+    prefill_scaling: str = setting("busy", "Scaling policy of prefill pools.")
     scale_interval_s: float = setting(10.0, "Time between two changes of a pool.", ge=0)
     scale_threshold: float = setting(10.0, "freeness: grows with less average freeness.")
     scale_margin: float = setting(50.0, "freeness: shrinks if it stays this much above the threshold.", ge=0)
+    busy_high: float = setting(0.75, "busy: grows if prefill instances are in steps for more.", gt=0, le=1)
+    busy_low: float = setting(0.55, "busy: shrinks if fewer would stay below this.", ge=0, le=1)
     backlog_high_tokens: int = setting(8192, "backlog: grows with more prompt tokens per instance.", ge=0)
     backlog_low_tokens: int = setting(1024, "backlog: shrinks if fewer stay per instance.", ge=0)
     drain_after_s: float = setting(0.0, "Time that a pool has to be too large before it shrinks.", ge=0)

@@ -42,6 +42,9 @@ def read_load(scheduler: Any) -> EngineLoad:
         step_prompt_tokens=_step_prompt_tokens(scheduler),
         decode_step_s=times.decode_s,
         prompt_token_s=times.prompt_token_s,
+        token_s=times.token_s,
+        least_step_s=times.least_step_s,
+        busy_s=times.busy_s,
         **groups.sizes,
     )
 

@@ -33,6 +33,7 @@ class StepTimer:
         if tokens := scheduler_output.total_num_scheduled_tokens:
             # Each request that decodes has one token in the step.
             prompt_tokens = tokens - len(scheduler_output.num_scheduled_tokens)
-            self.step_times.add(now - max(begun_at, self._ended_at), prompt_tokens)
+            decodes = 1 in scheduler_output.num_scheduled_tokens.values()
+            self.step_times.add(now - max(begun_at, self._ended_at), prompt_tokens, decodes=decodes)
         self._ended_at = now
         return outputs

@@ -77,8 +77,12 @@ def run(
     ] = 64,
     slo_ttft: Annotated[float, typer.Option(help="Bound on the time to first token, in seconds.")] = 5.0,
     slo_tpot: Annotated[
-        float, typer.Option(help="Bound on the mean time per output token, in seconds.")
-    ] = 0.1,
+        float | None,
+        typer.Option(
+            help="Bound on the mean time per output token, in seconds; if given, the setting itl_target_s"
+            " of the policy, too. [default: 0.1]"
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of lengths, arrivals and everything random.")] = 0,
     traces: Annotated[
         Path | None, typer.Option(help="Folder of trace files.", envvar="PD_SERVE_TRACES")
@@ -92,18 +96,21 @@ def run(
     from pd_serve.simulation.workloads import TraceSpec
 
     cluster = cluster_of(instances, prefill, decode)
+    overrides = parse_settings(settings or [])
+    if slo_tpot is not None:
+        overrides.setdefault("itl_target_s", slo_tpot)
     scenario = Scenario(
         trace=TraceSpec(trace, rate, requests, arrivals, priority_fraction, seed),
         policy=policy,
         instances=cluster,
-        overrides=parse_settings(settings or []),
+        overrides=overrides,
         cost_model=cost_model,
         num_blocks=blocks,
         chunk_tokens=chunk_tokens,
         prefix_caching=prefix_caching,
         autoscale=bounds_of(autoscale or [], list(cluster)),
         max_migrations=max_migrations,
-        slo=Slo(slo_ttft, slo_tpot),
+        slo=Slo(slo_ttft, 0.1 if slo_tpot is None else slo_tpot),
     )
     output.run_and_show(scenario, traces, json_file)
 

@@ -34,6 +34,7 @@ class InstanceConfig:
         simulated: Settings of a simulated engine, which replaces vLLM's; None for vLLM's.
         needs_migration: The instance does not start if its engine cannot move requests.
         orphan_s: See `pd_serve.instance.orphans`.
+        itl_target_s: See `pd_serve.instance.load_reporter`.
     """
 
     instance_id: str
@@ -46,6 +47,7 @@ class InstanceConfig:
     simulated: EngineSettings | None = None
     needs_migration: bool = False
     orphan_s: float = 0.0
+    itl_target_s: float = 0.0
 
 
 async def open_transport(
@@ -100,6 +102,7 @@ class Instance:
             self._tokens,
             bounds=bounds,
             orphan_s=config.orphan_s,
+            itl_target_s=config.itl_target_s,
             on_fatal=self._die,
         )
         self._engine: Engine = create_engine(

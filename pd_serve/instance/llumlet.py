@@ -69,6 +69,7 @@ class Llumlet:
     Args:
         publisher: Sends the reports of requests.
         orphan_s: Seconds that requests go on after their API server has left; 0 ends them at once.
+        itl_target_s: See `LoadReporter`.
         on_fatal: Called on an unexpected failure of the engine or of a migration, after which the state of
             the instance may be wrong. It has to end the process.
     """
@@ -82,6 +83,7 @@ class Llumlet:
         *,
         bounds: MigrationBounds | None = None,
         orphan_s: float = 0.0,
+        itl_target_s: float = 0.0,
         on_fatal: Callable[[BaseException], None] | None = None,
     ) -> None:
         self.name = name
@@ -103,6 +105,7 @@ class Llumlet:
             lambda: self._requests.number,
             self._cached_blocks,
             lambda: (self._orphans.num_adopted, self._requests.num_orphans_ended),
+            itl_target_s,
         )
         self.handoffs = Handoffs(name, self._members, self.reporter, self._tasks)
         self._moves = Moves(name, wire, self._members, self.reporter)

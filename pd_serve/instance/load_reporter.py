@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 
 from msgspec.structs import asdict
@@ -16,7 +16,7 @@ from pd_serve.comm.messages import InstanceStats, LoadReport
 from pd_serve.comm.timing import PROGRESS_REPORT_INTERVAL_S, REPORT_INTERVAL_S, STATS_INTERVAL_S
 from pd_serve.instance.cached_blocks import CachedBlockReporter
 from pd_serve.observe.process_stats import process_stats
-from router.load import ROLES, EngineLoad, InstanceLoad
+from router.load import ROLES, EngineLoad, InstanceLoad, slow_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,30 @@ REFUSED_ORDERS = ("policy", "destination", "role", "too_many")
 REPORTED_ON_CHANGE = ("total_blocks", "running", "suspended", "waiting", "waiting_tokens", "reserved_blocks")
 
 
+#: Time that the share of busy time is measured over, in seconds.
+BUSY_OVER_S = 10.0
+
+
+class BusyShare:
+    """Share of the latest time that an engine was in steps."""
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, float]] = deque()  # (time, busy time until then)
+
+    def share(self, now: float, busy_s: float) -> float:
+        """The share over the last `BUSY_OVER_S`, or since the first call.
+
+        Args:
+            busy_s: Time in steps since the start of the engine.
+        """
+        if not self._seen or now > self._seen[-1][0]:
+            self._seen.append((now, busy_s))
+        while len(self._seen) > 2 and self._seen[1][0] <= now - BUSY_OVER_S:
+            self._seen.popleft()
+        since, before = self._seen[0]
+        return min(max(busy_s - before, 0.0) / (now - since), 1.0) if now > since else 0.0
+
+
 class LoadReporter:
     """Reports load to API servers and the scheduler; to the manager as a heartbeat, and while it drains.
 
@@ -35,6 +59,7 @@ class LoadReporter:
         request_reports: Returns the number of the last report of requests.
         cached_blocks: Reports what is in the prefix cache.
         orphans: Returns the numbers of adopted and of ended orphans.
+        itl_target_s: Target of the time per token; 0 for none.
 
     Attributes:
         role: Present role of the instance.
@@ -56,6 +81,7 @@ class LoadReporter:
         request_reports: Callable[[], int],
         cached_blocks: CachedBlockReporter,
         orphans: Callable[[], tuple[int, int]] = lambda: (0, 0),
+        itl_target_s: float = 0.0,
     ) -> None:
         self.role = role
         self.draining = False
@@ -73,6 +99,8 @@ class LoadReporter:
         self._request_reports = request_reports
         self._cached_blocks = cached_blocks
         self._orphans = orphans
+        self._itl_target_s = itl_target_s
+        self._busy = BusyShare()
         self._loop = asyncio.get_running_loop()
         self._coordinator: MigrationCoordinator | None = None
         self._engine = EngineLoad(block_tokens=1)  # until the engine reports
@@ -135,6 +163,8 @@ class LoadReporter:
             step_s=self.step_watch.step_s,
             hangs=self.step_watch.hangs,
             block_copy_s=coordinator.block_copy_s if coordinator else 0.0,
+            busy=self._busy.share(self._loop.time(), self._engine.busy_s + self.step_watch.step_s),
+            slow_blocks=slow_blocks(self._engine, self._itl_target_s),
             **asdict(self._engine),
         )
 

@@ -54,6 +54,7 @@ class ManagerConfig:
             self.stage_bytes_per_s,
             self.simulated and self.simulated.of_role(role, self.policies.decode_prompt_tokens),
             orphan_s=self.orphan_s,
+            itl_target_s=self.policies.itl_target_s,
             needs_migration=role != "neutral" and not self.allow_no_migration,
         )
 

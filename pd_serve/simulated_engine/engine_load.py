@@ -28,5 +28,8 @@ def read_load(batcher: Batcher, migrations: SequenceMigrations) -> EngineLoad:
         step_prompt_tokens=settings.step_prompt_tokens,
         decode_step_s=batcher.step_times.decode_s,
         prompt_token_s=batcher.step_times.prompt_token_s,
+        token_s=batcher.step_times.token_s,
+        least_step_s=batcher.step_times.least_step_s,
+        busy_s=batcher.step_times.busy_s,
         high_priority=sum([priority_class(s.priority) is PriorityClass.HIGH for s in batcher.running]),
     )

@@ -290,7 +290,8 @@ class SimulatedEngine:
         if self._faults is not None:
             begun = [sequence.request_id for sequence, _ in step.chunks]
             duration_s += self._faults.begin_step(begun, self._events.on_death)
-        self.batcher.step_times.add(duration_s, sum([n for _, n in step.chunks]))
+        prompt_tokens = sum([n for _, n in step.chunks])
+        self.batcher.step_times.add(duration_s, prompt_tokens, decodes=bool(step.decodes))
         self.busy_s += duration_s
         return duration_s
 

@@ -34,6 +34,7 @@ class SimulatedInstance:
 
     Args:
         on_fatal: Ends the process of the instance; by default, the failure is kept.
+        itl_target_s: See `pd_serve.instance.load_reporter`.
 
     Attributes:
         faults: Faults of its engine, none at first.
@@ -50,6 +51,7 @@ class SimulatedInstance:
         started_at: float,
         on_fatal: Callable[[BaseException], None] | None = None,
         faults: EngineFaults | None = None,
+        itl_target_s: float = 0.0,
     ) -> None:
         self.name = name
         self.role = role
@@ -65,6 +67,7 @@ class SimulatedInstance:
             self,
             bounds=bounds,
             orphan_s=config.orphan_s,
+            itl_target_s=itl_target_s,
             on_fatal=on_fatal or self._failed,
         )
         leaving, entering = fabric.leaving, fabric.entering

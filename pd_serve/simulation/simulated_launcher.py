@@ -59,6 +59,7 @@ class SimulatedLauncher:
             SimulatedWire(name, self._network),
             self._network.fabric,
             began,
+            itl_target_s=config.itl_target_s,
         )
         if not self.instances:
             self._notes = None  # the instances have the notes

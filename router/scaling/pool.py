@@ -7,7 +7,7 @@ from router.load import InstanceLoad
 from router.plugins import PolicyKind
 from router.request import NO_DEMAND, Demand
 from router.scaling.decisions import Decision, Drain, PoolBounds, ScalingPolicy, SizeChange, Start, Stop
-from router.scaling.signals import BacklogSignal, FreenessSignal
+from router.scaling.signals import BacklogSignal, BusySignal, FreenessSignal
 from router.settings import PolicySet
 
 #: Time that a drained instance stays empty before it is stopped: requests may have been on their way to it.
@@ -20,7 +20,7 @@ ASK_AGAIN_S = 60.0
 OTHERS_DRAIN_S = 60.0
 
 SCALING: PolicyKind[ScalingPolicy] = PolicyKind(
-    "scaling", "look", {"freeness": FreenessSignal, "backlog": BacklogSignal}
+    "scaling", "look", {"freeness": FreenessSignal, "backlog": BacklogSignal, "busy": BusySignal}
 )
 
 

@@ -1,5 +1,6 @@
-"""What a pool needs: by freeness for decode and neutral pools, by backlog for prefill pools."""
+"""What a pool needs: by freeness for decode and neutral pools, by utilisation for prefill pools."""
 
+import math
 from collections.abc import Sequence
 
 from router.freeness import pooled_freeness
@@ -10,6 +11,9 @@ from router.settings import PolicySet
 
 #: Instances that one look may ask for.
 MAX_CHANGE = 4
+
+#: Time in which waiting prompts should be worked off, in seconds.
+WORK_OFF_S = 10.0
 
 
 class FreenessSignal:
@@ -40,10 +44,7 @@ class FreenessSignal:
 
 class BacklogSignal:
     """Prompt tokens waiting per instance: above `backlog_high_tokens` one more instance, below
-    `backlog_low_tokens` without it one less.
-
-    A prefill instance frees its blocks with the hand-off: it runs short of compute, not of memory.
-    """
+    `backlog_low_tokens` without it one less."""
 
     def look(
         self, loads: Sequence[InstanceLoad], starting: int, policies: PolicySet, waiting: Demand
@@ -57,3 +58,31 @@ class BacklogSignal:
         if not starting and without < low:
             return SizeChange(-1, f"{without:.0f} prompt tokens would wait per instance without it, < {low}")
         return SizeChange(0, f"{each:.0f} prompt tokens wait per instance")
+
+
+class BusySignal:
+    """Share of time that the instances are in steps, and the time to work off the prompts that wait: above
+    `busy_high` more instances until it is not; below `busy_low` with one instance less, one less.
+
+    A prefill instance frees its blocks with the hand-off: it runs short of compute, not of memory. Its queue
+    is no measure: under a load that it keeps up with it is empty at most moments. It is the only one until a
+    step has been measured.
+    """
+
+    def look(
+        self, loads: Sequence[InstanceLoad], starting: int, policies: PolicySet, waiting: Demand
+    ) -> SizeChange:
+        busy = sum(load.busy for load in loads)
+        token_s = max((load.prompt_token_s for load in loads), default=0.0)
+        if not token_s:
+            return BacklogSignal().look(loads, starting, policies, waiting)
+        tokens = sum(load.waiting_tokens for load in loads) + waiting.tokens
+        needed = busy + tokens * token_s / WORK_OFF_S
+        count = len(loads) + starting
+        if needed > policies.busy_high * count:
+            change = min(math.ceil(needed / policies.busy_high) - count, MAX_CHANGE)
+            return SizeChange(change, f"busy {needed / count:.0%} > {policies.busy_high:.0%}")
+        without = needed / max(len(loads) - 1, 1)
+        if not starting and without < policies.busy_low:
+            return SizeChange(-1, f"busy without it {without:.0%} < {policies.busy_low:.0%}")
+        return SizeChange(0, f"busy {needed / count:.0%}")

@@ -46,3 +46,22 @@ def test_a_step_that_is_faster_than_a_decode_step_gives_no_negative_time() -> No
     times.add(0.5, 0)
     times.add(0.1, 100)
     assert times.prompt_token_s > 0
+
+
+def test_the_time_per_token_includes_prompts_between_decodes() -> None:
+    times = StepTimes()
+    for _ in range(200):
+        times.add(0.02, 0)
+        times.add(0.01, 0)
+        times.add(0.06, 500, decodes=False)
+    assert times.token_s == pytest.approx(0.045, rel=0.05)
+    assert times.least_step_s == pytest.approx(0.01, rel=0.01)
+    assert times.busy_s == pytest.approx(200 * 0.09)
+
+
+def test_a_single_short_step_is_not_the_shortest() -> None:
+    times = StepTimes()
+    for _ in range(10):
+        times.add(0.02, 0)
+    times.add(0.0, 0)
+    assert times.least_step_s == pytest.approx(0.018)

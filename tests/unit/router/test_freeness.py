@@ -7,9 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from router.freeness import dispatch_freeness, freeness, headroom, limit_headroom, virtual_usage
+from router.freeness import (
+    dispatch_freeness,
+    freeness,
+    headroom,
+    limit_headroom,
+    pooled_freeness,
+    virtual_usage,
+)
 from router.load import InstanceLoad
-from tests.unit.router.made_loads import clusters, loads, scaled
+from tests.unit.router.made_loads import clusters, loads, neutral, scaled
 
 LOAD = InstanceLoad("d0", "decode", total_blocks=100, free_blocks=60, running=4)
 PAPER = InstanceLoad("i0", "neutral", total_blocks=851, free_blocks=811, running=2)
@@ -123,3 +130,11 @@ def test_each_pool_has_its_own_limit_of_headroom() -> None:
 def test_limiting_headroom_changes_nothing_else(cluster: list[InstanceLoad], share: float) -> None:
     for before, after in zip(cluster, limit_headroom(cluster, share), strict=True):
         assert after in (before, replace(before, high_priority=0))
+
+
+def test_freeness_is_the_lesser_of_what_memory_and_time_leave() -> None:
+    memory = neutral("i0", 900, 5, total=1000)
+    time = neutral("i0", 900, 5, total=1000, slow_blocks=750)
+
+    assert freeness(memory) == 180
+    assert freeness(time) == dispatch_freeness(time) == pooled_freeness([time]) == 30

@@ -2,6 +2,8 @@
 
 import asyncio
 
+import pytest
+
 from migration.errors import Refusal, RefusalCode
 from migration.messages import (
     MigrationId,
@@ -15,6 +17,7 @@ from pd_serve.comm.messages import (
     SetRole,
 )
 from pd_serve.comm.timing import INSTANCE_HEARTBEAT_S, REPORT_INTERVAL_S
+from pd_serve.instance.load_reporter import BusyShare
 from router.load import EngineLoad
 from tests.unit.pd_serve.instance.instance_world import R, World
 from tests.virtual_time import in_virtual_time
@@ -137,3 +140,14 @@ async def test_the_manager_gets_a_change_of_draining_or_role_with_the_next_repor
             reporter = world.llumlet.reporter
             assert (load.draining, load.role) == (reporter.draining, reporter.role)
         assert load.role == "decode"
+
+
+def test_the_busy_share_is_that_of_the_last_seconds() -> None:
+    busy = BusyShare()
+    assert busy.share(0.0, 0.0) == 0.0
+    for second in range(1, 31):
+        share = busy.share(float(second), 0.5 * second)
+    assert share == pytest.approx(0.5)
+    for second in range(31, 42):
+        share = busy.share(float(second), 15.0)  # idle since
+    assert share == pytest.approx(0.0)

@@ -10,7 +10,7 @@ from router.load import InstanceLoad
 from router.policies import policy_set
 from router.request import NO_DEMAND
 from router.scaling import SizeChange
-from router.scaling.signals import MAX_CHANGE, BacklogSignal, FreenessSignal
+from router.scaling.signals import MAX_CHANGE, BacklogSignal, BusySignal, FreenessSignal
 from router.settings import PolicySet
 from tests.unit.router.made_loads import clusters, neutral, prefill, scaled
 
@@ -106,3 +106,31 @@ def test_a_prefill_pool_goes_by_the_prompt_tokens_that_wait(tokens: int, startin
     pool = [prefill(f"p{n}", tokens) for n in range(2)]
 
     assert BacklogSignal().look(pool, starting, PAPER, NO_DEMAND).instances == change
+
+
+@pytest.mark.parametrize(
+    ("busy", "starting", "change"),
+    [(0.9, 0, 1), (0.7, 0, 0), (0.9, 1, 0), (0.35, 0, -1), (0.35, 1, 0), (1.0, 0, 1)],
+)
+def test_a_prefill_pool_goes_by_the_share_of_time_in_steps(busy: float, starting: int, change: int) -> None:
+    """Of three instances, whose queues are empty."""
+    pool = [prefill(f"p{n}", busy=busy, prompt_token_s=1e-4) for n in range(3)]
+
+    assert BusySignal().look(pool, starting, PAPER, NO_DEMAND).instances == change
+
+
+def test_prompts_that_wait_need_instances_by_the_time_that_they_take() -> None:
+    pool = [prefill(f"p{n}", 40_000, busy=1.0, prompt_token_s=1e-3) for n in range(2)]  # 80 s of work
+
+    assert BusySignal().look(pool, 0, PAPER, NO_DEMAND).instances == MAX_CHANGE
+
+
+def test_a_constant_load_does_not_make_a_prefill_pool_swing() -> None:
+    """At every load some size neither grows nor shrinks."""
+    for work in (0.3, 1.0, 2.0, 3.3, 5.0, 7.9):
+        stable = []
+        for count in range(1, 16):
+            pool = [prefill(f"p{n}", busy=min(work / count, 1.0), prompt_token_s=1e-4) for n in range(count)]
+            if BusySignal().look(pool, 0, PAPER, NO_DEMAND).instances == 0:
+                stable.append(count)
+        assert stable or work < 0.5
