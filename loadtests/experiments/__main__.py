@@ -79,7 +79,11 @@ def arms(
 def policies(
     out: OutFolder,
     requests: Requests = 10_000,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from 0.")] = 2,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from 0.")] = 3,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Compare our defaults with this setting, too."),
+    ] = None,
     jobs: Jobs = None,
     fresh: Fresh = False,
 ) -> None:
@@ -87,8 +91,10 @@ def policies(
     from loadtests.experiments.figure import FigureOptions
     from loadtests.experiments.policies import run_policies
     from loadtests.experiments.result_store import ExperimentRun
+    from pd_serve.config import parse_settings
 
-    run_policies(FigureOptions(requests), range(seeds), ExperimentRun(out, jobs, fresh=fresh))
+    candidate = parse_settings(settings or [])
+    run_policies(FigureOptions(requests), range(seeds), ExperimentRun(out, jobs, fresh=fresh), candidate)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from loadtests.experiments.figure import Figure, FigureOptions, FigurePoint, Metric, PlottedScenario
 from loadtests.experiments.figure_files import run_figures
+from loadtests.experiments.paper.setup import LEFT_OUT
 from loadtests.experiments.result_store import ExperimentRun
 from loadtests.terminal import new_console
 from pd_serve.errors import InvalidRequestError
@@ -43,6 +44,7 @@ METRICS = (
     Metric("Preemptions", ("preemptions",), unit="count"),
     Metric("Goodput", ("goodput",), unit="requests/s"),
     Metric("Attainment", ("attainment",), unit="share"),
+    LEFT_OUT,
 )
 
 

@@ -11,6 +11,9 @@ from pd_serve.simulation.result import RequestRecord, Sample, SimulationResult
 from router.freeness import fragmented_blocks
 from router.priority import PriorityClass, priority_class
 
+#: Prompts of at most so many tokens, by name of their class; the last one has all others.
+PROMPT_CLASSES = {"short": 256, "medium": 2000, "long": float("inf")}
+
 #: Keys of a summary whose values are {"mean", "p50", "p99"}, in seconds.
 LATENCIES = ("prefill_s", "decode_s", "request_s", "longest_gap_s")
 
@@ -49,6 +52,7 @@ def summarize(
         "migrations": result.migrations,
         "avg_instances": _rounded(result.instance_s / result.duration_s) if result.duration_s else None,
         "by_priority": {wanted.label: _of_class(records, classes, wanted) for wanted in PriorityClass},
+        "by_prompt": {name: _of_length(records, name) for name in PROMPT_CLASSES},
         "slo": {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s},
         "goodput": _rounded(good / len(records) * _arrival_rate(result)) if records else 0.0,
         "attainment": _rounded(good / len(records)) if records else None,
@@ -104,6 +108,14 @@ def _of_class(
     records: Sequence[RequestRecord], classes: Sequence[PriorityClass], wanted: PriorityClass
 ) -> dict[str, Any]:
     chosen = [record for record, its_class in zip(records, classes, strict=True) if its_class is wanted]
+    return {"requests": len(chosen), **_latencies(chosen)}
+
+
+def _of_length(records: Sequence[RequestRecord], name: str) -> dict[str, Any]:
+    """Latencies of the requests whose prompts are in a class of `PROMPT_CLASSES`."""
+    bounds = [0.0, *PROMPT_CLASSES.values()]
+    low, high = bounds[list(PROMPT_CLASSES).index(name) :][:2]
+    chosen = [record for record in records if low < record.request.prompt_tokens <= high]
     return {"requests": len(chosen), **_latencies(chosen)}
 
 

@@ -31,9 +31,9 @@ RATES = (2.0, 2.2, 2.4, 2.6, 2.8, 3.0)
 CVS, RATE_OF_CVS = (2.0, 4.0, 6.0), 2.0
 POLICIES = ("infaas++", "llumnix-paper")
 
-#: The thresholds that the paper swept are not known.
-THRESHOLDS = (3.0, 5.0, 10.0, 20.0, 30.0, 45.0)
-SWEEP_RATE = 2.0
+#: With these thresholds and Gamma arrivals the paper's numbers of instances come out.
+THRESHOLDS = (5.0, 25.0, 45.0, 65.0, 85.0)
+SWEEP_RATE, SWEEP_ARRIVALS = 2.0, "gamma:2"
 SWEEP_PANEL = f"L-L at {SWEEP_RATE:g} requests/s"
 SWEEP_METRIC = Metric("Prefill P99", ("prefill_s", "p99"), log=True)
 
@@ -72,7 +72,7 @@ def _findings(points: Sequence[FigurePoint]) -> list[str]:
 
 
 def _sweep_scenarios(options: FigureOptions) -> list[PlottedScenario]:
-    spec = TraceSpec("l-l", SWEEP_RATE, options.requests, "poisson", seed=options.seed)
+    spec = TraceSpec("l-l", SWEEP_RATE, options.requests, SWEEP_ARRIVALS, seed=options.seed)
     scenarios = []
     for threshold in options.pick(THRESHOLDS):
         by_series = {PAPER_NAMES[p]: _scenario(spec, p, scale_threshold=threshold) for p in POLICIES}

@@ -40,3 +40,6 @@ LATENCIES = (
     Metric("Decode P99", ("decode_s", "p99")),
     Metric("Decode Mean", ("decode_s", "mean")),
 )
+
+#: Requests that no instance has the memory for: numbers over the others only.
+LEFT_OUT = Metric("Left out", ("left_out",), unit="requests")

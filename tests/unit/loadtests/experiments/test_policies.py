@@ -17,6 +17,14 @@ def test_every_variant_runs_on_every_trace_with_every_seed() -> None:
     assert len({one.scenario.key for one in scenarios}) == len(scenarios)
 
 
+def test_a_candidate_is_one_more_variant() -> None:
+    scenarios = policies.scenarios_of(FigureOptions(100), [0], {"headroom": 0.2})
+
+    candidates = [one.scenario for one in scenarios if one.series == policies.CANDIDATE]
+    assert len(candidates) == len(policies.TRACES)
+    assert all(one.policy == "llumnix" and one.overrides == {"headroom": 0.2} for one in candidates)
+
+
 def test_a_table_with_the_gains_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policies, "TRACES", {"S-S at 36/s": ("s-s", 36.0)})
 
@@ -24,6 +32,8 @@ def test_a_table_with_the_gains_is_written(tmp_path: Path, monkeypatch: pytest.M
 
     text = (tmp_path / "policies.md").read_text(encoding="utf-8")
     assert "better than the paper's Llumnix by: one line: Prefill P99" in text
+    assert "Prefill P99, long prompts (s), our defaults" in text
+    assert "Left out (requests), our defaults" in text
     assert len(list((tmp_path / "runs").glob("*.json"))) == len(policies.VARIANTS)
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import msgspec
 import pytest
 
 from pd_serve.simulation.config import TraceRequest
@@ -72,6 +73,20 @@ def test_priorities_are_reported_as_scheduled_or_by_the_given_classes() -> None:
     assert (scheduled["high"]["requests"], scheduled["high"]["prefill_s"]["mean"]) == (1, 1)
     assert (told["high"]["requests"], told["high"]["prefill_s"]["mean"]) == (2, 4)
     assert summarize(result(records[1:]), Slo())["by_priority"]["high"]["prefill_s"]["mean"] is None
+
+
+def test_latencies_are_told_by_the_length_of_the_prompt() -> None:
+    records = [record(k, 0.1) for k in (1, 2, 9)]
+    for one, tokens in zip(records, (256, 257, 2001), strict=True):
+        one.request = msgspec.structs.replace(one.request, prompt_tokens=tokens)
+
+    by_prompt = summarize(result(records), Slo())["by_prompt"]
+
+    assert {name: (of["requests"], of["prefill_s"]["p99"]) for name, of in by_prompt.items()} == {
+        "short": (1, 1),
+        "medium": (1, 2),
+        "long": (1, 9),
+    }
 
 
 @pytest.mark.parametrize(
