@@ -28,8 +28,9 @@ def run(
     trace: Annotated[
         str,
         typer.Option(
-            help="Workload: s-s, m-m, l-l, s-l or l-s, or PROMPT:OUTPUT for fixed lengths (generated, needs"
-            " --rate), azure-conv, azure-code, mooncake or sharegpt (from a file), or the path of a file."
+            help="Workload: s-s, m-m, l-l, s-l, l-s, PROMPT:OUTPUT for fixed lengths, or sessions:TURNS"
+            " (generated, need --rate), azure-conv, azure-code, mooncake or sharegpt (from a file), or the"
+            " path of a file."
         ),
     ],
     policy: Annotated[str, typer.Option(help="Policy set; see pd-serve policies.")] = DEFAULT_POLICY,

@@ -29,6 +29,11 @@ def kv_of(position: int, token: int) -> int:
     return (token + _TOKEN) * (position * _POSITION + 1) & MASK
 
 
+def text_token(text: int, position: int) -> int:
+    """The token at a position of a text that is known by its number."""
+    return ((text + _TOKEN) * (position * _POSITION + 1) & MASK) >> 48
+
+
 def token_after(digest: int, vocabulary: tuple[int, int]) -> int:
     """The token that the model generates after contents with this sum.
 

@@ -10,7 +10,7 @@ from migration.messages import RequestId
 from pd_serve.comm.messages import TokenHeader
 from pd_serve.comm.outputs import OutputBatch, RequestOutput
 from pd_serve.simulated_engine import sequence
-from pd_serve.simulated_engine.contents import SegmentPrompt
+from pd_serve.simulated_engine.contents import Prompt, SegmentPrompt, TokenPrompt
 from pd_serve.simulated_engine.settings import SEGMENT_TOKENS
 
 
@@ -44,6 +44,7 @@ class SimulatedPayload(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         segments: See `TraceRequest`.
         seed: Stands for the rest of the prompt.
+        token_ids: All tokens of a prompt that continues an output, in the place of `segments` and `seed`.
     """
 
     request_id: str
@@ -53,12 +54,15 @@ class SimulatedPayload(msgspec.Struct, frozen=True, array_like=True):
     arrival_s: float
     segments: tuple[int, ...]
     seed: int
+    token_ids: tuple[int, ...] = ()
 
     def encode(self) -> list[bytes]:
         return [msgspec.msgpack.encode(self)]
 
     @property
-    def prompt(self) -> SegmentPrompt:
+    def prompt(self) -> Prompt:
+        if self.token_ids:
+            return TokenPrompt(self.token_ids)
         return SegmentPrompt(self.prompt_tokens, self.segments, SEGMENT_TOKENS, self.seed)
 
 

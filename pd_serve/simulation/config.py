@@ -22,6 +22,8 @@ class TraceRequest(msgspec.Struct, frozen=True):
         priority: As in vLLM: lower is earlier, 0 is normal, -1 is high.
         segments: Content id of each `SEGMENT_TOKENS` tokens of the prompt. Prompts whose first ids are equal
             share these tokens. Empty: the prompt shares nothing.
+        turn_of: Number of the request whose prompt and output this prompt begins with; None for the first
+            turn of a session. It arrives `arrival_s` seconds after the last token of that one.
     """
 
     arrival_s: float
@@ -29,6 +31,7 @@ class TraceRequest(msgspec.Struct, frozen=True):
     output_tokens: int
     priority: int = 0
     segments: tuple[int, ...] = ()
+    turn_of: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

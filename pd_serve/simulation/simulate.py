@@ -6,10 +6,18 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from msgspec.structs import replace
+
 from pd_serve.comm.outputs import OutputBatch
 from pd_serve.errors import PdServeError
 from pd_serve.simulated_engine.cached_keys import prompt_keys
-from pd_serve.simulated_engine.contents import SegmentPrompt, expected_output
+from pd_serve.simulated_engine.contents import (
+    Prompt,
+    SegmentPrompt,
+    TokenPrompt,
+    expected_output,
+    text_token,
+)
 from pd_serve.simulated_engine.outputs import SimulatedPayload
 from pd_serve.simulated_engine.settings import SEGMENT_TOKENS
 from pd_serve.simulation.config import SimulationConfig
@@ -61,6 +69,8 @@ class Simulation:
         self.samples: list[Sample] = []
         self.cluster: SimulatedCluster
         self._tokens: list[list[int]] = [[] for _ in config.requests]
+        self._prompts: dict[int, tuple[int, ...]] = {}  # tokens, of sessions only
+        self._next_turn = {r.turn_of: n for n, r in enumerate(config.requests) if r.turn_of is not None}
         self._left = len(config.requests)
         self._on_progress = on_progress or (lambda done, total: None)
         self.all_ended = asyncio.Event()
@@ -74,7 +84,8 @@ class Simulation:
         self._zero = self._loop.time()
         first = self._zero + self.config.front_end_s
         for number, request in enumerate(self.config.requests):
-            self._loop.call_at(first + request.arrival_s, self._submit, number)
+            if request.turn_of is None:
+                self._loop.call_at(first + request.arrival_s, self._submit, number)
         sampling = asyncio.ensure_future(self._sample())
         if self._left:
             await self.all_ended.wait()
@@ -112,7 +123,7 @@ class Simulation:
     # ---- clients
 
     def _submit(self, number: int) -> None:
-        request = self.config.requests[number]
+        request = self.records[number].request
         payload = SimulatedPayload(
             request_id=str(number),
             prompt_tokens=request.prompt_tokens,
@@ -121,21 +132,40 @@ class Simulation:
             arrival_s=request.arrival_s,
             segments=request.segments,
             seed=number,
+            token_ids=self._session_prompt(number),
         )
-        keys = self._prefix_keys(payload) if request.segments else ()
+        keys = self._prefix_keys(payload) if request.segments or payload.token_ids else ()
         new = NewRequest(request.prompt_tokens, request.priority, keys)
         try:
             self.cluster.frontend.requests.submit(payload.request_id, payload.encode(), new)
         except PdServeError:
             self.records[number].failed = True
-            self._end_one()
+            self._end(number)
+
+    def _session_prompt(self, number: int) -> tuple[int, ...]:
+        """The tokens of a session's turn; empty for a request that is not of a session."""
+        request = self.config.requests[number]
+        if request.turn_of is None and number not in self._next_turn:
+            return ()
+        before = request.turn_of
+        known = () if before is None else (*self._prompts[before], *self._tokens[before])
+        new = (text_token(number, position) for position in range(len(known), request.prompt_tokens))
+        self._prompts[number] = (*known, *new)
+        return self._prompts[number]
+
+    def _start_turn(self, number: int) -> None:
+        record = self.records[number]
+        now = self._loop.time() - self._zero
+        record.request = replace(record.request, arrival_s=now)
+        self._loop.call_later(self.config.front_end_s, self._submit, number)
 
     def _prefix_keys(self, payload: SimulatedPayload) -> tuple[int, ...]:
         """The keys of the shared part of a prompt, if a policy needs them."""
         wanted = self.cluster.frontend.instances.cached_blocks.format
         if wanted is None:
             return ()
-        shared = min(payload.prompt_tokens, len(payload.segments) * SEGMENT_TOKENS)
+        named = payload.prompt_tokens if payload.token_ids else len(payload.segments) * SEGMENT_TOKENS
+        shared = min(payload.prompt_tokens, named)
         return tuple(prompt_keys(payload.prompt, wanted.key_tokens, shared))
 
     def _on_batch(self, batch: OutputBatch) -> None:
@@ -154,9 +184,16 @@ class Simulation:
                 tokens += new
             if output.finish_reason is not None:
                 record.failed = output.finish_reason == "error"
-                self._end_one()
+                self._end(number)
 
-    def _end_one(self) -> None:
+    def _end(self, number: int) -> None:
+        """A request has ended. The next turn of its session follows, or fails with it."""
+        if (turn := self._next_turn.get(number)) is not None:
+            if self.records[number].failed:
+                self.records[turn].failed = True
+                self._end(turn)
+            else:
+                self._loop.call_later(self.config.requests[turn].arrival_s, self._start_turn, turn)
         self._left -= 1
         done = len(self.records) - self._left
         if done % 64 == 0 or not self._left:
@@ -172,7 +209,9 @@ class Simulation:
             record.tokens = len(tokens)
             if record.failed:
                 continue
-            prompt = SegmentPrompt(request.prompt_tokens, request.segments, SEGMENT_TOKENS, number)
+            prompt: Prompt = SegmentPrompt(request.prompt_tokens, request.segments, SEGMENT_TOKENS, number)
+            if number in self._prompts:
+                prompt = TokenPrompt(self._prompts[number])
             expected = expected_output(prompt, request.output_tokens, engine.block_tokens)
             record.lost = max(0, len(expected) - len(tokens))
             record.duplicated = max(0, len(tokens) - len(expected))

@@ -88,7 +88,7 @@ def fragmentation(sample: Sample) -> float:
 
 def _arrival_rate(result: SimulationResult) -> float:
     """Requests/s over the span of the arrivals; over the whole run if all arrive at once."""
-    times = np.array([record.request.arrival_s for record in result.records])
+    times = np.sort([record.request.arrival_s for record in result.records])
     return recorded_rate(times) if times[-1] > times[0] else len(times) / result.duration_s
 
 

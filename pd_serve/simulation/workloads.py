@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from msgspec.structs import replace
 
 from pd_serve.errors import InvalidRequestError
 from pd_serve.simulation import trace_files
 from pd_serve.simulation.arrivals import Arrivals, Seconds, drawn, recorded, recorded_rate
 from pd_serve.simulation.config import TraceRequest
 from pd_serve.simulation.lengths import generate, is_generated
+from pd_serve.simulation.sessions import make_sessions, num_turns
 from pd_serve.simulation.trace_files import RecordedTrace
 
 HIGH_PRIORITY = -1
@@ -61,6 +63,9 @@ def make_requests(spec: TraceSpec, folder: Path | None = None) -> list[TraceRequ
         InvalidRequestError: The specification is invalid; the message has the reason.
     """
     spec.check()
+    if turns := num_turns(spec.name):
+        count = spec.requests or DEFAULT_REQUESTS
+        return make_sessions(turns, count, spec.rate, spec.arrivals, spec.seed)
     trace = _trace(spec, folder)
     count = len(trace.prompts)
     # Separate random streams: the lengths of a seed stay the same when the arrivals change.
@@ -79,7 +84,7 @@ def has_times(spec: TraceSpec, folder: Path | None = None) -> bool:
     Raises:
         InvalidRequestError: There is no such trace.
     """
-    if is_generated(spec.name):
+    if is_generated(spec.name) or num_turns(spec.name):
         return False
     return trace_files.read(trace_files.find(spec.name, folder)).arrivals is not None
 
@@ -87,9 +92,20 @@ def has_times(spec: TraceSpec, folder: Path | None = None) -> bool:
 def fitting(requests: list[TraceRequest], most_tokens: int) -> list[TraceRequest]:
     """The requests with at most `most_tokens` prompt and output tokens.
 
-    An instance with room for `most_tokens` can never serve the others.
+    An instance with room for `most_tokens` can never serve the others. The turns of a session after one that
+    does not fit are left out, too.
     """
-    return [r for r in requests if r.prompt_tokens + r.output_tokens <= most_tokens]
+    kept: list[TraceRequest] = []
+    places: dict[int, int] = {}  # of the kept ones
+    for number, request in enumerate(requests):
+        before = request.turn_of
+        if request.prompt_tokens + request.output_tokens > most_tokens or (
+            before is not None and before not in places
+        ):
+            continue
+        places[number] = len(kept)
+        kept.append(request if before is None else replace(request, turn_of=places[before]))
+    return kept
 
 
 def _trace(spec: TraceSpec, folder: Path | None) -> RecordedTrace:
