@@ -18,7 +18,7 @@ __all__ = ["POLICY_KINDS", "PolicyError", "PolicySet", "paper_threshold", "polic
 LLUMNIX = PolicySet(
     "llumnix",
     late_binding=True,
-    headroom=0.1,
+    headroom=0.2,
     rescheduling="pairs",
     selection="guarded",
     migration_threshold=10.0,

@@ -19,10 +19,10 @@ def test_prompts_and_decode_steps_are_measured(kind: Kind, monkeypatch: pytest.M
         node = make(kind)
         complete = node.runner.complete
 
-        def slow_complete(jobs: list) -> object:  # type: ignore[type-arg]
+        def slow_complete(jobs: list, *metadata: object) -> object:  # type: ignore[type-arg]
             nonlocal now
             now += 0.02 + 1e-4 * sum(job.end - job.start - 1 for job in jobs)
-            return complete(jobs)
+            return complete(jobs, *metadata)  # type: ignore[arg-type]
 
         node.runner.complete = slow_complete  # type: ignore[method-assign, assignment]
         node.add("r", list(range(1000)), max_tokens=40)
