@@ -1,4 +1,4 @@
-"""Benchmarks: `python -m loadtests.bench` and one of migration, overhead, reports, serve, simulator, compare.
+"""Benchmarks: `python -m loadtests.bench` and the name of one of them.
 
 A benchmark's module is imported when its command runs: some import vLLM.
 """
@@ -34,6 +34,21 @@ def bench_migration(
     from loadtests.bench import migration
 
     _run(migration.run(BenchmarkReport(json_file), rounds))
+
+
+@app.command("kinds")
+def bench_kinds(
+    json_file: JsonFile = None,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this model of `pd_serve.models`; may be given several times."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Requests per length.")] = 2,
+) -> None:
+    """Gap of a live migration against ITL for every kind of engine, and for two workers."""
+    from loadtests.bench import kinds
+
+    _run(kinds.run(BenchmarkReport(json_file), kind or [], rounds))
 
 
 @app.command("overhead")

@@ -70,12 +70,17 @@ class LengthSamples:
 
 
 class MigrationBenchmark:
-    """Measures on a started service."""
+    """Measures on a started service.
 
-    def __init__(self, service: LocalService) -> None:
+    Args:
+        places: The two instances between which requests move.
+    """
+
+    def __init__(self, service: LocalService, places: tuple[str, str] = ("decode-0", "decode-1")) -> None:
         self._client = service.api.client
         self._frontend = service.api.frontend
         self._logs: dict[str, TokenLog] = {}
+        self._places = places
         self._serial = 0
         self._frontend.tokens.observer = self._observe
 
@@ -104,7 +109,7 @@ class MigrationBenchmark:
             begin = len(log.times)
             await self._tokens(request_id, begin + TOKENS_BETWEEN)
             here = log.sources[-1]
-            there = "decode-1" if here == "decode-0" else "decode-0"
+            there = self._places[here == self._places[0]]
             at, started = len(log.times), time.monotonic()
             # Without the first tokens after a move: they belong to a new batch.
             samples.normal += log.gaps_ms(begin + 3, at)

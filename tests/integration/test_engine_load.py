@@ -31,7 +31,8 @@ def make(kind: Kind, **settings: object) -> Node:
 
 def test_an_idle_engine_has_no_load(kind: Kind) -> None:
     node = make(kind, num_blocks=21)
-    assert load_of(node) == EngineLoad(total_blocks=20, free_blocks=20, block_tokens=BLOCK)
+    expected = EngineLoad(total_blocks=20, free_blocks=20, block_tokens=BLOCK, step_prompt_tokens=2048)
+    assert load_of(node) == expected
 
 
 def test_waiting_requests_count_with_the_blocks_they_need(kind: Kind) -> None:

@@ -144,6 +144,7 @@ TESTED_THROUGH: dict[str, tuple[str, ...]] = {
 RUN_BY_HAND = {
     "loadtests/__main__.py",
     "loadtests/bench/__main__.py",
+    "loadtests/bench/kinds.py",
     "loadtests/bench/migration.py",
     "loadtests/dashboard_figure.py",
 }
