@@ -209,8 +209,8 @@ def _table(
     priced = any(one["cost_per_million_tokens"] is not None for one in entries)
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
     table.add_column("layout", no_wrap=True)
-    columns = ["goodput/s", "TTFT P99", "ITL P99", "GPU h/M tokens"]
-    columns += ["cost/M tokens"] * priced + ([f"at {rate:.3g}/s"] if rate else [])
+    columns = ["goodput/s", "TTFT P99, s", "ITL P99, ms", "GPU h/M"]
+    columns += ["cost/M"] * priced + ([f"at {rate:.3g}/s"] if rate else [])
     for column in columns:
         table.add_column(column, justify="right")
     for one, numbers in zip(plans, entries, strict=True):
@@ -219,8 +219,8 @@ def _table(
         )
         cells = [
             f"{one.goodput:.3g}",
-            "–" if ttft is None else f"{ttft:.3g} s",
-            "–" if itl is None else f"{itl * 1e3:.3g} ms",
+            "–" if ttft is None else f"{ttft:.3g}",
+            "–" if itl is None else f"{itl * 1e3:.3g}",
             "–" if hours is None else f"{hours:.3g}",
         ]
         if priced:
