@@ -131,6 +131,7 @@ class Overload:
         """One request with many prompts is answered as a whole, or refused with a reason."""
         dice = random.Random(f"prompts {self.seed}")
         body = _body(dice, 8, 2) | {"prompt": [_prompt(dice, 8) for _ in range(PROMPTS)], "stream": False}
+        del body["stream_options"]
         try:
             answer: dict[str, Any] = await self.client.json("/v1/completions", body, 600.0)
         except StreamError as error:
