@@ -136,7 +136,7 @@ class PrefixReader:
             finally:
                 instance.send(copy.holder, PrefixRead(copy_id))
             await self._confirmed(copy)
-        except BaseException:
+        except Exception:  # at a cancellation the instance stops
             await self._drop(
                 copy_id, [block for table in held.tables for block in table if block != NO_BLOCK]
             )
