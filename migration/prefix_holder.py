@@ -8,7 +8,6 @@ from migration.messages import InstanceId, MigrationId
 from migration.prefix_messages import (
     PrefixAsk,
     PrefixConfirmed,
-    PrefixMessage,
     PrefixOffer,
     PrefixRead,
     PrefixRefused,
@@ -71,6 +70,9 @@ class PrefixHolder:
         bounds = self._instance.bounds
         if ask.copy_id in self._leases:
             return  # it comes twice
+        if ask.max_tokens < 1:
+            refusal = Refusal(RefusalCode.UNSUPPORTED_REQUEST, "no token of the prefix is of use")
+            return self._refuse(reader, ask.copy_id, refusal)
         if len(self._leases) >= bounds.max_prefix_leases:
             text = f"{bounds.max_prefix_leases} prefixes are being read already"
             return self._refuse(reader, ask.copy_id, Refusal(RefusalCode.TOO_MANY_MIGRATIONS, text))
@@ -102,5 +104,4 @@ class PrefixHolder:
         self._instance.tasks.start(self._instance.engine.unpin(copy_id))
 
     def _refuse(self, reader: InstanceId, copy_id: MigrationId, refusal: Refusal) -> None:
-        message: PrefixMessage = PrefixRefused(copy_id, refusal)
-        self._instance.send(reader, message)
+        self._instance.send(reader, PrefixRefused(copy_id, refusal))

@@ -9,7 +9,14 @@ import logging
 import uuid
 from collections import Counter
 
-from migration.errors import DestinationRefusedError, MigrationError, PeerLostError, Refusal, RefusalCode
+from migration.errors import (
+    DestinationRefusedError,
+    EngineDeadError,
+    MigrationError,
+    PeerLostError,
+    Refusal,
+    RefusalCode,
+)
 from migration.local_instance import LocalInstance
 from migration.messages import NO_BLOCK, InstanceId, KvPart, MigrationId
 from migration.prefix_messages import (
@@ -20,6 +27,7 @@ from migration.prefix_messages import (
     PrefixRefused,
     ToPrefixReader,
 )
+from migration.prefix_store import PrefixQuery
 from migration.reservation import Reservation
 
 logger = logging.getLogger(__name__)
@@ -86,23 +94,32 @@ class PrefixReader:
         copy_id = MigrationId(f"{self._instance.name}.{self._incarnation}.prefix.{next(self._serial)}")
         copy = self._copies[copy_id] = PrefixCopy(copy_id, holder)
         try:
-            await self._copy(copy, payload)
-        except MigrationError as error:
-            self.outcomes[error.refusal.code] += 1
-            logger.debug("prefix copy %s from %s: %s", copy_id, holder, error)
-        else:
-            self.outcomes["copied"] += 1
+            query = self._instance.engine.prefixes.query(payload)
+            await self._try(copy, query)
         finally:
             del self._copies[copy_id]
+
+    async def _try(self, copy: PrefixCopy, query: PrefixQuery) -> None:
+        try:
+            await self._copy(copy, query)
+        except EngineDeadError:
+            raise
+        except MigrationError as error:
+            self.outcomes[error.refusal.code] += 1
+            logger.debug("prefix copy %s from %s: %s", copy.copy_id, copy.holder, error)
+        except Exception:  # whatever the holder has said: the prompt is computed
+            self.outcomes[RefusalCode.COPY_FAILED] += 1
+            logger.exception("prefix copy %s from %s has failed", copy.copy_id, copy.holder)
+        else:
+            self.outcomes["copied"] += 1
 
     def on_message(self, holder: InstanceId, message: ToPrefixReader) -> None:
         copy = self._copies.get(message.copy_id)
         if copy is not None and copy.holder == holder:
             copy.take(message)
         elif isinstance(message, PrefixOffer):
-            self._instance.send(
-                holder, PrefixRead(message.copy_id)
-            )  # too late: it need not wait for the lease
+            # It is too late: the holder need not wait for the end of the lease.
+            self._instance.send(holder, PrefixRead(message.copy_id))
 
     def peer_lost(self, peer: InstanceId) -> None:
         """A peer is known to be dead."""
@@ -116,10 +133,9 @@ class PrefixReader:
             f"a prefix is being copied from {copy.holder}: {copy.copy_id}" for copy in self._copies.values()
         ]
 
-    async def _copy(self, copy: PrefixCopy, payload: list[bytes]) -> None:
+    async def _copy(self, copy: PrefixCopy, query: PrefixQuery) -> None:
         instance, copy_id = self._instance, copy.copy_id
         store, bounds = instance.engine.prefixes, instance.bounds
-        query = store.query(payload)
         if not query.hashes:
             raise DestinationRefusedError(RefusalCode.UNSUPPORTED_REQUEST, "no prefix of it can be shared")
         instance.send(copy.holder, PrefixAsk(copy_id, query.hashes, query.max_tokens, query.compatibility))
@@ -131,7 +147,7 @@ class PrefixReader:
             try:
                 if offer.part.end > query.max_tokens:
                     raise PeerLostError(f"{copy.holder} offers more tokens than the prompt has")
-                held = await store.reserve(copy_id, payload, offer.part)
+                held = await store.reserve(copy_id, query, offer.part)
                 self.bytes_copied += await self._read(copy, offer, held.tables)
             finally:
                 instance.send(copy.holder, PrefixRead(copy_id))

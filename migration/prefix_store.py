@@ -1,7 +1,7 @@
 """The interface between prefix copies and an engine's prefix cache."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from migration.messages import KvPart, MigrationId
 from migration.reservation import Reservation
@@ -15,11 +15,13 @@ class PrefixQuery:
         hashes: See `PrefixAsk`; empty if the request can use no cached prefix.
         max_tokens: The most tokens that the request can take from a cache: not its last one.
         compatibility: What has to be equal in two engines that exchange blocks, by name.
+        prompt: The request as its own engine has decoded it, for `PrefixStore.reserve`; None elsewhere.
     """
 
     hashes: list[bytes]
     max_tokens: int
     compatibility: dict[str, str]
+    prompt: Any = None
 
 
 class PrefixStore(Protocol):
@@ -41,8 +43,8 @@ class PrefixStore(Protocol):
             DestinationRefusedError: the engines differ, or this one cannot share blocks; nothing is pinned.
         """
 
-    async def reserve(self, copy_id: MigrationId, payload: list[bytes], part: KvPart) -> Reservation:
-        """Holds blocks for what is offered and not here already.
+    async def reserve(self, copy_id: MigrationId, query: PrefixQuery, part: KvPart) -> Reservation:
+        """Holds blocks for what is offered to this engine's own query and not here already.
 
         Returns: its tables have `NO_BLOCK` where nothing is to be copied. They are empty if all is here
             already, and nothing is held.

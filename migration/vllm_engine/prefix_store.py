@@ -36,7 +36,7 @@ class VllmPrefixStore:
         request = self._loader.read(payload)
         usable = self._scheduler is not None and not request.skip_reading_prefix_cache
         hashes = [bytes(block_hash) for block_hash in request.block_hashes] if usable else []
-        return PrefixQuery(hashes, request.num_tokens - 1, self._compatibility)
+        return PrefixQuery(hashes, request.num_tokens - 1, self._compatibility, request)
 
     async def offer(self, copy_id: MigrationId, query: PrefixQuery) -> KvPart:
         if self._scheduler is None:
@@ -61,12 +61,11 @@ class VllmPrefixStore:
             pass
         return part
 
-    async def reserve(self, copy_id: MigrationId, payload: list[bytes], part: KvPart) -> Reservation:
-        request = self._loader.read(payload)
+    async def reserve(self, copy_id: MigrationId, query: PrefixQuery, part: KvPart) -> Reservation:
 
         def reserve() -> Reservation:
             kept_free = self._scheduler._inflight_prefill_reserved_blocks()
-            return self._blocks.reserve(copy_id, request, part, kept_free)
+            return self._blocks.reserve(copy_id, query.prompt, part, kept_free)
 
         return await self._steps.call(reserve)
 

@@ -51,8 +51,9 @@ class SimulatedPrefixStore:
 
     def query(self, payload: list[bytes]) -> PrefixQuery:
         sequence = self._decode(payload)
-        hashes = [_packed(value) for value in self._hashes(sequence)] if self._caches else []
-        return PrefixQuery(hashes, sequence.num_tokens - 1, self._migrations.compatibility)
+        values = self._hashes(sequence) if self._caches else []
+        hashes = [_packed(value) for value in values]
+        return PrefixQuery(hashes, sequence.num_tokens - 1, self._migrations.compatibility, values)
 
     async def offer(self, copy_id: MigrationId, query: PrefixQuery) -> KvPart:
         if (why := mismatch(query.compatibility, self._migrations.compatibility)) is not None:
@@ -70,8 +71,8 @@ class SimulatedPrefixStore:
         found: KvPart = await self._call("offer_prefix", offer)
         return found
 
-    async def reserve(self, copy_id: MigrationId, payload: list[bytes], part: KvPart) -> Reservation:
-        hashes = self._hashes(self._decode(payload))
+    async def reserve(self, copy_id: MigrationId, query: PrefixQuery, part: KvPart) -> Reservation:
+        hashes: list[int] = query.prompt
         block_tokens = self._batcher.settings.block_tokens
 
         def reserve() -> Reservation:

@@ -84,7 +84,7 @@ def copy_prefix(holder: Node, reader: Node, prompt: list[int], left_out: int | N
         copy_id, store = MigrationId(f"copy {next(_ids)}"), store_of(reader)
         part = await offered(holder, reader, prompt, copy_id)
         if part.end:
-            tables = (await store.reserve(copy_id, encoded(prompt), part)).tables
+            tables = (await store.reserve(copy_id, store.query(encoded(prompt)), part)).tables
             for group, (run, table) in enumerate(zip(part.runs, tables, strict=bool(tables))):
                 pairs = [
                     pair for pair in zip(run.block_ids, table, strict=bool(table)) if NO_BLOCK not in pair
@@ -193,7 +193,7 @@ def test_a_copy_that_is_given_up_leaves_nothing(kind: Kind, make: Make) -> None:
 
     async def give_up() -> None:
         part = await offered(holder, reader, PROMPT, copy_id)
-        (table,) = (await store.reserve(copy_id, encoded(PROMPT), part)).tables
+        (table,) = (await store.reserve(copy_id, store.query(encoded(PROMPT)), part)).tables
         assert len(table) == 5
         await store.drop(copy_id)
         await store.drop(copy_id)
@@ -236,8 +236,9 @@ def test_a_prefix_without_room_is_refused_and_what_runs_goes_on(kind: Kind, make
 )
 def test_an_offer_that_does_not_fit_is_refused(part: KvPart, make: Make) -> None:
     reader = make(KINDS[0])
+    store = store_of(reader)
     with pytest.raises(DestinationRefusedError) as refused:
-        run(store_of(reader).reserve(MigrationId("c"), encoded(PROMPT), part))
+        run(store.reserve(MigrationId("c"), store.query(encoded(PROMPT)), part))
     assert refused.value.refusal.code is RefusalCode.INCOMPATIBLE
 
 

@@ -17,7 +17,9 @@ from migration.prefix_messages import (
     PrefixMessage,
     PrefixOffer,
     PrefixRead,
+    PrefixRefused,
 )
+from migration.prefix_store import PrefixQuery
 from pd_serve.simulated_engine.outputs import SimulatedPayload
 from tests.unit.migration.migrating_cluster import BLOCK_TOKENS, BOUNDS, COPY_S, MigratingCluster
 from tests.virtual_time import in_virtual_time
@@ -327,4 +329,61 @@ async def test_blocks_of_a_failed_read_are_not_used_while_it_may_still_write() -
         assert len(cluster["b"].engine.prefixes.held_blocks) == BLOCKS
         await asyncio.sleep(3.5)
         assert not cluster["b"].engine.prefixes.held_blocks
+        await serve_on_b(cluster)
+
+
+@pytest.mark.parametrize("max_tokens", [-1, -(10**9), 0, 1, 10**12])
+@pytest.mark.parametrize("hashes", [[], [b""], [b"nonsense"], [b"x" * 40] * 3])
+@in_virtual_time
+async def test_a_question_of_nonsense_is_refused(hashes: list[bytes], max_tokens: int) -> None:
+    async with MigratingCluster("a", "b") as cluster:
+        await holder_with_prefix(cluster)
+        store, compatibility = cluster["a"].engine.prefixes, cluster["a"].engine._migrations.compatibility
+        offer = store.offer
+
+        async def strict_offer(copy_id: MigrationId, query: PrefixQuery) -> KvPart:
+            assert query.max_tokens > 0, "vLLM's lookup raises, which would end the instance"
+            return await offer(copy_id, query)
+
+        store.offer = strict_offer  # type: ignore[method-assign]
+        copy_id = MigrationId("b.made.up")
+        cluster["a"].coordinator.on_message(B, PrefixAsk(copy_id, hashes, max_tokens, compatibility))
+        await asyncio.sleep(0.1)
+        assert [m.copy_id for m in cluster.sent if isinstance(m, PrefixRefused)] == [copy_id]
+        await copy(cluster)
+        assert num_held(cluster) == BLOCKS
+        await serve_on_b(cluster)
+
+
+@pytest.mark.parametrize("block_id", [-2, 10**6])
+@in_virtual_time
+async def test_blocks_that_no_engine_has_are_not_copied(block_id: int) -> None:
+    async with MigratingCluster("a", "b") as cluster:
+        await holder_with_prefix(cluster)
+        offer = cluster["a"].engine.prefixes.offer
+
+        async def lying_offer(copy_id: MigrationId, query: PrefixQuery) -> KvPart:
+            part = await offer(copy_id, query)
+            (run,) = part.runs
+            return KvPart(part.end, [BlockRun(0, [block_id, *run.block_ids[1:]])])
+
+        cluster["a"].engine.prefixes.offer = lying_offer  # type: ignore[method-assign]
+        await copy(cluster)
+        assert "copied" not in outcomes(cluster)
+        assert num_held(cluster) == 0
+        await serve_on_b(cluster)
+
+
+@in_virtual_time
+async def test_an_unforeseen_failure_of_a_copy_does_not_fail_its_request() -> None:
+    async with MigratingCluster("a", "b") as cluster:
+        await holder_with_prefix(cluster)
+
+        async def read(*arguments: object) -> int:
+            raise IndexError("unforeseen")
+
+        transport = cluster["b"].coordinator._instance.transport
+        transport.read = read  # type: ignore[assignment, method-assign]
+        await copy(cluster)
+        assert outcomes(cluster) == {RefusalCode.COPY_FAILED: 1}
         await serve_on_b(cluster)

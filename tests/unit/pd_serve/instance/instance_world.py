@@ -54,7 +54,7 @@ class PrefixStoreStub:
     def query(self, payload: list[bytes]) -> PrefixQuery:
         return PrefixQuery([b"hash"], 16, {})
 
-    async def reserve(self, copy_id: MigrationId, payload: list[bytes], part: KvPart) -> Reservation:
+    async def reserve(self, copy_id: MigrationId, query: PrefixQuery, part: KvPart) -> Reservation:
         return Reservation([[3]], [], 0)
 
     async def publish(self, copy_id: MigrationId) -> None: ...
