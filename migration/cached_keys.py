@@ -10,7 +10,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 K = TypeVar("K", bound=Hashable)
 
-#: Bytes of a vLLM block hash that are a key. They are enough for a hint: whoever reads blocks compares all.
+#: Bytes of a vLLM block hash that are a key. A key is a hint: readers of blocks compare whole hashes.
 KEY_BYTES = 8
 
 

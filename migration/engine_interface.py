@@ -111,7 +111,7 @@ class EngineEvents:
 
 
 class CachedKeySource(Protocol):
-    """The prefix cache of an engine, for those who want to know what is in it."""
+    """The keys of the blocks in an engine's prefix cache, as they change."""
 
     async def take(self, most: int) -> KeyChanges | None:
         """Takes up to `most` changes since the last call; first, and after the cache was emptied, all of it.

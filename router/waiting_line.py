@@ -20,8 +20,8 @@ from router.load import InstanceLoad
 from router.priority import PriorityClass, priority_class
 from router.request import Demand, NewRequest
 
-#: Prompt lengths are told apart in this many classes per doubling, of which the first so many members are
-#: looked at when an instance reports: its cost does not grow with the line.
+#: Number of classes of prompt lengths per doubling, and number of requests of each class that are looked at
+#: when an instance reports, the first in line: the cost of a report does not grow with the line.
 CLASSES_PER_DOUBLING = 8
 MEMBERS_LOOKED_AT = 4
 

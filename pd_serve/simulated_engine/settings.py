@@ -49,7 +49,7 @@ class EngineSettings:
     sampled: bool = False
 
     def of_role(self, role: str, decode_prompt_tokens: int) -> "EngineSettings":
-        """A decode instance that takes prompts takes only so many tokens of them in a step.
+        """The settings of an instance; a decode instance computes prompts within a budget, if at all.
 
         Args:
             decode_prompt_tokens: See `router.settings.PolicySet`.

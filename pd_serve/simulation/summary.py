@@ -11,7 +11,7 @@ from pd_serve.simulation.result import RequestRecord, Sample, SimulationResult
 from router.freeness import fragmented_blocks
 from router.priority import PriorityClass, priority_class
 
-#: Prompts of at most so many tokens, by name of their class; the last one has all others.
+#: Greatest number of tokens of the prompts in each class.
 PROMPT_CLASSES = {"short": 256, "medium": 2000, "long": float("inf")}
 
 #: Keys of a summary whose values are {"mean", "p50", "p99"}, in seconds.

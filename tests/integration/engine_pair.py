@@ -145,7 +145,7 @@ class EnginePair:
         return await member.rig.add(request_id, prompt, params, **more)
 
     async def tokens(self, request_id: str, number: int) -> None:
-        """Returns when the client has so many tokens."""
+        """Returns when the client has this number of tokens."""
         await eventually(lambda: len(self.streams[request_id].tokens) >= number or self.broken)
 
     async def move(self, request_id: str, source: Member, destination: Member) -> MigrationRecord:

@@ -1,4 +1,4 @@
-"""Running requests of every kind of engine move, and nobody who reads their tokens can tell.
+"""Running requests of every kind of engine move, and their outputs are those of unmoved requests.
 
 For each kind two real engines with a tiny random model. Every test compares with the same requests, unmoved.
 """
@@ -23,7 +23,7 @@ from migration.messages import (
 )
 from pd_serve.models import resolve
 from pd_serve.models.kinds import KINDS, WINDOW_TOKENS
-from pd_serve.platform.environment import engine_environment
+from tests.integration.instance_environment import instance_environment
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module")]
 
@@ -50,15 +50,8 @@ def kinds(names: Collection[str]) -> list[Any]:
 
 @pytest.fixture(scope="module", autouse=True)
 def environment() -> Iterator[None]:
-    """What every instance's process is started with; set before the engine module imports vLLM."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in engine_environment(1, resolve("tiny")).items():
-            patch.setenv(name, value)
-        patch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    with instance_environment():
         yield
-    import vllm.envs
-
-    vllm.envs.disable_envs_cache()  # an engine freezes what it has read
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module", params=kinds([*KINDS, DRAFTS]))

@@ -1,7 +1,6 @@
 """`VllmEngine` over vLLM's own `EngineCore` with the tiny model: one engine for all tests but the last."""
 
 import asyncio
-import gc
 import itertools
 import threading
 from collections.abc import AsyncIterator, Collection, Iterator
@@ -13,8 +12,7 @@ import pytest_asyncio
 
 from migration.messages import MigrationId, RequestId, stem_of
 from pd_serve.errors import DestinationRefusedError, EngineDeadError, SourceGoneError
-from pd_serve.models import resolve
-from pd_serve.platform.environment import engine_environment
+from tests.integration.instance_environment import instance_environment
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module")]
 
@@ -23,16 +21,8 @@ PROMPT = [(7 * i) % 200 + 20 for i in range(300)]  # computed in two chunks
 
 @pytest.fixture(scope="module", autouse=True)
 def environment() -> Iterator[None]:
-    """What every instance's process is started with; set before the engine module imports vLLM."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in engine_environment(1, resolve("tiny")).items():
-            patch.setenv(name, value)
-        patch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    with instance_environment():
         yield
-    import vllm.envs
-
-    vllm.envs.disable_envs_cache()  # an engine freezes what it has read
-    gc.collect()
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")

@@ -1,7 +1,6 @@
 """LoRA adapters of a real engine: loaded with their requests, moved with them, and kept apart."""
 
 import asyncio
-import gc
 import os
 import shutil
 from collections.abc import AsyncIterator, Iterator
@@ -13,25 +12,16 @@ import pytest_asyncio
 
 from migration.messages import MigrationId, RequestId
 from pd_serve.errors import DestinationRefusedError, InvalidRequestError, RefusalCode
-from pd_serve.models import resolve
 from pd_serve.models.lora import adapters
-from pd_serve.platform.environment import engine_environment
+from tests.integration.instance_environment import instance_environment
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module")]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def environment() -> Iterator[None]:
-    """What every instance's process is started with; set before the engine module imports vLLM."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in engine_environment(1, resolve("tiny")).items():
-            patch.setenv(name, value)
-        patch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    with instance_environment():
         yield
-    import vllm.envs
-
-    vllm.envs.disable_envs_cache()  # an engine freezes what it has read
-    gc.collect()
 
 
 class Rig:

@@ -1,7 +1,6 @@
 """Requests of every kind survive the death of their instance, on engines of every kind, and move."""
 
 import contextlib
-import gc
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +10,7 @@ import pytest
 import pytest_asyncio
 
 from migration.messages import RequestId
-from pd_serve.models import resolve
-from pd_serve.platform.environment import engine_environment
+from tests.integration.instance_environment import instance_environment
 
 pytestmark = [
     pytest.mark.integration,
@@ -28,16 +26,8 @@ NUM_TOKENS = 60
 
 @pytest.fixture(scope="module", autouse=True)
 def environment() -> Iterator[None]:
-    """What every instance's process is started with; set before the engine module imports vLLM."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in engine_environment(1, resolve("tiny")).items():
-            patch.setenv(name, value)
-        patch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    with instance_environment():
         yield
-    import vllm.envs
-
-    vllm.envs.disable_envs_cache()  # an engine freezes what it has read
-    gc.collect()
 
 
 KINDS = (
