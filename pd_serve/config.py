@@ -6,20 +6,19 @@ fields. Each can be set in the environment, too, as PD_SERVE_ and its name. vLLM
 """
 
 import difflib
-import json
-import shlex
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import AliasChoices, BeforeValidator, Field, ValidationError
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import AliasChoices, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError
 
 from pd_serve.errors import InvalidRequestError
 from pd_serve.models.catalog import DEFAULT_MODEL
+from pd_serve.setting_types import Bounds, Keys, Port, Resources, Words, parse_settings
 from pd_serve.simulated_engine.settings import EngineSettings
 from router.load import ROLES
 from router.policies import PolicySet, policy_set
@@ -45,52 +44,6 @@ INSTANCES, SCHEDULING, API, SECURITY, CLUSTER, VLLM = GROUPS = (
 )
 
 
-def parse_bounds(text: str) -> PoolBounds:
-    """The bounds of a pool from "MIN:MAX". Raises: ValueError."""
-    least, _, most = text.partition(":")
-    if not (least.isdecimal() and most.isdecimal()):
-        raise ValueError(f"takes MIN:MAX, such as 1:4, not {text!r}")
-    if not 1 <= int(least) <= int(most):
-        raise ValueError(f"{text}: must be 1 <= MIN <= MAX")
-    return PoolBounds(int(least), int(most))
-
-
-def parse_resources(text: str) -> dict[str, float]:
-    """Custom resources of Ray from JSON: {"name": amount}. Raises: ValueError."""
-    try:
-        found = {str(name): float(amount) for name, amount in json.loads(text).items()}
-    except (AttributeError, TypeError, ValueError):
-        raise ValueError(f'takes JSON such as {{"node_a": 1}}, not {text!r}') from None
-    if bad := sorted(name for name, amount in found.items() if amount <= 0 or name in ("CPU", "GPU")):
-        raise ValueError(f"{bad[0]} must be a custom resource of Ray, with an amount above 0")
-    return found
-
-
-def parse_settings(texts: Iterable[str]) -> dict[str, float | int | str]:
-    """Settings of a policy from "KEY=VALUE" each; numbers become numbers. Raises: InvalidRequestError."""
-    found: dict[str, float | int | str] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise InvalidRequestError(f"--set {text}: must be KEY=VALUE")
-        found[key.strip()] = _number(value.strip())
-    return found
-
-
-def _number(text: str) -> float | int | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def _if_text(parse: Any) -> BeforeValidator:
-    """Parses a text, and takes a value of the field's own type as it is."""
-    return BeforeValidator(lambda value: parse(value) if isinstance(value, str) else value)
-
-
 def _flag(
     group: str, default: Any, help: str, *, metavar: str | None = None, shown: str | None = None, **field: Any
 ) -> Any:
@@ -104,14 +57,6 @@ def _flag(
     """
     extra: dict[str, Any] = {"group": group, "metavar": metavar, "shown": shown}
     return Field(default, description=help, json_schema_extra=extra, **field)
-
-
-Bounds = Annotated[PoolBounds | None, NoDecode, _if_text(parse_bounds)]
-Resources = Annotated[dict[str, float] | None, NoDecode, _if_text(parse_resources)]
-Words = Annotated[tuple[str, ...], NoDecode, _if_text(shlex.split)]
-Keys = Annotated[tuple[str, ...], NoDecode, _if_text(lambda key: (key,))]
-#: Kubernetes sets PD_SERVE_PORT=tcp://... in the pods beside a Service named pd-serve; that is no setting.
-Port = Annotated[int, BeforeValidator(lambda port: 8000 if str(port).startswith("tcp://") else port)]
 
 
 class ServeConfig(BaseSettings):

@@ -91,7 +91,7 @@ def policies(
     from loadtests.experiments.figure import FigureOptions
     from loadtests.experiments.policies import run_policies
     from loadtests.experiments.result_store import ExperimentRun
-    from pd_serve.config import parse_settings
+    from pd_serve.setting_types import parse_settings
 
     candidate = parse_settings(settings or [])
     run_policies(FigureOptions(requests), range(seeds), ExperimentRun(out, jobs, fresh=fresh), candidate)

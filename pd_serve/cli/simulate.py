@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 from pd_serve.cli.simulate_faults import faults
-from pd_serve.config import DEFAULT_COST_MODEL, DEFAULT_POLICY, parse_bounds, parse_settings
+from pd_serve.config import DEFAULT_COST_MODEL, DEFAULT_POLICY
 from pd_serve.errors import InvalidRequestError
+from pd_serve.setting_types import parse_bounds, parse_settings
 from router.scaling import PoolBounds
 
 DEFAULT_INSTANCES = 16

@@ -20,7 +20,7 @@ FLOORS = (
     ("router",),
     ("migration",),
     ("pd_serve.errors",),
-    ("pd_serve.comm", "pd_serve.platform"),
+    ("pd_serve.comm", "pd_serve.platform", "pd_serve.setting_types"),
     ("pd_serve.simulated_engine", "pd_serve.models", "pd_serve.observe"),
     ("pd_serve.config",),
     ("pd_serve.instance", "pd_serve.scheduler", "pd_serve.frontend"),

@@ -5,14 +5,7 @@ import pickle
 
 import pytest
 
-from pd_serve.config import (
-    ENVIRONMENT_PREFIX,
-    GROUPS,
-    ServeConfig,
-    parse_bounds,
-    parse_resources,
-    parse_settings,
-)
+from pd_serve.config import ENVIRONMENT_PREFIX, GROUPS, ServeConfig
 from pd_serve.errors import InvalidRequestError
 from router.scaling import PoolBounds
 
@@ -178,31 +171,3 @@ def test_every_flag_has_a_group_and_a_help_text() -> None:
         if isinstance(setting.json_schema_extra, dict):
             assert setting.json_schema_extra["group"] in GROUPS, name
             assert (setting.description or "").endswith("."), name
-
-
-# ---- parsers
-
-
-@pytest.mark.parametrize("text", ["3", "a:b", "1:", ":2", "1:2:3", "0:2", "3:2", "-1:2"])
-def test_bounds_must_be_two_numbers_in_order(text: str) -> None:
-    with pytest.raises(ValueError, match=r"MIN:MAX|1 <= MIN <= MAX"):
-        parse_bounds(text)
-
-
-def test_bounds_may_be_equal() -> None:
-    assert parse_bounds("2:2") == PoolBounds(2, 2)
-
-
-@pytest.mark.parametrize("text", ["node_a", "[1]", '{"a": "x"}', '{"a": 0}', '{"CPU": 1}'])
-def test_resources_must_be_custom_ones_with_amounts(text: str) -> None:
-    with pytest.raises(ValueError, match=r"JSON|custom resource"):
-        parse_resources(text)
-
-
-def test_settings_of_a_policy_become_numbers_where_they_are() -> None:
-    assert parse_settings(["a=3", "b=0.5", "c = guarded", "d=true"]) == {
-        "a": 3,
-        "b": 0.5,
-        "c": "guarded",
-        "d": "true",
-    }
