@@ -10,11 +10,19 @@ PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent() -> None:
+    """The same as `end_with`, in a process of `multiprocessing`."""
+    parent = multiprocessing.parent_process()
+    end_with(os.getppid() if parent is None or parent.pid is None else parent.pid)
+
+
+def end_with(parent: int) -> None:
     """Has the kernel kill this process when the thread that has started it ends, however that happens.
 
     Holds also while this process is stopped, or in a call that hangs.
+
+    Args:
+        parent: Process id of the parent, which may have ended before.
     """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    parent = multiprocessing.parent_process()
-    if parent is not None and os.getppid() != parent.pid:  # it has ended before
+    if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,6 +1,7 @@
 """Creates the inference engine of an instance. A further engine is a package of its own and a branch here."""
 
 import gc
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,26 @@ from pd_serve.simulated_engine.settings import EngineSettings
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.engine import EngineCoreOutputs
+
+#: Modules of an instance with vLLM's engine.
+ENGINE_MODULES = (
+    "migration.vllm_engine.adapter",
+    "migration.transport.nixl",
+    "pd_serve.instance.llumlet",
+    "pd_serve.instance.token_publisher",
+)
+
+#: What vLLM itself imports only when an engine for CPUs starts.
+CPU_ENGINE_MODULES = (
+    "migration.vllm_engine.cpu_worker",
+    "vllm.engine.arg_utils",
+    "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors",
+    "vllm.model_executor.layers.quantization.online.base",
+    "vllm.model_executor.model_loader",
+    "vllm.model_executor.models.llama",
+    "vllm.v1.attention.backends.cpu_attn",
+    "vllm.v1.executor.uniproc_executor",
+)
 
 #: Publishes a step's outputs for one API server: its token endpoint, the outputs as frames in vLLM's
 #: encoding, and where each output belongs.
@@ -78,7 +99,8 @@ def import_engine(*, simulated: bool) -> None:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
 
     if not simulated:
-        import migration.vllm_engine.adapter  # noqa: F401
+        for module in ENGINE_MODULES:
+            importlib.import_module(module)
 
     gc.freeze()
 

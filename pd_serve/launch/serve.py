@@ -14,7 +14,7 @@ from pd_serve.comm.membership import MANAGER
 from pd_serve.comm.wire import CurveKeys, Wire
 from pd_serve.config import ServeConfig
 from pd_serve.errors import PdServeError
-from pd_serve.instance.engine_factory import no_moves
+from pd_serve.instance.engine_factory import CPU_ENGINE_MODULES, ENGINE_MODULES, no_moves
 from pd_serve.launch.api_server import ApiServer, import_api_modules
 from pd_serve.launch.console import Console
 from pd_serve.launch.flag_table import vllm_version
@@ -24,6 +24,7 @@ from pd_serve.launch.signals import end_on
 from pd_serve.manager.manager import Manager
 from pd_serve.platform.cpu import is_cpu_build
 from pd_serve.platform.environment import ray_environment
+from pd_serve.platform.fork_server import ForkServer
 from pd_serve.platform.memory import check_memory
 from router.load import ROLES
 
@@ -68,6 +69,7 @@ class LocalService:
         self._manager: Manager | None = None
         self._api: ApiServer | None = None
         self._prepared: Prepared | None = None
+        self._fork_server: ForkServer | None = None
 
     @property
     def api(self) -> ApiServer:
@@ -85,9 +87,14 @@ class LocalService:
         check_memory(config.num_instances, {}, model.path, simulated=simulated)  # before anything starts
         os.environ.update(ray_environment(config.ray_address))
 
+        local, forks = config.ray_address is None, None
+        if local and not simulated and is_cpu_build():  # a process that may have touched a GPU must not fork
+            forks = self._fork_server = ForkServer((*ENGINE_MODULES, *CPU_ENGINE_MODULES))
+
         from pd_serve.manager.ray_launcher import RayLauncher
 
-        launcher = self._launcher = RayLauncher(ray_address, model.environment)
+        python = forks.python if forks is not None else None
+        launcher = self._launcher = RayLauncher(ray_address, model.environment, python=python)
         console.step("starting Ray and loading vLLM")
         parsing = self._tasks.start(asyncio.to_thread(parse, config, model))
         try:
@@ -97,12 +104,13 @@ class LocalService:
             where = config.ray_address or "this machine"
             raise PdServeError(f"Ray at {where} does not answer within {JOIN_S:g} s") from None
         end_on(*SIGNALS)  # Ray has replaced the handlers
+        if forks is not None:
+            await asyncio.to_thread(forks.wait)
         if is_cpu_build():  # importing takes longest: it goes on while the flags are parsed
             anywhere = placements(config, dict.fromkeys(ROLES, 1))
             for name, role in config.instance_roles:
                 launcher.launch(name, anywhere[role])
         prepared = self._prepared = await parsing
-        local = config.ray_address is None
         if local:
             engine_args = prepared.flags.engine("decode")
             check_memory(config.num_instances, engine_args, model.path, simulated=simulated)
@@ -141,6 +149,8 @@ class LocalService:
             await self._api.close()
         if self._launcher is not None:
             await self._launcher.stop()
+        if self._fork_server is not None:
+            self._fork_server.close()
 
     def _ready(self) -> None:
         assert self._prepared is not None

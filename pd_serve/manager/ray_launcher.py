@@ -3,8 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import os
-import secrets
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -37,17 +35,6 @@ STOP_S = 3.0
 #: Errors of `ray.init`.
 CONNECT_ERRORS = (*PASSING_ERRORS, ValueError)
 
-#: Settings of a local cluster, which runs only this service, for a short start-up time.
-LOCAL_SETTINGS = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_prestart_worker_first_driver": "0",
-    "RAY_enable_worker_prestart": "0",
-    "RAY_COLOR_PREFIX": "0",
-    "RAY_raylet_start_wait_time_s": "120",  # a busy machine needs more than Ray's 30
-    "RAY_worker_niceness": "0",  # the workers are the service, not batch jobs beside it
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
-
 
 class RayLauncher:
     """Implements `pd_serve.manager.launcher.Launcher` for the instances and the scheduler of one service.
@@ -56,6 +43,7 @@ class RayLauncher:
         address: Address of a running cluster; None starts a local one that ends with this process.
         environment: Environment variables of every instance's process.
         on_lost: Called with the id of an instance whose process has died.
+        python: Command that runs the script of an instance's process; None for this Python.
         service: With a name, actors outlive this process, and the next manager with that name finds them.
             This process is connected to Ray already, and Ray continues after it.
     """
@@ -65,9 +53,11 @@ class RayLauncher:
         address: str | None,
         environment: dict[str, str],
         on_lost: Callable[[str], None] = lambda instance_id: None,
+        python: str | None = None,
         service: str | None = None,
     ) -> None:
         self._address = address
+        self._python = python
         self._environment = environment
         self._service = service
         self.on_lost = on_lost
@@ -88,12 +78,6 @@ class RayLauncher:
         if self._service is not None:
             return
         local = self._address is None
-        if local:
-            for name, value in LOCAL_SETTINGS.items():
-                os.environ.setdefault(name, value)
-            if not os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
-                # Ray's ports require a token. Ray's own token is permanent, in a file that others can read.
-                os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
         def init() -> None:
             ray.init(
@@ -133,6 +117,8 @@ class RayLauncher:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, 0)
             options["num_gpus"] = placement.num_gpus
             options["resources"] = {name: amount for name, amount in bundle.items() if name != "GPU"}
+        if self._python is not None:
+            options["runtime_env"] = {**options.get("runtime_env", {}), "py_executable": self._python}
         try:
             self._actors[name] = ray.remote(InstanceActor).options(**options).remote(name)
         except ValueError as error:  # an instance that a former manager was starting has the name

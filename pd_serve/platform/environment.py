@@ -1,6 +1,7 @@
 """Environment variables of the service's processes."""
 
 import os
+import secrets
 from pathlib import Path
 
 #: Variables of the operator that instances on other machines get, too.
@@ -10,6 +11,17 @@ LOGGING_VARIABLES = ("PD_SERVE_LOG_FORMAT", "PD_SERVE_LOG_LEVEL", "VLLM_CONFIGUR
 LOOPBACK = {
     "UCX_NET_DEVICES": "lo",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's name for: the node's address is 127.0.0.1
+}
+
+#: Settings of Ray in a local cluster, which runs only this service, for a short start-up time.
+LOCAL_RAY = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_enable_worker_prestart": "0",
+    "RAY_COLOR_PREFIX": "0",
+    "RAY_raylet_start_wait_time_s": "120",  # a busy machine needs more than Ray's 30
+    "RAY_worker_niceness": "0",  # the workers are the service, not batch jobs beside it
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
 
@@ -56,7 +68,11 @@ def ray_environment(ray_address: str | None) -> dict[str, str]:
         "RAY_process_group_cleanup_enabled": "0",
     }
     if ray_address is None:
-        environment |= LOOPBACK
+        environment |= LOOPBACK | LOCAL_RAY
+        if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+            # Ray's ports require a token. Ray's own token is permanent, in a file that others can read.
+            environment["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        environment["RAY_AUTH_MODE"] = "token"  # Ray would set it later, for processes that start then
     elif (Path.home() / ".ray" / "auth_token").is_file():
         # Ray uses its token by default only in clusters that it starts or finds itself.
         environment["RAY_AUTH_MODE"] = "token"

@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.e2e.completion_client import Body, CompletionClient, Move
@@ -55,6 +56,15 @@ async def until(client: CompletionClient, what: Callable[[dict[str, Any]], bool]
             if what(next(instance for instance in instances if instance["role"] == "prefill")):
                 return
             await asyncio.sleep(0.002)
+
+
+async def test_instances_are_forked_from_one_process(client: CompletionClient) -> None:
+    pids = [instance["pid"] for instance in (await client.cluster())["instances"]]
+    parents = [psutil.Process(pid).parent() for pid in pids]
+    assert len(pids) == 3
+    assert len(set(parents)) == 1
+    assert parents[0] is not None
+    assert "pd_serve.platform.fork_server" in parents[0].cmdline()
 
 
 async def test_a_waiting_request_ends_with_its_client(client: CompletionClient) -> None:

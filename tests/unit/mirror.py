@@ -124,6 +124,7 @@ TESTED_THROUGH: dict[str, tuple[str, ...]] = {
         "loadtests/started_service.py",
     ),
     "tests/unit/loadtests/bench/test_report.py": ("loadtests/terminal.py",),
+    "tests/unit/pd_serve/platform/test_fork_server.py": ("pd_serve/platform/fork_client.py",),
     # Parts that only processes of their own run.
     "tests/integration/test_locust_process.py": (
         "loadtests/client.py",

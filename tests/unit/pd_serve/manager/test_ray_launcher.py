@@ -16,13 +16,6 @@ from tests.virtual_time import in_virtual_time
 SLOW = "The current node timed out during startup. This could happen because"
 
 
-@pytest.fixture(autouse=True)
-def nothing_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A local cluster's settings and token go into this process's environment."""
-    monkeypatch.setattr("pd_serve.manager.ray_launcher.LOCAL_SETTINGS", {})
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "x" * 32)
-
-
 def fail_with(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def init(**options: object) -> None:
         raise error

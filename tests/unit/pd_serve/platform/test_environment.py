@@ -30,8 +30,19 @@ def test_instances_have_nothing_that_ray_reads_in_their_environment() -> None:
     assert not [name for name in engine_environment(1, "org/model") if name.startswith("RAY_")]
 
 
-def test_a_local_cluster_stays_on_loopback() -> None:
-    assert LOOPBACK.items() <= ray_environment(None).items()
+def test_a_local_cluster_stays_on_loopback_and_has_a_token_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in [*LOOPBACK, "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"]:
+        monkeypatch.delenv(name, raising=False)
+    one, other = ray_environment(None), ray_environment(None)
+
+    assert LOOPBACK.items() <= one.items()
+    assert one["RAY_AUTH_MODE"] == "token"
+    assert one["RAY_AUTH_TOKEN"] != other["RAY_AUTH_TOKEN"]
+
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "token_of_the_operator")
+    assert "RAY_AUTH_TOKEN" not in ray_environment(None)
 
 
 def test_ray_uses_its_token_in_a_cluster_that_is_joined(
@@ -44,4 +55,3 @@ def test_ray_uses_its_token_in_a_cluster_that_is_joined(
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("t")
     assert ray_environment("auto")["RAY_AUTH_MODE"] == "token"
-    assert "RAY_AUTH_MODE" not in ray_environment(None)
