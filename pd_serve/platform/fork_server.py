@@ -172,12 +172,13 @@ def main(listener: socket.socket, ready: int, parent: int, modules: Sequence[str
     """Imports the modules, and then forks processes, until the process `parent` ends.
 
     Args:
-        ready: File descriptor that is closed when orders are carried out.
+        ready: File descriptor of a pipe; gets a byte when orders are carried out.
     """
     end_with(parent)
     gc.disable()  # collecting takes a tenth of the time of the imports
     import_all(modules)
     gc.freeze()
+    os.write(ready, b"1")
     os.close(ready)
     order = serve(listener)
     gc.enable()
@@ -212,9 +213,8 @@ class ForkServer:
 
     def wait(self) -> None:
         """Blocks until it has imported the modules, or has ended: scripts run without it then."""
-        os.read(self._ready, 1)
-        if self._process.poll() is not None:
-            logger.warning("the fork server has ended (%s): starts are slower", self._process.returncode)
+        if not os.read(self._ready, 1):
+            logger.warning("the fork server has ended (%d): starts are slower", self._process.wait())
 
     def close(self) -> None:
         """Ends it. Processes that were forked go on."""
