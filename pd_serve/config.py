@@ -18,7 +18,7 @@ from pydantic_settings.exceptions import SettingsError
 
 from pd_serve.errors import InvalidRequestError
 from pd_serve.models.catalog import DEFAULT_MODEL
-from pd_serve.setting_types import Bounds, Keys, Port, Resources, Words, parse_settings
+from pd_serve.setting_types import Bounds, Keys, Port, Resources, Targets, Words, parse_settings
 from pd_serve.simulated_engine.settings import EngineSettings
 from router.load import ROLES
 from router.policies import PolicySet, policy_set
@@ -107,6 +107,14 @@ class ServeConfig(BaseSettings):
     )
     set: Words = _flag(
         SCHEDULING, (), "Change a setting of the policy; may be repeated.", metavar="KEY=VALUE"
+    )
+    slo: Targets = _flag(
+        SCHEDULING,
+        None,
+        "Targets of requests without their own (x-slo-ttft-ms, x-slo-itl-ms): time to first token, and mean"
+        " time per later token. They set the order of the queue and the metrics; only a request that brings"
+        " its own ttft is refused, with 429, when it cannot be met.",
+        metavar="ttft=TIME,itl=TIME",
     )
     max_waiting_requests: int = _flag(
         SCHEDULING, 512, "Requests that may wait for a first token before others get 429.", ge=0

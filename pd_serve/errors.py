@@ -5,6 +5,7 @@ PdServeError
 │   └── UnknownTargetError     the named request or instance does not exist (any more); HTTP 404
 ├── MigrationRefusedError      the service refuses a migration or an operation; HTTP 409
 ├── OverloadedError            too many requests are waiting already; HTTP 429
+│   └── RequestRefusedError    this request in particular has to wait outside; HTTP 429 with a code
 ├── EngineDeadError            no live instance, or this one's engine has stopped; HTTP 503
 ├── ProtocolError              an event that the state table does not allow
 └── MigrationError             a migration ended without moving the request; never reaches a client
@@ -39,6 +40,7 @@ __all__ = [
     "ProtocolError",
     "Refusal",
     "RefusalCode",
+    "RequestRefusedError",
     "SourceGoneError",
     "UnknownTargetError",
 ]
@@ -46,6 +48,20 @@ __all__ = [
 
 class UnknownTargetError(InvalidRequestError):
     """The named request or instance does not exist (any more). HTTP 404."""
+
+
+class RequestRefusedError(OverloadedError):
+    """A request is refused, although others may wait. HTTP 429.
+
+    Attributes:
+        code: The reason, for programs: `code` of the error's body, and a label of the metric.
+        retry_after_s: Seconds after which it may be sent again.
+    """
+
+    def __init__(self, text: str, code: str, retry_after_s: int) -> None:
+        super().__init__(text)
+        self.code = code
+        self.retry_after_s = retry_after_s
 
 
 class MigrationRefusedError(PdServeError):

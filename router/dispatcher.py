@@ -2,13 +2,14 @@
 
 import logging
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeVar
 
 from msgspec.structs import replace
 
 from router.dispatch import DISPATCH, DispatchPolicy, can_start, candidates
 from router.dispatch.least_loaded import LeastBacklog
+from router.dispatch.soonest import first_token_s
 from router.freeness import limit_headroom
 from router.handoff import HANDOFF, FreestDestination, can_receive
 from router.load import InstanceLoad
@@ -70,25 +71,43 @@ class Dispatcher:
         Returns: None if there is no instance to choose.
         """
         tokens = request.prompt_tokens
-        loads = [load for load in self._candidates() if load.instance_id not in avoid]
+        loads = self._startable(request, may_wait=may_wait, avoid=avoid)
+        if not loads:
+            return None
         policy = self._dispatch
         if any(load.role == "prefill" for load in loads):
             policy = self._prefill_dispatch
-            if self.policies.decode_prompt_tokens:
-                loads += [load for load in self._decoding() if load.instance_id not in avoid]
-            loads = [load for load in loads if load.role == "prefill" or _has_room(load, tokens)]
-        elif self.policies.late_binding and loads:
-            with_room = [load for load in loads if _has_room(load, tokens)]
-            if may_wait and not with_room:
-                return None
-            loads = with_room or loads
-        if not loads:
-            return None
-        loads = self._with_prefixes(loads, request.prefix_keys)
         chosen = self._decide(policy, LeastBacklog(), lambda policy: self._choose(policy, loads, request))
         to_compute = max(tokens - chosen.cached_tokens - chosen.copied_tokens, 1)
         self.loads.add_dispatch(chosen.instance_id, to_compute, chosen.blocks_for(tokens))
         return chosen.instance_id
+
+    def first_token_s(
+        self, request: NewRequest, behind: Mapping[str, int], tokens_ahead: int = 0
+    ) -> float | None:
+        """Predicts the time to a new request's first token, on the instance where it comes soonest.
+
+        Args:
+            behind: Prompt tokens by instance that wait there and that the request goes before.
+            tokens_ahead: Prompt tokens that no instance has yet and that go before it, shared by all.
+
+        Returns: None if there is no instance, or one that has measured no prompt yet.
+        """
+        loads = self._startable(request)
+        if not loads or not all(load.prompt_token_s for load in loads):
+            return None
+        share = tokens_ahead // len(loads)
+        return min(
+            first_token_s(
+                replace(
+                    load,
+                    waiting_tokens=share + max(load.waiting_tokens - behind.get(load.instance_id, 0), 0),
+                ),
+                request.prompt_tokens,
+                load.prompt_token_s,
+            )
+            for load in loads
+        )
 
     def send_prefix(self, request: NewRequest, instance_id: str) -> str | None:
         """Counts the prompt's blocks on the instance that it starts on.
@@ -154,6 +173,23 @@ class Dispatcher:
                 self._failed.add(id(policy))
                 logger.exception("%r fails: %s decides instead", policy, type(fallback).__name__)
             return decide(fallback)
+
+    def _startable(
+        self, request: NewRequest, *, may_wait: bool = False, avoid: Collection[str] = ()
+    ) -> list[InstanceLoad]:
+        """The instances that a new request may start on now, with what they have of its prompt."""
+        tokens = request.prompt_tokens
+        loads = [load for load in self._candidates() if load.instance_id not in avoid]
+        if any(load.role == "prefill" for load in loads):
+            if self.policies.decode_prompt_tokens:
+                loads += [load for load in self._decoding() if load.instance_id not in avoid]
+            loads = [load for load in loads if load.role == "prefill" or _has_room(load, tokens)]
+        elif self.policies.late_binding and loads:
+            with_room = [load for load in loads if _has_room(load, tokens)]
+            if may_wait and not with_room:
+                return []
+            loads = with_room or loads
+        return self._with_prefixes(loads, request.prefix_keys)
 
     def _candidates(self) -> list[InstanceLoad]:
         return candidates(self._with_headroom(self.loads.fresh())) or candidates(

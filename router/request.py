@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import msgspec
 
+from router.slo import NO_SLO, Slo
+
 
 class Demand(NamedTuple):
     """Requests that no instance has yet, and the tokens of their prompts."""
@@ -23,8 +25,13 @@ class NewRequest(msgspec.Struct, frozen=True):
         priority: As in vLLM: lower is earlier; see `router.priority` for its class.
         prefix_keys: The keys of the prompt's full KV blocks; see `migration.cached_keys`. Empty if no policy
             needs them.
+        slo: Its targets.
+        arrives_later_s: Seconds that it counts as arrived later in the order of its priority; below 0,
+            earlier.
     """
 
     prompt_tokens: int
     priority: int = 0
     prefix_keys: tuple[int, ...] = ()
+    slo: Slo = NO_SLO
+    arrives_later_s: float = 0.0

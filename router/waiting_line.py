@@ -10,8 +10,8 @@ do so at a time, because their free memory is idle meanwhile.
 """
 
 import bisect
+import heapq
 import math
-from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -27,10 +27,10 @@ MEMBERS_LOOKED_AT = 4
 
 
 class WaitingRequest(NamedTuple):
-    """`place` is the priority and the number of the arrival: the order of the line. From `due_at` on, an
-    instance has to make room for it."""
+    """`place` is the priority, the time of the arrival with what counts as later, and its number: the order
+    of the line. From `due_at` on, an instance has to make room for it."""
 
-    place: tuple[int, int]
+    place: tuple[int, float, int]
     request_id: str
     request: NewRequest
     due_at: float
@@ -41,13 +41,14 @@ class WaitingRequest(NamedTuple):
 
 
 class WaitingLine:
-    """Requests in the order of priority, then arrival."""
+    """Requests in the order of priority, then arrival, as far as deadlines and shares do not change it."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
         self._waiting: dict[str, WaitingRequest] = {}
         self._by_size: dict[int, list[WaitingRequest]] = {}  # each in the order of the line
-        self._by_priority: dict[int, deque[WaitingRequest]] = {}  # by arrival; some have left
+        #: Heaps by time due and number; some have left.
+        self._by_priority: dict[int, list[tuple[float, int, WaitingRequest]]] = {}
         self._tokens = 0
         self._count = 0
 
@@ -62,16 +63,23 @@ class WaitingLine:
         """Number and prompt tokens of all waiting requests."""
         return Demand(len(self._waiting), self._tokens)
 
+    def tokens_before(self, request: NewRequest, now: float) -> int:
+        """Prompt tokens of the requests that a new request would wait behind."""
+        place = (request.priority, now + request.arrives_later_s)
+        return sum(one.request.prompt_tokens for one in self._waiting.values() if one.place[:2] <= place)
+
     def add(self, request_id: str, request: NewRequest, now: float) -> None:
         self._count += 1
         is_high = priority_class(request.priority) is PriorityClass.HIGH
-        due_at = now if is_high else now + self._dispatcher.policies.bind_after_s
-        waiting = WaitingRequest((request.priority, self._count), request_id, request, due_at)
+        later_s = request.arrives_later_s
+        due_at = now if is_high else now + max(later_s, 0.0) + self._dispatcher.policies.bind_after_s
+        place = (request.priority, now + later_s, self._count)
+        waiting = WaitingRequest(place, request_id, request, due_at)
         self.discard(request_id)
         self._waiting[request_id] = waiting
         self._tokens += request.prompt_tokens
         bisect.insort(self._by_size.setdefault(waiting.size_class, []), waiting, key=lambda one: one.place)
-        self._by_priority.setdefault(request.priority, deque()).append(waiting)
+        heapq.heappush(self._by_priority.setdefault(request.priority, []), (due_at, self._count, waiting))
 
     def discard(self, request_id: str) -> None:
         """Takes a request out of the line. Unknown requests are ignored."""
@@ -115,13 +123,13 @@ class WaitingLine:
         return min(fitting, key=lambda one: one.place, default=None)
 
     def _longest_due(self, now: float) -> WaitingRequest | None:
-        """The request that has been due for longest. Those of one priority become due in their order."""
-        for priority, arrivals in list(self._by_priority.items()):
-            while arrivals and self._waiting.get(arrivals[0].request_id) is not arrivals[0]:
-                arrivals.popleft()
-            if not arrivals:
+        """The request that has been due for longest."""
+        for priority, heap in list(self._by_priority.items()):
+            while heap and self._waiting.get(heap[0][2].request_id) is not heap[0][2]:
+                heapq.heappop(heap)
+            if not heap:
                 del self._by_priority[priority]
-        firsts = [arrivals[0] for arrivals in self._by_priority.values()]
+        firsts = [heap[0][2] for heap in self._by_priority.values()]
         due = [one for one in firsts if one.due_at <= now]
         return min(due, key=lambda one: (one.due_at, one.place), default=None)
 

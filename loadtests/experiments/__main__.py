@@ -69,7 +69,7 @@ def arms(
     from loadtests.experiments.arms import run_arms
     from loadtests.experiments.figure import FigureOptions
     from loadtests.experiments.result_store import ExperimentRun
-    from pd_serve.simulation.summary import Slo
+    from router.slo import Slo
 
     options = FigureOptions(requests, seed=seed)
     run_arms(options, Slo(slo_ttft, slo_tpot), ExperimentRun(out, jobs, traces, fresh))

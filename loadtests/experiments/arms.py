@@ -13,8 +13,8 @@ from loadtests.terminal import new_console
 from pd_serve.errors import InvalidRequestError
 from pd_serve.simulation import trace_files
 from pd_serve.simulation.scenario import Scenario
-from pd_serve.simulation.summary import Slo
 from pd_serve.simulation.workloads import TraceSpec
+from router.slo import Slo
 
 HIGH_SHARE = 0.1
 

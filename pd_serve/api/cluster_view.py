@@ -4,6 +4,7 @@ from typing import Any, Protocol
 
 from pd_serve.comm.requests import ManualMigration
 from pd_serve.frontend.snapshot import ClusterSnapshot
+from router.request import NewRequest
 
 
 class ClusterView(Protocol):
@@ -20,6 +21,14 @@ class ClusterView(Protocol):
     @property
     def num_live(self) -> int:
         """Live instances that take new requests."""
+        ...
+
+    def first_token_s(self, request: NewRequest, arriving_tokens: int) -> float | None:
+        """Predicts the time until a new request's first token, in seconds; None if nothing is measured yet.
+
+        Args:
+            arriving_tokens: Prompt tokens of requests that the cluster does not count yet.
+        """
         ...
 
     def snapshot(self) -> ClusterSnapshot:

@@ -17,9 +17,11 @@ from pd_serve.api.identity import client_id
 from pd_serve.api.lora_adapters import adapter_of, for_engines
 from pd_serve.api.prefix_keys import PrefixKeys
 from pd_serve.api.resumption import note_resumed
+from pd_serve.api.slo import request_slo
 from pd_serve.comm.requests import CallEngine
 from pd_serve.frontend.frontend import Frontend
 from router.request import NewRequest
+from router.slo import NO_SLO, Slo
 
 
 class ClusterCore(EngineCoreClient):
@@ -30,6 +32,7 @@ class ClusterCore(EngineCoreClient):
 
     Args:
         key_format: Returns the format of the keys by which prefixes are found; None if they are not needed.
+        slo: Targets of requests without their own.
 
     Attributes:
         resources: With `engine_dead` set, vLLM refuses every request with 500. It stays False while there is
@@ -45,6 +48,7 @@ class ClusterCore(EngineCoreClient):
         codec: VllmCodec,
         supported_tasks: tuple[str, ...],
         key_format: Callable[[], KeyFormat | None] = lambda: None,
+        slo: Slo = NO_SLO,
     ) -> None:
         self.resources = SimpleNamespace(engine_dead=False)
         self.engine_ranks_managed = frontend.instances.slots
@@ -53,6 +57,7 @@ class ClusterCore(EngineCoreClient):
         self._codec = codec
         self._supported_tasks = supported_tasks
         self._key_format = key_format
+        self._slo = slo
         self._prefix_keys = PrefixKeys()
 
     async def get_supported_tasks_async(self) -> tuple[str, ...]:
@@ -64,8 +69,11 @@ class ClusterCore(EngineCoreClient):
             request = replace(request, lora_request=for_engines(request.lora_request))
         num_tokens = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
         keys = self._prefix_keys.of(request, self._key_format())
-        new = NewRequest(num_tokens, request.priority, keys)
         parameters = request.sampling_params
+        slo = request_slo(parameters, self._slo) if parameters is not None else NO_SLO
+        new = NewRequest(num_tokens, request.priority, keys, slo, -slo.lead_s)
+        # The order of the engine's queue; vLLM's front end has taken the time for its metrics already.
+        request = replace(request, arrival_time=request.arrival_time + new.arrives_later_s)
         max_tokens = parameters.max_tokens if parameters is not None else 0  # pooling
         is_resumed = await self._frontend.adoption.submit(
             request.request_id,

@@ -18,6 +18,7 @@ from vllm.renderers import renderer_from_config
 from vllm.sampling_params import SamplingParams
 from vllm.tracing import init_tracer
 from vllm.transformers_utils.config import maybe_register_config_serialize_by_value
+from vllm.utils import length_from_prompt_token_ids_or_embeds
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
@@ -27,10 +28,17 @@ from vllm.v1.metrics.loggers import StatLoggerManager, load_stat_logger_plugin_f
 from migration.tasks import BackgroundTasks
 from pd_serve.api.cluster_view import ClusterView
 from pd_serve.api.identity import client_id
-from pd_serve.api.overload import announce, mark_submitted
+from pd_serve.api.overload import announce, announce_tokens, mark_submitted, note_refusal
 from pd_serve.api.request_ids import StemInputProcessor
 from pd_serve.api.resumption import expect_requests
-from pd_serve.errors import EngineDeadError, InvalidRequestError, OverloadedError, PdServeError
+from pd_serve.api.slo import given_slo, refuse_unattainable
+from pd_serve.errors import (
+    EngineDeadError,
+    InvalidRequestError,
+    OverloadedError,
+    PdServeError,
+    RequestRefusedError,
+)
 from pd_serve.observe.recorder import is_named
 
 _STATUS = {
@@ -131,8 +139,15 @@ class ClusterAsyncLLM(AsyncLLM):
             expect_requests(sampling_params.n)
             if self._check is not None:
                 self._check(sampling_params)
+            tokens = _prompt_tokens(prompt)
+            slo = given_slo(sampling_params)
+            if self.cluster is not None:
+                refuse_unattainable(self.cluster, slo, tokens, kwargs.get("priority", 0))
+            announce_tokens(tokens * sampling_params.n)
         except PdServeError as error:
-            raise ClusterRefusal(str(error), _STATUS[type(error)]) from error
+            if isinstance(error, RequestRefusedError):
+                note_refusal(error)
+            raise _as_refusal(error) from error
         return super().generate(prompt, sampling_params, *args, **kwargs)
 
     async def add_request(self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -140,12 +155,10 @@ class ClusterAsyncLLM(AsyncLLM):
         try:
             return await super().add_request(request_id, prompt, params, *args, **kwargs)
         except PdServeError as error:
-            status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), None)
-            if status is None:
-                raise
-            raise ClusterRefusal(str(error), status) from error
+            raise _as_refusal(error) from error
         finally:
-            mark_submitted(getattr(params, "n", 1))
+            number = getattr(params, "n", 1)
+            mark_submitted(number, _prompt_tokens(prompt) * number)
 
     async def _add_request(self, request: EngineCoreRequest, *args: Any, **kwargs: Any) -> None:
         """Like vLLM's, but removes the request again if the core refuses it or the client disconnects.
@@ -206,3 +219,19 @@ class ClusterAsyncLLM(AsyncLLM):
     async def abort_all(self) -> None:
         """Ends every request; each stream gets its last chunk, with finish reason "abort"."""
         await self.abort(list(self.output_processor.request_states), internal=True)
+
+
+def _as_refusal(error: PdServeError) -> Exception:
+    """The refusal that vLLM answers with the status of an error; the error itself if it has none."""
+    status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), None)
+    return error if status is None else ClusterRefusal(str(error), status)
+
+
+def _prompt_tokens(prompt: Any) -> int:
+    """Tokens of a rendered prompt; 0 for one that is still a text."""
+    if not isinstance(prompt, dict):
+        return 0
+    ids, embeds = prompt.get("prompt_token_ids"), prompt.get("prompt_embeds")
+    if ids is None and embeds is None:
+        return 0
+    return length_from_prompt_token_ids_or_embeds(ids, embeds)

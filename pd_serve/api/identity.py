@@ -1,4 +1,4 @@
-"""The client's own id of a request, which is its name on all routes."""
+"""The headers of the HTTP request of a task: the client's own id of the request, credentials, targets."""
 
 from contextvars import ContextVar
 
@@ -7,22 +7,27 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 HEADER = "X-Request-Id"
 
-_client_id: ContextVar[str] = ContextVar("pd_serve_client_id", default="")
-_credentials: ContextVar[str] = ContextVar("pd_serve_credentials", default="")
+_headers: ContextVar[Headers | None] = ContextVar("pd_serve_headers", default=None)
+
+
+def header_values(name: str) -> list[str]:
+    """All values of a header of the HTTP request of this task."""
+    headers = _headers.get()
+    return [] if headers is None else headers.getlist(name)
 
 
 def client_id() -> str:
     """The `X-Request-Id` of the HTTP request of this task; "" without one."""
-    return _client_id.get()
+    return next(iter(header_values(HEADER)), "")
 
 
 def credentials() -> str:
     """The `Authorization` of the HTTP request of this task; "" without one."""
-    return _credentials.get()
+    return next(iter(header_values("Authorization")), "")
 
 
 class IdentityMiddleware:
-    """Keeps the client's `X-Request-Id` for `client_id`. Some of vLLM's routes make an id of their own."""
+    """Keeps the headers for the tasks of a request. Some of vLLM's routes make an id of their own."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -31,11 +36,8 @@ class IdentityMiddleware:
         """Serves one ASGI connection."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        headers = Headers(scope=scope)
-        token = _client_id.set(headers.get(HEADER, ""))
-        other = _credentials.set(headers.get("Authorization", ""))
+        token = _headers.set(Headers(scope=scope))
         try:
             await self.app(scope, receive, send)
         finally:
-            _client_id.reset(token)
-            _credentials.reset(other)
+            _headers.reset(token)

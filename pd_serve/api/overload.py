@@ -16,7 +16,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pd_serve.api.cluster_view import ClusterView
 from pd_serve.api.errors import error_response
-from pd_serve.errors import InvalidRequestError, OverloadedError
+from pd_serve.errors import InvalidRequestError, OverloadedError, RequestRefusedError
+from pd_serve.observe.metrics import REFUSED_REQUESTS
 
 GENERATING_PATHS = frozenset(
     {
@@ -33,6 +34,11 @@ GENERATING_PATHS = frozenset(
     }
 )
 
+#: Paths whose errors have another format than OpenAI's: a refusal there is vLLM's own answer.
+OTHER_FORMATS = frozenset({"/cohere/v2/chat", "/v1/messages"})
+
+#: Reason of refusals without a code, in the metric, by status.
+REASONS = {429: "overloaded", 503: "no_instance"}
 
 #: Header of refusals, in seconds.
 RETRY_AFTER = {"Retry-After": "1"}
@@ -47,10 +53,13 @@ class Arrival:
 
     Attributes:
         num_requests: Requests that it brings and the cluster does not count yet; one until they are known.
+        num_tokens: Tokens of their prompts, as far as they are known.
+        refusal: Why the cluster has refused one of them.
     """
 
     def __init__(self, arriving: "set[Arrival]", check: Callable[[int], None]) -> None:
-        self.num_requests = 0
+        self.num_requests = self.num_tokens = 0
+        self.refusal: RequestRefusedError | None = None
         self._arriving = arriving
         self._check = check
         self._is_announced = self._has_ended = False
@@ -66,9 +75,15 @@ class Arrival:
         if self.num_requests > 1:
             self._check(self.num_requests)
 
-    def submitted(self, number: int) -> None:
+    def submitted(self, number: int, tokens: int) -> None:
         """The cluster counts `number` of them from now on, or has refused them."""
+        self.num_tokens = max(self.num_tokens - tokens, 0)
         self._count(max(self.num_requests - number, 0))
+
+    @property
+    def tokens_of_all(self) -> int:
+        """Tokens of all HTTP requests on their way."""
+        return sum(arrival.num_tokens for arrival in self._arriving)
 
     def end(self) -> None:
         """The HTTP request has ended; a task that it has started may go on."""
@@ -97,10 +112,27 @@ def announce(number: int) -> None:
         arrival.announce(number)
 
 
-def mark_submitted(number: int = 1) -> None:
-    """Marks requests of this task as passed to the cluster, or refused by it."""
+def announce_tokens(tokens: int) -> None:
+    """Announces the prompts of requests that were announced."""
     if (arrival := _arrival.get()) is not None:
-        arrival.submitted(number)
+        arrival.num_tokens += tokens
+
+
+def arriving_tokens() -> int:
+    """Prompt tokens that were announced by any task, and that the cluster does not count yet."""
+    return arrival.tokens_of_all if (arrival := _arrival.get()) is not None else 0
+
+
+def mark_submitted(number: int = 1, tokens: int = 0) -> None:
+    """Marks requests of this task, with prompts of so many tokens, as passed to the cluster or refused."""
+    if (arrival := _arrival.get()) is not None:
+        arrival.submitted(number, tokens)
+
+
+def note_refusal(refusal: RequestRefusedError) -> None:
+    """A request of this task is refused. If its HTTP request has no answer yet, that becomes the answer."""
+    if (arrival := _arrival.get()) is not None:
+        arrival.refusal = refusal
 
 
 class OverloadMiddleware:
@@ -138,10 +170,12 @@ class OverloadMiddleware:
         """Serves or refuses one ASGI connection."""
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
-        if scope["path"].removeprefix(scope.get("root_path", "")) not in GENERATING_PATHS:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if path not in GENERATING_PATHS:
             return await self.app(scope, receive, send)
         refusal = self._refusal()
         if refusal is not None:
+            _count(refusal.status_code, None)
             return await refusal(scope, receive, send)
 
         arrival = Arrival(self.arriving, self._check_several)
@@ -156,10 +190,21 @@ class OverloadMiddleware:
                 arrival.begin()
             return message
 
+        is_replaced = False
+
         async def send_with_hint(message: Message) -> None:
+            nonlocal is_replaced
             if message["type"] == "http.response.start" and message["status"] in (429, 503):
-                MutableHeaders(scope=message).setdefault("Retry-After", RETRY_AFTER["Retry-After"])
-            await send(message)
+                why = arrival.refusal if message["status"] == 429 else None
+                _count(message["status"], why)
+                hint = RETRY_AFTER if why is None else {"Retry-After": str(why.retry_after_s)}
+                if why is not None and path not in OTHER_FORMATS:
+                    is_replaced = True
+                    answer = error_response(429, str(why), code=why.code, headers=hint)
+                    return await answer(scope, receive, send)
+                MutableHeaders(scope=message).setdefault("Retry-After", hint["Retry-After"])
+            if not is_replaced:
+                await send(message)
 
         token = _arrival.set(arrival)
         try:
@@ -196,3 +241,9 @@ class OverloadMiddleware:
                 f"{waiting - number} requests are already waiting for their first token, and this one brings"
                 f" {number} at once; try again later."
             )
+
+
+def _count(status: int, why: RequestRefusedError | None) -> None:
+    """Counts a refusal by its reason; without a code, the status has one."""
+    reason = REASONS[status] if why is None else why.code
+    REFUSED_REQUESTS.labels(str(status), reason).inc()

@@ -1,24 +1,20 @@
 """`pd-serve plan`: the best layout of GPUs for a workload and a target."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pd_serve import setting_types
 from pd_serve.config import DEFAULT_COST_MODEL
 from pd_serve.errors import InvalidRequestError
+from router.slo import Slo
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from pd_serve.planning.search import Goal, LayoutPlan
-    from pd_serve.simulation.summary import Slo
-
-#: Suffixes of times, in seconds.
-UNITS = {"ms": 1e-3, "s": 1.0, "": 1.0}
-
-#: A greater bound on the time per token than this is a mistake in the unit.
-MAX_ITL_S = 5.0
 
 
 def plan(
@@ -98,31 +94,19 @@ def plan(
         )
 
 
-def parse_slo(text: str) -> "Slo":
-    """A target from `ttft=TIME,itl=TIME`, in seconds or with a unit; `tpot` is another name of `itl`.
+def parse_slo(text: str) -> Slo:
+    """The target of a plan: both bounds; see `pd_serve.setting_types.parse_slo`.
 
     Raises:
         InvalidRequestError: The text is something else.
     """
-    from pd_serve.simulation.summary import Slo
-
-    bounds: dict[str, float] = {}
-    for part in text.split(","):
-        name, _, value = part.strip().partition("=")
-        name = "itl" if name == "tpot" else name
-        number = value.rstrip("ms")
-        try:
-            seconds = float(number) * UNITS[value[len(number) :]]
-        except (ValueError, KeyError):
-            seconds = 0.0
-        if name not in ("ttft", "itl") or not 0 < seconds < float("inf"):
-            raise InvalidRequestError(f"--slo {text}: must be such as ttft=500ms,itl=25ms")
-        bounds[name] = seconds
-    if bounds.keys() != {"ttft", "itl"}:
+    try:
+        slo = setting_types.parse_slo(text)
+    except ValueError as error:
+        raise InvalidRequestError(f"--slo {error}") from None
+    if math.inf in (slo.ttft_s, slo.tpot_s):
         raise InvalidRequestError(f"--slo {text}: both ttft and itl are needed, such as ttft=500ms,itl=25ms")
-    if bounds["itl"] > MAX_ITL_S:
-        raise InvalidRequestError(f"--slo {text}: {bounds['itl']:g} s per token; write ms for milliseconds")
-    return Slo(bounds["ttft"], bounds["itl"])
+    return slo
 
 
 def entry(

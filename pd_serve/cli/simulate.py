@@ -94,8 +94,8 @@ def run(
     """Simulate one workload on one cluster, and show its latencies."""
     from pd_serve.cli import simulate_output as output
     from pd_serve.simulation.scenario import Scenario
-    from pd_serve.simulation.summary import Slo
     from pd_serve.simulation.workloads import TraceSpec
+    from router.slo import Slo
 
     cluster = cluster_of(instances, prefill, decode)
     overrides = parse_settings(settings or [])

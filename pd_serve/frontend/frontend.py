@@ -44,6 +44,7 @@ from pd_serve.observe.cluster_report import ClusterReport
 from pd_serve.observe.recorder import RequestRecorder
 from router.dispatch import candidates
 from router.dispatcher import Dispatcher
+from router.request import NewRequest
 
 
 class Frontend:
@@ -221,6 +222,9 @@ class Frontend:
     @property
     def num_waiting(self) -> int:
         return self.requests.num_waiting
+
+    def first_token_s(self, request: NewRequest, arriving_tokens: int) -> float | None:
+        return self.requests.first_token_s(request, arriving_tokens)
 
     @property
     def num_live(self) -> int:

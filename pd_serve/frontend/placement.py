@@ -1,7 +1,10 @@
 """Where each request of an API server starts, and where it is handed off to."""
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
+
+from msgspec.structs import replace
 
 from migration.messages import RequestId
 from pd_serve.comm.message_wire import MessageWire
@@ -65,6 +68,24 @@ class RequestPlacement:
             return True
         return False
 
+    def first_token_s(
+        self, new: NewRequest, waiting: Iterable[TrackedRequest], arriving_tokens: int
+    ) -> float | None:
+        """Predicts the time to a new request's first token; None while there is nothing to predict from.
+
+        Args:
+            waiting: Requests without a first token: those on instances that it goes before do not delay it.
+            arriving_tokens: Prompt tokens of requests that arrive with it.
+        """
+        now = self._loop.time()
+        place = (new.priority, now + new.arrives_later_s)
+        behind = Counter[str]()
+        for other in waiting:
+            if other.ledger.owner and other.place > place:
+                behind[other.ledger.owner] += other.new.prompt_tokens
+        tokens_ahead = arriving_tokens + self.line.tokens_before(new, now)
+        return self._dispatcher.first_token_s(new, behind, tokens_ahead)
+
     def place(self, request: TrackedRequest, *, may_wait: bool = False, avoid: Collection[str] = ()) -> bool:
         """Sends a request to the instance that it starts on.
 
@@ -77,7 +98,7 @@ class RequestPlacement:
         """
         new = request.new
         if request.ledger.token_ids:  # recomputed, with the tokens generated so far
-            new = NewRequest(request.num_tokens, new.priority, new.prefix_keys)
+            new = replace(new, prompt_tokens=request.num_tokens)
         instance_id = self._dispatcher.dispatch(new, may_wait=may_wait, avoid=avoid)
         if instance_id is None:
             return False

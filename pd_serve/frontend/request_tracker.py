@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from msgspec.structs import replace
+
 from migration.messages import RequestId
 from migration.record import MigrationRecord
 from pd_serve.comm.message_wire import MessageWire
@@ -21,6 +23,7 @@ from pd_serve.frontend.token_ledger import TokenLedger
 from pd_serve.frontend.tracked_request import TrackedRequest
 from pd_serve.observe.recorder import RecomputeReason, RequestRecorder
 from router.request import NewRequest
+from router.slo import NO_SLO
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +42,7 @@ class RequestTracker:
 
     Attributes:
         requests: Requests in progress, by id.
-        num_waiting: Number of requests without a first token.
+        waiting: Those of them without a first token.
         migrations: Committed and aborted migrations of all API servers' requests, by reason.
         unavailable: Called with the id of a request that ends without output because no instance takes it,
             and the reason. By default it ends like any other failed request.
@@ -63,7 +66,7 @@ class RequestTracker:
         self._recorder = recorder
         self._clock = clock
         self.requests: dict[RequestId, TrackedRequest] = {}
-        self.num_waiting = 0
+        self.waiting: dict[RequestId, TrackedRequest] = {}
         self.migrations: dict[str, Counter[str]] = {"handoff": Counter(), "manual": Counter()}
         self.unavailable: Callable[[str, str], None] = lambda request_id, why: self._deliver(
             self._codec.failed(request_id)
@@ -101,7 +104,10 @@ class RequestTracker:
         Raises:
             EngineDeadError: No live instance takes new requests.
         """
+        if holder:
+            new = replace(new, slo=NO_SLO)  # it is not known when it arrived
         request = TrackedRequest(RequestId(request_id), payload, new, TokenLedger(holder), max_tokens)
+        request.arrived_at = self._placement.now
         self._recorder.issued(
             request_id, self._clock(), new, name=name, client_id=client_id, trace_headers=trace_headers
         )
@@ -111,8 +117,16 @@ class RequestTracker:
             self._recorder.ended(request_id, "error", self._clock())
             raise EngineDeadError("no live instance takes new requests; see GET /cluster")
         self.requests[request.request_id] = request
-        self.num_waiting += 1
+        self.waiting[request.request_id] = request
         return request
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.waiting)
+
+    def first_token_s(self, new: NewRequest, arriving_tokens: int) -> float | None:
+        """Predicts the time to a new request's first token; see `ClusterView.first_token_s`."""
+        return self._placement.first_token_s(new, self.waiting.values(), arriving_tokens)
 
     def continue_on(self, request: TrackedRequest, holder: str) -> None:
         """Expects a request from another holder, or starts it if that is "": the last one did not have it.
@@ -210,7 +224,7 @@ class RequestTracker:
     # ---- TokenListener
 
     def first_token(self, request: TrackedRequest) -> None:
-        self.num_waiting -= 1
+        del self.waiting[request.request_id]
 
     def owner_changed(self, request: TrackedRequest) -> None:
         self._placement.settle(request)
@@ -281,9 +295,7 @@ class RequestTracker:
         )
         self._recovery.discard(request.request_id)
         self._suspects.forget(request.request_id)
-        if not request.ledger.token_ids:
-            self.num_waiting -= 1
-            if not request.ledger.owner:
-                self._placement.line.discard(request.request_id)
+        if self.waiting.pop(request.request_id, None) is not None and not request.ledger.owner:
+            self._placement.line.discard(request.request_id)
         self._placement.settle(request)
         request.wake_move_waiters()

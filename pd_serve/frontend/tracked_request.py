@@ -58,6 +58,7 @@ class TrackedRequest:
         deaths, deaths_in_a_row: Deaths of instances that it may have caused, the last one at `died_at`, with
             `died_at_token` tokens, which were `progress` more than at the death before; see
             `pd_serve.frontend.suspects`.
+        arrived_at: Time of the waiting line's clock.
         losses: Recomputes because of lost or wrong messages, while its instances lived.
         retry_at: Earliest time of its next recompute.
         sighting, check: State of its reconciliation.
@@ -78,6 +79,7 @@ class TrackedRequest:
     progress: int = 0
     losses: int = 0
     retry_at: float = 0.0
+    arrived_at: float = 0.0
     placed_at: float = 0.0
     sighting: Sighting = field(default_factory=Sighting)
     check: Check = field(default_factory=Check)
@@ -87,6 +89,11 @@ class TrackedRequest:
     def num_tokens(self) -> int:
         """Number of prompt and output tokens so far."""
         return self.new.prompt_tokens + len(self.ledger.token_ids)
+
+    @property
+    def place(self) -> tuple[int, float]:
+        """Its place among the requests that wait: the priority, and when it counts as arrived."""
+        return self.new.priority, self.arrived_at + self.new.arrives_later_s
 
     @property
     def is_new(self) -> bool:

@@ -19,6 +19,7 @@ from pd_serve.observe import request_log
 from pd_serve.observe.metrics import RequestMetrics, show_integrity
 from pd_serve.observe.recorder import Observer, RequestRecorder
 from router.dispatcher import Dispatcher
+from router.slo import NO_SLO
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -89,7 +90,7 @@ class ApiServer:
             engine_config.model_config.max_model_len = _max_model_len(config, server, infos)
             followed = frontend.instances.cached_blocks
             tasks = engine.supported_tasks
-            core = ClusterCore(frontend, outputs, codec, tasks, lambda: followed.format)
+            core = ClusterCore(frontend, outputs, codec, tasks, lambda: followed.format, config.slo or NO_SLO)
             client = ClusterAsyncLLM(
                 engine_config,
                 core,

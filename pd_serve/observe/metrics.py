@@ -128,12 +128,26 @@ NODE_BYTES = Counter(
     ["source_node", "destination_node"],
 )
 
+# ---- targets
+
+SLO_REQUESTS = Counter(
+    "pd_serve_slo_requests",
+    "Requests with targets that have ended; those refused are not among them.",
+)
+SLO_MET = Counter(
+    "pd_serve_slo_met_requests",
+    "Such requests that have met a target: time to first token (ttft), mean time per later token (itl), all "
+    "that they have (all). The rate of the latter is the goodput.",
+    ["target"],
+)
+
 # ---- the service
 
 REFUSED_REQUESTS = Counter(
     "pd_serve_refused_requests",
-    "Requests refused with 429 (too many wait) or 503 (no instance is available), by status.",
-    ["status"],
+    "Requests refused, by status and reason: 429 because too many wait (overloaded) or their target for the "
+    "first token cannot be met (slo_unattainable), 503 because no instance is available (no_instance).",
+    ["status", "reason"],
 )
 
 INTEGRITY_CHECKS = Counter(
@@ -148,8 +162,10 @@ INTEGRITY_PROBLEMS = Gauge(
 )
 
 # Exported as 0 before the first event, so that rates include it.
-for _status in ("429", "503"):
-    REFUSED_REQUESTS.labels(_status)
+for _status, _why in (("429", "overloaded"), ("429", "slo_unattainable"), ("503", "no_instance")):
+    REFUSED_REQUESTS.labels(_status, _why)
+for _target in ("ttft", "itl", "all"):
+    SLO_MET.labels(_target)
 for _outcome in ("stop", "length", "abort", "error"):
     REQUESTS.labels(_outcome)
 for _cause in get_args(RecomputeReason):
@@ -224,6 +240,10 @@ class RequestMetrics(Observer):
         assert request.ended_at is not None
         REQUESTS.labels(request.outcome).inc()
         DURATION.labels(request.outcome).observe(request.ended_at - request.issued_at)
+        if (met := request.met) is not None:
+            SLO_REQUESTS.inc()
+            for target, is_met in (("ttft", met.ttft), ("itl", met.itl), ("all", met.all)):
+                SLO_MET.labels(target).inc(is_met)
         if request.output_tokens > 1:
             LONGEST_GAP.observe(request.longest_gap_s)
 

@@ -111,6 +111,7 @@ class RequestRecorder:
             new.priority,
             trace_headers,
             client_id=client_id,
+            slo=new.slo,
             waits_since=now,
         )
         self._running[request_id] = request

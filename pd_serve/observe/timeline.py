@@ -6,11 +6,12 @@ All times are in seconds of the API server's clock. `pd_serve.observe.recorder` 
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from migration.record import MigrationRecord
+from router.slo import NO_SLO, Slo
 
 #: Entries of each kind that a timeline keeps; the oldest ones are dropped.
 MAX_ENTRIES = 100
@@ -80,6 +81,17 @@ class ObservedMigration(msgspec.Struct):
         return (self.downtime_s or 0.0) * 1e3
 
 
+class MetTargets(NamedTuple):
+    """Whether a request has met its targets; one that it does not have is met, if it did not fail."""
+
+    ttft: bool
+    itl: bool
+
+    @property
+    def all(self) -> bool:
+        return self.ttft and self.itl
+
+
 @dataclass(slots=True)
 class Timeline:
     """One request as seen by its API server.
@@ -91,6 +103,7 @@ class Timeline:
         outcome: `stop`, `length`, `abort` or `error`, as in vLLM; empty while it is running.
         output_tokens: Set when the request ends.
         trace_headers: The client's trace context (`traceparent`, `tracestate`).
+        slo: Its targets.
         waits_since: When it was issued, or lost its instance.
         trace: Its span; set and used by the tracer only.
     """
@@ -102,6 +115,7 @@ class Timeline:
     priority: int
     trace_headers: Mapping[str, str] | None = None
     client_id: str = ""
+    slo: Slo = NO_SLO
     first_token_at: float | None = None
     ended_at: float | None = None
     outcome: str = ""
@@ -122,6 +136,20 @@ class Timeline:
         if not self.stays or self.stays[-1].end is not None:
             return "waiting"
         return "prefill" if self.stays[-1].first_token_at is None else "decode"
+
+    @property
+    def met(self) -> MetTargets | None:
+        """Which targets the request has met; None without targets, before its end, or if its client has left
+        before the first one could be missed."""
+        if not self.slo.has_bounds or self.ended_at is None:
+            return None
+        ttft_s = (self.ended_at if self.first_token_at is None else self.first_token_at) - self.issued_at
+        if self.outcome == "error":
+            return MetTargets(False, False)
+        if self.first_token_at is None:
+            return None if ttft_s <= self.slo.ttft_s else MetTargets(False, False)
+        tpot_s = (self.ended_at - self.first_token_at) / max(self.output_tokens - 1, 1)
+        return MetTargets(ttft_s <= self.slo.ttft_s, tpot_s <= self.slo.tpot_s)
 
     @property
     def instance(self) -> str | None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pd_serve.planning.fast_instance import FastInstance, FastRequest
 from pd_serve.simulated_engine.hardware import Hardware
 from pd_serve.simulation.config import TraceRequest
-from pd_serve.simulation.summary import Slo
+from router.slo import Slo
 
 #: Time of a hand-off besides its copy: messages, and the suspension until the next step of both engines.
 HANDOFF_S = 0.002

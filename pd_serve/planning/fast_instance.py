@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from pd_serve.simulated_engine.settings import EngineSettings
-from pd_serve.simulation.summary import Slo
+from router.slo import Slo
 
 #: Most decode steps that are one run: its requests get longer meanwhile.
 MOST_STEPS = 64
@@ -47,7 +47,7 @@ class FastRequest:
         return (self.last_token_s - self.first_token_s) / max(self.output_tokens - 1, 1)
 
     def meets(self, slo: Slo) -> bool:
-        return self.ttft_s <= slo.ttft_s and self.tpot_s <= slo.tpot_s
+        return slo.is_met(self.ttft_s, self.tpot_s)
 
 
 class FastInstance:

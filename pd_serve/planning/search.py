@@ -13,7 +13,7 @@ from pd_serve.errors import InvalidRequestError
 from pd_serve.planning.fast_cluster import FastRun, Layout
 from pd_serve.simulated_engine.hardware import Hardware
 from pd_serve.simulation.config import TraceRequest
-from pd_serve.simulation.summary import Slo
+from router.slo import Slo
 
 #: Token budgets of a step that aggregated layouts are tried with.
 CHUNKS = (512, 1024, 2048, 4096, 8192)

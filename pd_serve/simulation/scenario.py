@@ -16,11 +16,12 @@ from pd_serve.simulated_engine.hardware import hardware
 from pd_serve.simulation.config import NetworkSettings, SimulationConfig
 from pd_serve.simulation.result import SimulationResult
 from pd_serve.simulation.simulate import simulate
-from pd_serve.simulation.summary import Slo, series, summarize
+from pd_serve.simulation.summary import series, summarize
 from pd_serve.simulation.workloads import TraceSpec, fitting, make_requests
 from router.policies import paper_threshold, policy_set
 from router.priority import PriorityClass, priority_class
 from router.scaling import PoolBounds
+from router.slo import Slo
 
 Simulate = Callable[[SimulationConfig, Callable[[int, int], None] | None], SimulationResult]
 

@@ -1,7 +1,6 @@
 """Summary of a simulation: plain numbers for JSON files, tables and plots."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,23 +9,13 @@ from pd_serve.simulation.arrivals import recorded_rate
 from pd_serve.simulation.result import RequestRecord, Sample, SimulationResult
 from router.freeness import fragmented_blocks
 from router.priority import PriorityClass, priority_class
+from router.slo import Slo
 
 #: Greatest number of tokens of the prompts in each class.
 PROMPT_CLASSES = {"short": 256, "medium": 2000, "long": float("inf")}
 
 #: Keys of a summary whose values are {"mean", "p50", "p99"}, in seconds.
 LATENCIES = ("prefill_s", "decode_s", "request_s", "longest_gap_s")
-
-
-@dataclass(frozen=True, slots=True)
-class Slo:
-    """Service level objective: bounds on the time to first token and on the mean time of later tokens."""
-
-    ttft_s: float = 5.0
-    tpot_s: float = 0.1
-
-    def met_by(self, record: RequestRecord) -> bool:
-        return not record.failed and record.prefill_s <= self.ttft_s and record.decode_s <= self.tpot_s
 
 
 def summarize(
@@ -42,7 +31,7 @@ def summarize(
     """
     records = result.records
     classes = classes or [priority_class(record.request.priority) for record in records]
-    good = sum(map(slo.met_by, records))
+    good = sum(not record.failed and slo.is_met(record.prefill_s, record.decode_s) for record in records)
     return {
         "requests": len(records),
         **_latencies(records),

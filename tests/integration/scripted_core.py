@@ -18,6 +18,7 @@ from pd_serve.errors import (
 )
 from pd_serve.frontend.snapshot import ClusterSnapshot, InstanceSnapshot, WaitingRequests
 from pd_serve.observe.timeline import ObservedMigration
+from router.request import NewRequest
 from tests.unit.pd_serve.made_migrations import migrated
 
 
@@ -106,11 +107,15 @@ class ScriptedCluster:
     def __init__(self) -> None:
         self.num_live = 2
         self.num_waiting = 0
+        self.predicted_s: float | None = None
         self.violations: list[str] = []
         self.moved: list[tuple[str, str]] = []
         self.drained: list[tuple[str, bool, bool]] = []
         self.sizes: dict[str, int] = {}
         self.restarts = 0
+
+    def first_token_s(self, request: NewRequest, arriving_tokens: int) -> float | None:
+        return self.predicted_s
 
     def snapshot(self) -> ClusterSnapshot:
         instance = InstanceSnapshot(id="d0", role="decode", state="draining", freeness=None)

@@ -117,6 +117,7 @@ async def service(shared: LocalService) -> AsyncIterator[LocalService]:
     shared.core.entrance.set()
     shared.core.running.set()
     shared.cluster.num_live, shared.cluster.num_waiting = 2, 0
+    shared.cluster.predicted_s = None
     processor = shared.engine_client.output_processor
     await eventually(lambda: not shared.core.steps)
     assert not processor.request_states
@@ -364,6 +365,64 @@ class TestOverload:
         answer = await request
         assert (error_of(answer)["code"], answer.headers["Retry-After"]) == (503, "1")
         assert {r.request_id for r in service.core.added} <= set(service.core.aborted)
+
+
+class TestTargets:
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+    async def test_a_target_out_of_reach_is_refused_before_anything_is_sent(
+        self, service: LocalService, path: str, stream: bool
+    ) -> None:
+        service.cluster.predicted_s = 5.5
+        prompt = {"prompt": "x", "messages": [{"role": "user", "content": "x"}]}
+        del prompt["messages" if path == "/v1/completions" else "prompt"]
+        body = {"model": "tiny", "max_tokens": 1, "stream": stream, **prompt}
+        answer = await service.http.post(path, json=body, headers={"x-slo-ttft-ms": "3000"})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["type"]) == (
+            429,
+            "slo_unattainable",
+            "Too Many Requests",
+        )
+        assert answer.headers["Retry-After"] == "3"
+        assert answer.headers["X-Request-Id"]
+        assert not service.core.added
+        late = await service.http.post(path, json=body, headers={"x-slo-ttft-ms": "6000"})
+        assert late.status_code == 200
+        assert (await service.http.post(path, json=body)).status_code == 200
+
+    async def test_the_openai_client_sends_targets_in_the_body(self, service: LocalService) -> None:
+        service.cluster.predicted_s = 5.5
+        url = f"{service.http.base_url}/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            asked = {"model": "tiny", "prompt": "x", "max_tokens": 1}
+            answer = await client.completions.create(**asked, extra_body={"vllm_xargs": {"slo_itl_ms": 50}})
+            assert answer.choices[0].finish_reason == "length"
+            with pytest.raises(openai.RateLimitError) as refused:
+                await client.completions.create(**asked, extra_body={"vllm_xargs": {"slo_ttft_ms": 100}})
+        assert refused.value.code == "slo_unattainable"
+
+    @pytest.mark.parametrize(
+        "headers",
+        [
+            [("x-slo-ttft-ms", "nan")],
+            [("x-slo-itl-ms", "-3")],
+            [("x-slo-ttft-ms", "1e99")],
+            [("X-SLO-TTFT-MS", "100"), ("x-slo-ttft-ms", "200")],
+        ],
+    )
+    async def test_nonsense_is_bad_input(self, service: LocalService, headers: list[tuple[str, str]]) -> None:
+        body = {"model": "tiny", "prompt": "x", "max_tokens": 1, "stream": True}
+        answer = await service.http.post("/v1/completions", json=body, headers=headers)
+        assert error_of(answer)["code"] == 400
+        assert not service.core.added
+
+    async def test_one_of_several_prompts_that_is_refused_refuses_all(self, service: LocalService) -> None:
+        service.cluster.predicted_s = 5.5
+        body = {"prompt": ["x", "y"], "max_tokens": 1, "vllm_xargs": {"slo_ttft_ms": 100}}
+        assert (await service.complete(**body)).json()["error"]["code"] == "slo_unattainable"
+        assert not service.core.added
+        assert (await service.complete(prompt=["x", "y"], max_tokens=1)).status_code == 200
 
 
 class TestDisconnect:

@@ -1,9 +1,12 @@
 """Texts of settings: what they become, and what is refused."""
 
+import math
+
 import pytest
 
-from pd_serve.setting_types import parse_bounds, parse_resources, parse_settings
+from pd_serve.setting_types import parse_bounds, parse_resources, parse_settings, parse_slo
 from router.scaling import PoolBounds
+from router.slo import Slo
 
 
 @pytest.mark.parametrize("text", ["3", "a:b", "1:", ":2", "1:2:3", "0:2", "3:2", "-1:2"])
@@ -29,3 +32,28 @@ def test_settings_of_a_policy_become_numbers_where_they_are() -> None:
         "c": "guarded",
         "d": "true",
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "slo"),
+    [
+        ("ttft=3,itl=0.05", Slo(3.0, 0.05)),
+        ("itl=50ms", Slo(math.inf, 0.05)),
+        (" ttft=500ms ", Slo(0.5, math.inf)),
+        ("tpot=.1s,ttft=1s", Slo(1.0, 0.1)),
+    ],
+)
+def test_targets_are_one_or_two_times(text: str, slo: Slo) -> None:
+    assert parse_slo(text) == slo
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "ttft", "ttft=", "ttft=nan", "ttft=-1", "ttft=0", "ttft=inf", "ttft=1e300", "ttft=1,ttft=2"),
+        *("itl=6", "itl=50", "ttft=1h", "e2e=3", "ttft=1;itl=1", "itl=1,tpot=2", "ttft=1,"),
+    ],
+)
+def test_other_targets_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"must be such as|must be above 0"):
+        parse_slo(text)

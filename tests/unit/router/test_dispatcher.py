@@ -395,3 +395,56 @@ def test_what_is_on_its_way_to_an_instance_is_not_copied_again() -> None:
 def test_without_keys_nothing_is_copied() -> None:
     dispatcher = conditional(prefill("p0"), decode("d0"))
     assert dispatcher.send_prefix(NewRequest(700), "p0") is None
+
+
+# ---- predicted first tokens
+
+FAST, SLOW = 0.001, 0.010
+
+
+def test_a_first_token_is_predicted_where_it_comes_soonest() -> None:
+    dispatcher = dispatcher_of(
+        prefill("p0", waiting_tokens=900, prompt_token_s=FAST), prefill("p1", prompt_token_s=SLOW)
+    )
+
+    assert dispatcher.first_token_s(NewRequest(100), {}) == pytest.approx(1.0)
+    assert dispatcher.first_token_s(NewRequest(1000), {}) == pytest.approx(1.9)
+    assert dispatcher.first_token_s(NewRequest(10), {}) == pytest.approx(0.1)
+
+
+def test_a_prediction_counts_what_was_sent_since_the_report() -> None:
+    dispatcher = dispatcher_of(prefill("p0", prompt_token_s=FAST))
+    for _ in range(3):
+        dispatcher.dispatch(NewRequest(1000))
+
+    assert dispatcher.first_token_s(NewRequest(1000), {}) == pytest.approx(4.0)
+
+
+def test_what_waits_behind_a_request_does_not_delay_it_and_what_is_ahead_is_shared() -> None:
+    dispatcher = dispatcher_of(
+        prefill("p0", waiting_tokens=1000, prompt_token_s=FAST),
+        prefill("p1", waiting_tokens=5000, prompt_token_s=FAST),
+    )
+
+    assert dispatcher.first_token_s(NewRequest(100), {"p0": 600, "gone": 10**6}) == pytest.approx(0.5)
+    assert dispatcher.first_token_s(NewRequest(100), {"p0": 10**6}) == pytest.approx(0.1)
+    assert dispatcher.first_token_s(NewRequest(100), {}, tokens_ahead=400) == pytest.approx(1.3)
+
+
+def test_a_running_batch_delays_each_step_of_a_prompt() -> None:
+    load = prefill("p0", prompt_token_s=FAST, running=1, decode_step_s=0.05, step_prompt_tokens=500)
+
+    assert dispatcher_of(load).first_token_s(NewRequest(1000), {}) == pytest.approx(1.1)
+
+
+@pytest.mark.parametrize("loads", [[], [prefill("p0")], [prefill("p0", prompt_token_s=SLOW), prefill("p1")]])
+def test_nothing_is_predicted_before_all_instances_have_measured_a_prompt(loads: list[InstanceLoad]) -> None:
+    assert dispatcher_of(*loads).first_token_s(NewRequest(10**6), {}) is None
+
+
+def test_a_prediction_decides_nothing() -> None:
+    dispatcher = dispatcher_of(prefill("p0", prompt_token_s=FAST))
+    for _ in range(5):
+        dispatcher.first_token_s(NewRequest(1000), {})
+
+    assert dispatcher.loads.projected("p0").waiting_tokens == 0

@@ -8,6 +8,7 @@ from router.dispatcher import Dispatcher
 from router.load import InstanceLoad
 from router.policies import policy_set
 from router.request import Demand, NewRequest
+from router.slo import UNTARGETED_TTFT_S, Slo
 from router.waiting_line import WaitingLine
 from tests.unit.router.made_loads import neutral
 
@@ -239,3 +240,62 @@ def test_an_empty_line_keeps_nothing_of_the_requests_that_have_left() -> None:
         line.discard(str(number))
 
     assert not line._by_priority
+
+
+# ---- deadlines
+
+
+def targeted(count: int, ttft_s: float, priority: int = 0) -> NewRequest:
+    slo = Slo(ttft_s)
+    return NewRequest(count * BLOCK_TOKENS, priority, slo=slo, arrives_later_s=-slo.lead_s)
+
+
+def test_the_earliest_deadline_of_a_priority_goes_first() -> None:
+    line, _ = line_of(with_free("i0", 0))
+    line.add("untargeted", blocks(1), 0.0)
+    line.add("loose", targeted(1, 5.0), 0.1)
+    line.add("tight", targeted(1, 1.0), 0.2)
+    line.add("high", blocks(1, -1), 0.3)
+    line.add("low", targeted(1, 0.1, priority=5), 0.3)
+
+    assert list(line) == ["high", "tight", "loose", "untargeted", "low"]
+
+
+def test_a_request_without_target_is_not_passed_for_longer_than_its_own_deadline() -> None:
+    """However tight the targets are, also those that have passed."""
+    line, _ = line_of(with_free("i0", 0))
+    line.add("untargeted", blocks(1), 100.0)
+    line.add("before", targeted(1, 0.001), 100.0 + UNTARGETED_TTFT_S - 0.01)
+    line.add("after", targeted(1, 0.001), 100.0 + UNTARGETED_TTFT_S + 0.01)
+
+    assert list(line) == ["before", "untargeted", "after"]
+
+
+def test_equal_targets_are_served_in_the_order_of_arrival() -> None:
+    line, _ = line_of(with_free("i0", 0))
+    for number in range(20):
+        line.add(f"r{number}", targeted(1, 3.0), 5.0)
+
+    assert list(line) == [f"r{number}" for number in range(20)]
+
+
+def test_a_deadline_binds_no_instance_before_the_time_to_wait() -> None:
+    """A request behind in the line that has waited for longer is due first."""
+    line, _ = line_of(with_free("i0", 0), with_free("i1", 0))
+    line.add("first", blocks(50), 0.0)
+    line.add("tight", targeted(50, 0.1), 0.3)
+
+    assert line.take("i0", 0.49) == []
+    assert line.take("i0", 0.5) == ["first"]
+
+
+def test_tokens_before_a_request_are_those_of_its_place() -> None:
+    line, _ = line_of(with_free("i0", 0))
+    line.add("normal", blocks(2), 0.0)
+    line.add("tight", targeted(3, 1.0), 0.0)
+    line.add("high", blocks(5, -1), 0.0)
+
+    assert line.tokens_before(blocks(1), 0.1) == 10 * BLOCK_TOKENS
+    assert line.tokens_before(targeted(1, 2.0), 0.1) == 8 * BLOCK_TOKENS
+    assert line.tokens_before(targeted(1, 0.5), 0.1) == 5 * BLOCK_TOKENS
+    assert line.tokens_before(blocks(1, -2), 0.1) == 0

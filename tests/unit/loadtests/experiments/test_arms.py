@@ -2,7 +2,7 @@
 
 from loadtests.experiments import arms
 from loadtests.experiments.figure import FigurePoint
-from pd_serve.simulation.summary import Slo
+from router.slo import Slo
 from tests.unit.loadtests.experiments.made_figures import ALL, options
 
 

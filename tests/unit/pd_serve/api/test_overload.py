@@ -7,10 +7,19 @@ from dataclasses import dataclass
 import httpx
 import pytest
 from fastapi import HTTPException
+from prometheus_client import REGISTRY
 from starlette.types import Message, Receive, Scope, Send
 
-from pd_serve.api.overload import GENERATING_PATHS, OverloadMiddleware, announce, mark_submitted
-from pd_serve.errors import InvalidRequestError, OverloadedError
+from pd_serve.api.overload import (
+    GENERATING_PATHS,
+    OverloadMiddleware,
+    announce,
+    announce_tokens,
+    arriving_tokens,
+    mark_submitted,
+    note_refusal,
+)
+from pd_serve.errors import InvalidRequestError, OverloadedError, RequestRefusedError
 
 Handler = Callable[[Receive, Send], Awaitable[None]]
 
@@ -320,3 +329,103 @@ class TestSeveral:
             await http.post("/v1/responses")
         await late[0]
         assert not gate.arriving
+
+
+# ---- refusals with a reason
+
+
+class Refusing:
+    """An application whose cluster refuses the request when its prompt is known, as vLLM answers that."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        while (await receive()).get("more_body", False):
+            pass
+        announce(1)
+        note_refusal(RequestRefusedError("try later", "slo_unattainable", 7))
+        body = b'{"error": "as vLLM says it"}'
+        headers = [(b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 429, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+
+def refused(status: str, reason: str) -> float:
+    labels = {"status": status, "reason": reason}
+    return REGISTRY.get_sample_value("pd_serve_refused_requests_total", labels) or 0.0
+
+
+async def test_a_refusal_with_a_reason_is_answered_with_it_and_counted() -> None:
+    gate = OverloadMiddleware(Refusing(), cluster=Cluster())
+    before = refused("429", "slo_unattainable")
+    async with client(gate) as http:
+        answer = await http.post("/v1/completions")
+
+    assert (answer.status_code, answer.headers["Retry-After"]) == (429, "7")
+    error = answer.json()["error"]
+    assert (error["code"], error["type"], error["message"]) == (
+        "slo_unattainable",
+        "Too Many Requests",
+        "try later",
+    )
+    assert refused("429", "slo_unattainable") == before + 1
+    assert not gate.arriving
+
+
+async def test_a_refusal_keeps_the_format_of_another_api() -> None:
+    async with client(OverloadMiddleware(Refusing(), cluster=Cluster())) as http:
+        answer = await http.post("/v1/messages")
+
+    assert (answer.status_code, answer.headers["Retry-After"]) == (429, "7")
+    assert answer.json() == {"error": "as vLLM says it"}
+
+
+@pytest.mark.parametrize(
+    ("cluster", "reason"),
+    [(Cluster(num_live=0), "503 no_instance"), (Cluster(num_waiting=2), "429 overloaded")],
+)
+async def test_other_refusals_are_counted_by_their_status(cluster: Cluster, reason: str) -> None:
+    status, name = reason.split()
+    before = refused(status, name)
+    async with client(OverloadMiddleware(App().open(), cluster=cluster, max_waiting=2)) as http:
+        assert (await http.post("/v1/completions")).status_code == int(status)
+
+    assert refused(status, name) == before + 1
+
+
+async def test_an_answer_is_counted_as_no_refusal() -> None:
+    before = [refused("429", "overloaded"), refused("503", "no_instance")]
+    async with client(OverloadMiddleware(App().open(), cluster=Cluster())) as http:
+        await http.post("/v1/completions")
+
+    assert before == [refused("429", "overloaded"), refused("503", "no_instance")]
+
+
+async def test_prompts_count_for_others_until_the_cluster_counts_them() -> None:
+    seen: list[int] = []
+    gate: OverloadMiddleware
+
+    class Announcing(App):
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            await receive()
+            seen.append(arriving_tokens())
+            announce(2)
+            announce_tokens(300)
+            if len(seen) == 2:
+                mark_submitted(1, 100)
+                seen.append(arriving_tokens())
+            await self.answered.wait()
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+
+    app = Announcing()
+    gate = OverloadMiddleware(app, cluster=Cluster())
+    async with client(gate) as http:
+        first = asyncio.create_task(http.post("/v1/completions"))
+        await settle()
+        second = asyncio.create_task(http.post("/v1/completions"))
+        await settle()
+        app.answered.set()
+        await asyncio.gather(first, second)
+        assert seen == [0, 300, 500]
+        await http.post("/v1/completions")
+        assert seen[-1] == 0, "what an HTTP request has announced ends with it"
+    assert arriving_tokens() == 0

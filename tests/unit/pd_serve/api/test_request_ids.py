@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from starlette.datastructures import Headers
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.engine import EngineCoreRequest
@@ -23,12 +24,11 @@ def assigned(
     request = EngineCoreRequest(
         name, list(prompt), None, SamplingParams(**parameters), None, 0.0, adapter, None, None
     )
-    token, other = identity._credentials.set(key), identity._client_id.set(client_id)
+    token = identity._headers.set(Headers({"X-Request-Id": client_id, "Authorization": key}))
     try:
         StemInputProcessor.assign_request_id(request)
     finally:
-        identity._credentials.reset(token)
-        identity._client_id.reset(other)
+        identity._headers.reset(token)
     assert request.external_req_id == name
     return request.request_id
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from pd_serve.cli.plan import parse_slo, plan
 from pd_serve.errors import InvalidRequestError
-from pd_serve.simulation.summary import Slo
+from router.slo import Slo
 
 app = typer.Typer()
 app.command()(plan)

@@ -9,6 +9,7 @@ from pd_serve.errors import EngineDeadError
 from pd_serve.frontend import placement
 from pd_serve.frontend.snapshot import WaitingRequests
 from router.request import Demand, NewRequest
+from router.slo import Slo
 from tests.unit.pd_serve.frontend.frontend_world import R, World, ended, request
 
 
@@ -174,3 +175,39 @@ async def test_a_stranded_request_that_has_another_owner_or_has_ended_is_not_han
     world.report("p0", stranded=["r", "unknown"])
 
     assert world.sent(HandOff) == []
+
+
+# ---- predicted first tokens
+
+
+async def test_a_deadline_passes_what_waits_behind_it(world: World) -> None:
+    """p0 and p1 have 1,000 tokens each; the request goes before all that have no target, or a later one."""
+    for name in ("p0", "p1"):
+        world.report(name, prompt_token_s=0.001)
+    new = NewRequest(100, slo=Slo(1.0), arrives_later_s=-Slo(1.0).lead_s)
+    world.submit("a", 1000)
+    world.submit("b", 1000)
+
+    assert world.frontend.first_token_s(NewRequest(100), 0) == pytest.approx(1.1)
+    assert world.frontend.first_token_s(new, 0) == pytest.approx(0.1)
+    assert world.frontend.first_token_s(new, 400) == pytest.approx(0.3)
+    urgent = NewRequest(1000, slo=Slo(0.5), arrives_later_s=-Slo(0.5).lead_s)
+    for name in ("c", "d"):
+        world.requests.submit(name, [b"payload"], urgent)
+    assert world.frontend.first_token_s(new, 0) == pytest.approx(1.1)
+
+
+async def test_a_request_with_a_first_token_waits_no_more(world: World) -> None:
+    world.report("p1", prompt_token_s=0.001)
+    world.report("p0", prompt_token_s=0.001)
+    world.submit("r", 1000)  # on p0
+    world.submit("s", 1000)  # on p1
+    new = NewRequest(100, slo=Slo(1.0), arrives_later_s=-Slo(1.0).lead_s)
+    assert world.frontend.first_token_s(new, 0) == pytest.approx(0.1)
+
+    world.tokens("p0", 0, 0, 10)
+    world.requests.abort(["s"])
+
+    # The reports of the instances do not say so yet.
+    assert world.frontend.first_token_s(new, 0) == pytest.approx(1.1)
+    assert world.frontend.num_waiting == 0

@@ -10,6 +10,7 @@ from pd_serve.errors import EngineDeadError
 from pd_serve.observe.recorder import Observer
 from pd_serve.observe.timeline import Timeline
 from router.request import NewRequest
+from router.slo import NO_SLO, Slo
 from tests.members import membership
 from tests.unit.pd_serve.frontend.frontend_world import R, World
 
@@ -189,3 +190,15 @@ async def test_the_timeline_of_a_refused_request_ends_with_an_error(empty: World
         empty.requests.submit("r", [b"payload"], NewRequest(32))
 
     assert [(r["state"], r["outcome"]) for r in empty.requests.find("r")] == [("ended", "error")]
+
+
+# ---- targets
+
+
+async def test_a_request_that_is_resumed_has_no_targets_to_meet(world: World) -> None:
+    """It arrived at another API server: how long ago, this one cannot know."""
+    new = NewRequest(20, slo=Slo(1.0, 0.1))
+    fresh = world.requests.submit("fresh", [b"payload"], new)
+    resumed = world.requests.submit("resumed", [b"payload"], new, holder="p0")
+
+    assert (fresh.new.slo, resumed.new.slo) == (Slo(1.0, 0.1), NO_SLO)

@@ -6,6 +6,7 @@ from migration.errors import Refusal, RefusalCode
 from pd_serve.observe.metrics import RequestMetrics
 from pd_serve.observe.recorder import RequestRecorder
 from router.request import NewRequest
+from router.slo import NO_SLO, Slo
 from tests.members import instance_info
 from tests.unit.pd_serve.made_migrations import migrated
 
@@ -42,3 +43,21 @@ def test_bytes_of_a_committed_migration_are_counted_by_pair_of_nodes() -> None:
     recorder.migrated(migrated("r", bytes_copied=7, refusal=full), 13.0)
 
     assert (counted("left", "right"), counted("right", "left")) == (42, 0)
+
+
+def test_requests_with_targets_are_counted_by_what_they_met() -> None:
+    def counted() -> list[float]:
+        values = [REGISTRY.get_sample_value("pd_serve_slo_requests_total")]
+        for target in ("ttft", "itl", "all"):
+            values.append(REGISTRY.get_sample_value("pd_serve_slo_met_requests_total", {"target": target}))
+        return [value or 0.0 for value in values]
+
+    before = counted()
+    recorder = RequestRecorder([RequestMetrics()])
+    for name, slo in (("good", Slo(1.0, 0.2)), ("slow", Slo(1.0, 0.05)), ("none", NO_SLO)):
+        recorder.issued(name, 10.0, NewRequest(100, slo=slo))
+        recorder.dispatched(name, "p0", "prefill", 10.0)
+        recorder.first_token_from(name, "p0", "prefill", 10.5)
+        recorder.ended(name, "stop", 11.5, tokens=11)
+
+    assert [now - then for now, then in zip(counted(), before, strict=True)] == [2, 2, 1, 1]

@@ -1,5 +1,6 @@
 """Events in, timelines out."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from migration.messages import CopyStage
 from pd_serve.observe.recorder import Observer, RequestRecorder, is_named, names
 from pd_serve.observe.timeline import MAX_ENTRIES, ObservedMigration, RequestStage, Stay, Timeline
 from router.request import NewRequest
+from router.slo import NO_SLO, Slo
 from tests.unit.pd_serve.made_migrations import FULL, migrated
 
 
@@ -307,3 +309,64 @@ def test_what_vllm_may_make_of_a_name(name: str) -> None:
 )
 def test_the_names_of_a_request(name: str, vllm_id: str, client_id: str, is_name: bool) -> None:
     assert is_named(name, vllm_id, client_id) == is_name
+
+
+# ---- targets
+
+
+def outcome_of(
+    slo: Slo, first_s: float | None, end_s: float, tokens: int = 11, outcome: str = "stop"
+) -> tuple[bool, bool, bool] | None:
+    """Whether a request with these times has met its targets: the first one, the second one, all."""
+    ended: list[Timeline] = []
+
+    class Ended(Observer):
+        def ended(self, request: Timeline) -> None:
+            ended.append(request)
+
+    recorder = RequestRecorder([Ended()])
+    recorder.issued("r", 100.0, NewRequest(10, slo=slo))
+    recorder.dispatched("r", "p0", "prefill", 100.0)
+    if first_s is not None:
+        recorder.first_token_from("r", "p0", "prefill", 100.0 + first_s)
+    recorder.ended("r", outcome, 100.0 + end_s, tokens=tokens if first_s is not None else 0)
+    met = ended[0].met
+    return None if met is None else (met.ttft, met.itl, met.all)
+
+
+@pytest.mark.parametrize(
+    ("first_s", "end_s", "met"),
+    [
+        (1.0, 2.0, (True, True, True)),
+        (1.1, 2.0, (False, True, False)),
+        (1.0, 2.2, (True, False, False)),
+        (1.5, 9.0, (False, False, False)),
+    ],
+)
+def test_a_request_meets_targets_by_its_first_token_and_its_mean_time_per_later_one(
+    first_s: float, end_s: float, met: tuple[bool, bool, bool]
+) -> None:
+    assert outcome_of(Slo(1.01, 0.101), first_s, end_s) == met
+
+
+def test_a_single_token_has_no_time_per_later_one() -> None:
+    assert outcome_of(Slo(1.0, 0.1), 0.5, 0.5, tokens=1) == (True, True, True)
+
+
+def test_without_targets_there_is_no_outcome() -> None:
+    assert outcome_of(NO_SLO, 0.5, 1.0) is None
+
+
+def test_a_target_that_a_request_does_not_have_is_met() -> None:
+    assert outcome_of(Slo(math.inf, 0.1), 1e6, 1e6 + 0.5) == (True, True, True)
+    assert outcome_of(Slo(1.0, math.inf), 0.5, 1e6) == (True, True, True)
+
+
+def test_a_failed_request_meets_nothing() -> None:
+    assert outcome_of(Slo(1.0, 0.1), 0.1, 0.2, outcome="error") == (False, False, False)
+
+
+def test_a_client_that_gives_up_after_its_target_has_seen_it_missed() -> None:
+    assert outcome_of(Slo(1.0, 0.1), None, 1.5, outcome="abort") == (False, False, False)
+    assert outcome_of(Slo(1.0, 0.1), None, 0.9, outcome="abort") is None
+    assert outcome_of(Slo(1.0, 0.1), 0.9, 1.0, outcome="abort") == (True, True, True)

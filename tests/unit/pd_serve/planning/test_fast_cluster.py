@@ -10,8 +10,8 @@ from pd_serve.simulated_engine.hardware import Hardware, hardware
 from pd_serve.simulated_engine.settings import EngineSettings
 from pd_serve.simulation.config import NetworkSettings, SimulationConfig, TraceRequest
 from pd_serve.simulation.simulate import simulate
-from pd_serve.simulation.summary import Slo
 from pd_serve.simulation.workloads import TraceSpec, make_requests
+from router.slo import Slo
 
 #: A prompt token takes 1 ms, a decode step 10 ms.
 STEPS = EngineSettings(LinearCostModel((0.0, 1.0, 0.0), (10.0, 0.0, 0.0)), num_blocks=100)

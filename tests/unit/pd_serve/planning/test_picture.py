@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ElementTree
 from pd_serve.planning.fast_cluster import Layout
 from pd_serve.planning.picture import svg
 from pd_serve.planning.search import Goal, LayoutPlan
-from pd_serve.simulation.summary import Slo
+from router.slo import Slo
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -7,8 +7,8 @@ from pd_serve.planning.fast_cluster import FastRun, Layout
 from pd_serve.planning.search import Goal, layouts_of, measure, plan
 from pd_serve.simulated_engine.hardware import hardware
 from pd_serve.simulation.config import TraceRequest
-from pd_serve.simulation.summary import Slo
 from pd_serve.simulation.workloads import TraceSpec, make_requests
+from router.slo import Slo
 
 MACHINE = hardware("h100-llama-3.1-8b")
 WORKLOAD = make_requests(TraceSpec("1000:100", 1.0, 200))

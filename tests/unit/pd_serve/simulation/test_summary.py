@@ -7,8 +7,9 @@ import pytest
 
 from pd_serve.simulation.config import TraceRequest
 from pd_serve.simulation.result import RequestRecord, Sample
-from pd_serve.simulation.summary import Slo, fragmentation, series, summarize
+from pd_serve.simulation.summary import fragmentation, series, summarize
 from router.priority import PriorityClass
+from router.slo import Slo
 from tests.unit.loadtests.experiments.made_results import record, result
 
 
