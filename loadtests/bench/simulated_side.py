@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from loadtests.outcome import Outcome
-from pd_serve.comm.outputs import OutputBatch
 from pd_serve.config import DEFAULT_POLICY
 from pd_serve.errors import PdServeError
 from pd_serve.platform.cpu import CPU_PREFILL_CHUNK_TOKENS, CPU_STAGE_BYTES_PER_S, is_cpu_build
@@ -89,12 +88,9 @@ class _SimulationWithGaps(Simulation):
         self.gaps_s: list[list[float]] = [[] for _ in wanted.requests]
         self._last: dict[int, float] = {}
 
-    def _on_batch(self, batch: OutputBatch) -> None:
-        now = asyncio.get_running_loop().time()
-        for output in batch.outputs:
-            number = int(output.request_id)
-            for _ in output.new_token_ids:
-                if (last := self._last.get(number)) is not None:
-                    self.gaps_s[number].append(now - last)
-                self._last[number] = now
-        super()._on_batch(batch)
+    def _on_tokens(self, number: int, times: list[float]) -> None:
+        for at in times:
+            if (last := self._last.get(number)) is not None:
+                self.gaps_s[number].append(at - last)
+            self._last[number] = at
+        super()._on_tokens(number, times)

@@ -163,8 +163,11 @@ class MembershipView:
         """Applies a message of the manager. Returns None if its term is an earlier one, and ignores it."""
         if self.latest is not None and message.term < self.latest.term:
             return None
+        is_heartbeat = message == self.latest
         self.latest, self.received_at = message, self._loop.time()
         self._wire.connect(MANAGER, message.address)
+        if is_heartbeat:
+            return MembershipChange()
         instances = {info.instance_id: info for info in message.instances}
         change = MembershipChange(
             joined=[info for name, info in instances.items() if self.instances.get(name) != info],

@@ -68,7 +68,7 @@ class Handoffs:
 
     def on_engine_load(self, load: EngineLoad) -> None:
         """The engine has made a step."""
-        if load.running:
+        if load.running and (self._reporter.role == "prefill" or self._stranded):
             self._stepped.set()
 
     def on_prefill_started(self, request_ids: list[RequestId]) -> None:

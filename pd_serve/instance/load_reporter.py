@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections import Counter, deque
 from collections.abc import Callable
+from operator import attrgetter
 
 from msgspec.structs import asdict
 
@@ -24,8 +25,9 @@ logger = logging.getLogger(__name__)
 REFUSED_ORDERS = ("policy", "destination", "role", "too_many")
 
 #: Fields whose changes are reported at once, other changes only every `PROGRESS_REPORT_INTERVAL_S`.
-REPORTED_ON_CHANGE = ("total_blocks", "running", "suspended", "waiting", "waiting_tokens", "reserved_blocks")
-
+_reported_on_change = attrgetter(
+    "total_blocks", "running", "suspended", "waiting", "waiting_tokens", "reserved_blocks"
+)
 
 #: Time that the share of busy time is measured over, in seconds.
 BUSY_OVER_S = 10.0
@@ -145,7 +147,7 @@ class LoadReporter:
     def on_engine_load(self, load: EngineLoad) -> None:
         """Takes the engine's load after a step."""
         before, self._engine = self._engine, load
-        changed = any(getattr(load, name) != getattr(before, name) for name in REPORTED_ON_CHANGE)
+        changed = _reported_on_change(load) != _reported_on_change(before)
         if changed or self._loop.time() - self._reported_at >= PROGRESS_REPORT_INTERVAL_S:
             self.report_soon()
 

@@ -114,7 +114,7 @@ class Batcher:
             decodes = self.running.copy()
             if not decodes:
                 return None
-            return Step([], decodes, model.decode_s(len(decodes), sum([s.computed for s in decodes])))
+            return Step([], decodes, self.decode_s(len(decodes), sum([s.computed for s in decodes])))
         decodes = [sequence for sequence in self.running if sequence.is_decoding]
         self._make_room(decodes, now)
         decodes = [sequence for sequence in self.running if sequence.is_decoding]
@@ -127,6 +127,13 @@ class Batcher:
         lengths = [(n, sequence.computed) for sequence, n in chunks]
         context = sum([s.computed for s in decodes])
         return Step(chunks, decodes, model.mixed_s(lengths, len(decodes), context))
+
+    def decode_s(self, batch_size: int, context_tokens: int) -> float:
+        """Duration of a step of decodes only."""
+        model = self.settings.cost_model
+        if self.settings.mixes:
+            return model.mixed_s((), batch_size, context_tokens)
+        return model.decode_s(batch_size, context_tokens)
 
     def _make_room(self, decodes: Iterable[Sequence], now: float) -> None:
         """Gives every decoding sequence a slot for its next token, preempting others if necessary."""
@@ -172,14 +179,13 @@ class Batcher:
         chunks: list[tuple[Sequence, int]] = []
         started = []
         pool = self.pool
-        slots = self.settings.max_num_seqs - self.held_slots
-        while self.waiting and len(self.running) < slots and budget > 0:
+        while self.waiting and budget > 0:
             sequence = self.waiting[0]
             num_tokens = sequence.num_tokens
             shared = self.cached(sequence)
-            missing = self.num_blocks(num_tokens) - len(shared)
-            if pool.num_free - pool.num_unused(shared) - missing < self.watermark_blocks:
+            if not self._has_room(sequence, shared):
                 break
+            missing = self.num_blocks(num_tokens) - len(shared)
             n = num_tokens - len(shared) * self.settings.block_tokens
             if whole and chunks and n > budget:
                 break
@@ -197,6 +203,21 @@ class Batcher:
         if started:
             self._on_prefill_started(started)
         return chunks
+
+    def _has_room(self, sequence: Sequence, shared: list[int]) -> bool:
+        """Whether there are a slot and blocks for a waiting request, with these cached ones."""
+        missing = self.num_blocks(sequence.num_tokens) - len(shared)
+        free = self.pool.num_free - self.pool.num_unused(shared)
+        slots = self.settings.max_num_seqs - self.held_slots
+        return len(self.running) < slots and free - missing >= self.watermark_blocks
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether no request can enter the batch before blocks or a slot become free."""
+        if not self.waiting:
+            return True
+        # With a prefix cache, blocks that fill up may be what the first one waits for.
+        return not self.settings.prefix_caching and not self._has_room(self.waiting[0], [])
 
     def cached(self, sequence: Sequence) -> list[int]:
         """Cached blocks with the beginning of a sequence, all but its last token at most."""
@@ -224,28 +245,52 @@ class Batcher:
             chunks = [(sequence, n) for sequence, n in chunks if sequence not in dropped]
             decodes = [sequence for sequence in decodes if sequence not in dropped]
         sampled = [sequence for sequence, n in chunks if self._prefill(sequence, n, now)]
-        content, block_tokens = self.pool.content, self.settings.block_tokens
-        caching, (first, count) = self.settings.prefix_caching, self.settings.vocabulary
-        by_chance = self.settings.sampled
+        caching, block_tokens = self.settings.prefix_caching, self.settings.block_tokens
         for sequence in decodes:
-            position = sequence.computed
-            output = sequence.output
-            kv = (output[-1] + _TOKEN) * (position * _POSITION + 1) & MASK
-            block = sequence.blocks[position // block_tokens]
-            sequence.computed = position + 1
-            if position % block_tokens == 0 or len(output) + 1 >= sequence.max_tokens:
-                content[block] = kv if position % block_tokens == 0 else (content[block] + kv) & MASK
-                digest = self.read(sequence)
-            else:
-                content[block] = (content[block] + kv) & MASK
-                digest = (sequence.digest + kv) & MASK
-            sequence.digest = digest
-            token = first + ((digest * _NEXT & MASK) >> 48) % count
-            output.append(sampled_token(token, sequence.epoch, len(output)) if by_chance else token)
-            if caching and (position + 1) % block_tokens == 0:
+            self._decode(sequence, 1)
+            if caching and sequence.computed % block_tokens == 0:
                 self.publish(sequence)
-            sampled.append(sequence)
-        return sampled
+        return sampled + decodes
+
+    def repeat(self, batch: list[Sequence], ends: list[float]) -> None:
+        """Computes further steps of a batch, none of which ends a request, and takes room for the next.
+
+        Args:
+            ends: When each step ends.
+        """
+        if self.settings.prefix_caching:  # which block is found by a hash depends on the order
+            for end in ends:
+                self.apply(Step([], batch, 0.0), end)
+                self._make_room(batch, end)
+            return
+        for sequence in batch:
+            self._decode(sequence, len(ends))
+        self._make_room(batch, ends[-1])
+
+    def _decode(self, sequence: Sequence, steps: int) -> None:
+        """Computes the next tokens of a sequence. One that has no room for a token gets a free block."""
+        pool, block_tokens, settings = self.pool, self.settings.block_tokens, self.settings
+        content, blocks, output = pool.content, sequence.blocks, sequence.output
+        first, count = settings.vocabulary
+        digest, token, end = sequence.digest, output[-1], sequence.computed + steps
+        last = end - 1 if len(output) + steps >= sequence.max_tokens else -1
+        for position in range(sequence.computed, end):
+            kv = (token + _TOKEN) * (position * _POSITION + 1) & MASK
+            block, place = divmod(position, block_tokens)
+            if block == len(blocks):
+                blocks += pool.allocate(1)
+            held = blocks[block]
+            content[held] = (content[held] + kv) & MASK if place else kv
+            if place and position != last:
+                digest = (digest + kv) & MASK
+            else:
+                sequence.computed = position + 1
+                digest = self.read(sequence)
+            token = first + ((digest * _NEXT & MASK) >> 48) % count
+            if settings.sampled:
+                token = sampled_token(token, sequence.epoch, len(output))
+            output.append(token)
+        sequence.computed, sequence.digest = end, digest
 
     def _prefill(self, sequence: Sequence, num_tokens: int, now: float) -> bool:
         """Computes a chunk. Returns whether it was the last one, so that a token was sampled."""

@@ -1,6 +1,6 @@
 """Keys of the KV blocks in a simulated engine's prefix cache."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from migration.cached_keys import ChangeRecord, KeyChanges, KeyFormat
 from pd_serve.simulated_engine.block_pool import BlockPool
@@ -37,12 +37,18 @@ def prompt_keys(prompt: Prompt, block_tokens: int, num_tokens: int | None = None
 
 
 class SimulatedKeys:
-    """Implements `migration.engine_interface.CachedKeySource`."""
+    """Implements `migration.engine_interface.CachedKeySource`.
 
-    def __init__(self, pool: BlockPool) -> None:
+    Args:
+        compute_ended: Computes what the steps that have ended add to the pool.
+    """
+
+    def __init__(self, pool: BlockPool, compute_ended: Callable[[], None] = lambda: None) -> None:
         self._pool = pool
+        self._compute_ended = compute_ended
 
     async def take(self, most: int) -> KeyChanges | None:
+        self._compute_ended()
         if (record := self._pool.record) is None:
             record = self._pool.record = ChangeRecord()
             record.restart(self._pool.hashes)

@@ -33,8 +33,14 @@ class SequenceEmitter:
         self._sink = sink
         self._ended = EndedRequests(clock, keep_ended_s)
 
-    def emit(self, sampled: Iterable[Sequence], now: float) -> list[Sequence]:
-        """Sends the new tokens of a step. Returns the sequences that have finished."""
+    def emit(
+        self, sampled: Iterable[Sequence], now: float, earlier: list[float] | None = None
+    ) -> list[Sequence]:
+        """Sends the new tokens of a step. Returns the sequences that have finished.
+
+        Args:
+            earlier: When the tokens before the last one are delivered.
+        """
         by_client: dict[str, tuple[list[SimulatedOutput], list[TokenSpan]]] = defaultdict(lambda: ([], []))
         ended = []
         for sequence in sampled:
@@ -42,8 +48,11 @@ class SequenceEmitter:
             reason = "length" if len(output) >= sequence.max_tokens else None
             outputs, spans = by_client[sequence.client]
             times = None if emitted else sequence.times(now)
-            outputs.append(SimulatedOutput(sequence.request_id, output[emitted:], reason, times))
+            outputs.append(
+                SimulatedOutput(sequence.request_id, output[emitted:], reason, times, earlier or None)
+            )
             spans.append((sequence.epoch, emitted, sequence.crc))
+            sequence.told = sequence.client, sequence.epoch
             sequence.emitted = len(output)
             sequence.crc = crc_of(output[emitted:], sequence.crc)
             if reason is not None:

@@ -3,18 +3,21 @@
 from pd_serve.simulated_engine.batcher import Batcher
 from pd_serve.simulated_engine.migrations import SequenceMigrations
 from router.load import EngineLoad
-from router.priority import PriorityClass, priority_class
 
 
-def read_load(batcher: Batcher, migrations: SequenceMigrations) -> EngineLoad:
-    """Reads the load as `migration.vllm_engine.engine_load.read_load` does for vLLM."""
+def read_load(batcher: Batcher, migrations: SequenceMigrations, taken: int = 0) -> EngineLoad:
+    """Reads the load as `migration.vllm_engine.engine_load.read_load` does for vLLM.
+
+    Args:
+        taken: KV blocks that are in use, although the pool does not show it yet.
+    """
     settings = batcher.settings
     prefilling = 0
     if settings.mixes:
         prefilling = sum(s.num_tokens - s.computed for s in batcher.running if not s.is_decoding)
     return EngineLoad(
         total_blocks=settings.num_blocks,
-        free_blocks=batcher.pool.num_free,
+        free_blocks=batcher.pool.num_free - taken,
         reserved_blocks=sum([len(s.blocks) for s in migrations.arriving.values()]),
         running=len(batcher.running) + len(migrations.suspended),
         suspended=len(migrations.suspended),
@@ -31,5 +34,5 @@ def read_load(batcher: Batcher, migrations: SequenceMigrations) -> EngineLoad:
         token_s=batcher.step_times.token_s,
         least_step_s=batcher.step_times.least_step_s,
         busy_s=batcher.step_times.busy_s,
-        high_priority=sum([priority_class(s.priority) is PriorityClass.HIGH for s in batcher.running]),
+        high_priority=sum([s.is_high for s in batcher.running]),
     )

@@ -61,6 +61,11 @@ class SequenceMigrations:
         """Slots of the batch kept for sequences that may come back or enter."""
         return len(self.suspended) + len(self.arriving)
 
+    @property
+    def is_asked_for_stage(self) -> bool:
+        """Whether a migration waits for the next boundary."""
+        return bool(self._waiters)
+
     def forget(self, request_id: str) -> None:
         """A request has ended, or left."""
         self.suspended.pop(request_id, None)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from migration.messages import RequestId
 from migration.token_span import crc_of
 from pd_serve.simulated_engine.contents import MASK, Prompt, kv_of
+from router.priority import PriorityClass, priority_class
 
 
 @dataclass(slots=True, eq=False)
@@ -23,6 +24,7 @@ class Sequence:
         hashes: One per full block, each over all contents up to there (prefix caching only).
         is_confirmed: Its blocks may enter the prefix cache: they were computed here, or the source has
             confirmed that they were whole when they were read.
+        told: Client and epoch of the last token that was sent from here; None before the first one.
         added_at, begun_at: When this engine received it, and when the first step with a part of its prompt
             began.
         queue_key: Order in the queue of waiting requests.
@@ -47,13 +49,16 @@ class Sequence:
     preemptions: int = 0
     preempted_at: float | None = None
     wants_handoff: bool = False
+    told: tuple[str, int] | None = None
     added_at: float = 0.0
     begun_at: float | None = None
     prompt_tokens: int = field(init=False)
+    is_high: bool = field(init=False)
     queue_key: tuple[int, int, float] = field(init=False)
 
     def __post_init__(self) -> None:
         self.prompt_tokens = self.prompt.num_tokens
+        self.is_high = priority_class(self.priority) is PriorityClass.HIGH
         self.queue_key = (self.priority, 1, self.rank)
 
     @property

@@ -20,10 +20,10 @@ from migration.messages import FinalState, KvPart, MigrationId, RequestDescripti
 from migration.reservation import Reservation
 from migration.transport.kv_transport import KvRegion
 from pd_serve.errors import InvalidRequestError
-from pd_serve.simulated_engine.batcher import Batcher, Step
+from pd_serve.simulated_engine.batcher import Batcher
 from pd_serve.simulated_engine.cached_keys import SimulatedKeys, key_format
 from pd_serve.simulated_engine.emitter import OutputSink, SequenceEmitter
-from pd_serve.simulated_engine.engine_load import read_load
+from pd_serve.simulated_engine.engine_steps import EngineSteps
 from pd_serve.simulated_engine.faults import EngineFaults
 from pd_serve.simulated_engine.migrations import PendingStage, SequenceMigrations
 from pd_serve.simulated_engine.prefix_store import SimulatedPrefixStore
@@ -35,22 +35,18 @@ from router.load import EngineLoad
 
 T = TypeVar("T")
 
-#: Least time between two load reports if no request came or went.
-LOAD_INTERVAL_S = 0.1
-
 
 class SimulatedEngine:
     """Implements `migration.engine_interface.Engine`.
 
     Args:
         decode: Makes a sequence of a request's payload. Raises: InvalidRequestError.
-        is_copying: Whether KV is being copied into this instance or out of it, which slows its steps.
+        is_copying, delivery_s: See `EngineSteps`.
         faults: Delays and refusals of calls, and steps that hang, for tests.
         keep_ended_s: Time that ended requests are kept for clients that come back, in seconds.
 
     Attributes:
         sequences: The requests here by id, arriving ones excepted.
-        steps, busy_s: Steps begun, and the time that they take together.
     """
 
     def __init__(
@@ -60,6 +56,7 @@ class SimulatedEngine:
         sink: OutputSink,
         events: EngineEvents,
         is_copying: Callable[[], bool] = lambda: False,
+        delivery_s: Callable[[], float] | None = None,
         faults: EngineFaults | None = None,
         keep_ended_s: float = 0.0,
     ) -> None:
@@ -70,18 +67,24 @@ class SimulatedEngine:
         )
         #: The blocks' contents, for a transport: one number each.
         self.regions = [KvRegion(*self.batcher.pool.content.buffer_info(), 8)]
-        self.cached_keys = SimulatedKeys(self.batcher.pool)
         self.sequences: dict[str, Sequence] = {}
-        self.steps, self.busy_s = 0, 0.0
-        self._decode, self._events = decode, events
-        self._is_copying, self._faults = is_copying, faults
+        self._decode, self._events, self._faults = decode, events, faults
         self._loop = asyncio.get_running_loop()
         self._emitter = SequenceEmitter(self.sequences, sink, self._loop.time, keep_ended_s)
-        self._step_loop = SimulatedStepLoop(self, one_ahead=settings.async_scheduling)
         self._migrations = SequenceMigrations(self.batcher, self.sequences, self._is_in_flight)
+        self._steps = EngineSteps(
+            self.batcher,
+            self._migrations,
+            self._emitter,
+            events,
+            self._end,
+            is_copying,
+            delivery_s,
+            faults,
+        )
+        self._step_loop = SimulatedStepLoop(self._steps, one_ahead=settings.async_scheduling)
+        self.cached_keys = SimulatedKeys(self.batcher.pool, self._steps.compute_ended)
         self.prefixes = SimulatedPrefixStore(self.batcher, self._migrations, decode, self._call)
-        self._reported: tuple[int, ...] = ()
-        self._reported_at = 0.0
         self._step_loop.submit(lambda: None)
 
     @property
@@ -269,48 +272,28 @@ class SimulatedEngine:
         return await self._call("check_integrity", check_integrity)
 
     def load(self) -> EngineLoad:
-        return read_load(self.batcher, self._migrations)
+        return self._steps.load()
+
+    @property
+    def steps(self) -> int:
+        """Steps that have ended, as far as their tokens were sent."""
+        return self._steps.steps
+
+    @property
+    def busy_s(self) -> float:
+        """Time that the steps take together."""
+        return self._steps.busy_s
+
+    def pace_changes(self) -> None:
+        """`is_copying` has changed: the steps after the one in progress may take another time."""
+        self._step_loop.cut_run()
 
     def preempt(self, request_id: str) -> None:
         """Takes a running request's blocks away, as if others needed them; for tests."""
+        self._steps.compute_ended()
+        self._step_loop.cut_run()
         if (sequence := self.sequences.get(request_id)) in self.batcher.running and sequence is not None:
             self.batcher.preempt(sequence, self._loop.time())
-
-    # ---- steps, for the step loop
-
-    def schedule(self) -> Step | None:
-        self.batcher.held_slots = self._migrations.held_slots
-        return self.batcher.schedule(self._loop.time())
-
-    def begin(self, step: Step) -> float:
-        for sequence, _ in step.chunks:
-            if sequence.begun_at is None:
-                sequence.begun_at = self._loop.time()
-        duration_s = step.duration_s * (1.0 + self.settings.migration_slowdown * self._is_copying())
-        if self._faults is not None:
-            begun = [sequence.request_id for sequence, _ in step.chunks]
-            duration_s += self._faults.begin_step(begun, self._events.on_death)
-        prompt_tokens = sum([n for _, n in step.chunks])
-        self.batcher.step_times.add(duration_s, prompt_tokens, decodes=bool(step.decodes))
-        self.busy_s += duration_s
-        return duration_s
-
-    def finish(self, step: Step) -> None:
-        self.steps += 1
-        now = self._loop.time()
-        for sequence in self._emitter.emit(self.batcher.apply(step, now), now):
-            self._end(sequence)
-
-    def at_boundary(self) -> None:
-        self._migrations.settle_stages()
-
-    def report(self) -> None:
-        """As vLLM's adapter: growth by a token per request is reported less often than steps end."""
-        batcher, migrations, now = self.batcher, self._migrations, self._loop.time()
-        state = tuple(map(len, (batcher.running, batcher.waiting, migrations.arriving, migrations.suspended)))
-        if state != self._reported or now - self._reported_at >= LOAD_INTERVAL_S:
-            self._reported, self._reported_at = state, now
-            self._events.on_load(self.load())
 
     # ---- helpers
 

@@ -9,6 +9,7 @@ from migration.errors import EngineDeadError, MigrationError
 from migration.tasks import settle
 from pd_serve.errors import InvalidRequestError
 from pd_serve.simulated_engine.batcher import Step
+from pd_serve.simulated_engine.decode_run import DecodeRun
 
 T = TypeVar("T")
 
@@ -21,6 +22,12 @@ class Stepping(Protocol):
 
     def begin(self, step: Step) -> float:
         """A step begins. Returns its duration in seconds."""
+
+    def plan(self, step: Step, ends_at: float) -> DecodeRun | None:
+        """The steps from this one on that are one event; None if the next one has to be decided."""
+
+    def catch_up(self, run: DecodeRun, steps: int) -> None:
+        """The first steps of a run have ended: computes their tokens, which the next `finish` sends."""
 
     def finish(self, step: Step) -> None:
         """A step has ended: computes its tokens and sends them."""
@@ -41,10 +48,12 @@ class SimulatedStepLoop:
 
     Attributes:
         in_flight: The step in progress.
+        run: The run of steps in progress; None if each step is an event.
     """
 
     def __init__(self, engine: Stepping, *, one_ahead: bool) -> None:
         self.in_flight: Step | None = None
+        self.run: DecodeRun | None = None
         self._engine = engine
         self._one_ahead = one_ahead
         self._loop = asyncio.get_running_loop()
@@ -55,7 +64,8 @@ class SimulatedStepLoop:
 
     @property
     def progress(self) -> StepProgress:
-        return StepProgress(self._turns, self._steps, self.in_flight is not None)
+        ended = self.run.num_ended(self._loop.time()) if self.run is not None else 0
+        return StepProgress(self._turns + ended, self._steps + ended, self.in_flight is not None)
 
     def stop(self) -> None:
         """No step and no call follows; callers wait until they are cancelled."""
@@ -70,6 +80,15 @@ class SimulatedStepLoop:
         self._calls.append(call)
         if self._timer is None:
             self._timer = self._loop.call_soon(self._boundary)
+        else:
+            self.cut_run()
+
+    def cut_run(self) -> None:
+        """The run in progress, if there is one, ends with the step in progress."""
+        if self.run is not None and self.run.cut(self._loop.time()):
+            assert self._timer is not None
+            self._timer.cancel()
+            self._timer = self._loop.call_at(self.run.ends[-1], self._boundary, self.run.step)
 
     async def call(self, function: Callable[[], T]) -> T:
         """Runs `function` between two steps and returns, or raises, what it does."""
@@ -87,6 +106,12 @@ class SimulatedStepLoop:
 
     def _boundary(self, ended: Step | None = None) -> None:
         self._timer = self.in_flight = None
+        if (run := self.run) is not None:
+            before = len(run.ends) - 1
+            self._engine.catch_up(run, before)
+            self._turns += before
+            self._steps += before
+            self.run = None
         self._turns += 1
         step = None
         if ended is not None:
@@ -103,4 +128,20 @@ class SimulatedStepLoop:
             step = self.in_flight = self._engine.schedule()
         self._engine.report()
         if step is not None:
-            self._timer = self._loop.call_later(self._engine.begin(step), self._boundary, step)
+            ends_at = self._loop.time() + self._engine.begin(step)
+            self.run = None if self._one_ahead else self._engine.plan(step, ends_at)
+            if self.run is None:
+                self._timer = self._loop.call_at(ends_at, self._boundary, step)
+            else:
+                self._continue(self.run)
+
+    def _continue(self, run: DecodeRun) -> None:
+        report = run.next_report()
+        if report is None:
+            self._timer = self._loop.call_at(run.ends[-1], self._boundary, run.step)
+        else:
+            self._timer = self._loop.call_at(run.ends[report], self._report_in_run, run)
+
+    def _report_in_run(self, run: DecodeRun) -> None:
+        self._engine.report()
+        self._continue(run)

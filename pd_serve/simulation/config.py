@@ -63,6 +63,8 @@ class SimulationConfig:
         front_end_s: Time from a client to the request router; part of the request's latency.
         max_migrations: Maximum number of migrations at a time, per instance and direction.
         orphan_s: Seconds that requests go on after their API server has left.
+        every_step: Each step of an engine is an event of its own, as for faults between two steps. Without,
+            a run of decode steps that nothing interrupts is one event, with the same result.
     """
 
     requests: Sequence[TraceRequest]
@@ -76,6 +78,7 @@ class SimulationConfig:
     front_end_s: float = 0.0
     max_migrations: int = 64
     orphan_s: float = 0.0
+    every_step: bool = False
     seed: int = 0
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from pd_serve.comm.outputs import OutputBatch
+from pd_serve.comm.outputs import OutputBatch, RequestOutput
 from pd_serve.errors import PdServeError
 from pd_serve.simulated_engine.cached_keys import prompt_keys
 from pd_serve.simulated_engine.contents import (
@@ -18,7 +18,7 @@ from pd_serve.simulated_engine.contents import (
     expected_output,
     text_token,
 )
-from pd_serve.simulated_engine.outputs import SimulatedPayload
+from pd_serve.simulated_engine.outputs import SimulatedOutput, SimulatedPayload
 from pd_serve.simulated_engine.settings import SEGMENT_TOKENS
 from pd_serve.simulation.config import SimulationConfig
 from pd_serve.simulation.result import RequestRecord, Sample, SimulationResult
@@ -169,22 +169,33 @@ class Simulation:
         return tuple(prompt_keys(payload.prompt, wanted.key_tokens, shared))
 
     def _on_batch(self, batch: OutputBatch) -> None:
-        now = self._loop.time() - self._zero
+        now = self._loop.time()
         for output in batch.outputs:
             number = int(output.request_id)
-            record = self.records[number]
-            new = output.new_token_ids
-            if new:
-                tokens = self._tokens[number]
-                if not tokens:
-                    record.first_token_s = now
-                elif now - record.last_token_s > record.longest_gap_s:
-                    record.longest_gap_s = now - record.last_token_s
-                record.last_token_s = now
-                tokens += new
+            if new := output.new_token_ids:
+                self._tokens[number] += new
+                self._on_tokens(number, self._delivered(output, now))
             if output.finish_reason is not None:
-                record.failed = output.finish_reason == "error"
+                self.records[number].failed = output.finish_reason == "error"
                 self._end(number)
+
+    def _delivered(self, output: RequestOutput, now: float) -> list[float]:
+        """When each new token of an output has come."""
+        assert isinstance(output, SimulatedOutput)
+        before = len(output.new_token_ids) - 1
+        earlier = output.earlier[-before:] if before and output.earlier else [now] * before
+        return [*(at - self._zero for at in earlier), now - self._zero]
+
+    def _on_tokens(self, number: int, times: list[float]) -> None:
+        """A request has got tokens, at these times."""
+        record = self.records[number]
+        if not record.tokens:
+            record.first_token_s = record.last_token_s = times[0]
+        record.tokens += len(times)
+        for at in times:
+            if at - record.last_token_s > record.longest_gap_s:
+                record.longest_gap_s = at - record.last_token_s
+            record.last_token_s = at
 
     def _end(self, number: int) -> None:
         """A request has ended. The next turn of its session follows, or fails with it."""
@@ -206,7 +217,6 @@ class Simulation:
         engine = self.config.engines["neutral"]
         for number, record in enumerate(self.records):
             request, tokens = record.request, self._tokens[number]
-            record.tokens = len(tokens)
             if record.failed:
                 continue
             prompt: Prompt = SegmentPrompt(request.prompt_tokens, request.segments, SEGMENT_TOKENS, number)

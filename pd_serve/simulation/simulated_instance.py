@@ -35,6 +35,7 @@ class SimulatedInstance:
     Args:
         on_fatal: Ends the process of the instance; by default, the failure is kept.
         itl_target_s: See `pd_serve.instance.load_reporter`.
+        delivery_s: Returns the time that a token takes to its API server; see `EngineSteps`.
 
     Attributes:
         faults: Faults of its engine, none at first.
@@ -52,12 +53,14 @@ class SimulatedInstance:
         on_fatal: Callable[[BaseException], None] | None = None,
         faults: EngineFaults | None = None,
         itl_target_s: float = 0.0,
+        delivery_s: Callable[[], float] | None = None,
     ) -> None:
         self.name = name
         self.role = role
         self.started_at = started_at
         self.failure: BaseException | None = None
         self.wire = wire
+        self._fabric = fabric
         self.transport: LocalTransport = fabric.transport(name)
         bounds = MigrationBounds(max_outgoing=config.max_migrations, max_incoming=config.max_migrations)
         self.llumlet = Llumlet(
@@ -73,8 +76,10 @@ class SimulatedInstance:
         leaving, entering = fabric.leaving, fabric.entering
 
         def is_copying() -> bool:
-            return bool(leaving[name] or entering[name])
+            return bool(leaving.get(name) or entering.get(name))
 
+        # A stranded request may leave a prefill instance at any of its tokens.
+        by_step = config.every_step or role == "prefill" or config.policies.roles
         settings = config.engines.get(role) or config.engines["neutral"]
         settings = settings.of_role(role, config.policies.decode_prompt_tokens)
         self.faults = faults or EngineFaults()
@@ -84,9 +89,11 @@ class SimulatedInstance:
             self._publish,
             self.llumlet.events,
             is_copying,
+            None if by_step else delivery_s,
             self.faults,
             config.orphan_s,
         )
+        fabric.on_change[name] = self.engine.pace_changes
         self.transport.register(self.engine.regions)
         self.llumlet.start(self.engine, self.transport)
 
@@ -103,6 +110,7 @@ class SimulatedInstance:
 
     async def stop(self) -> None:
         """Ends the instance at once, like the end of its process."""
+        self._fabric.on_change.pop(self.name, None)
         await self.engine.stop()
         await self.llumlet.close()
         self.transport.close()

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 
 from pd_serve.comm.membership import SCHEDULER, InstanceInfo
 from pd_serve.instance.instance_process import InstanceConfig
@@ -60,6 +61,7 @@ class SimulatedLauncher:
             self._network.fabric,
             began,
             itl_target_s=config.itl_target_s,
+            delivery_s=partial(self._network.delay_s, name),
         )
         if not self.instances:
             self._notes = None  # the instances have the notes

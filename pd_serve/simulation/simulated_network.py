@@ -7,7 +7,7 @@ import asyncio
 import copy
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from migration.transport.local import LocalFabric
@@ -58,7 +58,7 @@ class SimulatedNetwork:
 
     def deliver(self, sender: str, address: str, frames: list[Any]) -> None:
         """Sends frames to an address. They are lost if it has no listener on arrival."""
-        if sender in self._cut:
+        if self._cut and sender in self._cut:
             return
         if self.faults is None:
             self._deliver(sender, address, frames)
@@ -67,14 +67,18 @@ class SimulatedNetwork:
             # A copy for each delivery: receivers may change a message, and it may arrive twice.
             self.faults.transmit(link, message, lambda: self._deliver(sender, address, copy.deepcopy(frames)))
 
+    def delay_s(self, sender: str) -> float:
+        """Time that a message which is sent now takes."""
+        latency_s = self.settings.message_latency_s
+        if copies := self.fabric.leaving.get(sender):
+            return latency_s + MESSAGE_BYTES * (copies + 1) / self.settings.kv_bytes_per_s
+        return latency_s
+
     def _deliver(self, sender: str, address: str, frames: list[Any]) -> None:
-        settings = self.settings
-        copies = self.fabric.leaving.get(sender)
-        delay_s = settings.message_latency_s
-        if copies:
-            delay_s += MESSAGE_BYTES * (copies + 1) / settings.kv_bytes_per_s
-        now = self._loop.time()
-        arrives = self._arrives[sender] = max(now + delay_s, self._arrives.get(sender, 0.0))
+        arrives = self._loop.time() + self.delay_s(sender)
+        if arrives < (last := self._arrives.get(sender, 0.0)):
+            arrives = last
+        self._arrives[sender] = arrives
         self._loop.call_at(arrives, self._arrive, address, frames)
 
     def _arrive(self, address: str, frames: list[Any]) -> None:
@@ -159,23 +163,33 @@ class SimulatedFabric(LocalFabric):
 
     Args:
         kv_bytes_per_byte: Bytes of KV that one copied byte of simulated contents represents.
+
+    Attributes:
+        leaving, entering: Number of copies in progress by instance.
+        on_change: By instance: called when a copy from it or to it begins or ends.
     """
 
     def __init__(self, settings: NetworkSettings, kv_bytes_per_byte: float) -> None:
         super().__init__(latency_s=settings.kv_latency_s, timeout_s=120.0)
         self.leaving: Counter[str] = Counter()
         self.entering: Counter[str] = Counter()
+        self.on_change: dict[str, Callable[[], None]] = {}
         self.bytes_copied = 0.0
         self._settings = settings
         self._scale = kv_bytes_per_byte
 
     def begin_read(self, source: str, destination: str) -> None:
-        self.leaving[source] += 1
-        self.entering[destination] += 1
+        self._count(source, destination, 1)
 
     def end_read(self, source: str, destination: str) -> None:
-        self.leaving[source] -= 1
-        self.entering[destination] -= 1
+        self._count(source, destination, -1)
+
+    def _count(self, source: str, destination: str, change: int) -> None:
+        self.leaving[source] += change
+        self.entering[destination] += change
+        for instance in (source, destination):
+            if (on_change := self.on_change.get(instance)) is not None:
+                on_change()
 
     def copy_s(self, source: str, destination: str, num_bytes: int) -> float:
         self.bytes_copied += num_bytes * self._scale

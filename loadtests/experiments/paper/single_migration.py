@@ -78,7 +78,9 @@ async def _measure(
     def deliver(batch: OutputBatch) -> None:
         started.update(output.request_id for output in batch.outputs)
 
-    config = SimulationConfig([], {"neutral": 2}, "round-robin", {"neutral": engine}, network=network)
+    config = SimulationConfig(
+        [], {"neutral": 2}, "round-robin", {"neutral": engine}, network=network, every_step=True
+    )
     cluster = SimulatedCluster(config, deliver)
     await cluster.start()
     num_requests = 2 * max(1, BATCH_TOKENS // num_tokens) - 1  # the destination has room for one more

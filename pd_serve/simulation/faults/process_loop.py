@@ -76,10 +76,19 @@ class ProcessLoop(VirtualLoop):
         *args: Any,
         context: contextvars.Context | None = None,
     ) -> asyncio.TimerHandle:
+        context = contextvars.copy_context() if context is None else context
         if self._offsets:
-            process = PROCESS.get() if context is None else context.get(PROCESS, "")
-            when -= self._offsets.get(process, 0.0)
+            when -= self._offsets.get(context.get(PROCESS, ""), 0.0)
         return super().call_at(when, callback, *args, context=context)
+
+    def call_soon(  # type: ignore[override]
+        self,
+        callback: Callable[..., object],
+        *args: Any,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.Handle:
+        context = contextvars.copy_context() if context is None else context
+        return super().call_soon(callback, *args, context=context)
 
     def deliver_at(
         self, when: float, callback: Callable[..., object], *args: Any, context: contextvars.Context
