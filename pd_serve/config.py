@@ -18,10 +18,11 @@ from pydantic_settings.exceptions import SettingsError
 
 from pd_serve.errors import InvalidRequestError
 from pd_serve.models.catalog import DEFAULT_MODEL
-from pd_serve.setting_types import Bounds, Keys, Port, Resources, Targets, Words, parse_settings
+from pd_serve.setting_types import Bounds, Keys, Limits, Port, Resources, Targets, Words, parse_settings
 from pd_serve.simulated_engine.settings import EngineSettings
 from router.load import ROLES
 from router.policies import PolicySet, policy_set
+from router.rate_limits import KeyLimits
 from router.scaling import PoolBounds
 
 DEFAULT_POLICY = "llumnix"
@@ -31,7 +32,7 @@ ENVIRONMENT_PREFIX = "PD_SERVE_"
 
 #: Settings that a Ray Serve application leaves to Ray Serve, or reads from files only.
 COMMAND_LINE_ONLY = frozenset(
-    ("host", "port", "ray_address", "api_key", "admin_key", "log_format", "max_connections")
+    ("host", "port", "ray_address", "api_key", "admin_key", "log_format", "max_connections", "limits_by_key")
 )
 
 INSTANCES, SCHEDULING, API, SECURITY, CLUSTER, VLLM = GROUPS = (
@@ -74,6 +75,7 @@ class ServeConfig(BaseSettings):
     flags: Words = ()
     api_servers: int = Field(1, ge=1)
     cluster_secret: bytes | None = Field(None, repr=False)
+    limits_by_key: dict[str, KeyLimits] = Field({}, repr=False)
 
     prefill: int | None = _flag(INSTANCES, None, "Prefill instances.", shown="1", ge=0)
     decode: int | None = _flag(INSTANCES, None, "Decode instances.", shown="2", ge=0)
@@ -116,6 +118,11 @@ class ServeConfig(BaseSettings):
         " its own ttft is refused, with 429, when it cannot be met.",
         metavar="ttft=TIME,itl=TIME",
     )
+    fair_share: bool = _flag(
+        SCHEDULING,
+        False,
+        "Of the API keys whose requests wait, the one served the fewest tokens goes next.",
+    )
     max_waiting_requests: int = _flag(
         SCHEDULING, 512, "Requests that may wait for a first token before others get 429.", ge=0
     )
@@ -153,7 +160,16 @@ class ServeConfig(BaseSettings):
         repr=False,
         validation_alias=AliasChoices("api_key", f"{ENVIRONMENT_PREFIX}API_KEY", "VLLM_API_KEY"),
     )
-    api_key_file: Path | None = _flag(SECURITY, None, "File of such keys, one a line.")
+    api_key_file: Path | None = _flag(
+        SECURITY, None, "File of such keys, one a line, each perhaps with limits of its own: KEY rpm=60."
+    )
+    key_limits: Limits = _flag(
+        SECURITY,
+        None,
+        "Requests and tokens per minute of each API key without its own limits, or of all clients together"
+        " if there are no keys; further requests get 429.",
+        metavar="rpm=N,tpm=N",
+    )
     admin_key: str | None = _flag(
         SECURITY, None, "Key for /cluster, which API keys then do not open.", metavar="KEY", repr=False
     )
@@ -263,6 +279,12 @@ class ServeConfig(BaseSettings):
             ROLES, (self.prefill_resources, self.decode_resources, self.neutral_resources), strict=True
         )
         return {role: amounts or {} for role, amounts in by_role}
+
+    @property
+    def limits_of_accounts(self) -> list[KeyLimits]:
+        """Limits by account: one for each API key, or one for all clients."""
+        general = self.key_limits or KeyLimits()
+        return [self.limits_by_key.get(key, general) for key in self.api_key] or [general]
 
     @property
     def policies(self) -> PolicySet:

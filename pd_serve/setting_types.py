@@ -10,6 +10,7 @@ from pydantic import BeforeValidator
 from pydantic_settings import NoDecode
 
 from pd_serve.errors import InvalidRequestError
+from router.rate_limits import KeyLimits
 from router.scaling import PoolBounds
 from router.slo import Slo
 
@@ -75,6 +76,17 @@ def checked_slo(ttft_s: float, tpot_s: float) -> Slo:
     return Slo(ttft_s, tpot_s)
 
 
+def parse_key_limits(text: str) -> KeyLimits:
+    """Limits of an API key from `rpm=60,tpm=100000` or one of them. Raises: ValueError."""
+    found: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, value = part.strip().partition("=")
+        if name not in KeyLimits._fields or name in found or not value.isdecimal() or not int(value):
+            raise ValueError(f"{text}: must be such as rpm=60,tpm=100000")
+        found[name] = int(value)
+    return KeyLimits(**found)
+
+
 def parse_settings(texts: Iterable[str]) -> dict[str, float | int | str]:
     """Settings of a policy from "KEY=VALUE" each; numbers become numbers. Raises: InvalidRequestError."""
     found: dict[str, float | int | str] = {}
@@ -102,6 +114,7 @@ def _if_text(parse: Any) -> BeforeValidator:
 
 Bounds = Annotated[PoolBounds | None, NoDecode, _if_text(parse_bounds)]
 Resources = Annotated[dict[str, float] | None, NoDecode, _if_text(parse_resources)]
+Limits = Annotated[KeyLimits | None, NoDecode, _if_text(parse_key_limits)]
 Targets = Annotated[Slo | None, NoDecode, _if_text(parse_slo)]
 Words = Annotated[tuple[str, ...], NoDecode, _if_text(shlex.split)]
 Keys = Annotated[tuple[str, ...], NoDecode, _if_text(lambda key: (key,))]

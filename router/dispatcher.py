@@ -1,6 +1,7 @@
 """Where requests start, and where prefill instances hand them off to."""
 
 import logging
+import math
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeVar
@@ -21,6 +22,10 @@ from router.request import NewRequest
 
 logger = logging.getLogger(__name__)
 
+#: With fair shares, an instance has at most the prompts of this many of its steps in its own queue; the
+#: tokens of a step where it does not say so.
+BACKLOG_STEPS, STEP_TOKENS = 2, 2048
+
 P = TypeVar("P")
 R = TypeVar("R")
 
@@ -35,6 +40,8 @@ class Dispatcher:
         policies: `llumnix` by default.
         rng: For policies that draw.
         clock: Seconds, for the age of reports. None: reports do not age.
+        bounds_backlog: New requests wait in line while all instances have a backlog, and their order is
+            decided as late as that.
 
     Attributes:
         loads: Takes the reports of the instances, and what becomes of hand-offs.
@@ -45,7 +52,10 @@ class Dispatcher:
         policies: PolicySet | None = None,
         rng: random.Random | None = None,
         clock: Callable[[], float] | None = None,
+        *,
+        bounds_backlog: bool = False,
     ) -> None:
+        self._bounds_backlog = bounds_backlog
         self.policies = policies or policy_set("llumnix")
         self.loads = ProjectedLoads(clock, self.policies.max_report_age_s)
         self._rng = rng or random.Random(0)
@@ -149,10 +159,17 @@ class Dispatcher:
         binding = sum(load.waiting > load.preempted for load in loads)
         return binding < max(1, int(len(loads) * self.policies.max_bound))
 
-    def admissible_blocks(self, instance_id: str) -> int:
-        """Blocks that a new request would get at once; 0 if the instance takes no new requests."""
+    def admissible_tokens(self, instance_id: str) -> float:
+        """Prompt tokens that an instance's own queue has room for."""
+        return self._backlog_room(self.loads.projected(instance_id))
+
+    def admissible_blocks(self, instance_id: str) -> float:
+        """Blocks that a new request would get at once; 0 if the instance takes no new requests. A prefill
+        instance's own queue has room for any."""
         load = self.loads.projected(instance_id)
         takes_new = can_start(load) or any(load.instance_id == instance_id for load in self._candidates())
+        if takes_new and load.role == "prefill":
+            return math.inf
         return _admissible_blocks(load) if takes_new else 0
 
     def _ranked(
@@ -184,12 +201,21 @@ class Dispatcher:
             if self.policies.decode_prompt_tokens:
                 loads += [load for load in self._decoding() if load.instance_id not in avoid]
             loads = [load for load in loads if load.role == "prefill" or _has_room(load, tokens)]
-        elif self.policies.late_binding and loads:
-            with_room = [load for load in loads if _has_room(load, tokens)]
-            if may_wait and not with_room:
-                return []
-            loads = with_room or loads
-        return self._with_prefixes(loads, request.prefix_keys)
+        ready = [load for load in loads if self._takes_now(load, tokens)]
+        if may_wait and not ready:
+            return []
+        return self._with_prefixes(ready or loads, request.prefix_keys)
+
+    def _takes_now(self, load: InstanceLoad, num_tokens: int) -> bool:
+        """Whether an instance takes a new request before its turn in line has come."""
+        if self._backlog_room(load) <= 0:
+            return False
+        return load.role == "prefill" or not self.policies.late_binding or _has_room(load, num_tokens)
+
+    def _backlog_room(self, load: InstanceLoad) -> float:
+        if not self._bounds_backlog:
+            return math.inf
+        return BACKLOG_STEPS * (load.step_prompt_tokens or STEP_TOKENS) - load.waiting_tokens
 
     def _candidates(self) -> list[InstanceLoad]:
         return candidates(self._with_headroom(self.loads.fresh())) or candidates(

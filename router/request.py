@@ -26,6 +26,7 @@ class NewRequest(msgspec.Struct, frozen=True):
         prefix_keys: The keys of the prompt's full KV blocks; see `migration.cached_keys`. Empty if no policy
             needs them.
         slo: Its targets.
+        account: Number of its API key, for fair shares.
         arrives_later_s: Seconds that it counts as arrived later in the order of its priority; below 0,
             earlier.
     """
@@ -35,3 +36,4 @@ class NewRequest(msgspec.Struct, frozen=True):
     prefix_keys: tuple[int, ...] = ()
     slo: Slo = NO_SLO
     arrives_later_s: float = 0.0
+    account: int = 0

@@ -33,6 +33,7 @@ class ClusterCore(EngineCoreClient):
     Args:
         key_format: Returns the format of the keys by which prefixes are found; None if they are not needed.
         slo: Targets of requests without their own.
+        account: Returns the account of the HTTP request of this task.
 
     Attributes:
         resources: With `engine_dead` set, vLLM refuses every request with 500. It stays False while there is
@@ -49,6 +50,7 @@ class ClusterCore(EngineCoreClient):
         supported_tasks: tuple[str, ...],
         key_format: Callable[[], KeyFormat | None] = lambda: None,
         slo: Slo = NO_SLO,
+        account: Callable[[], int] = lambda: 0,
     ) -> None:
         self.resources = SimpleNamespace(engine_dead=False)
         self.engine_ranks_managed = frontend.instances.slots
@@ -58,6 +60,7 @@ class ClusterCore(EngineCoreClient):
         self._supported_tasks = supported_tasks
         self._key_format = key_format
         self._slo = slo
+        self._account = account
         self._prefix_keys = PrefixKeys()
 
     async def get_supported_tasks_async(self) -> tuple[str, ...]:
@@ -71,7 +74,7 @@ class ClusterCore(EngineCoreClient):
         keys = self._prefix_keys.of(request, self._key_format())
         parameters = request.sampling_params
         slo = request_slo(parameters, self._slo) if parameters is not None else NO_SLO
-        new = NewRequest(num_tokens, request.priority, keys, slo, -slo.lead_s)
+        new = NewRequest(num_tokens, request.priority, keys, slo, -slo.lead_s, self._account())
         # The order of the engine's queue; vLLM's front end has taken the time for its metrics already.
         request = replace(request, arrival_time=request.arrival_time + new.arrives_later_s)
         max_tokens = parameters.max_tokens if parameters is not None else 0  # pooling

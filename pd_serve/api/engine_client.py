@@ -28,7 +28,14 @@ from vllm.v1.metrics.loggers import StatLoggerManager, load_stat_logger_plugin_f
 from migration.tasks import BackgroundTasks
 from pd_serve.api.cluster_view import ClusterView
 from pd_serve.api.identity import client_id
-from pd_serve.api.overload import announce, announce_tokens, mark_submitted, note_refusal
+from pd_serve.api.overload import (
+    announce,
+    announce_tokens,
+    give_charges_back,
+    mark_submitted,
+    note_charge,
+    note_refusal,
+)
 from pd_serve.api.request_ids import StemInputProcessor
 from pd_serve.api.resumption import expect_requests
 from pd_serve.api.slo import given_slo, refuse_unattainable
@@ -39,6 +46,7 @@ from pd_serve.errors import (
     PdServeError,
     RequestRefusedError,
 )
+from pd_serve.frontend.accounts import Accounts
 from pd_serve.observe.recorder import is_named
 
 _STATUS = {
@@ -59,6 +67,8 @@ class ClusterAsyncLLM(AsyncLLM):
         engine_core: See `pd_serve.api.core.ClusterCore`.
         check: Called with the parameters of every request first. Raises `InvalidRequestError` for parameters
             that no engine of this cluster supports.
+        accounts: Charged for every request.
+        account: Returns the account of the HTTP request of this task.
 
     Attributes:
         cluster: Set by `create_app`. While it has no live instance, `/health` and `/ping` answer 503.
@@ -74,6 +84,8 @@ class ClusterAsyncLLM(AsyncLLM):
         log_requests: bool,
         log_stats: bool,
         check: Callable[[SamplingParams], None] | None = None,
+        accounts: Accounts | None = None,
+        account: Callable[[], int] = lambda: 0,
     ) -> None:
         """Sets the attributes that `AsyncLLM.__init__` sets, without starting engine processes.
 
@@ -107,6 +119,8 @@ class ClusterAsyncLLM(AsyncLLM):
         )
         self.engine_core = engine_core
         self._check = check
+        self._accounts = accounts or Accounts()
+        self._account = account
         self._client_ids: WeakKeyDictionary[RequestState, str] = WeakKeyDictionary()
         self._tasks = BackgroundTasks()
         self.logger_manager = None
@@ -143,18 +157,32 @@ class ClusterAsyncLLM(AsyncLLM):
             slo = given_slo(sampling_params)
             if self.cluster is not None:
                 refuse_unattainable(self.cluster, slo, tokens, kwargs.get("priority", 0))
+            self._charge(sampling_params.n, tokens * sampling_params.n)
             announce_tokens(tokens * sampling_params.n)
         except PdServeError as error:
+            give_charges_back()
             if isinstance(error, RequestRefusedError):
                 note_refusal(error)
             raise _as_refusal(error) from error
         return super().generate(prompt, sampling_params, *args, **kwargs)
+
+    def _charge(self, requests: int, tokens: int) -> None:
+        """Charges the account of this task. Raises: RequestRefusedError: it has not enough left."""
+        accounts, account = self._accounts, self._account()
+        if accounts.is_used:
+            try:
+                accounts.take(account, requests, tokens)
+            except RequestRefusedError:
+                note_charge(lambda: None, accounts.headers(account))
+                raise
+            note_charge(lambda: accounts.give_back(account, requests, tokens), accounts.headers(account))
 
     async def add_request(self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         """Like vLLM's, but a refusal by the cluster becomes a response with its own status, not a 500."""
         try:
             return await super().add_request(request_id, prompt, params, *args, **kwargs)
         except PdServeError as error:
+            give_charges_back()
             raise _as_refusal(error) from error
         finally:
             number = getattr(params, "n", 1)

@@ -4,12 +4,15 @@ vLLM's own check covers only some path prefixes (/v1, /v2, /inference, /cohere).
 except `OPEN_PREFIXES`.
 """
 
+import hashlib
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+from pd_serve.api.identity import credentials
 
 ADMIN_PREFIX = "/cluster"
 
@@ -25,6 +28,21 @@ OPEN_PREFIXES = (
     "/openapi.json",
     "/dashboard",
 )
+
+
+class KeyAccounts:
+    """The accounts of the API keys: their numbers, so that no key is passed on."""
+
+    def __init__(self, api_keys: Sequence[str]) -> None:
+        self._numbers = {_digest(key): number for number, key in enumerate(api_keys)}
+
+    def current(self) -> int:
+        """The account of the HTTP request of this task, whose key was checked; 0 without keys."""
+        return self._numbers.get(_digest(credentials().partition(" ")[2]), 0)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
 
 
 class KeyMiddleware:

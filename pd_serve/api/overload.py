@@ -55,11 +55,15 @@ class Arrival:
         num_requests: Requests that it brings and the cluster does not count yet; one until they are known.
         num_tokens: Tokens of their prompts, as far as they are known.
         refusal: Why the cluster has refused one of them.
+        headers: Of its answer, in addition to others.
+        charges: Gives back what its account was charged, until a request is started.
     """
 
     def __init__(self, arriving: "set[Arrival]", check: Callable[[int], None]) -> None:
         self.num_requests = self.num_tokens = 0
         self.refusal: RequestRefusedError | None = None
+        self.headers: dict[str, str] = {}
+        self.charges: list[Callable[[], None]] = []
         self._arriving = arriving
         self._check = check
         self._is_announced = self._has_ended = False
@@ -127,6 +131,20 @@ def mark_submitted(number: int = 1, tokens: int = 0) -> None:
     """Marks requests of this task, with prompts of so many tokens, as passed to the cluster or refused."""
     if (arrival := _arrival.get()) is not None:
         arrival.submitted(number, tokens)
+
+
+def note_charge(give_back: Callable[[], None], headers: dict[str, str]) -> None:
+    """The account of this task was charged for requests; `headers` go into the answer."""
+    if (arrival := _arrival.get()) is not None:
+        arrival.charges.append(give_back)
+        arrival.headers = headers
+
+
+def give_charges_back() -> None:
+    """The HTTP request of this task is refused as a whole."""
+    if (arrival := _arrival.get()) is not None:
+        while arrival.charges:
+            arrival.charges.pop()()
 
 
 def note_refusal(refusal: RequestRefusedError) -> None:
@@ -200,9 +218,11 @@ class OverloadMiddleware:
                 hint = RETRY_AFTER if why is None else {"Retry-After": str(why.retry_after_s)}
                 if why is not None and path not in OTHER_FORMATS:
                     is_replaced = True
-                    answer = error_response(429, str(why), code=why.code, headers=hint)
+                    answer = error_response(429, str(why), code=why.code, headers=hint | arrival.headers)
                     return await answer(scope, receive, send)
                 MutableHeaders(scope=message).setdefault("Retry-After", hint["Retry-After"])
+            if message["type"] == "http.response.start" and arrival.headers:
+                MutableHeaders(scope=message).update(arrival.headers)
             if not is_replaced:
                 await send(message)
 

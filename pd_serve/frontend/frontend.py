@@ -28,6 +28,7 @@ from pd_serve.comm.requests import (
 from pd_serve.comm.rpc import Answer, RpcServer
 from pd_serve.comm.timing import HEARTBEAT_S, INTEGRITY_SETTLE_S, REQUEST_REPORT_INTERVAL_S
 from pd_serve.errors import MigrationRefusedError, RefusalCode, UnknownTargetError
+from pd_serve.frontend.accounts import Accounts
 from pd_serve.frontend.adoption import Adoption
 from pd_serve.frontend.instances import Instances
 from pd_serve.frontend.integrity import IntegrityWatch, compare_holdings, lost, without_client
@@ -58,6 +59,7 @@ class Frontend:
         dispatcher: Decides where requests start and where they are handed off to.
         num_slots: See `Instances`.
         orphan_s: See `Adoption`.
+        accounts: Limits and shares of API keys; None: there are none.
         clock: Clock of the recorded times, in seconds.
         on_integrity: Called every minute with the violated invariants of the cluster; None: no such checks.
 
@@ -77,6 +79,7 @@ class Frontend:
         *,
         num_slots: int,
         orphan_s: float = 0.0,
+        accounts: Accounts | None = None,
         recorder: RequestRecorder | None = None,
         clock: Callable[[], float] = time.monotonic,
         on_integrity: Callable[[list[str]], None] | None = None,
@@ -91,8 +94,10 @@ class Frontend:
         self._recorder = recorder = recorder or RequestRecorder()
         self.instances = Instances(wire, self._members, dispatcher.loads, num_slots)
         self._token_endpoint = endpoint = wire.listen_for_frames(lambda frames: self.tokens.on_frames(frames))
-        placement = RequestPlacement(wire, endpoint, dispatcher, recorder, clock)
-        self.requests = RequestTracker(wire, self.instances, placement, codec, deliver, recorder, clock)
+        self._accounts = accounts = accounts or Accounts()
+        placement = RequestPlacement(wire, endpoint, dispatcher, recorder, clock, accounts.shares)
+        seen = self.instances
+        self.requests = RequestTracker(wire, seen, placement, codec, deliver, recorder, clock, accounts)
         requests = self.requests.requests
         self._reconciler = Reconciler(
             wire, self.instances, requests, self.requests, recorder, lambda: self._manager.num_heartbeats
@@ -147,6 +152,7 @@ class Frontend:
             await asyncio.sleep(REQUEST_REPORT_INTERVAL_S)
             try:
                 self._reconciler.check()
+                self._accounts.charge(self.requests.requests.values())
             except Exception as error:  # the next check has to come, whatever it is
                 self._wire.failures.record("reconciling", error)
 
@@ -185,6 +191,7 @@ class Frontend:
         if change is None:
             return
         self._note_own_membership(message)
+        self._accounts.limits.num_servers = max(len(message.api_servers), 1)
         self.lora_adapters.on_membership(message.lora_adapters)
         for instance_id in change.left:
             self.instances.remove(instance_id)

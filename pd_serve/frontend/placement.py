@@ -13,6 +13,7 @@ from pd_serve.comm.timing import HANDOFF_RETRY_S
 from pd_serve.frontend.tracked_request import TrackedRequest
 from pd_serve.observe.recorder import RequestRecorder
 from router.dispatcher import Dispatcher
+from router.fair_share import FairShare
 from router.request import Demand, NewRequest
 from router.waiting_line import WaitingLine
 
@@ -22,6 +23,7 @@ class RequestPlacement:
 
     Args:
         clock: Clock of the recorded times, in seconds.
+        shares: See `WaitingLine`. With them, no request goes past those that wait.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class RequestPlacement:
         dispatcher: Dispatcher,
         recorder: RequestRecorder,
         clock: Callable[[], float],
+        shares: FairShare | None = None,
     ) -> None:
         self._wire = wire
         self._token_endpoint = token_endpoint
@@ -39,7 +42,8 @@ class RequestPlacement:
         self._recorder = recorder
         self._clock = clock
         self._loop = asyncio.get_running_loop()
-        self.line = WaitingLine(dispatcher)
+        self._has_shares = shares is not None
+        self.line = WaitingLine(dispatcher, shares)
 
     @property
     def now(self) -> float:
@@ -61,7 +65,8 @@ class RequestPlacement:
 
         Returns False, and does nothing, if no live instance takes requests.
         """
-        if self.place(request, may_wait=True):
+        waits = self._has_shares and len(self.line) > 0
+        if not waits and self.place(request, may_wait=True):
             return True
         if self._dispatcher.is_serving:
             self.line.add(request.request_id, request.new, self._loop.time())

@@ -14,6 +14,7 @@ from pd_serve.comm.messages import AbortRequests, LoadReport, RequestFailed
 from pd_serve.comm.outputs import OutputBatch
 from pd_serve.comm.timing import RECOVERY_S
 from pd_serve.errors import EngineDeadError
+from pd_serve.frontend.accounts import Accounts
 from pd_serve.frontend.instances import Instances
 from pd_serve.frontend.output_codec import OutputCodec
 from pd_serve.frontend.placement import RequestPlacement
@@ -39,6 +40,7 @@ class RequestTracker:
         deliver: Receives batches of outputs.
         recorder: Records the events of every request.
         clock: Clock of the recorded times, in seconds.
+        accounts: Charged for outputs.
 
     Attributes:
         requests: Requests in progress, by id.
@@ -57,6 +59,7 @@ class RequestTracker:
         deliver: Callable[[OutputBatch], None],
         recorder: RequestRecorder,
         clock: Callable[[], float],
+        accounts: Accounts,
     ) -> None:
         self._wire = wire
         self._instances = instances
@@ -65,6 +68,7 @@ class RequestTracker:
         self._deliver = deliver
         self._recorder = recorder
         self._clock = clock
+        self._accounts = accounts
         self.requests: dict[RequestId, TrackedRequest] = {}
         self.waiting: dict[RequestId, TrackedRequest] = {}
         self.migrations: dict[str, Counter[str]] = {"handoff": Counter(), "manual": Counter()}
@@ -289,6 +293,7 @@ class RequestTracker:
 
     def _end(self, request: TrackedRequest, outcome: str) -> None:
         del self.requests[request.request_id]
+        self._accounts.charge([request])
         tokens, longest_gap_s = len(request.ledger.token_ids), request.ledger.longest_gap_s
         self._recorder.ended(
             request.request_id, outcome, self._clock(), tokens=tokens, longest_gap_s=longest_gap_s

@@ -59,6 +59,7 @@ class TrackedRequest:
             `died_at_token` tokens, which were `progress` more than at the death before; see
             `pd_serve.frontend.suspects`.
         arrived_at: Time of the waiting line's clock.
+        charged_tokens: Output tokens that its account was charged for.
         losses: Recomputes because of lost or wrong messages, while its instances lived.
         retry_at: Earliest time of its next recompute.
         sighting, check: State of its reconciliation.
@@ -80,6 +81,7 @@ class TrackedRequest:
     losses: int = 0
     retry_at: float = 0.0
     arrived_at: float = 0.0
+    charged_tokens: int = 0
     placed_at: float = 0.0
     sighting: Sighting = field(default_factory=Sighting)
     check: Check = field(default_factory=Check)

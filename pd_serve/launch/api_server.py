@@ -13,12 +13,14 @@ from pd_serve.comm.wire import Wire
 from pd_serve.config import ServeConfig
 from pd_serve.dashboard.live_view import LiveView
 from pd_serve.dashboard.recent import RecentEvents
+from pd_serve.frontend.accounts import Accounts
 from pd_serve.frontend.frontend import Frontend
 from pd_serve.launch.preparation import Prepared
 from pd_serve.observe import request_log
 from pd_serve.observe.metrics import RequestMetrics, show_integrity
 from pd_serve.observe.recorder import Observer, RequestRecorder
 from router.dispatcher import Dispatcher
+from router.fair_share import FairShare
 from router.slo import NO_SLO
 
 if TYPE_CHECKING:
@@ -61,6 +63,7 @@ class ApiServer:
         from pd_serve.api.codec import VllmCodec
         from pd_serve.api.core import ClusterCore
         from pd_serve.api.engine_client import ClusterAsyncLLM
+        from pd_serve.api.keys import KeyAccounts
         from pd_serve.api.lora_adapters import offer_adapters
         from pd_serve.dashboard.routes import show_dashboard
         from pd_serve.observe.exposition import show_metrics
@@ -70,14 +73,19 @@ class ApiServer:
             codec = VllmCodec()
             outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
             recent = RecentEvents()
+            clock = asyncio.get_running_loop().time
+            shares = FairShare() if config.fair_share else None
+            accounts = Accounts(config.limits_of_accounts, shares, clock)
+            account = KeyAccounts(config.api_key).current
             frontend = Frontend(
                 wire,
                 find_manager,
                 codec,
                 outputs.put_nowait,
-                Dispatcher(config.policies, clock=asyncio.get_running_loop().time),
+                Dispatcher(config.policies, clock=clock, bounds_backlog=config.fair_share),
                 num_slots=config.max_instances + SPARE_SLOTS,
                 orphan_s=config.orphan_s,
+                accounts=accounts,
                 recorder=_recorder(server, recent),
                 on_integrity=show_integrity,
             )
@@ -90,13 +98,16 @@ class ApiServer:
             engine_config.model_config.max_model_len = _max_model_len(config, server, infos)
             followed = frontend.instances.cached_blocks
             tasks = engine.supported_tasks
-            core = ClusterCore(frontend, outputs, codec, tasks, lambda: followed.format, config.slo or NO_SLO)
+            slo = config.slo or NO_SLO
+            core = ClusterCore(frontend, outputs, codec, tasks, lambda: followed.format, slo, account)
             client = ClusterAsyncLLM(
                 engine_config,
                 core,
                 log_requests=server.enable_log_requests,
                 log_stats=not server.disable_log_stats,
                 check=_parameter_check(config),
+                accounts=accounts,
+                account=account,
             )
             frontend.internal_ids = client.internal_ids
             frontend.requests.unavailable = client.unavailable

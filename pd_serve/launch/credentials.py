@@ -7,6 +7,8 @@ from pathlib import Path
 
 from pd_serve.config import ENVIRONMENT_PREFIX, ServeConfig
 from pd_serve.errors import InvalidRequestError
+from pd_serve.setting_types import parse_key_limits
+from router.rate_limits import KeyLimits
 
 ADMIN_VARIABLE = f"{ENVIRONMENT_PREFIX}ADMIN_KEY"
 SECRET_VARIABLE = f"{ENVIRONMENT_PREFIX}CLUSTER_SECRET"
@@ -26,7 +28,9 @@ def with_credentials(config: ServeConfig, warn: Warn) -> ServeConfig:
         InvalidRequestError: A file cannot be read, a key no client could send, or a secret that is too short.
     """
     os.environ.pop(SECRET_VARIABLE, None)
-    keys = [*config.api_key, *_keys_of(config.api_key_file, "--api-key-file", warn)]
+    lines = [line.partition(" ") for line in _keys_of(config.api_key_file, "--api-key-file", warn)]
+    keys = [*config.api_key, *(key for key, _, _ in lines)]
+    limits = {key: _limits(own, config.api_key_file) for key, _, own in lines if own}
     admin_keys = _keys_of(config.admin_key_file, "--admin-key-file", warn)
     if len(admin_keys) > 1:
         raise InvalidRequestError(
@@ -39,6 +43,7 @@ def with_credentials(config: ServeConfig, warn: Warn) -> ServeConfig:
     return config.model_copy(
         update={
             "api_key": tuple(map(checked_key, keys)),
+            "limits_by_key": limits,
             "admin_key": None if admin_key is None else checked_key(admin_key),
             "cluster_secret": None if secret is None else _checked_secret(secret.strip()),
         }
@@ -50,6 +55,15 @@ def checked_key(key: str) -> str:
     if not key or not key.isascii() or not key.isprintable() or " " in key:
         raise InvalidRequestError("a key must consist of printable ASCII characters without spaces")
     return key
+
+
+def _limits(text: str, path: Path | None) -> KeyLimits:
+    try:
+        return parse_key_limits(text.strip())
+    except ValueError:
+        raise InvalidRequestError(
+            f"--api-key-file: {path}: behind a key there may be limits such as rpm=60,tpm=100000"
+        ) from None
 
 
 def _checked_secret(secret: bytes) -> bytes:

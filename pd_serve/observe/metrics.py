@@ -146,7 +146,8 @@ SLO_MET = Counter(
 REFUSED_REQUESTS = Counter(
     "pd_serve_refused_requests",
     "Requests refused, by status and reason: 429 because too many wait (overloaded) or their target for the "
-    "first token cannot be met (slo_unattainable), 503 because no instance is available (no_instance).",
+    "first token cannot be met (slo_unattainable) or a limit of their API key is reached "
+    "(rate_limit_exceeded), 503 because no instance is available (no_instance).",
     ["status", "reason"],
 )
 
@@ -162,8 +163,9 @@ INTEGRITY_PROBLEMS = Gauge(
 )
 
 # Exported as 0 before the first event, so that rates include it.
-for _status, _why in (("429", "overloaded"), ("429", "slo_unattainable"), ("503", "no_instance")):
-    REFUSED_REQUESTS.labels(_status, _why)
+for _why in ("overloaded", "slo_unattainable", "rate_limit_exceeded"):
+    REFUSED_REQUESTS.labels("429", _why)
+REFUSED_REQUESTS.labels("503", "no_instance")
 for _target in ("ttft", "itl", "all"):
     SLO_MET.labels(_target)
 for _outcome in ("stop", "length", "abort", "error"):

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -21,11 +22,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from pd_serve.api.app import create_app
 from pd_serve.api.engine_client import ClusterAsyncLLM
+from pd_serve.api.keys import KeyAccounts
 from pd_serve.api.overload import GENERATING_PATHS
 from pd_serve.api.server import bind, serve
 from pd_serve.errors import EngineDeadError, InvalidRequestError, OverloadedError
+from pd_serve.frontend.accounts import Accounts
 from pd_serve.launch import engine_flags
 from pd_serve.models import resolve
+from router.rate_limits import KeyLimits
 from tests.connections import LIMITS
 from tests.integration.scripted_core import ScriptedCluster, ScriptedCore
 
@@ -75,10 +79,14 @@ async def running(
     admin_key: str | None = None,
     max_body_bytes: int = 32 * 2**20,
     max_connections: int = 10_000,
+    accounts: Accounts | None = None,
+    account: Callable[[], int] = lambda: 0,
 ) -> AsyncIterator[LocalService]:
     args = engine_flags.parse(list(flags), {"model": resolve("tiny"), "served_model_name": ["tiny"]}).server
     core, cluster = ScriptedCore(), ScriptedCluster()
-    client = ClusterAsyncLLM(vllm_config, core, log_requests=False, log_stats=True)
+    client = ClusterAsyncLLM(
+        vllm_config, core, log_requests=False, log_stats=True, accounts=accounts, account=account
+    )
     app = await create_app(
         args,
         client,
@@ -423,6 +431,57 @@ class TestTargets:
         assert (await service.complete(**body)).json()["error"]["code"] == "slo_unattainable"
         assert not service.core.added
         assert (await service.complete(prompt=["x", "y"], max_tokens=1)).status_code == 200
+
+
+class TestLimitsOfKeys:
+    async def test_each_key_has_its_own_limit_and_every_prompt_counts(self, vllm_config) -> None:
+        accounts = Accounts([KeyLimits(rpm=3), KeyLimits(rpm=100, tpm=10)], clock=time.monotonic)
+        keys = ["alice", "bob"]
+        body = {"model": "tiny", "max_tokens": 1}
+        limited = running(
+            vllm_config,
+            *("--api-key", *keys),
+            max_waiting=None,
+            accounts=accounts,
+            account=KeyAccounts(keys).current,
+        )
+        async with limited as service:
+
+            async def ask(key: str, **more: object) -> httpx.Response:
+                headers = {"Authorization": f"Bearer {key}"}
+                return await service.http.post("/v1/completions", json=body | more, headers=headers)
+
+            two = await ask("alice", prompt=["x", "y"])
+            assert (two.status_code, two.headers["x-ratelimit-remaining-requests"]) == (200, "1")
+            refused = await ask("alice", prompt=["x", "y"], stream=True)
+            error = refused.json()["error"]
+            assert (refused.status_code, error["code"]) == (429, "rate_limit_exceeded")
+            assert 1 <= int(refused.headers["Retry-After"]) <= 20
+            # The first prompt of the refused pair was given back.
+            assert (await ask("alice", prompt="x", n=1)).status_code == 200
+            assert (await ask("alice", prompt="x")).status_code == 429
+            assert (await ask("bob", prompt="x" * 8)).status_code == 200
+            used_up = await ask("bob", prompt="x" * 8)
+            assert "10 tokens per minute" in used_up.json()["error"]["message"]
+            assert int(used_up.headers["x-ratelimit-limit-tokens"]) == 10
+            assert (await ask("eve", prompt="x")).status_code == 401
+            assert len(service.core.added) == 4
+
+    async def test_a_request_that_the_core_refuses_is_charged_nothing(self, vllm_config) -> None:
+        accounts = Accounts([KeyLimits(rpm=1)], clock=time.monotonic)
+        async with running(vllm_config, accounts=accounts) as service:
+            service.core.refusal = EngineDeadError("no instance")
+            assert (await service.complete(max_tokens=1)).status_code == 503
+            service.core.refusal = None
+            assert (await service.complete(max_tokens=1)).status_code == 200
+            assert (await service.complete(max_tokens=1)).status_code == 429
+
+    async def test_several_choices_are_several_requests(self, vllm_config) -> None:
+        accounts = Accounts([KeyLimits(rpm=3)], clock=time.monotonic)
+        async with running(vllm_config, accounts=accounts) as service:
+            assert (await service.complete(max_tokens=1, n=2)).status_code == 200
+            assert (await service.complete(max_tokens=1, n=2)).status_code == 429
+            assert (await service.complete(max_tokens=1)).status_code == 200
 
 
 class TestDisconnect:

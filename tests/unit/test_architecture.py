@@ -35,7 +35,7 @@ FLOORS = (
 #: Sub-packages of the two lowest floors, in the same way.
 FLOORS_INSIDE = {
     "router": (
-        ("router.slo",),
+        ("router.slo", "router.fair_share", "router.rate_limits"),
         ("router.load", "router.request", "router.priority", "router.plugins"),
         ("router.freeness", "router.settings", "router.projected_loads"),
         ("router.handoff", "router.dispatch", "router.rescheduling", "router.scaling"),

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from pd_serve.setting_types import parse_bounds, parse_resources, parse_settings, parse_slo
+from pd_serve.setting_types import parse_bounds, parse_key_limits, parse_resources, parse_settings, parse_slo
+from router.rate_limits import KeyLimits
 from router.scaling import PoolBounds
 from router.slo import Slo
 
@@ -57,3 +58,23 @@ def test_targets_are_one_or_two_times(text: str, slo: Slo) -> None:
 def test_other_targets_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"must be such as|must be above 0"):
         parse_slo(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "limits"),
+    [
+        ("rpm=60,tpm=100000", KeyLimits(60, 100_000)),
+        ("tpm=5", KeyLimits(math.inf, 5)),
+        (" rpm=1", KeyLimits(1, math.inf)),
+    ],
+)
+def test_limits_of_a_key_are_one_or_two_numbers(text: str, limits: KeyLimits) -> None:
+    assert parse_key_limits(text) == limits
+
+
+@pytest.mark.parametrize(
+    "text", ["", "rpm", "rpm=0", "rpm=-1", "rpm=1.5", "rpm=1,rpm=2", "tps=3", "rpm=1;tpm=2"]
+)
+def test_other_limits_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="must be such as rpm=60,tpm=100000"):
+        parse_key_limits(text)

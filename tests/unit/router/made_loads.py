@@ -12,9 +12,11 @@ def neutral(name: str, free: int = 100, running: int = 1, *, total: int = 100, *
     return InstanceLoad(name, "neutral", total_blocks=total, free_blocks=free, running=running, **other)
 
 
-def prefill(name: str, waiting_tokens: int = 0, **other: int | bool) -> InstanceLoad:
+def prefill(
+    name: str, waiting_tokens: int = 0, *, total: int = 100, free: int = 100, **other: int | bool
+) -> InstanceLoad:
     return InstanceLoad(
-        name, "prefill", total_blocks=100, free_blocks=100, waiting_tokens=waiting_tokens, **other
+        name, "prefill", total_blocks=total, free_blocks=free, waiting_tokens=waiting_tokens, **other
     )
 
 

@@ -1,6 +1,8 @@
 """Decisions between two reports."""
 
+import math
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -448,3 +450,31 @@ def test_a_prediction_decides_nothing() -> None:
         dispatcher.first_token_s(NewRequest(1000), {})
 
     assert dispatcher.loads.projected("p0").waiting_tokens == 0
+
+
+# ---- bounded backlogs
+
+
+@pytest.mark.parametrize("role", [prefill, neutral])
+def test_with_a_bounded_backlog_requests_wait_until_an_instance_has_few_prompts(
+    role: Callable[..., InstanceLoad],
+) -> None:
+    dispatcher = Dispatcher(bounds_backlog=True)
+    dispatcher.loads.report(role("i0", total=10_000, free=10_000, step_prompt_tokens=500))
+    assert dispatcher.admissible_tokens("i0") == 1000
+    assert [dispatcher.dispatch(NewRequest(400), may_wait=True) for _ in range(4)] == ["i0"] * 3 + [None]
+
+    dispatcher.loads.report(
+        role("i0", total=10_000, free=10_000, step_prompt_tokens=500, waiting_tokens=999, requests_added=3)
+    )
+
+    assert dispatcher.dispatch(NewRequest(10**5), may_wait=True) == "i0"
+    assert dispatcher.dispatch(NewRequest(1), may_wait=True) is None
+    assert dispatcher.dispatch(NewRequest(1)) == "i0", "a request that cannot wait is not refused"
+
+
+def test_without_a_bound_prefill_instances_queue_everything() -> None:
+    dispatcher = dispatcher_of(prefill("p0", waiting_tokens=10**6))
+
+    assert dispatcher.dispatch(NewRequest(100), may_wait=True) == "p0"
+    assert dispatcher.admissible_tokens("p0") == math.inf

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.dispatcher import Dispatcher
+from router.fair_share import FairShare
 from router.load import InstanceLoad
 from router.policies import policy_set
 from router.request import Demand, NewRequest
@@ -299,3 +300,59 @@ def test_tokens_before_a_request_are_those_of_its_place() -> None:
     assert line.tokens_before(targeted(1, 2.0), 0.1) == 8 * BLOCK_TOKENS
     assert line.tokens_before(targeted(1, 0.5), 0.1) == 5 * BLOCK_TOKENS
     assert line.tokens_before(blocks(1, -2), 0.1) == 0
+
+
+# ---- shares
+
+
+def shared_line(*loads: InstanceLoad) -> tuple[WaitingLine, Dispatcher]:
+    dispatcher = Dispatcher(LATE)
+    for load in loads:
+        dispatcher.loads.report(load)
+    return WaitingLine(dispatcher, FairShare()), dispatcher
+
+
+def of(account: int, count: int, priority: int = 0) -> NewRequest:
+    return NewRequest(count * BLOCK_TOKENS, priority, account=account)
+
+
+def test_keys_take_turns_by_the_tokens_that_they_were_served() -> None:
+    line, _ = shared_line(with_free("i0", 100))
+    for number in range(4):
+        line.add(f"a{number}", of(0, 10), 0.0)
+    line.add("b0", of(1, 20), 0.1)
+    line.add("b1", of(1, 10), 0.1)
+
+    assert line.take("i0", 0.2) == ["a0", "b0", "a1", "a2", "b1", "a3"]
+
+
+def test_priority_goes_before_shares() -> None:
+    line, _ = shared_line(with_free("i0", 100))
+    line.add("a", of(0, 10), 0.0)
+    line.add("b", of(1, 10), 0.0)
+    line.add("urgent", of(0, 30, -1), 0.1)
+
+    assert line.take("i0", 0.2) == ["urgent", "b", "a"]
+
+
+def test_what_is_due_is_chosen_by_shares() -> None:
+    """Two keys have requests that fit nowhere. The one that was served less binds the instance."""
+    line, dispatcher = shared_line(with_free("i0", 30))
+    line.add("a0", of(0, 25), 0.0)
+    line.add("a1", of(0, 60), 0.0)
+    line.add("b0", of(1, 60), 0.1)
+    assert line.take("i0", 0.2) == ["a0"]
+    dispatcher.loads.report(with_free("i0", 0))
+
+    assert line.take("i0", 10.0) == ["b0"]
+
+
+def test_tokens_before_a_request_are_those_of_its_key_and_as_many_of_each_other_one() -> None:
+    line, _ = shared_line(with_free("i0", 0))
+    for number in range(5):
+        line.add(f"a{number}", of(0, 10), 0.0)
+    line.add("b", of(1, 3), 0.0)
+
+    assert line.tokens_before(of(0, 10), 0.1) == (50 + 3) * BLOCK_TOKENS
+    assert line.tokens_before(of(1, 4), 0.1) == (3 + 7) * BLOCK_TOKENS
+    assert line.tokens_before(of(2, 2), 0.1) == (2 + 2) * BLOCK_TOKENS

@@ -3,10 +3,11 @@
 import pytest
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
-from pd_serve.api.keys import KeyMiddleware
+from pd_serve.api.identity import IdentityMiddleware
+from pd_serve.api.keys import KeyAccounts, KeyMiddleware
 
 OPEN = [
     "/health",
@@ -104,3 +105,39 @@ def test_a_refusal_is_as_plain_vllm_s() -> None:
 
     assert (ours.status_code, ours.json()) == (theirs.status_code, theirs.json())
     assert ours.status_code == 401
+
+
+# ---- accounts
+
+
+async def account_of(accounts: KeyAccounts, authorization: str | None) -> int:
+    """The account of an HTTP request."""
+    found: list[int] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        found.append(accounts.current())
+
+    async def unused(*_: object) -> Message:
+        raise AssertionError
+
+    headers = [] if authorization is None else [(b"authorization", authorization.encode())]
+    await IdentityMiddleware(app)({"type": "http", "headers": headers}, unused, unused)
+    return found[0]
+
+
+async def test_a_key_has_an_account_of_its_own() -> None:
+    accounts = KeyAccounts(["sk-a", "sk-b", "sk-c"])
+
+    assert [await account_of(accounts, f"Bearer sk-{name}") for name in "cab"] == [2, 0, 1]
+    assert await account_of(accounts, "bearer sk-b") == 1
+
+
+@pytest.mark.parametrize("authorization", [None, "", "Bearer anything", "Basic x", "Bearer"])
+async def test_without_keys_all_clients_have_one_account(authorization: str | None) -> None:
+    assert await account_of(KeyAccounts([]), authorization) == 0
+
+
+def test_no_account_shows_its_key() -> None:
+    accounts = KeyAccounts(["sk-secret"])
+
+    assert "sk-secret" not in f"{accounts!r}{vars(accounts)!r}"

@@ -16,7 +16,9 @@ from pd_serve.api.overload import (
     announce,
     announce_tokens,
     arriving_tokens,
+    give_charges_back,
     mark_submitted,
+    note_charge,
     note_refusal,
 )
 from pd_serve.errors import InvalidRequestError, OverloadedError, RequestRefusedError
@@ -429,3 +431,44 @@ async def test_prompts_count_for_others_until_the_cluster_counts_them() -> None:
         await http.post("/v1/completions")
         assert seen[-1] == 0, "what an HTTP request has announced ends with it"
     assert arriving_tokens() == 0
+
+
+# ---- charges of accounts
+
+
+class Charging:
+    """An application that charges for two prompts, and refuses the second one or not."""
+
+    def __init__(self, *, refuses: bool) -> None:
+        self.charged = 0
+        self._refuses = refuses
+
+    def _give_back(self) -> None:
+        self.charged -= 1
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        announce(1)
+        self.charged += 1
+        note_charge(self._give_back, {"x-ratelimit-remaining-requests": "7"})
+        if self._refuses:
+            give_charges_back()
+            give_charges_back()
+            note_refusal(RequestRefusedError("no more", "rate_limit_exceeded", 20))
+        await send({"type": "http.response.start", "status": 429 if self._refuses else 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+async def test_a_refused_request_is_charged_nothing_and_each_answer_says_what_is_left(refuses: bool) -> None:
+    app = Charging(refuses=refuses)
+    async with client(OverloadMiddleware(app, cluster=Cluster())) as http:
+        answer = await http.post("/v1/completions")
+
+    assert answer.headers["x-ratelimit-remaining-requests"] == "7"
+    assert (answer.status_code, app.charged) == ((429, 0) if refuses else (200, 1))
+    if refuses:
+        assert (answer.headers["Retry-After"], answer.json()["error"]["code"]) == (
+            "20",
+            "rate_limit_exceeded",
+        )

@@ -20,6 +20,7 @@ from pd_serve.comm.messages import AddRequest, LoadReport, MigrationEnded, Reque
 from pd_serve.comm.requests import Call, ManualMigration, MoveRequest
 from pd_serve.comm.rpc import Answer
 from pd_serve.errors import EngineDeadError, Refusal, RefusalCode
+from pd_serve.frontend.accounts import Accounts
 from pd_serve.frontend.frontend import Frontend
 from router.dispatcher import Dispatcher
 from router.load import InstanceLoad
@@ -42,7 +43,7 @@ class Clock:
 class World:
     """A frontend that receives the messages of a test; p.. are prefill, d.. decode, n.. neutral instances."""
 
-    def __init__(self) -> None:
+    def __init__(self, dispatcher: Dispatcher | None = None, accounts: Accounts | None = None) -> None:
         self.wire = RecordingWire("api")
         self.outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self.clock = Clock()
@@ -53,8 +54,9 @@ class World:
             self._find_manager,
             VllmCodec(),
             self.outputs.put_nowait,
-            Dispatcher(),
+            dispatcher or Dispatcher(),
             num_slots=8,
+            accounts=accounts,
             clock=lambda: self.clock.now,
         )
         self.requests = self.frontend.requests

@@ -8,6 +8,7 @@ import pytest
 from pd_serve.config import ServeConfig
 from pd_serve.errors import InvalidRequestError
 from pd_serve.launch.credentials import ADMIN_VARIABLE, SECRET_VARIABLE, checked_key, with_credentials
+from router.rate_limits import KeyLimits
 
 SECRET = "0123456789abcdef" * 2
 
@@ -61,7 +62,7 @@ def test_a_file_that_others_can_read_is_warned_about(tmp_path: Path, warnings: l
     [
         ("", "there is no key in"),
         ("# nothing\n\n", "there is no key in"),
-        ("sk alice", "printable ASCII characters without spaces"),
+        ("sk alice", "behind a key there may be limits such as rpm=60,tpm=100000"),
         ("clé", "printable ASCII characters without spaces"),
     ],
 )
@@ -140,3 +141,42 @@ def test_a_secret_that_can_be_guessed_is_refused(tmp_path: Path, warnings: list[
 
     with pytest.raises(InvalidRequestError, match="too short: 32 characters at least"):
         with_credentials(config, warnings.append)
+
+
+# ---- limits of keys
+
+
+def test_a_key_of_a_file_may_have_limits_of_its_own(tmp_path: Path, warnings: list[str]) -> None:
+    text = "sk-alice rpm=5,tpm=1000  # a trial\nsk-bob\nsk-carol   rpm=7\n"
+    path = private(tmp_path / "keys", text)
+
+    config = with_credentials(
+        ServeConfig(api_key=["sk-root"], api_key_file=path, key_limits="rpm=60"), warnings.append
+    )
+
+    assert config.api_key == ("sk-root", "sk-alice", "sk-bob", "sk-carol")
+    assert config.limits_of_accounts == [KeyLimits(60), KeyLimits(5, 1000), KeyLimits(60), KeyLimits(7)]
+    assert "sk-" not in repr(config)
+
+
+def test_without_keys_all_clients_share_the_limit(warnings: list[str]) -> None:
+    config = with_credentials(ServeConfig(key_limits="tpm=50"), warnings.append)
+
+    assert config.limits_of_accounts == [KeyLimits(tpm=50)]
+
+
+@pytest.mark.parametrize("own", ["rpm", "limits", "rpm=5 tpm=6", "rpm=0"])
+def test_limits_that_are_nonsense_are_refused_without_the_key(
+    tmp_path: Path, warnings: list[str], own: str
+) -> None:
+    path = private(tmp_path / "keys", f"sk-alice {own}")
+
+    with pytest.raises(InvalidRequestError, match="behind a key there may be limits") as refused:
+        with_credentials(ServeConfig(api_key_file=path), warnings.append)
+
+    assert "sk-alice" not in str(refused.value)
+
+
+def test_limits_of_keys_are_no_argument_of_an_application() -> None:
+    with pytest.raises(InvalidRequestError, match="no argument 'limits_by_key'"):
+        ServeConfig.of_ray_serve({"limits_by_key": {}})

@@ -1,0 +1,79 @@
+"""What the API keys of a service use: limits per minute, and shares of the queue.
+
+An account is the number of a key; without keys all clients have one.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+from pd_serve.errors import RequestRefusedError
+from pd_serve.frontend.tracked_request import TrackedRequest
+from router.fair_share import FairShare
+from router.rate_limits import KeyLimits, RateLimits
+
+#: `code` of a refusal.
+LIMITED = "rate_limit_exceeded"
+
+
+class Accounts:
+    """The accounts of one API server.
+
+    Args:
+        limits: By account; nothing is limited beyond them.
+        shares: None if arrival alone orders the queue.
+        clock: In seconds.
+
+    Attributes:
+        is_used: Whether there are limits or shares.
+        limits: Of this API server: its part of those of the service.
+    """
+
+    def __init__(
+        self,
+        limits: Sequence[KeyLimits] = (),
+        shares: FairShare | None = None,
+        clock: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        self.limits = RateLimits(limits)
+        self.shares = shares
+        self.is_used = shares is not None or any(one.has_limits for one in limits)
+        self._clock = clock
+
+    def take(self, account: int, requests: int, tokens: int) -> None:
+        """Takes requests and the tokens of their prompts from what an account has left.
+
+        Raises:
+            RequestRefusedError: It has not enough left; nothing is taken.
+        """
+        lacking = self.limits.take(account, requests, tokens, self._clock())
+        if lacking is not None:
+            raise RequestRefusedError(
+                f"The limit of {lacking.limit:g} {lacking.name} per minute is reached; try again in"
+                f" {lacking.wait_s:.1f} s.",
+                LIMITED,
+                max(math.ceil(lacking.wait_s), 1),
+            )
+
+    def give_back(self, account: int, requests: int, tokens: int) -> None:
+        """What was taken has not been started."""
+        self.limits.give_back(account, requests, tokens)
+
+    def headers(self, account: int) -> dict[str, str]:
+        """What an account has left, in the headers that OpenAI's API has."""
+        found = {}
+        for one in self.limits.budgets(account, self._clock()):
+            found[f"x-ratelimit-limit-{one.name}"] = f"{int(one.limit)}"
+            found[f"x-ratelimit-remaining-{one.name}"] = f"{max(int(one.remaining), 0)}"
+            found[f"x-ratelimit-reset-{one.name}"] = f"{one.reset_s:.3f}s"
+        return found
+
+    def charge(self, requests: Iterable[TrackedRequest]) -> None:
+        """Charges the output tokens that have been delivered since the last call."""
+        if not self.is_used:
+            return
+        for request in requests:
+            if new := len(request.ledger.token_ids) - request.charged_tokens:
+                request.charged_tokens += new
+                self.limits.generated(request.new.account, new)
+                if self.shares is not None:
+                    self.shares.generated(request.new.account, new)
