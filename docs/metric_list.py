@@ -8,6 +8,7 @@ from pathlib import Path
 
 from prometheus_client.core import Metric
 from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.registry import Collector
 
 from pd_serve.comm.cluster_state import (
     ClusterState,
@@ -18,7 +19,7 @@ from pd_serve.comm.cluster_state import (
 )
 from pd_serve.comm.messages import InstanceStats
 from pd_serve.observe import metrics
-from pd_serve.observe.cluster_metrics import ClusterMetrics
+from pd_serve.observe.cluster_metrics import ApiServerMetrics, ClusterMetrics
 from pd_serve.observe.cluster_report import ClusterReport
 from pd_serve.observe.histogram import BatchHistogram
 from router.load import InstanceLoad
@@ -62,9 +63,14 @@ def _counted() -> Iterable[tuple[Metric, list[str]]]:
             yield next(iter(value.describe())), list(value._labelnames)
         elif isinstance(value, BatchHistogram):
             yield next(value.describe()), []
+    yield from _of(ApiServerMetrics(_report))
 
 
 def _reported() -> Iterable[tuple[Metric, list[str]]]:
+    yield from _of(ClusterMetrics(_report))
+
+
+def _report() -> ClusterReport:
     load, process = (
         InstanceLoad("decode-0", "decode", total_blocks=100, free_blocks=50),
         ProcessStats(1.0, 1.0, 1.0),
@@ -72,7 +78,7 @@ def _reported() -> Iterable[tuple[Metric, list[str]]]:
     errors = {"decode": 0}
     stats = SchedulerStats(process, 1, {"drain": 1}, {"drain": 1}, message_errors=errors)
     scheduler, restart = SchedulerState("alive", "", None, 0), RestartState(False, "")
-    report = ClusterReport(
+    return ClusterReport(
         loads=[load],
         slots={"decode-0": 0},
         stats={
@@ -94,10 +100,13 @@ def _reported() -> Iterable[tuple[Metric, list[str]]]:
         waiting=NO_DEMAND,
         num_running=0,
         num_unsent=0,
-        state=ClusterState([], scheduler, [], [], restart, [], scheduler_stats=stats, message_errors=errors),
+        state=ClusterState([], scheduler, [], [], restart, scheduler_stats=stats, message_errors=errors),
         message_errors=errors,
     )
-    for metric in ClusterMetrics(lambda: report).collect():
+
+
+def _of(collector: Collector) -> Iterable[tuple[Metric, list[str]]]:
+    for metric in collector.collect():
         yield metric, list(metric.samples[0].labels)
 
 

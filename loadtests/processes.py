@@ -16,9 +16,8 @@ import psutil
 class ProcessKind(StrEnum):
     """What a process of a service is."""
 
-    SERVICE = "service"  # `pd-serve serve`: API server and manager
-    API_SERVER = "api server"  # of a Ray Serve application
-    MANAGER = "manager"  # of a Ray Serve application
+    API_SERVER = "api server"
+    MANAGER = "manager"  # `pd-serve serve` itself, or a replica of Ray Serve
     SCHEDULER = "scheduler"
     INSTANCE = "instance"
     RAYLET = "raylet"
@@ -34,6 +33,9 @@ _TITLES = {
     "ray::ServeReplica:pd-serve:ApiServer": ProcessKind.API_SERVER,
 }
 
+#: The module that API servers of `pd-serve serve` run.
+_API_SERVER = "pd_serve.launch.api_server_process"
+
 
 def kind_of(name: str, command: Sequence[str]) -> ProcessKind:
     """The kind of a process with this name and command line."""
@@ -43,8 +45,10 @@ def kind_of(name: str, command: Sequence[str]) -> ProcessKind:
             return kind
     if name in ("raylet", "haproxy"):
         return ProcessKind(name)
-    is_service = any(os.path.basename(word) == "pd-serve" for word in command[:2]) and "serve" in command
-    return ProcessKind.SERVICE if is_service else ProcessKind.OTHER
+    if _API_SERVER in command[:4]:
+        return ProcessKind.API_SERVER
+    is_manager = any(os.path.basename(word) == "pd-serve" for word in command[:2]) and "serve" in command
+    return ProcessKind.MANAGER if is_manager else ProcessKind.OTHER
 
 
 @dataclass(frozen=True, slots=True)

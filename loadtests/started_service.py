@@ -28,7 +28,7 @@ class ClusterShape:
         instances: Number of instances by role, without the roles that have none.
         engine: "vllm" or "simulated".
         cost_model: See `--cost-model`; None for the default.
-        api_servers: Under Ray Serve; one otherwise.
+        api_servers: Number of API servers.
         under_ray_serve: Whether it is an application of Ray Serve.
         environment: Variables of all processes, in addition to those of this one.
     """
@@ -86,7 +86,7 @@ async def _pd_serve(
 ) -> AsyncIterator[StartedService]:
     port = free_port()
     numbers = " ".join(f"--{role} {number}" for role, number in shape.instances.items())
-    text = f"pd-serve serve {MODEL} {numbers} --engine {shape.engine}"
+    text = f"pd-serve serve {MODEL} {numbers} --engine {shape.engine} --api-servers {shape.api_servers}"
     text += f" --cost-model {shape.cost_model}" if shape.cost_model else ""
     words = [script("pd-serve"), *shlex.split(text)[1:], f"--port={port}"]
     with (logs / "server.log").open("w+b") as log:

@@ -30,6 +30,9 @@ DEFAULT_COST_MODEL = "a10-llama-7b"
 
 ENVIRONMENT_PREFIX = "PD_SERVE_"
 
+#: Default number of API servers. Each makes 6,000 to 10,000 tokens/s of one core.
+CORES_PER_API_SERVER, MAX_DEFAULT_API_SERVERS = 8, 8
+
 #: Settings that a Ray Serve application leaves to Ray Serve, or reads from files only.
 COMMAND_LINE_ONLY = frozenset(
     ("host", "port", "ray_address", "api_key", "admin_key", "log_format", "max_connections", "limits_by_key")
@@ -73,7 +76,6 @@ class ServeConfig(BaseSettings):
 
     model: str = DEFAULT_MODEL
     flags: Words = ()
-    api_servers: int = Field(1, ge=1)
     cluster_secret: bytes | None = Field(None, repr=False)
     limits_by_key: dict[str, KeyLimits] = Field({}, repr=False)
 
@@ -129,6 +131,14 @@ class ServeConfig(BaseSettings):
 
     host: str = _flag(API, "127.0.0.1", "Address to serve on.")
     port: Port = _flag(API, 8000, "Port to serve on; 0 for any free one.", ge=0, le=65535)
+    api_servers: int | None = _flag(
+        API,
+        None,
+        "API server processes, which share the port.",
+        shown=f"one for {CORES_PER_API_SERVER} cores, at most {MAX_DEFAULT_API_SERVERS}",
+        ge=1,
+        le=256,
+    )
     service_name: str = _flag(
         API, "pd-serve", "Name of the service in metrics and on the live page, to tell several apart."
     )
@@ -271,6 +281,11 @@ class ServeConfig(BaseSettings):
     def max_instances(self) -> int:
         """Largest number of instances at a time."""
         return sum(self.pool_bounds[r].most if r in self.pool_bounds else self.instances[r] for r in ROLES)
+
+    def num_api_servers(self, cores: int) -> int:
+        """Number of API server processes on a machine with so many cores."""
+        default = min(max(cores // CORES_PER_API_SERVER, 1), MAX_DEFAULT_API_SERVERS)
+        return self.api_servers or default
 
     @property
     def resources(self) -> dict[str, dict[str, float]]:

@@ -13,13 +13,12 @@ from typing import Any
 import rich.console
 from rich.table import Table
 
+from loadtests.bench.in_process import InProcessService
 from loadtests.bench.migration import LengthSamples, MigrationBenchmark
 from loadtests.bench.report import BenchmarkReport
 from loadtests.terminal import numbers_table
 from pd_serve.config import ServeConfig
 from pd_serve.errors import PdServeError
-from pd_serve.launch.console import Console
-from pd_serve.launch.serve import LocalService
 from pd_serve.models.kinds import KINDS
 
 LENGTHS = (1024, 4096)
@@ -75,7 +74,7 @@ async def run(report: BenchmarkReport, names: list[str], rounds: int) -> None:
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {"rows": rows, "verdict": {}}
     for kind in engine_kinds(names):
-        service = LocalService(kind.config, Console())
+        service = InProcessService(kind.config)
         try:
             await service.start()
             rows += await _measure(service, kind, rounds, report.console)
@@ -87,7 +86,7 @@ async def run(report: BenchmarkReport, names: list[str], rounds: int) -> None:
 
 
 async def _measure(
-    service: LocalService, kind: EngineKind, rounds: int, console: rich.console.Console
+    service: InProcessService, kind: EngineKind, rounds: int, console: rich.console.Console
 ) -> list[dict[str, Any]]:
     bench = MigrationBenchmark(service, ("neutral-0", "neutral-1"))
     results = {length: LengthSamples() for length in LENGTHS}
@@ -109,7 +108,7 @@ async def _measure(
     return rows
 
 
-async def _bytes_copied(service: LocalService) -> float:
+async def _bytes_copied(service: InProcessService) -> float:
     """By all migrations so far."""
     import httpx
 

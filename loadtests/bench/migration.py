@@ -16,13 +16,12 @@ from typing import Any
 import rich.console
 from rich.table import Table
 
+from loadtests.bench.in_process import InProcessService
 from loadtests.bench.report import BenchmarkReport
 from loadtests.terminal import new_progress, numbers_table
 from pd_serve.config import ServeConfig
 from pd_serve.errors import PdServeError
 from pd_serve.frontend.manual_migration import MigrationMode
-from pd_serve.launch.console import Console
-from pd_serve.launch.serve import LocalService
 
 LENGTHS = (256, 512, 1024, 2048, 4096)
 
@@ -76,7 +75,7 @@ class MigrationBenchmark:
         places: The two instances between which requests move.
     """
 
-    def __init__(self, service: LocalService, places: tuple[str, str] = ("decode-0", "decode-1")) -> None:
+    def __init__(self, service: InProcessService, places: tuple[str, str] = ("decode-0", "decode-1")) -> None:
         self._client = service.api.client
         self._frontend = service.api.frontend
         self._logs: dict[str, TokenLog] = {}
@@ -161,7 +160,7 @@ class MigrationBenchmark:
                 await asyncio.sleep(0.002)
 
 
-async def _measure(service: LocalService, rounds: int, console: rich.console.Console) -> dict[str, Any]:
+async def _measure(service: InProcessService, rounds: int, console: rich.console.Console) -> dict[str, Any]:
     bench = MigrationBenchmark(service)
     modes: list[MigrationMode] = ["live", "blocking", "live", "recompute", "live", "blocking", "live"]
     results = {length: LengthSamples() for length in LENGTHS}
@@ -233,7 +232,7 @@ async def run(report: BenchmarkReport, rounds: int) -> None:
     model_length = f"--max-model-len={max(LENGTHS) + MAX_TOKENS}"
     flags = ("--no-enable-prefix-caching", "--max-num-seqs=8", model_length)
     config = ServeConfig(model="bench", prefill=1, decode=2, flags=flags)
-    service = LocalService(config, Console())
+    service = InProcessService(config)
     try:
         await service.start()
         result = await _measure(service, rounds, report.console)

@@ -39,7 +39,7 @@ def main() -> None:
     add("--duration", type=seconds, default=2400.0, metavar="40m", help="Time over which they are spread.")
     add("--seed", type=int, help="Seed of the schedule and the requests. Default: a random one, shown.")
     add("--ray-serve", action="store_true", help="The application of Ray Serve instead of `pd-serve serve`.")
-    add("--api-servers", type=int, default=2, metavar="N", help="API servers, under Ray Serve.")
+    add("--api-servers", type=int, default=2, metavar="N", help="API servers.")
     add("--engine", choices=("vllm", "simulated"), default="vllm", help="Engine of the instances.")
     add("--cost-model", metavar="NAME|FILE", help="Speed of simulated engines.")
     add("--prefill", type=int, default=2, help="Prefill instances.")
@@ -52,7 +52,7 @@ def main() -> None:
         "--freeze-service",
         type=seconds,
         metavar="40s",
-        help="In the place of the schedule: one freeze of API server and manager, with no replaced instance.",
+        help="In the place of the schedule: one freeze of API servers and manager; no instance is replaced.",
     )
     add("--out", type=Path, default=Path("results/chaos"), help="Folder for the report.")
     options = parser.parse_args()
@@ -63,7 +63,7 @@ def main() -> None:
         instances={role: number for role, number in roles.items() if number},
         engine=options.engine,
         cost_model=options.cost_model,
-        api_servers=options.api_servers if options.ray_serve else 1,
+        api_servers=options.api_servers,
         under_ray_serve=options.ray_serve,
     )
     faults = schedule.draw(seed, options.kills, options.duration, rates_of(shape))
@@ -85,8 +85,8 @@ def main() -> None:
 
 
 def freeze_of_the_service(shape: ClusterShape, for_s: float) -> Fault:
-    """One freeze of API server and manager."""
-    targets = (Target.MANAGER, Target.API_SERVER) if shape.under_ray_serve else (Target.SERVICE,)
+    """One freeze of manager and API servers."""
+    targets = (Target.MANAGER, *[Target.API_SERVER] * shape.api_servers)
     return Fault(0, SCENARIO_PAUSE_S, targets, for_s, None, 0.0, 0)
 
 

@@ -15,7 +15,6 @@ class Target(StrEnum):
     SCHEDULER = "scheduler"
     MANAGER = "manager"
     API_SERVER = "api server"
-    SERVICE = "service"  # `pd-serve serve`: API server and manager
     RAYLET = "raylet"
 
     @property

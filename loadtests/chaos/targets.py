@@ -10,15 +10,22 @@ from loadtests.chaos.schedule import FaultRates, Target
 from loadtests.processes import ProcessKind
 from loadtests.started_service import ClusterShape, StartedService
 
-#: `pd-serve serve` is one process with API server and manager: it is frozen, and not killed.
+#: The manager of `pd-serve serve` is frozen, and not killed: everything ends with it.
 SERVE_RATES = FaultRates(
-    kill={Target.PREFILL: 2, Target.DECODE: 4, Target.NEUTRAL: 4, Target.SCHEDULER: 2},
+    kill={
+        Target.PREFILL: 2,
+        Target.DECODE: 4,
+        Target.NEUTRAL: 4,
+        Target.SCHEDULER: 2,
+        Target.API_SERVER: 1,
+    },
     freeze={
         Target.PREFILL: 2,
         Target.DECODE: 3,
         Target.NEUTRAL: 3,
         Target.SCHEDULER: 1,
-        Target.SERVICE: 2,
+        Target.MANAGER: 1,
+        Target.API_SERVER: 1,
         Target.RAYLET: 1,
     },
     longest_freeze_s={Target.RAYLET: 5.0},  # Ray ends a node that is silent for longer
@@ -50,7 +57,6 @@ _KINDS = {
     Target.SCHEDULER: ProcessKind.SCHEDULER,
     Target.MANAGER: ProcessKind.MANAGER,
     Target.API_SERVER: ProcessKind.API_SERVER,
-    Target.SERVICE: ProcessKind.SERVICE,
     Target.RAYLET: ProcessKind.RAYLET,
 }
 

@@ -19,7 +19,7 @@ CAUSE_S = 150.0
 
 #: Operations that end instances, and the processes that nothing else but a fault may end.
 _ENDING_INSTANCES = (Operation.DRAIN, Operation.SCALE, Operation.RESTART)
-_WATCHED = (ProcessKind.INSTANCE, ProcessKind.API_SERVER, ProcessKind.SERVICE)
+_WATCHED = (ProcessKind.INSTANCE, ProcessKind.API_SERVER, ProcessKind.MANAGER)
 
 
 def excuse(streams: Sequence[StreamRecord], deaths: Sequence[Death]) -> None:

@@ -35,7 +35,7 @@ def main() -> None:
     shape = ClusterShape(
         instances={"prefill": 1, "decode": 1},
         engine=options.engine,
-        api_servers=2 if options.ray_serve else 1,
+        api_servers=2,
         under_ray_serve=options.ray_serve,
         environment={"PD_SERVE_API_KEY": key, "PD_SERVE_CLUSTER_SECRET": secret},
     )

@@ -33,7 +33,7 @@ def main() -> None:
     add("--prefill", type=int, default=1, help="Prefill instances.")
     add("--decode", type=int, default=2, help="Decode instances.")
     add("--ray-serve", action="store_true", help="The application of Ray Serve instead of `pd-serve serve`.")
-    add("--api-servers", type=int, default=2, metavar="N", help="API servers, under Ray Serve.")
+    add("--api-servers", type=int, default=2, metavar="N", help="API servers.")
     add("--out", type=Path, default=Path("results/soak"), help="Folder for the report and the log.")
     options = parser.parse_args()
     seed = secrets.randbelow(1_000_000) if options.seed is None else options.seed
@@ -43,7 +43,7 @@ def main() -> None:
     shape = ClusterShape(
         instances={"prefill": options.prefill, "decode": options.decode},
         engine=options.engine,
-        api_servers=options.api_servers if options.ray_serve else 1,
+        api_servers=options.api_servers,
         under_ray_serve=options.ray_serve,
     )
     campaign = SoakCampaign(

@@ -37,7 +37,8 @@ async def create_app(
         max_body_bytes: Longer bodies get 413.
 
     Returns:
-        The application. `app.state.server` is set by `pd_serve.api.server.serve`.
+        The application. `app.state.overload` counts the requests that wait; `app.state.server` is set by
+        `pd_serve.api.server.serve`.
     """
     engine_client.cluster = cluster
     tasks = await engine_client.get_supported_tasks()
@@ -50,6 +51,7 @@ async def create_app(
     # CORS headers, and counts in vLLM's HTTP metrics. `app.add_middleware` would be outside of these, and
     # `build_app` has built the stack already: building it again would lose the HTTP metrics.
     bounded = OverloadMiddleware(app.router.middleware_stack, cluster=cluster, max_waiting=max_waiting)
+    app.state.overload = bounded
     inner = IdentityMiddleware(ResumptionMiddleware(BodyLimitMiddleware(bounded, max_body_bytes)))
     api_keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
     app.router.middleware_stack = KeyMiddleware(inner, api_keys=api_keys, admin_key=admin_key)

@@ -19,6 +19,11 @@ class ClusterView(Protocol):
         ...
 
     @property
+    def num_waiting_elsewhere(self) -> int:
+        """Requests that wait, or arrive, at the other API servers, as they have last told."""
+        ...
+
+    @property
     def num_live(self) -> int:
         """Live instances that take new requests."""
         ...

@@ -9,6 +9,7 @@ Source: uvicorn/protocols/http/httptools_impl.py, flow_control.py.
 
 import asyncio
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -28,14 +29,16 @@ class HttpLimits:
     Attributes:
         header_bytes: Length of a request's line, headers and trailers together.
         num_headers: Number of headers of a request.
-        num_connections: Number of open connections; further ones get 503.
+        num_connections: Number of open connections, at all API servers; further ones get 503.
         header_s: Time from the start of a connection, or of a further request, to the end of its headers.
+        connections_elsewhere: Returns the number of open connections at the other API servers.
     """
 
     header_bytes: int
     num_headers: int
     num_connections: int
     header_s: float = 60.0
+    connections_elsewhere: Callable[[], int] = lambda: 0
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -51,7 +54,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > self._limits.num_connections:
+        if len(self.connections) + self._limits.connections_elsewhere() > self._limits.num_connections:
             return self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "Too many connections; try again later.")
         self._start_timer()
 

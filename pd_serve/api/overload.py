@@ -165,8 +165,8 @@ class OverloadMiddleware:
     and by vLLM (`--max-num-queued-reqs`) get their `Retry-After` here too.
 
     Args:
-        cluster: Asked for `num_live` and `num_waiting` on every generating request.
-        max_waiting: Requests that may wait for their first token; None for no limit.
+        cluster: Asked for `num_live`, `num_waiting` and `num_waiting_elsewhere` on every generating request.
+        max_waiting: Requests that may wait for their first token, at all API servers; None for no limit.
 
     Attributes:
         arriving: HTTP requests whose body is complete and which bring requests that the cluster does not
@@ -181,8 +181,12 @@ class OverloadMiddleware:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that wait for their first token, arriving ones included."""
+        """Requests of this API server that wait for their first token, arriving ones included."""
         return self._cluster.num_waiting + sum(arrival.num_requests for arrival in self.arriving)
+
+    @property
+    def _num_waiting_in_all(self) -> int:
+        return self.num_waiting + self._cluster.num_waiting_elsewhere
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves or refuses one ASGI connection."""
@@ -242,7 +246,7 @@ class OverloadMiddleware:
 
     def _overload(self) -> str | None:
         """Why a request cannot wait, in words; None if it can."""
-        waiting = self.num_waiting
+        waiting = self._num_waiting_in_all
         if self._max_waiting is None or waiting < self._max_waiting:
             return None
         return f"{waiting} requests are already waiting for their first token; try again later."
@@ -256,7 +260,7 @@ class OverloadMiddleware:
                 f"The request brings {number} prompts or choices, and one request may bring {places}:"
                 " send several smaller ones (or raise --max-waiting-requests, of which it may be half)."
             )
-        if (waiting := self.num_waiting) > places:
+        if (waiting := self._num_waiting_in_all) > places:
             raise OverloadedError(
                 f"{waiting - number} requests are already waiting for their first token, and this one brings"
                 f" {number} at once; try again later."

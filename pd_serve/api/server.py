@@ -73,6 +73,7 @@ async def serve(
     *,
     on_ready: Callable[[], None],
     max_connections: int,
+    connections_elsewhere: Callable[[], int] = lambda: 0,
 ) -> None:
     """Serves until cancelled, and closes `sock`.
 
@@ -85,7 +86,8 @@ async def serve(
         sock: From `bind`.
         args: vLLM's API server namespace: TLS, header limits, log level, access log.
         on_ready: Called once, when connections are accepted.
-        max_connections: Open connections; further ones get 503 and are closed.
+        max_connections: Open connections, at all API servers; further ones get 503 and are closed.
+        connections_elsewhere: Returns the number of open connections at the other API servers.
 
     Raises:
         EngineDeadError: The engine client stopped working; the server has ended.
@@ -96,7 +98,13 @@ async def serve(
 
     set_ulimit()  # for the number of open connections
     client: ClusterAsyncLLM = app.state.engine_client
-    server = _Server(_config(app, args, max_connections), on_ready)
+    limits = HttpLimits(
+        args.h11_max_incomplete_event_size,
+        args.h11_max_header_count,
+        max_connections,
+        connections_elsewhere=connections_elsewhere,
+    )
+    server = _Server(_config(app, args, limits), on_ready)
     app.state.server = server  # vLLM's error handlers stop it when the engine client is dead
     serving = asyncio.create_task(server.serve(sockets=[sock]), name="http server")
     watchdog = asyncio.create_task(watchdog_loop(server, client), name="engine client watchdog")
@@ -125,7 +133,12 @@ async def _stop(server: uvicorn.Server, serving: "asyncio.Task[None]", client: "
         await asyncio.wait({serving}, timeout=STOP_S)  # uvicorn itself closes connections at STOP_S
 
 
-def _config(app: "FastAPI", args: Namespace, max_connections: int) -> uvicorn.Config:
+def num_connections(app: "FastAPI") -> int:
+    """Open connections of an application that `serve` serves."""
+    return len(app.state.server.server_state.connections)
+
+
+def _config(app: "FastAPI", args: Namespace, limits: HttpLimits) -> uvicorn.Config:
     """Uvicorn's settings, as vLLM derives them from its flags.
 
     Source: vllm/entrypoints/launchers/api_server/entry.py, build_and_serve; launcher.py, serve_http.
@@ -137,7 +150,6 @@ def _config(app: "FastAPI", args: Namespace, max_connections: int) -> uvicorn.Co
     logs: dict[str, Any] = {"log_config": log_config} if log_config else {}
     if is_json():
         logs["log_config"] = None  # its loggers propagate to the root then
-    limits = HttpLimits(args.h11_max_incomplete_event_size, args.h11_max_header_count, max_connections)
     return uvicorn.Config(
         app,
         http=partial(LimitedProtocol, limits),  # type: ignore[arg-type]  # called as the class would be

@@ -12,6 +12,7 @@ import typer
 
 from pd_serve.cli import operate, plan, policies, simulate
 from pd_serve.cli.flags import ENGINE_ARGS, EngineCommand, Model, given, with_settings
+from pd_serve.comm.membership import MANAGER
 from pd_serve.config import ServeConfig
 from pd_serve.errors import InvalidRequestError, PdServeError
 from pd_serve.launch.console import Console
@@ -64,7 +65,7 @@ def serve(context: typer.Context, model: Model = None, **settings: Any) -> None:
     config = with_credentials(config, console.warn)
     from pd_serve.launch import serve as service
 
-    _run(service.run(config, console))
+    _run(service.run(config, console), MANAGER)
 
 
 app.add_typer(operate.app)
@@ -97,14 +98,15 @@ def bench_profile(
     _run(
         engine_profile.run(
             model or "tiny", out, flags, json_path=json_file, num_instances=instances, seconds=seconds
-        )
+        ),
+        "profile",
     )
 
 
-def _run(work: Coroutine[Any, Any, None]) -> None:
+def _run(work: Coroutine[Any, Any, None], process: str) -> None:
     import uvloop
 
-    configure_logging("api")
+    configure_logging(process)
     # Not closed: that would wait for threads which still start Ray or import vLLM. The process ends next.
     asyncio.Runner(loop_factory=uvloop.new_event_loop).run(work)
 

@@ -77,6 +77,8 @@ def show(service: ServiceClient) -> None:
         for reason, number in i.get("unmovable", {}).items():
             text = f"{i['id']}: {number} requests stay there until they end: {reason}"
             console.print(text, style="yellow", highlight=False)
+    for server in cluster["api_servers"]:
+        console.print(f"{server['id']}: pid {server['pid']}, {server['requests']} requests", highlight=False)
     line = cluster["waiting_line"]
     console.print(f"{line['requests']} requests in line for an instance with room, {line['tokens']} tokens")
     migrations = Table("reason", "committed", "aborted", title="migrations")

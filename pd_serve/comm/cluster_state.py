@@ -116,7 +116,6 @@ class ClusterState(msgspec.Struct, frozen=True, tag=True):
     scaled: list[ScaledCount]
     decisions: list[PastDecision]
     restart: RestartState
-    api_servers: list[str]
     scheduler_stats: SchedulerStats | None = None
     problems: list[str] = []
     wanted: dict[str, int] = {}

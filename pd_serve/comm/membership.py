@@ -36,7 +36,7 @@ class InstanceInfo:
 
 
 class ApiServerInfo(msgspec.Struct, frozen=True):
-    """Addresses at which an API server receives messages and tokens.
+    """Addresses at which an API server receives messages and tokens, and its process id.
 
     Attributes:
         joined: Set by the manager, and a new one whenever the API server was no member before. By this it
@@ -46,6 +46,7 @@ class ApiServerInfo(msgspec.Struct, frozen=True):
     address: str
     token_endpoint: str
     joined: str = ""
+    pid: int = 0
 
 
 class LoraAdapter(msgspec.Struct, frozen=True):
@@ -93,6 +94,25 @@ class Join(msgspec.Struct, frozen=True, tag=True):
     info: ApiServerInfo
     unused: list[str]
     term: int = 0
+
+
+class ApiServerStatus(msgspec.Struct, frozen=True, tag=True):
+    """API server → API server: what the sender has.
+
+    Attributes:
+        requests: Requests in progress.
+        waiting: Those of them without a first token, and those that arrive.
+        line_requests, line_tokens: Requests in its waiting line, and the tokens of their prompts.
+        connections: Open connections of clients.
+        pages: Open live pages.
+    """
+
+    requests: int = 0
+    waiting: int = 0
+    line_requests: int = 0
+    line_tokens: int = 0
+    connections: int = 0
+    pages: int = 0
 
 
 class Membership(msgspec.Struct, frozen=True, tag=True):

@@ -29,7 +29,7 @@ from migration.record import MigrationRecord
 from migration.token_span import TokenSpan
 from pd_serve.comm.cached_blocks import CachedBlocks, FollowCachedBlocks
 from pd_serve.comm.cluster_state import COUNTER, MESSAGE_ERRORS, ClusterState, ProcessStats, SchedulerStats
-from pd_serve.comm.membership import Join, Membership
+from pd_serve.comm.membership import ApiServerStatus, Join, Membership
 from pd_serve.comm.requests import Call
 from pd_serve.comm.rpc import Answer
 from router.load import InstanceLoad
@@ -331,7 +331,15 @@ ToInstance = (
     | AnyPrefixMessage
 )
 ToApiServer = (
-    Membership | ClusterState | LoadReport | CachedBlocks | MigrationEnded | RequestFailed | Call | Answer
+    Membership
+    | ClusterState
+    | ApiServerStatus
+    | LoadReport
+    | CachedBlocks
+    | MigrationEnded
+    | RequestFailed
+    | Call
+    | Answer
 )
 ToManager = Join | LoadReport | StartInstance | StopInstance | SchedulerReport | Call | Answer
 ToScheduler = Membership | Heartbeat | LoadReport

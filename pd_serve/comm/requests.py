@@ -169,6 +169,32 @@ class FindRequests(Request[list[dict[str, Any]]], frozen=True, tag=True):
     name: str
 
 
+# ---- API server → API server
+
+
+class ReadMetrics(Request[str], frozen=True, tag=True):
+    """What an API server counts itself, as Prometheus' text; see `pd_serve.observe.exposition`."""
+
+
+class CountedSlot(msgspec.Struct, frozen=True, array_like=True):
+    """What an API server has counted in one slot of time; see `pd_serve.dashboard.recent.Slot`."""
+
+    number: int
+    first_tokens: dict[int, int]
+    gaps: dict[int, int]
+    tokens: int
+    ended: int
+    errors: int
+    with_slo: int
+    good: int
+
+
+class ReadRecent(Request[list[CountedSlot]], frozen=True, tag=True):
+    """What an API server has counted lately for its live pages, from the slot `since` on."""
+
+    since: int
+
+
 AnyRequest = (
     CheckIntegrity
     | ListRequests
@@ -184,6 +210,8 @@ AnyRequest = (
     | UnloadAdapter
     | MigrateByName
     | FindRequests
+    | ReadMetrics
+    | ReadRecent
 )
 
 

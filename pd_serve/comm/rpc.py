@@ -123,12 +123,16 @@ class RpcServer:
         self, wire: MessageWire, handlers: Mapping[type, Callable[[str, Any], Awaitable[Any]]]
     ) -> None:
         self._wire = wire
-        self._handlers = handlers
+        self._handlers = dict(handlers)
         self._served: OrderedDict[str, None] = OrderedDict()
         self._tasks = BackgroundTasks(wire.failures.task_failed)
 
     async def close(self) -> None:
         await self._tasks.cancel()
+
+    def serve(self, request: type, handler: Callable[[str, Any], Awaitable[Any]]) -> None:
+        """Adds a handler for another type of request."""
+        self._handlers[request] = handler
 
     def on_call(self, sender: str, call_id: str, request: Any) -> None:
         """Serves a call. One that comes a second time is ignored."""

@@ -35,8 +35,9 @@ ORPHAN_S = 120.0
 #: 300 s, compilation included: `VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS`.)
 STEP_S, FIRST_STEPS_S, FIRST_STEPS = 120.0, 600.0, 100
 
-#: Timeout of one remote call.
-CALL_TIMEOUT_S = 60.0
+#: Timeout of one remote call; of a call of another API server for its metrics, without which a scrape shows
+#: those of the others.
+CALL_TIMEOUT_S, METRICS_CALL_S = 60.0, 2.0
 
 #: Timeout of the start of one instance, including the wait for resources, and of the scheduler.
 START_TIMEOUT_S, SCHEDULER_START_TIMEOUT_S = 600.0, 120.0
@@ -44,10 +45,14 @@ START_TIMEOUT_S, SCHEDULER_START_TIMEOUT_S = 600.0, 120.0
 #: Timeout of one call to Ray at the take-over of a manager.
 RAY_CALL_S = 30.0
 
-#: Exponential backoff between failed starts of instances: initial and maximum.
+#: Timeout of each half of an API server's start under `pd-serve serve`: until vLLM's flags are parsed, and
+#: from then until it serves. Its end: its requests have a bounded time, and are aborted then.
+API_SERVER_START_S, API_SERVER_STOP_S = 300.0, 6.0
+
+#: Exponential backoff between failed starts of instances, or API servers: initial and maximum.
 START_BACKOFF_S, MAX_START_BACKOFF_S = 5.0, 120.0
 
-#: An instance that dies within this time after its start counts as a failed start.
+#: An instance or API server that dies within this time after its start counts as a failed start.
 EARLY_DEATH_S = 60.0
 
 #: After the death of a scheduler within this time after its start, the next start waits: longer each time, up
@@ -71,6 +76,10 @@ REPORT_INTERVAL_S = 0.02
 PROGRESS_REPORT_INTERVAL_S = 0.1
 CACHE_REPORT_INTERVAL_S = 0.1
 STATS_INTERVAL_S = 1.0
+
+#: Minimum interval at which API servers tell each other what they have: how exact the limits are that count
+#: for all of them together.
+STATUS_INTERVAL_S = 0.05
 
 #: Maximum wait of a new scheduler for the first load report of every instance.
 FIRST_REPORTS_S = 2.0

@@ -4,7 +4,7 @@ Instances are asked for the KV blocks of their requests only while a page is ope
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -19,7 +19,7 @@ from pd_serve.errors import PdServeError
 INTERVAL_S = 0.5
 PATIENCE_S = 0.15
 
-#: Pages that may be open at a time, per API server.
+#: Pages that may be open at a time, at all API servers.
 MAX_WATCHERS = 16
 
 #: Migrations in one event; the oldest ones are left out.
@@ -81,6 +81,8 @@ class LiveView:
         instances: Asked for the blocks of their requests.
         labels: `service` and `model_name`, for the head of the page.
         totals: Returns the requests of the cluster that run and that wait.
+        pages_elsewhere: Returns the number of pages that are open at the other API servers.
+        update: Brings `recent` up to date with what the other API servers have counted, before each event.
     """
 
     def __init__(
@@ -91,10 +93,14 @@ class LiveView:
         recent: RecentEvents,
         labels: Mapping[str, str] | None = None,
         totals: Callable[[], tuple[int, int]] = lambda: (0, 0),
+        pages_elsewhere: Callable[[], int] = lambda: 0,
+        update: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._server = server
         self._labels = dict(labels or {})
         self._totals = totals
+        self._pages_elsewhere = pages_elsewhere
+        self._update_recent = update
         self._snapshot = snapshot
         self._instances = instances
         self._recent = recent
@@ -108,7 +114,7 @@ class LiveView:
 
     @property
     def is_full(self) -> bool:
-        return self.num_watchers >= MAX_WATCHERS
+        return self.num_watchers + self._pages_elsewhere() >= MAX_WATCHERS
 
     def open(self) -> None:
         """Begins to record the number of requests, so that a page that is opened later shows the past."""
@@ -145,10 +151,12 @@ class LiveView:
             self.num_watchers -= 1
 
     async def _update(self) -> None:
-        """Asks the instances that have answered last time, unless another page has just done so."""
+        """Asks all that have answered last time, unless another page has just done so."""
         now = self._recent.clock()
         if now - self._asked_at >= INTERVAL_S / 2:
             self._asked_at = now
+            if self._update_recent is not None and "" not in self._asked:
+                self._asked[""] = self._tasks.start(self._ask_api_servers(self._update_recent))
             for instance_id in (info.instance_id for info in self._instances):
                 if instance_id not in self._asked:
                     self._asked[instance_id] = self._tasks.start(self._ask_one(instance_id))
@@ -159,6 +167,12 @@ class LiveView:
         shown = {held.request_id for h in self._holdings.values() for held in h.held}
         shown |= {request_id for h in self._holdings.values() for request_id, _, _ in h.leaving}
         self._numbers.keep(shown | {move.record.request_id for move in self._recent.moves})
+
+    async def _ask_api_servers(self, update: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await update()
+        finally:
+            del self._asked[""]
 
     async def _ask_one(self, instance_id: str) -> None:
         try:

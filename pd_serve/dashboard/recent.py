@@ -7,11 +7,12 @@ takes a logarithm and an addition, and quantiles are accurate to a few percent.
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from migration.record import MigrationRecord
+from pd_serve.comm.requests import CountedSlot
 from pd_serve.observe.recorder import Observer
 from pd_serve.observe.timeline import Timeline
 
@@ -19,6 +20,9 @@ from pd_serve.observe.timeline import Timeline
 SLOT_S = 5.0
 NUM_SLOTS = 60
 NUM_SUMMED = 12
+
+#: What a slot counts, apart from its histograms.
+COUNTS = ("tokens", "ended", "errors", "with_slo", "good")
 
 #: Ratio of the bounds of a bucket.
 GROWTH = 1.05
@@ -67,6 +71,25 @@ class Slot:
     running: int | None = None
     waiting: int | None = None
 
+    @classmethod
+    def of(cls, counted: CountedSlot) -> "Slot":
+        """What another API server has counted."""
+        first_tokens, gaps = Counter(counted.first_tokens), Counter(counted.gaps)
+        slot = cls(counted.number, first_tokens, gaps)
+        for name in COUNTS:
+            setattr(slot, name, getattr(counted, name))
+        return slot
+
+    def counted(self) -> CountedSlot:
+        counts = {name: getattr(self, name) for name in COUNTS}
+        return CountedSlot(self.number, dict(self.first_tokens), dict(self.gaps), **counts)
+
+    def plus(self, other: "Slot") -> "Slot":
+        """The requests of both; running and waiting ones are those of the whole cluster already."""
+        counts = {name: getattr(self, name) + getattr(other, name) for name in COUNTS}
+        first_tokens, gaps = self.first_tokens + other.first_tokens, self.gaps + other.gaps
+        return Slot(self.number, first_tokens, gaps, **counts, running=self.running, waiting=self.waiting)
+
     def row(self) -> tuple[int, int, float | None, float | None, float | None, float | None]:
         """Number of the slot, tokens, P50 and P99 of TTFT, P50 and P99 of ITL in seconds."""
         ttft, itl = self.first_tokens, self.gaps
@@ -92,7 +115,11 @@ class Move(NamedTuple):
 
 
 class RecentEvents(Observer):
-    """Args: `clock` is that of the recorder, in seconds."""
+    """Of one API server, and what others have counted.
+
+    Args:
+        clock: Time in seconds, which is the same at all API servers and is not set back.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
@@ -100,6 +127,7 @@ class RecentEvents(Observer):
         self._other_moves: deque[Move] = deque(maxlen=NUM_MOVES)
         self._num_moves = 0
         self._slots: deque[Slot] = deque(maxlen=NUM_SLOTS)
+        self._elsewhere: dict[str, dict[int, Slot]] = {}
 
     def first_token(self, request: Timeline) -> None:
         assert request.first_token_at is not None
@@ -141,10 +169,31 @@ class RecentEvents(Observer):
         """Number of the latest finished migration; 0 before the first one."""
         return self._num_moves
 
+    def counted(self, since: int) -> list[CountedSlot]:
+        """What this API server itself has counted, from a slot on."""
+        return [slot.counted() for slot in self._slots if slot.number >= since]
+
+    def next_of(self, api_server: str) -> int:
+        """The first slot of another API server that is not known, or may have changed since."""
+        return max(self._elsewhere.get(api_server, ()), default=0)
+
+    def note_elsewhere(self, api_server: str, slots: Iterable[CountedSlot]) -> None:
+        """Takes what another API server has counted. What one has that has died since is kept."""
+        known = self._elsewhere.setdefault(api_server, {})
+        known |= {slot.number: Slot.of(slot) for slot in slots}
+        begin = self._now() - NUM_SLOTS
+        for number in [number for number in known if number <= begin]:
+            del known[number]
+
     def slots(self, last: int = NUM_SLOTS) -> list[Slot]:
-        """The latest slots that are not empty, oldest first."""
+        """The latest slots of all API servers that are not empty, oldest first."""
         begin = self._now() - last
-        return [slot for slot in self._slots if slot.number > begin]
+        found = {slot.number: slot for slot in self._slots if slot.number > begin}
+        for known in self._elsewhere.values():
+            for number, slot in known.items():
+                if number > begin:
+                    found[number] = found.get(number, Slot(number)).plus(slot)
+        return [found[number] for number in sorted(found)]
 
     def summary(self) -> dict[str, float | None]:
         """Quantiles in seconds, tokens/s and the share of the requests with targets that have met all of

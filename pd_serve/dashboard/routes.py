@@ -43,9 +43,7 @@ async def live(request: Request) -> Response:
     state = request.app.state
     view: LiveView = state.live
     if view.is_full:
-        return error_response(
-            503, f"{MAX_WATCHERS} live pages are open at this API server already; close one"
-        )
+        return error_response(503, f"{MAX_WATCHERS} live pages are open already; close one")
 
     async def events() -> AsyncIterator[bytes]:
         # Ends with the server, which waits for open streams.

@@ -1,37 +1,35 @@
 """The API server's part of the control plane: receives its messages, tracks requests, serves `/cluster`."""
 
 import asyncio
+import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from migration.messages import RequestId
 from migration.tasks import BackgroundTasks
 from pd_serve.comm.cached_blocks import CachedBlocks
 from pd_serve.comm.cluster_state import ClusterState
-from pd_serve.comm.membership import ApiServerInfo, InstanceInfo, Membership, MembershipView
+from pd_serve.comm.membership import ApiServerInfo, ApiServerStatus, InstanceInfo, Membership, MembershipView
 from pd_serve.comm.message_wire import MessageWire
 from pd_serve.comm.messages import InstanceStats, LoadReport, MigrationEnded, RequestFailed, ToApiServer
 from pd_serve.comm.outputs import OutputBatch
 from pd_serve.comm.requests import (
     Call,
-    CheckIntegrity,
     DrainInstance,
     FindRequests,
-    ListHoldings,
-    ListRequests,
     ManualMigration,
     MigrateByName,
     RestartInstances,
     ScalePools,
 )
 from pd_serve.comm.rpc import Answer, RpcServer
-from pd_serve.comm.timing import HEARTBEAT_S, INTEGRITY_SETTLE_S, REQUEST_REPORT_INTERVAL_S
+from pd_serve.comm.timing import HEARTBEAT_S, REQUEST_REPORT_INTERVAL_S
 from pd_serve.errors import MigrationRefusedError, RefusalCode, UnknownTargetError
 from pd_serve.frontend.accounts import Accounts
 from pd_serve.frontend.adoption import Adoption
+from pd_serve.frontend.api_servers import ApiServers
 from pd_serve.frontend.instances import Instances
-from pd_serve.frontend.integrity import IntegrityWatch, compare_holdings, lost, without_client
+from pd_serve.frontend.integrity import IntegrityChecks, IntegrityWatch
 from pd_serve.frontend.lora_adapters import OfferedAdapters
 from pd_serve.frontend.manager_client import ManagerClient
 from pd_serve.frontend.manual_migration import ManualMigrations, MigrationMode
@@ -66,6 +64,8 @@ class Frontend:
     Attributes:
         tokens: Has an `observer`, for measurements.
         adoption: Submits requests that another API server may have had.
+        api_servers: All API servers, and what the others have.
+        server: Serves the calls of other API servers.
         internal_ids: Returns the engines' ids of a request by the client's id; set by the engine client.
     """
 
@@ -93,7 +93,7 @@ class Frontend:
         self.internal_ids: Callable[[str], list[str]] = lambda request_id: [request_id]
         self._recorder = recorder = recorder or RequestRecorder()
         self.instances = Instances(wire, self._members, dispatcher.loads, num_slots)
-        self._token_endpoint = endpoint = wire.listen_for_frames(lambda frames: self.tokens.on_frames(frames))
+        endpoint = wire.listen_for_frames(lambda frames: self.tokens.on_frames(frames))
         self._accounts = accounts = accounts or Accounts()
         placement = RequestPlacement(wire, endpoint, dispatcher, recorder, clock, accounts.shares)
         seen = self.instances
@@ -125,20 +125,31 @@ class Frontend:
             self._is_unused,
         )
         self.lora_adapters = OfferedAdapters(self._manager)
-        self._server = RpcServer(
+        self.api_servers = ApiServers(wire, self._members, self.instances.calls)
+        self.api_servers.counts |= {
+            "requests": lambda: len(requests),
+            "waiting": lambda: self.num_waiting,
+            "line_requests": lambda: placement.demand.requests,
+            "line_tokens": lambda: placement.demand.tokens,
+        }
+        self.server = RpcServer(
             wire, {MigrateByName: self._serve_migrate, FindRequests: self._serve_find_requests}
         )
-        info = ApiServerInfo(wire.listen(ToApiServer, self._on_message), endpoint)
+        info = ApiServerInfo(wire.listen(ToApiServer, self._on_message), endpoint, pid=os.getpid())
         self._manager.open(info)
         self._tasks = BackgroundTasks(wire.failures.task_failed)
         self._tasks.start(self._reconcile())
+        self._integrity = IntegrityChecks(
+            wire, self.instances, self.requests, endpoint, lambda: self._manager.state
+        )
         if on_integrity is not None:
-            self._tasks.start(IntegrityWatch(self._suspicions, on_integrity).run())
+            self._tasks.start(IntegrityWatch(self._integrity.suspicions, on_integrity).run())
 
     async def close(self) -> None:
         await self._tasks.cancel()
         await self._manager.close()
-        await self._server.close()
+        await self.api_servers.close()
+        await self.server.close()
         self.requests.close()
         await self._wire.close()
 
@@ -180,10 +191,12 @@ class Frontend:
                 self._on_membership(message)
             case ClusterState():
                 self._manager.on_state(message)
+            case ApiServerStatus():
+                self.api_servers.on_status(sender, message)
             case Answer():
                 self.instances.calls.on_answer(sender, message)
             case Call(call_id=call_id, request=request):
-                self._server.on_call(sender, call_id, request)
+                self.server.on_call(sender, call_id, request)
 
     def _on_membership(self, message: Membership) -> None:
         leaving = self._members.latest.leaving if self._members.latest is not None else []
@@ -192,6 +205,7 @@ class Frontend:
             return
         self._note_own_membership(message)
         self._accounts.limits.num_servers = max(len(message.api_servers), 1)
+        self.api_servers.on_left(change.api_servers_left)
         self.lora_adapters.on_membership(message.lora_adapters)
         for instance_id in change.left:
             self.instances.remove(instance_id)
@@ -234,6 +248,10 @@ class Frontend:
         return self.requests.first_token_s(request, arriving_tokens)
 
     @property
+    def num_waiting_elsewhere(self) -> int:
+        return self.api_servers.elsewhere("waiting")
+
+    @property
     def num_live(self) -> int:
         return len(candidates(self.instances.loads))
 
@@ -242,7 +260,8 @@ class Frontend:
         instances = [InstanceSnapshot.of(i, seen.load_of(i.instance_id), stats(i.instance_id)) for i in seen]
         snapshot = ClusterSnapshot(
             instances=instances,
-            waiting_line=WaitingRequests(*self._placement.demand),
+            waiting_line=self._waiting_line,
+            api_servers=self.api_servers.snapshot(),
             migrations={
                 reason: {"committed": counts["committed"], "aborted": counts["aborted"]}
                 for reason, counts in self.requests.migrations.items()
@@ -251,10 +270,16 @@ class Frontend:
         state, is_alive = self._manager.state, self._manager.is_alive
         return snapshot if state is None else snapshot.with_state(state, is_alive=is_alive)
 
+    @property
+    def _waiting_line(self) -> WaitingRequests:
+        """Of all API servers."""
+        others, own = self.api_servers.elsewhere, self._placement.demand
+        return WaitingRequests(own.requests + others("line_requests"), own.tokens + others("line_tokens"))
+
     def totals(self) -> tuple[int, int]:
-        """Requests of the whole cluster that run, and that wait; those in other API servers' lines not."""
+        """Requests of the whole cluster that run, and that wait."""
         loads = list(self.instances.loads)
-        waiting = sum(load.waiting for load in loads) + self._placement.demand.requests
+        waiting = sum(load.waiting for load in loads) + self._waiting_line.requests
         return sum(load.running for load in loads), waiting
 
     def report(self) -> ClusterReport:
@@ -295,47 +320,7 @@ class Frontend:
         await self._manager.call(RestartInstances(cancel))
 
     async def check_integrity(self) -> list[str]:
-        """Checks all processes until there is no problem, or a problem persists for `INTEGRITY_SETTLE_S`."""
-        deadline = self._loop.time() + INTEGRITY_SETTLE_S
-        while True:
-            problems = await self._problems()
-            problems = problems or compare_holdings(await self.instances.call_all(ListHoldings()))
-            if not problems or self._loop.time() > deadline:
-                return problems
-            await asyncio.sleep(0.1)
-
-    async def _problems(self) -> list[str]:
-        problems = self._wire.failures.problems()
-        if (state := self._manager.state) is not None:
-            problems += state.problems
-            problems += state.scheduler_stats.problems if state.scheduler_stats is not None else []
-        for found in (await self.instances.call_all(CheckIntegrity())).values():
-            problems += found
-        unread, missing = await self._compare_requests()
-        for instance_id, requests in unread.items():
-            problems.append(f"{instance_id}: holds requests that no client waits for: {requests}")
-        problems += [f"no instance has the request {request_id}" for request_id in missing]
-        waiting = sum(not request.ledger.token_ids for request in self.requests.requests.values())
-        if self.num_waiting != waiting:
-            problems.append(f"{self.num_waiting} requests are counted as waiting, and {waiting} wait")
-        return problems
-
-    async def _suspicions(self) -> list[str]:
-        """What seems to be violated now, although requests are on their way; one line each."""
-        found: list[str] = []
-        for problems in (await self.instances.call_all(CheckIntegrity(at_rest=False))).values():
-            found += problems
-        unread, missing = await self._compare_requests()
-        for instance_id, requests in unread.items():
-            found += [f"{instance_id}: no client waits for the request {request}" for request in requests]
-        found += [f"no instance has the request {request_id}" for request_id in missing]
-        return found + compare_holdings(await self.instances.call_all(ListHoldings()))
-
-    async def _compare_requests(self) -> tuple[dict[str, list[RequestId]], list[RequestId]]:
-        """This API server's requests that it does not know, by instance; and those that no instance has."""
-        live = await self.instances.call_all(ListRequests(self._token_endpoint))
-        owners = {request_id: request.ledger.owner for request_id, request in self.requests.requests.items()}
-        return without_client(live, owners), lost(live, owners)
+        return await self._integrity.check()
 
     # ---- calls of other API servers, forwarded by the manager
 

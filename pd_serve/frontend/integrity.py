@@ -6,9 +6,13 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from migration.messages import RequestId
-from pd_serve.comm.requests import Holdings
-from pd_serve.comm.timing import INTEGRITY_INTERVAL_S, INTEGRITY_LOOK_S
+from pd_serve.comm.cluster_state import ClusterState
+from pd_serve.comm.message_wire import MessageWire
+from pd_serve.comm.requests import CheckIntegrity, Holdings, ListHoldings, ListRequests
+from pd_serve.comm.timing import INTEGRITY_INTERVAL_S, INTEGRITY_LOOK_S, INTEGRITY_SETTLE_S
 from pd_serve.errors import PdServeError
+from pd_serve.frontend.instances import Instances
+from pd_serve.frontend.request_tracker import RequestTracker
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +54,77 @@ def compare_holdings(holdings: Mapping[str, Holdings]) -> list[str]:
         if len(names) > 1 and request_id not in leaving:
             problems.append(f"{' and '.join(sorted(names))} hold {request_id}, which is not being moved")
     return sorted(problems)
+
+
+class IntegrityChecks:
+    """Checks of all processes by one API server.
+
+    Args:
+        token_endpoint: Of this API server, by which instances know its requests.
+        state: Returns what the manager has last told; None before it has.
+    """
+
+    def __init__(
+        self,
+        wire: MessageWire,
+        instances: Instances,
+        tracker: RequestTracker,
+        token_endpoint: str,
+        state: Callable[[], ClusterState | None],
+    ) -> None:
+        self._wire = wire
+        self._instances = instances
+        self._tracker = tracker
+        self._token_endpoint = token_endpoint
+        self._state = state
+
+    async def check(self) -> list[str]:
+        """Checks all processes until there is no problem, or a problem persists for `INTEGRITY_SETTLE_S`."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + INTEGRITY_SETTLE_S
+        while True:
+            problems = await self.problems()
+            problems = problems or compare_holdings(await self._instances.call_all(ListHoldings()))
+            if not problems or loop.time() > deadline:
+                return problems
+            await asyncio.sleep(0.1)
+
+    async def problems(self) -> list[str]:
+        """What is violated now, if no request is on its way."""
+        problems = self._wire.failures.problems()
+        if (state := self._state()) is not None:
+            problems += state.problems
+            problems += state.scheduler_stats.problems if state.scheduler_stats is not None else []
+        for found in (await self._instances.call_all(CheckIntegrity())).values():
+            problems += found
+        unread, missing = await self._compare_requests()
+        for instance_id, requests in unread.items():
+            problems.append(f"{instance_id}: holds requests that no client waits for: {requests}")
+        problems += [f"no instance has the request {request_id}" for request_id in missing]
+        waiting = sum(not request.ledger.token_ids for request in self._tracker.requests.values())
+        if self._tracker.num_waiting != waiting:
+            problems.append(
+                f"{self._tracker.num_waiting} requests are counted as waiting, and {waiting} wait"
+            )
+        return problems
+
+    async def suspicions(self) -> list[str]:
+        """What seems to be violated now, although requests are on their way; one line each."""
+        found: list[str] = []
+        for problems in (await self._instances.call_all(CheckIntegrity(at_rest=False))).values():
+            found += problems
+        unread, missing = await self._compare_requests()
+        for instance_id, requests in unread.items():
+            found += [f"{instance_id}: no client waits for the request {request}" for request in requests]
+        found += [f"no instance has the request {request_id}" for request_id in missing]
+        return found + compare_holdings(await self._instances.call_all(ListHoldings()))
+
+    async def _compare_requests(self) -> tuple[dict[str, list[RequestId]], list[RequestId]]:
+        """This API server's requests that it does not know, by instance; and those that no instance has."""
+        live = await self._instances.call_all(ListRequests(self._token_endpoint))
+        requests = self._tracker.requests
+        owners = {request_id: request.ledger.owner for request_id, request in requests.items()}
+        return without_client(live, owners), lost(live, owners)
 
 
 class IntegrityWatch:

@@ -99,10 +99,18 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WaitingRequests(msgspec.Struct, frozen=True):
-    """Requests of the API server that wait for an instance, and the tokens of their prompts."""
+    """Requests that wait in API servers for an instance, and the tokens of their prompts."""
 
     requests: int
     tokens: int
+
+
+class ApiServerSnapshot(msgspec.Struct, frozen=True):
+    """One API server; `requests` are those in progress."""
+
+    id: str
+    pid: int
+    requests: int
 
 
 class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,8 +119,9 @@ class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         migrations: Numbers of committed and aborted migrations, by reason.
         manager: "alive" or "absent".
-        scheduler, scaled, decisions, restart, api_servers, wanted: See `ClusterState`; empty before the
-            manager's first report.
+        api_servers: All that are members.
+        scheduler, scaled, decisions, restart, wanted: See `ClusterState`; empty before the manager's first
+            report.
     """
 
     instances: list[InstanceSnapshot]
@@ -123,7 +132,7 @@ class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     scaled: list[ScaledCount] = []
     decisions: list[PastDecision] = []
     restart: RestartState | None = None
-    api_servers: list[str] = []
+    api_servers: list[ApiServerSnapshot] = []
     wanted: dict[str, int] = {}
 
     def with_state(self, state: ClusterState, *, is_alive: bool) -> "ClusterSnapshot":
@@ -138,6 +147,5 @@ class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
             scaled=state.scaled,
             decisions=state.decisions,
             restart=state.restart,
-            api_servers=state.api_servers,
             wanted=state.wanted,
         )

@@ -4,16 +4,19 @@ import asyncio
 import logging
 import time
 from argparse import Namespace
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Self
 
 from pd_serve.comm.membership import InstanceInfo
+from pd_serve.comm.requests import CountedSlot, ReadMetrics, ReadRecent
+from pd_serve.comm.timing import METRICS_CALL_S
 from pd_serve.comm.wire import Wire
 from pd_serve.config import ServeConfig
 from pd_serve.dashboard.live_view import LiveView
 from pd_serve.dashboard.recent import RecentEvents
 from pd_serve.frontend.accounts import Accounts
+from pd_serve.frontend.api_servers import ApiServers
 from pd_serve.frontend.frontend import Frontend
 from pd_serve.launch.preparation import Prepared
 from pd_serve.observe import request_log
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutputs
 
     from pd_serve.api.engine_client import ClusterAsyncLLM
+    from pd_serve.observe.exposition import MetricsText
 
 #: Instances beyond the number at the start that vLLM's metrics can tell apart.
 SPARE_SLOTS = 4
@@ -66,17 +70,18 @@ class ApiServer:
         from pd_serve.api.keys import KeyAccounts
         from pd_serve.api.lora_adapters import offer_adapters
         from pd_serve.dashboard.routes import show_dashboard
-        from pd_serve.observe.exposition import show_metrics
+        from pd_serve.observe.exposition import MetricsText
 
         config, server, engine_config = prepared.config, prepared.flags.server, prepared.engine_config
         async with AsyncExitStack() as stack:
             codec = VllmCodec()
             outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
-            recent = RecentEvents()
             clock = asyncio.get_running_loop().time
             shares = FairShare() if config.fair_share else None
             accounts = Accounts(config.limits_of_accounts, shares, clock)
             account = KeyAccounts(config.api_key).current
+            unix_offset_s = time.time() - time.monotonic()
+            recent = RecentEvents(clock=lambda: time.monotonic() + unix_offset_s)
             frontend = Frontend(
                 wire,
                 find_manager,
@@ -86,7 +91,7 @@ class ApiServer:
                 num_slots=config.max_instances + SPARE_SLOTS,
                 orphan_s=config.orphan_s,
                 accounts=accounts,
-                recorder=_recorder(server, recent),
+                recorder=_recorder(server, recent, unix_offset_s),
                 on_integrity=show_integrity,
             )
             stack.push_async_callback(frontend.close)
@@ -121,20 +126,63 @@ class ApiServer:
             )
             offer_adapters(app.state.openai_serving_models, frontend.lora_adapters)
             labels = {"service": config.service_name, "model_name": server.served_model_name[0]}
-            show_metrics(app, frontend.report, labels=labels)
-            live = LiveView(wire.name, frontend.snapshot, frontend.instances, recent, labels, frontend.totals)
+            live = LiveView(
+                wire.name,
+                frontend.snapshot,
+                frontend.instances,
+                recent,
+                labels,
+                frontend.totals,
+                lambda: frontend.api_servers.elsewhere("pages"),
+                lambda: _update(recent, frontend.api_servers),
+            )
             live.open()
             stack.push_async_callback(live.close)
             show_dashboard(app, live)
+            _share(frontend, app, MetricsText(frontend.report, labels, wire.name), live, recent)
             return cls(app, frontend, client, stack.pop_all())
 
     async def close(self) -> None:
         await self._stack.aclose()
 
 
-def _recorder(server: Namespace, recent: RecentEvents) -> RequestRecorder:
+def _share(
+    frontend: Frontend, app: "FastAPI", metrics: "MetricsText", live: LiveView, recent: RecentEvents
+) -> None:
+    """Exchanges with the other API servers what concerns the whole service: metrics, limits, live page."""
+    from pd_serve.observe.exposition import show_metrics
+
+    api_servers = frontend.api_servers
+
+    async def own_metrics(sender: str, request: ReadMetrics) -> str:
+        return metrics.own()
+
+    async def metrics_of_others() -> Iterable[str]:
+        requests = dict.fromkeys(api_servers.others, ReadMetrics())
+        return (await api_servers.ask_others(requests, METRICS_CALL_S)).values()
+
+    async def counted(sender: str, request: ReadRecent) -> list[CountedSlot]:
+        return recent.counted(request.since)
+
+    frontend.server.serve(ReadMetrics, own_metrics)
+    frontend.server.serve(ReadRecent, counted)
+    show_metrics(app, metrics, metrics_of_others)
+    api_servers.counts |= {
+        "waiting": lambda: app.state.overload.num_waiting,
+        "pages": lambda: live.num_watchers,
+    }
+    api_servers.open()
+
+
+async def _update(recent: RecentEvents, api_servers: ApiServers) -> None:
+    """Reads what the other API servers have counted."""
+    requests = {name: ReadRecent(recent.next_of(name)) for name in api_servers.others}
+    for name, slots in (await api_servers.ask_others(requests, METRICS_CALL_S)).items():
+        recent.note_elsewhere(name, slots)
+
+
+def _recorder(server: Namespace, recent: RecentEvents, unix_offset_s: float) -> RequestRecorder:
     """A recorder with all observers; its clock is `time.monotonic`."""
-    unix_offset_s = time.time() - time.monotonic()
     observers: list[Observer] = [RequestMetrics(), recent]
     level = logging.INFO if server.enable_log_requests else logging.DEBUG
     if request_log.logger.isEnabledFor(level):

@@ -74,7 +74,7 @@ def build(arguments: dict[str, Any]) -> Application:
     version = hashlib.sha256(made_of.encode()).hexdigest()[:8]
     managers = InstanceManager.options(ray_actor_options=actor_options)  # type: ignore[attr-defined]
     servers = ApiServerDeployment.options(  # type: ignore[attr-defined]
-        num_replicas=config.api_servers, ray_actor_options=actor_options
+        num_replicas=config.api_servers or 1, ray_actor_options=actor_options
     )
     manager = managers.bind(prepared.manager_config(address, keys), version)
     app: Application = servers.bind(config, address, keys, manager)
@@ -127,7 +127,8 @@ class ApiServerDeployment:
     async def __init__(  # type: ignore[misc]
         self, config: ServeConfig, host: str, keys: CurveKeys, manager: DeploymentHandle
     ) -> None:
-        configure_logging("api")
+        name = f"api-{uuid4().hex[:8]}"
+        configure_logging(name)
         model = await asyncio.to_thread(find_model, config)
         prepared = await asyncio.to_thread(parse, config, model)
         await asyncio.to_thread(import_api_modules)
@@ -138,7 +139,7 @@ class ApiServerDeployment:
             except ray.exceptions.RayError as error:
                 raise EngineDeadError(f"no manager: {error}") from error
 
-        wire = Wire(f"api-{uuid4().hex[:8]}", own_address(host), keys)
+        wire = Wire(name, own_address(host), keys)
         self._api = await ApiServer.start(prepared, wire, find_manager)
         # vLLM's error handlers end their server when the engine client is dead; here the health check does.
         self._api.app.state.server = SimpleNamespace(should_exit=False)

@@ -3,6 +3,9 @@
 import asyncio
 import signal
 
+#: They end a service.
+END_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 def end_on(*signals: signal.Signals) -> None:
     """From now on these signals cancel the current task, which then ends what it has started."""

@@ -21,11 +21,14 @@ logger = logging.getLogger(__name__)
 class Announcer:
     """Sends the membership on every change and as a heartbeat.
 
+    Attributes:
+        on_silent: Called with the name of an API server that is dropped because its lease has expired.
+
     Args:
         membership: Returns the present membership.
         state: Returns the state of the cluster, which API servers get with the membership.
         on_change: Called when an API server has joined or its lease has expired.
-        on_gone: Called with the name of an API server whose lease has expired.
+        on_gone: Called with the name of an API server that is no member any more.
     """
 
     def __init__(
@@ -42,8 +45,10 @@ class Announcer:
         self._state = state
         self._on_change = on_change
         self._on_gone = on_gone
+        self.on_silent: Callable[[str], None] = lambda name: None
         self._joins: dict[str, Join] = {}
         self._leases = Leases(API_SERVER_LEASE_S, clock)
+        self._ended: set[str] = set()
         self._changed = asyncio.Event()
         self._tasks = BackgroundTasks()
 
@@ -63,6 +68,8 @@ class Announcer:
 
     def on_join(self, sender: str, join: Join) -> None:
         """Takes a join, or one that an earlier manager has noted, with its `joined`."""
+        if sender in self._ended:
+            return  # sent before its end
         known, info = self._joins.get(sender), join.info
         if known is not None and info == replace(known.info, joined=info.joined):
             info = known.info
@@ -90,14 +97,24 @@ class Announcer:
             except Exception as error:  # whatever it is: the others need the next heartbeat
                 self._wire.failures.record("announcing the membership", error)
 
+    def drop_ended(self, name: str) -> None:
+        """The process of an API server has ended: its requests are orphans from now on."""
+        self._ended.add(name)
+        if name in self._joins:
+            self._drop(name)
+
     def _drop_expired_api_servers(self) -> None:
         for name in self._leases.expired():
-            logger.warning("API server %s is gone", name)
-            self._leases.drop(name)
-            del self._joins[name]
-            self._wire.disconnect(name)
-            self._on_gone(name)
-            self._on_change()
+            logger.warning("API server %s has sent nothing for %.0f s", name, API_SERVER_LEASE_S)
+            self._drop(name)
+            self.on_silent(name)
+
+    def _drop(self, name: str) -> None:
+        self._leases.drop(name)
+        del self._joins[name]
+        self._wire.disconnect(name)
+        self._on_gone(name)
+        self._on_change()
 
     def _send(self) -> None:
         membership = self._membership()

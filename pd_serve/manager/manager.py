@@ -45,6 +45,7 @@ class Manager:
 
     Attributes:
         address: Address at which it receives messages.
+        announcer: Has the API servers that have joined.
         is_superseded: Another manager has taken over, and this one has ended.
     """
 
@@ -66,14 +67,14 @@ class Manager:
         self.register = InstanceRegister(self._clock)
         self.log = DecisionLog(self._changed)
         self._calls = RpcClient(wire, Call)
-        self._announcer = Announcer(
+        self.announcer = Announcer(
             wire, self._clock, self._membership, self.state, self._changed, self._calls.peer_lost
         )
         self._starter = Starter(
             self.register, self.log, self._start, launcher.waits_for, self._changed, config.instances
         )
         self._stopper = Stopper(
-            self.register, self.log, wire, self._stop, self._announcer.is_used, self._changed
+            self.register, self.log, wire, self._stop, self.announcer.is_used, self._changed
         )
         self._sizes = PoolSizes(
             self.register,
@@ -97,7 +98,7 @@ class Manager:
             self._sizes,
             self._restart,
             self._adapters,
-            self._announcer,
+            self.announcer,
             self._calls,
             self._keep_changes,
         )
@@ -131,7 +132,7 @@ class Manager:
         if notes is not None and notes.restart is not None:
             self._restart.resume(notes.restart)
         for name, api_server in (notes or self._notes).api_servers.items():
-            self._announcer.on_join(name, Join(api_server, unused=[]))
+            self.announcer.on_join(name, Join(api_server, unused=[]))
         if not await self.keep_notes():  # the next term, before any process sees it
             return True
         self._sizes.keep("missing after the restart of the manager")
@@ -141,7 +142,7 @@ class Manager:
 
     def _open(self) -> None:
         self._is_open = True
-        self._announcer.open()
+        self.announcer.open()
         self._scheduler.open()
         self._tasks.start(self._watch_instances())
         self._tasks.start(self._watch_term())
@@ -151,7 +152,7 @@ class Manager:
         self._closed = True
         await self._tasks.cancel()
         starting = (self._scheduler, self._restart, self._starter)
-        for part in (*starting, self._stopper, self._announcer, self._operations):
+        for part in (*starting, self._stopper, self.announcer, self._operations):
             await part.close()
         await self._wire.close()
 
@@ -232,7 +233,7 @@ class Manager:
         """Announces the membership, and gives changed notes to the instances."""
         if self._closed:
             return
-        self._announcer.announce_soon()
+        self.announcer.announce_soon()
         kept_by = list(self.register.infos)
         notes = replace(
             self._notes,
@@ -243,7 +244,7 @@ class Manager:
             stopped=dict(self._sizes.stopped),
             roles=self.register.roles(),
             restart=self._restart.notes,
-            api_servers=self._announcer.api_servers,
+            api_servers=self.announcer.api_servers,
             lora_adapters=list(self._adapters),
         )
         if (notes, kept_by) != (self._notes, self._noted_by):
@@ -289,7 +290,7 @@ class Manager:
             leaving=sorted(self._stopper.leaving),
             starting=dict(self._starter.num_starting),
             scheduler=self._scheduler.address,
-            api_servers=self._announcer.api_servers,
+            api_servers=self.announcer.api_servers,
             lora_adapters=list(self._adapters),
         )
 
@@ -301,7 +302,6 @@ class Manager:
             scaled=self.log.scaled(),
             decisions=self.log.latest(),
             restart=self._restart.state,
-            api_servers=list(self._announcer.api_servers),
             scheduler_stats=self._scheduler.stats,
             problems=self._wire.failures.problems(),
             wanted=self._sizes.least,
@@ -318,7 +318,7 @@ class Manager:
             self._clock.on_message()
         match message:
             case Join():
-                self._announcer.on_join(sender, message)
+                self.announcer.on_join(sender, message)
                 if message.term > self._notes.term:
                     self._tasks.start(self._exceed(message.term))
             case LoadReport(load=load):

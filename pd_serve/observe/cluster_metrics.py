@@ -1,6 +1,4 @@
-"""Metrics of instances and scheduler, made at every scrape from their latest reports.
-
-Every API server exports the same values; with several of them take the maximum by `instance`.
+"""Metrics of instances, scheduler and API server, made at every scrape from the latest reports.
 
 A field of `InstanceLoad`, `InstanceStats` or `SchedulerStats` with a description is a metric. Its name is the
 title in the field's `Meta`, or else the name of the field. `Meta` may also have
@@ -9,7 +7,7 @@ title in the field's `Meta`, or else the name of the field. `Meta` may also have
     extra={"label": "reason"}   the field is a dict, and its keys are values of this label
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, get_type_hints
@@ -82,8 +80,34 @@ _STATS = tuple(metrics_of(InstanceStats))
 _SCHEDULER = tuple(metrics_of(SchedulerStats))
 
 
+class ApiServerMetrics(Collector):
+    """What one API server has itself. Args: `report` gives what is known now; called at every scrape."""
+
+    def __init__(self, report: Callable[[], ClusterReport]) -> None:
+        self._report = report
+
+    def collect(self) -> Iterator[Metric]:
+        report = self._report()
+        yield _message_errors("api_server", report.message_errors)
+        yield GaugeMetricFamily(
+            "pd_serve_waiting_line_requests",
+            "Requests that wait in the API server until an instance has room.",
+            report.waiting.requests,
+        )
+        yield GaugeMetricFamily(
+            "pd_serve_running_requests",
+            "Requests of the API server in progress, waiting ones included.",
+            report.num_running,
+        )
+        yield CounterMetricFamily(
+            "pd_serve_unsent_messages",
+            "Messages of the API server dropped because their receiver was not connected or did not read.",
+            report.num_unsent,
+        )
+
+
 class ClusterMetrics(Collector):
-    """Args: `report` gives what is known now; called at every scrape."""
+    """What all API servers know. Args: `report` as above."""
 
     def __init__(self, report: Callable[[], ClusterReport]) -> None:
         self._report = report
@@ -142,38 +166,13 @@ class ClusterMetrics(Collector):
             sizes.add_metric([role], wanted.get(role, 0))
             ready.add_metric([role], sum(load.role == role for load in loads))
         yield from (sizes, ready)
-        state = report.state
-        for process, errors in (
-            ("api_server", report.message_errors),
-            ("manager", state.message_errors if state is not None else {}),
-        ):
-            failed = CounterMetricFamily(
-                f"pd_serve_{process}_message_errors", MESSAGE_ERRORS, labels=["kind"]
-            )
-            for kind, number in errors.items():
-                failed.add_metric([kind], number)
-            yield failed
+        yield _message_errors("manager", report.state.message_errors if report.state is not None else {})
         yield GaugeMetricFamily(
             "pd_serve_fragmented_blocks",
             "Free KV blocks that would suffice for queued requests if they were on one instance.",
             fragmented_blocks(
                 [load.head_of_line_blocks for load in loads], sum(load.free_blocks for load in loads)
             ),
-        )
-        yield GaugeMetricFamily(
-            "pd_serve_waiting_line_requests",
-            "Requests that wait in the API server until an instance has room.",
-            report.waiting.requests,
-        )
-        yield GaugeMetricFamily(
-            "pd_serve_running_requests",
-            "Requests of this API server in progress, waiting ones included.",
-            report.num_running,
-        )
-        yield CounterMetricFamily(
-            "pd_serve_unsent_messages",
-            "Messages of this API server dropped because their receiver was not connected or did not read.",
-            report.num_unsent,
         )
 
     def _scheduler(self, report: ClusterReport) -> Iterator[Metric]:
@@ -199,3 +198,10 @@ class ClusterMetrics(Collector):
             for role in ROLES:
                 scaled.add_metric([action, role], counts.get((action, role), 0))
         yield scaled
+
+
+def _message_errors(process: str, errors: Mapping[str, int]) -> CounterMetricFamily:
+    failed = CounterMetricFamily(f"pd_serve_{process}_message_errors", MESSAGE_ERRORS, labels=["kind"])
+    for kind, number in errors.items():
+        failed.add_metric([kind], number)
+    return failed

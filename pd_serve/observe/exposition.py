@@ -1,6 +1,11 @@
-"""`/metrics`: vLLM's metrics with instance names, and the metrics of pd-serve."""
+"""`/metrics`: vLLM's metrics with instance names, and the metrics of pd-serve, of all API servers.
 
-from collections.abc import Callable, Iterator, Mapping
+What an API server counts itself has its name in a label `api_server`. It is asked for at every scrape: a
+series never shows an older number than before, and ends with its API server. What instances and scheduler
+report, each API server knows, and the one that answers shows it.
+"""
+
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, generate_latest
@@ -11,10 +16,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from pd_serve.observe.cluster_metrics import ClusterMetrics
+from pd_serve.observe.cluster_metrics import ApiServerMetrics, ClusterMetrics
 from pd_serve.observe.cluster_report import ClusterReport
-from pd_serve.observe.service_labels import WithServiceLabels
+from pd_serve.observe.service_labels import WithLabels
 from router.load import InstanceLoad
+
+#: Beginning of the text of a metric.
+HEAD = "# HELP "
 
 
 def _waiting(load: InstanceLoad, labels: Mapping[str, str]) -> float:
@@ -39,43 +47,106 @@ class WithInstances(Collector):
 
     Args:
         report: Gives the present instances by vLLM's engine number, which is reused, and their loads.
+        of_engines: Whether to show vLLM's gauges, which are about engines, or all other metrics.
     """
 
-    def __init__(self, report: Callable[[], ClusterReport], registry: CollectorRegistry = REGISTRY) -> None:
+    def __init__(
+        self, report: Callable[[], ClusterReport], registry: CollectorRegistry, *, of_engines: bool
+    ) -> None:
         self._report = report
         self._registry = registry
+        self._of_engines = of_engines
 
     def collect(self) -> Iterator[Metric]:
         report = self._report()
         instances = {str(slot): name for name, slot in report.slots.items()}
         loads = {load.instance_id: load for load in report.loads}
         for metric in self._registry.collect():
-            yield _shown(metric, instances, loads) if metric.name.startswith("vllm:") else metric
+            is_vllms = metric.name.startswith("vllm:")
+            if (is_vllms and metric.type == "gauge") == self._of_engines:
+                yield _shown(metric, instances, loads) if is_vllms else metric
+
+
+class MetricsText:
+    """The metrics that one API server shows, as Prometheus' text.
+
+    Args:
+        report: Gives what is known now; called at every scrape.
+        labels: Of the service, on each sample of pd-serve and vLLM.
+        api_server: Name of this API server.
+    """
+
+    def __init__(
+        self,
+        report: Callable[[], ClusterReport],
+        labels: Mapping[str, str],
+        api_server: str,
+        registry: CollectorRegistry = REGISTRY,
+    ) -> None:
+        name = {"api_server": api_server}
+        self._own = [
+            WithLabels(WithInstances(report, registry, of_engines=False), labels, name),
+            WithLabels(ApiServerMetrics(report), labels, name),
+        ]
+        self._reported = [
+            WithLabels(WithInstances(report, registry, of_engines=True), labels),
+            WithLabels(ClusterMetrics(report), labels),
+        ]
+
+    def own(self) -> str:
+        """What this API server counts itself."""
+        return _text_of(self._own)
+
+    def reported(self) -> str:
+        """What all API servers know."""
+        return _text_of(self._reported)
+
+
+def merged(texts: Iterable[str], names: Sequence[str] = ()) -> str:
+    """One text of several, with all samples of a metric together.
+
+    Args:
+        names: Of the samples to keep; all of them without any.
+    """
+    found: dict[str, list[str]] = {}
+    for text in texts:
+        for metric in f"\n{text}".split(f"\n{HEAD}")[1:]:
+            help_text, type_text, *samples = metric.rstrip("\n").split("\n")
+            if names:
+                samples = [line for line in samples if line.partition("{")[0].partition(" ")[0] in names]
+            known = found.setdefault(help_text.partition(" ")[0], [])
+            known += samples if known else [f"{HEAD}{help_text}", type_text, *samples]
+    return "".join(f"{line}\n" for lines in found.values() if len(lines) > 2 or not names for line in lines)
 
 
 def show_metrics(
-    app: FastAPI,
-    report: Callable[[], ClusterReport],
-    registry: CollectorRegistry = REGISTRY,
-    labels: Mapping[str, str] | None = None,
+    app: FastAPI, text: MetricsText, of_others: Callable[[], Awaitable[Iterable[str]]] | None = None
 ) -> None:
-    """Serves the metrics of a registry and of the cluster, in place of vLLM's own `/metrics`.
+    """Serves the metrics of all API servers, in place of vLLM's own `/metrics`.
+
+    With `?only=self` those of this one: for a Prometheus that scrapes each of them.
 
     Args:
-        labels: Of the service, on each sample of pd-serve and vLLM.
+        of_others: Returns what the other API servers count themselves; None if there are none.
     """
-    shown = CollectorRegistry(auto_describe=True)  # for `?name[]=`
-    for collector in (WithInstances(report, registry), ClusterMetrics(report)):
-        shown.register(WithServiceLabels(collector, labels or {}))
 
     async def metrics(request: Request) -> Response:
         # Runs on the event loop, as all code that changes these values. In the plain text format only:
         # in OpenMetrics format the library renames `vllm:` to `vllm_`.
-        names = request.query_params.getlist("name[]")
-        chosen = shown.restricted_registry(names) if names else shown
-        return Response(generate_latest(chosen), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+        others: Iterable[str] = ()
+        if of_others is not None and request.query_params.get("only") != "self":
+            others = await of_others()
+        shown = merged((text.own(), *others, text.reported()), request.query_params.getlist("name[]"))
+        return Response(shown, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     app.router.routes.insert(0, Route("/metrics", metrics))
+
+
+def _text_of(collectors: Iterable[Collector]) -> str:
+    shown = CollectorRegistry()
+    for collector in collectors:
+        shown.register(collector)
+    return generate_latest(shown).decode()
 
 
 def _shown(metric: Metric, instances: Mapping[str, str], loads: Mapping[str, InstanceLoad]) -> Metric:

@@ -21,18 +21,20 @@ FORMAT_VARIABLE = "PD_SERVE_LOG_FORMAT"
 RAY_PREFIX = re.compile(r"^\([^()]*\bpid=\d+[^()]*\) (?=\{)", re.MULTILINE)
 
 
-def configure_logging(process: str = "") -> None:
+def configure_logging(process: str = "", *, is_shown: bool = False) -> None:
     """Configures logging with the level in `PD_SERVE_LOG_LEVEL` (default INFO; DEBUG logs every hand-off).
 
     Args:
-        process: Name of the process in JSON lines; in text lines Ray adds it.
+        process: Name of the process in JSON lines.
+        is_shown: Whether text lines begin with the name, too. Those of Ray's processes get it from Ray.
     """
     level = os.environ.get("PD_SERVE_LOG_LEVEL", "INFO").upper()
     handler = logging.StreamHandler()
     if is_json():
         handler.setFormatter(_json_formatter(process))
     else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        begin = f"({process} pid={os.getpid()}) " if is_shown else ""
+        handler.setFormatter(logging.Formatter(f"{begin}%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for ours in ("pd_serve", "migration", "router"):
         logging.getLogger(ours).setLevel(level)

@@ -6,26 +6,31 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 
-class WithServiceLabels(Collector):
-    """The metrics of another collector, with labels on each sample of pd-serve and vLLM.
+class WithLabels(Collector):
+    """The metrics of another collector, with further labels.
 
     Labels that a sample has already stay as they are: vLLM's have a `model_name`.
 
     Args:
-        labels: Such as `service` and `model_name`.
+        service: On each sample of pd-serve and vLLM, such as `service` and `model_name`.
+        process: On each sample, such as `api_server`.
     """
 
-    def __init__(self, collector: Collector, labels: Mapping[str, str]) -> None:
+    def __init__(
+        self, collector: Collector, service: Mapping[str, str], process: Mapping[str, str] | None = None
+    ) -> None:
         self._collector = collector
-        self._labels = dict(labels)
+        self._process = dict(process or {})
+        self._service = self._process | dict(service)
 
     def collect(self) -> Iterator[Metric]:
         for metric in self._collector.collect():
-            yield self._labelled(metric) if metric.name.startswith(("pd_serve_", "vllm:")) else metric
+            is_ours = metric.name.startswith(("pd_serve_", "vllm:"))
+            labels = self._service if is_ours else self._process
+            yield _labelled(metric, labels) if labels else metric
 
-    def _labelled(self, metric: Metric) -> Metric:
-        labelled = Metric(metric.name, metric.documentation, metric.type, metric.unit)
-        labelled.samples = [
-            sample._replace(labels={**self._labels, **sample.labels}) for sample in metric.samples
-        ]
-        return labelled
+
+def _labelled(metric: Metric, labels: Mapping[str, str]) -> Metric:
+    labelled = Metric(metric.name, metric.documentation, metric.type, metric.unit)
+    labelled.samples = [sample._replace(labels={**labels, **sample.labels}) for sample in metric.samples]
+    return labelled

@@ -8,7 +8,8 @@ import psutil
 from pd_serve.errors import InvalidRequestError
 from pd_serve.platform.placement import num_workers
 
-#: Memory of a process of an engine beside weights and KV cache, in bytes (measured: 0.5-0.6 GB).
+#: Memory of an API server, or of a process of an engine beside weights and KV cache, in bytes (measured:
+#: 0.5-0.6 GB).
 PROCESS_BYTES = 600 * 2**20
 
 #: Memory of an instance with a simulated engine, in bytes (measured: 80 MiB of its own); it has neither
@@ -17,16 +18,30 @@ SIMULATED_BYTES = 100 * 2**20
 
 
 def check_memory(
-    num_instances: int, engine_args: dict[str, Any], model: str, *, simulated: bool = False
+    num_instances: int,
+    engine_args: dict[str, Any],
+    model: str,
+    *,
+    simulated: bool = False,
+    api_servers: int = 1,
 ) -> None:
-    """Raises: InvalidRequestError: the instances would not fit into this machine's free memory."""
+    """Checks whether processes that are to start fit into this machine's free memory.
+
+    Args:
+        engine_args: Arguments of vLLM's `AsyncEngineArgs`.
+        model: Its directory, if it has one.
+
+    Raises:
+        InvalidRequestError: They would not.
+    """
+    front_end = api_servers * PROCESS_BYTES
     if simulated:
-        return _check(num_instances, num_instances * SIMULATED_BYTES + PROCESS_BYTES, "start fewer")
+        return _check(num_instances, num_instances * SIMULATED_BYTES + front_end, "start fewer")
     weights = sum(f.stat().st_size for f in Path(model).glob("*.safetensors")) if Path(model).is_dir() else 0
     kv = int(engine_args.get("kv_cache_memory_bytes") or 0)
     workers = num_workers(engine_args)
     processes = workers + 1 if workers > 1 else 1
-    needed = num_instances * (processes * PROCESS_BYTES + weights + workers * kv) + PROCESS_BYTES
+    needed = num_instances * (processes * PROCESS_BYTES + weights + workers * kv) + front_end
     _check(num_instances, needed, "start fewer, or set a smaller --kv-cache-memory-bytes")
 
 

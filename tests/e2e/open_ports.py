@@ -109,6 +109,10 @@ class Port:
         return bool(event == zmq.Event.HANDSHAKE_SUCCEEDED)
 
 
+#: Ends of the words that say what a Python process runs.
+SCRIPTS = (".py", "pd-serve", "api_server_process")
+
+
 def ask_all(ports: Sequence[Port], question: Callable[[Port], Any]) -> list[tuple[Port, Any]]:
     """Each port and its answer."""
     with ThreadPoolExecutor(max_workers=64) as pool:
@@ -132,6 +136,6 @@ def _name(process: psutil.Process) -> str:
     """As it is called by people: "ray::InstanceActor", "raylet", "monitor.py"."""
     name = process.name()
     if name.startswith("python"):
-        scripts = [Path(part).name for part in process.cmdline()[1:] if part.endswith((".py", "pd-serve"))]
+        scripts = [Path(part).name for part in process.cmdline()[1:] if part.endswith(SCRIPTS)]
         name = scripts[0] if scripts else name
     return name.split(".wait")[0]

@@ -63,4 +63,4 @@ async def test_a_mixed_load_leaves_nothing_behind(tmp_path: Path) -> None:
     found = report(tmp_path)
     assert found["streams"] > 0
     assert found["variants"]["abort"] > 0
-    assert {row["kind"] for row in found["usage"]} >= {"service", "instance", "scheduler"}
+    assert {row["kind"] for row in found["usage"]} >= {"manager", "api server", "instance", "scheduler"}

@@ -191,6 +191,7 @@ async def test_log_lines_follow_a_request_through_all_processes(
     """JSON each, and with one request's id from the API server through all instances to the end."""
     await moved_request(client, "logged")
     request_id = (await timeline(client, "logged"))["id"]
+    [api_server] = [row["id"] for row in (await client.cluster())["api_servers"]]
 
     def lines() -> list[dict[str, Any]]:
         found = []
@@ -201,11 +202,11 @@ async def test_log_lines_follow_a_request_through_all_processes(
 
     for _ in range(100):  # Ray passes on the instances' lines now and then
         mine = lines()
-        if {"api", "prefill-0", "decode-0", "decode-1"} <= {line["process"] for line in mine}:
+        if {api_server, "prefill-0", "decode-0", "decode-1"} <= {line["process"] for line in mine}:
             break
         await asyncio.sleep(0.1)
-    assert {line["process"] for line in mine} == {"api", "prefill-0", "decode-0", "decode-1"}
-    events = [line["event"] for line in mine if line["process"] == "api" and "event" in line]
+    assert {line["process"] for line in mine} == {api_server, "prefill-0", "decode-0", "decode-1"}
+    events = [line["event"] for line in mine if line["process"] == api_server and "event" in line]
     assert events[:3] == ["issued", "dispatched", "prefilled"]
     assert events.count("migrated") >= 2
     assert "ended" in events

@@ -31,7 +31,8 @@ RAY_PROCESSES = {
 }
 RAY_METRICS = {"ray::DashboardAgent", "monitor.py", "dashboard.py"}
 
-OUR_PROCESSES = {"pd-serve", "ray::InstanceActor", "ray::SchedulerActor"}
+API_SERVER = "pd_serve.launch.api_server_process"
+OUR_PROCESSES = {"pd-serve", API_SERVER, "ray::InstanceActor", "ray::SchedulerActor"}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,8 @@ def test_no_port_answers_a_peer_without_the_secret(server: ServerProcess) -> Non
 
     # ZeroMQ: two of the API server (messages, tokens), one of the manager and of every other process.
     assert Counter(port.process for port in ports["zeromq"]) == {
-        "pd-serve": 3,
+        "pd-serve": 1,
+        API_SERVER: 2,
         "ray::InstanceActor": 2,
         "ray::SchedulerActor": 1,
     }
@@ -88,10 +90,13 @@ def test_no_port_answers_a_peer_without_the_secret(server: ServerProcess) -> Non
     assert {port.process for port in ports["nothing"]} == {"ray::InstanceActor"}
     assert [port for port, silent in ask_all(ports["nothing"], Port.says_nothing) if not silent] == []
 
-    # HTTP: ours, below; and Ray's.
-    [ours] = [port for port in ports["http"] if port.process in OUR_PROCESSES]
-    assert ours.number == server.port
-    for port in set(ports["http"]) - {ours}:
+    # HTTP: ours, below, which the manager holds open for API servers; and Ray's.
+    ours = {port for port in ports["http"] if port.process in OUR_PROCESSES}
+    assert {(port.process, port.number) for port in ours} == {
+        ("pd-serve", server.port),
+        (API_SERVER, server.port),
+    }
+    for port in set(ports["http"]) - ours:
         allowed = {401, 404, 200} if port.process in RAY_METRICS else {401}
         assert {port.get(path) for path in ("/", "/api/version", "/metrics", "/logs")} <= allowed, port
 

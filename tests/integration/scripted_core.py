@@ -108,6 +108,7 @@ class ScriptedCluster:
         self.num_live = 2
         self.num_waiting = 0
         self.predicted_s: float | None = None
+        self.num_waiting_elsewhere = self.num_connections_elsewhere = 0
         self.violations: list[str] = []
         self.moved: list[tuple[str, str]] = []
         self.drained: list[tuple[str, bool, bool]] = []

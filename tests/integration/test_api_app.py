@@ -98,7 +98,16 @@ async def running(
     sock = bind("127.0.0.1", 0)
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
     ready = asyncio.Event()
-    serving = asyncio.create_task(serve(app, sock, args, on_ready=ready.set, max_connections=max_connections))
+    serving = asyncio.create_task(
+        serve(
+            app,
+            sock,
+            args,
+            on_ready=ready.set,
+            max_connections=max_connections,
+            connections_elsewhere=lambda: cluster.num_connections_elsewhere,
+        )
+    )
     await asyncio.wait_for(ready.wait(), 5)
     try:
         async with httpx.AsyncClient(base_url=url, timeout=60, limits=LIMITS) as http:

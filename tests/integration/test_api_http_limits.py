@@ -183,6 +183,15 @@ class TestConnections:
         assert (status, headers["retry-after"]) == (503, "1")
         assert error["message"] == "Too many connections; try again later."
 
+    async def test_those_of_other_api_servers_count(self, service: LocalService) -> None:
+        service.cluster.num_connections_elsewhere = CONNECTIONS
+        try:
+            async with connection(service) as (reader, _):
+                status, _, _ = await answer_of(reader)
+        finally:
+            service.cluster.num_connections_elsewhere = 0
+        assert status == 503
+
     async def test_a_client_that_does_not_read_is_waited_for_and_not_written_for(
         self, service: LocalService
     ) -> None:

@@ -133,10 +133,12 @@ TESTED_THROUGH: dict[str, tuple[str, ...]] = {
     ),
     "tests/e2e/test_command_line.py": (
         "pd_serve/launch/api_server.py",
+        "pd_serve/launch/local_cluster.py",
         "pd_serve/launch/serve.py",
         "pd_serve/launch/signals.py",
         "pd_serve/manager/ray_actors.py",
     ),
+    "tests/e2e/test_api_servers.py": ("pd_serve/launch/api_server_process.py",),
     "tests/unit/deploy/test_serve_application.py": ("pd_serve/launch/ray_serve.py",),
     "tests/e2e/test_dashboard_page.py": ("loadtests/browser.py",),
 }
@@ -145,6 +147,7 @@ TESTED_THROUGH: dict[str, tuple[str, ...]] = {
 RUN_BY_HAND = {
     "loadtests/__main__.py",
     "loadtests/bench/__main__.py",
+    "loadtests/bench/in_process.py",
     "loadtests/bench/kinds.py",
     "loadtests/bench/migration.py",
     "loadtests/dashboard_figure.py",

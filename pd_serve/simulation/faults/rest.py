@@ -91,7 +91,7 @@ class RestChecks:
         _, scheduler, scheduler_wire = cluster.platform.scheduler
         yield from self._differs("the manager has the instances", set(manager.register.infos), instances)
         yield from self._differs(
-            "the manager has the API servers", set(manager._announcer.api_servers), servers
+            "the manager has the API servers", set(manager.announcer.api_servers), servers
         )
         yield from self._differs(
             "the scheduler has the loads of",

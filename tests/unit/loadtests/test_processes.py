@@ -36,8 +36,13 @@ def family() -> Iterator[tuple[subprocess.Popen[bytes], psutil.Process]]:
 @pytest.mark.parametrize(
     ("name", "command", "kind"),
     [
-        ("python", ["python", "/x/bin/pd-serve", "serve", "tiny"], ProcessKind.SERVICE),
-        ("pd-serve", ["/x/bin/pd-serve", "serve", "tiny"], ProcessKind.SERVICE),
+        ("python", ["python", "/x/bin/pd-serve", "serve", "tiny"], ProcessKind.MANAGER),
+        ("pd-serve", ["/x/bin/pd-serve", "serve", "tiny"], ProcessKind.MANAGER),
+        (
+            "python",
+            ["python", "-P", "-m", "pd_serve.launch.api_server_process", "5", "6", "7"],
+            ProcessKind.API_SERVER,
+        ),
         ("python", ["python", "/x/bin/pd-serve", "status"], ProcessKind.OTHER),
         ("ray::InstanceAc", ["ray::InstanceActor.wait"], ProcessKind.INSTANCE),
         ("ray::SchedulerA", ["ray::SchedulerActor"], ProcessKind.SCHEDULER),

@@ -171,3 +171,10 @@ def test_every_flag_has_a_group_and_a_help_text() -> None:
         if isinstance(setting.json_schema_extra, dict):
             assert setting.json_schema_extra["group"] in GROUPS, name
             assert (setting.description or "").endswith("."), name
+
+
+@pytest.mark.parametrize(
+    ("given", "cores", "number"), [(None, 2, 1), (None, 15, 1), (None, 16, 2), (None, 256, 8), (3, 2, 3)]
+)
+def test_the_number_of_api_servers_follows_from_the_cores(given: int | None, cores: int, number: int) -> None:
+    assert ServeConfig(api_servers=given).num_api_servers(cores) == number

@@ -22,14 +22,14 @@ def result(
 
 
 def test_the_report_has_the_timeline_and_all_numbers(tmp_path: Path) -> None:
-    faults = [fault(), fault(Target.SERVICE, 3, at_s=7.0, freeze_s=4.0)]
+    faults = [fault(), fault(Target.MANAGER, 3, at_s=7.0, freeze_s=4.0)]
 
     write_report(result([stream(), stream(1, end_s=12.0)], faults), tmp_path)
 
     page = (tmp_path / "report.html").read_text()
     assert "none lost, doubled" in page
     assert "kill decode-0 (pid 11)" in page
-    assert "freeze 4.0 s service-0 (pid 3)" in page
+    assert "freeze 4.0 s manager-0 (pid 3)" in page
     assert "data:image/svg+xml;base64," in page
     numbers = json.loads((tmp_path / "report.json").read_text())
     assert numbers["seed"] == 42

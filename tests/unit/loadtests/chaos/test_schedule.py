@@ -54,7 +54,7 @@ def test_an_operation_can_be_left_out() -> None:
 
 def test_a_fault_is_described() -> None:
     kill = Fault(0, 1.0, (Target.PREFILL, Target.DECODE), None, Operation.DRAIN, 0.5, 1)
-    freeze = Fault(1, 1.0, (Target.SERVICE,), 12.34, None, 0.0, 1)
+    freeze = Fault(1, 1.0, (Target.MANAGER,), 12.34, None, 0.0, 1)
 
     assert str(kill) == "kill prefill and decode, during drain"
-    assert str(freeze) == "freeze 12.3 s service"
+    assert str(freeze) == "freeze 12.3 s manager"

@@ -32,15 +32,15 @@ def service() -> Iterator[StartedService]:
     process.wait()
 
 
-def test_pd_serve_serve_and_its_raylet_are_never_killed() -> None:
+def test_the_manager_of_pd_serve_serve_and_its_raylet_are_never_killed() -> None:
     """Everything ends with them."""
-    assert not {Target.SERVICE, Target.RAYLET} & set(SERVE_RATES.kill)
+    assert not {Target.MANAGER, Target.RAYLET} & set(SERVE_RATES.kill)
 
 
 def test_processes_that_a_cluster_does_not_have_are_not_drawn() -> None:
     rates = rates_of(ClusterShape({"neutral": 3}))
 
-    assert set(rates.kill) == {Target.NEUTRAL, Target.SCHEDULER}
+    assert set(rates.kill) == {Target.NEUTRAL, Target.SCHEDULER, Target.API_SERVER}
     assert not {Target.PREFILL, Target.DECODE} & set(rates.freeze)
 
 

@@ -87,7 +87,7 @@ def test_the_end_of_a_raylet_explains_that_of_its_processes() -> None:
 def test_the_summary_counts_what_was_done() -> None:
     excused = stream(error="the stream was cut off", broken=True, excused=True)
     found = verdict.summary(
-        [stream(), excused, stream(error="HTTP 500")], [fault(), fault(Target.SERVICE, 3, freeze_s=4.0)]
+        [stream(), excused, stream(error="HTTP 500")], [fault(), fault(Target.MANAGER, 3, freeze_s=4.0)]
     )
 
     assert (found["faults"], found["kills"], found["freezes"]) == (2, 1, 1)

@@ -17,7 +17,7 @@ KEY = "sk-key"
 GREETING = b"\xff\0\0\0\0\0\0\0\x01\x7f\x03\x01CURVE"
 
 
-def port_of(protocol: Protocol, kind: ProcessKind = ProcessKind.SERVICE) -> ListeningPort:
+def port_of(protocol: Protocol, kind: ProcessKind = ProcessKind.API_SERVER) -> ListeningPort:
     return ListeningPort(kind, 1, 1, protocol)
 
 

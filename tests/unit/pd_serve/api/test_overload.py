@@ -30,6 +30,7 @@ Handler = Callable[[Receive, Send], Awaitable[None]]
 class Cluster:
     num_live: int = 1
     num_waiting: int = 0
+    num_waiting_elsewhere: int = 0
 
 
 class App:
@@ -78,6 +79,16 @@ async def test_every_generating_route_is_guarded(path: str) -> None:
     assert (answer.status_code, answer.headers["Retry-After"]) == (429, "1")
     error = answer.json()["error"]
     assert (error["type"], error["param"], error["code"]) == ("Too Many Requests", None, 429)
+
+
+async def test_requests_that_wait_at_other_api_servers_count() -> None:
+    cluster = Cluster(num_waiting=1, num_waiting_elsewhere=3)
+    gate = OverloadMiddleware(App().open(), cluster=cluster, max_waiting=4)
+    async with client(gate) as http:
+        assert (await http.post("/v1/completions")).status_code == 429
+        cluster.num_waiting_elsewhere = 2
+        assert (await http.post("/v1/completions")).text == "done"
+    assert gate.num_waiting == 1, "what it tells the others is its own only"
 
 
 async def test_below_the_limit_and_without_one() -> None:

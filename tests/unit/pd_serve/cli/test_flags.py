@@ -30,7 +30,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[ServeConfig]:
     def run(config: ServeConfig, console: object) -> None:
         found.append(config)
 
-    def nothing(work: Coroutine[Any, Any, None]) -> None:
+    def nothing(work: Coroutine[Any, Any, None], process: str) -> None:
         pass
 
     monkeypatch.setattr(serve, "run", run)

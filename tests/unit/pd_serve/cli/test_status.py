@@ -28,6 +28,7 @@ INSTANCE = {
 }
 CLUSTER: dict[str, Any] = {
     "instances": [INSTANCE],
+    "api_servers": [{"id": "api-5f0c2a91", "pid": 19, "requests": 12}],
     "waiting_line": {"requests": 3, "tokens": 2400},
     "migrations": {"handoff": {"committed": 5, "aborted": 1}},
     "scheduler": {"state": "alive", "policy": "llumnix", "pid": 18, "restarts": 0},
@@ -56,6 +57,7 @@ def test_instances_migrations_and_decisions_are_shown(capsys: pytest.CaptureFixt
         "neutral-0",
         "empty",
         "-inf",
+        "api-5f0c2a91: pid 19, 12 requests",
         "3 requests in line for an instance with room, 2400 tokens",
         "handoff",
         "policy llumnix",

@@ -47,7 +47,7 @@ from pd_serve.comm.cluster_state import (
     SchedulerStats,
     StartingInstance,
 )
-from pd_serve.comm.membership import ApiServerInfo, Join, LoraAdapter
+from pd_serve.comm.membership import ApiServerInfo, ApiServerStatus, Join, LoraAdapter
 from pd_serve.comm.messages import (
     AbortRequests,
     AddRequest,
@@ -78,6 +78,7 @@ from pd_serve.comm.requests import (
     Call,
     CallEngine,
     CheckIntegrity,
+    CountedSlot,
     DrainInstance,
     FindOrphan,
     FindRequests,
@@ -89,6 +90,8 @@ from pd_serve.comm.requests import (
     MigrateByName,
     MoveRequest,
     OrphanAnswer,
+    ReadMetrics,
+    ReadRecent,
     RestartInstances,
     ScalePools,
     UnloadAdapter,
@@ -131,11 +134,11 @@ MESSAGES: list[Any] = [
         scaled=[ScaledCount("start", "decode", 1)],
         decisions=[PastDecision(1.0, "d1 is drained")],
         restart=RestartState(True, "1 of 3"),
-        api_servers=["api"],
         scheduler_stats=STATS,
         problems=["a problem"],
     ),
-    Join(ApiServerInfo("tcp://api", "tcp://api/tokens"), ["d0"], 7),
+    ApiServerStatus(requests=3, waiting=2, connections=9),
+    Join(ApiServerInfo("tcp://api", "tcp://api/tokens", pid=7), ["d0"], 7),
     StartInstance("decode", "too full"),
     StopInstance("d0", "empty"),
     SchedulerReport([Decision("d0", "is drained", "too large")], STATS),
@@ -174,6 +177,8 @@ REQUESTS: list[Any] = [
     FindRequests("r"),
     FindOrphan("cmpl-mine-0.5d21"),
     Adopt(R, "tcp://api/tokens", [b"request"]),
+    ReadMetrics(),
+    ReadRecent(12),
 ]
 
 #: Results of remote calls that are no plain values.
@@ -181,6 +186,7 @@ RESULTS: list[tuple[Any, Any]] = [
     (MoveRequest, RECORD),
     (FindOrphan, OrphanAnswer("doubtful", 7)),
     (MigrateByName, ManualMigration(RECORD, 0.0085)),
+    (ReadRecent, [CountedSlot(12, {3: 4}, {5: 6}, 10, 2, 1, 2, 1)]),
     (ListHoldings, Holdings([HeldBlocks(R, 3, True)], [(R, InstanceId("d0"), "balance")])),
 ]
 

@@ -8,7 +8,7 @@ import pytest
 
 from migration.messages import InstanceId, RequestId
 from pd_serve.comm.messages import ToApiServer
-from pd_serve.comm.requests import Call, CheckIntegrity, ListRequests, MoveRequest
+from pd_serve.comm.requests import Call, CheckIntegrity, ListRequests, MoveRequest, ReadMetrics
 from pd_serve.comm.rpc import Answer, RpcClient, RpcServer
 from pd_serve.comm.timing import CALL_TIMEOUT_S
 from pd_serve.errors import (
@@ -302,3 +302,19 @@ async def test_closing_cancels_the_handlers_that_run() -> None:
 
     assert ended
     assert wire.sent_to(Answer) == []
+
+
+async def test_a_handler_can_be_added_later() -> None:
+    async def handle(sender: str, request: ReadMetrics) -> str:
+        return f"to {sender}"
+
+    wire = RecordingWire("api")
+    wire.connect("b", "tcp://b")
+    server = RpcServer(wire, {})
+    server.serve(ReadMetrics, handle)
+    server.on_call("b", "call", ReadMetrics())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+
+    assert [answer.result for answer in wire.sent_to(Answer, "b")] == ["to b"]
+    await server.close()

@@ -5,7 +5,16 @@ import random
 import pytest
 
 from migration.record import MigrationRecord
-from pd_serve.dashboard.recent import GROWTH, NUM_MOVES, NUM_SLOTS, SLOT_S, RecentEvents, bucket_of, quantile
+from pd_serve.dashboard.recent import (
+    GROWTH,
+    NUM_MOVES,
+    NUM_SLOTS,
+    SLOT_S,
+    RecentEvents,
+    Slot,
+    bucket_of,
+    quantile,
+)
 from pd_serve.observe.timeline import Timeline
 from router.slo import NO_SLO, Slo
 from tests.unit.pd_serve.made_migrations import FULL, migrated
@@ -140,3 +149,36 @@ def test_attainment_is_of_the_requests_with_targets_of_the_last_minute(
     assert recent.summary()["attainment"] == pytest.approx(2 / 3, abs=1e-4)
     clock.now += NUM_SLOTS * SLOT_S
     assert recent.summary()["attainment"] is None
+
+
+def test_what_other_api_servers_have_counted_is_added(recent: RecentEvents, clock: Clock) -> None:
+    other = RecentEvents(clock)
+    recent.token_gaps({0.05: 10})
+    other.token_gaps({0.05: 30, 0.2: 1})
+    other.ended(Timeline("r", "r", clock.now, 10, 0, outcome="error"))
+    recent.load(3, 4)
+
+    recent.note_elsewhere("b", other.counted(recent.next_of("b")))
+
+    (slot,) = recent.slots()
+    assert (slot.tokens, slot.ended, slot.errors) == (41, 1, 1)
+    assert (slot.running, slot.waiting) == (3, 4), "those of the whole cluster are known here"
+    assert sum(slot.gaps.values()) == 41
+    assert recent.outcomes() == {"ended": 1, "errors": 1}
+    assert [slot.tokens for slot in map(Slot.of, recent.counted(0))] == [10], "its own only"
+
+
+def test_the_last_slot_of_another_api_server_is_read_again(recent: RecentEvents, clock: Clock) -> None:
+    other = RecentEvents(clock)
+    for _ in range(3):
+        other.token_gaps({0.05: 1})
+        recent.note_elsewhere("b", other.counted(recent.next_of("b")))
+        other.token_gaps({0.05: 1})
+        recent.note_elsewhere("b", other.counted(recent.next_of("b")))
+        clock.now += SLOT_S
+
+    assert [slot.tokens for slot in recent.slots()] == [2, 2, 2]
+    clock.now += NUM_SLOTS * SLOT_S
+    recent.note_elsewhere("b", [])
+    assert recent.slots() == []
+    assert recent.next_of("b") == 0

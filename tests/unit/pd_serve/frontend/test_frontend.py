@@ -31,7 +31,6 @@ STATE = ClusterState(
     scaled=[],
     decisions=[PastDecision(1.0, "d1 is drained: too large")],
     restart=RestartState(True, "1 of 3 done"),
-    api_servers=["api", "other"],
     problems=["manager: handling Join from api failed: KeyError: 'x' (1 times)"],
 )
 
@@ -46,7 +45,7 @@ async def test_a_snapshot_shows_members_starting_instances_and_the_manager_s_sta
     assert snapshot.scheduler is not None
     assert (snapshot.manager, snapshot.scheduler.state) == ("alive", "alive")
     assert snapshot.decisions == [PastDecision(1.0, "d1 is drained: too large")]
-    assert snapshot.api_servers == ["api", "other"]
+    assert [(row.id, row.requests) for row in snapshot.api_servers] == [("api", 0)]
 
 
 async def test_without_a_manager_the_last_members_are_shown_and_the_manager_as_absent(world: World) -> None:
@@ -125,7 +124,7 @@ async def test_a_leaving_instance_is_reported_unused_once_no_request_is_on_it(wo
 async def test_integrity_collects_the_problems_of_all_processes(world: World) -> None:
     world.wire.hear(MANAGER, STATE)
     world.wire.failures.record("handling LoadReport from d0", KeyError("y"))
-    checking = asyncio.create_task(world.frontend._problems())
+    checking = asyncio.create_task(world.frontend._integrity.problems())
     answered: set[str] = set()
     for _ in range(3):
         await turns()

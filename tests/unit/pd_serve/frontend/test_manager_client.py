@@ -26,7 +26,6 @@ STATE = ClusterState(
     scaled=[],
     decisions=[],
     restart=RestartState(True, "1 of 3 done"),
-    api_servers=["api"],
 )
 
 

@@ -50,7 +50,7 @@ async def test_a_leaving_instance_counts_as_used_until_every_api_server_reports_
         world.drain_by_scheduler("decode-0")
         world.want_stopped("decode-0")
         await asyncio.sleep(2 * HEARTBEAT_S)
-        assert world.manager._announcer.is_used("decode-0")
+        assert world.manager.announcer.is_used("decode-0")
         assert not world.launcher.stopped
         world.busy.clear()
         await asyncio.sleep(0.5)
@@ -62,10 +62,27 @@ async def test_an_api_server_whose_lease_expired_is_removed_and_uses_no_instance
     async with a_world() as world:
         world.joined.append("other")
         await asyncio.sleep(1)
-        assert world.manager.state().api_servers == ["api", "other"]
+        assert list(world.manager.announcer.api_servers) == ["api", "other"]
+        silent: list[str] = []
+        world.manager.announcer.on_silent = silent.append
         world.joined.remove("other")
         await asyncio.sleep(API_SERVER_LEASE_S + 2 * HEARTBEAT_S)
-        assert world.manager.state().api_servers == ["api"]
+        assert list(world.manager.announcer.api_servers) == ["api"]
+        assert list(last_membership(world, "decode-0").api_servers) == ["api"]
+        assert silent == ["other"]
+
+
+@in_virtual_time
+async def test_an_api_server_whose_process_has_ended_leaves_at_once_and_for_ever() -> None:
+    """A message that it has sent before its end, and that arrives after it, does not bring it back."""
+    async with a_world() as world:
+        world.joined.append("other")
+        await asyncio.sleep(1)
+        world.manager.announcer.drop_ended("other")
+        world.manager.announcer.drop_ended("never joined")
+        await asyncio.sleep(0.01)
+        assert list(last_membership(world, "decode-0").api_servers) == ["api"]
+        await asyncio.sleep(3 * HEARTBEAT_S)  # it still sends heartbeats here
         assert list(last_membership(world, "decode-0").api_servers) == ["api"]
 
 

@@ -6,7 +6,7 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from msgspec import Meta
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from pd_serve.comm.cluster_state import (
     ClusterState,
@@ -17,9 +17,9 @@ from pd_serve.comm.cluster_state import (
     SchedulerStats,
 )
 from pd_serve.comm.messages import InstanceStats
-from pd_serve.observe.cluster_metrics import ClusterMetrics, metrics_of
+from pd_serve.observe.cluster_metrics import ApiServerMetrics, ClusterMetrics, metrics_of
 from pd_serve.observe.cluster_report import ClusterReport
-from pd_serve.observe.exposition import show_metrics
+from pd_serve.observe.exposition import MetricsText, merged, show_metrics
 from router.load import InstanceLoad
 from router.request import Demand
 
@@ -43,6 +43,7 @@ class World:
         self.state: ClusterState | None = None
         self.registry = CollectorRegistry()
         self.registry.register(ClusterMetrics(self.report))
+        self.registry.register(ApiServerMetrics(self.report))
 
     def report(self) -> ClusterReport:
         return ClusterReport(
@@ -69,7 +70,6 @@ def state(scheduler_stats: SchedulerStats | None = None, **changed: Any) -> Clus
         "scaled": [],
         "decisions": [],
         "restart": RestartState(False, ""),
-        "api_servers": [],
     }
     return ClusterState(**(known | changed), scheduler_stats=scheduler_stats)
 
@@ -210,14 +210,14 @@ def test_vllms_metrics_get_the_instance_that_has_their_engine_number() -> None:
     for engine in ("0", "1", "2"):
         gauge.labels(engine, "tiny").set(1)
     Gauge("other", "Other.", ["engine"], registry=vllms).labels("0").set(1)
-    show_metrics(app, world.report, vllms)
+    show_metrics(app, MetricsText(world.report, {}, "api", vllms))
 
     accepts = {"Accept": "application/openmetrics-text;version=1.0.0,text/plain;q=0.5"}  # as Prometheus
     with TestClient(app, headers=accepts) as client:
         text = client.get("/metrics").text
         assert 'vllm:running{engine="0",instance="p0",model_name="tiny"} 1.0' in text
         assert 'engine="2"' not in text
-        assert 'other{engine="0"} 1.0' in text
+        assert 'other{api_server="api",engine="0"} 1.0' in text
         assert 'pd_serve_instance_total_blocks{instance="p0",role="prefill"} 100.0' in text
 
         world.slots = {"d7": 0, "d0": 1}
@@ -239,7 +239,7 @@ def test_vllms_gauges_show_the_last_report_and_not_the_last_step() -> None:
     by_reason = Gauge("vllm:num_requests_waiting_by_reason", "Why.", ["engine", "reason"], registry=vllms)
     by_reason.labels("0", "capacity").set(9)
     by_reason.labels("0", "deferred").set(9)
-    show_metrics(app, world.report, vllms)
+    show_metrics(app, MetricsText(world.report, {}, "api", vllms))
 
     def shown(client: TestClient) -> dict[str, float]:
         lines = client.get("/metrics").text.splitlines()
@@ -262,3 +262,65 @@ def test_vllms_gauges_show_the_last_report_and_not_the_last_step() -> None:
         }
         world.loads = [InstanceLoad(name, "decode", total_blocks=9, free_blocks=9) for name in world.slots]
         assert set(shown(client).values()) == {0}
+
+
+def test_what_each_api_server_counts_has_its_name_and_what_all_know_is_shown_once() -> None:
+    registries = [CollectorRegistry(), CollectorRegistry()]
+    texts = []
+    for number, registry in enumerate(registries):
+        Counter("pd_serve_requests", "Requests.", ["outcome"], registry=registry).labels("stop").inc(
+            number + 1
+        )
+        Counter("vllm:tokens", "Tokens.", ["engine"], registry=registry).labels("0").inc(10)
+        Gauge("vllm:num_requests_running", "Running.", ["engine"], registry=registry).labels("0").set(1)
+        Gauge("python_info", "Python.", registry=registry).set(1)
+        texts.append(MetricsText(World().report, {"service": "chat"}, f"api-{number}", registry))
+
+    async def of_others() -> list[str]:
+        return [texts[1].own()]
+
+    app = FastAPI()
+    show_metrics(app, texts[0], of_others)
+    with TestClient(app) as client:
+        lines = client.get("/metrics").text.splitlines()
+        alone = client.get("/metrics", params={"only": "self"}).text
+        named = client.get("/metrics", params={"name[]": "pd_serve_requests_total"}).text.splitlines()
+
+    assert "api-1" not in alone
+    assert 'pd_serve_requests_total{api_server="api-0"' in alone
+    assert "pd_serve_instance_total_blocks{" in alone
+
+    def of(name: str) -> list[str]:
+        return [line.removeprefix(name) for line in lines if line.startswith(name)]
+
+    assert of("pd_serve_requests_total") == [
+        '{api_server="api-0",outcome="stop",service="chat"} 1.0',
+        '{api_server="api-1",outcome="stop",service="chat"} 2.0',
+    ]
+    assert of("vllm:tokens_total") == [
+        '{api_server="api-0",engine="0",instance="p0",service="chat"} 10.0',
+        '{api_server="api-1",engine="0",instance="p0",service="chat"} 10.0',
+    ]
+    assert of("python_info") == ['{api_server="api-0"} 1.0', '{api_server="api-1"} 1.0']
+    assert len(of("pd_serve_running_requests")) == 2
+    assert of("vllm:num_requests_running") == ['{engine="0",instance="p0",service="chat"} 2.0']
+    assert len(of("pd_serve_instance_total_blocks")) == 2, "one for each instance"
+    for name in ("pd_serve_requests_total", "python_info", "pd_serve_running_requests"):
+        assert len(of(f"# HELP {name} ")) == len(of(f"# TYPE {name} ")) == 1
+    assert [line.partition("{")[0] for line in named] == [
+        "# HELP pd_serve_requests_total Requests.",
+        "# TYPE pd_serve_requests_total counter",
+        "pd_serve_requests_total",
+        "pd_serve_requests_total",
+    ]
+
+
+def test_texts_in_labels_do_not_tear_a_metric_apart() -> None:
+    registry = CollectorRegistry()
+    Gauge("pd_serve_a", "A.\n# HELP pd_serve_b B.", ["text"], registry=registry).labels(
+        "x\n# HELP pd_serve_c C."
+    ).set(1)
+    text = MetricsText(World().report, {}, "api", registry).own()
+
+    assert merged([text]) == text
+    assert merged([text, text]).count("# HELP pd_serve_a A") == 1

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from pd_serve.observe.logs import FORMAT_VARIABLE, LogFormat, choose_format, con
 
 
 @contextmanager
-def captured(log_format: LogFormat, process: str = "") -> Iterator[io.StringIO]:
+def captured(log_format: LogFormat, process: str = "", *, is_shown: bool = False) -> Iterator[io.StringIO]:
     """Logging configured so, and what is written then. Everything is undone."""
     root, stream = logging.getLogger(), io.StringIO()
     handlers, level = root.handlers[:], root.level
@@ -25,7 +26,7 @@ def captured(log_format: LogFormat, process: str = "") -> Iterator[io.StringIO]:
             patch.setenv(name, "")  # so that it is taken back
             patch.delenv(name)
         choose_format(log_format)
-        configure_logging(process)
+        configure_logging(process, is_shown=is_shown)
         try:
             yield stream
         finally:
@@ -38,6 +39,13 @@ def test_a_text_line_has_time_level_and_message() -> None:
         logging.getLogger("pd_serve.x").info("request %s: is here", "r1")
 
     assert stderr.getvalue().endswith(" INFO request r1: is here\n")
+
+
+def test_a_text_line_begins_with_its_process_if_nothing_else_shows_it() -> None:
+    with captured("text", "api-1", is_shown=True) as stderr:
+        logging.getLogger("pd_serve.x").info("here")
+
+    assert stderr.getvalue().startswith(f"(api-1 pid={os.getpid()}) ")
 
 
 def test_a_json_line_has_process_request_id_and_the_fields_of_its_event() -> None:

@@ -60,3 +60,12 @@ def test_simulated_engines_need_neither_weights_nor_a_cache(
     else:
         with pytest.raises(InvalidRequestError, match=r"64 instances need .* are free: start fewer$"):
             check_memory(64, {}, model, simulated=True)
+
+
+def test_each_api_server_is_a_process(monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    needed = PROCESS_BYTES + 2**30 + 4 * PROCESS_BYTES
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=needed))
+
+    check_memory(1, {}, model, api_servers=4)
+    with pytest.raises(InvalidRequestError):
+        check_memory(1, {}, model, api_servers=5)
