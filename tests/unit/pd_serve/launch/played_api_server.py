@@ -23,6 +23,8 @@ async def run(channel: ChildChannel, sock: socket.socket) -> int:
             os.kill(os.getpid(), signal.SIGKILL)
         case "hangs":
             await asyncio.sleep(600)
+        case "stubborn":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # It has the secret by the channel, not by what others can see.
     secret = settings.keys.secret.decode()
     seen = " ".join(sys.argv) + "".join(os.environ.values())
@@ -35,8 +37,6 @@ async def run(channel: ChildChannel, sock: socket.socket) -> int:
         channel.send(ApiServerFailed("the engine client has stopped", False))
         await channel.close()
         return 1
-    if settings.name == "stubborn":
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     await server.serve_forever()
     return 0
 
