@@ -1,6 +1,8 @@
 """Clients of a cluster with faults: they send requests, and compare each token with an undisturbed run."""
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -39,6 +41,7 @@ class ClientStream:
         outcome: "" while it goes on; then "length", "error", "abort", "refused", or "broken" with its API
             server.
         is_closed: The API server has handled the abort.
+        submission: Hands the request to the API server.
     """
 
     number: int
@@ -52,6 +55,7 @@ class ClientStream:
     is_reading: bool = False
     outcome: str = ""
     is_closed: bool = False
+    submission: "asyncio.Task[None] | None" = None
 
 
 class Clients:
@@ -60,9 +64,12 @@ class Clients:
     Args:
         api_servers: Returns the living API servers.
         report: Takes a finding.
+        comes_back: Clients whose API server has died ask for the same request: the ids of all tries have the
+            same stem.
 
     Attributes:
         streams: Every try, by request id.
+        num_resumed: Tries that continued a request of another API server.
         failed: Streams that ended with an error.
     """
 
@@ -75,7 +82,9 @@ class Clients:
         loop: ProcessLoop,
         *,
         sampled: bool = False,
+        comes_back: bool = False,
     ) -> None:
+        self.num_resumed = 0
         self.requests = requests
         self.streams: dict[str, ClientStream] = {}
         self.failed: list[ClientStream] = []
@@ -83,6 +92,7 @@ class Clients:
         self.wrong: set[int] = set()
         self._block_tokens = block_tokens
         self._sampled = sampled
+        self._comes_back = comes_back
         self._api_servers = api_servers
         self._report = report
         self._loop = loop
@@ -99,7 +109,7 @@ class Clients:
 
     def stream_of(self, number: int) -> ClientStream | None:
         """The present try of a request; None before its arrival and after its end."""
-        stream = self.streams.get(f"{number}.{self._tries[number]}")
+        stream = self.streams.get(self._id_of(number))
         return stream if stream is not None and not stream.outcome else None
 
     def abort(self, number: int) -> None:
@@ -115,6 +125,10 @@ class Clients:
                 stream.outcome = "broken"
                 self._retry(stream.number)
 
+    def _id_of(self, number: int) -> str:
+        """The id of the present try."""
+        return f"{number}.{'back-' if self._comes_back else ''}{self._tries[number]}"
+
     # ---- one request
 
     def _send(self, number: int) -> None:
@@ -125,7 +139,7 @@ class Clients:
             return self._retry(number)
         request = self.requests[number]
         self._tries[number] += 1
-        request_id = f"{number}.{self._tries[number]}"
+        request_id = self._id_of(number)
         server = servers[number % len(servers)]
         prompt = SegmentPrompt(request.prompt_tokens, request.segments, SEGMENT_TOKENS, number)
         check = OutputCheck(prompt, self._block_tokens, sampled=self._sampled)
@@ -149,10 +163,27 @@ class Clients:
         wanted = stream.api_server.frontend.instances.cached_blocks.format
         keys = tuple(prompt_keys(payload.prompt, wanted.key_tokens)) if wanted is not None else ()
         new = NewRequest(request.prompt_tokens, request.priority, keys)
-        try:
+        if request.aborts_after == 0:
+            self._loop.outside_at(self._loop.now + 0.05, self.abort, stream.number)
+        if self._comes_back:
+            stream.submission = stream.api_server.process.start(self._continue(stream, payload, new))
+            return
+        with self._refusals(stream):
             stream.api_server.frontend.requests.submit(
-                stream.request_id, payload.encode(), new, max_tokens=request.output_tokens
+                stream.request_id, payload.encode(), new, max_tokens=payload.max_tokens
             )
+
+    async def _continue(self, stream: ClientStream, payload: SimulatedPayload, new: NewRequest) -> None:
+        """The request goes on from where it is, if an API server that is gone had begun it."""
+        with self._refusals(stream):
+            self.num_resumed += await stream.api_server.frontend.adoption.submit(
+                stream.request_id, payload.encode(), new, max_tokens=payload.max_tokens
+            )
+
+    @contextmanager
+    def _refusals(self, stream: ClientStream) -> Iterator[None]:
+        try:
+            yield
         except EngineDeadError:
             stream.outcome = "refused"
             self._retry(stream.number)
@@ -160,9 +191,6 @@ class Clients:
             stream.outcome = "error"
             self._report(f"request {stream.request_id} was refused: {error}")
             self._left.discard(stream.number)
-        else:
-            if request.aborts_after == 0:
-                self._loop.outside_at(self._loop.now + 0.05, self.abort, stream.number)
 
     def _retry(self, number: int) -> None:
         self._loop.outside_at(self._loop.now + RETRY_S, self._send, number)
@@ -213,6 +241,8 @@ class Clients:
         stream.outcome = "abort"
 
         def abort() -> None:
+            if stream.submission is not None:
+                stream.submission.cancel()
             stream.api_server.frontend.requests.abort([stream.request_id])
             stream.is_closed = True
 

@@ -112,6 +112,7 @@ class FaultyCluster:
             policy=shape.policy,
             engines={"neutral": self.engine},
             start_instance_s=shape.start_instance_s,
+            orphan_s=shape.orphan_s,
         )
         self.network = FaultyNetwork(
             loop, rng, NetworkSettings(), self.engine.kv_bytes_per_token * self.engine.block_tokens / 8
@@ -166,6 +167,7 @@ class FaultyCluster:
             self._deliver,
             Dispatcher(self._policies, random.Random(self._rng.random()), self.loop.time),
             num_slots=MAX_INSTANCES * 4,
+            orphan_s=self.shape.orphan_s,
             recorder=RequestRecorder([Recoveries(self.recoveries)]),
             clock=self.loop.time,
         )

@@ -39,9 +39,14 @@ def draw(seed: int, tier: int) -> Schedule:
     shape = _shape(random.Random(f"{tier}/{seed}/shape"), tier)
     if shape.prefix_caching:
         shape = _with_prefixes(random.Random(f"{tier}/{seed}/policies"), shape)
+    orphans = random.Random(f"{tier}/{seed}/orphans")
+    if shape.api_servers > 1 and orphans.random() < 0.5:
+        shape = replace(shape, orphan_s=orphans.choice((3.0, 10.0, 30.0)))
     requests = _requests(random.Random(f"{tier}/{seed}/requests"), tier, shape)
     requests = _slow_readers(random.Random(f"{tier}/{seed}/readers"), requests)
     faults = _faults(random.Random(f"{tier}/{seed}/faults"), tier, shape, len(requests))
+    if shape.orphan_s and tier > 1:
+        faults += _orphaned(orphans, len(requests))
     return Schedule(seed, tier, shape, requests, sorted(faults, key=lambda fault: fault.at_s))
 
 
@@ -123,6 +128,20 @@ def _faults(dice: Dice, tier: int, shape: FaultyClusterShape, requests: int) -> 
         kinds = _single if dice.random() < 0.5 else _network if dice.random() < 0.5 else _operation
         drawn += kinds(dice, shape, requests)
     return drawn
+
+
+def _orphaned(dice: Dice, requests: int) -> list[ScheduledFault]:
+    """An API server dies, and perhaps the instance of one of its requests soon before or after."""
+    at_s = dice.uniform(*FAULTS_S)
+    deaths = [ScheduledFault(at_s, FaultKind.KILL, f"api:{dice.randrange(3)}")]
+    if dice.random() < 0.5:
+        owner = f"owner:{dice.randrange(requests)}"
+        deaths.append(ScheduledFault(max(0.0, at_s + dice.uniform(-2.0, 4.0)), FaultKind.KILL, owner))
+    if dice.random() < 0.3:
+        deaths.append(
+            ScheduledFault(at_s + dice.uniform(0.0, 6.0), FaultKind.KILL, f"api:{dice.randrange(3)}")
+        )
+    return deaths
 
 
 def _duration(dice: Dice) -> float:

@@ -101,6 +101,7 @@ class FaultRun:
             self._find,
             loop,
             sampled=schedule.shape.sampled,
+            comes_back=schedule.shape.orphan_s > 0,
         )
         self.operations = OperatorCalls(self.cluster, self.clients, self._find, self._log.note)
         targets = TargetFinder(self.cluster, self.clients)
@@ -140,7 +141,8 @@ class FaultRun:
         self._result.trace = self._log.lines
         self._result.simulated_s = self._loop.now - zero
         self._result.streams = len(self.clients.streams)
-        self._result.recoveries = dict(self.cluster.recoveries)
+        resumed = {"resumed": self.clients.num_resumed} if self.clients.num_resumed else {}
+        self._result.recoveries = dict(self.cluster.recoveries) | resumed
         streams = self.clients.streams.values()
         self._result.tokens = sum(len(stream.tokens) for stream in streams)
         ends = [(s.request_id, s.outcome, tuple(s.tokens)) for s in streams]

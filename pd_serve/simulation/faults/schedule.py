@@ -104,6 +104,8 @@ class FaultyClusterShape(msgspec.Struct, frozen=True, omit_defaults=True):
         settings: Changed settings of the policies.
         link_delays_s: Bound of the additional latency of a link, which differs between links.
         sampled: See `EngineSettings.sampled`.
+        orphan_s: Seconds that requests go on after their API server has died. With them, clients ask another
+            API server for the same request.
     """
 
     instances: dict[str, int]
@@ -120,6 +122,7 @@ class FaultyClusterShape(msgspec.Struct, frozen=True, omit_defaults=True):
     link_delays_s: float = 0.0
     resume_order: ThawOrder = "as it came"
     sampled: bool = False
+    orphan_s: float = 0.0
 
 
 class Schedule(msgspec.Struct, frozen=True):

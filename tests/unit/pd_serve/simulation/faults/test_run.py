@@ -41,6 +41,14 @@ def test_a_killed_process_of_any_kind_loses_nothing(target: str) -> None:
     assert faulty(ScheduledFault(2.5, FaultKind.KILL, target)).findings == []
 
 
+def test_clients_of_a_killed_api_server_get_their_streams_from_another_one() -> None:
+    deaths = [ScheduledFault(at_s, FaultKind.KILL, "api:0") for at_s in (1.5, 2.5, 3.5)]
+    result = faulty(*deaths, api_servers=3, orphan_s=10.0)
+
+    assert result.findings == []
+    assert result.recoveries["resumed"] > 2
+
+
 @pytest.mark.parametrize("target", ["decode:0", "manager", "scheduler", "api:0", "prefill:0"])
 @pytest.mark.parametrize("for_s", [0.7, 20.0])
 def test_a_suspended_process_of_any_kind_loses_nothing(target: str, for_s: float) -> None:
