@@ -90,6 +90,21 @@ def bench_simulator(
     _run(simulator.run(BenchmarkReport(json_file), num_requests=requests, rate=rate, profile_s=seconds))
 
 
+@app.command("simulation-speed")
+def bench_simulation_speed(
+    json_file: JsonFile = None,
+    instances: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Number of instances; may be given several times. (default: 16, 64, 256)"),
+    ] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Requests per instance.")] = 60,
+) -> None:
+    """CPU time of the simulator per request, with an event per run of steps and per step."""
+    from loadtests.bench import simulation_speed
+
+    _run(simulation_speed.run(BenchmarkReport(json_file), instances or [16, 64, 256], requests))
+
+
 @app.command("compare")
 def bench_compare(
     json_file: JsonFile = None,

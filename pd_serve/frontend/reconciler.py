@@ -207,7 +207,9 @@ class Reconciler:
     # ---- helpers
 
     def _reported_by(self, instance_id: str) -> _Reported:
-        return self._reported.setdefault(instance_id, _Reported())
+        if (reported := self._reported.get(instance_id)) is None:
+            reported = self._reported[instance_id] = _Reported()
+        return reported
 
     def _is_current(self, seen: Sighting) -> bool:
         """Whether the last report of that instance has the request."""

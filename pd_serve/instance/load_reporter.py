@@ -153,6 +153,7 @@ class LoadReporter:
 
     def load(self) -> InstanceLoad:
         coordinator = self._coordinator
+        # All fields in their order, which takes half the time of some of them.
         return InstanceLoad(
             instance_id=self._name,
             role=self.role,
@@ -167,6 +168,11 @@ class LoadReporter:
             block_copy_s=coordinator.block_copy_s if coordinator else 0.0,
             busy=self._busy.share(self._loop.time(), self._engine.busy_s + self.step_watch.step_s),
             slow_blocks=slow_blocks(self._engine, self._itl_target_s),
+            expected_blocks=0,
+            expected_requests=0,
+            cached_tokens=0,
+            copied_tokens=0,
+            copy_s=0.0,
             **asdict(self._engine),
         )
 

@@ -129,9 +129,10 @@ def expected_output(
     """The output of a request, whatever migrations, preemptions and restarts it goes through."""
     digest = _digest(prompt, block_tokens)
     output: list[int] = []
-    while len(output) < num_output_tokens:
-        token = token_after(digest, vocabulary)
-        digest += kv_of(prompt.num_tokens + len(output), token)
+    first, count = vocabulary
+    for position in range(prompt.num_tokens, prompt.num_tokens + num_output_tokens):
+        token = first + ((digest * _NEXT & MASK) >> 48) % count  # `token_after`
+        digest = digest + (token + _TOKEN) * (position * _POSITION + 1) & MASK  # `kv_of`
         output.append(token)
     return output
 

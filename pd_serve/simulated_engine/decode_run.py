@@ -8,7 +8,6 @@ when it ends, or when something asks for it.
 """
 
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -78,9 +77,9 @@ def blocks_taken(batch: Sequence[Request], block_tokens: int, steps: int) -> lis
     Args:
         batch: Requests with room for the token of the first step.
     """
-    # A request takes one when its last block is full, and from then on after each `block_tokens` steps.
-    room = Counter([len(request.blocks) * block_tokens - request.computed for request in batch])
     taken = [0] * steps
-    for step in range(1, steps):
-        taken[step] = room[step] + (taken[step - block_tokens] if step > block_tokens else 0)
+    for request in batch:
+        room = len(request.blocks) * block_tokens - request.computed
+        for step in range(room, steps, block_tokens):
+            taken[step] += 1
     return list(accumulate(taken))

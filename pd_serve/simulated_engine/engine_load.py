@@ -15,24 +15,26 @@ def read_load(batcher: Batcher, migrations: SequenceMigrations, taken: int = 0) 
     prefilling = 0
     if settings.mixes:
         prefilling = sum(s.num_tokens - s.computed for s in batcher.running if not s.is_decoding)
+    times = batcher.step_times
+    # In the order of the fields, which takes a third of the time.
     return EngineLoad(
         total_blocks=settings.num_blocks,
         free_blocks=batcher.pool.num_free - taken,
         reserved_blocks=sum([len(s.blocks) for s in migrations.arriving.values()]),
+        waiting_blocks=batcher.waiting_blocks,
+        head_of_line_blocks=batcher.num_blocks(batcher.waiting[0].num_tokens) if batcher.waiting else 0,
+        watermark_blocks=batcher.watermark_blocks,
+        block_tokens=settings.block_tokens,
+        step_prompt_tokens=settings.step_prompt_tokens,
         running=len(batcher.running) + len(migrations.suspended),
         suspended=len(migrations.suspended),
+        high_priority=sum([s.is_high for s in batcher.running]),
         waiting=len(batcher.waiting),
         waiting_tokens=batcher.waiting_tokens + prefilling,
-        head_of_line_blocks=batcher.num_blocks(batcher.waiting[0].num_tokens) if batcher.waiting else 0,
-        block_tokens=settings.block_tokens,
-        waiting_blocks=batcher.waiting_blocks,
-        watermark_blocks=batcher.watermark_blocks,
         preempted=batcher.num_preempted,
-        step_prompt_tokens=settings.step_prompt_tokens,
-        decode_step_s=batcher.step_times.decode_s,
-        prompt_token_s=batcher.step_times.prompt_token_s,
-        token_s=batcher.step_times.token_s,
-        least_step_s=batcher.step_times.least_step_s,
-        busy_s=batcher.step_times.busy_s,
-        high_priority=sum([s.is_high for s in batcher.running]),
+        decode_step_s=times.decode_s,
+        prompt_token_s=times.prompt_token_s,
+        token_s=times.token_s,
+        least_step_s=times.least_step_s,
+        busy_s=times.busy_s,
     )

@@ -79,9 +79,10 @@ class SimulatedInstance:
             return bool(leaving.get(name) or entering.get(name))
 
         # A stranded request may leave a prefill instance at any of its tokens.
-        by_step = config.every_step or role == "prefill" or config.policies.roles
+        policies = config.policies
+        by_step = config.every_step or role == "prefill" or policies.roles
         settings = config.engines.get(role) or config.engines["neutral"]
-        settings = settings.of_role(role, config.policies.decode_prompt_tokens)
+        settings = settings.of_role(role, policies.decode_prompt_tokens)
         self.faults = faults or EngineFaults()
         self.engine = SimulatedEngine(
             settings,
