@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import operator
 import time
 from collections.abc import Callable
 from typing import Any
@@ -68,8 +69,8 @@ class Simulation:
         self.records = [RequestRecord(request) for request in config.requests]
         self.samples: list[Sample] = []
         self.cluster: SimulatedCluster
-        self._tokens: list[list[int]] = [[] for _ in config.requests]
-        self._prompts: dict[int, tuple[int, ...]] = {}  # tokens, of sessions only
+        self._tokens: dict[int, list[int]] = {}  # of the running requests
+        self._texts: dict[int, tuple[int, ...]] = {}  # of sessions: a turn's prompt; with its answer, later
         self._next_turn = {r.turn_of: n for n, r in enumerate(config.requests) if r.turn_of is not None}
         self._left = len(config.requests)
         self._on_progress = on_progress or (lambda done, total: None)
@@ -97,7 +98,6 @@ class Simulation:
         leaked, integrity = await self._rest()
         migrations = cluster.frontend.snapshot().migrations
         await cluster.stop()
-        self._check_tokens()
         return SimulationResult(
             records=self.records,
             samples=self.samples,
@@ -136,6 +136,7 @@ class Simulation:
         )
         keys = self._prefix_keys(payload) if request.segments or payload.token_ids else ()
         new = NewRequest(request.prompt_tokens, request.priority, keys)
+        self._tokens[number] = []
         try:
             self.cluster.frontend.requests.submit(payload.request_id, payload.encode(), new)
         except PdServeError:
@@ -148,10 +149,10 @@ class Simulation:
         if request.turn_of is None and number not in self._next_turn:
             return ()
         before = request.turn_of
-        known = () if before is None else (*self._prompts[before], *self._tokens[before])
+        known = () if before is None else self._texts.pop(before)
         new = (text_token(number, position) for position in range(len(known), request.prompt_tokens))
-        self._prompts[number] = (*known, *new)
-        return self._prompts[number]
+        self._texts[number] = (*known, *new)
+        return self._texts[number]
 
     def _start_turn(self, number: int) -> None:
         record = self.records[number]
@@ -173,11 +174,17 @@ class Simulation:
         for output in batch.outputs:
             number = int(output.request_id)
             if new := output.new_token_ids:
-                self._tokens[number] += new
+                self._take(number, new)
                 self._on_tokens(number, self._delivered(output, now))
             if output.finish_reason is not None:
                 self.records[number].failed = output.finish_reason == "error"
                 self._end(number)
+
+    def _take(self, number: int, new: list[int]) -> None:
+        if (tokens := self._tokens.get(number)) is None:
+            self.records[number].duplicated += len(new)  # it has ended
+        else:
+            tokens += new
 
     def _delivered(self, output: RequestOutput, now: float) -> list[float]:
         """When each new token of an output has come."""
@@ -199,6 +206,7 @@ class Simulation:
 
     def _end(self, number: int) -> None:
         """A request has ended. The next turn of its session follows, or fails with it."""
+        self._check(number)
         if (turn := self._next_turn.get(number)) is not None:
             if self.records[number].failed:
                 self.records[turn].failed = True
@@ -212,20 +220,23 @@ class Simulation:
         if not self._left:
             self.all_ended.set()
 
-    def _check_tokens(self) -> None:
-        """Compares the tokens of each client with the output that its prompt determines."""
-        engine = self.config.engines["neutral"]
-        for number, record in enumerate(self.records):
-            request, tokens = record.request, self._tokens[number]
-            if record.failed:
-                continue
-            prompt: Prompt = SegmentPrompt(request.prompt_tokens, request.segments, SEGMENT_TOKENS, number)
-            if number in self._prompts:
-                prompt = TokenPrompt(self._prompts[number])
-            expected = expected_output(prompt, request.output_tokens, engine.block_tokens)
-            record.lost = max(0, len(expected) - len(tokens))
-            record.duplicated = max(0, len(tokens) - len(expected))
-            record.wrong = sum(a != b for a, b in zip(tokens, expected, strict=False))
+    def _check(self, number: int) -> None:
+        """Compares the tokens of a client with the output that its prompt determines."""
+        record, tokens = self.records[number], self._tokens.pop(number, [])
+        text = self._texts.pop(number, None)
+        if record.failed:
+            return
+        request = record.request
+        prompt: Prompt = SegmentPrompt(request.prompt_tokens, request.segments, SEGMENT_TOKENS, number)
+        if text is not None:
+            prompt = TokenPrompt(text)
+            if number in self._next_turn:
+                self._texts[number] = (*text, *tokens)
+        block_tokens = self.config.engines["neutral"].block_tokens
+        expected = expected_output(prompt, request.output_tokens, block_tokens)
+        record.lost = max(0, len(expected) - len(tokens))
+        record.duplicated = max(0, len(tokens) - len(expected))
+        record.wrong = sum(map(operator.ne, tokens, expected))
 
     # ---- the cluster
 
