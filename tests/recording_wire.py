@@ -28,7 +28,7 @@ class RecordingWire:
         self._on_message: OnMessage
         self._on_frames: OnFrames
 
-    def listen(self, kind: Any, on_message: OnMessage) -> str:
+    def listen(self, kind: Any, on_message: OnMessage, *, gathers: bool = False) -> str:
         self._decode, self._on_message = msgspec.msgpack.Decoder(kind).decode, on_message
         return f"tcp://{self.name}"
 

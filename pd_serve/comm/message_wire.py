@@ -46,8 +46,12 @@ class MessageWire(Protocol):
     failures: "HandlerFailures"
     unsent: "UnsentMessages"
 
-    def listen(self, kind: Any, on_message: OnMessage) -> str:
-        """Receives messages of these types. Returns the address to send them to."""
+    def listen(self, kind: Any, on_message: OnMessage, *, gathers: bool = False) -> str:
+        """Receives messages of these types. Returns the address to send them to.
+
+        Args:
+            gathers: Messages are many, and not urgent: receives several at a time, after some milliseconds.
+        """
         ...
 
     def listen_for_frames(self, on_frames: OnFrames) -> str:

@@ -4,7 +4,7 @@ The bounds of a migration are in `migration.bounds`, the intervals of decisions 
 """
 
 #: Interval of heartbeats: the manager's membership; an API server's messages to manager, instances and
-#: scheduler. Instances report their load at least twice as often.
+#: scheduler. Instances report their load at least as often.
 HEARTBEAT_S = 1.0
 INSTANCE_HEARTBEAT_S = 0.5
 
@@ -77,6 +77,10 @@ PROGRESS_REPORT_INTERVAL_S = 0.1
 CACHE_REPORT_INTERVAL_S = 0.1
 STATS_INTERVAL_S = 1.0
 
+#: Load reports per second of all instances together, so that receivers can keep up: with more than 20
+#: instances each reports less often than every `REPORT_INTERVAL_S`, down to every `HEARTBEAT_S`.
+MAX_REPORTS_PER_S = 1_000.0
+
 #: Minimum interval at which API servers tell each other what they have: how exact the limits are that count
 #: for all of them together.
 STATUS_INTERVAL_S = 0.05
@@ -87,7 +91,8 @@ FIRST_REPORTS_S = 2.0
 #: Maximum wait of a request whose instance has died for another instance. Then its client gets an error.
 RECOVERY_S = 120.0
 
-#: Deaths within this time of each other count as one for a request: it had no time to cause the later ones.
+#: Deaths within this time of each other count as one: for a request, which had no time to cause the later
+#: ones, and for the backoff of starts.
 DEATH_CHAIN_S = 1.0
 
 #: A request that may have ended its instances runs alone among such requests, on trial: at least this long,

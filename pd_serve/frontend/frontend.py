@@ -135,7 +135,8 @@ class Frontend:
         self.server = RpcServer(
             wire, {MigrateByName: self._serve_migrate, FindRequests: self._serve_find_requests}
         )
-        info = ApiServerInfo(wire.listen(ToApiServer, self._on_message), endpoint, pid=os.getpid())
+        address = wire.listen(ToApiServer, self._on_message, gathers=True)
+        info = ApiServerInfo(address, endpoint, pid=os.getpid())
         self._manager.open(info)
         self._tasks = BackgroundTasks(wire.failures.task_failed)
         self._tasks.start(self._reconcile())

@@ -103,7 +103,7 @@ class Manager:
             self._keep_changes,
         )
         launcher.on_lost = self._on_lost
-        self.address = wire.listen(ToManager, self._on_message)
+        self.address = wire.listen(ToManager, self._on_message, gathers=True)
 
     async def start(self) -> None:
         """Starts the first instances. Raises: PdServeError: one does not start."""

@@ -87,7 +87,7 @@ class SchedulerProcess:
         self._scaling = Counter(dict.fromkeys(("start", "stop", "drain", "use_again", "set_role"), 0))
         self._orphan_timer = OrphanTimer("the scheduler")
         self.scheduler = Scheduler(policies, self, autoscale=autoscale, rng=random.Random(seed))
-        self.address = wire.listen(ToScheduler, self._on_message)
+        self.address = wire.listen(ToScheduler, self._on_message, gathers=True)
         self._tasks.start(self._decide())
         self._tasks.start(self._heartbeat())
 

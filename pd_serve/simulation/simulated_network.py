@@ -137,7 +137,7 @@ class SimulatedWire(VirtualWire):
         super().__init__(name, network)
         self._network = network
 
-    def listen(self, kind: Any, on_message: OnMessage) -> str:
+    def listen(self, kind: Any, on_message: OnMessage, *, gathers: bool = False) -> str:
         return self.listen_for_frames(
             lambda frames: self.failures.handle(on_message, frames[0], frames[1], frames[2:])
         )

@@ -152,7 +152,7 @@ class FaultyWire(VirtualWire):
         #: The last message, which often goes to several peers.
         self._encoded: tuple[object, bytes] = (None, b"")
 
-    def listen(self, kind: Any, on_message: OnMessage) -> str:
+    def listen(self, kind: Any, on_message: OnMessage, *, gathers: bool = False) -> str:
         return super().listen_for_frames(self.failures.decoding(kind, on_message))
 
     def listen_for_frames(self, on_frames: OnFrames) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -13,7 +14,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from migration.messages import RequestId
 from pd_serve.comm.messages import AbortRequests, SetRole, ToInstance
-from pd_serve.comm.wire import CurveKeys, is_local
+from pd_serve.comm.wire import GATHER_S, MAX_BURST, CurveKeys, is_local
 from tests.unit.pd_serve.comm.wire_world import KEYS, Inbox, MakeWire
 
 # ---- delivery
@@ -90,6 +91,63 @@ async def test_a_publisher_on_another_thread_sends_to_the_same_inbox(make_wire: 
 
 
 # ---- peers
+
+
+async def test_a_connection_is_opened_for_the_first_message(make_wire: MakeWire) -> None:
+    """Every instance knows every other one, and few pairs ever exchange a message."""
+    opened = asyncio.Event()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        opened.set()
+        writer.close()
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    wire = make_wire("a")
+    wire.connect("b", f"tcp://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    await asyncio.sleep(0.1)
+    assert not opened.is_set()
+
+    wire.send("b", SetRole("1"))
+
+    await asyncio.wait_for(opened.wait(), 10)
+    wire.disconnect("b")
+    server.close()
+
+
+async def test_other_tasks_run_while_messages_keep_coming(make_wire: MakeWire) -> None:
+    a, b, inbox = make_wire("a"), make_wire("b"), Inbox()
+    turn, turns = 0, Counter[int]()
+
+    async def count_turns() -> None:
+        nonlocal turn
+        while True:
+            turn += 1
+            await asyncio.sleep(0)
+
+    def on_message(sender: str, message: object, payload: Sequence[bytes]) -> None:
+        turns[turn] += 1
+        inbox.on_message(sender, message, payload)
+
+    a.connect("b", b.listen(ToInstance, on_message))
+    for number in range(2000):
+        a.send("b", SetRole(str(number)))
+    counting = asyncio.create_task(count_turns())
+    await inbox.wait_for(2000)
+    counting.cancel()
+
+    assert [role for _, role in inbox.received] == [str(number) for number in range(2000)]
+    assert max(turns.values()) <= 2 * (MAX_BURST + 1)
+
+
+async def test_messages_that_are_not_urgent_are_received_together(make_wire: MakeWire) -> None:
+    a, b, inbox = make_wire("a"), make_wire("b"), Inbox()
+    a.connect("b", b.listen(ToInstance, inbox.on_message, gathers=True))
+    for number in range(50):
+        a.send("b", SetRole(str(number)))
+        await asyncio.sleep(GATHER_S / 10)
+    await inbox.wait_for(50)
+
+    assert [role for _, role in inbox.received] == [str(number) for number in range(50)]
 
 
 async def test_a_message_to_an_unknown_peer_is_not_sent(make_wire: MakeWire) -> None:
