@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 #: tokens of a step where it does not say so.
 BACKLOG_STEPS, STEP_TOKENS = 2, 2048
 
+#: Destinations that a request is sent with. Where all refuse it, the router chooses again.
+MAX_DESTINATIONS = 16
+
 P = TypeVar("P")
 R = TypeVar("R")
 
@@ -140,7 +143,7 @@ class Dispatcher:
         return chosen
 
     def destinations(self, num_blocks: int, priority: int = 0, prefix_keys: Sequence[int] = ()) -> list[str]:
-        """Instances to hand a request of this size off to, best first."""
+        """Instances to hand a request of this size off to, best first; at most `MAX_DESTINATIONS`."""
         ranked = self._ranked(self.loads.fresh(), num_blocks, priority, prefix_keys)
         return ranked or self._ranked(self.loads.all(), num_blocks, priority, prefix_keys)
 
@@ -175,11 +178,11 @@ class Dispatcher:
     def _ranked(
         self, loads: Sequence[InstanceLoad], num_blocks: int, priority: int, prefix_keys: Sequence[int]
     ) -> list[str]:
-        loads = self._with_cached(can_receive(self._with_headroom(loads)), prefix_keys)
+        loads = self._with_cached(self._with_headroom(can_receive(loads)), prefix_keys)
         ranked = self._decide(
             self._handoff, FreestDestination(), lambda policy: policy.rank(loads, num_blocks, priority)
         )
-        return [load.instance_id for load in ranked]
+        return [load.instance_id for load in ranked[:MAX_DESTINATIONS]]
 
     def _decide(self, policy: P, fallback: P, decide: Callable[[P], R]) -> R:
         """The policy's decision, or that of a built-in one if it fails, which is logged once."""
@@ -218,14 +221,13 @@ class Dispatcher:
         return BACKLOG_STEPS * (load.step_prompt_tokens or STEP_TOKENS) - load.waiting_tokens
 
     def _candidates(self) -> list[InstanceLoad]:
-        return candidates(self._with_headroom(self.loads.fresh())) or candidates(
-            self._with_headroom(self.loads.all())
-        )
+        found = candidates(self.loads.fresh()) or candidates(self.loads.all())
+        return self._with_headroom(found)
 
     def _decoding(self) -> list[InstanceLoad]:
         """Decode instances that do not drain."""
-        loads = self._with_headroom(self.loads.fresh())
-        return [load for load in loads if load.role == "decode" and not load.draining]
+        loads = [load for load in self.loads.fresh() if load.role == "decode" and not load.draining]
+        return self._with_headroom(loads)
 
     def _with_prefixes(self, loads: list[InstanceLoad], prefix_keys: Sequence[int]) -> list[InstanceLoad]:
         """The loads with what each instance has of a prompt, or can copy from another one."""

@@ -40,7 +40,7 @@ def limit_headroom(loads: Iterable[InstanceLoad], share: float) -> list[Instance
         return loads
     kept: set[str] = set()
     for role in dict.fromkeys(load.role for load in claiming):
-        most = max(1, int(sum(load.role == role for load in loads) * share)) if share > 0 else 0
+        most = max(1, int([load.role for load in loads].count(role) * share)) if share > 0 else 0
         pool = [load for load in claiming if load.role == role]
         pool.sort(key=lambda load: (-load.high_priority, load.instance_id))
         kept.update(load.instance_id for load in pool[:most])
@@ -63,18 +63,23 @@ def virtual_usage(load: InstanceLoad) -> float:
     if load.draining:
         return math.inf
     used = load.total_blocks - load.free_blocks
-    return used + load.slow_blocks + load.head_of_line_blocks + load.expected_blocks + headroom(load)
+    used += load.slow_blocks + load.head_of_line_blocks + load.expected_blocks
+    return used + headroom(load) if load.high_priority else used
 
 
-def freeness(load: InstanceLoad) -> float:
+def freeness(load: InstanceLoad, arriving_blocks: int = 0, arriving: int = 0) -> float:
     """F = (M - sum of virtual usage) / B: decode steps left, in blocks. Migration decides by it.
 
     It may be negative. An idle instance counts as a batch of one: its freeness is its whole capacity, the
     highest of its kind, as the paper's infinity is, and finite.
 
+    Args:
+        arriving_blocks, arriving: Blocks of further requests, and their number, as if these had arrived.
+
     Source: Llumnix (OSDI 2024), section 4.4.2.
     """
-    return (load.total_blocks - virtual_usage(load)) / max(load.running + load.expected_requests, 1)
+    requests = load.running + load.expected_requests + arriving
+    return (load.total_blocks - virtual_usage(load) - arriving_blocks) / (requests or 1)
 
 
 def dispatch_freeness(load: InstanceLoad, priority: int = 0) -> float:

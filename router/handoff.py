@@ -39,14 +39,15 @@ class FreestDestination:
     """
 
     def rank(self, loads: Sequence[InstanceLoad], num_blocks: int, priority: int) -> list[InstanceLoad]:
-        without_headroom = priority_class(priority) is PriorityClass.HIGH
-
-        def preference(load: InstanceLoad) -> tuple[bool, float, str]:
-            if without_headroom:
-                load = replace(load, high_priority=0)
-            return not has_room(load, num_blocks), -freeness(load.with_arrivals(num_blocks)), load.instance_id
-
-        return sorted(loads, key=preference)
+        if priority_class(priority) is PriorityClass.HIGH:
+            counted = [replace(load, high_priority=0) if load.high_priority else load for load in loads]
+        else:
+            counted = list(loads)
+        ranked = [
+            (not has_room(load, num_blocks), -freeness(load, num_blocks, 1), load.instance_id, place)
+            for place, load in enumerate(counted)
+        ]
+        return [loads[place] for _, _, _, place in sorted(ranked)]
 
 
 @dataclass

@@ -16,8 +16,9 @@ from msgspec.structs import replace
 from router.load import InstanceLoad
 from router.prefix_index import PrefixIndex
 
-#: A move that its source has not confirmed for this long is lost, in seconds.
-LOST_AFTER_S = 1.0
+#: A move that its source has not confirmed for this long is lost, in seconds: the source of a move among
+#: many instances reports once a second.
+LOST_AFTER_S = 2.0
 
 #: A request that its instance has not confirmed for this long is lost, in seconds. The instance confirms it
 #: after a step, which may take long.
@@ -61,7 +62,9 @@ class ProjectedLoads:
         self._dispatches: dict[str, deque[PendingDispatch]] = {}
         self._moves: dict[str, deque[PendingMove]] = {}  # by source
         self._arrivals: dict[str, dict[str, int]] = {}  # blocks by request or move on its way to an instance
-        self._projected: dict[str, InstanceLoad] = {}  # cache
+        self._projected: dict[str, InstanceLoad] = {}  # of all instances, in the order of their first reports
+        self._outdated: set[str] = set()  # instances whose projected load has to be made again
+        self._oldest_at = math.inf  # the oldest report is not older
 
     # ---- reports
 
@@ -80,11 +83,14 @@ class ProjectedLoads:
     def report(self, load: InstanceLoad) -> None:
         """Takes a report; the decisions that it shows are no longer pending."""
         name = load.instance_id
+        now = self._clock()
         self._reports[name] = load
-        self._reported_at[name] = self._clock()
-        self._projected.pop(name, None)
+        self._reported_at[name] = now
+        self._oldest_at = min(self._oldest_at, now - load.step_s)
+        self._projected.setdefault(name, load)
+        self._outdated.add(name)
         dispatches = self._dispatches.get(name)
-        oldest = self._clock() - LOST_DISPATCH_AFTER_S
+        oldest = now - LOST_DISPATCH_AFTER_S
         while dispatches and (dispatches[0].number <= load.requests_added or dispatches[0].sent_at < oldest):
             dispatches.popleft()
         moves = self._moves.get(name)
@@ -96,6 +102,7 @@ class ProjectedLoads:
         for move in self._moves.pop(instance_id, ()):
             self._end_move(instance_id, move)
         self.prefixes.remove(instance_id)
+        self._outdated.discard(instance_id)
         for known in (self._reports, self._reported_at, self._dispatches, self._arrivals, self._projected):
             known.pop(instance_id, None)
 
@@ -107,7 +114,7 @@ class ProjectedLoads:
         # The instance counts the requests of all API servers, so the count starts from its own report.
         number = (pending[-1].number if pending else self._reports[instance_id].requests_added) + 1
         pending.append(PendingDispatch(number, self._clock(), tokens, blocks))
-        self._projected.pop(instance_id, None)
+        self._outdated.add(instance_id)
 
     def add_move(self, source: str, destination: str, blocks: int) -> None:
         """One request, of an assumed size, has been ordered to move. Ends with the source's confirmation,
@@ -115,21 +122,21 @@ class ProjectedLoads:
         pending = self._moves.setdefault(source, deque())
         number = (pending[-1].number if pending else self._reports[source].moves_decided) + 1
         pending.append(PendingMove(number, self._clock(), destination))
-        self._projected.pop(source, None)
+        self._outdated.add(source)
         self.expect(destination, f"{source}:{number}", blocks)
 
     def expect(self, instance_id: str, request_id: str, blocks: int) -> None:
         """A request is on its way to an instance, and counts there until `settled`."""
         self._arrivals.setdefault(instance_id, {})[request_id] = blocks
-        self._projected.pop(instance_id, None)
+        self._outdated.add(instance_id)
 
     def settled(self, instance_id: str, request_id: str) -> None:
         """A request has arrived, and is in the reports, or will not arrive."""
         if self._arrivals.get(instance_id, {}).pop(request_id, None) is not None:
-            self._projected.pop(instance_id, None)
+            self._outdated.add(instance_id)
 
     def _end_move(self, source: str, move: PendingMove) -> None:
-        self._projected.pop(source, None)
+        self._outdated.add(source)
         self.settled(move.destination, f"{source}:{move.number}")
 
     # ---- projections
@@ -137,7 +144,7 @@ class ProjectedLoads:
     def all(self) -> list[InstanceLoad]:
         """Every instance's projected load."""
         self._expire_moves()
-        return [self.projected(name) for name in self._reports]
+        return self._up_to_date()
 
     def fresh(self) -> list[InstanceLoad]:
         """The projected loads of the instances whose last report is not too old.
@@ -145,8 +152,14 @@ class ProjectedLoads:
         What it says of the engine was read before the step in progress.
         """
         oldest = self._clock() - self._max_report_age_s
-        reports, at = self._reports.items(), self._reported_at
-        return [self.projected(name) for name, load in reports if at[name] - load.step_s >= oldest]
+        loads, at = self._up_to_date(), self._reported_at
+        if self._oldest_at < oldest:
+            self._oldest_at = min(
+                [at[name] - load.step_s for name, load in self._reports.items()], default=math.inf
+            )
+        if self._oldest_at >= oldest:
+            return loads
+        return [load for load in loads if at[load.instance_id] - load.step_s >= oldest]
 
     def silent(self) -> dict[str, float]:
         """Seconds since the last report, by instance, where that report is too old."""
@@ -155,15 +168,21 @@ class ProjectedLoads:
 
     def projected(self, instance_id: str) -> InstanceLoad:
         """The latest report of an instance with every pending decision counted in."""
-        known = self._projected.get(instance_id)
-        if known is None:
-            known = self._projected[instance_id] = self._project(self._reports[instance_id])
-        return known
+        if instance_id in self._outdated:
+            self._outdated.discard(instance_id)
+            self._projected[instance_id] = self._project(self._reports[instance_id])
+        return self._projected[instance_id]
 
     def free_blocks(self, instance_id: str) -> int:
         """Free blocks of an instance, less what is on its way there."""
         load = self.projected(instance_id)
         return load.free_blocks - load.expected_blocks
+
+    def _up_to_date(self) -> list[InstanceLoad]:
+        for name in self._outdated & self._reports.keys():
+            self._projected[name] = self._project(self._reports[name])
+        self._outdated.clear()
+        return list(self._projected.values())
 
     def _project(self, load: InstanceLoad) -> InstanceLoad:
         name = load.instance_id

@@ -67,6 +67,14 @@ def bench_reports(json_file: JsonFile = None) -> None:
     _run(reports.run(BenchmarkReport(json_file)))
 
 
+@app.command("scale")
+def bench_scale(json_file: JsonFile = None) -> None:
+    """Scheduler rounds, dispatches and load reports of up to 1,024 instances."""
+    from loadtests.bench import scale
+
+    _run(scale.run(BenchmarkReport(json_file)))
+
+
 @app.command("serve")
 def bench_serve(json_file: JsonFile = None) -> None:
     """One API server alone, behind Ray Serve's Python proxy and behind its HAProxy."""

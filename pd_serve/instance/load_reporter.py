@@ -14,7 +14,13 @@ from pd_serve.comm.leases import StepWatch
 from pd_serve.comm.membership import MANAGER, SCHEDULER, MembershipView
 from pd_serve.comm.message_wire import MessageWire
 from pd_serve.comm.messages import InstanceStats, LoadReport
-from pd_serve.comm.timing import PROGRESS_REPORT_INTERVAL_S, REPORT_INTERVAL_S, STATS_INTERVAL_S
+from pd_serve.comm.timing import (
+    HEARTBEAT_S,
+    MAX_REPORTS_PER_S,
+    PROGRESS_REPORT_INTERVAL_S,
+    REPORT_INTERVAL_S,
+    STATS_INTERVAL_S,
+)
 from pd_serve.instance.cached_blocks import CachedBlockReporter
 from pd_serve.observe.process_stats import process_stats
 from router.load import ROLES, EngineLoad, InstanceLoad, slow_blocks
@@ -31,6 +37,11 @@ _reported_on_change = attrgetter(
 
 #: Time that the share of busy time is measured over, in seconds.
 BUSY_OVER_S = 10.0
+
+
+def report_interval_s(num_instances: int) -> float:
+    """Minimum interval of an instance's load reports: the more instances, the longer."""
+    return min(max(REPORT_INTERVAL_S, num_instances / MAX_REPORTS_PER_S), HEARTBEAT_S)
 
 
 class BusyShare:
@@ -202,7 +213,8 @@ class LoadReporter:
     def report_soon(self) -> None:
         """Reports as soon as the last report is old enough."""
         if self._due is None:
-            delay = max(0.0, self._reported_at + REPORT_INTERVAL_S - self._loop.time())
+            interval_s = report_interval_s(len(self._members.instances))
+            delay = max(0.0, self._reported_at + interval_s - self._loop.time())
             self._due = self._loop.call_later(delay, self._report)
 
     def _report(self) -> None:

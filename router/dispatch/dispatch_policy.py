@@ -7,6 +7,9 @@ from typing import Protocol
 from router.load import InstanceLoad
 from router.request import NewRequest
 
+#: Roles of instances that new requests start on.
+STARTING = ("prefill", "neutral")
+
 
 class DispatchPolicy(Protocol):
     """Decides where a new request starts. Each API server has its own.
@@ -28,11 +31,11 @@ class DispatchPolicy(Protocol):
 
 def can_start(load: InstanceLoad) -> bool:
     """Whether new requests start on an instance: on prefill and neutral ones, unless they drain."""
-    return load.role in ("prefill", "neutral") and not load.draining
+    return load.role in STARTING and not load.draining
 
 
 def candidates(loads: Iterable[InstanceLoad]) -> list[InstanceLoad]:
     """The instances for a new request: prefill and neutral ones. Where none is alive, decode instances take
     their place: each has a whole engine."""
     staying = [load for load in loads if not load.draining]
-    return [load for load in staying if can_start(load)] or staying
+    return [load for load in staying if load.role in STARTING] or staying

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from router.dispatch import DispatchPolicy
-from router.dispatcher import Dispatcher
+from router.dispatcher import MAX_DESTINATIONS, Dispatcher
 from router.load import InstanceLoad
 from router.policies import policy_set
 from router.request import NewRequest
@@ -125,6 +125,12 @@ def test_a_burst_of_hand_offs_is_spread() -> None:
         dispatcher.loads.expect(chosen[-1], f"r{number}", 5)
 
     assert Counter(chosen) == {"d0": 5, "d1": 5}
+
+
+def test_a_request_is_sent_with_the_best_destinations_of_many() -> None:
+    cluster = [decode(f"d{number}", number) for number in range(100)]
+
+    assert dispatcher_of(*cluster).destinations(5) == [f"d{99 - place}" for place in range(MAX_DESTINATIONS)]
 
 
 def test_a_request_is_expected_once_with_its_latest_size() -> None:

@@ -47,7 +47,7 @@ def test_a_head_of_the_line_that_does_not_fit_makes_freeness_negative() -> None:
 
 def test_demand_on_its_way_counts_like_use() -> None:
     assert virtual_usage(LOAD.with_arrivals(20)) == 60
-    assert freeness(LOAD.with_arrivals(20)) == (100 - 60) / 5
+    assert freeness(LOAD.with_arrivals(20)) == freeness(LOAD, 20, 1) == (100 - 60) / 5
     assert dispatch_freeness(LOAD.with_arrivals(20)) == (100 - 60) / 5
 
 
@@ -90,6 +90,7 @@ def test_an_idle_instance_is_the_freest_of_its_kind(load: InstanceLoad) -> None:
 def test_more_demand_is_more_usage(load: InstanceLoad, blocks: int) -> None:
     if not load.draining:
         assert virtual_usage(load.with_arrivals(blocks)) == virtual_usage(load) + blocks
+        assert freeness(load.with_arrivals(blocks)) == freeness(load, blocks, 1)
         assert virtual_usage(replace(load, head_of_line_blocks=load.head_of_line_blocks + blocks)) == (
             virtual_usage(load) + blocks
         )

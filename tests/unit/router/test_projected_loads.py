@@ -1,5 +1,8 @@
 """Reports, corrected by decisions until the reports show them. Through decisions: `test_dispatcher.py`."""
 
+import random
+from collections import Counter
+
 import pytest
 from msgspec.structs import replace
 
@@ -113,6 +116,39 @@ def test_a_report_is_as_old_as_the_step_in_progress() -> None:
 
     assert [load.instance_id for load in loads.fresh()] == ["works"]
     assert loads.silent() == {}
+
+
+def test_projections_are_those_of_all_decisions_whatever_their_order() -> None:
+    """They are kept, and made again only for instances that a report or a decision was about."""
+    dice, clock = random.Random(1), Clock()
+    loads = ProjectedLoads(clock, max_report_age_s=5.0)
+    names = [f"n-{number}" for number in range(6)]
+    sent: Counter[str] = Counter()
+    for number in range(2000):
+        clock.now += dice.random()
+        name = dice.choice(names)
+        match dice.randrange(6):
+            case 0 | 1:
+                step_s = dice.choice([0.0, 0.0, 2.0])
+                loads.report(neutral(name, requests_added=sent[name], moves_decided=number, step_s=step_s))
+            case 2 if name in loads:
+                loads.add_dispatch(name, 10, 1)
+                sent[name] += 1
+            case 3 if name in loads:
+                loads.add_move(name, dice.choice(names), 2)
+            case 4:
+                loads.expect(name, str(number % 7), 3)
+                loads.settled(dice.choice(names), str(dice.randrange(7)))
+            case 5 if dice.random() < 0.1:
+                loads.remove(name)
+        known = [loads._project(load) for load in loads]
+        old = clock.now - 5.0
+        assert loads.fresh() == [
+            load for load in known if loads._reported_at[load.instance_id] - load.step_s >= old
+        ]
+        assert [loads.projected(load.instance_id) for load in loads] == known
+        loads._expire_moves()
+        assert loads.all() == [loads._project(load) for load in loads]
 
 
 def test_departures_are_requests_of_average_size() -> None:

@@ -112,8 +112,8 @@ def test_an_order_without_confirmation_is_lost_after_a_while() -> None:
     run = Run()
     run.round(FULL, FREE)
 
-    assert run.round(FULL, FREE, after=LOST_AFTER_S) == []
-    assert run.round(FULL, FREE, after=0.1) == [("move", "full", "free")]
+    assert run.round(FULL, FREE, after=LOST_AFTER_S - 0.1) == []
+    assert run.round(FULL, FREE, after=0.2) == [("move", "full", "free")]
 
 
 def test_counting_starts_from_what_the_instance_has_decided() -> None:

@@ -16,8 +16,8 @@ from pd_serve.comm.messages import (
     SetDraining,
     SetRole,
 )
-from pd_serve.comm.timing import INSTANCE_HEARTBEAT_S, REPORT_INTERVAL_S
-from pd_serve.instance.load_reporter import BusyShare
+from pd_serve.comm.timing import HEARTBEAT_S, INSTANCE_HEARTBEAT_S, REPORT_INTERVAL_S
+from pd_serve.instance.load_reporter import BusyShare, report_interval_s
 from router.load import EngineLoad
 from tests.unit.pd_serve.instance.instance_world import R, World
 from tests.virtual_time import in_virtual_time
@@ -60,6 +60,25 @@ async def test_load_reports_follow_the_engine_at_most_once_per_interval() -> Non
         assert [getattr(reported, name) for name in load.__struct_fields__] == [
             getattr(load, name) for name in load.__struct_fields__
         ]
+
+
+@pytest.mark.parametrize(
+    ("instances", "interval_s"),
+    [(0, REPORT_INTERVAL_S), (20, 0.02), (64, 0.064), (1000, HEARTBEAT_S), (9999, HEARTBEAT_S)],
+)
+def test_many_instances_report_less_often(instances: int, interval_s: float) -> None:
+    assert report_interval_s(instances) == interval_s
+
+
+@in_virtual_time
+async def test_receivers_get_a_limited_number_of_reports_of_all_instances() -> None:
+    async with World() as world:
+        world.members(*(f"d{number}" for number in range(199)))
+        before = len(world.reports())
+        for running in range(100):
+            world.llumlet.events.on_load(EngineLoad(running=running))
+            await asyncio.sleep(0.01)
+        assert len(world.reports()) - before in (5, 6)
 
 
 @in_virtual_time
