@@ -211,7 +211,7 @@ class Llumlet:
             return
         self._orphan_timer.on_message()
         for instance_id in change.left:
-            logger.info("%s: %s is gone", self.name, instance_id)
+            logger.debug("%s: %s is gone", self.name, instance_id)
             self.coordinator.peer_lost(InstanceId(instance_id))
         for api_server, info in change.api_servers_left.items():
             end = f"its requests end after {self._orphan_s:g} s"

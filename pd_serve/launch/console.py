@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 import rich.console
@@ -10,9 +11,22 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
+from pd_serve.comm.membership import InstanceInfo
 from pd_serve.observe.logs import is_json
 
 logger = logging.getLogger(__name__)
+
+#: Instances that the banner names.
+MAX_SHOWN = 16
+
+
+def instances_shown(instances: Sequence[InstanceInfo]) -> str:
+    """The instances with their process ids; only numbers if there are many."""
+    if len(instances) <= MAX_SHOWN:
+        return ", ".join(f"{info.instance_id} (pid {info.pid})" for info in instances)
+    by_role = Counter(info.role for info in instances)
+    roles = ", ".join(f"{number} {role}" for role, number in by_role.items())
+    return f"{roles}, in {len({(info.node, info.pid) for info in instances})} processes"
 
 
 class LogProgress:
@@ -53,7 +67,7 @@ class Console:
         self,
         url: str,
         model: str,
-        instances: Sequence[str],
+        instances: Sequence[InstanceInfo],
         *,
         needs_key: bool,
         no_migration: str | None = None,
@@ -63,7 +77,6 @@ class Console:
         Args:
             url: Such as "http://127.0.0.1:8000".
             model: Its name in the API.
-            instances: One text for each.
             no_migration: What it means that requests cannot move, and why; None if they can.
         """
         seconds = time.monotonic() - self._begin
@@ -73,7 +86,7 @@ class Console:
                 logger.warning("migration is off: %s", no_migration)
             return
         table = Table.grid(padding=(0, 2))
-        rows = (("endpoint", f"{url}/v1"), ("model", model), ("instances", ", ".join(instances)))
+        rows = (("endpoint", f"{url}/v1"), ("model", model), ("instances", instances_shown(instances)))
         for name, value in rows:
             table.add_row(f"[bold]{name}[/bold]", value)
         if no_migration is not None:

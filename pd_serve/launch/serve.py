@@ -95,7 +95,7 @@ class LocalService:
         self._console.banner(
             f"http{'s' if flags.uses_tls else ''}://{config.host or '0.0.0.0'}:{config.port}",
             flags.served_model_name,
-            [f"{info.instance_id} (pid {info.pid})" for info in infos],
+            infos,
             needs_key=bool(config.api_key),
             no_migration=next(
                 (no_moves(why, i.role) for i in infos if (why := i.engine.no_migration) is not None), None

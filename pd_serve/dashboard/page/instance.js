@@ -21,6 +21,13 @@ export function staying(row) {
   return Object.entries(row.unmovable).map(([reason, requests]) => `${requests} requests stay there until they end: ${reason}`);
 }
 
+/** What is unusual about an instance, in a few words. */
+export function notesOf(row) {
+  const state = row.state === "ready" ? "" : row.state;
+  const moves = row.no_migration ? "cannot move" : "";
+  return [state, moves, staying(row).length ? "some stay" : "", row.preempted ? `${row.preempted} preempted` : ""].filter(Boolean);
+}
+
 export class Instance {
   /** `page` has `requests` (by number: id, colour), `colours`, and `isDense`, `point(instance, request, event)`,
    * `open(request)`, `list(instance)`. */
@@ -53,7 +60,11 @@ export class Instance {
     new ResizeObserver(() => this.#fit()).observe(this.element);
   }
 
+  /** Does nothing if it shows this already: most of many instances change little in half a second. */
   show(row, held) {
+    const shown = JSON.stringify([row, held, this.page.isDense]);
+    if (shown === this.shown) return;
+    this.shown = shown;
     this.row = row;
     this.held = held;
     const arriving = held.filter((entry) => entry[2]).map((entry) => entry[0]);
@@ -64,7 +75,7 @@ export class Instance {
     const reserved = held.reduce((sum, [, blocks, comes]) => sum + (comes ? blocks : 0), 0);
     this.element.className = `instance ${row.role} ${row.state}`;
     this.role.textContent = row.role === this.id.replace(/-\d+$/, "") ? "" : row.role;
-    const notes = [row.state === "ready" ? "" : row.state, row.no_migration ? "cannot move" : "", staying(row).length ? "some stay" : "", row.preempted ? `${row.preempted} preempted` : ""].filter(Boolean);
+    const notes = notesOf(row);
     this.chip.hidden = !notes.length;
     this.chip.textContent = notes.join(", ");
     this.chip.title = row.no_migration ?? staying(row).join("\n");

@@ -3,7 +3,7 @@
 import { Arcs } from "./arcs.js";
 import { drawChart } from "./chart.js";
 import { openInstance, openRequest } from "./dialogs.js";
-import { Instance } from "./instance.js";
+import { Instance, notesOf } from "./instance.js";
 import { ago, colourOf, make, number, requestColour, seconds, shortId, themeButton } from "./look.js";
 import { Stream } from "./stream.js";
 
@@ -15,6 +15,8 @@ const MINUTES = 5;
 const ROLES = ["prefill", "decode", "neutral"];
 const REASONS = ["handoff", "balance", "defragment", "drain", "manual"];
 const LINE_DOTS = 60;
+/** Up to this many instances have no groups and no search. */
+const FEW = 8;
 /** With more instances than this their maps are small, and nothing fades in. */
 const MANY = 20;
 
@@ -65,6 +67,7 @@ const loads = new Map(); // [slot, running, waiting], by slot
 let moves = []; // newest first
 const hidden = new Set(); // reasons that the list of migrations leaves out
 let cluster = { migrations: {} }; // the latest
+let latest = null; // the latest event
 
 function onEvent(event, isFirst) {
   if (isFirst) {
@@ -80,6 +83,7 @@ function onEvent(event, isFirst) {
   }
   page.blockTokens = event.block_tokens;
   cluster = event.cluster;
+  latest = event;
   showState(event);
   showInstances(event);
   showMoves(event);
@@ -121,9 +125,20 @@ function heading(role, rows) {
   return make("h3", { className: `group ${role}${late ? " late" : ""}` }, role, make("small", {}, facts.join(" · ")));
 }
 
+/** The instances that have all words of the search in their name, role, state, notes or node. */
+function found(rows) {
+  const words = $("find").value.toLowerCase().split(/\s+/).filter(Boolean);
+  if (!words.length) return rows;
+  const text = (row) => `${row.id} ${row.role} ${row.node} ${notesOf(row).join(" ")} ${row.state}`.toLowerCase();
+  return rows.filter((row) => words.every((word) => text(row).includes(word)));
+}
+
 function showInstances({ cluster, blocks }) {
   const order = $("order").value;
-  const rows = [...cluster.instances].sort(ORDERS[order]);
+  const all = cluster.instances;
+  const rows = [...found(all)].sort(ORDERS[order]);
+  $("finding").hidden = all.length <= FEW && !$("find").value;
+  $("shown").textContent = rows.length === all.length ? "" : `${rows.length} of ${all.length} shown`;
   const container = $("instances");
   const here = new Set(rows.map((row) => row.id));
   for (const [id, instance] of page.instances) {
@@ -131,12 +146,12 @@ function showInstances({ cluster, blocks }) {
     instance.element.remove();
     page.instances.delete(id);
   }
-  const least = rows.length <= 8 ? 270 : rows.length <= 20 ? 210 : 140;
+  const least = rows.length <= FEW ? 270 : rows.length <= 20 ? 210 : 140;
   const most = Math.max(1, Math.floor((container.clientWidth + 14) / (least + 14)));
   const groups = order === "name" ? [rows] : ROLES.map((role) => rows.filter((row) => row.role === role));
   // As many columns as fit, without a nearly empty last row.
   const longest = Math.max(1, ...groups.map((group) => group.length));
-  const count = rows.length <= 8 ? rows.length : longest;
+  const count = rows.length <= FEW ? rows.length : longest;
   container.style.setProperty("--columns", Math.min(most, Math.ceil(count / Math.ceil(count / most))) || 1);
   page.isDense = rows.length > MANY;
   container.classList.toggle("dense", page.isDense);
@@ -147,7 +162,10 @@ function showInstances({ cluster, blocks }) {
     place++;
   };
   for (const group of groups) {
-    if (group.length && rows.length > 8 && order !== "name") put(heading(group[0].role, group));
+    if (group.length && all.length > FEW && order !== "name") {
+      const { role } = group[0];
+      put(heading(role, all.filter((row) => row.role === role)));
+    }
     for (const row of group) {
       let instance = page.instances.get(row.id);
       if (!instance) page.instances.set(row.id, (instance = new Instance(row.id, page)));
@@ -155,10 +173,10 @@ function showInstances({ cluster, blocks }) {
       instance.show(row, blocks[row.id] ?? []);
     }
   }
-  const immovable = rows.filter((row) => row.no_migration);
+  const immovable = all.filter((row) => row.no_migration);
   $("immovable").hidden = !immovable.length;
   if (immovable.length) {
-    const names = immovable.length === rows.length ? "the instances" : immovable.map((row) => row.id).join(", ");
+    const names = immovable.length === all.length ? "the instances" : immovable.map((row) => row.id).join(", ");
     $("immovable").textContent = `Requests cannot move from or to ${names}: ${immovable[0].no_migration}.`;
   }
   const line = cluster.waiting_line;
@@ -168,10 +186,10 @@ function showInstances({ cluster, blocks }) {
     : "Waiting line: empty";
   const wanted = Object.entries(cluster.wanted ?? {}).filter(([, size]) => size);
   const sizes = wanted.map(([role, size]) => {
-    const ready = rows.filter((row) => row.role === role && row.pid).length;
+    const ready = all.filter((row) => row.role === role && row.pid).length;
     return make("span", { className: `size${ready < size ? " late" : ""}` }, `${role} ${ready} of ${size} wanted`);
   });
-  const preempted = rows.reduce((sum, row) => sum + row.preempted, 0);
+  const preempted = all.reduce((sum, row) => sum + row.preempted, 0);
   sizes.push(make("span", { className: `size${preempted ? " late" : ""}` }, `${number(preempted)} preempted`));
   $("line").replaceChildren(make("span", {}, words), ...dots, ...sizes);
 }
@@ -330,6 +348,10 @@ $("key-form").addEventListener("submit", (event) => {
   stream.setKey($("key").value);
   $("key").value = "";
 });
-$("order").addEventListener("change", () => localStorage.setItem("order", $("order").value));
+$("order").addEventListener("change", () => {
+  localStorage.setItem("order", $("order").value);
+  if (latest) showInstances(latest);
+});
+$("find").addEventListener("input", () => latest && showInstances(latest));
 if (localStorage.getItem("order") in ORDERS) $("order").value = localStorage.getItem("order");
 stream.start();

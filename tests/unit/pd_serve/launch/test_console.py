@@ -6,7 +6,8 @@ import logging
 import pytest
 
 from pd_serve.launch import console as module
-from pd_serve.launch.console import Console, LogProgress
+from pd_serve.launch.console import Console, LogProgress, instances_shown
+from tests.members import instance_info
 
 
 def test_progress_goes_to_stderr_as_it_is_written(capsys: pytest.CaptureFixture[str]) -> None:
@@ -28,7 +29,7 @@ def test_progress_goes_to_stderr_as_it_is_written(capsys: pytest.CaptureFixture[
 def test_the_banner_has_a_command_to_copy(
     capsys: pytest.CaptureFixture[str], needs_key: bool, header: str
 ) -> None:
-    Console().banner("http://127.0.0.1:8000", "tiny", ["decode-0 (pid 7)"], needs_key=needs_key)
+    Console().banner("http://127.0.0.1:8000", "tiny", [instance_info("decode-0", pid=7)], needs_key=needs_key)
 
     shown = capsys.readouterr().err
     (command,) = (line.strip() for line in shown.splitlines() if line.strip().startswith("curl"))
@@ -40,8 +41,18 @@ def test_the_banner_has_a_command_to_copy(
     assert "decode-0 (pid 7)" in shown
 
 
+def test_the_banner_names_a_few_instances_and_counts_many() -> None:
+    few = [instance_info("prefill-0", pid=7), instance_info("decode-0", pid=8)]
+    many = [instance_info(f"decode-{number}", pid=number // 16) for number in range(48)]
+
+    assert instances_shown(few) == "prefill-0 (pid 7), decode-0 (pid 8)"
+    assert instances_shown(few + many) == "1 prefill, 49 decode, in 5 processes"
+
+
 def test_the_banner_says_why_requests_cannot_move(capsys: pytest.CaptureFixture[str]) -> None:
-    Console().banner("http://h:1", "tiny", ["neutral-0 (pid 7)"], needs_key=False, no_migration="[x] MLA")
+    Console().banner(
+        "http://h:1", "tiny", [instance_info("neutral-0")], needs_key=False, no_migration="[x] MLA"
+    )
 
     assert "off: [x] MLA" in capsys.readouterr().err
 
