@@ -105,6 +105,9 @@ class ServeConfig(BaseSettings):
         DEFAULT_COST_MODEL,
         "Hardware of simulated engines: a name, or a CSV file of step times.",
     )
+    instances_per_process: int = _flag(
+        INSTANCES, 1, "Simulated instances that share a process, so that many run on few cores.", ge=1
+    )
 
     policy: str = _flag(
         SCHEDULING, DEFAULT_POLICY, "Policy set that places and moves requests; see pd-serve policies."
@@ -243,6 +246,13 @@ class ServeConfig(BaseSettings):
             if not least <= self.instances[role] <= most:
                 raise InvalidRequestError(
                     f"{self.instances[role]} {role} instances at the start are not within {least}:{most}"
+                )
+        if self.instances_per_process > 1:
+            if self.engine != "simulated":
+                raise InvalidRequestError("--instances-per-process: only simulated instances share a process")
+            if any(self.resources.values()) or self.accelerator_type is not None:
+                raise InvalidRequestError(
+                    "--instances-per-process: instances that share a process have no resources of their own"
                 )
         _ = self.policies, self.simulated  # their names are checked before anything starts
 

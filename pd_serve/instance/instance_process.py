@@ -1,11 +1,12 @@
-"""One serving instance: a process with vLLM's engine, its llumlet and their sockets."""
+"""One serving instance: an engine, its llumlet and their sockets. Simulated ones may share a process."""
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from migration.messages import InstanceId
 from migration.transport.kv_transport import KvTransport
 from pd_serve.comm.membership import InstanceInfo
 from pd_serve.comm.wire import CurveKeys, Wire
-from pd_serve.errors import InvalidRequestError
+from pd_serve.errors import EngineDeadError, InvalidRequestError
 from pd_serve.instance.engine_factory import create_engine, import_engine, no_handoffs
 from pd_serve.simulated_engine.settings import EngineSettings
 
@@ -71,12 +72,27 @@ async def open_transport(
 
 
 class Instance:
-    """An instance, which is started once. When its engine dies, the whole process ends."""
+    """An instance, which is started once.
 
-    def __init__(self) -> None:
-        self._stopped = asyncio.Event()
-        self._config: InstanceConfig | None = None
-        self._transport: KvTransport | None = None
+    Args:
+        has_others: Whether other instances live in the process of this one. If there are none, an unexpected
+            failure ends the process. Otherwise it ends this instance only, whose memory has to stay until the
+            process ends: something may still be written to it.
+    """
+
+    def __init__(self, has_others: Callable[["Instance"], bool] = lambda instance: False) -> None:
+        self._has_others = has_others
+        self._loop = asyncio.get_running_loop()
+        self._ended = asyncio.Event()
+        self._failure: BaseException | None = None
+        self._abandoning: asyncio.Task[None] | None = None
+        #: What closes its parts, in the order in which they were created.
+        self._closers: list[Callable[[], Awaitable[None]]] = []
+
+    @property
+    def has_ended(self) -> bool:
+        """It has stopped or failed."""
+        return self._ended.is_set() or self._failure is not None
 
     async def start(self, config: InstanceConfig) -> InstanceInfo:
         """Loads the model and opens the sockets.
@@ -91,10 +107,11 @@ class Instance:
         from pd_serve.instance.token_publisher import TokenPublisher
 
         name = InstanceId(config.instance_id)
-        self._config = config
         self._wire = Wire(name, config.host, config.keys)
+        self._closers.append(self._wire.close)
         bounds = MigrationBounds(stage_bytes_per_s=config.stage_bytes_per_s)
         self._tokens = TokenPublisher(name, self._wire)
+        self._closers.append(_closing(self._tokens.close))
         self.llumlet = Llumlet(
             name,
             config.role,
@@ -108,14 +125,17 @@ class Instance:
         self._engine: Engine = create_engine(
             config.engine_args, config.simulated, self._tokens.publish, self.llumlet.events, config.orphan_s
         )
+        self._closers.append(self._engine.stop)
         await self._engine.start()
         gc.enable()
         facts = self._engine.facts
         if config.needs_migration and facts.no_migration is not None:
             await self.stop()
             raise InvalidRequestError(no_handoffs(facts.no_migration))
-        self._transport = await open_transport(name, self._engine, self._die)
-        self.llumlet.start(self._engine, self._transport)
+        transport = await open_transport(name, self._engine, self._die)
+        self._closers.append(_closing(transport.close))  # before workers end, which would be a failure of it
+        self.llumlet.start(self._engine, transport)
+        self._closers.append(self.llumlet.close)
         logger.debug("%s (%s) is ready, pid %d", name, config.role, os.getpid())
         return InstanceInfo(
             instance_id=name,
@@ -127,21 +147,47 @@ class Instance:
         )
 
     async def wait(self) -> None:
-        """Returns when the instance has been stopped."""
-        await self._stopped.wait()
+        """Returns when the instance has been stopped. Raises: EngineDeadError: it has failed."""
+        await self._ended.wait()
+        if self._failure is not None:
+            raise EngineDeadError(f"{type(self._failure).__name__}: {self._failure}") from self._failure
 
     async def stop(self) -> None:
-        """Stops the engine thread and frees sockets and shared memory."""
-        if self._config is not None:
-            await self.llumlet.close()
-            if self._transport is not None:
-                self._transport.close()  # before workers end, which would be a failure of it
+        """Stops the engine and frees sockets and shared memory. Idempotent; a start may be incomplete."""
+        while self._closers:
+            await self._closers.pop()()
+        self._ended.set()
+
+    def _die(self, error: BaseException) -> None:
+        """Ends the process, or the instance, at once; from any thread.
+
+        The kernel frees the memory, sockets and connections of a process.
+        """
+        logger.critical("this instance ends: %s", error, exc_info=error)
+        self._failure = self._failure or error
+        if self._has_others(self):
+            self._loop.call_soon_threadsafe(self._fail)
+        else:
+            os._exit(1)
+
+    def _fail(self) -> None:
+        if self._abandoning is None:
+            self._abandoning = self._loop.create_task(self._abandon())
+
+    async def _abandon(self) -> None:
+        """Ends the instance in a state that may be wrong, steps and messages first. Closing may fail."""
+        with contextlib.suppress(Exception):
             await self._engine.stop()
             self._tokens.close()
             await self._wire.close()
-        self._stopped.set()
+        self._ended.set()
+        while self._closers:
+            with contextlib.suppress(Exception):
+                await self._closers.pop()()
 
-    def _die(self, error: BaseException) -> None:
-        """Ends the process at once, from any thread. The kernel frees its memory, sockets and connections."""
-        logger.critical("this instance ends: %s", error, exc_info=error)
-        os._exit(1)
+
+def _closing(close: Callable[[], None]) -> Callable[[], Awaitable[None]]:
+    async def closed() -> None:
+        close()
+
+    return closed

@@ -22,6 +22,7 @@ from pd_serve.launch.preparation import Prepared
 from pd_serve.observe import request_log
 from pd_serve.observe.metrics import RequestMetrics, show_integrity
 from pd_serve.observe.recorder import Observer, RequestRecorder
+from pd_serve.platform.open_files import allow_many_open_files
 from router.dispatcher import Dispatcher
 from router.fair_share import FairShare
 from router.slo import NO_SLO
@@ -74,6 +75,7 @@ class ApiServer:
         from pd_serve.dashboard.routes import show_dashboard
         from pd_serve.observe.exposition import MetricsText
 
+        allow_many_open_files()
         config, server, engine_config = prepared.config, prepared.flags.server, prepared.engine_config
         async with AsyncExitStack() as stack:
             codec = VllmCodec()

@@ -22,6 +22,7 @@ from pd_serve.platform.cpu import is_cpu_build
 from pd_serve.platform.environment import ray_environment
 from pd_serve.platform.fork_server import ForkServer
 from pd_serve.platform.memory import check_memory
+from pd_serve.platform.open_files import allow_many_open_files
 from router.load import ROLES
 
 if TYPE_CHECKING:
@@ -85,7 +86,9 @@ class LocalCluster:
         preparing = self._tasks.start(manager_config)
         forks = self._start_fork_server()
         python = forks.python if forks is not None else None
-        launcher = await asyncio.to_thread(_new_launcher, self._ray_address, model, python)
+        allow_many_open_files()
+        per_process = config.instances_per_process
+        launcher = await asyncio.to_thread(_new_launcher, self._ray_address, model, python, per_process)
         self._launcher = launcher
         try:
             async with asyncio.timeout(JOIN_S):
@@ -136,11 +139,14 @@ class LocalCluster:
                 model.path,
                 simulated=config.simulated is not None,
                 api_servers=self._num_api_servers,
+                per_process=config.instances_per_process,
             )
 
 
-def _new_launcher(address: str | None, model: ModelSource, python: str | None) -> "RayLauncher":
+def _new_launcher(
+    address: str | None, model: ModelSource, python: str | None, per_process: int
+) -> "RayLauncher":
     """Imports Ray, which takes a second."""
     from pd_serve.manager.ray_launcher import RayLauncher
 
-    return RayLauncher(address, model.environment, python=python)
+    return RayLauncher(address, model.environment, python=python, instances_per_process=per_process)

@@ -82,6 +82,7 @@ class Prepared:
             orphan_s=config.orphan_s,
             allow_no_migration=config.allow_no_migration,
             checks_memory=config.ray_address is None,
+            instances_per_process=config.instances_per_process,
         )
 
     def _layout(self) -> dict[str, str]:

@@ -95,7 +95,12 @@ class InstanceManager:
     async def __init__(self, config: ManagerConfig, version: str) -> None:  # type: ignore[misc]
         configure_logging(MANAGER)
         service = f"{serve.get_replica_context().app_name}:{version}"
-        self._launcher = RayLauncher("auto", config.environment, service=service)
+        self._launcher = RayLauncher(
+            "auto",
+            config.environment,
+            service=service,
+            instances_per_process=config.instances_per_process,
+        )
         wire = Wire(MANAGER, own_address(config.host), config.keys)
         self._manager = Manager(config, wire, self._launcher, LogProgress())
         if not await self._manager.take_over():

@@ -1,6 +1,6 @@
 """Exponential backoff between failed starts."""
 
-from pd_serve.comm.timing import MAX_START_BACKOFF_S, START_BACKOFF_S
+from pd_serve.comm.timing import DEATH_CHAIN_S, MAX_START_BACKOFF_S, START_BACKOFF_S
 
 
 class Backoff:
@@ -17,9 +17,11 @@ class Backoff:
         self._pause_s = START_BACKOFF_S
 
     def failed(self, now: float) -> None:
-        self.failed_at = now
-        self.retry_at = now + self._pause_s
-        self._pause_s = min(2 * self._pause_s, MAX_START_BACKOFF_S)
+        """Counts a failure. Those within `DEATH_CHAIN_S` count as one: a process may have had all of them."""
+        last, self.failed_at = self.failed_at, now
+        if last is None or now - last > DEATH_CHAIN_S:
+            self.retry_at = now + self._pause_s
+            self._pause_s = min(2 * self._pause_s, MAX_START_BACKOFF_S)
 
     def reset(self) -> None:
         """Forgets the failures: starts succeed again."""

@@ -24,6 +24,7 @@ class ManagerConfig:
         orphan_s: See `pd_serve.instance.orphans`.
         allow_no_migration: Prefill and decode instances start even if their engines cannot move requests.
         checks_memory: All instances run on this machine; refuses a start if its memory does not suffice.
+        instances_per_process: Simulated instances that share a process.
     """
 
     model: str
@@ -42,6 +43,7 @@ class ManagerConfig:
     orphan_s: float = 0.0
     allow_no_migration: bool = False
     checks_memory: bool = False
+    instances_per_process: int = 1
 
     def instance(self, name: str, role: str) -> InstanceConfig:
         return InstanceConfig(

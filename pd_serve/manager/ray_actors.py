@@ -1,4 +1,4 @@
-"""Ray actors of a service: one for each instance, and one for the scheduler."""
+"""Ray actors of a service: those of the instances, and one for the scheduler."""
 
 import asyncio
 import logging
@@ -8,23 +8,36 @@ from dataclasses import replace
 import ray
 
 from pd_serve.comm.membership import SCHEDULER, InstanceInfo
+from pd_serve.comm.timing import INSTANCE_LEASE_S
 from pd_serve.comm.wire import Wire, is_local
 from pd_serve.instance.instance_process import Instance, InstanceConfig
 from pd_serve.manager.launcher import ManagerNotes
-from pd_serve.observe.logs import configure_logging
+from pd_serve.observe.logs import INSTANCE, configure_logging
+from pd_serve.platform.open_files import allow_many_open_files
 from pd_serve.scheduler.scheduler_process import SchedulerConfig, SchedulerProcess
 
 logger = logging.getLogger(__name__)
 
+#: Time that instances have to get ready when the next manager looks for them, in seconds. The manager waits
+#: for the time of a lease.
+READY_S = 0.8 * INSTANCE_LEASE_S
+
 
 class InstanceActor:
-    """An instance: an async actor in a process of its own."""
+    """The process of one instance, or of several simulated ones: an async actor.
 
-    def __init__(self, name: str) -> None:
+    Args:
+        name: Name of the process.
+        places: Number of instances that it runs in its life.
+    """
+
+    def __init__(self, name: str, places: int = 1) -> None:
         self._name = name
+        self._is_shared = places > 1
         configure_logging(name)
-        self._instance = Instance()
-        self._started: asyncio.Task[InstanceInfo] | None = None
+        allow_many_open_files()
+        self._instances: dict[str, Instance] = {}  # ended ones, too: see `Instance`
+        self._starts: dict[str, asyncio.Task[InstanceInfo]] = {}
         self._notes: ManagerNotes | None = None
 
     def __repr__(self) -> str:
@@ -32,12 +45,29 @@ class InstanceActor:
 
     async def start(self, config: InstanceConfig) -> InstanceInfo:
         config = replace(config, host=own_address(config.host))
-        self._started = asyncio.ensure_future(self._instance.start(config))
-        return await self._started
+        start = self._starts[config.instance_id] = asyncio.ensure_future(self._start(config))
+        return await start
 
-    async def found(self) -> tuple[InstanceInfo | None, ManagerNotes | None]:
-        """For the next manager: the instance (None if never started) when it is ready, and its notes."""
-        return (await self._started if self._started is not None else None), self._notes
+    async def _start(self, config: InstanceConfig) -> InstanceInfo:
+        if self._is_shared:
+            INSTANCE.set(config.instance_id)
+        instance = self._instances[config.instance_id] = Instance(self._has_others)
+        return await instance.start(config)
+
+    def _has_others(self, ending: Instance) -> bool:
+        return any(one is not ending and not one.has_ended for one in self._instances.values())
+
+    async def found(self) -> tuple[list[InstanceInfo], ManagerNotes | None]:
+        """For the next manager: the ready instances, and its notes. Ends those that do not get ready."""
+        if self._starts:
+            await asyncio.wait(self._starts.values(), timeout=READY_S)
+        infos = []
+        for instance_id, start in self._starts.items():
+            if not start.done():
+                await self.stop_one(instance_id)
+            elif not (start.cancelled() or start.exception() or self._instances[instance_id].has_ended):
+                infos.append(start.result())
+        return infos, self._notes
 
     async def keep_notes(self, notes: ManagerNotes) -> int:
         """Keeps the notes if they are the latest. Returns the term of the latest notes."""
@@ -45,12 +75,21 @@ class InstanceActor:
             self._notes = notes
         return self._notes.term
 
-    async def wait(self) -> None:
-        """Returns when the instance is stopped; Ray raises an error if its process dies."""
-        await self._instance.wait()
+    async def wait(self, instance_id: str) -> None:
+        """Returns when an instance is stopped. Ray raises an error if it fails, or its process dies."""
+        await self._instances[instance_id].wait()
+
+    async def stop_one(self, instance_id: str) -> None:
+        """Stops an instance, or its start. Unknown ones are ignored."""
+        if (instance := self._instances.get(instance_id)) is not None:
+            start = self._starts[instance_id]
+            start.cancel()
+            await asyncio.wait([start])
+            await instance.stop()
 
     async def stop(self) -> None:
-        await self._instance.stop()
+        """Stops all instances."""
+        await asyncio.gather(*map(self.stop_one, self._instances))
 
 
 class SchedulerActor:
@@ -58,6 +97,7 @@ class SchedulerActor:
 
     def __init__(self) -> None:
         configure_logging(SCHEDULER)
+        allow_many_open_files()
         self._stopped = asyncio.Event()
 
     def __repr__(self) -> str:

@@ -5,7 +5,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 import ray
@@ -13,18 +13,18 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from migration.tasks import BackgroundTasks
 from pd_serve.comm.membership import SCHEDULER, InstanceInfo
-from pd_serve.comm.timing import INSTANCE_LEASE_S, RAY_CALL_S
+from pd_serve.comm.timing import INSTANCE_LEASE_S
 from pd_serve.errors import EngineDeadError, PdServeError
 from pd_serve.instance.instance_process import InstanceConfig
+from pd_serve.manager.instance_processes import InstanceProcess, InstanceProcesses
 from pd_serve.manager.launcher import ManagerNotes
 from pd_serve.manager.ray_actors import InstanceActor, SchedulerActor
+from pd_serve.manager.ray_calls import in_time, settled
 from pd_serve.manager.ray_start import PASSING_ERRORS, end_children, start_ray
 from pd_serve.platform.placement import Placement
 from pd_serve.scheduler.scheduler_process import SchedulerConfig
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 #: Ray's namespace of actors that outlive the manager. Their names are "service:name".
 NAMESPACE = "pd_serve"
@@ -46,6 +46,7 @@ class RayLauncher:
         python: Command that runs the script of an instance's process; None for this Python.
         service: With a name, actors outlive this process, and the next manager with that name finds them.
             This process is connected to Ray already, and Ray continues after it.
+        instances_per_process: Instances that share a process; they cannot have requirements on its machine.
     """
 
     def __init__(
@@ -55,13 +56,14 @@ class RayLauncher:
         on_lost: Callable[[str], None] = lambda instance_id: None,
         python: str | None = None,
         service: str | None = None,
+        instances_per_process: int = 1,
     ) -> None:
         self._address = address
         self._python = python
         self._environment = environment
         self._service = service
         self.on_lost = on_lost
-        self._actors: dict[str, Any] = {}
+        self._processes = InstanceProcesses(instances_per_process)
         self._groups: dict[str, Any] = {}
         self._waits_for: dict[str, str] = {}
         self._leaves_starts = False
@@ -107,8 +109,11 @@ class RayLauncher:
 
     def launch(self, name: str, placement: Placement) -> None:
         """See `Launcher`."""
-        if name in self._actors:
-            return
+        if name not in self._processes and not self._processes.place(name):
+            process = self._processes.name_of_new(name)
+            self._processes.add(name, process, self._new_actor(process, placement))
+
+    def _new_actor(self, name: str, placement: Placement) -> Any:
         options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 1000, **self._lasting(name)}
         if bundle := placement.bundle():
             group = self._groups[name] = ray.util.placement_group(
@@ -120,7 +125,7 @@ class RayLauncher:
         if self._python is not None:
             options["runtime_env"] = {**options.get("runtime_env", {}), "py_executable": self._python}
         try:
-            self._actors[name] = ray.remote(InstanceActor).options(**options).remote(name)
+            return ray.remote(InstanceActor).options(**options).remote(name, self._processes.places)
         except ValueError as error:  # an instance that a former manager was starting has the name
             self._free(name)
             raise EngineDeadError(f"{name} does not start: {error}") from error
@@ -141,10 +146,10 @@ class RayLauncher:
     async def start(self, config: InstanceConfig) -> InstanceInfo:
         """See `Launcher`. The error has the reason."""
         name = config.instance_id
-        actor = self._actors[name]
+        process = self._processes[name]
         try:
             await self._placed(name)
-            info: InstanceInfo = await actor.start.remote(config)
+            info: InstanceInfo = await process.actor.start.remote(config)
         except ray.exceptions.RayError as error:
             self._discard(name)
             if isinstance(error, ray.exceptions.RayTaskError):
@@ -156,7 +161,7 @@ class RayLauncher:
             raise
         finally:
             self._waits_for.pop(name, None)
-        self._keep(info, actor)
+        self._keep(info, process)
         return info
 
     def leave_starts(self) -> None:
@@ -171,25 +176,31 @@ class RayLauncher:
             self._waits_for[name] = f"waiting for resources: {amounts}"
         self._waits_for.pop(name, None)
 
-    def _keep(self, info: InstanceInfo, actor: Any) -> None:
-        self._actors[info.instance_id] = actor
+    def _keep(self, info: InstanceInfo, process: InstanceProcess) -> None:
         self._pids[info.instance_id] = info.pid
-        self._watchers.start(self._watch(info.instance_id, actor))
+        self._watchers.start(self._watch(info.instance_id, process))
 
     async def stop_instance(self, name: str) -> None:
-        """See `Launcher`."""
-        actor = self._actors.pop(name, None)
-        if actor is None:
+        """See `Launcher`. A process with others has the time of a lease to answer, and ends otherwise."""
+        process = self._processes.remove(name)
+        if process is None:
             return
-        await asyncio.wait([asyncio.ensure_future(_settled(actor.stop.remote()))], timeout=STOP_S)
-        ray.kill(actor)
-        self._free(name)
+        stop = asyncio.ensure_future(settled(process.actor.stop_one.remote(name)))
+        await asyncio.wait([stop], timeout=INSTANCE_LEASE_S if process.instances else STOP_S)
+        if stop.cancel() or not process.instances:
+            self._end(process)
 
     def _discard(self, name: str) -> None:
         """Ends an instance that is not ready, and frees its resources."""
-        if (actor := self._actors.pop(name, None)) is not None and ray.is_initialized():
-            ray.kill(actor)
-            self._free(name)
+        if (process := self._processes.remove(name)) is not None and ray.is_initialized():
+            if process.instances:
+                self._watchers.start(settled(process.actor.stop_one.remote(name)))
+            else:
+                self._end(process)
+
+    def _end(self, process: InstanceProcess) -> None:
+        ray.kill(process.actor)
+        self._free(process.name)
 
     def _free(self, name: str) -> None:
         if (group := self._groups.pop(name, None)) is not None:
@@ -204,30 +215,30 @@ class RayLauncher:
         """
         infos: list[InstanceInfo] = []
         found_notes: list[ManagerNotes] = []
-        actors = await _in_time(self._named_actors)
+        actors = await in_time(self._named_actors)
         if (scheduler := actors.pop(SCHEDULER, None)) is not None:
             ray.kill(scheduler)  # it keeps no state, and the next one is ready in a second
-        asked = {name: asyncio.ensure_future(_settled(a.found.remote())) for name, a in actors.items()}
+        asked = {name: asyncio.ensure_future(settled(a.found.remote())) for name, a in actors.items()}
         if asked:
             await asyncio.wait(asked.values(), timeout=INSTANCE_LEASE_S)
         for name, actor in actors.items():
             if asked[name].cancel():
-                info, notes = None, None
+                infos_there, notes = [], None
             elif (found := asked[name].result()) is None:
                 continue  # it has died
             else:
-                info, notes = found
+                infos_there, notes = found
             with contextlib.suppress(ValueError):
                 group = f"{self._service}:{name}"
-                self._groups[name] = await _in_time(partial(ray.util.get_placement_group, group))
-            if info is None:
-                self._actors[name] = actor
-                self._discard(name)
-                continue
-            self._keep(info, actor)
-            infos.append(info)
-            found_notes += [notes] if notes is not None else []
-        living = [info for info in infos if info.instance_id in self._actors]  # some have died meanwhile
+                self._groups[name] = await in_time(partial(ray.util.get_placement_group, group))
+            process = self._processes.found(name, actor, [info.instance_id for info in infos_there])
+            if not infos_there:
+                self._end(process)
+            for info in infos_there:
+                self._keep(info, process)
+            infos += infos_there
+            found_notes += [notes] if infos_there and notes is not None else []
+        living = [info for info in infos if info.instance_id in self._processes]  # some have died meanwhile
         return living, max(found_notes, key=lambda notes: notes.age, default=None)
 
     def _named_actors(self) -> dict[str, Any]:
@@ -241,7 +252,8 @@ class RayLauncher:
 
     async def keep_notes(self, notes: ManagerNotes) -> int:
         """See `Launcher`."""
-        calls = [asyncio.ensure_future(_settled(a.keep_notes.remote(notes))) for a in self._actors.values()]
+        actors = [process.actor for process in self._processes]
+        calls = [asyncio.ensure_future(settled(actor.keep_notes.remote(notes))) for actor in actors]
         done, _ = await asyncio.wait(calls, timeout=STOP_S) if calls else (set(), set())
         return max((task.result() or 0 for task in done), default=0)
 
@@ -287,13 +299,13 @@ class RayLauncher:
             await asyncio.to_thread(end_children, STOP_S)  # left for example by an interrupted start
 
     async def _stop_instances(self) -> None:
-        actors = [*self._actors.values(), *([self._scheduler] if self._scheduler is not None else [])]
-        stops = [asyncio.ensure_future(_settled(actor.stop.remote())) for actor in actors]
+        actors = [process.actor for process in self._processes.clear()]
+        actors += [self._scheduler] if self._scheduler is not None else []
+        stops = [asyncio.ensure_future(settled(actor.stop.remote())) for actor in actors]
         if stops:
             await asyncio.wait(stops, timeout=STOP_S)
         for actor in actors:
             ray.kill(actor)
-        self._actors.clear()
         for name in list(self._groups):
             self._free(name)
         if self._address is None and self._service is None:
@@ -304,29 +316,12 @@ class RayLauncher:
                 if asyncio.get_running_loop().time() > deadline:
                     break
 
-    async def _watch(self, instance_id: str, actor: Any) -> None:
+    async def _watch(self, instance_id: str, process: InstanceProcess) -> None:
         try:
-            await actor.wait.remote()
+            await process.actor.wait.remote(instance_id)
         except ray.exceptions.RayError:
             self._pids.pop(instance_id, None)
-            if self._actors.pop(instance_id, None) is not None:  # otherwise it was stopped
-                self._free(instance_id)
+            if self._processes.remove(instance_id) is not None:  # otherwise it was stopped
+                if not process.instances:
+                    self._end(process)
                 self.on_lost(instance_id)
-
-
-async def _in_time(call: Callable[[], T]) -> T:
-    """The result of a blocking call to Ray. Raises: EngineDeadError: Ray does not answer."""
-    try:
-        async with asyncio.timeout(RAY_CALL_S):
-            return await asyncio.to_thread(call)
-    except TimeoutError as error:
-        raise EngineDeadError(f"Ray has not answered for {RAY_CALL_S:.0f} s") from error
-
-
-async def _settled(reference: Any) -> Any:
-    """The result of a call; None if the actor has died."""
-    try:
-        return await reference
-    except ray.exceptions.RayError as error:
-        logger.debug("an actor has ended before it answered: %s", error)
-        return None

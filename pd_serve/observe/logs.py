@@ -10,12 +10,16 @@ import re
 import sys
 import threading
 import warnings
+from contextvars import ContextVar
 from typing import Any, Literal, TextIO
 
 LogFormat = Literal["text", "json"]
 
 #: Inherited by the processes that Ray starts.
 FORMAT_VARIABLE = "PD_SERVE_LOG_FORMAT"
+
+#: Name of the instance that a task belongs to, in a process of several: tasks that it starts inherit it.
+INSTANCE: ContextVar[str] = ContextVar("instance", default="")
 
 #: Ray's prefix of a line of another process. JSON lines have their own field for the process.
 RAY_PREFIX = re.compile(r"^\([^()]*\bpid=\d+[^()]*\) (?=\{)", re.MULTILINE)
@@ -25,7 +29,8 @@ def configure_logging(process: str = "", *, is_shown: bool = False) -> None:
     """Configures logging with the level in `PD_SERVE_LOG_LEVEL` (default INFO; DEBUG logs every hand-off).
 
     Args:
-        process: Name of the process in JSON lines.
+        process: Name of the process in JSON lines. In lines of an instance that shares its process it is the
+            instance's name, which text lines have in brackets.
         is_shown: Whether text lines begin with the name, too. Those of Ray's processes get it from Ray.
     """
     level = os.environ.get("PD_SERVE_LOG_LEVEL", "INFO").upper()
@@ -34,7 +39,8 @@ def configure_logging(process: str = "", *, is_shown: bool = False) -> None:
         handler.setFormatter(_json_formatter(process))
     else:
         begin = f"({process} pid={os.getpid()}) " if is_shown else ""
-        handler.setFormatter(logging.Formatter(f"{begin}%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(logging.Formatter(f"{begin}%(asctime)s %(levelname)s %(instance)s%(message)s"))
+        handler.addFilter(_add_instance)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for ours in ("pd_serve", "migration", "router"):
         logging.getLogger(ours).setLevel(level)
@@ -55,6 +61,12 @@ def choose_format(log_format: LogFormat) -> None:
         sys.stdout, sys.stderr = _WithoutPrefix(sys.stdout), _WithoutPrefix(sys.stderr)
 
 
+def _add_instance(record: logging.LogRecord) -> bool:
+    instance = INSTANCE.get()
+    record.instance = f"[{instance}] " if instance else ""
+    return True
+
+
 def request_of(record: logging.LogRecord) -> str | None:
     """The request id of a log record; None if it is not about a request."""
     if isinstance(record.msg, str) and record.msg.startswith("request %s") and record.args:
@@ -73,12 +85,12 @@ def _json_formatter(process: str) -> logging.Formatter:
             super().add_fields(log_data, record, message_dict)
             if (request_id := request_of(record)) is not None:
                 log_data["request_id"] = request_id
+            log_data["process"] = INSTANCE.get() or process or f"pid-{os.getpid()}"
 
     return JsonLines(
         ["levelname", "name", "message"],
         style=",",
         rename_fields={"levelname": "level", "name": "logger"},
-        static_fields={"process": process or f"pid-{os.getpid()}"},
         timestamp="time",
         reserved_attrs=[*RESERVED_ATTRS, "vllm_process_name"],  # vLLM adds it to every record
     )

@@ -12,9 +12,9 @@ from pd_serve.platform.placement import num_workers
 #: 0.5-0.6 GB).
 PROCESS_BYTES = 600 * 2**20
 
-#: Memory of an instance with a simulated engine, in bytes (measured: 80 MiB of its own); it has neither
-#: weights nor a KV cache.
-SIMULATED_BYTES = 100 * 2**20
+#: Memory of a process of simulated instances, and of each instance in it, in bytes (measured: 80 MiB of its
+#: own with one instance); they have neither weights nor a KV cache.
+SIMULATED_PROCESS_BYTES, SIMULATED_BYTES = 80 * 2**20, 20 * 2**20
 
 
 def check_memory(
@@ -24,19 +24,23 @@ def check_memory(
     *,
     simulated: bool = False,
     api_servers: int = 1,
+    per_process: int = 1,
 ) -> None:
     """Checks whether processes that are to start fit into this machine's free memory.
 
     Args:
         engine_args: Arguments of vLLM's `AsyncEngineArgs`.
         model: Its directory, if it has one.
+        per_process: Simulated instances that share a process.
 
     Raises:
         InvalidRequestError: They would not.
     """
     front_end = api_servers * PROCESS_BYTES
     if simulated:
-        return _check(num_instances, num_instances * SIMULATED_BYTES + front_end, "start fewer")
+        processes = -(-num_instances // per_process)
+        needed = processes * SIMULATED_PROCESS_BYTES + num_instances * SIMULATED_BYTES + front_end
+        return _check(num_instances, needed, "start fewer")
     weights = sum(f.stat().st_size for f in Path(model).glob("*.safetensors")) if Path(model).is_dir() else 0
     kv = int(engine_args.get("kv_cache_memory_bytes") or 0)
     workers = num_workers(engine_args)

@@ -56,6 +56,16 @@ def test_numbers_that_are_not_given_follow_from_the_others(
         ({"prefill": "two"}, "--prefill: Input should be a valid integer"),
         ({"autoscale_decode": "3:1"}, "--autoscale-decode: 3:1: must be 1 <= MIN <= MAX"),
         ({"decode_resources": '{"GPU": 1}'}, "--decode-resources: GPU must be a custom resource"),
+        ({"instances_per_process": 2}, "only simulated instances share a process"),
+        ({"instances_per_process": 0, "engine": "simulated"}, "--instances-per-process: Input should be"),
+        (
+            {"instances_per_process": 2, "engine": "simulated", "accelerator_type": "A10G"},
+            "instances that share a process have no resources of their own",
+        ),
+        (
+            {"instances_per_process": 2, "engine": "simulated", "decode_resources": '{"fast": 1}'},
+            "instances that share a process have no resources of their own",
+        ),
         ({"engine": "sglang"}, "--engine: Input should be 'vllm' or 'simulated'"),
         ({"engine": "simulated", "cost_model": "fast"}, "cost model 'fast': neither known nor a file"),
         ({"policy": "lumnix"}, "no policy 'lumnix'; there are"),

@@ -48,16 +48,23 @@ def test_an_unexpected_error_is_raised_unchanged(monkeypatch: pytest.MonkeyPatch
 
 
 class FakeActor:
-    """Answers every call with one of the given results; None: it waits for resources, and never answers."""
+    """Answers every call with one of the given results; None: it waits for resources, and never answers.
+
+    A function makes the result of the call's arguments.
+    """
 
     def __init__(self, **results: Any) -> None:
         self._results = results
+        self.calls: list[tuple[Any, ...]] = []
 
     def __getattr__(self, method: str) -> Any:
-        return SimpleNamespace(remote=lambda *arguments: self._answer(method))
+        return SimpleNamespace(remote=lambda *arguments: self._answer(method, arguments))
 
-    async def _answer(self, method: str) -> Any:
+    async def _answer(self, method: str, arguments: tuple[Any, ...]) -> Any:
+        self.calls.append((method, *arguments))
         result = self._results.get(method)
+        if callable(result):
+            return await result(*arguments)
         if isinstance(result, Exception):
             raise result
         return result if result is not None else await asyncio.Future()
@@ -86,7 +93,8 @@ async def test_keep_notes_returns_the_highest_term_that_an_instance_has_seen() -
     with pytest.MonkeyPatch.context() as monkeypatch:
         dead = FakeActor(keep_notes=ray.exceptions.RayActorError())
         launcher, _ = a_launcher(monkeypatch)
-        launcher._actors = {"a": FakeActor(keep_notes=3), "b": FakeActor(keep_notes=4), "c": dead}
+        for name, actor in {"a": FakeActor(keep_notes=3), "b": FakeActor(keep_notes=4), "c": dead}.items():
+            launcher._processes.add(name, name, actor)
         assert await launcher.keep_notes(ManagerNotes(term=3)) == 4
 
 
@@ -97,7 +105,8 @@ async def test_a_cancelled_start_ends_the_instance_unless_it_is_left_to_others(
 ) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         launcher, killed = a_launcher(monkeypatch)
-        actor = launcher._actors["decode-0"] = FakeActor()
+        actor = FakeActor()
+        launcher._processes.add("decode-0", "decode-0", actor)
         config: Any = SimpleNamespace(instance_id="decode-0")
         start = asyncio.ensure_future(launcher.start(config))
         await asyncio.sleep(1)
@@ -113,8 +122,116 @@ async def test_an_actor_that_waits_for_resources_does_not_hold_up_a_take_over() 
     notes = ManagerNotes(term=2)
     with pytest.MonkeyPatch.context() as monkeypatch:
         waiting, dead = FakeActor(), FakeActor(found=ray.exceptions.RayActorError())
-        ready = FakeActor(found=(instance_info("decode-0"), notes))
+        ready = FakeActor(found=([instance_info("decode-0")], notes))
         launcher, killed = a_launcher(monkeypatch, decode_0=ready, decode_1=waiting, decode_2=dead)
         assert await asyncio.wait_for(launcher.find(), 60) == ([instance_info("decode-0")], notes)
         assert killed == [waiting]
+        await launcher._watchers.cancel()
+
+
+class SharedProcess:
+    """A launcher with one process of two instances, whose actor is a fake, and what becomes of it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **results: Any) -> None:
+        self.launcher, self.killed = a_launcher(monkeypatch)
+        self.lost: list[str] = []
+        self.launcher.on_lost = self.lost.append
+        self.failed: dict[str, asyncio.Event] = {name: asyncio.Event() for name in ("decode-0", "decode-1")}
+        self.actor = FakeActor(wait=self._wait, **results)
+        monkeypatch.setattr(ray, "kill", self._kill)
+        infos = [instance_info(name) for name in self.failed]
+        process = self.launcher._processes.found("process-of-decode-0", self.actor, list(self.failed))
+        for info in infos:
+            self.launcher._keep(info, process)
+
+    def _kill(self, actor: Any) -> None:
+        self.killed.append(actor)
+        for failed in self.failed.values():
+            failed.set()
+
+    async def _wait(self, instance_id: str) -> None:
+        await self.failed[instance_id].wait()
+        raise ray.exceptions.RayActorError
+
+
+@in_virtual_time
+async def test_an_instance_that_stops_leaves_its_neighbour_alone() -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        shared = SharedProcess(monkeypatch, stop_one=True)
+
+        await shared.launcher.stop_instance("decode-0")
+
+        assert ("stop_one", "decode-0") in shared.actor.calls
+        assert (shared.killed, shared.lost) == ([], [])
+
+        await shared.launcher.stop_instance("decode-1")
+        assert shared.killed == [shared.actor]
+        await shared.launcher._watchers.cancel()
+
+
+@in_virtual_time
+async def test_a_process_that_does_not_stop_an_instance_ends_with_its_neighbours() -> None:
+    """Nothing that was given up may go on later: its loop hangs, or it is stopped."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        shared = SharedProcess(monkeypatch)
+
+        await shared.launcher.stop_instance("decode-0")
+        await asyncio.sleep(0.1)
+
+        assert shared.killed[0] is shared.actor
+        assert shared.lost == ["decode-1"]
+
+
+@in_virtual_time
+async def test_an_instance_that_fails_alone_is_lost_alone() -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        shared = SharedProcess(monkeypatch)
+
+        shared.failed["decode-1"].set()
+        await asyncio.sleep(0.1)
+
+        assert (shared.killed, shared.lost) == ([], ["decode-1"])
+        await shared.launcher._watchers.cancel()
+
+
+@in_virtual_time
+async def test_the_death_of_a_process_loses_all_its_instances() -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        shared = SharedProcess(monkeypatch)
+
+        shared._kill(shared.actor)
+        await asyncio.sleep(0.1)
+
+        assert sorted(shared.lost) == ["decode-0", "decode-1"]
+        assert not list(shared.launcher._processes)
+
+
+@in_virtual_time
+async def test_a_cancelled_start_ends_the_instance_and_not_its_neighbour() -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        shared = SharedProcess(monkeypatch, stop_one=True)
+        config: Any = SimpleNamespace(instance_id="decode-0")
+        start = asyncio.ensure_future(shared.launcher.start(config))
+        await asyncio.sleep(1)
+
+        start.cancel()
+        await asyncio.wait([start])
+        await asyncio.sleep(0.1)
+
+        assert ("stop_one", "decode-0") in shared.actor.calls
+        assert shared.killed == []
+        await shared.launcher._watchers.cancel()
+
+
+@in_virtual_time
+async def test_a_take_over_finds_all_instances_of_a_process() -> None:
+    infos = [instance_info("decode-0"), instance_info("decode-1")]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        actor = FakeActor(found=(infos, ManagerNotes(term=2)))
+        launcher, killed = a_launcher(monkeypatch, **{"process_of_decode_0": actor})
+
+        assert await launcher.find() == (infos, ManagerNotes(term=2))
+
+        assert killed == []
+        assert [process.instances for process in launcher._processes] == [{"decode-0", "decode-1"}]
         await launcher._watchers.cancel()

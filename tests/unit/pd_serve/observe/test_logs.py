@@ -10,7 +10,14 @@ from contextlib import contextmanager
 
 import pytest
 
-from pd_serve.observe.logs import FORMAT_VARIABLE, LogFormat, choose_format, configure_logging, request_of
+from pd_serve.observe.logs import (
+    FORMAT_VARIABLE,
+    INSTANCE,
+    LogFormat,
+    choose_format,
+    configure_logging,
+    request_of,
+)
 
 
 @contextmanager
@@ -46,6 +53,27 @@ def test_a_text_line_begins_with_its_process_if_nothing_else_shows_it() -> None:
         logging.getLogger("pd_serve.x").info("here")
 
     assert stderr.getvalue().startswith(f"(api-1 pid={os.getpid()}) ")
+
+
+@contextmanager
+def an_instance(name: str) -> Iterator[None]:
+    """Code of an instance that shares its process."""
+    token = INSTANCE.set(name)
+    try:
+        yield
+    finally:
+        INSTANCE.reset(token)
+
+
+def test_a_line_of_an_instance_in_a_shared_process_has_its_name() -> None:
+    with captured("text", "process-of-decode-0") as text, an_instance("decode-3"):
+        logging.getLogger("pd_serve.x").info("request %s: is here", "r1")
+    with captured("json", "process-of-decode-0") as lines, an_instance("decode-3"):
+        logging.getLogger("pd_serve.x").info("request %s: is here", "r1")
+
+    assert text.getvalue().endswith(" INFO [decode-3] request r1: is here\n")
+    line = json.loads(lines.getvalue())
+    assert (line["process"], line["request_id"]) == ("decode-3", "r1")
 
 
 def test_a_json_line_has_process_request_id_and_the_fields_of_its_event() -> None:

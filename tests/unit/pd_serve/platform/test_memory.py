@@ -7,7 +7,12 @@ import psutil
 import pytest
 
 from pd_serve.errors import InvalidRequestError
-from pd_serve.platform.memory import PROCESS_BYTES, SIMULATED_BYTES, check_memory
+from pd_serve.platform.memory import (
+    PROCESS_BYTES,
+    SIMULATED_BYTES,
+    SIMULATED_PROCESS_BYTES,
+    check_memory,
+)
 
 
 @pytest.fixture
@@ -48,18 +53,20 @@ def test_each_worker_of_an_engine_is_a_process_with_a_cache_of_its_own(
             check_memory(2, engine_args, model)
 
 
+@pytest.mark.parametrize(("per_process", "processes"), [(1, 64), (16, 4), (10, 7)])
 @pytest.mark.parametrize(("spare", "fits"), [(0, True), (-1, False)])
 def test_simulated_engines_need_neither_weights_nor_a_cache(
-    monkeypatch: pytest.MonkeyPatch, model: str, spare: int, fits: bool
+    monkeypatch: pytest.MonkeyPatch, model: str, spare: int, fits: bool, per_process: int, processes: int
 ) -> None:
-    needed = 64 * SIMULATED_BYTES + PROCESS_BYTES
+    needed = processes * SIMULATED_PROCESS_BYTES + 64 * SIMULATED_BYTES + PROCESS_BYTES
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=needed + spare))
 
     if fits:
-        check_memory(64, {"kv_cache_memory_bytes": 2**40}, model, simulated=True)
+        engine_args = {"kv_cache_memory_bytes": 2**40}
+        check_memory(64, engine_args, model, simulated=True, per_process=per_process)
     else:
         with pytest.raises(InvalidRequestError, match=r"64 instances need .* are free: start fewer$"):
-            check_memory(64, {}, model, simulated=True)
+            check_memory(64, {}, model, simulated=True, per_process=per_process)
 
 
 def test_each_api_server_is_a_process(monkeypatch: pytest.MonkeyPatch, model: str) -> None:

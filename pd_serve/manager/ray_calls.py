@@ -1,0 +1,33 @@
+"""Calls to Ray and its actors that end in time, or without a result."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import ray
+
+from pd_serve.comm.timing import RAY_CALL_S
+from pd_serve.errors import EngineDeadError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+async def in_time(call: Callable[[], T]) -> T:
+    """The result of a blocking call to Ray. Raises: EngineDeadError: Ray does not answer."""
+    try:
+        async with asyncio.timeout(RAY_CALL_S):
+            return await asyncio.to_thread(call)
+    except TimeoutError as error:
+        raise EngineDeadError(f"Ray has not answered for {RAY_CALL_S:.0f} s") from error
+
+
+async def settled(reference: Any) -> Any:
+    """The result of a call of an actor; None if the actor has died."""
+    try:
+        return await reference
+    except ray.exceptions.RayError as error:
+        logger.debug("an actor has ended before it answered: %s", error)
+        return None

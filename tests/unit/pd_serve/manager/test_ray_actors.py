@@ -1,0 +1,163 @@
+"""The process of several instances, with simulated engines: each one ends alone."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+
+import pytest
+
+from migration.transport.local import LocalFabric
+from pd_serve.comm.messages import SetRole
+from pd_serve.comm.wire import CurveKeys, Wire
+from pd_serve.errors import EngineDeadError
+from pd_serve.instance import instance_process
+from pd_serve.instance.instance_process import InstanceConfig
+from pd_serve.manager import ray_actors
+from pd_serve.manager.launcher import ManagerNotes
+from pd_serve.manager.ray_actors import InstanceActor
+from pd_serve.observe.logs import INSTANCE
+from pd_serve.simulated_engine.cost_model import COST_MODELS
+from pd_serve.simulated_engine.settings import EngineSettings
+from pd_serve.simulated_engine.simulated_engine import SimulatedEngine
+
+KEYS = CurveKeys.generate()
+
+
+def config(name: str) -> InstanceConfig:
+    settings = EngineSettings(COST_MODELS["a10-llama-7b"], num_blocks=100, block_tokens=16)
+    return InstanceConfig(name, "decode", {}, "127.0.0.1", KEYS, simulated=settings)
+
+
+@pytest.fixture
+def exits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Exit statuses with which the process would have ended."""
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    return codes
+
+
+@pytest.fixture
+async def actor(monkeypatch: pytest.MonkeyPatch, exits: list[int]) -> AsyncIterator[InstanceActor]:
+    """The process of decode-0, decode-1 and decode-2."""
+    monkeypatch.setattr(ray_actors, "configure_logging", lambda name: None)
+    monkeypatch.setattr(instance_process, "import_engine", lambda *, simulated: None)
+    fabric = LocalFabric()
+    monkeypatch.setattr(
+        "migration.transport.nixl.NixlTransport", lambda name, on_failure: fabric.transport(name)
+    )
+    actor = InstanceActor("process-of-decode-0", places=3)
+    await asyncio.gather(*(actor.start(config(f"decode-{number}")) for number in range(3)))
+    yield actor
+    await actor.stop()
+
+
+async def found(actor: InstanceActor) -> list[str]:
+    infos, _ = await actor.found()
+    return [info.instance_id for info in infos]
+
+
+async def test_an_instance_that_fails_ends_alone(actor: InstanceActor, exits: list[int]) -> None:
+    """Its sockets are closed, and its neighbours go on."""
+    waiting = asyncio.ensure_future(actor.wait("decode-1"))
+    failing = actor._instances["decode-1"]
+
+    failing.llumlet.events.on_death(RuntimeError("no memory is left"))
+
+    with pytest.raises(EngineDeadError, match="RuntimeError: no memory is left"):
+        await asyncio.wait_for(waiting, 10)
+    assert exits == []
+    assert not failing._wire.send("manager", None)
+    assert await found(actor) == ["decode-0", "decode-2"]
+    for name in ("decode-0", "decode-2"):
+        assert await actor._instances[name].llumlet.check_integrity() == []
+
+
+async def test_a_failure_is_one_also_if_closing_fails(
+    actor: InstanceActor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = actor._instances["decode-1"]
+
+    async def stop() -> None:
+        raise KeyError("r1")
+
+    monkeypatch.setattr(failing._engine, "stop", stop)
+    failing.llumlet.events.on_death(RuntimeError("no memory is left"))
+
+    with pytest.raises(EngineDeadError):
+        await asyncio.wait_for(actor.wait("decode-1"), 10)
+
+
+async def test_the_failure_of_the_last_instance_ends_the_process(
+    actor: InstanceActor, exits: list[int]
+) -> None:
+    await actor.stop_one("decode-0")
+    # Both at once, as when no manager has sent anything for long: neither waits for the other's end.
+    for name in ("decode-1", "decode-2"):
+        assert exits == []
+        actor._instances[name].llumlet.events.on_death(RuntimeError("no manager"))
+
+    assert exits == [1]
+
+
+async def test_an_instance_that_stops_leaves_the_others_alone(actor: InstanceActor) -> None:
+    await actor.stop_one("decode-0")
+    await actor.stop_one("decode-7")
+
+    await actor.wait("decode-0")
+    assert await found(actor) == ["decode-1", "decode-2"]
+
+
+async def test_a_start_that_is_given_up_frees_what_it_has_opened(
+    actor: InstanceActor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never = asyncio.Event()
+    monkeypatch.setattr(SimulatedEngine, "start", lambda engine: never.wait())
+    start = asyncio.ensure_future(actor.start(config("decode-3")))
+    async with asyncio.timeout(10):
+        while not hasattr(actor._instances.get("decode-3"), "_engine"):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+    await asyncio.wait_for(actor.stop_one("decode-3"), 10)
+
+    assert start.cancelled() or isinstance(start.exception(), asyncio.CancelledError)
+    assert actor._instances["decode-3"]._wire._context.closed
+    assert await found(actor) == ["decode-0", "decode-1", "decode-2"]
+
+
+async def test_the_next_manager_does_not_wait_for_a_start_that_hangs(
+    actor: InstanceActor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never = asyncio.Event()
+    monkeypatch.setattr(SimulatedEngine, "start", lambda engine: never.wait())
+    monkeypatch.setattr(ray_actors, "READY_S", 0.05)
+    start = asyncio.ensure_future(actor.start(config("decode-3")))
+    await asyncio.sleep(0)
+
+    assert await found(actor) == ["decode-0", "decode-1", "decode-2"]
+    await asyncio.wait([start])
+    assert start.cancelled()
+
+
+async def test_the_latest_notes_are_kept(actor: InstanceActor) -> None:
+    assert await actor.keep_notes(ManagerNotes(term=3)) == 3
+    assert await actor.keep_notes(ManagerNotes(term=2)) == 3
+    assert (await actor.found())[1] == ManagerNotes(term=3)
+
+
+async def test_what_an_instance_logs_has_its_name(
+    actor: InstanceActor, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ray's prefix is that of the process. A message that makes no sense is logged by its receiver."""
+    names: list[str] = []
+    caplog.handler.addFilter(lambda record: names.append(INSTANCE.get()) is None)
+    sender = Wire("peer", "127.0.0.1", KEYS)
+    infos, _ = await actor.found()
+    for info in infos:
+        sender.connect(info.instance_id, info.address)
+        sender.send(info.instance_id, SetRole("no role"))
+    async with asyncio.timeout(10):
+        while len(names) < 3:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await sender.close()
+
+    assert sorted(names) == ["decode-0", "decode-1", "decode-2"]

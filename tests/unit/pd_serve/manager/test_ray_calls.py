@@ -1,0 +1,34 @@
+"""Calls to Ray end in time."""
+
+import asyncio
+import time
+
+import pytest
+import ray
+
+from pd_serve.errors import EngineDeadError
+from pd_serve.manager import ray_calls
+from pd_serve.manager.ray_calls import in_time, settled
+
+
+async def test_a_call_that_returns_has_its_result() -> None:
+    assert await in_time(lambda: 7) == 7
+
+
+async def test_a_call_that_does_not_return_in_time_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_calls, "RAY_CALL_S", 0.05)
+    with pytest.raises(EngineDeadError, match="Ray has not answered"):
+        await in_time(lambda: time.sleep(0.3))
+
+
+async def test_the_call_of_an_actor_that_has_died_has_no_result() -> None:
+    async def call(error: Exception | None) -> int:
+        await asyncio.sleep(0)
+        if error is not None:
+            raise error
+        return 7
+
+    assert await settled(call(None)) == 7
+    assert await settled(call(ray.exceptions.RayActorError())) is None
+    with pytest.raises(KeyError):
+        await settled(call(KeyError("x")))
