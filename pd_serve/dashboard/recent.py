@@ -179,11 +179,12 @@ class RecentEvents(Observer):
 
     def note_elsewhere(self, api_server: str, slots: Iterable[CountedSlot]) -> None:
         """Takes what another API server has counted. What one has that has died since is kept."""
-        known = self._elsewhere.setdefault(api_server, {})
-        known |= {slot.number: Slot.of(slot) for slot in slots}
         begin = self._now() - NUM_SLOTS
-        for number in [number for number in known if number <= begin]:
-            del known[number]
+        self._elsewhere.setdefault(api_server, {}).update({slot.number: Slot.of(slot) for slot in slots})
+        kept = {
+            name: {n: s for n, s in known.items() if n > begin} for name, known in self._elsewhere.items()
+        }
+        self._elsewhere = {name: known for name, known in kept.items() if known}
 
     def slots(self, last: int = NUM_SLOTS) -> list[Slot]:
         """The latest slots of all API servers that are not empty, oldest first."""

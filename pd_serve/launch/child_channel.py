@@ -35,8 +35,8 @@ class ChildChannel:
         try:
             length = int.from_bytes(await self._reader.readexactly(LENGTH_BYTES), "big")
             data = await self._reader.readexactly(length)
-        except (asyncio.IncompleteReadError, OSError):
-            raise EOFError from None
+        except OSError as error:  # the end itself is an EOFError of asyncio's
+            raise EOFError from error
         # In a thread: an object of vLLM's, such as a compilation configuration, imports it.
         return await asyncio.to_thread(pickle.loads, data)
 

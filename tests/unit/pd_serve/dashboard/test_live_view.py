@@ -261,3 +261,37 @@ async def test_hand_offs_are_left_out_of_an_event_before_other_migrations(
 
     assert (event["moves"][0]["reason"], len(event["moves"])) == ("balance", MAX_MOVES)
     assert event["moves_left_out"] == MAX_MOVES + 1
+
+
+async def test_what_other_api_servers_have_counted_is_read_before_each_event(
+    instances: FakeInstances, recent: RecentEvents
+) -> None:
+    other = RecentEvents(recent.clock)
+    silent = asyncio.Event()
+    number = 0
+
+    async def update() -> None:
+        nonlocal number
+        number += 1
+        other.token_gaps({0.05: 1})
+        recent.note_elsewhere("b", other.counted(0))
+        if number > 2:
+            await silent.wait()
+
+    view = LiveView("api-1", dict, instances, recent, update=update)
+    events = view.events()
+
+    tokens = [(await following(events))["latency"]["slots"][-1][1] for _ in range(4)]
+
+    assert tokens == [1, 2, 3, 3], "one that is silent does not stop the page, and is not asked twice"
+    await events.aclose()  # type: ignore[attr-defined]
+    await view.close()
+
+
+def test_pages_at_other_api_servers_count(instances: FakeInstances, recent: RecentEvents) -> None:
+    elsewhere = MAX_WATCHERS - 1
+    view = LiveView("api-1", dict, instances, recent, pages_elsewhere=lambda: elsewhere)
+
+    assert not view.is_full
+    view.num_watchers = 1
+    assert view.is_full

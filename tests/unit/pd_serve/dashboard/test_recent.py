@@ -178,7 +178,19 @@ def test_the_last_slot_of_another_api_server_is_read_again(recent: RecentEvents,
         clock.now += SLOT_S
 
     assert [slot.tokens for slot in recent.slots()] == [2, 2, 2]
+    assert len(other.counted(recent.next_of("b"))) == 1, "not what is known"
+
+
+def test_what_another_api_server_has_counted_outlives_it_until_it_is_long_ago(
+    recent: RecentEvents, clock: Clock
+) -> None:
+    other = RecentEvents(clock)
+    other.token_gaps({0.05: 1})
+    recent.note_elsewhere("b", other.counted(0))
+    clock.now += SLOT_S
+
+    assert [slot.tokens for slot in recent.slots()] == [1]
     clock.now += NUM_SLOTS * SLOT_S
-    recent.note_elsewhere("b", [])
     assert recent.slots() == []
-    assert recent.next_of("b") == 0
+    recent.note_elsewhere("c", [])
+    assert recent._elsewhere == {}, "nothing is kept of those that are gone"

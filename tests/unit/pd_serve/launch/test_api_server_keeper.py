@@ -162,6 +162,9 @@ async def test_a_replacement_that_does_not_start_is_told_with_its_reason_and_tri
         await asyncio.sleep(300)
         assert world.warnings[1] == "an API server does not start: out of memory; the next one starts in 5 s"
         assert len(world.warnings) > MAX_FAILED_STARTS
+        failed = world.children[2:-1]
+        assert all(child.end.done() for child in failed), "none is left behind"
+        assert set(world.ended) >= {child.name for child in failed}
         assert not task.done(), "the other one serves"
         world.fails = None
         await asyncio.sleep(300)
@@ -216,6 +219,16 @@ async def test_the_stop_waits_for_all_of_them_together_and_kills_those_that_take
     await world.keeper.stop()
     assert asyncio.get_running_loop().time() - begin == API_SERVER_STOP_S
     assert [child.end.result() for child in world.children] == ["was killed by SIGKILL"] * 2
+
+
+@in_virtual_time
+async def test_a_stop_ends_a_start() -> None:
+    world = KeeperWorld(2)
+    starting = asyncio.create_task(world.keeper.start())
+    await asyncio.sleep(START_S / 2)
+    await world.keeper.stop()
+    assert starting.cancelled()
+    assert all(child.end.done() for child in world.children)
 
 
 @in_virtual_time
