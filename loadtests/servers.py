@@ -16,6 +16,7 @@ from typing import IO, Any
 import aiohttp
 import psutil
 
+from loadtests.processes import ProcessKind, kind_of
 from pd_serve import models
 from pd_serve.errors import PdServeError
 from pd_serve.launch.engine_flags import CHANGED_DEFAULTS
@@ -85,9 +86,10 @@ class SharedSettings:
         return cls(model, flags, engine_environment(num_engines, model))
 
     def ours(self, instances: Mapping[str, int], port: int, *flags: str) -> ServerCommand:
-        """`pd-serve serve` with a number of instances for each role."""
+        """`pd-serve serve` with a number of instances for each role, and one API server, as vLLM's has."""
         roles = [f"--{role}={number}" for role, number in instances.items()]
-        command = [script("pd-serve"), "serve", self.model, *roles, *flags, *self._common_flags(port)]
+        own = [*roles, "--api-servers=1", *flags]
+        command = [script("pd-serve"), "serve", self.model, *own, *self._common_flags(port)]
         return ServerCommand(OURS, command, port, self.environment)
 
     def stock(self, port: int, *flags: str, name: str = STOCK) -> ServerCommand:
@@ -122,9 +124,16 @@ class RunningServer:
         """CPU time of its process and all descendants so far."""
         return sum(map(_cpu_s, (self.process, *self.process.children(recursive=True))))
 
-    def first_process_cpu_s(self) -> float:
-        """CPU time of the started process alone, without the engines that it starts."""
-        return _cpu_s(self.process)
+    def front_end_cpu_s(self) -> float:
+        """CPU time of the started process and of the API servers that it has started, without engines."""
+        below = [child for child in self.process.children() if _kind_of(child) is ProcessKind.API_SERVER]
+        return sum(map(_cpu_s, (self.process, *below)))
+
+
+def _kind_of(process: psutil.Process) -> ProcessKind:
+    with suppress(psutil.NoSuchProcess):
+        return kind_of(process.name(), process.cmdline())
+    return ProcessKind.OTHER
 
 
 def _cpu_s(process: psutil.Process) -> float:

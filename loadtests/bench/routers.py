@@ -55,7 +55,7 @@ async def run(routers_folder: Path, console: rich.console.Console) -> dict[str, 
                 progress.refresh()
                 for load in (ONE, MANY):
                     for name, server in targets.items():
-                        measured = await run_round(server.url, server.first_process_cpu_s, load, number)
+                        measured = await run_round(server.url, server.front_end_cpu_s, load, number)
                         measured.check(name)
                         if number >= 0:
                             rounds[name][load.name].append(measured)

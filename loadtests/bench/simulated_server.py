@@ -19,6 +19,6 @@ def simulated_server(
     name: str, cost_model: Path, port: int, environment: Mapping[str, str] | None = None
 ) -> ServerCommand:
     """The command line of the server."""
-    flags = ["--neutral=1", "--engine=simulated", f"--cost-model={cost_model}"]
+    flags = ["--neutral=1", "--api-servers=1", "--engine=simulated", f"--cost-model={cost_model}"]
     command = [script("pd-serve"), "serve", MODEL, f"--host={HOST}", f"--port={port}", *flags]
     return ServerCommand(name, command, port, environment or {})

@@ -52,7 +52,7 @@ async def test_a_server_ends_with_its_block() -> None:
     async with running(script_server(SERVE)) as server:
         process = server.process
         assert process.is_running()
-        assert server.cpu_s() >= server.first_process_cpu_s() > 0
+        assert server.cpu_s() >= server.front_end_cpu_s() > 0
 
     assert not process.is_running()
 
