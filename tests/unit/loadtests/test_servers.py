@@ -36,7 +36,10 @@ def test_both_servers_have_the_same_flags() -> None:
 
     ours, stock = settings.ours({"neutral": 1}, 1234), settings.stock(1234)
 
-    assert [flag for flag in ours.command if flag not in stock.command][-1] == "--neutral=1"
+    assert [flag for flag in ours.command if flag not in stock.command][-2:] == [
+        "--neutral=1",
+        "--api-servers=1",
+    ]
     shared = ["--served-model-name=tiny", "--host=127.0.0.1", "--port=1234", *settings.flags]
     assert ours.command[-5:] == stock.command[-5:] == shared
     assert ours.environment == stock.environment == {"A": "b"}
