@@ -4,7 +4,7 @@ import logging
 import math
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from msgspec.structs import replace
 
@@ -31,6 +31,18 @@ MAX_DESTINATIONS = 16
 
 P = TypeVar("P")
 R = TypeVar("R")
+
+
+class QueueAhead(NamedTuple):
+    """Of an instance's queue, as a new request finds it.
+
+    Attributes:
+        tokens_behind: Prompt tokens that the request goes before.
+        waited_s: How long the oldest request before it that is no longer has waited.
+    """
+
+    tokens_behind: int = 0
+    waited_s: float = 0.0
 
 
 class Dispatcher:
@@ -96,12 +108,15 @@ class Dispatcher:
         return chosen.instance_id
 
     def first_token_s(
-        self, request: NewRequest, behind: Mapping[str, int], tokens_ahead: int = 0
+        self, request: NewRequest, queues: Mapping[str, QueueAhead], tokens_ahead: int = 0
     ) -> float | None:
         """Predicts the time to a new request's first token, on the instance where it comes soonest.
 
+        It is the time to compute all prompts up to its own, and at least as long as requests before it have
+        waited already: those may wait for memory, which no step time shows.
+
         Args:
-            behind: Prompt tokens by instance that wait there and that the request goes before.
+            queues: By instance; none for an instance on which nothing waits.
             tokens_ahead: Prompt tokens that no instance has yet and that go before it, shared by all.
 
         Returns: None if there is no instance, or one that has measured no prompt yet.
@@ -110,17 +125,13 @@ class Dispatcher:
         if not loads or not all(load.prompt_token_s for load in loads):
             return None
         share = tokens_ahead // len(loads)
-        return min(
-            first_token_s(
-                replace(
-                    load,
-                    waiting_tokens=share + max(load.waiting_tokens - behind.get(load.instance_id, 0), 0),
-                ),
-                request.prompt_tokens,
-                load.prompt_token_s,
-            )
-            for load in loads
-        )
+
+        def predicted_s(load: InstanceLoad) -> float:
+            queue = queues.get(load.instance_id, QueueAhead())
+            ahead = replace(load, waiting_tokens=share + max(load.waiting_tokens - queue.tokens_behind, 0))
+            return max(first_token_s(ahead, request.prompt_tokens, load.prompt_token_s), queue.waited_s)
+
+        return min(map(predicted_s, loads))
 
     def send_prefix(self, request: NewRequest, instance_id: str) -> str | None:
         """Counts the prompt's blocks on the instance that it starts on.

@@ -86,6 +86,19 @@ class WaitingLine:
                 others[one.request.account] += one.request.prompt_tokens
         return own + sum(min(tokens, own + request.prompt_tokens) for tokens in others.values())
 
+    def waited_before(self, request: NewRequest, now: float) -> float:
+        """How long the oldest request has waited that a new one would wait behind, and that is no longer: a
+        shorter one may pass a longer one. With shares, of its own account."""
+        place = (request.priority, now + request.arrives_later_s)
+        arrivals = [
+            one.place[1] - one.request.arrives_later_s
+            for one in self._waiting.values()
+            if one.place[:2] <= place
+            and one.request.prompt_tokens <= request.prompt_tokens
+            and (self._shares is None or one.request.account == request.account)
+        ]
+        return now - min(arrivals, default=now)
+
     def add(self, request_id: str, request: NewRequest, now: float) -> None:
         self._count += 1
         is_high = priority_class(request.priority) is PriorityClass.HIGH

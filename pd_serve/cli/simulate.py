@@ -85,6 +85,12 @@ def run(
             " of the policy, too. [default: 0.1]"
         ),
     ] = None,
+    refuse: Annotated[
+        bool,
+        typer.Option(
+            "--refuse", help="Requests bring these bounds as targets: what cannot meet the first is refused."
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of lengths, arrivals and everything random.")] = 0,
     traces: Annotated[
         Path | None, typer.Option(help="Folder of trace files.", envvar="PD_SERVE_TRACES")
@@ -113,6 +119,7 @@ def run(
         autoscale=bounds_of(autoscale or [], list(cluster)),
         max_migrations=max_migrations,
         slo=Slo(slo_ttft, 0.1 if slo_tpot is None else slo_tpot),
+        refuses=refuse,
     )
     output.run_and_show(scenario, traces, json_file)
 

@@ -75,6 +75,8 @@ def counts(summary: dict[str, Any]) -> Table:
         f"{summary['goodput']:.2f} requests/s within {slo['ttft_s']:g} s to the first token and "
         f"{slo['tpot_s'] * 1e3:g} ms for each later one ({'–' if attained is None else f'{attained:.1%}'})",
     )
+    if summary["refused"]:
+        grid.add_row("refused", f"{summary['refused']:,} requests, which could not meet their target")
     grid.add_row(
         "preemptions", f"{summary['preemptions']:,}, {summary['preemption_loss_s']:.3g} s lost per request"
     )

@@ -1,7 +1,6 @@
 """Where each request of an API server starts, and where it is handed off to."""
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 
 from msgspec.structs import replace
@@ -12,7 +11,7 @@ from pd_serve.comm.messages import AddRequest, HandOff
 from pd_serve.comm.timing import HANDOFF_RETRY_S
 from pd_serve.frontend.tracked_request import TrackedRequest
 from pd_serve.observe.recorder import RequestRecorder
-from router.dispatcher import Dispatcher
+from router.dispatcher import Dispatcher, QueueAhead
 from router.fair_share import FairShare
 from router.request import Demand, NewRequest
 from router.waiting_line import WaitingLine
@@ -82,14 +81,21 @@ class RequestPlacement:
             waiting: Requests without a first token: those on instances that it goes before do not delay it.
             arriving_tokens: Prompt tokens of requests that arrive with it.
         """
-        now = self._loop.time()
+        now = self.now
         place = (new.priority, now + new.arrives_later_s)
-        behind = Counter[str]()
+        queues: dict[str, QueueAhead] = {}
         for other in waiting:
-            if other.ledger.owner and other.place > place:
-                behind[other.ledger.owner] += other.new.prompt_tokens
+            if not (owner := other.ledger.owner):
+                continue
+            behind, waited_s = queues.get(owner, QueueAhead())
+            if other.place > place:
+                behind += other.new.prompt_tokens
+            elif other.new.prompt_tokens <= new.prompt_tokens:
+                waited_s = max(waited_s, now - other.arrived_at)
+            queues[owner] = QueueAhead(behind, waited_s)
         tokens_ahead = arriving_tokens + self.line.tokens_before(new, now)
-        return self._dispatcher.first_token_s(new, behind, tokens_ahead)
+        predicted_s = self._dispatcher.first_token_s(new, queues, tokens_ahead)
+        return None if predicted_s is None else max(predicted_s, self.line.waited_before(new, now))
 
     def place(self, request: TrackedRequest, *, may_wait: bool = False, avoid: Collection[str] = ()) -> bool:
         """Sends a request to the instance that it starts on.

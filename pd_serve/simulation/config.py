@@ -8,6 +8,7 @@ import msgspec
 from pd_serve.simulated_engine.settings import EngineSettings
 from router.policies import PolicySet, policy_set
 from router.scaling import PoolBounds
+from router.slo import NO_SLO, Slo
 
 #: Time from the client to an engine and back with the first token, without queueing and computing. Fitted
 #: once for all figures to the paper's prefill latencies without queueing.
@@ -62,6 +63,8 @@ class SimulationConfig:
         start_instance_s: Time until a new instance serves.
         front_end_s: Time from a client to the request router; part of the request's latency.
         max_migrations: Maximum number of migrations at a time, per instance and direction.
+        slo: Targets that every request brings: they order the queues, and what cannot meet the first one is
+            refused.
         orphan_s: Seconds that requests go on after their API server has left.
         every_step: Each step of an engine is an event of its own, as for faults between two steps. Without,
             a run of decode steps that nothing interrupts is one event, with the same result.
@@ -77,6 +80,7 @@ class SimulationConfig:
     start_instance_s: float = 10.0
     front_end_s: float = 0.0
     max_migrations: int = 64
+    slo: Slo = NO_SLO
     orphan_s: float = 0.0
     every_step: bool = False
     seed: int = 0

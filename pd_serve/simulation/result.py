@@ -12,6 +12,8 @@ class RequestRecord:
     Attributes:
         longest_gap_s: Longest time between two tokens.
         tokens: Number of received tokens.
+        failed: It has ended with an error.
+        refused: It could not have met its target, or a turn before it could not.
         lost, duplicated, wrong: Numbers of tokens that differ from the expected output.
     """
 
@@ -24,6 +26,7 @@ class RequestRecord:
     duplicated: int = 0
     wrong: int = 0
     failed: bool = False
+    refused: bool = False
 
     @property
     def prefill_s(self) -> float:

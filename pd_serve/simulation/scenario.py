@@ -21,7 +21,7 @@ from pd_serve.simulation.workloads import TraceSpec, fitting, make_requests
 from router.policies import paper_threshold, policy_set
 from router.priority import PriorityClass, priority_class
 from router.scaling import PoolBounds
-from router.slo import Slo
+from router.slo import NO_SLO, Slo
 
 Simulate = Callable[[SimulationConfig, Callable[[int, int], None] | None], SimulationResult]
 
@@ -37,6 +37,7 @@ class Scenario:
         one_class: Schedules all requests with normal priority, and reports them by the priority of the trace.
         with_series: Whether the summary has the cluster over time.
         slo: Bounds of a request that counts in the goodput.
+        refuses: Requests bring these as targets; see `SimulationConfig.slo`.
     """
 
     trace: TraceSpec
@@ -53,6 +54,7 @@ class Scenario:
     one_class: bool = False
     with_series: bool = False
     slo: Slo = field(default_factory=Slo)
+    refuses: bool = False
 
     @property
     def key(self) -> str:
@@ -112,6 +114,7 @@ def configure(
         start_instance_s=machine.start_s,
         max_migrations=case.max_migrations,
         front_end_s=case.front_end_s,
+        slo=case.slo if case.refuses else NO_SLO,
         seed=case.trace.seed,
     )
     return config, classes, left_out

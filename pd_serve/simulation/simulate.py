@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import math
 import operator
 import time
 from collections.abc import Callable
@@ -124,21 +125,26 @@ class Simulation:
 
     def _submit(self, number: int) -> None:
         request = self.records[number].request
+        slo = self.config.slo
+        new = NewRequest(request.prompt_tokens, request.priority, slo=slo, arrives_later_s=-slo.lead_s)
+        requests = self.cluster.frontend.requests
+        if slo.ttft_s < math.inf and (requests.first_token_s(new, 0) or 0.0) > slo.ttft_s:
+            self.records[number].refused = True
+            return self._end(number)
         payload = SimulatedPayload(
             request_id=str(number),
             prompt_tokens=request.prompt_tokens,
             max_tokens=request.output_tokens,
             priority=request.priority,
-            arrival_s=request.arrival_s,
+            arrival_s=request.arrival_s + new.arrives_later_s,
             segments=request.segments,
             seed=number,
             token_ids=self._session_prompt(number),
         )
         keys = self._prefix_keys(payload) if request.segments or payload.token_ids else ()
-        new = NewRequest(request.prompt_tokens, request.priority, keys)
         self._tokens[number] = []
         try:
-            self.cluster.frontend.requests.submit(payload.request_id, payload.encode(), new)
+            requests.submit(payload.request_id, payload.encode(), replace(new, prefix_keys=keys))
         except PdServeError:
             self.records[number].failed = True
             self._end(number)
@@ -208,8 +214,9 @@ class Simulation:
         """A request has ended. The next turn of its session follows, or fails with it."""
         self._check(number)
         if (turn := self._next_turn.get(number)) is not None:
-            if self.records[number].failed:
-                self.records[turn].failed = True
+            record = self.records[number]
+            if record.failed or record.refused:
+                self.records[turn].failed, self.records[turn].refused = record.failed, record.refused
                 self._end(turn)
             else:
                 self._loop.call_later(self.config.requests[turn].arrival_s, self._start_turn, turn)
@@ -224,7 +231,7 @@ class Simulation:
         """Compares the tokens of a client with the output that its prompt determines."""
         record, tokens = self.records[number], self._tokens.pop(number, [])
         text = self._texts.pop(number, None)
-        if record.failed:
+        if record.failed or record.refused:
             return
         request = record.request
         prompt: Prompt = SegmentPrompt(request.prompt_tokens, request.segments, SEGMENT_TOKENS, number)

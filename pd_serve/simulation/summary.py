@@ -31,7 +31,8 @@ def summarize(
     """
     records = result.records
     classes = classes or [priority_class(record.request.priority) for record in records]
-    good = sum(not record.failed and slo.is_met(record.prefill_s, record.decode_s) for record in records)
+    ended = [record for record in records if not record.failed and not record.refused]
+    good = sum(slo.is_met(record.prefill_s, record.decode_s) for record in ended)
     return {
         "requests": len(records),
         **_latencies(records),
@@ -46,6 +47,7 @@ def summarize(
         "goodput": _rounded(good / len(records) * _arrival_rate(result)) if records else 0.0,
         "attainment": _rounded(good / len(records)) if records else None,
         "failed": sum(record.failed for record in records),
+        "refused": sum(record.refused for record in records),
         "lost_tokens": sum(record.lost for record in records),
         "duplicated_tokens": sum(record.duplicated for record in records),
         "wrong_tokens": sum(record.wrong for record in records),

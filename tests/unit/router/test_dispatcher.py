@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from router.dispatch import DispatchPolicy
-from router.dispatcher import MAX_DESTINATIONS, Dispatcher
+from router.dispatcher import MAX_DESTINATIONS, Dispatcher, QueueAhead
 from router.load import InstanceLoad
 from router.policies import policy_set
 from router.request import NewRequest
@@ -434,9 +434,21 @@ def test_what_waits_behind_a_request_does_not_delay_it_and_what_is_ahead_is_shar
         prefill("p1", waiting_tokens=5000, prompt_token_s=FAST),
     )
 
-    assert dispatcher.first_token_s(NewRequest(100), {"p0": 600, "gone": 10**6}) == pytest.approx(0.5)
-    assert dispatcher.first_token_s(NewRequest(100), {"p0": 10**6}) == pytest.approx(0.1)
+    assert dispatcher.first_token_s(
+        NewRequest(100), {"p0": QueueAhead(600), "gone": QueueAhead(10**6)}
+    ) == pytest.approx(0.5)
+    assert dispatcher.first_token_s(NewRequest(100), {"p0": QueueAhead(10**6)}) == pytest.approx(0.1)
     assert dispatcher.first_token_s(NewRequest(100), {}, tokens_ahead=400) == pytest.approx(1.3)
+
+
+def test_a_request_waits_at_least_as_long_as_those_before_it_have_waited() -> None:
+    """Whatever they wait for; on the instance where that is shortest."""
+    dispatcher = dispatcher_of(prefill("p0", prompt_token_s=FAST), prefill("p1", prompt_token_s=FAST))
+
+    queues = {"p0": QueueAhead(0, 20.0), "p1": QueueAhead(0, 30.0)}
+
+    assert dispatcher.first_token_s(NewRequest(100), queues) == 20.0
+    assert dispatcher.first_token_s(NewRequest(100), {"p1": queues["p1"]}) == pytest.approx(0.1)
 
 
 def test_a_running_batch_delays_each_step_of_a_prompt() -> None:

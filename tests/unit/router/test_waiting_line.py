@@ -302,6 +302,19 @@ def test_tokens_before_a_request_are_those_of_its_place() -> None:
     assert line.tokens_before(blocks(1, -2), 0.1) == 0
 
 
+def test_the_longest_wait_before_a_request_is_of_one_that_is_no_longer() -> None:
+    line, _ = line_of(with_free("i0", 0))
+    assert line.waited_before(blocks(2), 50.0) == 0.0
+    line.add("long", blocks(9), 0.0)
+    line.add("short", targeted(2, 1.0), 10.0)
+    line.add("low", blocks(1, 5), 0.0)
+
+    assert line.waited_before(blocks(2), 50.0) == 40.0
+    assert line.waited_before(blocks(1), 50.0) == 0.0
+    assert line.waited_before(blocks(9), 50.0) == 50.0
+    assert line.waited_before(blocks(9, -1), 50.0) == 0.0
+
+
 # ---- shares
 
 
@@ -356,3 +369,12 @@ def test_tokens_before_a_request_are_those_of_its_key_and_as_many_of_each_other_
     assert line.tokens_before(of(0, 10), 0.1) == (50 + 3) * BLOCK_TOKENS
     assert line.tokens_before(of(1, 4), 0.1) == (3 + 7) * BLOCK_TOKENS
     assert line.tokens_before(of(2, 2), 0.1) == (2 + 2) * BLOCK_TOKENS
+
+
+def test_the_wait_of_another_key_says_nothing_of_ones_own() -> None:
+    line, _ = shared_line(with_free("i0", 0))
+    line.add("a", of(0, 2), 0.0)
+    line.add("b", of(1, 2), 30.0)
+
+    assert line.waited_before(of(1, 2), 50.0) == 20.0
+    assert line.waited_before(of(2, 2), 50.0) == 0.0

@@ -211,3 +211,19 @@ async def test_a_request_with_a_first_token_waits_no_more(world: World) -> None:
     # The reports of the instances do not say so yet.
     assert world.frontend.first_token_s(new, 0) == pytest.approx(1.1)
     assert world.frontend.num_waiting == 0
+
+
+async def test_what_waits_for_memory_predicts_how_long_the_next_one_does(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No prompt is to be computed on p0 and p1, but requests have been waiting there for a minute."""
+    now = world.frontend._placement.now
+    for name in ("a", "b"):
+        world.submit(name, 100)
+    for name in ("p0", "p1"):
+        world.report(name, prompt_token_s=0.001, requests_added=1)
+    monkeypatch.setattr(placement.RequestPlacement, "now", property(lambda _: now + 60.0))
+
+    assert world.frontend.first_token_s(NewRequest(100), 0) == pytest.approx(60.0, abs=1.0)
+    assert world.frontend.first_token_s(NewRequest(50), 0) == pytest.approx(0.05)
+    assert world.frontend.first_token_s(NewRequest(100, -1), 0) == pytest.approx(0.1)

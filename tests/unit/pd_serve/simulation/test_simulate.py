@@ -22,6 +22,7 @@ from pd_serve.simulation.result import SimulationResult
 from pd_serve.simulation.simulate import Simulation, simulate
 from pd_serve.simulation.virtual_time import VirtualLoop
 from router.scaling import PoolBounds
+from router.slo import Slo
 
 ROOT = Path(__file__).parents[4]
 
@@ -363,3 +364,24 @@ def test_slow_links_delay_hand_offs_only() -> None:
     assert_nothing_is_lost(slow_run)
     gaps = [sum(record.longest_gap_s for record in run.records) for run in (fast_run, slow_run)]
     assert gaps[0] < gaps[1]
+
+
+@pytest.mark.parametrize("instances", [{"prefill": 1, "decode": 1}, {"neutral": 1}])
+def test_in_overload_refusals_let_more_requests_meet_their_target(instances: dict[str, int]) -> None:
+    """The instances cannot keep up: without refusals nearly all requests wait for too long."""
+    slo = Slo(2.0, 1.0)
+    crowd = config(requests=workload(300, 8.0), instances=instances)
+
+    def met(result: SimulationResult) -> int:
+        served = [one for one in result.records if not one.refused]
+        return sum(slo.is_met(one.prefill_s, one.decode_s) for one in served)
+
+    every, chosen = simulate(crowd), simulate(replace(crowd, slo=slo))
+
+    refused = sum(one.refused for one in chosen.records)
+    assert not any(one.refused for one in every.records)
+    assert 0 < refused < 150
+    assert met(chosen) > 1.5 * met(every)
+    assert_nothing_is_lost(chosen)
+    assert not chosen.leaked_blocks
+    assert not chosen.integrity

@@ -120,3 +120,12 @@ def test_a_run_without_requests_has_a_summary() -> None:
     summary = summarize(result([], duration_s=0), Slo())
 
     assert (summary["goodput"], summary["attainment"], summary["avg_instances"]) == (0, None, None)
+
+
+def test_a_refused_request_has_not_met_its_target_and_has_no_latency() -> None:
+    refused = record(1, 0, tokens=0)
+    refused.refused = True
+
+    summary = summarize(result([record(1, 0.05), refused]), Slo())
+
+    assert (summary["attainment"], summary["refused"], summary["failed"]) == (0.5, 1, 0)
