@@ -54,7 +54,9 @@ def plan(
     requests: Annotated[
         int | None, typer.Option(min=10, help="Requests of each run. [default: 2000, if there are]")
     ] = None,
-    arrivals: Annotated[str | None, typer.Option(help="poisson, gamma:CV or recorded.")] = None,
+    arrivals: Annotated[
+        str | None, typer.Option(help="poisson, gamma:CV, sine:RATIO:PERIOD_S or recorded.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of lengths and arrivals.")] = 0,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes. [default: one per core]")] = None,
     traces: Annotated[

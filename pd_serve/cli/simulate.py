@@ -50,7 +50,9 @@ def run(
         list[str] | None,
         typer.Option(metavar="[ROLE=]MIN:MAX", help="Scale the pool of a role, or all; may be repeated."),
     ] = None,
-    arrivals: Annotated[str | None, typer.Option(help="poisson, gamma:CV or recorded.")] = None,
+    arrivals: Annotated[
+        str | None, typer.Option(help="poisson, gamma:CV, sine:RATIO:PERIOD_S or recorded.")
+    ] = None,
     priority_fraction: Annotated[
         float, typer.Option(min=0, max=1, help="Share of requests of high priority.")
     ] = 0.0,

@@ -4,10 +4,26 @@ import numpy as np
 import pytest
 
 from pd_serve.errors import InvalidRequestError
-from pd_serve.simulation.arrivals import Arrivals, recorded, recorded_rate
+from pd_serve.simulation.arrivals import Arrivals, drawn, recorded, recorded_rate
 
 
-@pytest.mark.parametrize("text", ["", "gamma", "gamma:0", "gamma:x", "gamma:nan", "poisson:2", "uniform"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "gamma",
+        "gamma:0",
+        "gamma:x",
+        "gamma:nan",
+        "poisson:2",
+        "uniform",
+        "sine",
+        "sine:2",
+        "sine:0.5:9",
+        "sine:2:0",
+        "sine:2:9:1",
+    ],
+)
 def test_unknown_arrivals_are_refused(text: str) -> None:
     with pytest.raises(InvalidRequestError, match="must be poisson, gamma:CV"):
         Arrivals.parse(text)
@@ -18,6 +34,7 @@ def test_unknown_arrivals_are_refused(text: str) -> None:
     [
         ("poisson", Arrivals("poisson")),
         ("gamma:2.5", Arrivals("gamma", 2.5)),
+        ("sine:24:900", Arrivals("sine", ratio=24.0, period_s=900.0)),
         ("recorded", Arrivals("recorded")),
     ],
 )
@@ -35,3 +52,16 @@ def test_recorded_times_begin_at_zero_and_take_a_rate() -> None:
 def test_requests_that_arrive_at_once_have_no_rate() -> None:
     with pytest.raises(InvalidRequestError, match="it has no rate"):
         recorded(np.array([3.0, 3.0]), 1.0)
+
+
+def test_a_sine_has_its_least_rate_at_the_beginning_and_the_greatest_half_a_period_later() -> None:
+    times = drawn(Arrivals.parse("sine:24:900"), 12.5, 30_000, np.random.RandomState(0))
+
+    def rate_at(second: float) -> float:
+        return float(((times >= second - 20) & (times < second + 20)).sum() / 40)
+
+    assert rate_at(900.0) == pytest.approx(1.0, abs=0.5)
+    assert rate_at(450.0) == pytest.approx(24.0, rel=0.1)
+    assert rate_at(1350.0) == pytest.approx(24.0, rel=0.1)
+    assert recorded_rate(times[times < 1800.0]) == pytest.approx(12.5, rel=0.05)
+    assert (np.diff(times) >= 0).all()
