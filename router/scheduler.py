@@ -118,7 +118,7 @@ class Scheduler:
             self._switch_roles(self._role_switch, loads, now)
         for role, scaler in self._scalers.items():
             pool = [load for load in loads if load.role == role]
-            waiting = self._actions.waiting if role == "neutral" else NO_DEMAND
+            waiting = NO_DEMAND if role == "decode" else self._actions.waiting
             for decision in scaler.decide(pool, self._actions.starting.get(role, 0), now, waiting):
                 self._carry_out(decision)
 

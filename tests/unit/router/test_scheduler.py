@@ -201,6 +201,21 @@ def test_requests_that_wait_for_room_count_for_the_pool() -> None:
     assert run.round(half, after=10) == [("start", "neutral")]
 
 
+def test_prompts_in_line_count_for_the_prefill_pool_and_not_for_the_decode_pool() -> None:
+    """With fair shares they wait there, and the instances' own queues are short."""
+    run = Run(autoscale={"prefill": PoolBounds(1, 4), "decode": PoolBounds(1, 4)})
+    pools = [
+        InstanceLoad("p0", "prefill", total_blocks=851, free_blocks=851, busy=0.6, prompt_token_s=0.001),
+        InstanceLoad("d0", "decode", total_blocks=851, free_blocks=400, running=20),
+    ]
+    run.round(*pools)
+    assert run.round(*pools, after=10) == []
+
+    run.actions.waiting = Demand(requests=10, tokens=6400)
+
+    assert run.round(*pools, after=10) == [("start", "prefill")]
+
+
 def test_a_pool_shrinks_by_draining_and_stops_what_is_empty() -> None:
     run = Run(autoscale={"neutral": PoolBounds(1, 4)})
     idle = InstanceLoad("idle", "neutral", total_blocks=851, free_blocks=851)

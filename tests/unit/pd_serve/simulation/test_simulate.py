@@ -320,7 +320,7 @@ def test_messages_of_an_earlier_manager_are_ignored() -> None:
         await asyncio.sleep(1.0)  # the API server hears of it
         await cluster.frontend.scale({"prefill": 2, "decode": 3})
         await asyncio.sleep(20.0)
-        earlier._announcer.announce_soon()
+        earlier.announcer.announce_soon()
         await asyncio.sleep(40.0)
         rows = cluster.frontend.snapshot().instances
         assert len([row for row in rows if row.role == "decode"]) == 3
