@@ -37,8 +37,9 @@ def test_numbers_are_in_milliseconds_and_ratios_are_real_to_simulated() -> None:
     assert (found["request"]["mean"], found["ttft"]["p99"], found["itl"]["p50"]) == (2.0, 1.0, 2.0)
 
 
-def test_the_service_is_started_with_its_own_defaults() -> None:
+def test_the_service_is_started_with_its_own_defaults_and_one_api_server() -> None:
     command = SharedSettings("tiny", [], {}).ours({"prefill": 1, "decode": 1}, 1234).command
 
     address = ["--served-model-name=tiny", "--host=127.0.0.1", "--port=1234"]
-    assert command == [script("pd-serve"), "serve", "tiny", "--prefill=1", "--decode=1", *address]
+    roles = ["--prefill=1", "--decode=1"]
+    assert command == [script("pd-serve"), "serve", "tiny", *roles, "--api-servers=1", *address]
