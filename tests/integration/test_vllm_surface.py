@@ -1,4 +1,4 @@
-"""vLLM has what `pd_serve.api.engine_client` relies on."""
+"""vLLM has what `pd_serve.api.engine_client` and `pd_serve.api.core` rely on."""
 
 import dis
 import os
@@ -10,9 +10,12 @@ os.environ.setdefault("VLLM_PLUGINS", "")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.metrics.loggers import StatLoggerManager
+from vllm.v1.request import Request
 
 from pd_serve.api.engine_client import ClusterAsyncLLM
 
@@ -51,3 +54,18 @@ def test_the_engine_client_sets_every_attribute_that_vllms_constructor_sets() ->
     missing = attributes_set_by(AsyncLLM) - attributes_set_by(ClusterAsyncLLM)
 
     assert missing - SET_ONLY_WHEN_PROFILING == set()
+
+
+def test_vllms_queue_is_in_the_order_of_the_arrivals_that_it_is_given() -> None:
+    """By which a deadline goes before requests that have arrived earlier."""
+    queue = create_request_queue(SchedulingPolicy.PRIORITY)
+    for name, priority, arrival_time in (
+        ("late", 0, 30.0),
+        ("early", 0, 20.0),
+        ("due", 0, 12.5),
+        ("low", 1, 0.0),
+    ):
+        parameters = SamplingParams(max_tokens=1)
+        queue.add_request(Request(name, [1], parameters, None, arrival_time=arrival_time, priority=priority))
+
+    assert [queue.pop_request().request_id for _ in range(4)] == ["due", "early", "late", "low"]
