@@ -138,16 +138,17 @@ class Batcher:
     def _make_room(self, decodes: Iterable[Sequence], now: float) -> None:
         """Gives every decoding sequence a slot for its next token, preempting others if necessary."""
         block_tokens, pool = self.settings.block_tokens, self.pool
-        for sequence in [s for s in decodes if s.computed == len(s.blocks) * block_tokens]:
-            while sequence in self.running:
+        for sequence in [s for s in decodes if s.computed >= len(s.blocks) * block_tokens]:
+            while sequence in self.running and sequence.computed >= len(sequence.blocks) * block_tokens:
                 if pool.num_free:
                     sequence.blocks += pool.allocate(1)
-                    break
+                    continue
                 self.preempt(max(self.running, key=lambda s: (s.priority, s.rank)), now)
 
     def preempt(self, sequence: Sequence, now: float) -> None:
         """Takes a running sequence's blocks away and queues it to be computed again."""
         self.running.remove(sequence)
+        self.work_out(sequence)
         self.release(sequence)
         sequence.computed = 0
         sequence.hashes.clear()
@@ -247,9 +248,12 @@ class Batcher:
         sampled = [sequence for sequence, n in chunks if self._prefill(sequence, n, now)]
         caching, block_tokens = self.settings.prefix_caching, self.settings.block_tokens
         for sequence in decodes:
-            self._decode(sequence, 1)
-            if caching and sequence.computed % block_tokens == 0:
-                self.publish(sequence)
+            sequence.computed += 1
+            sequence.deferred += 1
+            if caching:  # which block is found by a hash depends on the order
+                self.work_out(sequence)
+                if sequence.computed % block_tokens == 0:
+                    self.publish(sequence)
         return sampled + decodes
 
     def repeat(self, batch: list[Sequence], ends: list[float]) -> None:
@@ -258,39 +262,37 @@ class Batcher:
         Args:
             ends: When each step ends.
         """
-        if self.settings.prefix_caching:  # which block is found by a hash depends on the order
+        if self.settings.prefix_caching:
             for end in ends:
                 self.apply(Step([], batch, 0.0), end)
                 self._make_room(batch, end)
             return
         for sequence in batch:
-            self._decode(sequence, len(ends))
+            sequence.computed += len(ends)
+            sequence.deferred += len(ends)
         self._make_room(batch, ends[-1])
 
-    def _decode(self, sequence: Sequence, steps: int) -> None:
-        """Computes the next tokens of a sequence. One that has no room for a token gets a free block."""
-        pool, block_tokens, settings = self.pool, self.settings.block_tokens, self.settings
-        content, blocks, output = pool.content, sequence.blocks, sequence.output
-        first, count = settings.vocabulary
-        digest, token, end = sequence.digest, output[-1], sequence.computed + steps
-        last = end - 1 if len(output) + steps >= sequence.max_tokens else -1
-        for position in range(sequence.computed, end):
+    def work_out(self, sequence: Sequence) -> None:
+        """Writes the KV of a sequence's deferred tokens, and finds out which ones they are.
+
+        Each follows from the contents of its blocks as they are now.
+        """
+        content, blocks, output = self.pool.content, sequence.blocks, sequence.output
+        block_tokens, (first, count) = self.settings.block_tokens, self.settings.vocabulary
+        by_chance, digest = self.settings.sampled, sequence.digest
+        end = sequence.computed
+        last = end - 1 if sequence.tokens_left <= 0 else -1
+        for position in range(end - sequence.deferred, end):
+            token = output[-1]
             kv = (token + _TOKEN) * (position * _POSITION + 1) & MASK
             block, place = divmod(position, block_tokens)
-            if block == len(blocks):
-                blocks += pool.allocate(1)
             held = blocks[block]
             content[held] = (content[held] + kv) & MASK if place else kv
-            if place and position != last:
-                digest = (digest + kv) & MASK
-            else:
-                sequence.computed = position + 1
-                digest = self.read(sequence)
+            reads = not place or position == last
+            digest = self.read(sequence, position + 1) if reads else (digest + kv) & MASK
             token = first + ((digest * _NEXT & MASK) >> 48) % count
-            if settings.sampled:
-                token = sampled_token(token, sequence.epoch, len(output))
-            output.append(token)
-        sequence.computed, sequence.digest = end, digest
+            output.append(sampled_token(token, sequence.epoch, len(output)) if by_chance else token)
+        sequence.deferred, sequence.digest = 0, digest
 
     def _prefill(self, sequence: Sequence, num_tokens: int, now: float) -> bool:
         """Computes a chunk. Returns whether it was the last one, so that a token was sampled."""
@@ -300,7 +302,7 @@ class Batcher:
             held = min(block_tokens, end - block * block_tokens)
             content[sequence.blocks[block]] = sequence.content(block, held, block_tokens)
         sequence.computed = end
-        sequence.digest = self.read(sequence)
+        sequence.digest = self.read(sequence, end)
         if self.settings.prefix_caching:
             self.publish(sequence)
         if end < sequence.num_tokens:
@@ -314,13 +316,13 @@ class Batcher:
         sequence.output.append(token)
         return True
 
-    def read(self, sequence: Sequence) -> int:
-        """The sum over the contents of its blocks.
+    def read(self, sequence: Sequence, num_tokens: int) -> int:
+        """The sum over the contents of its blocks with its first `num_tokens` tokens.
 
         A running sequence updates the sum at each token. It reads all blocks again at each new block and for
         its last token, so that damage to any block shows in its output.
         """
-        used = self.num_blocks(sequence.computed)
+        used = self.num_blocks(num_tokens)
         return sum(map(self.pool.content.__getitem__, sequence.blocks[:used])) & MASK
 
     def publish(self, sequence: Sequence) -> None:

@@ -3,8 +3,7 @@
 Between two changes of a batch its steps differ in the length of its requests only. So when each of them will
 end, and how many KV blocks it will take, is known at the first one. A run ends with the step in which its
 first request ends, and before one that might find no free block. Anything else that concerns the engine, such
-as a call of its llumlet, cuts it short at the end of the step in progress. What its steps compute is computed
-when it ends, or when something asks for it.
+as a call of its llumlet, cuts it short at the end of the step in progress.
 """
 
 from bisect import bisect_right
@@ -29,7 +28,7 @@ class DecodeRun:
         taken: KV blocks that are taken at the end of each step for later ones; 0 first, at the beginning.
         reports: Steps, from 0 on, after which the load is reported.
         delivery_s: Time from the end of a step until a client has its tokens.
-        computed: Number of steps whose tokens are computed.
+        computed: Number of steps that the batch has taken in.
         timed: Number of steps that are in the engine's mean times.
     """
 

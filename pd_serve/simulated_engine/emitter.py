@@ -33,14 +33,8 @@ class SequenceEmitter:
         self._sink = sink
         self._ended = EndedRequests(clock, keep_ended_s)
 
-    def emit(
-        self, sampled: Iterable[Sequence], now: float, earlier: list[float] | None = None
-    ) -> list[Sequence]:
-        """Sends the new tokens of a step. Returns the sequences that have finished.
-
-        Args:
-            earlier: When the tokens before the last one are delivered.
-        """
+    def emit(self, sampled: Iterable[Sequence], now: float) -> list[Sequence]:
+        """Sends the tokens that have not been sent. Returns the sequences that have finished."""
         by_client: dict[str, tuple[list[SimulatedOutput], list[TokenSpan]]] = defaultdict(lambda: ([], []))
         ended = []
         for sequence in sampled:
@@ -49,11 +43,13 @@ class SequenceEmitter:
             outputs, spans = by_client[sequence.client]
             times = None if emitted else sequence.times(now)
             outputs.append(
-                SimulatedOutput(sequence.request_id, output[emitted:], reason, times, earlier or None)
+                SimulatedOutput(
+                    sequence.request_id, output[emitted:], reason, times, sequence.delivered or None
+                )
             )
             spans.append((sequence.epoch, emitted, sequence.crc))
             sequence.told = sequence.client, sequence.epoch
-            sequence.emitted = len(output)
+            sequence.emitted, sequence.delivered = len(output), []
             sequence.crc = crc_of(output[emitted:], sequence.crc)
             if reason is not None:
                 ended.append(sequence)

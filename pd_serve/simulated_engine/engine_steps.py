@@ -1,7 +1,7 @@
 """What the steps of a simulated engine do: decides, computes, sends and reports, for `step_loop`."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from migration.engine_interface import EngineEvents
 from pd_serve.simulated_engine.batcher import Batcher, Step
@@ -47,7 +47,6 @@ class EngineSteps:
         self._is_copying, self._delivery_s = is_copying, delivery_s
         self._clock = asyncio.get_running_loop().time
         self._run: DecodeRun | None = None
-        self._earlier: list[float] = []  # deliveries of the tokens of a run that are computed and not sent
         self._reported: tuple[int, ...] = ()
         self._reported_at = 0.0
 
@@ -76,7 +75,7 @@ class EngineSteps:
             return None
         batcher, batch = self._batcher, step.decodes
         in_time = int(LONGEST_S / step.duration_s) + 1
-        most = min(MOST_STEPS, in_time, min([s.max_tokens - len(s.output) for s in batch]))
+        most = min(MOST_STEPS, in_time, min([s.tokens_left for s in batch]))
         taken = blocks_taken(batch, batcher.settings.block_tokens, most)
         while taken and taken[-1] > batcher.pool.num_free:
             taken.pop()
@@ -98,18 +97,30 @@ class EngineSteps:
             return
         run.computed = steps
         self._batcher.repeat(run.step.decodes, ends)
-        self._earlier += [end + run.delivery_s for end in ends]
+        delivered = [end + run.delivery_s for end in ends]
+        for sequence in run.step.decodes:
+            sequence.delivered += delivered
         self.steps += len(ends)
 
     def finish(self, step: Step) -> None:
         self._run = None
         self.steps += 1
         now = self._clock()
-        earlier, self._earlier = self._earlier, []
-        for sequence in self._emitter.emit(self._batcher.apply(step, now), now, earlier):
-            self._end(sequence)
+        due = self._batcher.apply(step, now)
+        if self._delivery_s is not None and not self._batcher.settings.prefix_caching:
+            at = now + self._delivery_s()
+            for sequence in due:
+                if _may_wait(sequence):
+                    sequence.delivered.append(at)
+            due = [sequence for sequence in due if not _may_wait(sequence)]
+        for sequence in due:
+            self._batcher.work_out(sequence)
+        if due:
+            for sequence in self._emitter.emit(due, now):
+                self._end(sequence)
 
     def at_boundary(self) -> None:
+        self.send(self._migrations.asked_for_stage)
         self._migrations.settle_stages()
 
     def report(self) -> None:
@@ -131,8 +142,16 @@ class EngineSteps:
         """The present load."""
         return self._load(begun=1)
 
+    def send(self, sequences: Iterable[Sequence | None]) -> None:
+        """Sends the tokens of sequences that have waited."""
+        waited = [sequence for sequence in sequences if sequence is not None and sequence.delivered]
+        for sequence in waited:
+            self._batcher.work_out(sequence)
+        if waited:
+            self._emitter.emit(waited, self._clock())
+
     def compute_ended(self) -> None:
-        """Computes the tokens of the steps that have ended."""
+        """Takes in the steps of a run that have ended, with what they add to the prefix cache."""
         if self._run is not None:
             self.catch_up(self._run, self._num_ended(self._run))
 
@@ -148,9 +167,9 @@ class EngineSteps:
         All requests of the batch have been delivered tokens of the same epoch from here: what follows
         concerns their clients only.
         """
-        if step.chunks or not self._batcher.is_blocked or self._migrations.is_asked_for_stage:
+        if step.chunks or not self._batcher.is_blocked or self._migrations.asked_for_stage:
             return False
-        return all(s.told == (s.client, s.epoch) for s in step.decodes)
+        return all(_may_follow(s) for s in step.decodes)
 
     def _num_ended(self, run: DecodeRun) -> int:
         return min(run.num_ended(self._clock()), len(run.ends) - 1)
@@ -171,3 +190,16 @@ class EngineSteps:
             self._time(run, ended + begun)
             taken = run.taken[ended] - run.taken[run.computed]
         return read_load(self._batcher, self._migrations, taken)
+
+
+def _may_follow(sequence: Sequence) -> bool:
+    """Whether what follows of a sequence concerns its client only, who may get it later, with the times.
+
+    A token of the same epoch has been sent from here.
+    """
+    return sequence.told == (sequence.client, sequence.epoch)
+
+
+def _may_wait(sequence: Sequence) -> bool:
+    """Whether the latest token of a sequence may be sent with later ones."""
+    return sequence.deferred > 0 and sequence.tokens_left > 0 and _may_follow(sequence)

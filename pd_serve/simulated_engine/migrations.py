@@ -62,9 +62,9 @@ class SequenceMigrations:
         return len(self.suspended) + len(self.arriving)
 
     @property
-    def is_asked_for_stage(self) -> bool:
-        """Whether a migration waits for the next boundary."""
-        return bool(self._waiters)
+    def asked_for_stage(self) -> list[Sequence]:
+        """The sequences whose migrations wait for the next boundary."""
+        return [waiter.sequence for waiter in self._waiters.values() if waiter.sequence is not None]
 
     def forget(self, request_id: str) -> None:
         """A request has ended, or left."""
@@ -204,7 +204,7 @@ class SequenceMigrations:
         sequence.epoch = state.epoch + 1
         sequence.computed = state.num_computed_tokens
         assert sequence.is_decoding, "all tokens but the last one have their KV here"
-        sequence.digest = batcher.read(sequence)
+        sequence.digest = batcher.read(sequence, sequence.computed)
         sequence.is_confirmed = False
         self.arrived[sequence.request_id] = migration_id
         self._sequences[sequence.request_id] = sequence

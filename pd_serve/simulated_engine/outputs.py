@@ -20,15 +20,15 @@ class SimulatedOutput:
 
     Attributes:
         times: How many seconds it has waited, and its prefill has taken; with the first token only.
-        earlier: When the tokens before the last one were delivered, in seconds of virtual time: they come
-            with the last one, as a run of steps is one event. None if there is one token.
+        delivered: When its first tokens reached the client, in seconds of virtual time: several steps share
+            this message. The other tokens reach the client with it.
     """
 
     request_id: RequestId
     new_token_ids: list[int]
     finish_reason: object
     times: tuple[float, float] | None = None
-    earlier: list[float] | None = None
+    delivered: list[float] | None = None
     new_logprobs: object = None
 
 

@@ -20,6 +20,9 @@ class Sequence:
         output: Tokens generated so far, on any instance; `emitted` of them have been sent to the client.
         crc: `crc_of` the tokens that have been sent.
         computed: Tokens whose KV is in `blocks`. A decoding sequence has all but the last one.
+        deferred: Tokens that steps have generated after `output`, and whose numbers and KV are not worked out
+            yet; they count as computed. See `Batcher.work_out`.
+        delivered: When its tokens that have not been sent reach its client, as far as steps have ended.
         digest: Sum over the contents of its blocks, as last read.
         hashes: One per full block, each over all contents up to there (prefix caching only).
         is_confirmed: Its blocks may enter the prefix cache: they were computed here, or the source has
@@ -42,6 +45,8 @@ class Sequence:
     emitted: int = 0
     crc: int = 0
     computed: int = 0
+    deferred: int = 0
+    delivered: list[float] = field(default_factory=list)
     digest: int = 0
     blocks: list[int] = field(default_factory=list)
     hashes: list[int] = field(default_factory=list)
@@ -63,7 +68,12 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        return self.prompt_tokens + len(self.output)
+        return self.prompt_tokens + len(self.output) + self.deferred
+
+    @property
+    def tokens_left(self) -> int:
+        """Output tokens that it has still to generate."""
+        return self.max_tokens - len(self.output) - self.deferred
 
     @property
     def is_decoding(self) -> bool:

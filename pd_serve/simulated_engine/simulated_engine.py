@@ -165,7 +165,11 @@ class SimulatedEngine:
         )
 
     async def describe(self, request_id: RequestId) -> RequestDescription:
-        return await self._call("describe", lambda: self._migrations.describe(request_id))
+        def describe() -> RequestDescription:
+            self._send_waiting(request_id)
+            return self._migrations.describe(request_id)
+
+        return await self._call("describe", describe)
 
     async def next_stage(
         self, request_id: RequestId, incarnation: int, tokens_done: int, *, suspend: bool, reader: MigrationId
@@ -181,7 +185,11 @@ class SimulatedEngine:
         return await answer
 
     async def resume(self, request_id: RequestId, epoch: int) -> None:
-        await self._call("resume", lambda: self._migrations.resume(request_id, epoch))
+        def resume() -> None:
+            self._send_waiting(request_id)
+            self._migrations.resume(request_id, epoch)
+
+        await self._call("resume", resume)
 
     async def release(self, request_id: RequestId) -> None:
         def release() -> None:
@@ -232,6 +240,7 @@ class SimulatedEngine:
         self, request_id: RequestId, payload: list[bytes], client: str, living: Collection[str]
     ) -> bool:
         def adopt() -> bool:
+            self._steps.send(self.sequences.values())
             if (former := self._emitter.adopt(request_id, payload, client, living)) is None:
                 return False
             self._migrations.keep(former)
@@ -276,7 +285,7 @@ class SimulatedEngine:
 
     @property
     def steps(self) -> int:
-        """Steps that have ended, as far as their tokens were sent."""
+        """Steps that have ended, without those of the run in progress."""
         return self._steps.steps
 
     @property
@@ -317,7 +326,12 @@ class SimulatedEngine:
             self._end(sequence)
         return sequence.epoch < epoch
 
+    def _send_waiting(self, request_id: RequestId) -> None:
+        """Sends the tokens of a request that have waited for later ones."""
+        self._steps.send([self.sequences.get(request_id)])
+
     def _forget(self, sequence: Sequence) -> None:
+        self._steps.send([sequence])
         self.batcher.remove(sequence)
         self.sequences.pop(sequence.request_id, None)
         self._migrations.forget(sequence.request_id)

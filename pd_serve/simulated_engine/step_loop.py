@@ -27,10 +27,10 @@ class Stepping(Protocol):
         """The steps from this one on that are one event; None if the next one has to be decided."""
 
     def catch_up(self, run: DecodeRun, steps: int) -> None:
-        """The first steps of a run have ended: computes their tokens, which the next `finish` sends."""
+        """The first steps of a run have ended."""
 
     def finish(self, step: Step) -> None:
-        """A step has ended: computes its tokens and sends them."""
+        """A step has ended: sends its tokens, unless they may wait for later ones."""
 
     def at_boundary(self) -> None:
         """Called between two steps, after the calls."""

@@ -195,9 +195,9 @@ class Simulation:
     def _delivered(self, output: RequestOutput, now: float) -> list[float]:
         """When each new token of an output has come."""
         assert isinstance(output, SimulatedOutput)
-        before = len(output.new_token_ids) - 1
-        earlier = output.earlier[-before:] if before and output.earlier else [now] * before
-        return [*(at - self._zero for at in earlier), now - self._zero]
+        tokens, known = len(output.new_token_ids), output.delivered or []
+        times = [*known, *[now] * (tokens - len(known))][-tokens:]
+        return [at - self._zero for at in times]
 
     def _on_tokens(self, number: int, times: list[float]) -> None:
         """A request has got tokens, at these times."""

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from migration.engine_interface import EngineEvents
+from migration.messages import RequestId
 from migration.token_span import TokenSpan
 from pd_serve.simulated_engine.cost_model import LinearCostModel
 from pd_serve.simulated_engine.outputs import SimulatedOutput, SimulatedPayload, decode_payload
@@ -56,8 +57,9 @@ class RecordedEngine:
         self.messages += 1
         for output in outputs:
             now = self._loop.time() + DELIVERY_S
-            earlier = output.earlier or [now] * (len(output.new_token_ids) - 1)
-            new = zip([*earlier, now], output.new_token_ids, strict=True)
+            known = output.delivered or []
+            times = [*known, *[now] * (len(output.new_token_ids) - len(known))]
+            new = zip(times, output.new_token_ids, strict=True)
             self.tokens.setdefault(output.request_id, []).extend(new)
 
     async def add(self, request_id: str, prompt_tokens: int, max_tokens: int) -> None:
@@ -152,11 +154,28 @@ def test_an_engine_says_the_same_at_the_same_times(scenario: Scenario, changes: 
     assert by_run.noted == by_step.noted
 
 
-def test_a_run_is_one_message() -> None:
+def test_tokens_wait_for_the_end_of_their_request() -> None:
+    """The first one, and the second one, which the first decode step generates, do not."""
     by_run, by_step = (run(one_request, runs=runs) for runs in (True, False))
 
     assert by_step.messages == 40
-    assert by_run.messages <= 5
+    assert by_run.messages == 2
+
+
+def test_tokens_that_wait_are_sent_before_what_concerns_their_request() -> None:
+    async def looked_at(recorded: RecordedEngine) -> None:
+        await recorded.add("a", 10, 40)
+        await recorded.add("b", 7, 30)
+        await asyncio.sleep(0.2345)
+        description = await recorded.engine.describe(RequestId("a"))
+        recorded.noted.append((description.output_token_ids, len(recorded.tokens["a"])))
+        await recorded.engine.resume(RequestId("b"), 3)
+        recorded.noted.append(len(recorded.tokens["b"]))
+
+    by_run, by_step = (run(looked_at, runs=runs) for runs in (True, False))
+
+    assert by_run.noted == by_step.noted
+    assert by_run.tokens == by_step.tokens
 
 
 def test_a_request_that_is_preempted_during_a_run_loses_no_token() -> None:
@@ -174,4 +193,7 @@ def test_a_request_that_is_preempted_during_a_run_loses_no_token() -> None:
 
 def test_with_asynchronous_scheduling_each_step_is_an_event() -> None:
     """The next step is decided before the calls that a run would be cut for."""
-    assert run(one_request, runs=True, async_scheduling=True).messages == 40
+    recorded = run(one_request, runs=True, async_scheduling=True)
+
+    assert len(recorded.tokens["a"]) == 40
+    assert recorded.engine.progress.turns > 40
