@@ -19,6 +19,7 @@ from router.policies import PolicySet, policy_set
 from router.prefix_source import prefix_source
 from router.projected_loads import ProjectedLoads
 from router.request import NewRequest
+from router.session_hints import SessionHints
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ class Dispatcher:
         self._handoff = HANDOFF.make(self.policies.choice("handoff"))
         chosen = (self._dispatch, self._prefill_dispatch, self._handoff)
         self.loads.prefixes.is_used = any(getattr(policy, "uses_prefixes", False) for policy in chosen)
+        self._sessions = SessionHints()
         self._failed: set[int] = set()  # policies by id
 
     def dispatch(
@@ -105,6 +107,8 @@ class Dispatcher:
         chosen = self._decide(policy, LeastBacklog(), lambda policy: self._choose(policy, loads, request))
         to_compute = max(tokens - chosen.cached_tokens - chosen.copied_tokens, 1)
         self.loads.add_dispatch(chosen.instance_id, to_compute, chosen.blocks_for(tokens))
+        if request.session:
+            self._sessions.note(request.session, chosen.instance_id, tokens)
         return chosen.instance_id
 
     def first_token_s(
@@ -218,7 +222,7 @@ class Dispatcher:
         ready = [load for load in loads if self._takes_now(load, tokens)]
         if may_wait and not ready:
             return []
-        return self._with_prefixes(ready or loads, request.prefix_keys)
+        return self._with_session(self._with_prefixes(ready or loads, request.prefix_keys), request)
 
     def _takes_now(self, load: InstanceLoad, num_tokens: int) -> bool:
         """Whether an instance takes a new request before its turn in line has come."""
@@ -252,6 +256,18 @@ class Dispatcher:
                 replace(load, copied_tokens=source.tokens, copy_s=source.seconds) if source else load
             )
         return found
+
+    def _with_session(self, loads: list[InstanceLoad], request: NewRequest) -> list[InstanceLoad]:
+        """The loads with what the session's last turn has probably left, where nothing is known for sure."""
+        if not request.session or request.prefix_keys:
+            return loads
+        of, tokens = self._sessions.cached_tokens, request.prompt_tokens
+        return [
+            replace(load, cached_tokens=cached)
+            if (cached := of(request.session, load.instance_id, tokens))
+            else load
+            for load in loads
+        ]
 
     def _with_cached(
         self, loads: list[InstanceLoad], prefix_keys: Sequence[int], *, soon: bool = False

@@ -27,6 +27,7 @@ class NewRequest(msgspec.Struct, frozen=True):
             needs them.
         slo: Its targets.
         account: Number of its API key, for fair shares.
+        session: What its client says that it is a turn of; "" for nothing.
         arrives_later_s: Seconds that it counts as arrived later in the order of its priority; below 0,
             earlier.
     """
@@ -37,3 +38,4 @@ class NewRequest(msgspec.Struct, frozen=True):
     slo: Slo = NO_SLO
     arrives_later_s: float = 0.0
     account: int = 0
+    session: str = ""

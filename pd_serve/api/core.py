@@ -13,7 +13,7 @@ from vllm.v1.engine.core_client import EngineCoreClient
 
 from migration.cached_keys import KeyFormat
 from pd_serve.api.codec import VllmCodec
-from pd_serve.api.identity import client_id
+from pd_serve.api.identity import client_id, session_id
 from pd_serve.api.lora_adapters import adapter_of, for_engines
 from pd_serve.api.prefix_keys import PrefixKeys
 from pd_serve.api.resumption import note_resumed
@@ -74,7 +74,10 @@ class ClusterCore(EngineCoreClient):
         keys = self._prefix_keys.of(request, self._key_format())
         parameters = request.sampling_params
         slo = request_slo(parameters, self._slo) if parameters is not None else NO_SLO
-        new = NewRequest(num_tokens, request.priority, keys, slo, -slo.lead_s, self._account())
+        account, session = self._account(), session_id()
+        # Keys do not see each other's sessions.
+        session = f"{account}/{session}" if session else ""
+        new = NewRequest(num_tokens, request.priority, keys, slo, -slo.lead_s, account, session)
         # The order of the engine's queue; vLLM's front end has taken the time for its metrics already.
         request = replace(request, arrival_time=request.arrival_time + new.arrives_later_s)
         max_tokens = parameters.max_tokens if parameters is not None else 0  # pooling

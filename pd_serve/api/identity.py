@@ -7,6 +7,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 HEADER = "X-Request-Id"
 
+#: Name of the session that a request is a turn of. Longer names are ignored.
+SESSION_HEADER, MAX_SESSION_CHARS = "X-Session-ID", 256
+
 _headers: ContextVar[Headers | None] = ContextVar("pd_serve_headers", default=None)
 
 
@@ -19,6 +22,12 @@ def header_values(name: str) -> list[str]:
 def client_id() -> str:
     """The `X-Request-Id` of the HTTP request of this task; "" without one."""
     return next(iter(header_values(HEADER)), "")
+
+
+def session_id() -> str:
+    """The `X-Session-ID` of the HTTP request of this task; "" without one."""
+    name = next(iter(header_values(SESSION_HEADER)), "")
+    return name if len(name) <= MAX_SESSION_CHARS else ""
 
 
 def credentials() -> str:

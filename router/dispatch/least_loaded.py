@@ -9,8 +9,8 @@ from router.request import NewRequest
 
 
 def backlog(load: InstanceLoad) -> tuple[int, int, str]:
-    """Prompt tokens still to be computed; among equals, requests."""
-    return load.waiting_tokens, load.running + load.waiting, load.instance_id
+    """Prompt tokens still to be computed, less what is cached of the new prompt; among equals, requests."""
+    return load.waiting_tokens - load.cached_tokens, load.running + load.waiting, load.instance_id
 
 
 def queue_length(load: InstanceLoad) -> tuple[int, int, str]:
@@ -19,7 +19,7 @@ def queue_length(load: InstanceLoad) -> tuple[int, int, str]:
 
 
 class LeastBacklog:
-    """The instance with the fewest prompt tokens to compute.
+    """The instance with the fewest prompt tokens to compute until the new request has its first token.
 
     A prefill instance holds a request for one step: the next one is delayed by work, not by memory.
     """

@@ -61,8 +61,7 @@ TESTED_THROUGH: dict[str, tuple[str, ...]] = {
     "tests/integration/test_api_lora.py": ("pd_serve/api/lora_adapters.py",),
     # Parts of the HTTP application, which are tested by requests to it.
     "tests/integration/test_api_app.py": tuple(
-        f"pd_serve/api/{name}.py"
-        for name in ("cluster_routes", "core", "engine_client", "identity", "server")
+        f"pd_serve/api/{name}.py" for name in ("cluster_routes", "engine_client", "identity", "server")
     ),
     "tests/integration/test_api_http_limits.py": ("pd_serve/api/body_limit.py",),
     "tests/unit/pd_serve/models/test_random_model.py": (

@@ -496,3 +496,44 @@ def test_without_a_bound_prefill_instances_queue_everything() -> None:
 
     assert dispatcher.dispatch(NewRequest(100), may_wait=True) == "p0"
     assert dispatcher.admissible_tokens("p0") == math.inf
+
+
+# ---- sessions
+
+
+def test_the_next_turn_starts_where_the_last_one_was_computed() -> None:
+    dispatcher = dispatcher_of(prefill("p0"), prefill("p1"), prefill("p2"))
+    first = dispatcher.dispatch(NewRequest(500, session="s"))
+    assert first == "p0"
+    dispatcher.loads.report(prefill("p0", requests_added=1))
+    assert dispatcher.dispatch(NewRequest(100)) == "p0"
+
+    assert dispatcher.dispatch(NewRequest(700, session="s")) == first
+
+
+def test_a_session_is_no_pin() -> None:
+    """A backlog outweighs what the last turn has probably left; who drains or dies takes nothing."""
+    dispatcher = dispatcher_of(prefill("p0"), prefill("p1", waiting_tokens=100))
+    assert dispatcher.dispatch(NewRequest(500, session="s")) == "p0"
+    dispatcher.loads.report(prefill("p0", waiting_tokens=700, requests_added=1))
+    dispatcher.loads.report(prefill("p1", waiting_tokens=100))
+    assert dispatcher.dispatch(NewRequest(600, session="s")) == "p1"
+
+    dispatcher.loads.report(prefill("p1", draining=True, requests_added=1))
+    dispatcher.loads.report(prefill("p0", waiting_tokens=700, requests_added=1))
+    assert dispatcher.dispatch(NewRequest(700, session="s")) == "p0"
+    dispatcher.loads.remove("p0")
+    dispatcher.loads.report(prefill("p2", waiting_tokens=5000))
+    assert dispatcher.dispatch(NewRequest(700, session="s")) == "p2"
+
+
+def test_what_is_known_goes_before_what_a_session_hints_at() -> None:
+    dispatcher = Dispatcher(policy_set("llumnix", prefill_dispatch="prefix"))
+    for load in (prefill("p0"), prefill("p1")):
+        dispatcher.loads.report(load)
+    dispatcher.loads.prefixes.key_tokens = 16
+    assert dispatcher.dispatch(NewRequest(64, session="s")) == "p0"
+    dispatcher.loads.report(prefill("p0", requests_added=1))
+    dispatcher.loads.prefixes.add("p1", [1, 2, 3], 10)
+
+    assert dispatcher.dispatch(NewRequest(100, session="s", prefix_keys=(1, 2, 3))) == "p1"
