@@ -23,7 +23,7 @@ async def dispatched(headers: dict[str, str], account: int = 0) -> NewRequest:
         seen.append(new)
         return False
 
-    frontend = SimpleNamespace(adoption=SimpleNamespace(submit=submit))
+    frontend = SimpleNamespace(adoption=SimpleNamespace(submit=submit), instances=SimpleNamespace(slots=[0]))
     core = ClusterCore(
         cast(Frontend, frontend), asyncio.Queue(), VllmCodec(), ("generate",), account=lambda: account
     )
