@@ -160,7 +160,7 @@ def _share(
     api_servers = frontend.api_servers
 
     async def own_metrics(sender: str, request: ReadMetrics) -> str:
-        return metrics.own()
+        return await metrics.own()
 
     async def metrics_of_others() -> Iterable[str]:
         requests = dict.fromkeys(api_servers.others, ReadMetrics())

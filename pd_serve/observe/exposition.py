@@ -5,6 +5,7 @@ series never shows an older number than before, and ends with its API server. Wh
 report, each API server knows, and the one that answers shows it.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 
 from fastapi import FastAPI
@@ -47,14 +48,21 @@ class WithInstances(Collector):
 
     Args:
         report: Gives the present instances by vLLM's engine number, which is reused, and their loads.
-        of_engines: Whether to show vLLM's gauges, which are about engines, or all other metrics.
+        process: Labels of what the process counts itself: of all but vLLM's gauges, which are about engines.
+        of_engines: Whether to show vLLM's gauges, too.
     """
 
     def __init__(
-        self, report: Callable[[], ClusterReport], registry: CollectorRegistry, *, of_engines: bool
+        self,
+        report: Callable[[], ClusterReport],
+        registry: CollectorRegistry,
+        process: Mapping[str, str],
+        *,
+        of_engines: bool,
     ) -> None:
         self._report = report
         self._registry = registry
+        self._process = process
         self._of_engines = of_engines
 
     def collect(self) -> Iterator[Metric]:
@@ -62,9 +70,9 @@ class WithInstances(Collector):
         instances = {str(slot): name for name, slot in report.slots.items()}
         loads = {load.instance_id: load for load in report.loads}
         for metric in self._registry.collect():
-            is_vllms = metric.name.startswith("vllm:")
-            if (is_vllms and metric.type == "gauge") == self._of_engines:
-                yield _shown(metric, instances, loads) if is_vllms else metric
+            is_of_engines = metric.name.startswith("vllm:") and metric.type == "gauge"
+            if self._of_engines or not is_of_engines:
+                yield _shown(metric, instances, loads, {} if is_of_engines else self._process)
 
 
 class MetricsText:
@@ -84,22 +92,21 @@ class MetricsText:
         registry: CollectorRegistry = REGISTRY,
     ) -> None:
         name = {"api_server": api_server}
-        self._own = [
-            WithLabels(WithInstances(report, registry, of_engines=False), labels, name),
-            WithLabels(ApiServerMetrics(report), labels, name),
-        ]
-        self._reported = [
-            WithLabels(WithInstances(report, registry, of_engines=True), labels),
+        counted = WithLabels(ApiServerMetrics(report), labels, name)
+        self._own = [WithLabels(WithInstances(report, registry, name, of_engines=False), labels), counted]
+        self._all = [
+            WithLabels(WithInstances(report, registry, name, of_engines=True), labels),
+            counted,
             WithLabels(ClusterMetrics(report), labels),
         ]
 
-    def own(self) -> str:
+    async def own(self) -> str:
         """What this API server counts itself."""
-        return _text_of(self._own)
+        return await _text_of(self._own)
 
-    def reported(self) -> str:
-        """What all API servers know."""
-        return _text_of(self._reported)
+    async def all(self) -> str:
+        """What this API server counts itself, and what all API servers know."""
+        return await _text_of(self._all)
 
 
 def merged(texts: Iterable[str], names: Sequence[str] = ()) -> str:
@@ -131,34 +138,57 @@ def show_metrics(
     """
 
     async def metrics(request: Request) -> Response:
-        # Runs on the event loop, as all code that changes these values. In the plain text format only:
-        # in OpenMetrics format the library renames `vllm:` to `vllm_`.
+        # In the plain text format only: in OpenMetrics format the library renames `vllm:` to `vllm_`.
         others: Iterable[str] = ()
         if of_others is not None and request.query_params.get("only") != "self":
             others = await of_others()
-        shown = merged((text.own(), *others, text.reported()), request.query_params.getlist("name[]"))
-        return Response(shown, media_type=CONTENT_TYPE_PLAIN_0_0_4)
+        texts, names = [await text.all(), *others], request.query_params.getlist("name[]")
+        if len(texts) > 1 or names:
+            texts = [await asyncio.to_thread(merged, texts, names)]
+        return Response(texts[0], media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     app.router.routes.insert(0, Route("/metrics", metrics))
 
 
-def _text_of(collectors: Iterable[Collector]) -> str:
-    shown = CollectorRegistry()
+class _OneMetric(CollectorRegistry):
+    """A registry of one metric that has been collected."""
+
+    def __init__(self, metric: Metric) -> None:
+        super().__init__()
+        self._metric = metric
+
+    def collect(self) -> Iterator[Metric]:
+        yield self._metric
+
+
+async def _text_of(collectors: Iterable[Collector]) -> str:
+    """Runs on the event loop, as all code that changes these values. Other tasks run between two metrics.
+
+    The metrics of 64 instances together take a second.
+    """
+    texts: list[str] = []
     for collector in collectors:
-        shown.register(collector)
-    return generate_latest(shown).decode()
+        for metric in collector.collect():
+            texts.append(generate_latest(_OneMetric(metric)).decode())
+            await asyncio.sleep(0)
+    return "".join(texts)
 
 
-def _shown(metric: Metric, instances: Mapping[str, str], loads: Mapping[str, InstanceLoad]) -> Metric:
+def _shown(
+    metric: Metric,
+    instances: Mapping[str, str],
+    loads: Mapping[str, InstanceLoad],
+    process: Mapping[str, str],
+) -> Metric:
     shown = Metric(metric.name, metric.documentation, metric.type, metric.unit)
     value = FROM_LOAD.get(metric.name)
     for sample in metric.samples:
-        engine = sample.labels.get("engine")
+        engine = sample.labels.get("engine") if metric.name.startswith("vllm:") else None
         if engine is None:
-            shown.samples.append(sample)
+            shown.samples.append(sample._replace(labels={**process, **sample.labels}))
         elif engine in instances:
             name = instances[engine]
-            sample = sample._replace(labels={**sample.labels, "instance": name})
+            sample = sample._replace(labels={**process, **sample.labels, "instance": name})
             if value is not None:
                 load = loads.get(name)  # None before its first report
                 sample = sample._replace(value=0.0 if load is None else value(load, sample.labels))

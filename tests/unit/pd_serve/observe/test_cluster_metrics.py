@@ -1,5 +1,6 @@
 """A scrape shows the latest reports."""
 
+import asyncio
 from typing import Annotated, Any
 
 import msgspec
@@ -277,7 +278,7 @@ def test_what_each_api_server_counts_has_its_name_and_what_all_know_is_shown_onc
         texts.append(MetricsText(World().report, {"service": "chat"}, f"api-{number}", registry))
 
     async def of_others() -> list[str]:
-        return [texts[1].own()]
+        return [await texts[1].own()]
 
     app = FastAPI()
     show_metrics(app, texts[0], of_others)
@@ -315,12 +316,32 @@ def test_what_each_api_server_counts_has_its_name_and_what_all_know_is_shown_onc
     ]
 
 
-def test_texts_in_labels_do_not_tear_a_metric_apart() -> None:
+async def test_texts_in_labels_do_not_tear_a_metric_apart() -> None:
     registry = CollectorRegistry()
     Gauge("pd_serve_a", "A.\n# HELP pd_serve_b B.", ["text"], registry=registry).labels(
         "x\n# HELP pd_serve_c C."
     ).set(1)
-    text = MetricsText(World().report, {}, "api", registry).own()
+    text = await MetricsText(World().report, {}, "api", registry).own()
 
     assert merged([text]) == text
     assert merged([text, text]).count("# HELP pd_serve_a A") == 1
+
+
+async def test_other_tasks_run_between_two_metrics() -> None:
+    """The text of 64 instances takes a second."""
+    registry, turns = CollectorRegistry(), 0
+    for number in range(20):
+        Gauge(f"pd_serve_{number}", "A gauge.", registry=registry).set(1)
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    counting = asyncio.create_task(count_turns())
+    text = await MetricsText(World().report, {}, "api", registry).all()
+    counting.cancel()
+
+    assert text.count("# HELP ") > 20
+    assert turns >= text.count("# HELP ")
