@@ -25,8 +25,9 @@ from pd_serve.comm.rejected_peers import RejectedPeerLog
 #: reports. The sender drops and counts further messages.
 HIGH_WATER_MARK = 5_000
 
-#: Maximum number of messages that are handled before other tasks run.
-MAX_BURST = 64
+#: Maximum number of messages that are handled before other tasks run. On a busy event loop, where that takes
+#: 0.1 s, a smaller one would be the limit of what a process receives.
+MAX_BURST = 1_000
 
 #: Pause after which messages that are not urgent are received together, in seconds: waking up for one takes
 #: longer than reading it.
