@@ -63,6 +63,12 @@ class PolicySet:
     backlog_low_tokens: int = setting(1024, "backlog: shrinks if fewer stay per instance.", ge=0)
     drain_after_s: float = setting(0.0, "Time that a pool has to be too large before it shrinks.", ge=0)
 
+    forecast_s: float = setting(
+        0.0,
+        "Pools grow for the load in this time, by the last minute's trend: the start-up time, or 0 for off.",
+        ge=0,
+    )
+
     roles: bool = setting(False, "An idle instance of one pool may change its role.")
 
     options: dict[str, Value] = field(default_factory=dict)

@@ -8,6 +8,7 @@ from router.plugins import PolicyKind
 from router.request import NO_DEMAND, Demand
 from router.scaling.decisions import Decision, Drain, PoolBounds, ScalingPolicy, SizeChange, Start, Stop
 from router.scaling.signals import BacklogSignal, BusySignal, FreenessSignal
+from router.scaling.trend import LoadTrend, grown
 from router.settings import PolicySet
 
 #: Time that a drained instance stays empty before it is stopped: requests may have been on their way to it.
@@ -42,6 +43,7 @@ class PoolScaler:
         self._bounds = bounds
         self._policies = policies
         self._signal = signal_of(role, policies)
+        self._trend = LoadTrend()
         self._next_look = math.inf  # known from the first look on
         self._too_large_since: float | None = None
         self._known: dict[str, None] | None = None
@@ -63,6 +65,7 @@ class PoolScaler:
         serving = [load for load in loads if not load.draining]
         draining = [load for load in loads if load.draining]
         self._remember(loads, now)
+        self._trend.add(loads, now)
         decisions = self._stops(draining, now)
         needed = self._needed(serving, starting, waiting)
         if needed.instances >= 0:
@@ -77,7 +80,9 @@ class PoolScaler:
     def _needed(self, serving: Sequence[InstanceLoad], starting: int, waiting: Demand) -> SizeChange:
         """By the pool's signal. A pool without instances has nothing to measure: it waits for the first."""
         if serving:
-            return self._signal.look(serving, starting, self._policies, waiting)
+            growth = self._trend.growth(self._policies.forecast_s) if self._policies.forecast_s else 1.0
+            expected = [grown(load, growth) for load in serving]
+            return self._signal.look(expected, starting, self._policies, waiting)
         missing = 1 if waiting.requests and not starting else 0
         return SizeChange(missing, "no instance serves, and requests wait" if missing else "none reports yet")
 

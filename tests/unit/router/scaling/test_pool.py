@@ -1,5 +1,6 @@
 """The size of a pool."""
 
+import math
 from collections.abc import Sequence
 
 from hypothesis import given
@@ -177,3 +178,29 @@ def test_under_constant_demand_the_size_settles(requests: int, least: int, most:
 
     assert least <= min(sizes) <= max(sizes) <= most
     assert len(set(sizes[-15:])) == 1
+
+
+# ---- forecasts
+
+
+def first_start(**overrides: float) -> float:
+    """When a pool grows whose load does so steadily."""
+    scaled_pool = Pool(1, 8, **overrides)
+    for second in range(250):
+        loads = pool(3, 851 - 3 * second, max(second // 6, 1))
+        if any(isinstance(decision, Start) for decision in scaled_pool.look(loads)):
+            return scaled_pool.now
+    return math.inf
+
+
+def test_with_a_forecast_a_pool_grows_before_it_has_to() -> None:
+    late, early = first_start(), first_start(forecast_s=60.0)
+
+    assert late < math.inf
+    assert 40.0 <= late - early <= 80.0
+
+
+def test_a_forecast_changes_nothing_for_a_load_that_stands_still() -> None:
+    steady = pool(3, 400, 20)
+
+    assert Pool(1, 8, forecast_s=60.0).look(steady, 300) == Pool(1, 8).look(steady, 300) == []

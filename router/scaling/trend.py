@@ -1,0 +1,66 @@
+"""The trend of a pool's load: what it will be when an instance that is started now serves."""
+
+from collections import deque
+from collections.abc import Sequence
+
+from msgspec.structs import replace
+
+from router.load import InstanceLoad
+
+#: Time over which the trend is fitted, in seconds, and the least time between two of its points.
+FITTED_S, POINT_S = 60.0, 1.0
+
+#: Greatest factor by which a forecast may exceed the present load.
+MAX_GROWTH = 2.0
+
+
+class LoadTrend:
+    """A line through the loads of the last minute: short enough that a turn shows soon."""
+
+    def __init__(self) -> None:
+        self._points: deque[tuple[float, float]] = deque()
+
+    def add(self, loads: Sequence[InstanceLoad], now: float) -> None:
+        """Takes the loads of a pool, about once a second."""
+        if self._points and now - self._points[-1][0] < POINT_S:
+            return
+        self._points.append((now, load_of(loads)))
+        while self._points[0][0] < now - FITTED_S:
+            self._points.popleft()
+
+    def growth(self, horizon_s: float) -> float:
+        """By which factor the load will have grown, at least 1: a pool shrinks by what is, not by a forecast.
+
+        Without half of the time to fit there is no trend.
+        """
+        points = self._points
+        if not points or points[-1][0] - points[0][0] < FITTED_S / 2:
+            return 1.0
+        mean_at = sum(at for at, _ in points) / len(points)
+        mean = sum(load for _, load in points) / len(points)
+        spread = sum((at - mean_at) ** 2 for at, _ in points)
+        slope = sum((at - mean_at) * (load - mean) for at, load in points) / spread
+        present = mean + slope * (points[-1][0] - mean_at)
+        if slope <= 0 or present <= 0:
+            return 1.0
+        return min(1.0 + slope * horizon_s / present, MAX_GROWTH)
+
+
+def load_of(loads: Sequence[InstanceLoad]) -> float:
+    """The time that prefill instances are in steps, and the blocks that others use, of a whole pool."""
+    if all(load.role == "prefill" for load in loads):
+        return sum(load.busy for load in loads)
+    return float(sum(load.total_blocks - load.free_blocks + load.waiting_blocks for load in loads))
+
+
+def grown(load: InstanceLoad, factor: float) -> InstanceLoad:
+    """The load when there are that many times as many requests."""
+    if factor == 1.0:
+        return load
+    used = load.total_blocks - load.free_blocks
+    return replace(
+        load,
+        free_blocks=max(load.total_blocks - round(used * factor), 0),
+        running=round(load.running * factor),
+        busy=load.busy * factor,
+    )
