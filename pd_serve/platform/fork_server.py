@@ -176,7 +176,9 @@ def main(listener: socket.socket, ready: int, parent: int, modules: Sequence[str
     """
     end_with(parent)
     gc.disable()  # collecting takes a tenth of the time of the imports
+    logging.disable(logging.WARNING)  # torch says that there is no Triton, on the operator's terminal
     import_all(modules)
+    logging.disable(logging.NOTSET)
     gc.freeze()
     os.write(ready, b"1")
     os.close(ready)

@@ -98,9 +98,9 @@ class ProxiedWire(Wire):
         super().__init__(name, HOST, KEYS)
         self._proxies = iter(proxies)
 
-    def _bind(self, on_frames: OnFrames) -> str:
+    def _bind(self, on_frames: OnFrames, pause_s: float = 0.0) -> str:
         proxy = next(self._proxies)
-        proxy.target = super()._bind(on_frames)
+        proxy.target = super()._bind(on_frames, pause_s)
         return proxy.address
 
 

@@ -30,6 +30,9 @@ SOURCES = sorted(
 MODULES = {"pickle", "_pickle", "cloudpickle", "marshal", "shelve", "dill", "joblib"}
 CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "np.load", "numpy.load"}
 
+#: Objects go over a socket pair there, between a process and the child that it has started.
+BETWEEN_PARENT_AND_CHILD = "pd_serve/launch/child_channel.py"
+
 OUR_DECODERS = {
     "to an instance": msgspec.msgpack.Decoder(ToInstance),
     "to an API server": msgspec.msgpack.Decoder(ToApiServer),
@@ -79,7 +82,8 @@ def encoded(struct: type[msgspec.Struct], **values: Any) -> bytes:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_no_file_of_ours_runs_bytes(path: Path) -> None:
-    assert dangers(path.read_text(encoding="utf-8")) == []
+    expected = ["pickle"] if path == ROOT / BETWEEN_PARENT_AND_CHILD else []
+    assert dangers(path.read_text(encoding="utf-8")) == expected
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def in_world(
 
 @asynccontextmanager
 async def running_world(orphan_s: float) -> AsyncIterator[World]:
-    cluster = SimulatedCluster(config(requests=[], orphan_s=orphan_s), lambda batch: None)
+    cluster = SimulatedCluster(config(requests=[], orphan_s=orphan_s, every_step=True), lambda batch: None)
     await cluster.start()
     made = World(cluster)
     try:

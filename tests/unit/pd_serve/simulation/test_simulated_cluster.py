@@ -133,7 +133,7 @@ def test_a_request_that_ends_its_instances_fails_alone() -> None:
         while "5" in cluster.frontend.requests.requests:
             await asyncio.sleep(0.01)
             for name, instance in list(cluster.launcher.instances.items()):
-                if "5" in await instance.engine.live_requests(cluster.frontend._token_endpoint):
+                if "5" in await instance.engine.live_requests(cluster.frontend._placement._token_endpoint):
                     await cluster.kill_instance(name)
 
     for instances in ({"prefill": 1, "decode": 2}, {"neutral": 2}):

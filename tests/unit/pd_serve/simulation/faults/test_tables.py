@@ -42,6 +42,10 @@ def load(name: str) -> InstanceLoad:
     return InstanceLoad(instance_id=name, role="neutral", total_blocks=10, free_blocks=10)
 
 
+#: What a load report leaves.
+REPORTED = {f"ProjectedLoads.{table}" for table in ("_reports", "_reported_at", "_projected", "_outdated")}
+
+
 def test_entries_of_tables_in_tables_are_found() -> None:
     loads = ProjectedLoads()
     loads.report(load("a"))
@@ -53,7 +57,7 @@ def test_entries_of_tables_in_tables_are_found() -> None:
     loads.settled("a", "gone-request")
     loads.report(load("gone-instance"))
     places = {line.partition(" has")[0] for line in remains(loads, is_gone)}
-    assert places == {"ProjectedLoads._reports", "ProjectedLoads._reported_at"}
+    assert places == REPORTED
 
 
 def test_objects_in_tables_and_behind_methods_are_looked_into() -> None:
@@ -69,7 +73,7 @@ def test_objects_in_tables_and_behind_methods_are_looked_into() -> None:
             self.method = other.report
 
     places = {line.partition(" has")[0] for line in remains(Root(), is_gone)}
-    assert places == {"TokenLedger._early", "ProjectedLoads._reports", "ProjectedLoads._reported_at"}
+    assert places == {"TokenLedger._early", *REPORTED}
 
 
 def test_single_texts_and_kept_tables_are_no_remains() -> None:
@@ -78,5 +82,5 @@ def test_single_texts_and_kept_tables_are_no_remains() -> None:
 
     loads = ProjectedLoads()
     loads.report(load("gone"))
-    kept = ("ProjectedLoads._reports", "ProjectedLoads._reported_at")
+    kept = tuple(REPORTED)
     assert list(remains(loads, is_gone, kept)) == []
