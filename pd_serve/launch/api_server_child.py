@@ -88,7 +88,6 @@ class SpawnedApiServer:
                 *(sys.executable, "-P", "-m", api_server_process.__name__, *numbers),
                 pass_fds=(theirs.fileno(), sock.fileno()),
                 stdin=asyncio.subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C in a terminal reaches its parent only, which then ends it
             )
         channel = await ChildChannel.open(ours)
         channel.send(settings)
