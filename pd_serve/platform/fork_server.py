@@ -202,9 +202,9 @@ class ForkServer:
             listener.listen(BACKLOG)  # orders wait from here on
             passed = (listener.fileno(), ready)
             command = [sys.executable, "-m", __spec__.name, *map(str, (*passed, os.getpid())), *modules]
-            # Ctrl-C in a terminal is for this process, which ends the others: the group is another one. Not the
-            # session: Linux gives each session an equal share of the cores (autogroups), and all instances
-            # together would get as much as any other process that has one.
+            # Ctrl-C in a terminal is for this process, which ends the others: another group. Not another
+            # session: Linux gives each an equal share of the cores (autogroups), and all instances together
+            # would get as much as any other process that has one.
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, pass_fds=passed, process_group=0
             )
