@@ -8,6 +8,7 @@ import logging
 import socket
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from platform import machine
 from typing import Any
 
@@ -62,6 +63,11 @@ def kv_layout(worker: Any, num_blocks: int) -> KvLayout | str:
 def end_with_instance(worker: Any) -> None:
     """Lets the worker's process end with the step thread: vLLM's workers do not when they hang."""
     end_with_parent()
+    # All workers have mapped what vLLM's CPU workers share. Without its name it goes with the last of them,
+    # also if they are killed.
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if (name := line.rpartition(" ")[2]).startswith("/dev/shm/vllm_dist_"):
+            Path(name).unlink(missing_ok=True)
 
 
 def serve_kv_cache(worker: Any, path: str, num_blocks: int) -> bytes:
