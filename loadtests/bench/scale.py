@@ -9,12 +9,13 @@ import asyncio
 import random
 import statistics
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, cast
 
 from loadtests.bench.report import BenchmarkReport
 from loadtests.bench.report_senders import CONNECT_S, ReportSenders
+from loadtests.no_actions import NoActions
 from loadtests.terminal import numbers_table
 from migration.engine_interface import EngineFacts
 from pd_serve.comm.membership import MANAGER, SCHEDULER, InstanceInfo, Membership
@@ -26,9 +27,8 @@ from pd_serve.instance.load_reporter import report_interval_s
 from pd_serve.scheduler.scheduler_process import SchedulerProcess
 from router.dispatcher import Dispatcher
 from router.load import InstanceLoad
-from router.plugins import PolicyChoice
 from router.policies import policy_set
-from router.request import NO_DEMAND, Demand, NewRequest
+from router.request import NewRequest
 from router.scaling import PoolBounds
 from router.scheduler import Scheduler
 
@@ -116,24 +116,11 @@ async def _measure(number: int) -> dict[str, float]:
     }
 
 
-class _NoActions:
-    """A scheduler's actions that have no effect."""
-
-    starting: Mapping[str, int] = {}
-    waiting: Demand = NO_DEMAND
-
-    def move(self, source: str, destination: InstanceLoad, reason: str, selection: PolicyChoice) -> None: ...
-    def set_role(self, instance_id: str, role: str, reason: str) -> None: ...
-    def set_draining(self, instance_id: str, draining: bool, reason: str) -> None: ...
-    def start(self, role: str, reason: str) -> None: ...
-    def stop(self, instance_id: str, reason: str) -> None: ...
-
-
 def _scheduler_round_ms(number: int, dice: random.Random) -> float:
     """Median CPU time of a round after new reports of all instances, with scaling and changes of roles."""
     bounds = {role: PoolBounds(1, 2 * number) for role in ("prefill", "decode")}
     policies = policy_set("llumnix", roles=True)
-    scheduler = Scheduler(policies, _NoActions(), autoscale=bounds, rng=dice, clock=time.monotonic)
+    scheduler = Scheduler(policies, NoActions(), autoscale=bounds, rng=dice, clock=time.monotonic)
     taken = []
     for _ in range(ROUNDS):
         for load in busy_loads(number, dice):

@@ -204,10 +204,8 @@ def _read(inbox: "zmq.Socket[bytes]", on_frames: OnFrames) -> bool:
     for number in range(MAX_BURST):
         try:
             frames = inbox.recv_multipart(zmq.NOBLOCK)
-        except (
-            zmq.Again
-        ):  # also if a peer has died in the middle of a message: its first frames are discarded
-            return number > 0  # also if a peer has died in a message, whose first frames are dropped
+        except zmq.Again:  # also if a peer has died in the middle of a message: its first frames are dropped
+            return number > 0
         on_frames(frames)
     return True
 

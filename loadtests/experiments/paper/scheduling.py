@@ -3,18 +3,17 @@
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Sequence
 
 import rich.console
 
 from loadtests.experiments.figure import Figure, FigureOptions, FigurePoint, Metric
 from loadtests.experiments.result_store import Results
+from loadtests.no_actions import NoActions
 from router.dispatcher import Dispatcher
 from router.load import InstanceLoad
-from router.plugins import PolicyChoice
 from router.policies import PolicySet, policy_set
-from router.request import NO_DEMAND, Demand, NewRequest
+from router.request import NewRequest
 from router.scaling import PoolBounds
 from router.scheduler import Scheduler
 
@@ -52,19 +51,6 @@ def synthetic_loads(count: int, rng: random.Random) -> list[InstanceLoad]:
             )
         )
     return loads
-
-
-class NoActions:
-    """Accepts the scheduler's commands and does nothing."""
-
-    starting: Mapping[str, int] = MappingProxyType({})
-    waiting: Demand = NO_DEMAND
-
-    def move(self, source: str, destination: InstanceLoad, reason: str, selection: PolicyChoice) -> None: ...
-    def set_role(self, instance_id: str, role: str, reason: str) -> None: ...
-    def set_draining(self, instance_id: str, draining: bool, reason: str) -> None: ...
-    def start(self, role: str, reason: str) -> None: ...
-    def stop(self, instance_id: str, reason: str) -> None: ...
 
 
 def _median_ms(action: Callable[[], object], prepare: Callable[[], object], repeats: int) -> float:
