@@ -293,7 +293,7 @@ class ServeConfig(BaseSettings):
         return sum(self.pool_bounds[r].most if r in self.pool_bounds else self.instances[r] for r in ROLES)
 
     def num_api_servers(self, cores: int) -> int:
-        """Number of API server processes on a machine with so many cores."""
+        """Number of API server processes on a machine with this number of cores."""
         default = min(max(cores // CORES_PER_API_SERVER, 1), MAX_DEFAULT_API_SERVERS)
         return self.api_servers or default
 

@@ -128,7 +128,11 @@ def arriving_tokens() -> int:
 
 
 def mark_submitted(number: int = 1, tokens: int = 0) -> None:
-    """Marks requests of this task, with prompts of so many tokens, as passed to the cluster or refused."""
+    """Marks requests of this task as passed to the cluster, or refused.
+
+    Args:
+        tokens: Of all their prompts.
+    """
     if (arrival := _arrival.get()) is not None:
         arrival.submitted(number, tokens)
 

@@ -193,7 +193,7 @@ class EngineSteps:
 
 
 def _may_follow(sequence: Sequence) -> bool:
-    """Whether what follows of a sequence concerns its client only, who may get it later, with the times.
+    """Whether the next tokens of a sequence may be sent later, with their times: only its client needs them.
 
     A token of the same epoch has been sent from here.
     """

@@ -512,7 +512,7 @@ def test_the_next_turn_starts_where_the_last_one_was_computed() -> None:
 
 
 def test_a_session_is_no_pin() -> None:
-    """A backlog outweighs what the last turn has probably left; who drains or dies takes nothing."""
+    """A backlog outweighs cached tokens, and an instance that drains or has died is not chosen."""
     dispatcher = dispatcher_of(prefill("p0"), prefill("p1", waiting_tokens=100))
     assert dispatcher.dispatch(NewRequest(500, session="s")) == "p0"
     dispatcher.loads.report(prefill("p0", waiting_tokens=700, requests_added=1))

@@ -1,4 +1,4 @@
-"""Shares of a queue: who goes next, and what idle time and departures do to that."""
+"""Fair shares of a queue: which account is next, also after idle time and departures."""
 
 from hypothesis import given
 from hypothesis import strategies as st
