@@ -1,6 +1,7 @@
 """An API server's process, as `pd-serve serve` sees it: start, messages, end."""
 
 import asyncio
+import os
 import signal
 import socket
 import sys
@@ -88,6 +89,9 @@ class SpawnedApiServer:
                 *(sys.executable, "-P", "-m", api_server_process.__name__, *numbers),
                 pass_fds=(theirs.fileno(), sock.fileno()),
                 stdin=asyncio.subprocess.DEVNULL,
+                # Ctrl-C in a terminal reaches its parent only, which then ends it. No session of its own:
+                # Linux gives each session an equal share of the cores.
+                preexec_fn=os.setpgrp,
             )
         channel = await ChildChannel.open(ours)
         channel.send(settings)

@@ -94,9 +94,6 @@ def main() -> None:
     import uvloop
 
     channel_fd, listener_fd, parent = map(int, sys.argv[1:])
-    # Ctrl-C in a terminal reaches the parent only, which then ends this process. Not by a session of its own,
-    # as Linux gives each session an equal share of the cores.
-    os.setpgid(0, 0)
     end_with(parent)
     for number in (channel_fd, listener_fd):
         os.set_inheritable(number, False)

@@ -14,8 +14,9 @@ import socket
 import struct
 import sys
 
-#: Maximum wait for the server, which may still be importing, in seconds.
-ANSWER_S = 50.0
+#: Maximum wait for the server, in seconds: one that has imported answers at once, unless it is stopped. Ray
+#: waits 60 s for a process, which then still has to import everything.
+ANSWER_S = 10.0
 
 
 def order(argv: list[str]) -> bytes:

@@ -202,6 +202,22 @@ def test_forked_processes_go_on_without_the_server_and_are_reaped(
     os.kill(long, signal.SIGKILL)
 
 
+def test_a_server_that_is_stopped_delays_a_script_only(
+    start: Callable[..., ForkServer], run: Callable[..., Client]
+) -> None:
+    """The script runs once, also when the server goes on and finds the order of a client that is gone."""
+    server = start()
+    server.wait()
+    server._process.send_signal(signal.SIGSTOP)
+    client = run(server.python, "x")
+    assert said(client)["pid"] == client.pid  # after `ANSWER_S`
+    server._process.send_signal(signal.SIGCONT)
+    assert said(run(server.python))["imported"]  # the order of the first client was before this one
+
+    assert client.stdout is not None
+    assert client.stdout.read() == ""
+
+
 @pytest.mark.parametrize("nonsense", [b"", b"no order", b'{"argv": []}', b"[" * 5_000_000])
 def test_nonsense_is_refused_and_the_server_goes_on(
     start: Callable[..., ForkServer], run: Callable[..., Client], nonsense: bytes
