@@ -21,4 +21,5 @@ def instance_environment() -> Iterator[None]:
     import vllm.envs
 
     vllm.envs.disable_envs_cache()  # an engine freezes what it has read
+    gc.unfreeze()
     gc.collect()

@@ -1,17 +1,15 @@
 """`pd-serve bench profile` with a few kinds of steps of the real engine with the tiny model."""
 
-import gc
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from pd_serve.models import resolve
-from pd_serve.platform.environment import engine_environment
 from pd_serve.profiling import engine_profile as profile
 from pd_serve.profiling.profile_points import DECODE_STEPS, PHASES, WARM_UP_STEPS, Point, rows, write_csv
 from pd_serve.simulated_engine import cost_table
 from pd_serve.simulated_engine.hardware import hardware
+from tests.integration.instance_environment import instance_environment
 
 pytestmark = pytest.mark.integration
 
@@ -27,19 +25,11 @@ POINTS = [
 
 
 @pytest.fixture(autouse=True)
-def environment() -> Iterator[None]:
+def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What the benchmark sets for the whole process ends with the test."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        for name, value in engine_environment(1, resolve("tiny")).items():
-            patch.setenv(name, value)
-        patch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with instance_environment():
         yield
-    import vllm.envs
-
-    vllm.envs.disable_envs_cache()  # an engine freezes what it has read
-    gc.unfreeze()
-    gc.collect()
 
 
 async def test_steps_of_a_real_engine_become_a_cost_model(tmp_path: Path) -> None:

@@ -13,7 +13,13 @@ from pd_serve.simulation.result import SimulationResult
 from pd_serve.simulation.simulate import simulate
 from pd_serve.simulation.workloads import TraceSpec, make_requests
 from router.scaling import PoolBounds
-from tests.unit.pd_serve.simulation.test_simulate import ENGINE, assert_nothing_is_lost, config, workload
+from tests.unit.pd_serve.simulation.test_simulate import (
+    ANY_CLUSTER,
+    ENGINE,
+    assert_nothing_is_lost,
+    config,
+    workload,
+)
 
 PD = {"prefill": 1, "decode": 2}
 NEUTRAL = {"neutral": 3}
@@ -91,13 +97,8 @@ def test_both_modes_give_the_same_result(changes: dict[str, Any]) -> None:
 
 
 @given(
-    st.integers(0, 1 << 16),
-    st.sampled_from([{"neutral": 2}, PD, {"prefill": 2, "decode": 1, "neutral": 1}]),
-    st.sampled_from([None, 96]),
-    st.booleans(),
-    st.integers(60, 200),
-    st.floats(2.0, 30.0),
-    st.sampled_from(["llumnix", "llumnix-paper", "conditional", "round-robin"]),
+    **ANY_CLUSTER | {"chunk_tokens": st.sampled_from([None, 96])},
+    policy=st.sampled_from(["llumnix", "llumnix-paper", "conditional", "round-robin"]),
 )
 @settings(max_examples=10)
 def test_both_modes_give_the_same_result_whatever_the_cluster(

@@ -84,14 +84,20 @@ def test_every_policy_set_serves_every_request(policy: str, instances: dict[str,
     assert_nothing_is_lost(result)
 
 
-@given(
-    st.integers(0, 1 << 16),
-    st.sampled_from([{"neutral": 2}, {"prefill": 1, "decode": 2}, {"prefill": 2, "decode": 1, "neutral": 1}]),
-    st.sampled_from([None, 128]),
-    st.booleans(),
-    st.integers(60, 200),
-    st.floats(2.0, 30.0),
-)
+#: Clusters and workloads, by argument.
+ANY_CLUSTER = {
+    "seed": st.integers(0, 1 << 16),
+    "instances": st.sampled_from(
+        [{"neutral": 2}, {"prefill": 1, "decode": 2}, {"prefill": 2, "decode": 1, "neutral": 1}]
+    ),
+    "chunk_tokens": st.sampled_from([None, 128]),
+    "prefix_caching": st.booleans(),
+    "num_blocks": st.integers(60, 200),
+    "rate": st.floats(2.0, 30.0),
+}
+
+
+@given(**ANY_CLUSTER)
 @settings(max_examples=15)
 def test_no_token_or_block_is_ever_lost(
     seed: int,
