@@ -99,12 +99,17 @@ async def gone(client: CompletionClient, name: str) -> None:
     await client.until(lambda cluster: name not in [row["id"] for row in cluster["instances"]])
 
 
+def on(name: str, cluster: dict[str, Any]) -> int:
+    """How many requests an instance decodes."""
+    return sum(row["running"] for row in cluster["instances"] if row["id"] == name)
+
+
 def mixed(count: int) -> list[Body]:
     """Greedy and sampled, short and long prompts."""
     rng = random.Random(4)
     bodies: list[Body] = []
     for index in range(count):
-        body: Body = {"prompt": token_ids(rng.randrange(1, 200), index), "max_tokens": 150}
+        body: Body = {"prompt": token_ids(rng.randrange(1, 200), index), "max_tokens": 300}
         bodies.append(body | ({"temperature": 1, "seed": index} if index % 2 else {}))
     return bodies
 
@@ -116,7 +121,7 @@ async def test_requests_survive_a_decode_instance_that_dies_amid_migrations(
     expected = [await reference(body) for body in bodies]
     recomputed = await client.metric("pd_serve_recomputed_requests_total")
     async with streaming(client, bodies, 10, client.wander(random.Random(6))) as streams:
-        await asyncio.sleep(0.1)
+        await client.until(lambda cluster: on("decode-1", cluster) >= 2)
         await kill(client, "decode-1")
         ours = await answers(streams)
     for answer, theirs in zip(ours, expected, strict=True):
@@ -132,11 +137,8 @@ async def test_without_prefill_instances_decode_instances_take_new_requests(
     bodies = [{"prompt": token_ids(100, i), "max_tokens": 150} for i in range(3)]
     expected = [await reference(body) for body in bodies]
 
-    def decoded(cluster: dict[str, Any]) -> int:
-        return sum(row["running"] for row in cluster["instances"] if row["id"] == "decode-0")
-
     async with streaming(client, bodies, 10) as streams:
-        await client.until(lambda cluster: decoded(cluster) == 3)
+        await client.until(lambda cluster: on("decode-0", cluster) == 3)
         await kill(client, "prefill-0")
         await gone(client, "prefill-0")
         assert_same(await client.stream(bodies[0]), expected[0])
