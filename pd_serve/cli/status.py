@@ -81,6 +81,12 @@ def show(service: ServiceClient) -> None:
         console.print(f"{server['id']}: pid {server['pid']}, {server['requests']} requests", highlight=False)
     line = cluster["waiting_line"]
     console.print(f"{line['requests']} requests in line for an instance with room, {line['tokens']} tokens")
+    if (targets := cluster.get("targets", {})).get("requests"):
+        console.print(
+            f"{100 * targets['attainment']:.1f} % of {targets['requests']} requests with targets have met"
+            f" them in the last minute, {targets['goodput']:.2f}/s",
+            highlight=False,
+        )
     migrations = Table("reason", "committed", "aborted", title="migrations")
     for reason, counts in cluster["migrations"].items():
         migrations.add_row(reason, str(counts["committed"]), str(counts["aborted"]))

@@ -105,6 +105,8 @@ class ApiServerStatus(msgspec.Struct, frozen=True, tag=True):
         line_requests, line_tokens: Requests in its waiting line, and the tokens of their prompts.
         connections: Open connections of clients.
         pages: Open live pages.
+        slo_requests, slo_met: Requests with targets that have ended lately, and those that have met theirs;
+            see `pd_serve.observe.attainment`.
     """
 
     requests: int = 0
@@ -113,6 +115,8 @@ class ApiServerStatus(msgspec.Struct, frozen=True, tag=True):
     line_tokens: int = 0
     connections: int = 0
     pages: int = 0
+    slo_requests: int = 0
+    slo_met: int = 0
 
 
 class Membership(msgspec.Struct, frozen=True, tag=True):

@@ -185,8 +185,6 @@ class CountedSlot(msgspec.Struct, frozen=True, array_like=True):
     tokens: int
     ended: int
     errors: int
-    with_slo: int
-    good: int
 
 
 class ReadRecent(Request[list[CountedSlot]], frozen=True, tag=True):

@@ -22,7 +22,7 @@ NUM_SLOTS = 60
 NUM_SUMMED = 12
 
 #: What a slot counts, apart from its histograms.
-COUNTS = ("tokens", "ended", "errors", "with_slo", "good")
+COUNTS = ("tokens", "ended", "errors")
 
 #: Ratio of the bounds of a bucket.
 GROWTH = 1.05
@@ -34,10 +34,6 @@ NUM_MOVES = 256
 
 def bucket_of(seconds: float) -> int:
     return math.floor(math.log(max(seconds, 1e-6)) / _LOG_GROWTH)
-
-
-def _share(part: int, whole: int) -> float | None:
-    return round(part / whole, 4) if whole else None
 
 
 def quantile(counts: Mapping[int, int], share: float) -> float | None:
@@ -56,7 +52,6 @@ class Slot:
 
     Attributes:
         ended, errors: Requests that have ended, and those of them that failed.
-        with_slo, good: Requests with targets that have ended, and those of them that have met all of theirs.
         running, waiting: Requests of the whole cluster at one moment of the slot; None if it was not looked.
     """
 
@@ -66,8 +61,6 @@ class Slot:
     tokens: int = 0
     ended: int = 0
     errors: int = 0
-    with_slo: int = 0
-    good: int = 0
     running: int | None = None
     waiting: int | None = None
 
@@ -150,9 +143,6 @@ class RecentEvents(Observer):
         slot = self._slot()
         slot.ended += 1
         slot.errors += request.outcome == "error"
-        if (met := request.met) is not None:
-            slot.with_slo += 1
-            slot.good += met.all
 
     def load(self, running: int, waiting: int) -> None:
         """Takes the number of requests in the cluster."""
@@ -197,8 +187,7 @@ class RecentEvents(Observer):
         return [found[number] for number in sorted(found)]
 
     def summary(self) -> dict[str, float | None]:
-        """Quantiles in seconds, tokens/s and the share of the requests with targets that have met all of
-        theirs, over the last `NUM_SUMMED` slots."""
+        """Quantiles in seconds, and tokens/s, over the last `NUM_SUMMED` slots."""
         slots = self.slots(NUM_SUMMED)
         ttft = sum((slot.first_tokens for slot in slots), Counter[int]())
         itl = sum((slot.gaps for slot in slots), Counter[int]())
@@ -208,7 +197,6 @@ class RecentEvents(Observer):
             "ttft_p99": quantile(ttft, 0.99),
             "itl_p50": quantile(itl, 0.5),
             "itl_p99": quantile(itl, 0.99),
-            "attainment": _share(sum(s.good for s in slots), sum(s.with_slo for s in slots)),
             "tokens_per_s": round(sum(slot.tokens for slot in slots) / seconds, 1),
         }
 

@@ -68,6 +68,10 @@ class ApiServers:
         """Sum of a field of `ApiServerStatus` over the other API servers."""
         return sum(getattr(status, field) for status in self._others.values())
 
+    def everywhere(self, field: str) -> int:
+        """The same with this API server."""
+        return int(getattr(self.own, field)) + self.elsewhere(field)
+
     def snapshot(self) -> list[ApiServerSnapshot]:
         """All API servers by name, this one among them once it is a member."""
         known = {**self._others, self._wire.name: self.own}

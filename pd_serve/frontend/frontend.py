@@ -37,7 +37,7 @@ from pd_serve.frontend.output_codec import OutputCodec
 from pd_serve.frontend.placement import RequestPlacement
 from pd_serve.frontend.reconciler import Reconciler
 from pd_serve.frontend.request_tracker import RequestTracker
-from pd_serve.frontend.snapshot import ClusterSnapshot, InstanceSnapshot, WaitingRequests
+from pd_serve.frontend.snapshot import ClusterSnapshot, InstanceSnapshot, TargetsSnapshot, WaitingRequests
 from pd_serve.frontend.token_stream import TokenStream
 from pd_serve.observe.cluster_report import ClusterReport
 from pd_serve.observe.recorder import RequestRecorder
@@ -262,6 +262,7 @@ class Frontend:
         snapshot = ClusterSnapshot(
             instances=instances,
             waiting_line=self._waiting_line,
+            targets=TargetsSnapshot.of(*map(self.api_servers.everywhere, ("slo_requests", "slo_met"))),
             api_servers=self.api_servers.snapshot(),
             migrations={
                 reason: {"committed": counts["committed"], "aborted": counts["aborted"]}

@@ -15,6 +15,7 @@ from pd_serve.comm.cluster_state import (
 )
 from pd_serve.comm.membership import InstanceInfo
 from pd_serve.comm.messages import InstanceStats
+from pd_serve.observe.attainment import WINDOW_S
 from router.freeness import freeness, headroom
 from router.load import InstanceLoad
 
@@ -105,6 +106,26 @@ class WaitingRequests(msgspec.Struct, frozen=True):
     tokens: int
 
 
+class TargetsSnapshot(msgspec.Struct, frozen=True):
+    """Requests with targets that have ended in the last minute, at all API servers.
+
+    Attributes:
+        met: Those of them that have met all of theirs.
+        attainment: Their share; null without such requests.
+        goodput: Those that have met theirs, per second.
+    """
+
+    requests: int = 0
+    met: int = 0
+    attainment: float | None = None
+    goodput: float = 0.0
+
+    @classmethod
+    def of(cls, requests: int, met: int) -> "TargetsSnapshot":
+        share = round(met / requests, 4) if requests else None
+        return cls(requests, met, share, round(met / WINDOW_S, 3))
+
+
 class ApiServerSnapshot(msgspec.Struct, frozen=True):
     """One API server; `requests` are those in progress."""
 
@@ -134,6 +155,7 @@ class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     restart: RestartState | None = None
     api_servers: list[ApiServerSnapshot] = []
     wanted: dict[str, int] = {}
+    targets: TargetsSnapshot = TargetsSnapshot()
 
     def with_state(self, state: ClusterState, *, is_alive: bool) -> "ClusterSnapshot":
         """The same with what the manager has reported, which is alive or absent."""

@@ -20,6 +20,7 @@ from pd_serve.frontend.api_servers import ApiServers
 from pd_serve.frontend.frontend import Frontend
 from pd_serve.launch.preparation import Prepared
 from pd_serve.observe import request_log
+from pd_serve.observe.attainment import Attainment
 from pd_serve.observe.metrics import RequestMetrics, show_integrity
 from pd_serve.observe.recorder import Observer, RequestRecorder
 from pd_serve.platform.open_files import allow_many_open_files
@@ -86,6 +87,7 @@ class ApiServer:
             account = KeyAccounts(config.api_key).current
             unix_offset_s = time.time() - time.monotonic()
             recent = RecentEvents(clock=lambda: time.monotonic() + unix_offset_s)
+            attainment = Attainment()
             frontend = Frontend(
                 wire,
                 find_manager,
@@ -95,7 +97,7 @@ class ApiServer:
                 num_slots=config.max_instances + SPARE_SLOTS,
                 orphan_s=config.orphan_s,
                 accounts=accounts,
-                recorder=_recorder(server, recent, unix_offset_s),
+                recorder=_recorder(server, [recent, attainment], unix_offset_s),
                 on_integrity=show_integrity,
             )
             stack.push_async_callback(frontend.close)
@@ -143,6 +145,10 @@ class ApiServer:
             live.open()
             stack.push_async_callback(live.close)
             show_dashboard(app, live)
+            frontend.api_servers.counts |= {
+                "slo_requests": lambda: attainment.counts.requests,
+                "slo_met": lambda: attainment.counts.met,
+            }
             _share(frontend, app, MetricsText(frontend.report, labels, wire.name), live, recent)
             enable_envs_cache()  # vLLM asks for a variable with each token: 7 % of the CPU time of a stream
             return cls(app, frontend, client, stack.pop_all())
@@ -186,9 +192,9 @@ async def _update(recent: RecentEvents, api_servers: ApiServers) -> None:
         recent.note_elsewhere(name, slots)
 
 
-def _recorder(server: Namespace, recent: RecentEvents, unix_offset_s: float) -> RequestRecorder:
-    """A recorder with all observers; its clock is `time.monotonic`."""
-    observers: list[Observer] = [RequestMetrics(), recent]
+def _recorder(server: Namespace, others: Iterable[Observer], unix_offset_s: float) -> RequestRecorder:
+    """A recorder with these observers, metrics, logs and traces; its clock is `time.monotonic`."""
+    observers: list[Observer] = [RequestMetrics(), *others]
     level = logging.INFO if server.enable_log_requests else logging.DEBUG
     if request_log.logger.isEnabledFor(level):
         observers.append(request_log.RequestLog(level))

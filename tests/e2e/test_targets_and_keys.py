@@ -100,6 +100,9 @@ async def test_deadlines_order_the_queue_and_what_cannot_be_met_is_refused(clien
     # All but the refused one have the target of the service, and no token takes five seconds.
     assert await client.metric("pd_serve_slo_requests_total") == before + 13
     assert await client.metric("pd_serve_refused_requests_total") == refused_before + 1
+    await client.until(lambda cluster: bool(cluster["targets"]["requests"] >= 13))
+    targets = (await client.http.get("/cluster")).json()["targets"]
+    assert targets["attainment"] == round(targets["met"] / targets["requests"], 4) > 0
 
 
 @pytest.mark.parametrize("value", ["nan", "-1", "soon", "1e40"])

@@ -319,8 +319,10 @@ function showNumbers({ latency, cluster, outcomes, loads: rows }) {
   set("requests", "running", number(running));
   set("requests", "waiting", number(waiting));
   set("requests", "errors", number(outcomes.errors));
-  set("requests", "attainment", sums.attainment === null ? "–" : `${(100 * sums.attainment).toFixed(1)} %`);
-  for (const name of ["attainment", "attainment-label"]) $("requests").querySelector(`[data-name=${name}]`).hidden = sums.attainment === null;
+  const { attainment, goodput } = cluster.targets;
+  set("requests", "attainment", attainment === null ? "–" : `${(100 * attainment).toFixed(1)} %`);
+  set("requests", "attainment-label", `within targets, ${number(goodput)}/s`);
+  for (const name of ["attainment", "attainment-label"]) $("requests").querySelector(`[data-name=${name}]`).hidden = attainment === null;
   for (const name of ["errors", "errors-label"]) $("requests").querySelector(`[data-name=${name}]`).hidden = !outcomes.errors;
   // The past is what the server has recorded; now is what the instances have last reported.
   const past = [...loads.values()].sort((a, b) => a[0] - b[0]).filter(([slot]) => slot < Math.floor(now));

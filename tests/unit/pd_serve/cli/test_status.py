@@ -66,6 +66,13 @@ def test_instances_migrations_and_decisions_are_shown(capsys: pytest.CaptureFixt
         assert text in shown
 
 
+def test_attainment_is_shown_if_requests_have_targets(capsys: pytest.CaptureFixture[str]) -> None:
+    show(Service(CLUSTER | {"targets": {"requests": 0, "met": 0, "attainment": None, "goodput": 0.0}}))
+    assert "targets" not in capsys.readouterr().out
+    show(Service(CLUSTER | {"targets": {"requests": 90, "met": 60, "attainment": 0.6667, "goodput": 1.0}}))
+    assert "66.7 % of 90 requests with targets" in capsys.readouterr().out
+
+
 def test_a_cluster_whose_manager_has_not_reported_is_shown_without_scheduler(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

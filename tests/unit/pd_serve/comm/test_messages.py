@@ -186,7 +186,7 @@ RESULTS: list[tuple[Any, Any]] = [
     (MoveRequest, RECORD),
     (FindOrphan, OrphanAnswer("doubtful", 7)),
     (MigrateByName, ManualMigration(RECORD, 0.0085)),
-    (ReadRecent, [CountedSlot(12, {3: 4}, {5: 6}, 10, 2, 1, 2, 1)]),
+    (ReadRecent, [CountedSlot(12, {3: 4}, {5: 6}, 10, 2, 1)]),
     (ListHoldings, Holdings([HeldBlocks(R, 3, True)], [(R, InstanceId("d0"), "balance")])),
 ]
 

@@ -16,7 +16,6 @@ from pd_serve.dashboard.recent import (
     quantile,
 )
 from pd_serve.observe.timeline import Timeline
-from router.slo import NO_SLO, Slo
 from tests.unit.pd_serve.made_migrations import FULL, migrated
 
 
@@ -132,23 +131,6 @@ def test_a_slot_has_the_last_load_that_was_seen(recent: RecentEvents, clock: Clo
     recent.token_gaps({0.02: 1})
 
     assert [(slot.running, slot.waiting) for slot in recent.slots()] == [(4, 0), (None, None)]
-
-
-def test_attainment_is_of_the_requests_with_targets_of_the_last_minute(
-    recent: RecentEvents, clock: Clock
-) -> None:
-    def end(slo: Slo, ttft_s: float) -> None:
-        times = {"first_token_at": clock.now + ttft_s, "ended_at": clock.now + ttft_s}
-        recent.ended(Timeline("r", "r", clock.now, 10, 0, slo=slo, outcome="stop", **times))
-
-    assert recent.summary()["attainment"] is None
-    end(NO_SLO, 9.0)
-    assert recent.summary()["attainment"] is None
-    for ttft_s in (0.5, 0.9, 1.1):
-        end(Slo(1.0, 0.1), ttft_s)
-    assert recent.summary()["attainment"] == pytest.approx(2 / 3, abs=1e-4)
-    clock.now += NUM_SLOTS * SLOT_S
-    assert recent.summary()["attainment"] is None
 
 
 def test_what_other_api_servers_have_counted_is_added(recent: RecentEvents, clock: Clock) -> None:

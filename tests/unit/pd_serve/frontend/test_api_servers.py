@@ -80,6 +80,7 @@ async def test_the_others_count_until_they_leave() -> None:
         world.servers.on_status("c", ApiServerStatus(requests=100))
         world.servers.on_status("stranger", ApiServerStatus(requests=1000))
         assert (world.servers.elsewhere("requests"), world.servers.elsewhere("connections")) == (110, 5)
+        assert world.servers.everywhere("requests") == 111
         assert [(row.id, row.requests) for row in world.servers.snapshot()] == [
             ("api", 1),
             ("b", 10),

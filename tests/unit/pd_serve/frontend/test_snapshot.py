@@ -7,7 +7,7 @@ import msgspec
 
 from pd_serve.comm.cluster_state import ProcessStats, StartingInstance
 from pd_serve.comm.messages import InstanceStats
-from pd_serve.frontend.snapshot import ClusterSnapshot, InstanceSnapshot, WaitingRequests
+from pd_serve.frontend.snapshot import ClusterSnapshot, InstanceSnapshot, TargetsSnapshot, WaitingRequests
 from router.load import InstanceLoad
 from tests.members import instance_info
 
@@ -94,3 +94,9 @@ def test_a_snapshot_is_flat_json() -> None:
     assert shown["instances"][0]["id"] == "d0"
     assert shown["waiting_line"] == {"requests": 2, "tokens": 64}
     assert shown["manager"] == "absent"
+
+
+def test_attainment_is_unknown_without_requests_and_goodput_is_per_second() -> None:
+    assert TargetsSnapshot.of(0, 0) == TargetsSnapshot(0, 0, None, 0.0)
+    assert TargetsSnapshot.of(90, 60) == TargetsSnapshot(90, 60, 0.6667, 1.0)
+    assert json.loads(msgspec.json.encode(TargetsSnapshot()))["attainment"] is None
