@@ -9,6 +9,7 @@ import difflib
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -35,8 +36,8 @@ CORES_PER_API_SERVER, MAX_DEFAULT_API_SERVERS = 8, 8
 
 #: Settings that a Ray Serve application leaves to Ray Serve, or reads from files only.
 COMMAND_LINE_ONLY = frozenset(
-    ("host", "port", "ray_address", "api_key", "admin_key", "log_format", "max_connections", "limits_by_key")
-)
+    ("host", "port", "ray_address", "api_key", "admin_key", "log_format", "max_connections")
+) | {"limits_by_key", "names_by_key"}
 
 INSTANCES, SCHEDULING, API, SECURITY, CLUSTER, VLLM = GROUPS = (
     "Instances",
@@ -78,6 +79,7 @@ class ServeConfig(BaseSettings):
     flags: Words = ()
     cluster_secret: bytes | None = Field(None, repr=False)
     limits_by_key: dict[str, KeyLimits] = Field({}, repr=False)
+    names_by_key: dict[str, str] = Field({}, repr=False)
 
     prefill: int | None = _flag(INSTANCES, None, "Prefill instances.", shown="1", ge=0)
     decode: int | None = _flag(INSTANCES, None, "Decode instances.", shown="2", ge=0)
@@ -174,7 +176,9 @@ class ServeConfig(BaseSettings):
         validation_alias=AliasChoices("api_key", f"{ENVIRONMENT_PREFIX}API_KEY", "VLLM_API_KEY"),
     )
     api_key_file: Path | None = _flag(
-        SECURITY, None, "File of such keys, one a line, each perhaps with limits of its own: KEY rpm=60."
+        SECURITY,
+        None,
+        "File of such keys, one a line, each perhaps with a name and limits: KEY name=alice,rpm=60.",
     )
     key_limits: Limits = _flag(
         SECURITY,
@@ -310,6 +314,11 @@ class ServeConfig(BaseSettings):
         """Limits by account: one for each API key, or one for all clients."""
         general = self.key_limits or KeyLimits()
         return [self.limits_by_key.get(key, general) for key in self.api_key] or [general]
+
+    @property
+    def account_names(self) -> list[str]:
+        """What metrics call each API key: its name, or the beginning of its hash."""
+        return [self.names_by_key.get(key) or sha256(key.encode()).hexdigest()[:8] for key in self.api_key]
 
     @property
     def policies(self) -> PolicySet:

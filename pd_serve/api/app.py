@@ -1,6 +1,7 @@
 """The FastAPI application: vLLM's routes, the `/cluster` routes and the middlewares."""
 
 from argparse import Namespace
+from collections.abc import Callable
 
 from fastapi import FastAPI
 from vllm import envs
@@ -25,6 +26,7 @@ async def create_app(
     max_waiting: int | None = None,
     admin_key: str | None = None,
     max_body_bytes: int,
+    on_429: Callable[[], None] = lambda: None,
 ) -> FastAPI:
     """Builds the application, ready to be served.
 
@@ -35,6 +37,7 @@ async def create_app(
         max_waiting: Requests that may wait for a first token before further ones get 429; None: no limit.
         admin_key: Required for `/cluster`; None: the API keys, if any, are valid there too.
         max_body_bytes: Longer bodies get 413.
+        on_429: See `OverloadMiddleware`.
 
     Returns:
         The application. `app.state.overload` counts the requests that wait; `app.state.server` is set by
@@ -50,7 +53,9 @@ async def create_app(
     # Around the router, inside vLLM's own middlewares: a refusal then needs a valid key, has X-Request-Id and
     # CORS headers, and counts in vLLM's HTTP metrics. `app.add_middleware` would be outside of these, and
     # `build_app` has built the stack already: building it again would lose the HTTP metrics.
-    bounded = OverloadMiddleware(app.router.middleware_stack, cluster=cluster, max_waiting=max_waiting)
+    bounded = OverloadMiddleware(
+        app.router.middleware_stack, cluster=cluster, max_waiting=max_waiting, on_429=on_429
+    )
     app.state.overload = bounded
     inner = IdentityMiddleware(ResumptionMiddleware(BodyLimitMiddleware(bounded, max_body_bytes)))
     api_keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]

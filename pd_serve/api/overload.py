@@ -171,17 +171,26 @@ class OverloadMiddleware:
     Args:
         cluster: Asked for `num_live`, `num_waiting` and `num_waiting_elsewhere` on every generating request.
         max_waiting: Requests that may wait for their first token, at all API servers; None for no limit.
+        on_429: Called in the task of each request that gets 429.
 
     Attributes:
         arriving: HTTP requests whose body is complete and which bring requests that the cluster does not
             count yet.
     """
 
-    def __init__(self, app: ASGIApp, *, cluster: ClusterView, max_waiting: int | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        cluster: ClusterView,
+        max_waiting: int | None = None,
+        on_429: Callable[[], None] = lambda: None,
+    ) -> None:
         self.app = app
         self.arriving: set[Arrival] = set()
         self._cluster = cluster
         self._max_waiting = max_waiting
+        self._on_429 = on_429
 
     @property
     def num_waiting(self) -> int:
@@ -201,7 +210,7 @@ class OverloadMiddleware:
             return await self.app(scope, receive, send)
         refusal = self._refusal()
         if refusal is not None:
-            _count(refusal.status_code, None)
+            self._count(refusal.status_code, None)
             return await refusal(scope, receive, send)
 
         arrival = Arrival(self.arriving, self._check_several)
@@ -222,7 +231,7 @@ class OverloadMiddleware:
             nonlocal is_replaced
             if message["type"] == "http.response.start" and message["status"] in (429, 503):
                 why = arrival.refusal if message["status"] == 429 else None
-                _count(message["status"], why)
+                self._count(message["status"], why)
                 hint = RETRY_AFTER if why is None else {"Retry-After": str(why.retry_after_s)}
                 if why is not None and path not in OTHER_FORMATS:
                     is_replaced = True
@@ -255,6 +264,12 @@ class OverloadMiddleware:
             return None
         return f"{waiting} requests are already waiting for their first token; try again later."
 
+    def _count(self, status: int, why: RequestRefusedError | None) -> None:
+        """Counts a refusal by its reason; without a code, the status has one."""
+        REFUSED_REQUESTS.labels(str(status), REASONS[status] if why is None else why.code).inc()
+        if status == 429:
+            self._on_429()
+
     def _check_several(self, number: int) -> None:
         if self._max_waiting is None:
             return
@@ -269,9 +284,3 @@ class OverloadMiddleware:
                 f"{waiting - number} requests are already waiting for their first token, and this one brings"
                 f" {number} at once; try again later."
             )
-
-
-def _count(status: int, why: RequestRefusedError | None) -> None:
-    """Counts a refusal by its reason; without a code, the status has one."""
-    reason = REASONS[status] if why is None else why.code
-    REFUSED_REQUESTS.labels(str(status), reason).inc()

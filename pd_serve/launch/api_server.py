@@ -21,6 +21,7 @@ from pd_serve.frontend.frontend import Frontend
 from pd_serve.launch.preparation import Prepared
 from pd_serve.observe import request_log
 from pd_serve.observe.attainment import Attainment
+from pd_serve.observe.key_metrics import KeyMetrics
 from pd_serve.observe.metrics import RequestMetrics, show_integrity
 from pd_serve.observe.recorder import Observer, RequestRecorder
 from pd_serve.platform.open_files import allow_many_open_files
@@ -87,7 +88,7 @@ class ApiServer:
             account = KeyAccounts(config.api_key).current
             unix_offset_s = time.time() - time.monotonic()
             recent = RecentEvents(clock=lambda: time.monotonic() + unix_offset_s)
-            attainment = Attainment()
+            attainment, by_key = Attainment(), KeyMetrics(config.account_names)
             frontend = Frontend(
                 wire,
                 find_manager,
@@ -97,7 +98,7 @@ class ApiServer:
                 num_slots=config.max_instances + SPARE_SLOTS,
                 orphan_s=config.orphan_s,
                 accounts=accounts,
-                recorder=_recorder(server, [recent, attainment], unix_offset_s),
+                recorder=_recorder(server, [recent, attainment, by_key], unix_offset_s),
                 on_integrity=show_integrity,
             )
             stack.push_async_callback(frontend.close)
@@ -129,6 +130,7 @@ class ApiServer:
                 max_waiting=config.max_waiting_requests,
                 admin_key=config.admin_key,
                 max_body_bytes=config.max_body_bytes,
+                on_429=lambda: by_key.refused(account()),
             )
             offer_adapters(app.state.openai_serving_models, frontend.lora_adapters)
             labels = {"service": config.service_name, "model_name": server.served_model_name[0]}

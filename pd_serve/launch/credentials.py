@@ -1,6 +1,7 @@
 """Keys and the cluster's secret, from files and the environment rather than from where `ps` shows them."""
 
 import os
+import re
 import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,9 @@ SECRET_VARIABLE = f"{ENVIRONMENT_PREFIX}CLUSTER_SECRET"
 #: A shorter secret could be found by brute force from a recorded handshake.
 LEAST_SECRET_LENGTH = 32
 
+#: Names of keys, which metrics show.
+NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
 Warn = Callable[[str], None]
 
 
@@ -30,7 +34,7 @@ def with_credentials(config: ServeConfig, warn: Warn) -> ServeConfig:
     os.environ.pop(SECRET_VARIABLE, None)
     lines = [line.partition(" ") for line in _keys_of(config.api_key_file, "--api-key-file", warn)]
     keys = [*config.api_key, *(key for key, _, _ in lines)]
-    limits = {key: _limits(own, config.api_key_file) for key, _, own in lines if own}
+    own = {key: _own(key, text.strip(), config.api_key_file) for key, _, text in lines if text}
     admin_keys = _keys_of(config.admin_key_file, "--admin-key-file", warn)
     if len(admin_keys) > 1:
         raise InvalidRequestError(
@@ -43,7 +47,8 @@ def with_credentials(config: ServeConfig, warn: Warn) -> ServeConfig:
     return config.model_copy(
         update={
             "api_key": tuple(map(checked_key, keys)),
-            "limits_by_key": limits,
+            "limits_by_key": {key: limits for key, (_, limits) in own.items() if limits is not None},
+            "names_by_key": {key: name for key, (name, _) in own.items() if name},
             "admin_key": None if admin_key is None else checked_key(admin_key),
             "cluster_secret": None if secret is None else _checked_secret(secret.strip()),
         }
@@ -57,12 +62,19 @@ def checked_key(key: str) -> str:
     return key
 
 
-def _limits(text: str, path: Path | None) -> KeyLimits:
+def _own(key: str, text: str, path: Path | None) -> tuple[str, KeyLimits | None]:
+    """The name of a key, "" for none, and its limits. Raises: InvalidRequestError: without the key."""
+    parts = [part.strip() for part in text.split(",")]
+    names = [part.removeprefix("name=") for part in parts if part.startswith("name=")]
+    limits = ",".join(part for part in parts if not part.startswith("name="))
     try:
-        return parse_key_limits(text.strip())
+        if len(names) > 1 or any(not NAME.fullmatch(name) or key in name for name in names):
+            raise ValueError
+        return next(iter(names), ""), parse_key_limits(limits) if limits else None
     except ValueError:
         raise InvalidRequestError(
-            f"--api-key-file: {path}: behind a key there may be limits such as rpm=60,tpm=100000"
+            f"--api-key-file: {path}: behind a key there may be a name and limits, such as"
+            " name=alice,rpm=60,tpm=100000"
         ) from None
 
 

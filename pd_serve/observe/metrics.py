@@ -141,6 +141,20 @@ SLO_MET = Counter(
     ["target"],
 )
 
+# ---- API keys
+
+KEY_REQUESTS = Counter("pd_serve_key_requests", "Requests that have ended, by API key.", ["key"])
+KEY_PROMPT_TOKENS = Counter(
+    "pd_serve_key_prompt_tokens", "Tokens of the prompts of these requests, by API key.", ["key"]
+)
+KEY_OUTPUT_TOKENS = Counter(
+    "pd_serve_key_output_tokens", "Tokens of the outputs of these requests, by API key.", ["key"]
+)
+KEY_REFUSED = Counter("pd_serve_key_refused_requests", "Requests refused with 429, by API key.", ["key"])
+KEY_WAITING = Gauge(
+    "pd_serve_key_waiting_requests", "Requests of the API server without a first token, by API key.", ["key"]
+)
+
 # ---- the service
 
 REFUSED_REQUESTS = Counter(

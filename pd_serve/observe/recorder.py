@@ -112,6 +112,7 @@ class RequestRecorder:
             trace_headers,
             client_id=client_id,
             slo=new.slo,
+            account=new.account,
             waits_since=now,
         )
         self._running[request_id] = request

@@ -104,6 +104,7 @@ class Timeline:
         output_tokens: Set when the request ends.
         trace_headers: The client's trace context (`traceparent`, `tracestate`).
         slo: Its targets.
+        account: Number of its API key.
         waits_since: When it was issued, or lost its instance.
         trace: Its span; set and used by the tracer only.
     """
@@ -116,6 +117,7 @@ class Timeline:
     trace_headers: Mapping[str, str] | None = None
     client_id: str = ""
     slo: Slo = NO_SLO
+    account: int = 0
     first_token_at: float | None = None
     ended_at: float | None = None
     outcome: str = ""

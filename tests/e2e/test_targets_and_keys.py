@@ -1,6 +1,7 @@
 """Targets of requests and limits of API keys, on simulated engines under load."""
 
 import asyncio
+import hashlib
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ TTFT, ITL = "x-slo-ttft-ms", "x-slo-itl-ms"
 PROMPT_TOKENS = 2000
 
 
-KEYS = "admin rpm=100000\nflood\nother\ntrial rpm=2,tpm=1000  # until May\n"
+KEYS = "admin rpm=100000\nflood\nother\ntrial name=visitors,rpm=2,tpm=1000  # until May\n"
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +140,18 @@ async def test_a_key_has_limits_of_its_own(client: CompletionClient) -> None:
     assert (await ask(http, key("trial"))).status_code == 200
     assert (await ask(http, key("other"))).status_code == 200
     assert (await ask(http, key("stranger"))).status_code == 401
+
+
+async def test_metrics_name_keys_but_do_not_show_them(client: CompletionClient) -> None:
+    await ask(client.http, key("trial"))  # perhaps refused: it is counted in any case
+
+    shown = (await client.http.get("/metrics")).text
+
+    lines = [line for line in shown.splitlines() if line.startswith("pd_serve_key_")]
+    names = {line.partition('key="')[2].partition('"')[0] for line in lines}
+    hashes = {hashlib.sha256(name.encode()).hexdigest()[:8] for name in ("admin", "flood", "other")}
+    assert names == {"visitors", *hashes}
+    of_trial = {
+        line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in lines if "visitors" in line
+    }
+    assert of_trial["pd_serve_key_requests_total"] + of_trial["pd_serve_key_refused_requests_total"] >= 1

@@ -91,6 +91,23 @@ async def test_requests_that_wait_at_other_api_servers_count() -> None:
     assert gate.num_waiting == 1, "what it tells the others is its own only"
 
 
+async def test_each_429_is_told_and_no_503() -> None:
+    told: list[int] = []
+    cluster = Cluster(num_waiting=2)
+
+    def gate(app: App) -> OverloadMiddleware:
+        return OverloadMiddleware(app.open(), cluster=cluster, max_waiting=2, on_429=lambda: told.append(1))
+
+    async with client(gate(App())) as http:
+        assert (await http.post("/v1/completions")).status_code == 429
+        cluster.num_waiting, cluster.num_live = 0, 0
+        assert (await http.post("/v1/completions")).status_code == 503
+    cluster.num_live = 1
+    async with client(gate(App(429))) as http:
+        assert (await http.post("/v1/completions")).status_code == 429
+    assert told == [1, 1]
+
+
 async def test_below_the_limit_and_without_one() -> None:
     async with client(
         OverloadMiddleware(App().open(), cluster=Cluster(num_waiting=1), max_waiting=2)

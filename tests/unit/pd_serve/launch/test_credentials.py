@@ -1,5 +1,6 @@
 """Keys and the cluster's secret: their sources, and what is refused."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def test_a_file_that_others_can_read_is_warned_about(tmp_path: Path, warnings: l
     [
         ("", "there is no key in"),
         ("# nothing\n\n", "there is no key in"),
-        ("sk alice", "behind a key there may be limits such as rpm=60,tpm=100000"),
+        ("sk alice", "behind a key there may be a name and limits, such as name=alice,rpm=60,tpm=100000"),
         ("clé", "printable ASCII characters without spaces"),
     ],
 )
@@ -165,18 +166,36 @@ def test_without_keys_all_clients_share_the_limit(warnings: list[str]) -> None:
     assert config.limits_of_accounts == [KeyLimits(tpm=50)]
 
 
-@pytest.mark.parametrize("own", ["rpm", "limits", "rpm=5 tpm=6", "rpm=0"])
+def test_metrics_name_a_key_by_its_name_or_the_beginning_of_its_hash(
+    tmp_path: Path, warnings: list[str]
+) -> None:
+    path = private(tmp_path / "keys", "sk-alice name=alice,rpm=5\nsk-bob name=bob  # new\nsk-carol rpm=7\n")
+
+    config = with_credentials(ServeConfig(api_key=["sk-root"], api_key_file=path), warnings.append)
+
+    first, *names = config.account_names
+    assert first == hashlib.sha256(b"sk-root").hexdigest()[:8]
+    assert names == ["alice", "bob", hashlib.sha256(b"sk-carol").hexdigest()[:8]]
+    assert config.limits_of_accounts == [KeyLimits(), KeyLimits(5), KeyLimits(), KeyLimits(7)]
+    assert "sk-" not in repr(config)
+
+
+NONSENSE = ["rpm", "limits", "rpm=5 tpm=6", "rpm=0", "name=", "name=a b", "name=a,name=b", "name=x-sk-alice"]
+
+
+@pytest.mark.parametrize("own", NONSENSE)
 def test_limits_that_are_nonsense_are_refused_without_the_key(
     tmp_path: Path, warnings: list[str], own: str
 ) -> None:
     path = private(tmp_path / "keys", f"sk-alice {own}")
 
-    with pytest.raises(InvalidRequestError, match="behind a key there may be limits") as refused:
+    with pytest.raises(InvalidRequestError, match="behind a key there may be a name and limits") as refused:
         with_credentials(ServeConfig(api_key_file=path), warnings.append)
 
     assert "sk-alice" not in str(refused.value)
 
 
 def test_limits_of_keys_are_no_argument_of_an_application() -> None:
-    with pytest.raises(InvalidRequestError, match="no argument 'limits_by_key'"):
-        ServeConfig.of_ray_serve({"limits_by_key": {}})
+    for name in ("limits_by_key", "names_by_key"):
+        with pytest.raises(InvalidRequestError, match=f"no argument '{name}'"):
+            ServeConfig.of_ray_serve({name: {}})
