@@ -67,6 +67,17 @@ def bench_reports(json_file: JsonFile = None) -> None:
     _run(reports.run(BenchmarkReport(json_file)))
 
 
+@app.command("step")
+def bench_step(
+    json_file: JsonFile = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each engine.")] = 10,
+) -> None:
+    """The step of an instance's engine, at rest and while requests move, against vLLM's engine core."""
+    from loadtests.bench import step
+
+    _run(step.run(BenchmarkReport(json_file), rounds))
+
+
 @app.command("scale")
 def bench_scale(json_file: JsonFile = None) -> None:
     """Scheduler rounds, dispatches and load reports of up to 1,024 instances."""

@@ -164,9 +164,6 @@ class MeasuredEngine:
                 await self._next_step()  # so that each prompt gets a step of its own
                 await self._add(point.tokens, 1, dice)
             await self._all_ended
-        import sys
-
-        print(point, self._recorder.steps, file=sys.stderr)
         return list(self._recorder.steps)
 
     async def _next_step(self) -> None:

@@ -242,7 +242,11 @@ def test_ray_is_imported_where_processes_are_started() -> None:
 
 
 def test_sockets_are_made_in_the_service_only() -> None:
-    assert {found.file.split("/")[0] for found in IMPORTS if found.package == "zmq"} == {"pd_serve"}
+    files = {found.file for found in IMPORTS if found.package == "zmq"}
+
+    assert {file for file in files if not file.startswith("pd_serve/")} == {
+        "loadtests/bench/step_arms.py"  # the front end of an engine process of vLLM's
+    }
 
 
 def test_vllm_is_imported_on_import_by_the_adapter_and_the_front_end_only() -> None:
