@@ -1,6 +1,8 @@
 """An engine's load, read from its scheduler between two steps."""
 
+from collections import Counter
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 from migration.engine_interface import HeldBlocks, RunningRequest
@@ -38,7 +40,7 @@ def read_load(scheduler: Any) -> EngineLoad:
         waiting_blocks=max(0, groups.num_blocks_for(lengths) - sum(held)),
         watermark_blocks=scheduler.kv_cache_manager.watermark_blocks,
         preempted=sum([request.num_preemptions > 0 for request in queued]),
-        high_priority=sum(priority_class(r.priority) is PriorityClass.HIGH for r in scheduler.running),
+        high_priority=_num_high_priority(scheduler.running),
         step_prompt_tokens=_step_prompt_tokens(scheduler),
         decode_step_s=times.decode_s,
         prompt_token_s=times.prompt_token_s,
@@ -47,6 +49,12 @@ def read_load(scheduler: Any) -> EngineLoad:
         busy_s=times.busy_s,
         **groups.sizes,
     )
+
+
+def _num_high_priority(requests: Any) -> int:
+    """Requests of high priority. Asks once for each priority: a call for each request takes 0.1 ms."""
+    counts = Counter(map(attrgetter("priority"), requests)).items()
+    return sum(number for priority, number in counts if priority_class(priority) is PriorityClass.HIGH)
 
 
 def _step_prompt_tokens(scheduler: Any) -> int:

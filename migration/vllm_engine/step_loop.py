@@ -134,11 +134,13 @@ class StepLoop:
         return bool(self._core.scheduler.has_requests() or self._core.batch_queue)
 
     def _run_calls(self) -> None:
+        turns = self._turns
         if not self._has_work() and not self._stopping:
             self._on_idle()
             self._is_busy = False
             call = self._calls.get()
             self._is_busy = True
+            self._turns += 1
             call()
         while True:
             try:
@@ -147,7 +149,8 @@ class StepLoop:
                 break
             self._turns += 1
             call()
-        self._on_boundary()
+        if self._turns > turns:  # the last step has had its boundary
+            self._on_boundary()
 
     def _step(self) -> None:
         if not self._has_work():

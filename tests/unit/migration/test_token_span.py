@@ -1,5 +1,8 @@
 """The CRC of output tokens."""
 
+import zlib
+from array import array
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,3 +23,9 @@ def test_another_token_is_another_crc(tokens: list[int], data: st.DataObject) ->
     index = data.draw(st.integers(0, len(tokens) - 1))
     other = data.draw(IDS.filter(lambda token: token != tokens[index]))
     assert crc_of([*tokens[:index], other, *tokens[index + 1 :]]) != crc_of(tokens)
+
+
+@given(TOKENS, st.integers(0, 2**32 - 1))
+def test_the_crc_is_that_of_64_bit_integers_however_many_there_are(tokens: list[int], before: int) -> None:
+    """All API servers and instances compute the same, also of another version."""
+    assert crc_of(tokens, before) == zlib.crc32(array("q", tokens), before)
