@@ -1,4 +1,4 @@
-"""Experiments in virtual time: `python -m loadtests.experiments paper`, `arms` or `policies`.
+"""Experiments in virtual time: `python -m loadtests.experiments paper`, `arms`, `policies` or `sine`.
 
 Modules that take time to import are imported when a command runs.
 """
@@ -95,6 +95,27 @@ def policies(
 
     candidate = parse_settings(settings or [])
     run_policies(FigureOptions(requests), range(seeds), ExperimentRun(out, jobs, fresh=fresh), candidate)
+
+
+@app.command()
+def sine(
+    out: OutFolder,
+    requests: Annotated[int, typer.Option(min=1, help="Fewer end earlier in the wave.")] = 26_250,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from 0.")] = 3,
+    arm: Annotated[
+        list[str] | None, typer.Option(help="An autoscaled cluster; may be repeated. (default: all)")
+    ] = None,
+    jobs: Jobs = None,
+    fresh: Fresh = False,
+) -> None:
+    """Compare autoscaling with the best fixed layout, under a rate from 1 to 24 requests/s and back."""
+    from loadtests.experiments.result_store import ExperimentRun
+    from loadtests.experiments.sine import ARMS, SineOptions, run_sine
+
+    if unknown := [title for title in arm or [] if title not in ARMS]:
+        raise InvalidRequestError(f"no cluster {unknown[0]!r}; there are {'; '.join(ARMS)}")
+    options = SineOptions(seeds, requests, tuple(arm or ARMS))
+    run_sine(options, ExperimentRun(out, jobs, fresh=fresh))
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ class PoolBounds(NamedTuple):
 
 
 class SizeChange(NamedTuple):
-    """What a pool needs: instances to add, -1 if one can go, 0 if the size is right; and one line why."""
+    """What a pool needs: instances to add, or below 0 those that can go; 0 if the size is right; and why."""
 
     instances: int
     reason: str

@@ -7,7 +7,7 @@ from router.load import InstanceLoad
 from router.plugins import PolicyKind
 from router.request import NO_DEMAND, Demand
 from router.scaling.decisions import Decision, Drain, PoolBounds, ScalingPolicy, SizeChange, Start, Stop
-from router.scaling.signals import BacklogSignal, BusySignal, FreenessSignal
+from router.scaling.signals import BacklogSignal, BusySignal, FreenessSignal, WorkSignal
 from router.scaling.trend import LoadTrend, grown
 from router.settings import PolicySet
 
@@ -21,7 +21,9 @@ ASK_AGAIN_S = 60.0
 OTHERS_DRAIN_S = 60.0
 
 SCALING: PolicyKind[ScalingPolicy] = PolicyKind(
-    "scaling", "look", {"freeness": FreenessSignal, "backlog": BacklogSignal, "busy": BusySignal}
+    "scaling",
+    "look",
+    {"freeness": FreenessSignal, "backlog": BacklogSignal, "busy": BusySignal, "work": WorkSignal},
 )
 
 
@@ -131,7 +133,7 @@ class PoolScaler:
         if count < least:
             return self._grow(least - count, f"{count} of at least {least}", count, draining, now)
         if len(serving) > most:
-            return [self._drain(serving, f"{len(serving)} of at most {most}", now)]
+            return self._drain(serving, 1, f"{len(serving)} of at most {most}", now)
         if needed.instances > 0:
             return self._grow(needed.instances, needed.reason, count, draining, now)
         long_enough = (
@@ -139,7 +141,7 @@ class PoolScaler:
         )
         changes = starting or any(self._is_leaving(load.instance_id, now) for load in draining)
         if needed.instances < 0 and long_enough and count > least and not changes:
-            return [self._drain(serving, needed.reason, now)]
+            return self._drain(serving, min(-needed.instances, count - least), needed.reason, now)
         return []
 
     def _is_leaving(self, draining: str, now: float) -> bool:
@@ -165,10 +167,14 @@ class PoolScaler:
         decisions += [Start(self.role, reason)] * (change - len(decisions))
         return decisions
 
-    def _drain(self, serving: Sequence[InstanceLoad], reason: str, now: float) -> Drain:
-        """Drains the instance that is empty soonest, if possible none with requests of high priority."""
-        last = min(
-            serving, key=lambda load: (load.high_priority > 0, load.running + load.waiting, load.instance_id)
-        )
-        self._drained[last.instance_id] = now
-        return Drain(last.instance_id, reason)
+    def _drain(self, serving: Sequence[InstanceLoad], number: int, reason: str, now: float) -> list[Decision]:
+        """Drains the emptiest instances, if possible none with requests of high priority."""
+        emptiest = sorted(serving, key=_to_empty)[:number]
+        self._drained |= {load.instance_id: now for load in emptiest}
+        return [Drain(load.instance_id, reason) for load in emptiest]
+
+
+def _to_empty(load: InstanceLoad) -> tuple[bool, int, int, str]:
+    """The order in which instances are drained: by the blocks that have to move."""
+    blocks = load.total_blocks - load.free_blocks + load.waiting_blocks + load.expected_blocks
+    return load.high_priority > 0, blocks, load.running + load.waiting, load.instance_id

@@ -2,6 +2,9 @@
 
 import math
 from collections.abc import Sequence
+from typing import Annotated
+
+from msgspec import Meta
 
 from router.freeness import pooled_freeness
 from router.load import InstanceLoad
@@ -86,3 +89,50 @@ class BusySignal:
         if not starting and without < policies.busy_low:
             return SizeChange(-1, f"busy without it {without:.0%} < {policies.busy_low:.0%}")
         return SizeChange(0, f"busy {needed / count:.0%}")
+
+
+class WorkSignal:
+    """Measured work, in instances: a pool has as many as keep each below `use`, and fewer once that many keep
+    each below `use` - `margin`. Several go at a time.
+
+    The work of a prefill instance is the share of time that it is in steps: prompts/s x the time of a prompt.
+    That of others is the share of the KV blocks in use of those that memory and `itl_target_s` leave: by
+    Little's law, requests/s x the time of a request x its blocks. What waits counts in full.
+    """
+
+    def __init__(
+        self,
+        use: Annotated[
+            float, Meta(gt=0, le=1, description="Share of an instance that work may take.")
+        ] = 0.85,
+        margin: Annotated[
+            float, Meta(ge=0, lt=1, description="By how much less fewer instances have to be used.")
+        ] = 0.1,
+    ) -> None:
+        self._use = use
+        self._low = max(use - margin, use / 10)
+
+    def look(
+        self, loads: Sequence[InstanceLoad], starting: int, policies: PolicySet, waiting: Demand
+    ) -> SizeChange:
+        work = work_of(loads, waiting)
+        count = len(loads) + starting
+        reason = f"work for {work:.2f} instances at {self._use:.0%}"
+        if (wanted := math.ceil(work / self._use)) > count:
+            return SizeChange(wanted - count, f"{reason}, {count} there")
+        enough = max(math.ceil(work / self._low), 1)
+        if not starting and enough < count:
+            return SizeChange(enough - count, f"{reason}, {count} there")
+        return SizeChange(0, reason)
+
+
+def work_of(loads: Sequence[InstanceLoad], waiting: Demand) -> float:
+    """What the instances of a pool do, and what waits for them, in instances that it would keep busy."""
+    if all(load.role == "prefill" for load in loads):
+        token_s = max((load.prompt_token_s for load in loads), default=0.0)
+        tokens = sum(load.waiting_tokens for load in loads) + waiting.tokens
+        return sum(load.busy for load in loads) + tokens * token_s / WORK_OFF_S
+    usable = sum(load.total_blocks - load.watermark_blocks - load.slow_blocks for load in loads) / len(loads)
+    blocks = sum(load.total_blocks - load.free_blocks + load.waiting_blocks for load in loads)
+    blocks += sum(load.expected_blocks for load in loads)
+    return (blocks + loads[0].blocks_for(waiting.tokens)) / max(usable, 1)

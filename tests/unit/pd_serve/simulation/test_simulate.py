@@ -340,7 +340,8 @@ def test_messages_of_an_earlier_manager_are_ignored() -> None:
 # ---- scaling
 
 
-def test_the_pool_grows_and_shrinks_with_the_load() -> None:
+@pytest.mark.parametrize("scaling", ["freeness", "work"])
+def test_the_pool_grows_and_shrinks_with_the_load(scaling: str) -> None:
     burst = workload(150, 25.0)
     tail = [TraceRequest(burst[-1].arrival_s + 5.0 * n, 20, 20) for n in range(1, 60)]
 
@@ -350,6 +351,7 @@ def test_the_pool_grows_and_shrinks_with_the_load() -> None:
             instances={"neutral": 1},
             autoscale={"neutral": PoolBounds(1, 5)},
             policy="llumnix-paper",
+            overrides={"scaling": scaling},
             start_instance_s=3.0,
         )
     )

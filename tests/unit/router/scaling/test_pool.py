@@ -84,17 +84,46 @@ def test_a_pool_outside_its_bounds_changes_whatever_the_load() -> None:
     assert Pool(1, 2).look(FULL, 11) == [Drain("i0", "3 of at most 2")]
 
 
-def test_one_drains_at_a_time_the_one_that_is_empty_soonest_and_serves_no_high_priority() -> None:
+def test_one_drains_at_a_time_the_emptiest_that_serves_no_high_priority() -> None:
+    """The emptiest has the fewest blocks to move, however many requests these belong to."""
     busy = [load("i0", 800, 3), load("i1", 840, 1, high_priority=1), load("i2", 820, 2), load("i3", 840, 4)]
     scaled_pool = Pool(1, 8)
     (decision,) = scaled_pool.look([replace(one, high_priority=0) for one in busy], 11)
     assert decision == Drain("i1", decision.reason)
 
     (decision,) = Pool(1, 8, scale_threshold=-100.0, scale_margin=1.0).look(busy, 11)
-    assert decision == Drain("i2", decision.reason)
+    assert decision == Drain("i3", decision.reason)
 
     drains = [*busy[:3], replace(busy[3], draining=True)]
     assert scaled_pool.look([replace(one, high_priority=0) for one in drains], 30) == []
+
+
+def test_several_emptiest_drain_together_within_the_bounds_and_none_while_they_do() -> None:
+    rates = {"scaling": "work"}
+    loads = [load(f"i{number}", 851 - number, number) for number in range(6)]
+    scaled_pool = Pool(2, 8, **rates)
+    decisions = scaled_pool.look(loads, 11)
+    assert [one.instance_id for one in decisions if isinstance(one, Drain)] == ["i0", "i1", "i2", "i3"]
+
+    drained = [replace(one, draining=one.instance_id < "i4") for one in loads]
+    assert scaled_pool.look(drained, 30) == [Stop("i0", "drained and empty")]
+    assert not any(isinstance(one, Drain) for one in scaled_pool.look(drained[1:], 30))
+
+
+def test_a_burst_starts_at_once_what_its_work_takes_and_what_never_starts_is_not_asked_for_again() -> None:
+    queues = [load("i0", 0, 10, waiting=400, waiting_blocks=8510), load("i1", 0, 10)]
+    scaled_pool = Pool(1, 16, scaling="work")
+    assert scaled_pool.look(queues, 11) == [Start("neutral", "work for 12.00 instances at 85%, 2 there")] * 13
+    assert scaled_pool.look(queues, 300, starting=13) == []
+
+
+def test_a_clock_that_is_set_back_or_leaps_changes_nothing_by_itself() -> None:
+    for jump in (-1e6, 1e6):
+        scaled_pool = Pool(1, 8, scaling="work", forecast_s=60.0)
+        steady = pool(3, 300, 10)
+        assert scaled_pool.look(steady, 40) == []
+        scaled_pool.now += jump
+        assert scaled_pool.look(steady, 200) == []
 
 
 def test_a_drain_by_an_operator_that_does_not_end_holds_nothing_up() -> None:

@@ -1,4 +1,6 @@
-"""Scaling by average freeness, and by prompt tokens that wait."""
+"""Scaling by average freeness, by prompt tokens that wait, by time in steps, and by work."""
+
+import math
 
 import pytest
 from hypothesis import given
@@ -8,9 +10,9 @@ from msgspec.structs import replace
 from router.freeness import pooled_freeness
 from router.load import InstanceLoad
 from router.policies import policy_set
-from router.request import NO_DEMAND
+from router.request import NO_DEMAND, Demand
 from router.scaling import SizeChange
-from router.scaling.signals import MAX_CHANGE, BacklogSignal, BusySignal, FreenessSignal
+from router.scaling.signals import MAX_CHANGE, BacklogSignal, BusySignal, FreenessSignal, WorkSignal
 from router.settings import PolicySet
 from tests.unit.router.made_loads import clusters, neutral, prefill, scaled
 
@@ -134,3 +136,81 @@ def test_a_constant_load_does_not_make_a_prefill_pool_swing() -> None:
             if BusySignal().look(pool, 0, PAPER, NO_DEMAND).instances == 0:
                 stable.append(count)
         assert stable or work < 0.5
+
+
+# ---- work
+
+
+def work(loads: list[InstanceLoad], starting: int = 0, waiting: Demand = NO_DEMAND) -> int:
+    return WorkSignal(use=0.8, margin=0.2).look(loads, starting, PAPER, waiting).instances
+
+
+def busy(count: int, share: float, waiting_tokens: int = 0) -> list[InstanceLoad]:
+    return [prefill(f"p{n}", waiting_tokens, busy=share, prompt_token_s=1e-3) for n in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("used", "count", "change"),
+    [
+        (0.7, 4, 0),
+        (0.79, 4, 0),
+        (0.9, 4, 1),
+        (1.0, 16, 4),
+        (0.5, 4, 0),
+        (0.4, 4, -1),
+        (0.1, 16, -13),
+        (0.0, 4, -3),
+    ],
+)
+def test_a_pool_gets_as_many_instances_as_its_work_takes(used: float, count: int, change: int) -> None:
+    """By blocks in decode and neutral pools, by time in steps in prefill pools."""
+    assert work(pool(count, math.ceil(851 * (1 - used)), 20)) == change
+    assert work(busy(count, used)) == change
+
+
+def test_work_beyond_the_target_of_the_time_per_token_needs_more_instances() -> None:
+    """Half of the memory is in use, and the target leaves six tenths of it."""
+    loads = [replace(one, slow_blocks=340) for one in pool(4, 425, 20)]
+
+    assert work(pool(4, 425, 20)) == 0
+    assert work(loads) == 1
+
+
+def test_what_waits_is_work_at_once_even_ten_times_what_is_there() -> None:
+    assert work(busy(2, 1.0, 100_000)) == 28 - 2  # 2, and 20 for 200 s of prompts within 10 s
+    queues = [replace(one, waiting=100, waiting_blocks=8510) for one in pool(2, 0, 20)]
+    assert work(queues) == 28 - 2
+    assert work(pool(2, 851, 0), 0, Demand(100, 100 * 16 * 30)) == 5 - 2
+
+
+def test_starting_instances_count_and_nothing_goes_before_they_are_there() -> None:
+    assert work(pool(4, 85, 20), starting=1) == 0
+    assert work(pool(4, 851, 0), starting=1) == 0
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode", "neutral"])
+def test_nothing_measured_and_nothing_reported_asks_for_nothing(role: str) -> None:
+    """No step yet, no blocks yet, or a target that leaves none: no division by zero."""
+    for fields in ({}, {"total_blocks": 10, "slow_blocks": 10}, {"waiting_tokens": 10**6}):
+        one = InstanceLoad("i0", role, **fields)
+        assert WorkSignal().look([one], 0, PAPER, Demand(3, 3000)).instances >= 0
+        assert WorkSignal().look([one], 0, PAPER, NO_DEMAND).instances >= 0
+
+
+@given(clusters(least=1), st.integers(0, 3), st.floats(0.1, 1.0), st.floats(0.0, 0.9))
+def test_a_pool_that_changed_by_its_work_does_not_change_back(
+    cluster: list[InstanceLoad], starting: int, use: float, margin: float
+) -> None:
+    """The same work on as many instances as were asked for is the right size."""
+    share = sum(one.running for one in cluster) / (16 * len(cluster))
+    signal = WorkSignal(use, margin)
+    count = len(cluster) + starting
+    change = signal.look(busy(len(cluster), share), starting, PAPER, NO_DEMAND).instances
+    then = count + change
+    spread = min(share * len(cluster) / then, 1.0)
+
+    assert then >= 1
+    if change < 0:
+        assert signal.look(busy(then, spread), 0, PAPER, NO_DEMAND).instances <= 0
+    elif change > 0:
+        assert signal.look(busy(then, spread), 1, PAPER, NO_DEMAND).instances <= 0
