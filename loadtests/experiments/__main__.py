@@ -100,7 +100,9 @@ def policies(
 @app.command()
 def sine(
     out: OutFolder,
-    requests: Annotated[int, typer.Option(min=1, help="Fewer end earlier in the wave.")] = 26_250,
+    share: Annotated[
+        float, typer.Option(max=1, help="Of the rate, and so of the requests and of the CPU time.")
+    ] = 1.0,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from 0.")] = 3,
     arm: Annotated[
         list[str] | None, typer.Option(help="An autoscaled cluster; may be repeated. (default: all)")
@@ -112,9 +114,11 @@ def sine(
     from loadtests.experiments.result_store import ExperimentRun
     from loadtests.experiments.sine import ARMS, SineOptions, run_sine
 
+    if not share > 0:
+        raise InvalidRequestError(f"--share {share}: must be above 0")
     if unknown := [title for title in arm or [] if title not in ARMS]:
         raise InvalidRequestError(f"no cluster {unknown[0]!r}; there are {'; '.join(ARMS)}")
-    options = SineOptions(seeds, requests, tuple(arm or ARMS))
+    options = SineOptions(seeds, share, tuple(arm or ARMS))
     run_sine(options, ExperimentRun(out, jobs, fresh=fresh))
 
 

@@ -67,13 +67,17 @@ class SineOptions:
     """What is run.
 
     Attributes:
-        requests: Fewer than `REQUESTS` end earlier in the wave.
+        share: Of the rate, and so of the requests and the CPU time.
         arms: Titles of `ARMS`.
     """
 
     seeds: int = 3
-    requests: int = REQUESTS
+    share: float = 1.0
     arms: tuple[str, ...] = tuple(ARMS)
+
+    @property
+    def trace(self) -> TraceSpec:
+        return TraceSpec(TRACE, RATE * self.share, round(REQUESTS * self.share), ARRIVALS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +112,10 @@ def scenarios_of(
     bounds: dict[str, PoolBounds] | None = None,
 ) -> list[Scenario]:
     """One cluster with every seed."""
-    trace = TraceSpec(TRACE, RATE, options.requests, ARRIVALS)
     target: Settings = {"itl_target_s": SLO.tpot_s}
     return [
         Scenario(
-            replace(trace, seed=seed),
+            replace(options.trace, seed=seed),
             "llumnix",
             instances,
             target | (settings or {}),
@@ -139,12 +142,16 @@ def measured(title: str, scenarios: Sequence[Scenario], results: Results) -> Mea
     )
 
 
-def promising(requests: Sequence[TraceRequest]) -> list[FixedLayout]:
+def promising(requests: Sequence[TraceRequest], peak: float) -> list[FixedLayout]:
     """For each number of prefill instances near what the peak takes, the least decode instances that hold the
-    target by the fast model; the smallest layout first."""
+    target by the fast model; the smallest layout first.
+
+    Args:
+        peak: Greatest rate, in requests/s.
+    """
     machine = hardware(COST_MODEL)
     prompt_s = machine.engine.cost_model.prefill_s([(requests[0].prompt_tokens, 0)])
-    at_peak = PEAK * prompt_s
+    at_peak = int(peak * prompt_s)
 
     def holds(layout: FixedLayout) -> bool:
         plan = Layout(prefill=layout.prefill, decode=layout.decode, chunk_tokens=machine.engine.chunk_tokens)
@@ -153,7 +160,7 @@ def promising(requests: Sequence[TraceRequest]) -> list[FixedLayout]:
         return run.attainment >= ATTAINMENT
 
     found = []
-    for prefill in range(max(int(at_peak), 1), int(at_peak) + 3):
+    for prefill in range(max(at_peak, 1), at_peak + 3):
         fits = bisect_left(
             range(BOUNDS["decode"].most), True, key=lambda n: holds(FixedLayout(prefill, n + 1))
         )
@@ -184,7 +191,7 @@ def best_fixed(
 
 
 def run_sine(options: SineOptions, run: ExperimentRun) -> None:
-    """Writes `sine.json` and `sine.md`.
+    """Writes `sine.{json,md}`.
 
     Raises:
         PdServeError: A simulation failed, or no fixed layout holds the target.
@@ -197,9 +204,9 @@ def run_sine(options: SineOptions, run: ExperimentRun) -> None:
         console.print(f"{title}: {min(found.attainment):.2%}, {found.mean_hours:.2f} instance-hours")
         return found
 
-    requests = make_requests(TraceSpec(TRACE, RATE, options.requests, ARRIVALS))
+    candidates = promising(make_requests(options.trace), PEAK * options.share)
     tried = best_fixed(
-        promising(requests), lambda layout: measure(f"{layout}", scenarios_of(options, layout._asdict()))
+        candidates, lambda layout: measure(f"{layout}", scenarios_of(options, layout._asdict()))
     )
     held = [layout for layout, one in tried.items() if one.holds]
     if not held:
@@ -213,7 +220,7 @@ def run_sine(options: SineOptions, run: ExperimentRun) -> None:
         run.out / "sine.json",
         {
             "slo": {"ttft_s": SLO.ttft_s, "tpot_s": SLO.tpot_s, "attainment": ATTAINMENT},
-            "workload": {"trace": TRACE, "rate": RATE, "arrivals": ARRIVALS, "requests": options.requests},
+            "workload": asdict(options.trace),
             "best_fixed": best.title,
             "clusters": [
                 asdict(row) | {"hours_to_best_fixed": row.mean_hours / best.mean_hours} for row in rows

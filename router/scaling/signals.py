@@ -93,7 +93,8 @@ class BusySignal:
 
 class WorkSignal:
     """Measured work, in instances: a pool has as many as keep each below `use`, and fewer once that many keep
-    each below `use` - `margin`. Several go at a time.
+    each below `use` - `margin`. Several come or go at a time; one look doubles or halves a pool at most, so
+    that a wrong measurement does no more.
 
     The work of a prefill instance is the share of time that it is in steps: prompts/s x the time of a prompt.
     That of others is the share of the KV blocks in use of those that memory and `itl_target_s` leave: by
@@ -119,10 +120,10 @@ class WorkSignal:
         count = len(loads) + starting
         reason = f"work for {work:.2f} instances at {self._use:.0%}"
         if (wanted := math.ceil(work / self._use)) > count:
-            return SizeChange(wanted - count, f"{reason}, {count} there")
+            return SizeChange(min(wanted - count, max(count, MAX_CHANGE)), f"{reason}, {count} there")
         enough = max(math.ceil(work / self._low), 1)
         if not starting and enough < count:
-            return SizeChange(enough - count, f"{reason}, {count} there")
+            return SizeChange(-min(count - enough, max(count // 2, 1)), f"{reason}, {count} there")
         return SizeChange(0, reason)
 
 

@@ -66,12 +66,11 @@ def test_the_search_ends_where_nothing_holds() -> None:
     assert (len(tried), held) == (sine.MOST_LAYOUTS, [])
 
 
-def test_the_fast_model_finds_layouts_near_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fast_model_finds_layouts_near_the_peak() -> None:
     """At a quarter of the rate, two prefill instances are enough for a peak that takes 1.6 of them."""
-    monkeypatch.setattr(sine, "PEAK", 6.0)
     requests = make_requests(TraceSpec(sine.TRACE, 6.0, 400, "poisson"))
 
-    found = sine.promising(requests)
+    found = sine.promising(requests, 6.0)
 
     assert found
     assert found[0].prefill == 2
@@ -101,12 +100,12 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Scenario]:
         return {key: summary(size, 0.96 if size in (8.0, 17.0) else 0.9) for key, size in sizes.items()}
 
     monkeypatch.setattr(sine, "run_scenarios", run)
-    monkeypatch.setattr(sine, "promising", lambda requests: [FixedLayout(7, 10)])
+    monkeypatch.setattr(sine, "promising", lambda requests, peak: [FixedLayout(7, 10)])
     return seen
 
 
 def test_every_cluster_gets_the_same_requests_and_a_row(tmp_path: Path, seen: list[Scenario]) -> None:
-    sine.run_sine(SineOptions(seeds=3, requests=50), ExperimentRun(tmp_path))
+    sine.run_sine(SineOptions(seeds=3, share=0.002), ExperimentRun(tmp_path))
 
     result = json.loads((tmp_path / "sine.json").read_text())
     assert result["best_fixed"] == "7 + 10 instances"
@@ -125,10 +124,10 @@ def test_every_cluster_gets_the_same_requests_and_a_row(tmp_path: Path, seen: li
 def test_a_load_that_no_layout_holds_is_an_error(
     tmp_path: Path, seen: list[Scenario], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sine, "promising", lambda requests: [])
+    monkeypatch.setattr(sine, "promising", lambda requests, peak: [])
 
     with pytest.raises(PdServeError, match="no fixed layout holds the target: none fits"):
-        sine.run_sine(SineOptions(requests=50), ExperimentRun(tmp_path))
+        sine.run_sine(SineOptions(share=0.002), ExperimentRun(tmp_path))
 
 
 def test_a_run_with_wrong_tokens_means_nothing() -> None:
@@ -142,18 +141,20 @@ def test_a_cluster_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["sine", "--out", str(tmp_path), "--arm", "magic"])
 
     assert "no cluster 'magic'; there are freeness; freeness, forecast" in str(done.exception)
+    done = CliRunner().invoke(app, ["sine", "--out", str(tmp_path), "--share", "nan"])
+    assert done.exit_code
 
 
 def test_simulations_run_from_the_command_to_the_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sine, "promising", lambda requests: [FixedLayout(1, 1)])
+    monkeypatch.setattr(sine, "promising", lambda requests, peak: [FixedLayout(1, 1)])
     arguments = [
         "sine",
         "--out",
         str(tmp_path),
-        "--requests",
-        "6",
+        "--share",
+        "0.0002",
         "--seeds",
         "1",
         "--jobs",

@@ -103,17 +103,19 @@ def test_several_emptiest_drain_together_within_the_bounds_and_none_while_they_d
     loads = [load(f"i{number}", 851 - number, number) for number in range(6)]
     scaled_pool = Pool(2, 8, **rates)
     decisions = scaled_pool.look(loads, 11)
-    assert [one.instance_id for one in decisions if isinstance(one, Drain)] == ["i0", "i1", "i2", "i3"]
+    assert [one.instance_id for one in decisions if isinstance(one, Drain)] == ["i0", "i1", "i2"]
 
-    drained = [replace(one, draining=one.instance_id < "i4") for one in loads]
+    drained = [replace(one, draining=one.instance_id < "i3") for one in loads]
     assert scaled_pool.look(drained, 30) == [Stop("i0", "drained and empty")]
     assert not any(isinstance(one, Drain) for one in scaled_pool.look(drained[1:], 30))
 
 
-def test_a_burst_starts_at_once_what_its_work_takes_and_what_never_starts_is_not_asked_for_again() -> None:
+def test_a_burst_doubles_a_pool_at_each_look_and_what_never_starts_is_not_asked_for_again() -> None:
     queues = [load("i0", 0, 10, waiting=400, waiting_blocks=8510), load("i1", 0, 10)]
     scaled_pool = Pool(1, 16, scaling="work")
-    assert scaled_pool.look(queues, 11) == [Start("neutral", "work for 12.00 instances at 85%, 2 there")] * 13
+    assert scaled_pool.look(queues, 11) == [Start("neutral", "work for 12.00 instances at 85%, 2 there")] * 4
+    assert len(scaled_pool.look(queues, 10, starting=4)) == 6
+    assert len(scaled_pool.look(queues, 10, starting=10)) == 3
     assert scaled_pool.look(queues, 300, starting=13) == []
 
 
