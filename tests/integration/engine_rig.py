@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import ctypes
+import faulthandler
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -248,7 +249,12 @@ class Baggage:
         return msgspec.structs.replace(self.description, **changes)
 
 
-async def eventually(condition: Any, bound_s: float = 60.0) -> None:
-    async with asyncio.timeout(bound_s):
-        while not condition():  # noqa: ASYNC110 - what is waited for is on another thread
-            await asyncio.sleep(0.002)
+async def eventually(condition: Any, bound_s: float = 180.0) -> None:
+    """Waits, on a machine that others use as well. Shows what all threads do if it is in vain."""
+    try:
+        async with asyncio.timeout(bound_s):
+            while not condition():  # noqa: ASYNC110 - what is waited for is on another thread
+                await asyncio.sleep(0.002)
+    except TimeoutError:
+        faulthandler.dump_traceback()
+        raise
