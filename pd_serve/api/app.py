@@ -16,6 +16,7 @@ from pd_serve.api.identity import IdentityMiddleware
 from pd_serve.api.keys import KeyMiddleware
 from pd_serve.api.overload import OverloadMiddleware
 from pd_serve.api.resumption import ResumptionMiddleware
+from pd_serve.api.stream_chunks import use_templates
 
 
 async def create_app(
@@ -47,6 +48,7 @@ async def create_app(
     tasks = await engine_client.get_supported_tasks()
     app: FastAPI = build_app(args, tasks, engine_client.model_config)
     await init_app_state(engine_client, app.state, args, tasks)
+    use_templates(app.state)
 
     app.state.cluster = cluster
     app.include_router(cluster_routes.router)
