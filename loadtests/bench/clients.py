@@ -35,9 +35,9 @@ async def run_round(url: str, cpu_s: Callable[[], float], load: Load, seed: int)
     ) as session:
         cpu_before_s, begin = cpu_s(), time.perf_counter()
         if load.rate is None:
-            outcomes = await _closed_loop(session, url, requests, load.num_clients)
+            outcomes = await _closed_loop(session, url, requests, load)
         else:
-            outcomes = await _open_loop(session, url, requests, begin)
+            outcomes = await _open_loop(session, url, requests, load, begin)
         seconds = time.perf_counter() - begin
     used_s = cpu_s() - cpu_before_s
     return Round(round(seconds, 3), round(used_s, 3), round(load_average, 2), outcomes)
@@ -55,47 +55,54 @@ async def run_checked_round(server: RunningServer, load: Load, seed: int) -> Rou
 
 
 async def _open_loop(
-    session: aiohttp.ClientSession, url: str, requests: Sequence[Request], begin: float
+    session: aiohttp.ClientSession, url: str, requests: Sequence[Request], load: Load, begin: float
 ) -> list[Outcome]:
     tasks = []
     async with asyncio.TaskGroup() as clients:
         for number, request in enumerate(requests):
             await asyncio.sleep(max(0.0, begin + request[0].arrival_s - time.perf_counter()))
-            tasks.append(clients.create_task(_complete(session, url, number, request)))
+            tasks.append(clients.create_task(_complete(session, url, number, request, load.as_chat)))
     return [task.result() for task in tasks]
 
 
 async def _closed_loop(
-    session: aiohttp.ClientSession, url: str, requests: Sequence[Request], num_clients: int
+    session: aiohttp.ClientSession, url: str, requests: Sequence[Request], load: Load
 ) -> list[Outcome]:
     remaining: Iterator[tuple[int, Request]] = iter(enumerate(requests))
     outcomes: list[Outcome] = []
 
     async def client() -> None:
         for number, request in remaining:
-            outcomes.append(await _complete(session, url, number, request))
+            outcomes.append(await _complete(session, url, number, request, load.as_chat))
 
     async with asyncio.TaskGroup() as clients:
-        for _ in range(num_clients):
+        for _ in range(load.num_clients):
             clients.create_task(client())
     return outcomes
 
 
-async def _complete(session: aiohttp.ClientSession, url: str, number: int, request: Request) -> Outcome:
-    """One greedy completion of the full length, sent by vLLM's own benchmark function."""
-    from vllm.benchmarks.lib.endpoint_request_func import RequestFuncInput, async_request_openai_completions
+async def _complete(
+    session: aiohttp.ClientSession, url: str, number: int, request: Request, as_chat: bool
+) -> Outcome:
+    """One greedy answer of the full length, asked for by vLLM's own benchmark functions."""
+    from vllm.benchmarks.lib.endpoint_request_func import (
+        RequestFuncInput,
+        async_request_openai_chat_completions,
+        async_request_openai_completions,
+    )
 
     wanted, prompt = request
     arguments = RequestFuncInput(
         prompt=prompt,
-        api_url=f"{url}/v1/completions",
+        api_url=f"{url}/v1/chat/completions" if as_chat else f"{url}/v1/completions",
         prompt_len=wanted.prompt_tokens,
         output_len=wanted.output_tokens,
         model=MODEL,
         ignore_eos=True,
         extra_body={"temperature": 0.0},
     )
-    output = await async_request_openai_completions(arguments, session)
+    ask = async_request_openai_chat_completions if as_chat else async_request_openai_completions
+    output = await ask(arguments, session)
     error: str | None = None
     if not output.success:
         error = next(reversed(output.error.strip().splitlines()), "no answer")

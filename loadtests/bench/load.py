@@ -46,6 +46,7 @@ class Load:
         rate: Requests/s of Poisson arrivals.
         num_clients: Clients of a closed loop; each sends its next request when the previous one has ended.
         as_text: Prompts are sent as text instead of token ids, which some routers do not accept.
+        as_chat: Each prompt, a text, is the message of a chat.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Load:
     rate: float | None = None
     num_clients: int = 0
     as_text: bool = False
+    as_chat: bool = False
 
     def requests(self, seed: int) -> list[TraceRequest]:
         """The requests; the same for the same seed. All arrive at 0 in a closed loop."""
@@ -70,4 +72,4 @@ class Load:
             [rng.randrange(ord("a"), ord("z") + 1) for _ in range(request.prompt_tokens)]
             for request in self.requests(seed)
         ]
-        return [bytes(prompt).decode() for prompt in prompts] if self.as_text else prompts
+        return [bytes(prompt).decode() for prompt in prompts] if self.as_text or self.as_chat else prompts
