@@ -5,7 +5,8 @@ tools or token ids, and their chunks between the first and the last are equal bu
 streams vLLM's generator makes the first chunks, the last ones, and one that becomes the template of those
 between, so that the bytes are vLLM's. It makes all chunks of other streams.
 
-Source: vllm/entrypoints/openai/completion/serving.py and chat_completion/serving.py, `*_stream_generator`.
+Source: vllm/entrypoints/openai/completion/serving.py, vllm/entrypoints/openai/chat_completion/serving.py
+(`completion_stream_generator`, `chat_completion_stream_generator`).
 """
 
 import copy
