@@ -65,7 +65,7 @@ class PolicySet:
 
     forecast_s: float = setting(
         0.0,
-        "Pools grow for the load in this time, by the last minute's trend: the start-up time, or 0 for off.",
+        "Pools grow for the load in this time, by its trend: the start-up time of an instance, or 0 for off.",
         ge=0,
     )
 

@@ -199,22 +199,23 @@ def run_sine(options: SineOptions, run: ExperimentRun) -> None:
     console = new_console()
     at_start = provenance.provenance()
 
-    def measure(title: str, scenarios: Sequence[Scenario]) -> Measured:
-        found = measured(title, scenarios, run_scenarios(scenarios, run, console))
-        console.print(f"{title}: {min(found.attainment):.2%}, {found.mean_hours:.2f} instance-hours")
+    def measure(clusters: dict[str, list[Scenario]]) -> list[Measured]:
+        results = run_scenarios([one for each in clusters.values() for one in each], run, console)
+        return [measured(title, scenarios, results) for title, scenarios in clusters.items()]
+
+    def measure_fixed(layout: FixedLayout) -> Measured:
+        (found,) = measure({f"{layout}": scenarios_of(options, layout._asdict())})
+        console.print(f"{layout}: {min(found.attainment):.2%}, {found.mean_hours:.2f} instance-hours")
         return found
 
-    candidates = promising(make_requests(options.trace), PEAK * options.share)
-    tried = best_fixed(
-        candidates, lambda layout: measure(f"{layout}", scenarios_of(options, layout._asdict()))
-    )
+    tried = best_fixed(promising(make_requests(options.trace), PEAK * options.share), measure_fixed)
     held = [layout for layout, one in tried.items() if one.holds]
     if not held:
         raise PdServeError(f"no fixed layout holds the target: {', '.join(map(str, tried)) or 'none fits'}")
     best = tried[min(held, key=lambda layout: layout.size)]
     rows = [
         *tried.values(),
-        *(measure(title, scenarios_of(options, START, ARMS[title], BOUNDS)) for title in options.arms),
+        *measure({title: scenarios_of(options, START, ARMS[title], BOUNDS) for title in options.arms}),
     ]
     provenance.write(
         run.out / "sine.json",

@@ -1,5 +1,6 @@
 """The trend of a pool's load: what it will be when an instance that is started now serves."""
 
+import math
 from collections import deque
 from collections.abc import Sequence
 
@@ -8,14 +9,17 @@ from msgspec.structs import replace
 from router.load import InstanceLoad
 
 #: Time over which the trend is fitted, in seconds, and the least time between two of its points.
-FITTED_S, POINT_S = 60.0, 1.0
+FITTED_S, POINT_S = 120.0, 1.0
+
+#: Points that say as much as one: loads are means over 10 s, or of requests that stay for longer.
+POINTS_AS_ONE = 10
 
 #: Greatest factor by which a forecast may exceed the present load.
 MAX_GROWTH = 2.0
 
 
 class LoadTrend:
-    """A line through the loads of the last minute: short enough that a turn shows soon."""
+    """A line through the loads of the last two minutes: short enough that a turn shows soon."""
 
     def __init__(self) -> None:
         self._points: deque[tuple[float, float]] = deque()
@@ -31,19 +35,22 @@ class LoadTrend:
     def growth(self, horizon_s: float) -> float:
         """By which factor the load will have grown, at least 1: a pool shrinks by what is, not by a forecast.
 
-        Without half of the time to fit there is no trend.
+        Without half of the time to fit there is no trend. Its slope counts less its standard error, since
+        requests that come at random have slopes, too.
         """
         points = self._points
-        if not points or points[-1][0] - points[0][0] < FITTED_S / 2:
+        if len(points) < 3 or points[-1][0] - points[0][0] < FITTED_S / 2:
             return 1.0
         mean_at = sum(at for at, _ in points) / len(points)
         mean = sum(load for _, load in points) / len(points)
         spread = sum((at - mean_at) ** 2 for at, _ in points)
         slope = sum((at - mean_at) * (load - mean) for at, load in points) / spread
         present = mean + slope * (points[-1][0] - mean_at)
-        if slope <= 0 or present <= 0:
+        rest = sum((load - mean - slope * (at - mean_at)) ** 2 for at, load in points)
+        sure = slope - math.sqrt(POINTS_AS_ONE * rest / (len(points) - 2) / spread)
+        if sure <= 0 or present <= 0:
             return 1.0
-        return min(1.0 + slope * horizon_s / present, MAX_GROWTH)
+        return min(1.0 + sure * horizon_s / present, MAX_GROWTH)
 
 
 def load_of(loads: Sequence[InstanceLoad]) -> float:

@@ -33,7 +33,7 @@ BODIES: list[Body] = [{"prompt": token_ids(150, i), "max_tokens": 200} for i in 
 @pytest.fixture(scope="module")
 def server(logs: Path) -> Iterator[ServerProcess]:
     flags = ("--engine", "simulated", "--prefill", "1", "--decode", "1", "--api-servers", "2")
-    limits = ("--max-waiting-requests", str(MAX_WAITING), "--log-format", "json")
+    limits = ("--max-waiting-requests", str(MAX_WAITING), "--log-format", "json", "--slo", "itl=5")
     with run_cluster(logs / "api_servers.log", *flags, *limits) as server:
         yield server
 
@@ -107,6 +107,10 @@ async def test_both_serve_and_each_speaks_of_both(client: CompletionClient, serv
             assert sum(row["requests"] for row in rows) == len(BODIES)
         for ours, body in zip(await answers(streams), BODIES, strict=True):
             assert_same(ours, simulated_answer(body))
+    met = 0
+    async with asyncio.timeout(30):
+        while met < len(BODIES):  # each tells the other soon what it has counted
+            met = min([(await client.cluster())["targets"]["met"] for _ in range(10)])
 
     each = [await counted(client, "pd_serve_requests_total", "length") for _ in range(10)]
     assert all(one == each[0] for one in each)

@@ -1,5 +1,6 @@
 """The trend of a pool's load, and the load that it leads to."""
 
+import random
 from collections.abc import Callable
 
 import pytest
@@ -56,3 +57,28 @@ def test_a_grown_load_has_more_requests_and_less_room() -> None:
 
     assert (load.free_blocks, load.running, load.busy) == (40, 15, 0.75)
     assert grown(decode("d0", free=10, running=10), 2.0).free_blocks == 0
+
+
+def test_requests_that_come_at_random_are_hardly_a_trend() -> None:
+    """Prompts of 0.27 s come at 3 a second, and the share of the last 10 s is measured, as on an instance."""
+    dice = random.Random(3)
+    trend, arrivals, growths = LoadTrend(), [0] * 10, []
+    for second in range(2000):
+        arrivals = [*arrivals[1:], sum(dice.random() < 0.03 for _ in range(100))]
+        trend.add([prefill("p0", busy=0.27 * sum(arrivals) / 10)], float(second))
+        growths.append(trend.growth(60.0))
+
+    assert sum(growths) / len(growths) < 1.05
+    assert max(growths) < 1.5
+
+
+def test_reports_that_came_late_or_not_at_all_leave_no_trend() -> None:
+    """Two points would be a line without an error."""
+    trend = LoadTrend()
+    for second in (0.0, 100.0):
+        trend.add([decode("d0", free=round(100 - second))], second)
+    assert trend.growth(60.0) == 1.0
+    trend.add([], 110.0)
+    assert trend.growth(60.0) == 1.0
+    trend.add([decode("d0")], 1e9)
+    assert trend.growth(60.0) == 1.0
