@@ -53,12 +53,14 @@ class MigrationMixin:
             # a migration would write into them unordered with that step.
             self.defer_block_free = True
         self._allocate_slots: Callable[..., Any] = self.kv_cache_manager.allocate_slots
-        self.kv_cache_manager.allocate_slots = self._allocate
 
     # ---- hooks into vLLM's scheduler
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         config = self.scheduler_config
+        # Only while it matters: a call for each request of the batch would take 1 % of a step.
+        manager = self.kv_cache_manager
+        manager.allocate_slots = self._allocate if self.kv_holding_waiting else self._allocate_slots
         limit = config.long_prefill_token_threshold
         entering = [r for r in self.kv_holding_waiting if r.num_tokens - r.num_computed_tokens == 1]
         if entering:
