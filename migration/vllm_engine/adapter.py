@@ -109,7 +109,7 @@ class VllmEngine:
         done = output_token_ids or []
 
         def add() -> bool:
-            self._loader.enter(request, done)
+            self._loader.enter(request)
             if not self._end_below(request_id, epoch):
                 return False
             if done:
@@ -124,7 +124,7 @@ class VllmEngine:
 
         if done:
             self._loader.check_can_continue()
-            await self._loader.compile_grammar(request)
+            await self._loader.continue_from(request, done)
         return await self._steps.call(add)
 
     async def abort(self, request_ids: list[RequestId], below_epoch: int | None = None) -> list[RequestId]:
@@ -206,10 +206,10 @@ class VllmEngine:
         if request.max_total_tokens > (most := self.scheduler.max_model_len):
             text = f"{request.max_total_tokens} tokens do not fit this instance's {most}"
             raise DestinationRefusedError(RefusalCode.TOO_LONG, text)
-        request_id, arriving = await self._loader.decode_arriving(request.payload)
+        request_id, arriving = await self._loader.decode_arriving(request.payload, request.output_token_ids)
 
         def reserve() -> Reservation:
-            self._loader.arrive(arriving, request.output_token_ids)
+            self._loader.arrive(arriving)
             reservation = self.scheduler.reserve(migration_id, arriving)
             live = LiveRequest(request_id, request.payload, request.client, request.epoch, arriving)
             self._live.arrives(arriving.request_id, live)

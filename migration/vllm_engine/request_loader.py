@@ -46,24 +46,38 @@ class RequestLoader:
         request, _ = self._core.preprocess_add_request(message)
         return request_id, request
 
-    async def decode_arriving(self, payload: list[bytes]) -> tuple[RequestId, Request]:
-        """`decode` for a request that is to migrate here; its grammar is compiled.
+    async def decode_arriving(self, payload: list[bytes], token_ids: list[int]) -> tuple[RequestId, Request]:
+        """`decode` for a request that is to migrate here, with the tokens that it has generated so far.
 
         Raises:
-            DestinationRefusedError: It cannot be read, or its grammar cannot be compiled.
+            DestinationRefusedError: It cannot be read, or see `continue_from`.
         """
         try:
             request_id, request = self.decode(payload)
         except (msgspec.MsgspecError, ValueError, TypeError, LookupError) as error:
             text = f"the request cannot be read: {error}"
             raise DestinationRefusedError(RefusalCode.UNSUPPORTED_REQUEST, text) from error
-        await self.compile_grammar(request)
+        await self.continue_from(request, token_ids)
         return request_id, request
 
     def read(self, payload: list[bytes]) -> Request:
         """Decodes a request without any effect in the engine, for the hashes of its blocks."""
         message: EngineCoreRequest = self._decoder.decode(payload)
         return Request.from_engine_core_request(message, self._core.request_block_hasher)
+
+    async def continue_from(self, request: Request, token_ids: list[int]) -> None:
+        """Appends the tokens that a request has generated elsewhere, once its grammar is compiled.
+
+        A grammar takes many microseconds for each token, so it does that in a thread beside event loop and
+        steps. Without a grammar nothing waits, and calls of the engine stay in order.
+
+        Raises:
+            DestinationRefusedError: See `compile_grammar` and `replay`.
+        """
+        if not request.use_structured_output:
+            return self.replay(request, token_ids)
+        await self.compile_grammar(request)
+        await asyncio.to_thread(self.replay, request, token_ids)
 
     async def compile_grammar(self, request: Request) -> None:
         """Waits until a structured request's grammar is compiled.
@@ -85,21 +99,15 @@ class RequestLoader:
             text = f"the grammar does not compile: {structured.grammar}"
             raise DestinationRefusedError(RefusalCode.GRAMMAR, text)
 
-    def enter(self, request: Request, token_ids: list[int]) -> None:
-        """Loads the adapter of a request that is to be queued, and appends the tokens that it had elsewhere.
-
-        Raises:
-            InvalidRequestError: See `LoadedAdapters.load`.
-            DestinationRefusedError: See `replay`.
-        """
+    def enter(self, request: Request) -> None:
+        """Loads the adapter of a request that is to be queued. Raises: as `LoadedAdapters.load`."""
         self._adapters.load(request.lora_request)
-        self.replay(request, token_ids)
 
-    def arrive(self, request: Request, token_ids: list[int]) -> None:
+    def arrive(self, request: Request) -> None:
         """The same for a request that is to migrate here.
 
         Raises:
-            DestinationRefusedError: Its adapter cannot be loaded, or is one too many; or see `replay`.
+            DestinationRefusedError: Its adapter cannot be loaded, or is one too many.
         """
         self._adapters.check_slot(request.lora_request)
         try:
@@ -107,7 +115,6 @@ class RequestLoader:
         except Exception as error:
             text = f"the LoRA adapter cannot be loaded: {error}"
             raise DestinationRefusedError(RefusalCode.ADAPTER, text) from error
-        self.replay(request, token_ids)
 
     def load_adapter(
         self, name: str, number: int, path: str, base_model: str | None, is_3d: bool, reload: bool

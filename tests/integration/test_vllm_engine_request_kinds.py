@@ -1,6 +1,8 @@
 """Requests of every kind survive the death of their instance, on engines of every kind, and move."""
 
 import contextlib
+import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -122,6 +124,36 @@ async def test_a_request_that_leaves_and_returns_has_the_same_tokens(served: Any
     assert await rig.engine.utility("reset_prefix_cache", True, False)
     assert await rig.finish(stream) == expected
     assert sorted(set(stream.epochs)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("served", ["structured"], indirect=True)
+async def test_the_batch_goes_on_while_a_grammar_takes_the_tokens_of_another_instance(
+    served: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.integration.engine_rig import CLIENT, Stream, greedy, payload
+
+    variant, rig, expected = served
+    other = await rig.add("other", variant.prompt, greedy(1500))
+    manager, replayed = rig.engine.core.structured_output_manager, threading.Event()
+    accept = manager.accept_tokens
+
+    def accept_slowly(request: Any, token_ids: list[int]) -> Any:
+        if request.use_structured_output and not replayed.is_set():
+            before, bound = len(other.tokens), time.monotonic() + 30
+            while len(other.tokens) < before + 3:
+                assert time.monotonic() < bound, "the batch stands still"
+                time.sleep(0.001)
+            replayed.set()
+        return accept(request, token_ids)
+
+    monkeypatch.setattr(manager, "accept_tokens", accept_slowly)
+    delivered = expected[:10]
+    stream = rig.streams["r"] = Stream(list(delivered), [0] * len(delivered))
+    request = payload("r", variant.prompt, variant.params(NUM_TOKENS), **variant.fields)
+    assert await rig.engine.add(request, CLIENT, epoch=1000, output_token_ids=delivered)
+    assert await rig.finish(stream) == expected
+    assert replayed.is_set()
+    await rig.engine.abort([RequestId("other")])
 
 
 @pytest.mark.parametrize("served", ["thinking_budget"], indirect=True)
