@@ -124,10 +124,16 @@ class RunningServer:
         """CPU time of its process and all descendants so far."""
         return sum(map(_cpu_s, (self.process, *self.process.children(recursive=True))))
 
+    def api_server_cpu_s(self) -> float:
+        """CPU time of the API servers that it has started; of its process if there are none, as with vLLM."""
+        return sum(map(_cpu_s, self._api_servers() or [self.process]))
+
     def front_end_cpu_s(self) -> float:
         """CPU time of the started process and of the API servers that it has started, without engines."""
-        below = [child for child in self.process.children() if _kind_of(child) is ProcessKind.API_SERVER]
-        return sum(map(_cpu_s, (self.process, *below)))
+        return sum(map(_cpu_s, (self.process, *self._api_servers())))
+
+    def _api_servers(self) -> list[psutil.Process]:
+        return [child for child in self.process.children() if _kind_of(child) is ProcessKind.API_SERVER]
 
 
 def _kind_of(process: psutil.Process) -> ProcessKind:

@@ -1,15 +1,15 @@
 """The summary of the overhead benchmark."""
 
-from loadtests.bench.overhead import FrontEndUse, PairedRound, summary
+from loadtests.bench.overhead import ApiServerUse, PairedRound, summary
 from loadtests.bench.rounds import RoundMedians
 from loadtests.servers import OURS
 
 
 def _round(ours: tuple[float, float, float], stock: tuple[float, float, float]) -> PairedRound:
-    """Of each server: tokens/s, TTFT in ms, and tokens per CPU second of its front end."""
+    """Of each server: tokens/s, TTFT in ms, and tokens per CPU second of its API server."""
     (our_rate, our_ttft, our_use), (rate, ttft, use) = ours, stock
     medians = RoundMedians(our_rate, our_ttft, 1.0, 1.0), RoundMedians(rate, ttft, 1.0, 1.0)
-    return PairedRound(OURS, *medians, FrontEndUse(our_use, 1.0), FrontEndUse(use, 1.0))
+    return PairedRound(OURS, *medians, ApiServerUse(our_use, 1.0), ApiServerUse(use, 1.0))
 
 
 def test_the_summary_is_the_median_over_pairs_not_the_ratio_of_medians() -> None:
@@ -24,5 +24,5 @@ def test_the_summary_is_the_median_over_pairs_not_the_ratio_of_medians() -> None
     assert result == {
         "throughput_ratio": {"1": 1.0, "8": 0.9},
         "ttft_added_ms": {"1": 1.0, "8": 2.0},
-        "front_end_ratio": {"1": 1.5, "8": 1.5},
+        "api_server_ratio": {"1": 1.5, "8": 1.5},
     }
