@@ -147,6 +147,7 @@ async def test_metrics_name_keys_but_do_not_show_them(client: CompletionClient) 
 
     shown = (await client.http.get("/metrics")).text
 
+    assert not [line for line in shown.splitlines() if line.startswith("pd_serve_") and "NaN" in line]
     lines = [line for line in shown.splitlines() if line.startswith("pd_serve_key_")]
     names = {line.partition('key="')[2].partition('"')[0] for line in lines}
     hashes = {hashlib.sha256(name.encode()).hexdigest()[:8] for name in ("admin", "flood", "other")}
