@@ -2,11 +2,14 @@
 
 import asyncio
 import os
+from collections.abc import AsyncIterator
 from pathlib import Path
 
+import pytest_asyncio
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
+from migration.engine_interface import Engine
 from migration.messages import InstanceId, RequestId
 from migration.transport.local import LocalFabric
 from pd_serve.api.codec import VllmCodec
@@ -49,15 +52,35 @@ def resident_mib() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-async def test_descriptors_and_memory_are_flat_while_thirty_api_servers_die() -> None:
-    """Each dies with streams under way, and does not read any more until the manager has noticed."""
-    wire, manager = Wire("neutral-0", HOST, KEYS), Wire(MANAGER, HOST, KEYS)
+@pytest_asyncio.fixture
+async def instance() -> AsyncIterator[tuple[Llumlet, Engine]]:
+    """Its llumlet and its engine, which is simulated."""
+    wire = Wire("neutral-0", HOST, KEYS)
     transport, tokens = LocalFabric().transport("neutral-0"), TokenPublisher("neutral-0", wire)
     llumlet = Llumlet(InstanceId("neutral-0"), "neutral", wire, tokens)
     settings = EngineSettings(COST_MODELS["a10-llama-7b"], num_blocks=2000)
     engine = create_engine({}, settings, tokens.publish, llumlet.events)
     transport.register(engine.regions)
     llumlet.start(engine, transport)
+    yield llumlet, engine
+    await engine.stop()
+    await llumlet.close()
+    tokens.close()
+    await wire.close()
+
+
+@pytest_asyncio.fixture
+async def manager() -> AsyncIterator[Wire]:
+    wire = Wire(MANAGER, HOST, KEYS)
+    yield wire
+    await wire.close()
+
+
+async def test_descriptors_and_memory_are_flat_while_thirty_api_servers_die(
+    instance: tuple[Llumlet, Engine], manager: Wire
+) -> None:
+    """Each dies with streams under way, and does not read any more until the manager has noticed."""
+    llumlet, engine = instance
     manager_address = manager.listen(ToManager, lambda sender, message, payload: None)
     manager.connect("neutral-0", llumlet.address)
 
@@ -95,8 +118,3 @@ async def test_descriptors_and_memory_are_flat_while_thirty_api_servers_die() ->
         while descriptors() > open_before + 2:  # noqa: ASYNC110
             await asyncio.sleep(0.1)
     assert resident_mib() < memory_before + 40
-    await engine.stop()
-    await llumlet.close()
-    tokens.close()
-    await wire.close()
-    await manager.close()
