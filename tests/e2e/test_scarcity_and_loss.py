@@ -109,7 +109,7 @@ def mixed(count: int) -> list[Body]:
     rng = random.Random(4)
     bodies: list[Body] = []
     for index in range(count):
-        body: Body = {"prompt": token_ids(rng.randrange(1, 200), index), "max_tokens": 300}
+        body: Body = {"prompt": token_ids(rng.randrange(1, 200), index), "max_tokens": 220}
         bodies.append(body | ({"temperature": 1, "seed": index} if index % 2 else {}))
     return bodies
 

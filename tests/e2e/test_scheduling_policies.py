@@ -74,8 +74,9 @@ async def test_defragmentation_makes_room_for_a_large_request(client: Completion
         assert (waited_for > 0, moved) == (True, 0)
 
 
-@with_any_policy
-@pytest.mark.parametrize("how", ["body", "header"])
+@pytest.mark.parametrize(
+    ("policy", "how"), [("llumnix", "header"), ("infaas++", "body")], indirect=["policy"]
+)
 async def test_a_high_priority_request_overtakes_waiting_ones(
     client: CompletionClient, policy: str, how: str
 ) -> None:
