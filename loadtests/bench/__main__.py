@@ -52,11 +52,14 @@ def bench_kinds(
 
 
 @app.command("overhead")
-def bench_overhead(json_file: JsonFile = None) -> None:
+def bench_overhead(
+    json_file: JsonFile = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each server at each load.")] = 8,
+) -> None:
     """One neutral instance behind our API server against vLLM's own API server."""
     from loadtests.bench import overhead
 
-    _run(overhead.run(BenchmarkReport(json_file)))
+    _run(overhead.run(BenchmarkReport(json_file), rounds))
 
 
 @app.command("reports")

@@ -30,8 +30,6 @@ MIN_THROUGHPUT_RATIO = 0.99
 MAX_TTFT_ADDED_MS = {"1": 1.0, "32": 3.0}
 MIN_API_SERVER_RATIO = {"64": 1.5, "64 chats": 1.5}
 
-PAIRED_ROUNDS = 8
-
 #: Pause between two loads, so that the end of one is not part of the next.
 SETTLE_S = 0.2
 
@@ -83,8 +81,8 @@ class PairedRound:
 Rounds = dict[str, list[PairedRound]]
 
 
-async def run(report: BenchmarkReport) -> None:
-    """Measures, shows a table and writes the numbers. Takes about ten minutes on two cores.
+async def run(report: BenchmarkReport, num_rounds: int) -> None:
+    """Measures, shows a table and writes the numbers. Takes about 70 s per round on two cores.
 
     Raises:
         PdServeError: A server did not start, or a request failed.
@@ -100,7 +98,7 @@ async def run(report: BenchmarkReport) -> None:
         for name, command in commands.items():
             with console.status(f"starting {name}"):
                 servers[name] = await stack.enter_async_context(running(command))
-        rounds = await _measure(servers, console)
+        rounds = await _measure(servers, num_rounds, console)
     result = summary(rounds)
     report.show(_table(rounds, result))
     numbers = {
@@ -112,15 +110,17 @@ async def run(report: BenchmarkReport) -> None:
     report.write(result | numbers)
 
 
-async def _measure(servers: dict[str, RunningServer], console: rich.console.Console) -> Rounds:
+async def _measure(
+    servers: dict[str, RunningServer], num_rounds: int, console: rich.console.Console
+) -> Rounds:
     """All rounds by number of clients; the loads take turns."""
     rounds: Rounds = {load.name: [] for load in LOADS}
     for load in LOADS:
         for server in servers.values():  # warm-up
             await run_checked_round(server, load, seed=-1)
     with new_progress(console) as progress:
-        task = progress.add_task("measuring", total=PAIRED_ROUNDS * len(LOADS))
-        for number in range(PAIRED_ROUNDS):
+        task = progress.add_task("measuring", total=num_rounds * len(LOADS))
+        for number in range(num_rounds):
             for load in LOADS:
                 progress.update(task, description=f"{load.name} clients", refresh=True)
                 order = (OURS, STOCK) if number % 2 == 0 else (STOCK, OURS)
@@ -159,7 +159,7 @@ def summary(rounds: Rounds) -> dict[str, dict[str, float]]:
 
 
 def _table(rounds: Rounds, result: dict[str, dict[str, float]]) -> Table:
-    title = f"{OURS} / {STOCK}, medians of {PAIRED_ROUNDS} paired rounds"
+    title = f"{OURS} / {STOCK}, medians of {len(next(iter(rounds.values())))} paired rounds"
     columns = ("clients", "tokens/s", "ratio", "TTFT ms", "added ms", "ITL ms", "CPU ms/token")
     table = numbers_table(title, *columns, "API server's tokens/CPU s", "ratio", "tokens/chunk")
 
