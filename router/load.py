@@ -125,6 +125,11 @@ class InstanceLoad(EngineLoad, frozen=True):
         return not (self.running or self.waiting or self.migrating_in or self.migrating_out)
 
     @property
+    def demanded_blocks(self) -> int:
+        """Blocks in use, and those that its queue and the demand that is not in its report need."""
+        return self.total_blocks - self.free_blocks + self.waiting_blocks + self.expected_blocks
+
+    @property
     def mean_blocks(self) -> int:
         """Blocks that a running request holds on average, rounded up."""
         return -(-(self.total_blocks - self.free_blocks) // max(self.running, 1))

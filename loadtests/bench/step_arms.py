@@ -101,7 +101,20 @@ async def _steps(engine: EngineProcess, batch_size: int, number: int) -> list[Re
 # ---- the arms
 
 
-class StockEngine:
+class HeldEngineArm:
+    """What both arms have: the engine that is measured, which is held between its turns."""
+
+    _engine: EngineProcess
+
+    async def decode(self, number: int, batch_size: int = BATCH_SIZE) -> list[RecordedStep]:
+        """This number of steps of the whole batch."""
+        await self._engine.ask("go")
+        steps = await _steps(self._engine, batch_size, number)
+        await self._engine.ask("hold")
+        return steps
+
+
+class StockEngine(HeldEngineArm):
     """vLLM's engine core."""
 
     name = STOCK
@@ -133,13 +146,6 @@ class StockEngine:
         await self._engine.ask("add", list(self._batch.values()))
         await self.decode(1)
 
-    async def decode(self, number: int, batch_size: int = BATCH_SIZE) -> list[RecordedStep]:
-        """This number of steps of the whole batch."""
-        await self._engine.ask("go")
-        steps = await _steps(self._engine, batch_size, number)
-        await self._engine.ask("hold")
-        return steps
-
     async def arrive(self) -> list[RecordedStep]:
         """As many steps as a turn has, of the same batch."""
         return await self.decode(STEPS)
@@ -164,7 +170,7 @@ class StockEngine:
             await inbox.recv_multipart()
 
 
-class OurEngines:
+class OurEngines(HeldEngineArm):
     """The instance that is measured, and another one that requests come from and leave to."""
 
     name = OURS
@@ -212,13 +218,6 @@ class OurEngines:
         await self._engine.ask("go")
         self._add("measured", self._batch)
         await self.decode(1)
-
-    async def decode(self, number: int, batch_size: int = BATCH_SIZE) -> list[RecordedStep]:
-        """This number of steps of the whole batch."""
-        await self._engine.ask("go")
-        steps = await _steps(self._engine, batch_size, number)
-        await self._engine.ask("hold")
-        return steps
 
     async def arrive(self) -> list[RecordedStep]:
         """The steps of the batch while the other requests come from the other instance."""

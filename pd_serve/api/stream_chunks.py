@@ -38,9 +38,8 @@ def use_templates(state: State) -> None:
         make_completion = completions.completion_stream_generator
 
         def completion(request: Any, prompts: Any, results: Any, *args: Any, **named: Any) -> Any:
-            def make(fed: AsyncIterator[Any]) -> AsyncGenerator[str, None]:
-                made: AsyncGenerator[str, None] = make_completion(request, prompts, fed, *args, **named)
-                return made
+            def make(items: Any) -> Any:
+                return make_completion(request, prompts, items, *args, **named)
 
             is_plain = len(prompts) == 1 and not request.echo and request.logprobs is None
             if is_plain and _differ_in_text_only(completions, request):
@@ -52,9 +51,8 @@ def use_templates(state: State) -> None:
         make_chat = chat.chat_completion_stream_generator
 
         def chat_completion(request: Any, results: Any, *args: Any, **named: Any) -> Any:
-            def make(fed: AsyncIterator[Any]) -> AsyncGenerator[str, None]:
-                made: AsyncGenerator[str, None] = make_chat(request, fed, *args, **named)
-                return made
+            def make(items: Any) -> Any:
+                return make_chat(request, items, *args, **named)
 
             is_plain = chat.parser_cls is None and not request.logprobs and not chat.enable_log_outputs
             if is_plain and _differ_in_text_only(chat, request):
@@ -90,34 +88,33 @@ async def chunks(
         result_of: The `RequestOutput` in an item of `results`.
         item_of: The item that has a `RequestOutput`.
     """
-    vllm = _FedGenerator(make)
+    vllm = _SteppedGenerator(make)
     template: _Template | None = None
-    has_tokens = is_plain = False
+    has_tokens = False
     left_out: list[int] = []
     try:
-        while not vllm.is_fed:
+        while not vllm.has_all:
             try:
                 item = await anext(results)
             except (StopAsyncIteration, Exception) as end:
-                vllm.feed_last(end)
+                vllm.end(end)
             else:
                 result = result_of(item)
                 (output,) = result.outputs
-                if is_plain and output.finish_reason is None:
+                is_between = has_tokens and output.finish_reason is None
+                if is_between and (template is None or template.is_whole):
                     if template is None:
-                        vllm.feed(item_of(_with(result, text=_MARK)))
+                        vllm.give(item_of(_with(result, text=_MARK)))
                         template = _Template.of(await vllm.chunk())
-                        is_plain = template.is_whole
                     else:
                         left_out += output.token_ids
                     yield template.fill(output.text)
                     continue
-                is_plain = is_plain or (not has_tokens and bool(output.token_ids))
                 has_tokens = has_tokens or bool(output.token_ids)
                 if left_out:  # vLLM counts tokens
                     item = item_of(_with(result, token_ids=[*left_out, *output.token_ids]))
                     left_out = []
-                vllm.feed(item)
+                vllm.give(item)
             while (chunk := await vllm.chunk()) is not None:
                 yield chunk
     finally:
@@ -154,47 +151,48 @@ class _Template(NamedTuple):
         return f"{self.before}{to_json(text).decode()}{self.after}" if self.is_whole else self.before
 
 
-class _FedGenerator:
-    """vLLM's generator of chunks, which returns to us where it would wait for the next result.
+class _SteppedGenerator:
+    """vLLM's generator of chunks, which returns to us where it would wait for the next item.
 
     Attributes:
-        is_fed: It has got the last result.
+        has_all: It has got the last item, or has ended.
     """
 
     def __init__(self, make: MakeChunks) -> None:
-        self.is_fed = False
-        self._food: deque[Any] = deque()
+        self.has_all = False
+        self._items: deque[Any] = deque()
         self._end: BaseException = StopAsyncIteration()
         self._generator = make(self)
         self._step: Any = None
 
-    def feed(self, item: Any) -> None:
-        self._food.append(item)
+    def give(self, item: Any) -> None:
+        """The next item."""
+        self._items.append(item)
 
-    def feed_last(self, end: BaseException) -> None:
+    def end(self, end: BaseException) -> None:
         """What is raised after the last item."""
         self._end = end
-        self.is_fed = True
+        self.has_all = True
 
-    def __aiter__(self) -> "_FedGenerator":
+    def __aiter__(self) -> "_SteppedGenerator":
         return self
 
     async def __anext__(self) -> Any:
         """Called by vLLM's generator."""
-        if not self._food and not self.is_fed:
+        if not self._items and not self.has_all:
             await _return_to_us()
-        if self._food:
-            return self._food.popleft()
+        if self._items:
+            return self._items.popleft()
         raise self._end
 
     @types.coroutine
     def chunk(self) -> Generator[Any, Any, str | None]:
-        """Its next chunk; None if it needs another result first, or has ended."""
+        """Its next chunk; None if it needs another item first, or has ended."""
         if self._step is None:
             self._step = self._generator.__anext__()
         resume, value = self._step.send, None
         try:
-            while (awaited := resume(value)) is not _FOOD:
+            while (awaited := resume(value)) is not _NEEDS_ITEM:
                 try:
                     resume, value = self._step.send, (yield awaited)
                 except BaseException as error:
@@ -205,7 +203,7 @@ class _FedGenerator:
             return made
         except StopAsyncIteration:
             self._step = None
-            self.is_fed = True
+            self.has_all = True
         return None
 
     async def close(self) -> None:
@@ -216,9 +214,9 @@ class _FedGenerator:
         await self._generator.aclose()
 
 
-_FOOD = object()
+_NEEDS_ITEM = object()
 
 
 @types.coroutine
 def _return_to_us() -> Generator[Any, None, None]:
-    yield _FOOD
+    yield _NEEDS_ITEM

@@ -176,5 +176,4 @@ class PoolScaler:
 
 def _to_empty(load: InstanceLoad) -> tuple[bool, int, int, str]:
     """The order in which instances are drained: by the blocks that have to move."""
-    blocks = load.total_blocks - load.free_blocks + load.waiting_blocks + load.expected_blocks
-    return load.high_priority > 0, blocks, load.running + load.waiting, load.instance_id
+    return load.high_priority > 0, load.demanded_blocks, load.running + load.waiting, load.instance_id

@@ -134,6 +134,5 @@ def work_of(loads: Sequence[InstanceLoad], waiting: Demand) -> float:
         tokens = sum(load.waiting_tokens for load in loads) + waiting.tokens
         return sum(load.busy for load in loads) + tokens * token_s / WORK_OFF_S
     usable = sum(load.total_blocks - load.watermark_blocks - load.slow_blocks for load in loads) / len(loads)
-    blocks = sum(load.total_blocks - load.free_blocks + load.waiting_blocks for load in loads)
-    blocks += sum(load.expected_blocks for load in loads)
+    blocks = sum(load.demanded_blocks for load in loads)
     return (blocks + loads[0].blocks_for(waiting.tokens)) / max(usable, 1)

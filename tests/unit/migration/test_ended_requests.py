@@ -5,18 +5,11 @@ import pytest
 from migration import ended_requests
 from migration.ended_requests import REPORTED_S, EndedRequests
 from migration.messages import RequestId
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.manual_clock import ManualClock
 
 
 def test_an_ended_request_is_kept_for_a_bounded_time() -> None:
-    clock = Clock()
+    clock = ManualClock(100.0)
     ended = EndedRequests(clock)
     ended.add(RequestId("a"), "client", 3, [1, 2], "stop", 7)
     clock.now += REPORTED_S / 2
@@ -32,7 +25,7 @@ def test_an_ended_request_is_kept_for_a_bounded_time() -> None:
 
 def test_the_number_of_ended_requests_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ended_requests, "MAX_KEPT", 3)
-    ended = EndedRequests(Clock())
+    ended = EndedRequests(ManualClock(100.0))
 
     for number in range(10):
         ended.add(RequestId(str(number)), "client", 0, [], "length")
@@ -41,7 +34,7 @@ def test_the_number_of_ended_requests_is_bounded(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_request_that_ends_again_replaces_its_first_end() -> None:
-    ended = EndedRequests(Clock())
+    ended = EndedRequests(ManualClock(100.0))
     ended.add(RequestId("a"), "client", 0, [1], "length")
     ended.add(RequestId("b"), "client", 0, [1], "length")
 
@@ -51,7 +44,7 @@ def test_a_request_that_ends_again_replaces_its_first_end() -> None:
 
 
 def test_requests_that_are_kept_longer_are_not_reported_longer() -> None:
-    clock = Clock()
+    clock = ManualClock(100.0)
     ended = EndedRequests(clock, 60.0)
     ended.add(RequestId("a"), "client", 0, [1], "length")
     clock.now += 30.0
@@ -64,7 +57,7 @@ def test_requests_that_are_kept_longer_are_not_reported_longer() -> None:
 
 
 def test_a_request_is_adopted_once_unless_its_client_lives() -> None:
-    ended = EndedRequests(Clock())
+    ended = EndedRequests(ManualClock(100.0))
     ended.add(RequestId("mine-1"), "gone", 4, [1, 2], "stop", 7)
 
     assert ended.adopt(RequestId("mine-2"), "new", {"gone"}) is None

@@ -14,6 +14,7 @@ from router.dispatcher import MAX_DESTINATIONS, Dispatcher, QueueAhead
 from router.load import InstanceLoad
 from router.policies import policy_set
 from router.request import NewRequest
+from tests.manual_clock import ManualClock
 from tests.unit.router.made_loads import decode, neutral, prefill
 
 
@@ -235,15 +236,8 @@ def test_headroom_counts_where_the_policy_set_says_so() -> None:
 # ---- old reports
 
 
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def test_an_instance_without_a_fresh_report_is_not_chosen() -> None:
-    clock = Clock()
+    clock = ManualClock(0.0)
     dispatcher = Dispatcher(clock=clock)
     for load in (prefill("p0"), prefill("p1", 900), decode("d0"), decode("d1", 1)):
         dispatcher.loads.report(load)
@@ -261,7 +255,7 @@ def test_an_instance_without_a_fresh_report_is_not_chosen() -> None:
 
 def test_if_all_reports_are_old_the_last_ones_count() -> None:
     """Refusing everything would make an outage of a stall."""
-    clock = Clock()
+    clock = ManualClock(0.0)
     dispatcher = Dispatcher(clock=clock)
     for load in (prefill("p0"), prefill("p1", 900), decode("d0"), decode("d1", 1)):
         dispatcher.loads.report(load)

@@ -1,27 +1,18 @@
 """Which instance has the blocks of which prompts."""
 
-from dataclasses import dataclass
-
 import pytest
 
 from router.prefix_index import EXPECTED_S, MAX_EXPECTED, PrefixIndex
-
-
-@dataclass
-class Clock:
-    now: float = 0.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.manual_clock import ManualClock
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock() -> ManualClock:
+    return ManualClock(0.0)
 
 
 @pytest.fixture
-def index(clock: Clock) -> PrefixIndex:
+def index(clock: ManualClock) -> PrefixIndex:
     index = PrefixIndex(clock)
     index.key_tokens = 16
     return index
@@ -64,7 +55,7 @@ def test_an_instance_cannot_have_more_keys_than_blocks(index: PrefixIndex) -> No
     assert len(index.keys("d0")) == 100
 
 
-def test_keys_are_expected_where_a_request_was_sent(index: PrefixIndex, clock: Clock) -> None:
+def test_keys_are_expected_where_a_request_was_sent(index: PrefixIndex, clock: ManualClock) -> None:
     index.add("p0", [1], 100)
     index.expect("p0", [1, 2, 3])
 
@@ -77,7 +68,7 @@ def test_keys_are_expected_where_a_request_was_sent(index: PrefixIndex, clock: C
     assert index.held_tokens("p0", [1, 2, 3], soon=True) == 16
 
 
-def test_expected_keys_are_bounded(index: PrefixIndex, clock: Clock) -> None:
+def test_expected_keys_are_bounded(index: PrefixIndex, clock: ManualClock) -> None:
     for first in range(0, 3 * MAX_EXPECTED, 1000):
         index.expect("p0", range(first, first + 1000))
     assert len(index._expected["p0"]) == MAX_EXPECTED

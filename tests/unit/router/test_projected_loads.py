@@ -8,17 +8,11 @@ from msgspec.structs import replace
 
 from router.load import InstanceLoad
 from router.projected_loads import LOST_AFTER_S, LOST_DISPATCH_AFTER_S, ProjectedLoads, after_departures
+from tests.manual_clock import ManualClock
 from tests.unit.router.made_loads import neutral
 
 
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def projected_loads(*reports: InstanceLoad, clock: Clock | None = None) -> ProjectedLoads:
+def projected_loads(*reports: InstanceLoad, clock: ManualClock | None = None) -> ProjectedLoads:
     loads = ProjectedLoads(clock, max_report_age_s=3.0)
     for report in reports:
         loads.report(report)
@@ -60,7 +54,7 @@ def test_a_report_may_have_seen_a_part_of_the_moves() -> None:
 
 
 def test_a_dispatch_that_is_never_confirmed_is_lost_after_a_while() -> None:
-    clock = Clock()
+    clock = ManualClock(0.0)
     report = neutral("i0")
     loads = projected_loads(report, clock=clock)
     loads.add_dispatch("i0", 100, 7)
@@ -75,7 +69,7 @@ def test_a_dispatch_that_is_never_confirmed_is_lost_after_a_while() -> None:
 
 
 def test_a_move_that_is_never_confirmed_is_lost_after_a_while() -> None:
-    clock = Clock()
+    clock = ManualClock(0.0)
     reports = [neutral("i0", 0, 4), neutral("i1")]
     loads = projected_loads(*reports, clock=clock)
     loads.add_move("i0", "i1", 25)
@@ -99,7 +93,7 @@ def test_the_moves_of_a_removed_instance_count_nowhere(removed: str) -> None:
 
 
 def test_reports_that_are_too_old_are_silent_and_not_fresh() -> None:
-    clock = Clock()
+    clock = ManualClock(0.0)
     loads = projected_loads(neutral("old"), clock=clock)
     clock.now = 2.0
     loads.report(neutral("new"))
@@ -111,7 +105,7 @@ def test_reports_that_are_too_old_are_silent_and_not_fresh() -> None:
 
 
 def test_a_report_is_as_old_as_the_step_in_progress() -> None:
-    clock = Clock()
+    clock = ManualClock(0.0)
     loads = projected_loads(neutral("hangs", step_s=4.0), neutral("works", step_s=1.0), clock=clock)
 
     assert [load.instance_id for load in loads.fresh()] == ["works"]
@@ -120,7 +114,7 @@ def test_a_report_is_as_old_as_the_step_in_progress() -> None:
 
 def test_projections_are_those_of_all_decisions_whatever_their_order() -> None:
     """They are kept, and made again only for instances that a report or a decision was about."""
-    dice, clock = random.Random(1), Clock()
+    dice, clock = random.Random(1), ManualClock(0.0)
     loads = ProjectedLoads(clock, max_report_age_s=5.0)
     names = [f"n-{number}" for number in range(6)]
     sent: Counter[str] = Counter()

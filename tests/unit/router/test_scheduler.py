@@ -18,6 +18,7 @@ from router.projected_loads import LOST_AFTER_S
 from router.request import NO_DEMAND, Demand
 from router.scaling import PoolBounds
 from router.scheduler import Scheduler
+from tests.manual_clock import ManualClock
 
 FULL = InstanceLoad("full", "neutral", total_blocks=851, free_blocks=0, running=2)
 FREE = InstanceLoad("free", "neutral", total_blocks=851, free_blocks=700, running=1)
@@ -48,14 +49,6 @@ class Recorder:
 
 
 @dataclass
-class Clock:
-    now: float = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@dataclass
 class Run:
     """A scheduler at a clock that stands still."""
 
@@ -64,7 +57,7 @@ class Run:
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.clock = Clock()
+        self.clock = ManualClock(0.0)
         self.actions = Recorder()
         self.restart()
 

@@ -25,7 +25,11 @@ def outcome(layout: FixedLayout, *, holds: bool) -> Measured:
 def searched(
     least_decode: dict[int, int], *candidates: FixedLayout
 ) -> tuple[list[FixedLayout], list[FixedLayout]]:
-    """The layouts that were measured, and those of them that hold: with at least so many decode instances."""
+    """The layouts that were measured, and those of them that meet the target.
+
+    Args:
+        least_decode: Decode instances that meet it, by number of prefill instances.
+    """
     tried = sine.best_fixed(
         candidates, lambda layout: outcome(layout, holds=layout.decode >= least_decode[layout.prefill])
     )

@@ -16,23 +16,17 @@ from pd_serve.dashboard.recent import (
     quantile,
 )
 from pd_serve.observe.timeline import Timeline
+from tests.manual_clock import ManualClock
 from tests.unit.pd_serve.made_migrations import FULL, migrated
 
 
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def recent(clock: Clock) -> RecentEvents:
+def recent(clock: ManualClock) -> RecentEvents:
     return RecentEvents(clock)
 
 
@@ -64,7 +58,7 @@ def test_a_gap_of_nothing_counts_too(recent: RecentEvents) -> None:
     assert recent.slots()[0].tokens == 3
 
 
-def test_slots_have_tokens_and_latencies(recent: RecentEvents, clock: Clock) -> None:
+def test_slots_have_tokens_and_latencies(recent: RecentEvents, clock: ManualClock) -> None:
     request = Timeline("r", "r", clock.now - 0.2, 10, 0, first_token_at=clock.now)
     recent.first_token(request)
     recent.token_gaps({0.02: 98, 0.5: 2})
@@ -78,7 +72,7 @@ def test_slots_have_tokens_and_latencies(recent: RecentEvents, clock: Clock) -> 
     assert second[2:4] == (None, None)
 
 
-def test_the_summary_is_of_the_last_minute(recent: RecentEvents, clock: Clock) -> None:
+def test_the_summary_is_of_the_last_minute(recent: RecentEvents, clock: ManualClock) -> None:
     recent.token_gaps({5.0: 1000})
     clock.now += 60.0
     recent.token_gaps({0.02: 600})
@@ -90,7 +84,7 @@ def test_the_summary_is_of_the_last_minute(recent: RecentEvents, clock: Clock) -
     assert summary["tokens_per_s"] == pytest.approx(600 / 55, abs=0.1)
 
 
-def test_what_is_long_ago_is_forgotten(recent: RecentEvents, clock: Clock) -> None:
+def test_what_is_long_ago_is_forgotten(recent: RecentEvents, clock: ManualClock) -> None:
     for number in range(3 * NUM_MOVES):
         clock.now += SLOT_S
         recent.token_gaps({0.02: 1})
@@ -114,7 +108,7 @@ def test_hand_offs_do_not_drive_out_other_migrations(recent: RecentEvents) -> No
 
 
 def test_requests_that_have_ended_and_errors_are_counted_for_a_minute(
-    recent: RecentEvents, clock: Clock
+    recent: RecentEvents, clock: ManualClock
 ) -> None:
     for outcome in ("stop", "error", "length"):
         recent.ended(Timeline("r", "r", clock.now, 10, 0, outcome=outcome))
@@ -124,7 +118,7 @@ def test_requests_that_have_ended_and_errors_are_counted_for_a_minute(
     assert recent.outcomes() == {"ended": 0, "errors": 0}
 
 
-def test_a_slot_has_the_last_load_that_was_seen(recent: RecentEvents, clock: Clock) -> None:
+def test_a_slot_has_the_last_load_that_was_seen(recent: RecentEvents, clock: ManualClock) -> None:
     recent.load(3, 1)
     recent.load(4, 0)
     clock.now += SLOT_S
@@ -133,7 +127,7 @@ def test_a_slot_has_the_last_load_that_was_seen(recent: RecentEvents, clock: Clo
     assert [(slot.running, slot.waiting) for slot in recent.slots()] == [(4, 0), (None, None)]
 
 
-def test_what_other_api_servers_have_counted_is_added(recent: RecentEvents, clock: Clock) -> None:
+def test_what_other_api_servers_have_counted_is_added(recent: RecentEvents, clock: ManualClock) -> None:
     other = RecentEvents(clock)
     recent.token_gaps({0.05: 10})
     other.token_gaps({0.05: 30, 0.2: 1})
@@ -150,7 +144,7 @@ def test_what_other_api_servers_have_counted_is_added(recent: RecentEvents, cloc
     assert [slot.tokens for slot in map(Slot.of, recent.counted(0))] == [10], "its own only"
 
 
-def test_the_last_slot_of_another_api_server_is_read_again(recent: RecentEvents, clock: Clock) -> None:
+def test_the_last_slot_of_another_api_server_is_read_again(recent: RecentEvents, clock: ManualClock) -> None:
     other = RecentEvents(clock)
     for _ in range(3):
         other.token_gaps({0.05: 1})
@@ -164,7 +158,7 @@ def test_the_last_slot_of_another_api_server_is_read_again(recent: RecentEvents,
 
 
 def test_what_another_api_server_has_counted_outlives_it_until_it_is_long_ago(
-    recent: RecentEvents, clock: Clock
+    recent: RecentEvents, clock: ManualClock
 ) -> None:
     other = RecentEvents(clock)
     other.token_gaps({0.05: 1})

@@ -5,24 +5,18 @@ import pytest
 from pd_serve.observe.attainment import WINDOW_S, Attainment
 from pd_serve.observe.timeline import Timeline
 from router.slo import NO_SLO, Slo
+from tests.manual_clock import ManualClock
 
 TARGETS = Slo(1.0, 0.1)
 
 
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def attainment(clock: Clock) -> Attainment:
+def attainment(clock: ManualClock) -> Attainment:
     return Attainment(clock)
 
 
@@ -40,7 +34,7 @@ def test_requests_with_targets_count_and_others_do_not(attainment: Attainment) -
     assert attainment.counts == (4, 2)
 
 
-def test_what_is_more_than_a_minute_ago_counts_no_more(attainment: Attainment, clock: Clock) -> None:
+def test_what_is_more_than_a_minute_ago_counts_no_more(attainment: Attainment, clock: ManualClock) -> None:
     end(attainment, 0.5)
     clock.now += WINDOW_S - 1
     end(attainment, 1.5)
@@ -52,7 +46,7 @@ def test_what_is_more_than_a_minute_ago_counts_no_more(attainment: Attainment, c
 
 
 def test_its_size_is_bounded_and_a_clock_that_jumps_loses_a_minute_at_most(
-    attainment: Attainment, clock: Clock
+    attainment: Attainment, clock: ManualClock
 ) -> None:
     for _ in range(10 * WINDOW_S):
         clock.now += 1
