@@ -105,7 +105,10 @@ async def chunks(
                 if is_between and (template is None or template.is_whole):
                     if template is None:
                         vllm.give(item_of(_with(result, text=_MARK)))
-                        template = _Template.of(await vllm.chunk())
+                        made = []
+                        while (chunk := await vllm.chunk()) is not None:
+                            made.append(chunk)
+                        template = _Template.of(made)
                     else:
                         left_out += output.token_ids
                     yield template.fill(output.text)
@@ -118,8 +121,10 @@ async def chunks(
             while (chunk := await vllm.chunk()) is not None:
                 yield chunk
     finally:
-        await vllm.close()
-        await results.aclose()
+        try:
+            await vllm.close()
+        finally:
+            await results.aclose()
 
 
 def _with(result: Any, **changes: Any) -> Any:
@@ -133,7 +138,7 @@ class _Template(NamedTuple):
     """A chunk without its text.
 
     Attributes:
-        is_whole: Whether other chunks can be made of it.
+        is_whole: Whether other chunks can be made of it. If not, `before` is all that vLLM has made.
     """
 
     before: str
@@ -141,14 +146,21 @@ class _Template(NamedTuple):
     is_whole: bool = True
 
     @classmethod
-    def of(cls, chunk: str | None) -> "_Template":
-        """Args: `chunk`: With `_MARK` as its text; None if vLLM made none."""
-        before, mark, after = (chunk or "").partition(f'"{_MARK}"')
-        return cls(before, after, bool(mark))
+    def of(cls, made: list[str]) -> "_Template":
+        """Args: `made`: The chunks of a result with `_MARK` as its text: one, unless vLLM has changed."""
+        before, *after = "".join(made).split(f'"{_MARK}"')
+        if len(made) == len(after) == 1:
+            return cls(before, after[0])
+        return cls("".join(made), "", is_whole=False)
 
     def fill(self, text: str) -> str:
-        """The chunk with this text; empty if vLLM made none."""
-        return f"{self.before}{to_json(text).decode()}{self.after}" if self.is_whole else self.before
+        """The chunk with this text; if it is not whole, whatever vLLM has made."""
+        quoted = to_json(text).decode()
+        return (
+            f"{self.before}{quoted}{self.after}"
+            if self.is_whole
+            else self.before.replace(f'"{_MARK}"', quoted)
+        )
 
 
 class _SteppedGenerator:
@@ -204,6 +216,9 @@ class _SteppedGenerator:
         except StopAsyncIteration:
             self._step = None
             self.has_all = True
+        except BaseException:
+            self._step = None  # it has ended
+            raise
         return None
 
     async def close(self) -> None:

@@ -218,3 +218,57 @@ async def test_a_cancelled_wait_reaches_the_engine_client(kind: type) -> None:
     with pytest.raises(asyncio.CancelledError):
         await reading
     assert closed == [True]
+
+
+RESULTS = [result(text, [1], None) for text in "abc"] + [result("d", [1], "stop")]
+
+
+def another_vllm(mode: str, ended: list[bool]) -> Any:
+    """As of another release: at its second item it waits, raises, or makes no or several chunks."""
+
+    async def make(items: Any) -> AsyncGenerator[str, None]:
+        number = 0
+        try:
+            async for item in items:
+                number += 1
+                if number == 2 and mode == "raises":
+                    raise FailingResults("of vLLM's own")
+                if number == 2 and mode == "waits":
+                    await asyncio.Event().wait()
+                for _ in range({"none": 0, "two": 2}.get(mode, 1) if number == 2 else 1):
+                    yield f'{{"text":"{item.outputs[0].text}"}}'
+            yield "[DONE]"
+        finally:
+            ended.append(True)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("mode", "second"), [("one", '{"text":"b"}'), ("none", ""), ("two", 2 * '{"text":"b"}')]
+)
+async def test_no_text_is_lost_or_replaced_whatever_vllm_makes_of_a_result(mode: str, second: str) -> None:
+    closed: list[bool] = []
+    ours = await whole(stream_chunks.chunks(another_vllm(mode, []), played(RESULTS, closed)))
+    assert ours == ['{"text":"a"}', second, '{"text":"c"}', '{"text":"d"}', "[DONE]"]
+    assert closed == [True]
+
+
+async def test_an_error_of_vllms_generator_is_raised_and_ends_the_request() -> None:
+    closed: list[bool] = []
+    with pytest.raises(FailingResults, match="of vLLM's own"):
+        await whole(stream_chunks.chunks(another_vllm("raises", []), played(RESULTS, closed)))
+    assert closed == [True]
+
+
+async def test_a_client_that_leaves_while_vllms_generator_waits_ends_both() -> None:
+    closed: list[bool] = []
+    ended: list[bool] = []
+    reading = asyncio.create_task(
+        whole(stream_chunks.chunks(another_vllm("waits", ended), played(RESULTS, closed)))
+    )
+    await asyncio.sleep(0.01)
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    assert (closed, ended) == ([True], [True])
