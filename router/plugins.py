@@ -102,12 +102,7 @@ class PolicyKind(Generic[P]):
 
     def settings(self, policy: Callable[..., P]) -> dict[str, Setting]:
         """The policy's own settings by name. Raises: PolicyError: one lacks a type or a default."""
-        found = {}
-        for name, parameter in inspect.signature(policy, eval_str=True).parameters.items():
-            if parameter.empty in (parameter.annotation, parameter.default):
-                raise PolicyError(f"the setting {name!r} of {policy!r} needs a type and a default")
-            found[name] = Setting(name, parameter.annotation, parameter.default)
-        return found
+        return _settings(policy)
 
     def make(self, choice: PolicyChoice) -> P:
         """A new policy with its settings. Raises: PolicyError."""
@@ -122,6 +117,16 @@ class PolicyKind(Generic[P]):
             return policy(**settings)
         except Exception as error:  # of an own policy
             raise PolicyError(f"{choice.name!r} cannot be made: {error!r}") from error
+
+
+@functools.cache
+def _settings(policy: Callable[..., object]) -> dict[str, Setting]:
+    found = {}
+    for name, parameter in inspect.signature(policy, eval_str=True).parameters.items():
+        if parameter.empty in (parameter.annotation, parameter.default):
+            raise PolicyError(f"the setting {name!r} of {policy!r} needs a type and a default")
+        found[name] = Setting(name, parameter.annotation, parameter.default)
+    return found
 
 
 @functools.cache

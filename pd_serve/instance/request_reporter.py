@@ -109,6 +109,8 @@ class RequestReporter:
         Args:
             held: Number of unfinished requests by client, of API servers that are no members.
         """
+        if not held and not self._absent:
+            return
         limit_s = self._orphan_s or API_SERVER_LEASE_S
         absent = {client: self._absent.get(client, 0) + 1 for client in self._absent.keys() | held.keys()}
         # Not forgotten at once: requests may still move here.

@@ -12,34 +12,30 @@ class VirtualHandle(asyncio.TimerHandle):
     """A callback without the costs of one in real time: a copy of the context, and traces for debugging."""
 
     __slots__ = ()
+    _repr = _source_traceback = None
 
     def __init__(
         self,
         when: float,
         callback: Callable[..., object],
         args: tuple[Any, ...],
-        loop: asyncio.AbstractEventLoop,
         context: contextvars.Context | None,
     ) -> None:
         self._when = when
         self._callback = callback
         self._args = args
-        self._loop = loop
         self._context = context
-        self._cancelled = self._scheduled = False
-        self._repr = self._source_traceback = None
 
-    def _run(self) -> None:
-        try:
-            if self._context is None:
-                self._callback(*self._args)
-            else:
-                self._context.run(self._callback, *self._args)
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as error:
-            text = f"Exception in callback {self._callback!r}"
-            self._loop.call_exception_handler({"message": text, "exception": error, "handle": self})
+    def cancel(self) -> None:
+        self._callback = None  # type: ignore[assignment]
+        self._args = ()
+
+    def cancelled(self) -> bool:
+        return self._callback is None
+
+    @property
+    def _cancelled(self) -> bool:  # type: ignore[override]
+        return self._callback is None
 
 
 class VirtualLoop(asyncio.BaseEventLoop):
@@ -52,8 +48,9 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def __init__(self) -> None:
         super().__init__()
         self._now_s = 0.0
-        self._timers: list[tuple[float, int, asyncio.Handle]] = []
+        self._timers: list[tuple[float, int, VirtualHandle]] = []
         self._serial = itertools.count()
+        self._held: dict[str, list[asyncio.Handle] | None] = {}  # see `ProcessLoop`
 
     def time(self) -> float:
         return self._now_s
@@ -65,7 +62,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         *args: Any,
         context: contextvars.Context | None = None,
     ) -> asyncio.TimerHandle:
-        timer = VirtualHandle(when, callback, args, self, context)
+        timer = VirtualHandle(when, callback, args, context)
         heapq.heappush(self._timers, (when, next(self._serial), timer))
         return timer
 
@@ -84,7 +81,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         *args: Any,
         context: contextvars.Context | None = None,
     ) -> asyncio.Handle:
-        handle = VirtualHandle(0.0, callback, args, self, context)
+        handle = VirtualHandle(0.0, callback, args, context)
         self._ready.append(handle)  # type: ignore[attr-defined]
         return handle
 
@@ -92,24 +89,31 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def _run_once(self) -> None:
         """Runs callbacks until the loop stops: the ready ones, or those of the next timers if none is."""
-        ready, run = self._ready, self._run  # type: ignore[attr-defined]
+        ready, timers, held = self._ready, self._timers, self._held  # type: ignore[attr-defined]
         while not self._stopping:  # type: ignore[attr-defined]
             if not ready:
-                timers = self._timers
-                while timers and timers[0][2]._cancelled:
+                while timers and timers[0][2]._callback is None:
                     heapq.heappop(timers)
                 if not timers:
                     raise RuntimeError("deadlock: all tasks wait and no timer is set")
-                if timers[0][0] > self._now_s:
-                    self._now_s = timers[0][0]
-                while timers and timers[0][0] <= self._now_s:
+                self._now_s = now_s = max(self._now_s, timers[0][0])
+                while timers and timers[0][0] <= now_s:
                     ready.append(heapq.heappop(timers)[2])
             for _ in range(len(ready)):
-                run(ready.popleft())
+                handle = ready.popleft()
+                if handle._callback is None or (held and self._is_held(handle)):
+                    continue
+                try:
+                    if handle._context is None:
+                        handle._callback(*handle._args)
+                    else:
+                        handle._context.run(handle._callback, *handle._args)
+                except (SystemExit, KeyboardInterrupt):
+                    raise
+                except BaseException as error:
+                    text = f"Exception in callback {handle._callback!r}"
+                    self.call_exception_handler({"message": text, "exception": error, "handle": handle})
 
-    def _run(self, handle: asyncio.Handle) -> None:
-        if not handle._cancelled:
-            handle._run()
-
-    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        """Nothing to do: cancelled timers are skipped when their time comes."""
+    def _is_held(self, handle: asyncio.Handle) -> bool:
+        """Keeps a callback back if it must not run now."""
+        return False

@@ -135,7 +135,7 @@ class FaultyNetwork:
         at = self._loop.now + self._latency_s * (0.5 + self._rng.random()) + delay_s
         if not is_copy:
             at = self._arrivals[connection] = max(at, self._arrivals.get(connection, 0.0))
-        self._loop.deliver_at(at, self._arrive, address, on_frames, frames, context=context.copy())
+        self._loop.deliver_at(at, self._arrive, address, on_frames, frames, context=context)
 
     def _arrive(self, address: str, on_frames: OnFrames, frames: list[bytes]) -> None:
         if address in self._listeners:

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Literal
 
-from pd_serve.simulation.virtual_time import VirtualLoop
+from pd_serve.simulation.virtual_time import VirtualHandle, VirtualLoop
 
 #: Id of the process to which the running callback belongs; "" outside of all processes.
 PROCESS: contextvars.ContextVar[str] = contextvars.ContextVar("process", default="")
@@ -29,7 +29,7 @@ EPOCH_S = 1.7e9
 ThawOrder = Literal["as it came", "timers first", "messages first"]
 
 
-class MessageHandle(asyncio.Handle):
+class MessageHandle(VirtualHandle):
     """The arrival of a message; `ThawOrder` treats it apart from timers."""
 
     __slots__ = ()
@@ -44,7 +44,7 @@ class ProcessLoop(VirtualLoop):
 
     def __init__(self) -> None:
         super().__init__()
-        self._held: dict[str, list[asyncio.Handle] | None] = {}  # of suspended processes; None: dead
+        self._held = {}  # of suspended processes; None: dead
         self._offsets: dict[str, float] = {}
         self._wall_offset_s = 0.0
         self._wall_offsets: dict[str, float] = {}
@@ -76,10 +76,13 @@ class ProcessLoop(VirtualLoop):
         *args: Any,
         context: contextvars.Context | None = None,
     ) -> asyncio.TimerHandle:
-        context = contextvars.copy_context() if context is None else context
+        if context is None:
+            context = contextvars.copy_context()
         if self._offsets:
             when -= self._offsets.get(context.get(PROCESS, ""), 0.0)
-        return super().call_at(when, callback, *args, context=context)
+        timer = VirtualHandle(when, callback, args, context)
+        heapq.heappush(self._timers, (when, next(self._serial), timer))
+        return timer
 
     def call_soon(  # type: ignore[override]
         self,
@@ -88,23 +91,25 @@ class ProcessLoop(VirtualLoop):
         context: contextvars.Context | None = None,
     ) -> asyncio.Handle:
         context = contextvars.copy_context() if context is None else context
-        return super().call_soon(callback, *args, context=context)
+        handle = VirtualHandle(0.0, callback, args, context)
+        self._ready.append(handle)  # type: ignore[attr-defined]
+        return handle
 
     def deliver_at(
         self, when: float, callback: Callable[..., object], *args: Any, context: contextvars.Context
     ) -> None:
         """Has the process of a context handle a message at a time of the simulation."""
-        handle = MessageHandle(callback, args, self, context)
+        handle = MessageHandle(when, callback, args, context)
         heapq.heappush(self._timers, (when, next(self._serial), handle))
 
     def outside(self, callback: Callable[..., object], *args: Any) -> None:
         """Calls a function next, as a part of no process."""
-        handle = asyncio.Handle(callback, args, self, _OUTSIDE.copy())
+        handle = VirtualHandle(0.0, callback, args, _OUTSIDE)
         self._ready.appendleft(handle)  # type: ignore[attr-defined]
 
     def outside_at(self, when: float, callback: Callable[..., object], *args: Any) -> None:
         """Calls a function at a time of the simulation, as a part of no process: it happens if one dies."""
-        super().call_at(when, callback, *args, context=_OUTSIDE.copy())
+        super().call_at(when, callback, *args, context=_OUTSIDE)
 
     def spawn(self, name: str) -> "SimulatedProcess":
         """A new process. Earlier processes of the same name remain others."""
@@ -157,7 +162,7 @@ class ProcessLoop(VirtualLoop):
     def jump(self, process: str, seconds: float) -> None:
         """Moves the clock of a process forward: its timers are due that much earlier."""
         self._offsets[process] = self._offsets.get(process, 0.0) + seconds
-        self._timers = [
+        self._timers[:] = [
             (when - seconds if self._is_timer_of(process, handle) else when, serial, handle)
             for when, serial, handle in self._timers
         ]
@@ -169,15 +174,13 @@ class ProcessLoop(VirtualLoop):
     def _is_timer_of(self, process: str, handle: asyncio.Handle) -> bool:
         return not isinstance(handle, MessageHandle) and _process_of(handle) == process
 
-    def _run(self, handle: asyncio.Handle) -> None:
-        if self._held:
-            process = _process_of(handle)
-            if process in self._held:
-                if (held := self._held[process]) is not None:
-                    held.append(handle)
-                return
-        if not handle._cancelled:
-            handle._run()
+    def _is_held(self, handle: asyncio.Handle) -> bool:
+        process = _process_of(handle)
+        if process not in self._held:
+            return False
+        if (held := self._held[process]) is not None:
+            held.append(handle)
+        return True
 
 
 class SimulatedProcess:

@@ -206,7 +206,8 @@ class RestChecks:
 
     def count_tasks(self) -> None:
         """Remembers how many tasks each kind of process has without requests."""
-        self._tasks = {kind: num_tasks(root) for kind, _, root in self._roots()}
+        roots = {kind: root for kind, _, root in self._roots()}
+        self._tasks = {kind: num_tasks(root) for kind, root in roots.items()}
 
     def _remains(self) -> Iterator[str]:
         """No table of any process names an ended request, or a process that is gone."""

@@ -39,6 +39,9 @@ class Form(enum.Enum):
     OBJECT = enum.auto()
 
 
+#: Forms of values that name nothing, or one thing.
+_SINGLE = (Form.PLAIN, Form.TEXT)
+
 _SLOTS: dict[type, tuple[str, ...]] = {}
 _FORMS: dict[type, Form] = {}
 
@@ -64,10 +67,12 @@ def remains(
         is_gone: Whether a text is the id of something that is gone.
         visit: Called with each set of tasks on the way.
     """
+    kept = frozenset(kept)
     seen: set[int] = set()
-    queue: deque[tuple[str, object]] = deque([(type(root).__name__, root)])
+    queue: deque[object] = deque([root])
+    lines: list[str] = []
     while queue:
-        _, found = queue.popleft()
+        found = queue.popleft()
         if id(found) in seen:
             continue
         seen.add(id(found))
@@ -75,10 +80,12 @@ def remains(
             visit(found)
             continue
         for name, value in _attributes(found):
-            place = f"{type(found).__name__}.{name}"
-            if place in kept or type(value).__name__ in kept:
+            if _form(value) in _SINGLE:
                 continue
-            yield from _entries(place, value, is_gone, queue, seen)
+            place = f"{type(found).__name__}.{name}"
+            if place not in kept and type(value).__name__ not in kept:
+                _look_into(place, value, is_gone, queue, seen, lines)
+    yield from lines
 
 
 def _attributes(value: object) -> Iterator[tuple[str, object]]:
@@ -86,8 +93,8 @@ def _attributes(value: object) -> Iterator[tuple[str, object]]:
     if (slots := _SLOTS.get(kind)) is None:
         slots = _SLOTS[kind] = _slots(kind)
     for name in slots:
-        if hasattr(value, name):
-            yield name, getattr(value, name)
+        if (found := getattr(value, name, None)) is not None:
+            yield name, found
     if (attributes := getattr(value, "__dict__", None)) is not None:
         yield from attributes.items()
 
@@ -122,28 +129,29 @@ def _form_of(kind: type) -> Form:
     return Form.OBJECT if is_looked_into else Form.PLAIN
 
 
-def _entries(
+def _look_into(
     place: str,
     value: Any,
     is_gone: Callable[[str], bool],
-    queue: deque[tuple[str, object]],
+    queue: deque[object],
     seen: set[int],
-) -> Iterator[str]:
-    """The entries of one attribute that name something gone; other objects are queued."""
+    lines: list[str],
+) -> None:
+    """Adds a line for each entry of one attribute that names something gone; other objects are queued."""
     form = _form(value)
     if form is Form.METHOD:
         value = value.__self__
         if _form(value) is Form.OBJECT:
-            queue.append((place, value))
+            queue.append(value)
     elif form is Form.OBJECT:
-        queue.append((place, value))
-    elif form in (Form.MAPPING, Form.COLLECTION) and value and id(value) not in seen:
+        queue.append(value)
+    elif value and id(value) not in seen:
         seen.add(id(value))
         entries = (*value, *value.values()) if form is Form.MAPPING else value
         for entry in entries:
             form = _form(entry)
             if form is Form.TEXT:
                 if is_gone(entry):
-                    yield f"{place} has {entry!r}"
+                    lines.append(f"{place} has {entry!r}")
             elif form is not Form.PLAIN:
-                yield from _entries(place, entry, is_gone, queue, seen)
+                _look_into(place, entry, is_gone, queue, seen, lines)

@@ -53,6 +53,20 @@ async def test_a_time_out_ends_a_wait_at_its_time() -> None:
     assert asyncio.get_running_loop().time() == 30.0
 
 
+def test_a_callback_that_raises_is_told_and_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    async def fail() -> float:
+        loop = asyncio.get_running_loop()
+        loop.call_later(1.0, int, "no number")
+        await asyncio.sleep(2.0)
+        return loop.time()
+
+    loop = VirtualLoop()
+    assert loop.run_until_complete(fail()) == 2.0
+    loop.close()
+    assert "Exception in callback <class 'int'>" in caplog.text
+    assert "VirtualHandle when=1.0" in caplog.text
+
+
 def test_a_wait_that_nothing_can_end_is_an_error() -> None:
     loop = VirtualLoop()
 
