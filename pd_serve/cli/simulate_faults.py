@@ -30,9 +30,10 @@ def faults(
         int,
         typer.Option(
             min=1,
-            max=3,
+            max=4,
             help="1: small clusters with single faults. 2: also lost messages, partitions and operations."
-            " 3: many faults at once, and pools that scale.",
+            " 3: many faults at once, and pools that scale. 4: single messages and orders that are lost,"
+            " several processes that die together, clients that leave at each stage of a request.",
         ),
     ] = 1,
     until: Annotated[

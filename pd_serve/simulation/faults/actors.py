@@ -1,7 +1,7 @@
 """The actors of instances on the simulated platform, and the faults of their starts."""
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pd_serve.comm.membership import InstanceInfo
 from pd_serve.manager.launcher import ManagerNotes
@@ -44,13 +44,20 @@ class StartFaults:
         delay_s: Added to the time of a start.
         failures: Number of starts that fail.
         early_deaths: Number of instances that die `dies_after_s` after they were ready.
+        lost_starts: Number of starts that are never answered.
+        lost_stops: Number of orders to end an instance that do nothing.
+        hanging: Instances that hang for ever. An order to end one of them is not lost: nothing else would.
         starved: There are no resources for another instance.
-        ended_at: The last of these failures and deaths, on the clock of the simulation.
+        ended_at: The last of these failures and deaths, on the clock of the simulation. A start that takes
+            longer than `START_TIMEOUT_S` is given up, and fails then.
     """
 
     delay_s: float = 0.0
     failures: int = 0
     early_deaths: int = 0
     dies_after_s: float = 1.0
+    lost_starts: int = 0
+    lost_stops: int = 0
+    hanging: set[str] = field(default_factory=set)
     starved: bool = False
     ended_at: float = 0.0

@@ -138,6 +138,8 @@ class FaultyCluster:
         while not self._is_ready():  # noqa: ASYNC110
             await asyncio.sleep(0.1)
         await asyncio.sleep(1.0)  # tasks of the start
+        while self._is_resizing():  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
 
     def _is_ready(self) -> bool:
         all_seen = all(self._sees_all(api_server) for api_server in self.api_servers)
@@ -145,7 +147,15 @@ class FaultyCluster:
 
     def _sees_all(self, api_server: SimulatedApiServer) -> bool:
         loads = list(api_server.frontend.instances.loads)
+        if self.shape.autoscale:
+            return {load.instance_id for load in loads} == set(self.platform.instances)
         return len(loads) == sum(self.shape.instances.values())
+
+    def _is_resizing(self) -> bool:
+        """Whether a pool changes its size as soon as it serves."""
+        assert self.manager is not None
+        manager = self.manager.manager
+        return bool(manager._starter.rows() or manager._stopper.leaving)
 
     # ---- API servers
 

@@ -17,6 +17,9 @@ from pd_serve.simulation.faults.targets import FaultTarget, TargetFinder
 #: A silence of an instance that is shorter by this than a lease does not excuse its end.
 LEASE_MARGIN_S = 4.0
 
+#: The platform ends an API server or a manager that has not answered for this time.
+HANG_NOTICED_S = 33.0
+
 #: Ends a fault.
 End = Callable[[], None]
 
@@ -67,9 +70,19 @@ class Effects:
             case FaultKind.POISON:
                 platform.poison.add(int(fault.value))
                 return "", None
-            case FaultKind.ABORT:
-                self._clients.abort(int(fault.value))
+            case FaultKind.LOSE_STARTS:
+                platform.starts.lost_starts += int(fault.value)
                 return "", None
+            case FaultKind.LOSE_STOPS:
+                platform.starts.lost_stops += int(fault.value)
+                return "", None
+            case FaultKind.LOSE_NEXT:
+                self._cluster.network.lost_next[fault.other] = int(fault.value)
+                return "", lambda: self._end_losses(fault.other)
+            case FaultKind.ABORT:
+                request = names.get("request") if fault.target == "request" else ""
+                self._clients.abort(int(request or fault.value))
+                return request or "", None
             case FaultKind.TWIN:
                 self._cluster.start_manager()
                 return "", None
@@ -97,7 +110,11 @@ class Effects:
                 return lambda: target.process.resume(self._order)
             case FaultKind.HANG:
                 self.excused.add(target.name)
+                self._cluster.platform.starts.hanging.add(target.name)
                 target.process.suspend()
+                if target.name not in ("scheduler", *self._cluster.platform.actors):
+                    loop = self._cluster.loop
+                    loop.outside_at(loop.now + HANG_NOTICED_S, self._end_hanging, target)
             case FaultKind.CLOCK:
                 target.process.jump(fault.value)
             case FaultKind.WALL:
@@ -146,6 +163,14 @@ class Effects:
     def _excuse(self, name: str, silence_s: float) -> None:
         if silence_s > INSTANCE_LEASE_S - LEASE_MARGIN_S:
             self.excused.add(name)
+
+    def _end_hanging(self, target: FaultTarget) -> None:
+        """The platform ends a manager or an API server whose process does not answer."""
+        if target.process.is_alive:
+            target.kill()
+
+    def _end_losses(self, kind: str) -> None:
+        self._cluster.network.lost_next.pop(kind, None)
 
     def _end_slow_start(self, delay_s: float) -> None:
         self._cluster.platform.starts.delay_s -= delay_s

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+from migration.messages import MigrationMessage, Offer
+from pd_serve.comm.messages import AbortRequests
 from pd_serve.simulation.faults.effects import Effects
 from pd_serve.simulation.faults.process_loop import ProcessLoop
 from pd_serve.simulation.faults.schedule import Schedule, ScheduledFault
@@ -30,6 +32,7 @@ class Injector:
         self._note = note
         self._pending = len(schedule.faults)
         self._armed: list[ScheduledFault] = []
+        self._offered: dict[str, str] = {}  # request by migration
 
     def open(self) -> None:
         for fault in self._schedule.faults:
@@ -40,13 +43,25 @@ class Injector:
         """Whether all faults have ended."""
         return self._pending == 0
 
-    def on_send(self, sender: str, receiver: str, kind: str) -> None:
+    def on_send(self, sender: str, receiver: str, kind: str, message: object) -> None:
         """A process sends a message of this type."""
+        if isinstance(message, Offer):
+            self._offered[message.migration_id] = message.request.request_id
         if self._armed:
             for fault in [fault for fault in self._armed if fault.on == kind]:
                 self._armed.remove(fault)
-                names = {"sender": sender, "receiver": receiver}
+                names = {"sender": sender, "receiver": receiver, "request": self._request_of(message)}
                 self._loop.outside(self._perform, fault, names)
+
+    def _request_of(self, message: object) -> str:
+        """Number of the request that a message is about; "" if it is about none."""
+        if isinstance(message, MigrationMessage):
+            request_id = self._offered.get(message.migration_id, "")
+        elif isinstance(message, AbortRequests):
+            request_id = message.request_ids[0]
+        else:
+            request_id = getattr(message, "request_id", "")
+        return request_id.partition(".")[0]
 
     def _begin(self, fault: ScheduledFault) -> None:
         if fault.on:

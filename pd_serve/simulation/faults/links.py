@@ -50,7 +50,8 @@ class FaultyNetwork:
     """Delivers encoded messages, in order on each connection, and not in order between connections.
 
     Attributes:
-        on_send: Called with (sender, receiver, type of the message) before a message is sent.
+        on_send: Called with (sender, receiver, type of the message, message) before a message is sent.
+        lost_next: How many messages of a type are lost next.
         on_listen: Each is called with the name of a process that begins to listen.
         dropped: Number of lost messages by type.
     """
@@ -59,8 +60,9 @@ class FaultyNetwork:
         self, loop: ProcessLoop, rng: random.Random, settings: NetworkSettings, scale: float
     ) -> None:
         self.fabric = FaultyFabric(settings, scale)
-        self.on_send: Callable[[str, str, str], None] = lambda sender, receiver, kind: None
+        self.on_send: Callable[[str, str, str, object], None] = lambda sender, receiver, kind, message: None
         self.on_listen: list[Callable[[str], None]] = []
+        self.lost_next: dict[str, int] = {}
         self.dropped: dict[str, int] = defaultdict(int)
         self._loop = loop
         self._rng = rng
@@ -107,10 +109,14 @@ class FaultyNetwork:
         context, _ = self._listeners.get(address, (None, None))
         return context is not None and self._loop.is_alive(context.get(PROCESS, ""))
 
-    def transmit(self, sender: str, address: str, kind: str, frames: list[bytes]) -> None:
-        """Sends frames; they are lost if the address has no listener on arrival."""
+    def transmit(self, sender: str, address: str, kind: str, message: object, frames: list[bytes]) -> None:
+        """Sends the frames of a message; they are lost if the address has no listener on arrival."""
         receiver = address.rpartition("/")[0]
-        self.on_send(sender, receiver, kind)
+        self.on_send(sender, receiver, kind, message)
+        if self.lost_next.get(kind, 0) > 0:
+            self.lost_next[kind] -= 1
+            self.dropped[kind] += 1
+            return
         link = self._links.get((sender, receiver))
         if link is None:
             return self._deliver(sender, address, frames, 0.0)
@@ -166,7 +172,7 @@ class FaultyWire(VirtualWire):
         if message is not self._encoded[0]:
             self._encoded = message, msgspec.msgpack.encode(message)
         frames = [self._sender, self._encoded[1], *payload]
-        self._network.transmit(self.name, address, type(message).__name__, frames)
+        self._network.transmit(self.name, address, type(message).__name__, message, frames)
         return True
 
     def send_to(self, address: str, frames: list[Any]) -> None:
@@ -174,7 +180,8 @@ class FaultyWire(VirtualWire):
         header, batch = frames
         outputs = batch.outputs if isinstance(batch, SimulatedBatch) else []
         encoded = [msgspec.msgpack.encode(header), msgspec.msgpack.encode(outputs)]
-        self._network.transmit(self.name, address, "Tokens" if outputs else "RequestReport", encoded)
+        kind = "Tokens" if outputs else "RequestReport"
+        self._network.transmit(self.name, address, kind, batch, encoded)
 
     async def close(self) -> None:
         await super().close()

@@ -40,7 +40,7 @@ class OperatorCalls:
     ) -> None:
         self.sizes = {role: {count} for role, count in cluster.shape.instances.items()}
         self.drained: list[str] = []
-        self.has_changed_roles = False
+        self.has_changed_roles = bool(cluster.shape.settings.get("roles"))
         self._stopped: dict[str, str] = {}
         self._cluster = cluster
         self._clients = clients

@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable
 
 from pd_serve.comm.membership import SCHEDULER, InstanceInfo
-from pd_serve.comm.timing import INSTANCE_LEASE_S
+from pd_serve.comm.timing import INSTANCE_LEASE_S, START_TIMEOUT_S
 from pd_serve.errors import EngineDeadError
 from pd_serve.instance.instance_process import InstanceConfig
 from pd_serve.manager.launcher import ManagerNotes
@@ -37,6 +37,7 @@ class SimulatedPlatform:
         scheduler: The process of the scheduler; None if there is none.
         starts: Faults of the next starts.
         names: Names of all instances that there were.
+        bare_s: The longest time without an instance that is ready.
         poison: Numbers of the requests that kill each instance that computes them.
         on_stop: Called with (name, instance) when a manager stops an instance that is ready.
         on_failure: Called with (name, error) when a process ends itself because of a failure.
@@ -49,6 +50,7 @@ class SimulatedPlatform:
         self.actors: dict[str, SimulatedActor] = {}
         self.scheduler: tuple[SimulatedProcess, SchedulerProcess, FaultyWire] | None = None
         self.starts = StartFaults()
+        self.bare_s = 0.0
         self.poison: set[int] = set()
         self.names: set[str] = set()
         self.on_stop: Callable[[str, SimulatedActor], None] = lambda name, actor: None
@@ -61,6 +63,7 @@ class SimulatedPlatform:
         self._launchers: list[PlatformLauncher] = []
         self._scheduler_ended: asyncio.Future[None] | None = None
         self._resources = asyncio.Event()
+        self._bare_since = loop.now
 
     def launcher(self, process: SimulatedProcess) -> "PlatformLauncher":
         """The launcher of a manager that runs in this process."""
@@ -114,6 +117,11 @@ class SimulatedPlatform:
         fails = starts.failures > 0
         starts.failures -= fails
         actor.started = self.loop.create_future()
+        if starts.lost_starts or duration_s > START_TIMEOUT_S - 60.0:
+            starts.ended_at = self.loop.now + START_TIMEOUT_S
+        if starts.lost_starts:
+            starts.lost_starts -= 1
+            return actor.started
         self.loop.outside_at(self.loop.now + duration_s, self._ready, actor, config, fails)
         return actor.started
 
@@ -140,6 +148,8 @@ class SimulatedPlatform:
             lambda error: self._failed(name, error),
             actor.faults,
         )
+        if len(self.instances) == 1:
+            self.bare_s = max(self.bare_s, self.loop.now - self._bare_since)
         assert actor.started is not None
         actor.started.set_result(actor.instance.info)
         if self.starts.early_deaths:
@@ -161,6 +171,8 @@ class SimulatedPlatform:
 
     def _end(self, actor: SimulatedActor) -> None:
         del self.actors[actor.name]
+        if not self.instances:
+            self._bare_since = self.loop.now
         actor.process.kill()
         for launcher in self._launchers:
             if actor.name in launcher.watched:
@@ -254,7 +266,9 @@ class PlatformLauncher:
 
     async def stop_instance(self, name: str) -> None:
         self.watched.discard(name)
-        if name in self._platform.actors:
+        if (starts := self._platform.starts).lost_stops and name not in starts.hanging:
+            starts.lost_stops -= 1
+        elif name in self._platform.actors:
             await asyncio.sleep(0.01)
             self._platform.stop(name)
 

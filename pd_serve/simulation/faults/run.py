@@ -8,6 +8,7 @@ import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
+from pd_serve.comm.timing import RECOVERY_S
 from pd_serve.errors import EngineDeadError
 from pd_serve.simulation.faults.actors import SimulatedActor
 from pd_serve.simulation.faults.clients import Clients, ClientStream
@@ -101,7 +102,7 @@ class FaultRun:
             self._find,
             loop,
             sampled=schedule.shape.sampled,
-            comes_back=schedule.shape.orphan_s > 0,
+            comes_back=schedule.shape.comes_back,
         )
         self.operations = OperatorCalls(self.cluster, self.clients, self._find, self._log.note)
         targets = TargetFinder(self.cluster, self.clients)
@@ -195,7 +196,8 @@ class FaultRun:
         if name in self.effects.excused:
             self._result.deaths += 1
             return
-        if not instance.llumlet.reporter.draining:
+        was_member = instance.llumlet._members.latest is not None  # if not, its start is given up
+        if was_member and not instance.llumlet.reporter.draining:
             self._find(f"{name} was ended, though it was healthy")
         elif instance.engine.sequences:
             self._find(f"{name} was stopped with the requests {sorted(instance.engine.sequences)}")
@@ -218,8 +220,8 @@ class FaultRun:
                 self._find(problem)
 
     def _is_excused(self, stream: ClientStream) -> bool:
-        """A request is given up when more than three of its instances have died."""
-        return self._result.deaths > 3
+        """A request is given up when more than three of its instances have died, or none comes for a time."""
+        return self._result.deaths > 3 or self.cluster.platform.bare_s > RECOVERY_S
 
     def _check_flips(self) -> None:
         """A flipped bit shows in the tokens: otherwise the comparison of tokens shows nothing."""

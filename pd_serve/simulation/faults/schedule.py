@@ -12,19 +12,22 @@ class FaultKind(enum.StrEnum):
 
     KILL = "kill"  # SIGKILL of a process
     FREEZE = "freeze"  # SIGSTOP of a process, then SIGCONT
-    HANG = "hangs for ever"  # SIGSTOP of an instance or the scheduler, without an end
+    HANG = "hangs for ever"  # SIGSTOP without an end; the platform ends an API server or a manager
     CLOCK = "clock jump"  # the clock of a process jumps forward by `value` seconds
     WALL = "wall clock"  # `time.time` of the target, or of all processes, jumps by `value` seconds, or back
     STEP = "step hangs"  # the step in progress of an instance does not end
     DIES_EARLY = "crash loop"  # the next `value` instances die soon after they are ready
     SLOW_START = "slow start"  # the next starts take `value` seconds more
     FAILED_START = "failed start"  # the next `value` starts fail
+    LOSE_STARTS = "lost starts"  # the next `value` starts are never answered
+    LOSE_STOPS = "lost stops"  # the next `value` orders of a manager to end an instance do nothing
     STARVE = "no resources"  # starts wait for resources
     POISON = "poison request"  # a request kills each instance that computes it
     CUT = "partition"  # messages from target to `other`, and back if `value` is 2, wait
     RESET = "reset"  # the same, and the waiting messages are lost at the end
     DELAY = "slow link"  # messages from target to `other` take `value` seconds more
     LOSE = "loss"  # messages from and to the target are lost with probability `value`
+    LOSE_NEXT = "lost messages"  # the next `value` messages of the type `other` are lost
     DUPLICATE = "duplication"  # messages from and to the target arrive twice with probability `value`
     STALL_READS = "stalled reads"  # KV reads of the target's memory stand still
     FAIL_READS = "failed reads"  # KV reads of the target's memory, and by it, fail
@@ -32,7 +35,7 @@ class FaultKind(enum.StrEnum):
     REFUSE = "refused call"  # the next engine call `other` of the target is refused
     SLOW_CALL = "slow call"  # engine calls `other` of the target wait `value` seconds
     PREEMPT = "preemption"  # a running request of the target loses its blocks
-    ABORT = "abort"  # the client of request `value` leaves
+    ABORT = "abort"  # the client of request `value` leaves, or of the request of the message waited for
     DRAIN = "drain"  # operations of an operator: drain the target,
     DRAIN_STOP = "drain and stop"  # drain it and stop it when it is empty,
     UNDO = "undo drain"  # use the drained instances again,
@@ -50,11 +53,12 @@ class ScheduledFault(msgspec.Struct, frozen=True, omit_defaults=True):
         at_s: Time since the cluster has been ready.
         target: A process: "manager", "scheduler", "api:1" (of the living ones, in order), "decode:0",
             "instance:2", or "owner:3" (the instance that runs request 3).
-        other: A second process, or the name of a call.
+        other: A second process, or the name of a call or of a type of message.
         for_s: Duration; 0 for faults that have none.
         value: See `FaultKind`.
         on: The fault waits from `at_s` on for the next message of this type, such as "Final", and happens
-            when it is sent; then its targets may be "sender" and "receiver".
+            when it is sent; then its targets may be "sender", "receiver", "request" for the request that the
+            message is about, and "server" for the API server of that request.
     """
 
     at_s: float
@@ -104,8 +108,8 @@ class FaultyClusterShape(msgspec.Struct, frozen=True, omit_defaults=True):
         settings: Changed settings of the policies.
         link_delays_s: Bound of the additional latency of a link, which differs between links.
         sampled: See `EngineSettings.sampled`.
-        orphan_s: Seconds that requests go on after their API server has died. With them, clients ask another
-            API server for the same request.
+        orphan_s: Seconds that requests go on after their API server has died.
+        comes_back: Clients whose API server has died ask another one for the same request.
     """
 
     instances: dict[str, int]
@@ -117,12 +121,13 @@ class FaultyClusterShape(msgspec.Struct, frozen=True, omit_defaults=True):
     async_scheduling: bool = False
     autoscale: dict[str, tuple[int, int]] = {}
     policy: str = "llumnix"
-    settings: dict[str, str | int] = {}
+    settings: dict[str, str | float] = {}
     start_instance_s: float = 2.0
     link_delays_s: float = 0.0
     resume_order: ThawOrder = "as it came"
     sampled: bool = False
     orphan_s: float = 0.0
+    comes_back: bool = False
 
 
 class Schedule(msgspec.Struct, frozen=True):

@@ -33,9 +33,13 @@ class TargetFinder:
         """The process that a selector names now; None if there is none.
 
         Args:
-            names: Names of the "sender" and the "receiver" of the message that the fault has waited for.
+            names: "sender" and "receiver" of the message that the fault has waited for, and the number of its
+                "request".
         """
         kind, _, index = selector.partition(":")
+        if kind == "server":
+            stream = self._clients.stream_of(int(names["request"])) if names.get("request") else None
+            return self.named(stream.api_server.name) if stream else None
         if kind in names:
             return self.named(names[kind])
         if kind in ("manager", "scheduler"):

@@ -8,7 +8,7 @@ import pytest
 from pd_serve.simulation.faults.draw import draw
 from pd_serve.simulation.faults.schedule import FaultKind, Schedule
 
-TIERS = (1, 2, 3)
+TIERS = (1, 2, 3, 4)
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -44,24 +44,6 @@ def test_no_fault_kills_the_only_process_of_a_service() -> None:
             if schedule.shape.one_process:
                 killed = [fault.target for fault in schedule.faults if fault.kind is FaultKind.KILL]
                 assert not any(target.startswith(("api", "manager")) for target in killed)
-
-
-def test_freezes_last_from_a_tenth_of_a_second_to_a_minute() -> None:
-    lengths = [
-        fault.for_s
-        for seed in range(1000)
-        for fault in draw(seed, 1).faults
-        if fault.kind is FaultKind.FREEZE
-    ]
-    assert 0.1 <= min(lengths) < 0.2
-    assert 40.0 < max(lengths) <= 60.0
-
-
-def test_wall_clocks_jump_by_up_to_an_hour_both_ways() -> None:
-    jumps = [f.value for seed in range(1000) for f in draw(seed, 1).faults if f.kind is FaultKind.WALL]
-
-    assert -3600 <= min(jumps) < -60
-    assert 60 < max(jumps) <= 3600
 
 
 def test_some_clients_read_slowly() -> None:

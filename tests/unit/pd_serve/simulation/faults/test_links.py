@@ -101,6 +101,20 @@ def test_a_lossy_link_loses_and_a_duplicating_one_doubles() -> None:
     in_world(test)
 
 
+def test_the_next_messages_of_a_type_are_lost_and_no_others() -> None:
+    async def test(world: World) -> None:
+        world.network.lost_next["AbortRequests"] = 2
+        heartbeat = Heartbeat()
+        world.send("1")
+        world.wire.send("b", heartbeat)
+        world.send("2", "3")
+        await asyncio.sleep(1.0)
+        assert world.received == [heartbeat, "3"]
+        assert dict(world.network.dropped) == {"AbortRequests": 2}
+
+    in_world(test)
+
+
 def test_a_suspended_process_receives_later_and_a_dead_one_never() -> None:
     async def test(world: World) -> None:
         world.b.suspend()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from migration.token_span import TokenSpan
+from pd_serve.comm.timing import ORPHAN_S, RECOVERY_S, START_TIMEOUT_S
 from pd_serve.frontend.token_ledger import TokenLedger
 from pd_serve.simulated_engine.block_pool import BlockPool
 from pd_serve.simulation.faults.run import RunResult, run
@@ -43,7 +44,7 @@ def test_a_killed_process_of_any_kind_loses_nothing(target: str) -> None:
 
 def test_clients_of_a_killed_api_server_get_their_streams_from_another_one() -> None:
     deaths = [ScheduledFault(at_s, FaultKind.KILL, "api:0") for at_s in (1.5, 2.5, 3.5)]
-    result = faulty(*deaths, api_servers=3, orphan_s=10.0)
+    result = faulty(*deaths, api_servers=3, orphan_s=10.0, comes_back=True)
 
     assert result.findings == []
     assert result.recoveries["resumed"] > 2
@@ -74,9 +75,57 @@ def test_clients_that_leave_leave_nothing_behind() -> None:
     assert result.tokens < 16 * 60
 
 
-@pytest.mark.parametrize("target", ["decode:0", "prefill:0", "scheduler"])
+@pytest.mark.parametrize("target", ["decode:0", "prefill:0", "scheduler", "api:0", "manager"])
 def test_a_process_that_hangs_for_ever_is_replaced(target: str) -> None:
     assert faulty(ScheduledFault(2.5, FaultKind.HANG, target)).findings == []
+
+
+@pytest.mark.parametrize("lost", ["StartInstance", "StopInstance", "SetDraining", "Membership"])
+def test_lost_orders_of_the_scheduler_and_the_manager_are_given_again(lost: str) -> None:
+    scaling = {"scale_interval_s": 0.5, "drain_after_s": 0.0}
+    faults = [ScheduledFault(0.0, FaultKind.LOSE_NEXT, other=lost, for_s=30.0, value=3.0)]
+
+    assert faulty(*faults, autoscale={"decode": (1, 4)}, settings=scaling).findings == []
+
+
+def test_an_instance_that_its_manager_cannot_end_ends_itself() -> None:
+    faults = [
+        ScheduledFault(2.0, FaultKind.LOSE_STOPS, value=1.0),
+        ScheduledFault(2.1, FaultKind.DRAIN_STOP, "decode:0"),
+    ]
+
+    result = faulty(*faults)
+
+    assert result.findings == []
+    assert result.deaths == 1
+    assert result.simulated_s > ORPHAN_S
+
+
+def test_a_start_that_is_never_answered_is_given_up_and_tried_again() -> None:
+    faults = [
+        ScheduledFault(2.0, FaultKind.LOSE_STARTS, value=1.0),
+        ScheduledFault(2.1, FaultKind.KILL, "decode:0"),
+    ]
+
+    result = faulty(*faults)
+
+    assert result.findings == []
+    assert result.simulated_s > START_TIMEOUT_S
+
+
+def test_a_request_may_fail_when_no_instance_comes_for_longer_than_it_waits() -> None:
+    starved = ScheduledFault(2.0, FaultKind.STARVE, for_s=RECOVERY_S + 30.0)
+    kills = [ScheduledFault(2.1, FaultKind.KILL, "instance:0") for _ in range(3)]
+
+    assert faulty(starved, *kills).findings == []
+
+
+@pytest.mark.parametrize("on", ["Offer", "Stage", "Committed"])
+def test_the_client_of_the_request_that_moves_leaves_and_its_blocks_are_free(on: str) -> None:
+    result = faulty(ScheduledFault(1.0, FaultKind.ABORT, "request", on=on))
+
+    assert result.findings == []
+    assert result.tokens < sum(request.output_tokens for request in REQUESTS)
 
 
 @pytest.mark.parametrize("seconds", [-600.0, 600.0])
