@@ -171,7 +171,7 @@ class SimulatedPlatform:
 
     def _end(self, actor: SimulatedActor) -> None:
         del self.actors[actor.name]
-        if not self.instances:
+        if actor.instance is not None and not self.instances:
             self._bare_since = self.loop.now
         actor.process.kill()
         for launcher in self._launchers:

@@ -114,7 +114,8 @@ def test_a_start_that_is_never_answered_is_given_up_and_tried_again() -> None:
 
 
 def test_a_request_may_fail_when_no_instance_comes_for_longer_than_it_waits() -> None:
-    starved = ScheduledFault(2.0, FaultKind.STARVE, for_s=RECOVERY_S + 30.0)
+    """Starts that are given up meanwhile do not shorten the time without an instance."""
+    starved = ScheduledFault(2.0, FaultKind.STARVE, for_s=START_TIMEOUT_S + RECOVERY_S / 2)
     kills = [ScheduledFault(2.1, FaultKind.KILL, "instance:0") for _ in range(3)]
 
     assert faulty(starved, *kills).findings == []
