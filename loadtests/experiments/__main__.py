@@ -1,4 +1,4 @@
-"""Experiments in virtual time: `python -m loadtests.experiments paper`, `arms`, `policies` or `sine`.
+"""Experiments in virtual time: `python -m loadtests.experiments paper`, and so on.
 
 Modules that take time to import are imported when a command runs.
 """
@@ -120,6 +120,24 @@ def sine(
         raise InvalidRequestError(f"no cluster {unknown[0]!r}; there are {'; '.join(ARMS)}")
     options = SineOptions(seeds, share, tuple(arm or ARMS))
     run_sine(options, ExperimentRun(out, jobs, fresh=fresh))
+
+
+@app.command()
+def turns(
+    out: OutFolder,
+    seconds: Annotated[float, typer.Option(min=1, help="Of arrivals, per simulation.")] = 30.0,
+    rates: Annotated[str, typer.Option(help="Of the five rates: all, first, last, or first,last.")] = "all",
+    jobs: Jobs = None,
+    fresh: Fresh = False,
+    seed: Seed = 0,
+) -> None:
+    """Compare layouts of four instances on nine kinds of second turns of conversations."""
+    from loadtests.experiments.figure import FigureOptions
+    from loadtests.experiments.result_store import ExperimentRun
+    from loadtests.experiments.turns import RATES, run_turns
+
+    options = FigureOptions.parse(round(seconds * RATES[-1]), rates, seed, None)
+    run_turns(options, seconds, ExperimentRun(out, jobs, fresh=fresh))
 
 
 def main() -> None:

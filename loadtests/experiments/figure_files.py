@@ -54,11 +54,14 @@ def write_figure(
 
 def notes_of(figure: Figure, options: FigureOptions, results: Results) -> list[str]:
     """Facts about the simulations: their size and cost, and every fault that they found."""
-    summaries = [results[one.scenario.key] for one in figure.scenarios(options)]
+    scenarios = [one.scenario for one in figure.scenarios(options)]
+    summaries = [results[scenario.key] for scenario in scenarios]
     if not summaries:
         return []
+    sizes = sorted({scenario.trace.requests or options.requests for scenario in scenarios})
+    size = " to ".join(f"{requests:,}" for requests in dict.fromkeys((sizes[0], sizes[-1])))
     notes = [
-        f"{len(summaries)} simulations of {options.requests:,} requests, seed {options.seed}, "
+        f"{len(summaries)} simulations of {size} requests, seed {options.seed}, "
         f"{sum(s['wall_s'] for s in summaries):,.0f} s of one core"
     ]
     if figure.number and options.requests != 10_000:

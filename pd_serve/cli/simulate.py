@@ -29,8 +29,9 @@ def run(
     trace: Annotated[
         str,
         typer.Option(
-            help="Workload: s-s, m-m, l-l, s-l, l-s, PROMPT:OUTPUT for fixed lengths, or sessions:TURNS"
-            " (generated, need --rate), azure-conv, azure-code, mooncake or sharegpt (from a file), or the"
+            help="Workload: s-s, m-m, l-l, s-l, l-s, PROMPT:OUTPUT for fixed lengths, sessions:TURNS or"
+            " TEXT:ANSWER+TEXT:ANSWER for sessions (generated, need --rate), azure-conv, azure-code, mooncake"
+            " or sharegpt (from a file), or the"
             " path of a file."
         ),
     ],

@@ -9,7 +9,7 @@ import numpy as np
 from pd_serve.errors import InvalidRequestError
 from pd_serve.simulated_engine.hardware import Hardware
 from pd_serve.simulation.config import TraceRequest
-from pd_serve.simulation.sessions import num_turns
+from pd_serve.simulation.sessions import turns_of
 from pd_serve.simulation.workloads import TraceSpec, fitting, has_times, make_requests
 
 #: Requests of each run, if the trace has as many.
@@ -30,7 +30,7 @@ def planned_workload(
     Raises:
         InvalidRequestError: The specification is invalid, or no request fits.
     """
-    if num_turns(spec.name):
+    if turns_of(spec.name):
         raise InvalidRequestError("a plan has no sessions: its layouts do not keep prefixes")
     recorded = has_times(spec, traces)
     own_rate = recorded or spec.rate is not None

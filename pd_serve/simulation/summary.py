@@ -42,6 +42,7 @@ def summarize(
         "migrations": result.migrations,
         "avg_instances": _rounded(result.instance_s / result.duration_s) if result.duration_s else None,
         "by_priority": {wanted.label: _of_class(records, classes, wanted) for wanted in PriorityClass},
+        "by_turn": {name: _of_turns(records, name == "later") for name in ("first", "later")},
         "by_prompt": {name: _of_length(records, name) for name in PROMPT_CLASSES},
         "slo": {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s},
         "goodput": _rounded(good / len(records) * _arrival_rate(result)) if records else 0.0,
@@ -99,6 +100,12 @@ def _of_class(
     records: Sequence[RequestRecord], classes: Sequence[PriorityClass], wanted: PriorityClass
 ) -> dict[str, Any]:
     chosen = [record for record, its_class in zip(records, classes, strict=True) if its_class is wanted]
+    return {"requests": len(chosen), **_latencies(chosen)}
+
+
+def _of_turns(records: Sequence[RequestRecord], later: bool) -> dict[str, Any]:
+    """Latencies of the first turns of sessions, and of requests without one; or of the turns after these."""
+    chosen = [record for record in records if (record.request.turn_of is not None) is later]
     return {"requests": len(chosen), **_latencies(chosen)}
 
 

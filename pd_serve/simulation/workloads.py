@@ -14,7 +14,7 @@ from pd_serve.simulation import trace_files
 from pd_serve.simulation.arrivals import Arrivals, Seconds, drawn, recorded, recorded_rate
 from pd_serve.simulation.config import TraceRequest
 from pd_serve.simulation.lengths import generate, is_generated
-from pd_serve.simulation.sessions import make_sessions, num_turns
+from pd_serve.simulation.sessions import make_sessions, turns_of
 from pd_serve.simulation.trace_files import RecordedTrace
 
 HIGH_PRIORITY = -1
@@ -63,7 +63,7 @@ def make_requests(spec: TraceSpec, folder: Path | None = None) -> list[TraceRequ
         InvalidRequestError: The specification is invalid; the message has the reason.
     """
     spec.check()
-    if turns := num_turns(spec.name):
+    if turns := turns_of(spec.name):
         count = spec.requests or DEFAULT_REQUESTS
         return make_sessions(turns, count, spec.rate, spec.arrivals, spec.seed)
     trace = _trace(spec, folder)
@@ -84,7 +84,7 @@ def has_times(spec: TraceSpec, folder: Path | None = None) -> bool:
     Raises:
         InvalidRequestError: There is no such trace.
     """
-    if is_generated(spec.name) or num_turns(spec.name):
+    if is_generated(spec.name) or turns_of(spec.name):
         return False
     return trace_files.read(trace_files.find(spec.name, folder)).arrivals is not None
 

@@ -8,7 +8,7 @@ from pd_serve.errors import InvalidRequestError
 from pd_serve.simulated_engine.cost_model import COST_MODELS
 from pd_serve.simulated_engine.settings import EngineSettings
 from pd_serve.simulation.config import SimulationConfig, TraceRequest
-from pd_serve.simulation.sessions import make_sessions, num_turns
+from pd_serve.simulation.sessions import make_sessions, turns_of
 from pd_serve.simulation.simulate import simulate
 from pd_serve.simulation.workloads import TraceSpec, fitting, make_requests
 
@@ -16,7 +16,9 @@ ENGINE = EngineSettings(COST_MODELS["a10-llama-7b"], num_blocks=400, prefix_cach
 
 
 def test_the_name_has_the_number_of_turns() -> None:
-    assert [num_turns(name) for name in ("sessions", "Sessions:7", "s-s", "sessions:0")] == [4, 7, 0, 0]
+    names = ("sessions", "Sessions:7", "100:10+20:5", "s-s", "sessions:0", "100:10", "100:10+", "100:10+0:5")
+
+    assert [len(turns_of(name)) for name in names] == [4, 7, 2, 0, 0, 0, 0, 0]
 
 
 def test_a_turn_begins_with_the_last_prompt_and_its_answer() -> None:
@@ -33,10 +35,18 @@ def test_a_turn_begins_with_the_last_prompt_and_its_answer() -> None:
 
 
 def test_sessions_start_at_their_share_of_the_rate() -> None:
-    requests = make_sessions(4, 4000, 8.0, None, seed=0)
+    requests = make_sessions(turns_of("sessions:4"), 4000, 8.0, None, seed=0)
     starts = [request.arrival_s for request in requests if request.turn_of is None]
 
     assert len(starts) / starts[-1] == pytest.approx(2.0, rel=0.1)
+
+
+def test_turns_of_fixed_lengths_grow_by_answer_and_new_text() -> None:
+    requests = make_requests(TraceSpec("2000:256+64:128", 2.0, 4))
+
+    lengths = [(request.prompt_tokens, request.output_tokens) for request in requests]
+    assert lengths == [(2000, 256), (2320, 128)] * 2
+    assert [request.turn_of for request in requests] == [None, 0, None, 2]
 
 
 def test_sessions_without_a_rate_are_refused() -> None:
