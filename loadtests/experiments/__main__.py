@@ -140,6 +140,21 @@ def turns(
     run_turns(options, seconds, ExperimentRun(out, jobs, fresh=fresh))
 
 
+@app.command()
+def layouts(
+    out: OutFolder,
+    requests: Annotated[int, typer.Option(min=10, help="Requests per run.")] = 1000,
+    jobs: Jobs = None,
+    fresh: Fresh = False,
+    traces: TracesFolder = None,
+) -> None:
+    """Compare the best layouts with and without disaggregation, by hardware, workload and target."""
+    from loadtests.experiments.layouts import run_layouts
+    from loadtests.experiments.result_store import ExperimentRun
+
+    run_layouts(requests, ExperimentRun(out, jobs, traces, fresh))
+
+
 def main() -> None:
     """Runs a command. An expected error is one line, and exit code 1 or 2."""
     try:
