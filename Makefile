@@ -14,8 +14,8 @@ setup: ## Make .venv from requirements.lock (done by the others when needed)
 serve: setup ## Serve a model: MODEL=name or path, ARGS="further flags"
 	.venv/bin/pd-serve serve $(MODEL) $(ARGS)
 
-test: setup ## Run all tests in two processes: ARGS="-m 'not e2e'" for a part of them
-	.venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests $(ARGS)
+test: setup ## Run all tests in three processes: ARGS="-m 'not e2e'" for a part of them
+	.venv/bin/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder tests $(ARGS)
 
 lint: setup ## Check style and types
 	.venv/bin/ruff check

@@ -121,7 +121,8 @@ class ServerProcess:
         for process in psutil.process_iter():
             try:
                 if process.pid not in self._started and "multiprocessing.resource_tracker" in _name(process):
-                    held |= {name for name in new if name.startswith("sem.mp-")}
+                    # Also of killed processes, such as a test's workers: the tracker removes them at its end.
+                    held |= {name for name in new if name.startswith(("sem.mp-", "psm_"))}
                 maps = Path(f"/proc/{process.pid}/maps").read_text()
                 links = [os.readlink(fd) for fd in Path(f"/proc/{process.pid}/fd").iterdir()]
             except OSError:
