@@ -28,8 +28,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Orders the tests: end-to-end tests last, and files that share a server together.
 
-    Three processes (`make test`) take files in order: one begins with all files that need plain vLLM, which take
-    most of its time, the others with those that need no server.
+    Three processes (`make test`) take files in order: one begins with all files that need plain vLLM, which
+    take most of its time, the others with those that need no server.
     """
     is_e2e = {item: E2E_TESTS in item.path.parents for item in items}
     for item in items:

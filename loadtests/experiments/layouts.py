@@ -37,7 +37,7 @@ SHARE, LEAST_S = 0.9, 40.0
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class BestLayout:
     """The best layout of a kind, and what it serves.
 
     Attributes:
@@ -51,7 +51,7 @@ class Kind:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class HardwareRow:
     """One workload on one hardware with one target.
 
     Attributes:
@@ -63,10 +63,10 @@ class Row:
     trace: str
     target: str
     slo: Slo
-    default: Kind
-    aggregated: Kind
-    disaggregated: Kind
-    wrong_split: Kind
+    default: BestLayout
+    aggregated: BestLayout
+    disaggregated: BestLayout
+    wrong_split: BestLayout
     left_out: int
 
     @property
@@ -76,10 +76,10 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class _Planned:
+class _PlannedRow:
     """A row without the simulated cluster, and the layouts that are to run there."""
 
-    row: Row
+    row: HardwareRow
     spec: TraceSpec
     best: dict[str, Layout]
 
@@ -117,7 +117,7 @@ def _plan(
     target: str,
     run: ExperimentRun,
     console: rich.console.Console,
-) -> _Planned:
+) -> _PlannedRow:
     gpus, targets = HARDWARE[cost_model]
     machine, slo = hardware(cost_model), targets[target]
     workload, about = planned_workload(spec, machine, run.traces)
@@ -128,21 +128,21 @@ def _plan(
         for kind in ("aggregated", "disaggregated")
     }
     default = next(one for one in plans if _is_default(one.layout, machine))
-    row = Row(
+    row = HardwareRow(
         cost_model,
         title,
         target,
         slo,
-        _kind(default),
-        _kind(best["aggregated"]),
-        _kind(best["disaggregated"]),
-        _kind(_wrong_split(plans)),
+        _best(default),
+        _best(best["aggregated"]),
+        _best(best["disaggregated"]),
+        _best(_wrong_split(plans)),
         about["left_out"],
     )
     rate = SHARE * max(one.goodput for one in best.values())
     size = max(spec.requests or 0, round(rate * LEAST_S))
     rated = replace(spec, rate=rate or None, requests=size, arrivals="poisson")
-    return _Planned(row, rated, {kind: one.layout for kind, one in best.items()})
+    return _PlannedRow(row, rated, {kind: one.layout for kind, one in best.items()})
 
 
 def _is_default(layout: Layout, machine: Hardware) -> bool:
@@ -158,14 +158,14 @@ def _wrong_split(plans: Sequence[LayoutPlan]) -> LayoutPlan:
     return min(best_of.values(), key=lambda one: one.goodput)
 
 
-def _kind(found: LayoutPlan) -> Kind:
+def _best(found: LayoutPlan) -> BestLayout:
     layout = found.layout
     chunk = f"chunk {layout.chunk_tokens:,}" if layout.chunk_tokens else "no chunks"
     name = f"{layout.prefill} + {layout.decode}" if layout.is_disaggregated else chunk
-    return Kind(name, found.goodput)
+    return BestLayout(name, found.goodput)
 
 
-def _scenarios(one: _Planned) -> dict[str, Scenario]:
+def _scenarios(one: _PlannedRow) -> dict[str, Scenario]:
     """The simulations of a row by kind; none if no layout meets its target."""
     if one.spec.rate is None:
         return {}
@@ -181,7 +181,7 @@ def _scenarios(one: _Planned) -> dict[str, Scenario]:
     return found
 
 
-def _with_attainment(row: Row, scenarios: dict[str, Scenario], results: Results) -> Row:
+def _with_attainment(row: HardwareRow, scenarios: dict[str, Scenario], results: Results) -> HardwareRow:
     attained = {kind: results[scenario.key]["attainment"] for kind, scenario in scenarios.items()}
     return replace(
         row,
@@ -190,10 +190,10 @@ def _with_attainment(row: Row, scenarios: dict[str, Scenario], results: Results)
     )
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[HardwareRow]) -> str:
     """A row for each workload, hardware and target."""
 
-    def share(kind: Kind) -> str:
+    def share(kind: BestLayout) -> str:
         return "-" if kind.attainment is None else f"{kind.attainment:.1%}"
 
     lines = [

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from loadtests.experiments import layouts
-from loadtests.experiments.layouts import Kind, Row
+from loadtests.experiments.layouts import BestLayout, HardwareRow
 from loadtests.experiments.result_store import ExperimentRun
 from pd_serve.planning.fast_cluster import Layout
 from pd_serve.planning.search import LayoutPlan
@@ -42,9 +42,11 @@ def test_the_wrong_split_is_the_worst_with_its_better_chunk_size() -> None:
 
 
 def test_a_target_that_no_layout_meets_has_no_gain_and_no_simulation() -> None:
-    none = Kind("no chunks", 0.0)
+    none = BestLayout("no chunks", 0.0)
 
-    table = layouts.markdown([Row(COST_MODEL, "l-l", "tight", Slo(0.1, 0.001), none, none, none, none, 3)])
+    table = layouts.markdown(
+        [HardwareRow(COST_MODEL, "l-l", "tight", Slo(0.1, 0.001), none, none, none, none, 3)]
+    )
 
     assert table.endswith(
         "| l-l (3 left out) | 0.1 s, 1 ms | 0.0 | 0.0 (no chunks) | 0.0 (no chunks) | - |"
