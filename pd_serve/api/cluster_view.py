@@ -28,6 +28,11 @@ class ClusterView(Protocol):
         """Live instances that take new requests."""
         ...
 
+    @property
+    def takes_requests(self) -> bool:
+        """Whether new requests are served, or wait for instances that are being started."""
+        ...
+
     def first_token_s(self, request: NewRequest, arriving_tokens: int) -> float | None:
         """Predicts the time until a new request's first token, in seconds; None if nothing is measured yet.
 

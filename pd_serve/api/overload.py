@@ -158,7 +158,7 @@ def note_refusal(refusal: RequestRefusedError) -> None:
 
 
 class OverloadMiddleware:
-    """Answers 503 while no instance is live and 429 while too many requests wait.
+    """Answers 503 while no instance takes requests or is about to, and 429 while too many requests wait.
 
     An HTTP request that brings several requests (prompts, choices) may take half of the places, so that such
     requests never take them all: then it gets 429, and 400 if it alone brings more.
@@ -169,7 +169,8 @@ class OverloadMiddleware:
     and by vLLM (`--max-num-queued-reqs`) get their `Retry-After` here too.
 
     Args:
-        cluster: Asked for `num_live`, `num_waiting` and `num_waiting_elsewhere` on every generating request.
+        cluster: Asked for `takes_requests`, `num_waiting` and `num_waiting_elsewhere` on every generating
+            request.
         max_waiting: Requests that may wait for their first token, at all API servers; None for no limit.
         on_429: Called in the task of each request that gets 429.
 
@@ -251,7 +252,7 @@ class OverloadMiddleware:
             _arrival.reset(token)
 
     def _refusal(self) -> JSONResponse | None:
-        if self._cluster.num_live == 0:
+        if not self._cluster.takes_requests:
             return error_response(503, "No instance is available.", headers=RETRY_AFTER)
         if (why := self._overload()) is not None:
             return error_response(429, why, headers=RETRY_AFTER)

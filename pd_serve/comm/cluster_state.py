@@ -109,6 +109,7 @@ class ClusterState(msgspec.Struct, frozen=True, tag=True):
         problems: Failures of the manager's message handlers, one text each.
         message_errors: Messages that the manager could not handle, by kind.
         wanted: Number of instances that there should be at least, by role.
+        replaces: Whether instances are started in the place of dead ones.
     """
 
     starting: list[StartingInstance]
@@ -120,3 +121,4 @@ class ClusterState(msgspec.Struct, frozen=True, tag=True):
     problems: list[str] = []
     wanted: dict[str, int] = {}
     message_errors: dict[str, int] = {}
+    replaces: bool = True

@@ -33,6 +33,7 @@ from pd_serve.frontend.integrity import IntegrityChecks, IntegrityWatch
 from pd_serve.frontend.lora_adapters import OfferedAdapters
 from pd_serve.frontend.manager_client import ManagerClient
 from pd_serve.frontend.manual_migration import ManualMigrations, MigrationMode
+from pd_serve.frontend.outage import Outage
 from pd_serve.frontend.output_codec import OutputCodec
 from pd_serve.frontend.placement import RequestPlacement
 from pd_serve.frontend.reconciler import Reconciler
@@ -97,7 +98,13 @@ class Frontend:
         self._accounts = accounts = accounts or Accounts()
         placement = RequestPlacement(wire, endpoint, dispatcher, recorder, clock, accounts.shares)
         seen = self.instances
-        self.requests = RequestTracker(wire, seen, placement, codec, deliver, recorder, clock, accounts)
+        self._outage = Outage(
+            lambda: placement.is_serving, seen, lambda: self._manager.state, self._loop.time
+        )
+        takes = self._outage.takes_requests
+        self.requests = RequestTracker(
+            wire, seen, placement, codec, deliver, recorder, clock, accounts, takes
+        )
         requests = self.requests.requests
         self._reconciler = Reconciler(
             wire, self.instances, requests, self.requests, recorder, lambda: self._manager.num_heartbeats
@@ -163,6 +170,7 @@ class Frontend:
         while True:
             await asyncio.sleep(REQUEST_REPORT_INTERVAL_S)
             try:
+                self._outage.look()
                 self._reconciler.check()
                 self._accounts.charge(self.requests.requests.values())
             except Exception as error:  # the next check has to come, whatever it is
@@ -255,6 +263,10 @@ class Frontend:
     @property
     def num_live(self) -> int:
         return len(candidates(self.instances.loads))
+
+    @property
+    def takes_requests(self) -> bool:
+        return self._outage.takes_requests()
 
     def snapshot(self) -> ClusterSnapshot:
         seen, stats = self.instances, self._stats.get

@@ -42,6 +42,9 @@ class Instances:
     def __iter__(self) -> Iterator[InstanceInfo]:
         return iter(self._members.instances.values())
 
+    def __len__(self) -> int:
+        return len(self._members.instances)
+
     def __contains__(self, instance_id: object) -> bool:
         return instance_id in self._members.instances
 

@@ -11,7 +11,7 @@ from pd_serve.frontend.tracked_request import TrackedRequest
 
 
 class Recovery:
-    """Requests that were lost, and new ones that lost all instances while they waited in the line.
+    """Requests that were lost, and new ones that no instance takes.
 
     A request waits here while no instance takes requests, or until its trial may begin (see `Suspects`): for
     at most `RECOVERY_S`.

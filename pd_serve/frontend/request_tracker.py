@@ -41,6 +41,7 @@ class RequestTracker:
         recorder: Records the events of every request.
         clock: Clock of the recorded times, in seconds.
         accounts: Charged for outputs.
+        takes_requests: Returns whether new requests are served, or wait until they are.
 
     Attributes:
         requests: Requests in progress, by id.
@@ -60,6 +61,7 @@ class RequestTracker:
         recorder: RequestRecorder,
         clock: Callable[[], float],
         accounts: Accounts,
+        takes_requests: Callable[[], bool],
     ) -> None:
         self._wire = wire
         self._instances = instances
@@ -69,6 +71,7 @@ class RequestTracker:
         self._recorder = recorder
         self._clock = clock
         self._accounts = accounts
+        self._takes_requests = takes_requests
         self.requests: dict[RequestId, TrackedRequest] = {}
         self.waiting: dict[RequestId, TrackedRequest] = {}
         self.migrations: dict[str, Counter[str]] = {"handoff": Counter(), "manual": Counter()}
@@ -106,7 +109,7 @@ class RequestTracker:
             holder: Instance that has it already; see `pd_serve.frontend.adoption`. It is not started then.
 
         Raises:
-            EngineDeadError: No live instance takes new requests.
+            EngineDeadError: No live instance takes new requests, and none will soon.
         """
         if holder:
             new = replace(new, slo=NO_SLO)  # it is not known when it arrived
@@ -117,11 +120,14 @@ class RequestTracker:
         )
         if holder:
             self._recorder.dispatched(request_id, holder, self._instances.role_of(holder), self._clock())
-        elif not self._placement.start(request):
+        is_placed = bool(holder) or self._placement.start(request)
+        if not is_placed and not self._takes_requests():
             self._recorder.ended(request_id, "error", self._clock())
             raise EngineDeadError("no live instance takes new requests; see GET /cluster")
         self.requests[request.request_id] = request
         self.waiting[request.request_id] = request
+        if not is_placed:
+            self._recovery.add(request)
         return request
 
     @property

@@ -306,6 +306,7 @@ class Manager:
             problems=self._wire.failures.problems(),
             wanted=self._sizes.least,
             message_errors=dict(self._wire.failures.by_kind),
+            replaces=self._config.replaces,
         )
 
     # ---- messages

@@ -115,6 +115,10 @@ class ScriptedCluster:
         self.sizes: dict[str, int] = {}
         self.restarts = 0
 
+    @property
+    def takes_requests(self) -> bool:
+        return self.num_live > 0
+
     def first_token_s(self, request: NewRequest, arriving_tokens: int) -> float | None:
         return self.predicted_s
 

@@ -32,6 +32,10 @@ class Cluster:
     num_waiting: int = 0
     num_waiting_elsewhere: int = 0
 
+    @property
+    def takes_requests(self) -> bool:
+        return self.num_live > 0
+
 
 class App:
     """An ASGI application that reads the body, waits, hands the request over, waits and answers.

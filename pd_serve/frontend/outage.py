@@ -1,0 +1,51 @@
+"""A time in which no instance takes new requests, and whether it is going to end."""
+
+from collections.abc import Callable, Sized
+
+from pd_serve.comm.cluster_state import ClusterState
+from pd_serve.comm.timing import RECOVERY_S
+
+
+class Outage:
+    """Decides whether new requests wait for instances, or are refused.
+
+    They wait, as requests do that have lost their instance, while the manager starts instances in the place
+    of those that are missing: clients notice a pause. What has lasted for `RECOVERY_S` is expected to go on.
+
+    Args:
+        is_serving: Returns whether any instance takes new requests.
+        instances: Those in the membership.
+        state: Returns the last state from the manager; None if there was none.
+        clock: Seconds.
+    """
+
+    def __init__(
+        self,
+        is_serving: Callable[[], bool],
+        instances: Sized,
+        state: Callable[[], ClusterState | None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._is_serving = is_serving
+        self._instances = instances
+        self._state = state
+        self._clock = clock
+        self._began_at: float | None = None
+
+    def look(self) -> None:
+        """Notes whether an outage has begun or ended. To be called regularly."""
+        if self._is_serving():
+            self._began_at = None
+        elif self._began_at is None:
+            self._began_at = self._clock()
+
+    def takes_requests(self) -> bool:
+        """Whether new requests are served, now or soon."""
+        self.look()
+        if self._began_at is None:
+            return True
+        state = self._state()
+        if state is None or self._clock() - self._began_at >= RECOVERY_S:
+            return False
+        missing = sum(state.wanted.values()) > len(self._instances)
+        return bool(state.starting) or (state.replaces and missing)
