@@ -65,6 +65,9 @@ class ServiceMonitor:
         """Notes ended processes until it is cancelled."""
         while True:
             found = {process.pid: kind for process, kind in self._processes.kinds()}
+            for pid, kind in found.items():
+                if kind is ProcessKind.OTHER and pid in self._known:
+                    found[pid] = self._known[pid]  # it ends, and has no command line any more
             for pid in self._known.keys() - found.keys():
                 self.deaths.append(Death(self._now_s(), self._known[pid], pid))
             self._known = found

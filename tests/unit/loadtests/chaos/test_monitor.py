@@ -4,13 +4,14 @@ import asyncio
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
 from loadtests.answer import StreamError
 from loadtests.chaos import monitor
 from loadtests.chaos.monitor import ServiceMonitor
-from loadtests.processes import ServiceProcesses
+from loadtests.processes import ProcessKind, ServiceProcesses
 from loadtests.stream_client import AsyncStreamClient
 
 
@@ -66,3 +67,26 @@ async def test_ended_processes_are_noted(
     watching.cancel()
 
     assert [(death.at_s, death.pid) for death in watch.deaths] == [(3.0, process.pid)]
+
+
+async def test_a_process_that_ends_keeps_its_kind_when_its_command_line_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class EndingProcesses:
+        def __init__(self) -> None:
+            known, ending = (
+                [(SimpleNamespace(pid=7), kind)] for kind in (ProcessKind.API_SERVER, ProcessKind.OTHER)
+            )
+            self.looks = [known, ending, []]
+
+        def kinds(self) -> list[tuple[SimpleNamespace, ProcessKind]]:
+            return self.looks.pop(0) if self.looks else []
+
+    monkeypatch.setattr(monitor, "POLL_S", 0.001)
+    watch = ServiceMonitor(FlakyClient(), EndingProcesses(), lambda: 3.0)  # type: ignore[arg-type]
+    watching = asyncio.create_task(watch.watch_processes())
+    while not watch.deaths:  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+    watching.cancel()
+
+    assert [(death.kind, death.pid) for death in watch.deaths] == [(ProcessKind.API_SERVER, 7)]
