@@ -74,9 +74,11 @@ class Recovery:
             return False
         if request.is_new:
             return self._placement.start(request)
-        if overdue or not self._suspects.needs_trial(request):
-            return self._placement.place(request)
-        if not self._placement.place(request, avoid=self._suspects.instances_with_trials()):
+        on_trial = not overdue and self._suspects.needs_trial(request)
+        avoided = self._suspects.instances_with_trials() if on_trial else set()
+        if not self._placement.place(request, avoid=avoided):
             return False
-        self._suspects.begin_trial(request)
+        request.recomputed_at = now
+        if on_trial:
+            self._suspects.begin_trial(request)
         return True

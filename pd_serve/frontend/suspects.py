@@ -46,18 +46,20 @@ class Suspects:
     def blame(self, requests: Collection[TrackedRequest]) -> list[TrackedRequest]:
         """An instance has died with these requests. Returns those that are given up.
 
-        Blamed are the requests on trial, otherwise those that have seen the most deaths. Each is blamed once
-        for deaths that follow each other within `DEATH_CHAIN_S`. After its first death a request is
-        recomputed at once, later when no other death has followed.
+        Blamed are all, but beside a request on trial none that has passed its own. Each is blamed once for
+        deaths that follow each other within `DEATH_CHAIN_S`. After its first death a request is recomputed at
+        once, later when no other death has followed.
         """
         now = self._loop.time()
         for request in requests:
-            if now - request.died_at > FORGIVEN_S:
+            if now - max(request.died_at, request.recomputed_at) > FORGIVEN_S:
                 request.deaths = request.deaths_in_a_row = 0
-        on_trial = [request for request in requests if self._is_on_trial(request)]
-        most = max((request.deaths for request in requests), default=0)
+        on_trial = {request.request_id for request in requests if self._is_on_trial(request)}
         given_up = []
-        for request in on_trial or [request for request in requests if request.deaths == most]:
+        for request in requests:
+            is_on_trial = request.request_id in on_trial
+            if on_trial and not is_on_trial and self.needs_trial(request):
+                continue  # it has passed its trial
             num_tokens = len(request.ledger.token_ids)
             if now - request.died_at >= DEATH_CHAIN_S:
                 request.deaths_in_a_row += 1
@@ -68,7 +70,7 @@ class Suspects:
                 first = False
             request.died_at, request.died_at_token = now, num_tokens
             request.retry_at = now if first else now + DEATH_CHAIN_S
-            if (request.deaths > MAX_DEATHS and on_trial) or request.deaths_in_a_row > MAX_DEATHS_IN_A_ROW:
+            if (is_on_trial and request.deaths > MAX_DEATHS) or request.deaths_in_a_row > MAX_DEATHS_IN_A_ROW:
                 given_up.append(request)
         for request in requests:
             self._trials.pop(request.request_id, None)

@@ -58,6 +58,7 @@ class TrackedRequest:
         deaths, deaths_in_a_row: Deaths of instances that it may have caused, the last one at `died_at`, with
             `died_at_token` tokens, which were `progress` more than at the death before; see
             `pd_serve.frontend.suspects`.
+        recomputed_at: Time at which an instance has got it after the last death.
         arrived_at: Time of the waiting line's clock.
         charged_tokens: Output tokens that its account was charged for.
         losses: Recomputes because of lost or wrong messages, while its instances lived.
@@ -77,6 +78,7 @@ class TrackedRequest:
     deaths_in_a_row: int = 0
     died_at: float = -math.inf
     died_at_token: int = 0
+    recomputed_at: float = -math.inf
     progress: int = 0
     losses: int = 0
     retry_at: float = 0.0
