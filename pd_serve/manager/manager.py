@@ -107,6 +107,7 @@ class Manager:
 
     async def start(self) -> None:
         """Starts the first instances. Raises: PdServeError: one does not start."""
+        self.announcer.open()  # an instance that is ready long before the others has to hear of its manager
         await self._starter.start_first(self._config.first_names())
         self._open()
 
@@ -137,12 +138,12 @@ class Manager:
             return True
         self._sizes.keep("missing after the restart of the manager")
         self._notices.step(f"took over {', '.join(info.instance_id for info in infos)}")
+        self.announcer.open()
         self._open()
         return True
 
     def _open(self) -> None:
         self._is_open = True
-        self.announcer.open()
         self._scheduler.open()
         self._tasks.start(self._watch_instances())
         self._tasks.start(self._watch_term())

@@ -202,9 +202,10 @@ class Starter:
         """Starts an instance with an id of `new_id`. Returns whether it is ready and has reported."""
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                self._ready(await self._start(name, role))
-                while name in self._register and self._register.load_of(name) is None:  # noqa: ASYNC110
-                    await asyncio.sleep(POLL_S)
+                info = await self._start(name, role)
+            self._ready(info)
+            while name in self._register and self._register.load_of(name) is None:  # noqa: ASYNC110
+                await asyncio.sleep(POLL_S)
         except Exception as error:
             if not isinstance(error, PdServeError | TimeoutError):
                 logger.exception("%s: starting it failed", name)

@@ -16,6 +16,7 @@ class SimulatedActor:
 
     Attributes:
         started: Settled when the instance is ready, or will never be.
+        is_answered: Its manager learns that it is ready.
         instance: None before that.
         notes: The latest notes of a manager.
     """
@@ -24,6 +25,7 @@ class SimulatedActor:
     process: SimulatedProcess
     faults: EngineFaults
     started: "asyncio.Future[InstanceInfo] | None" = None
+    is_answered: bool = True
     instance: SimulatedInstance | None = None
     notes: ManagerNotes | None = None
 
@@ -44,7 +46,7 @@ class StartFaults:
         delay_s: Added to the time of a start.
         failures: Number of starts that fail.
         early_deaths: Number of instances that die `dies_after_s` after they were ready.
-        lost_starts: Number of starts that are never answered.
+        lost_starts: Number of starts whose answer is lost.
         lost_stops: Number of orders to end an instance that do nothing.
         hanging: Instances that hang for ever. An order to end one of them is not lost: nothing else would.
         starved: There are no resources for another instance.

@@ -121,7 +121,7 @@ class SimulatedPlatform:
             starts.ended_at = self.loop.now + START_TIMEOUT_S
         if starts.lost_starts:
             starts.lost_starts -= 1
-            return actor.started
+            actor.is_answered = False
         self.loop.outside_at(self.loop.now + duration_s, self._ready, actor, config, fails)
         return actor.started
 
@@ -151,7 +151,8 @@ class SimulatedPlatform:
         if len(self.instances) == 1:
             self.bare_s = max(self.bare_s, self.loop.now - self._bare_since)
         assert actor.started is not None
-        actor.started.set_result(actor.instance.info)
+        if actor.is_answered:
+            actor.started.set_result(actor.instance.info)
         if self.starts.early_deaths:
             self.starts.early_deaths -= 1
             self.starts.ended_at = self.loop.now + self.starts.dies_after_s

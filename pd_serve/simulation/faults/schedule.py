@@ -19,7 +19,7 @@ class FaultKind(enum.StrEnum):
     DIES_EARLY = "crash loop"  # the next `value` instances die soon after they are ready
     SLOW_START = "slow start"  # the next starts take `value` seconds more
     FAILED_START = "failed start"  # the next `value` starts fail
-    LOSE_STARTS = "lost starts"  # the next `value` starts are never answered
+    LOSE_STARTS = "lost starts"  # the manager never learns of the next `value` instances that they are ready
     LOSE_STOPS = "lost stops"  # the next `value` orders of a manager to end an instance do nothing
     STARVE = "no resources"  # starts wait for resources
     POISON = "poison request"  # a request kills each instance that computes it

@@ -32,10 +32,11 @@ START_S = 15.0
 
 
 class FakeLauncher:
-    """Starts instances in `START_S`.
+    """Starts instances, in `START_S` if not told otherwise.
 
     Attributes:
         fails: Raised by every start; None: starts succeed.
+        start_s: Time that an instance takes to start, by id.
         waits: Instances that wait for resources.
         found: What the next manager finds, in `find_s`.
         scheduler_fails: Raised by the next starts of a scheduler.
@@ -44,6 +45,7 @@ class FakeLauncher:
     def __init__(self) -> None:
         self.on_lost: Any = None
         self.fails: Exception | None = None
+        self.start_s: dict[str, float] = {}
         self.waits: set[str] = set()
         self.stopped: list[str] = []
         self.leaves_starts = False
@@ -63,7 +65,7 @@ class FakeLauncher:
 
     async def start(self, config: InstanceConfig) -> InstanceInfo:
         try:
-            await asyncio.sleep(START_S)
+            await asyncio.sleep(self.start_s.get(config.instance_id, START_S))
             while config.instance_id in self.waits:  # noqa: ASYNC110
                 await asyncio.sleep(1)
         except asyncio.CancelledError:

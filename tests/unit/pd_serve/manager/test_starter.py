@@ -4,7 +4,14 @@ import asyncio
 
 import pytest
 
-from pd_serve.comm.timing import MAX_START_BACKOFF_S, START_BACKOFF_S, START_TIMEOUT_S
+from pd_serve.comm.membership import Membership
+from pd_serve.comm.timing import (
+    HEARTBEAT_S,
+    MAX_START_BACKOFF_S,
+    ORPHAN_S,
+    START_BACKOFF_S,
+    START_TIMEOUT_S,
+)
 from pd_serve.errors import EngineDeadError
 from tests.unit.pd_serve.manager.manager_world import DEAD, START_S, World, a_world
 from tests.virtual_time import in_virtual_time
@@ -30,6 +37,18 @@ class TestFirstInstances:
         world.launcher.waits.clear()
         await asyncio.sleep(2)
         assert world.names == ["decode-0", "decode-1", "prefill-0"]
+        await world.close()
+
+    @in_virtual_time
+    async def test_an_instance_that_is_ready_long_before_the_others_hears_of_its_manager(self) -> None:
+        """Otherwise it would end itself after `ORPHAN_S`."""
+        world = World()
+        world.launcher.start_s["decode-1"] = 2 * ORPHAN_S
+        start = asyncio.create_task(world.manager.start())
+        await asyncio.sleep(ORPHAN_S)
+        assert not start.done()
+        assert len(world.sent(Membership, "decode-0")) > ORPHAN_S / HEARTBEAT_S / 2
+        await start
         await world.close()
 
     @in_virtual_time
@@ -73,6 +92,17 @@ class TestForTheScheduler:
             await asyncio.sleep(1)
             assert world.members.starting == {}
             assert world.decisions == ["decode-2 is started: it is too full"]
+
+    @in_virtual_time
+    async def test_an_instance_that_is_ready_in_time_and_reports_later_is_not_started_again(self) -> None:
+        async with a_world() as world:
+            world.launcher.start_s["decode-2"] = START_TIMEOUT_S - 1
+            world.launcher.on_lost("decode-1")
+            world.silent.add("decode-2")
+            await asyncio.sleep(START_TIMEOUT_S + START_BACKOFF_S)
+            world.silent.clear()
+            await asyncio.sleep(MAX_START_BACKOFF_S)
+            assert world.names == ["decode-0", "decode-2", "prefill-0"]
 
     @in_virtual_time
     async def test_the_scheduler_gets_no_more_instances_than_the_maximum(self) -> None:

@@ -101,7 +101,7 @@ def test_an_instance_that_its_manager_cannot_end_ends_itself() -> None:
     assert result.simulated_s > ORPHAN_S
 
 
-def test_a_start_that_is_never_answered_is_given_up_and_tried_again() -> None:
+def test_an_instance_whose_manager_never_learns_that_it_is_ready_ends_itself_and_is_replaced() -> None:
     faults = [
         ScheduledFault(2.0, FaultKind.LOSE_STARTS, value=1.0),
         ScheduledFault(2.1, FaultKind.KILL, "decode:0"),
@@ -110,7 +110,8 @@ def test_a_start_that_is_never_answered_is_given_up_and_tried_again() -> None:
     result = faulty(*faults)
 
     assert result.findings == []
-    assert result.simulated_s > START_TIMEOUT_S
+    assert result.deaths == 2
+    assert result.simulated_s > ORPHAN_S
 
 
 def test_a_request_may_fail_when_no_instance_comes_for_longer_than_it_waits() -> None:
