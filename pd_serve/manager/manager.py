@@ -178,10 +178,9 @@ class Manager:
 
     def _on_lost(self, instance_id: str) -> None:
         """The process of an instance has died."""
-        if self._closed:
-            return
-        self._notices.warn(f"{instance_id} has died; its requests are recomputed elsewhere")
-        self._lose(instance_id)
+        if not self._closed:
+            self._notices.warn(f"{instance_id} has died; its requests are recomputed elsewhere")
+            self._lose(instance_id)
 
     def _lose(self, instance_id: str) -> None:
         if instance_id not in self.register:
