@@ -34,6 +34,7 @@ class Outcome:
         late_s: Delay of the actual start.
         prompt_tokens: As the server counts; as planned if the server reported nothing.
         error: Kind of failure, None for none; `detail` is what was received.
+        is_later_turn: Of a session, after its first one.
     """
 
     number: int
@@ -48,6 +49,7 @@ class Outcome:
     prompt_tokens: int = 0
     error: str | None = None
     detail: str = ""
+    is_later_turn: bool = False
 
     @property
     def tpot_s(self) -> float | None:

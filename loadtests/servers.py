@@ -97,6 +97,12 @@ class SharedSettings:
         module = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={self.model}"]
         return ServerCommand(name, [*module, *flags, *self._common_flags(port)], port, self.environment)
 
+    def vllm_serve(self, port: int, *flags: str, name: str = STOCK) -> ServerCommand:
+        """vLLM's own command line, with its engines in processes of their own."""
+        command = [sys.executable, "-m", "loadtests.bench.vllm_cli", "serve", self.model]
+        environment = self.environment | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        return ServerCommand(name, [*command, *flags, *self._common_flags(port)], port, environment)
+
     def _common_flags(self, port: int) -> list[str]:
         return [f"--served-model-name={MODEL}", f"--host={HOST}", f"--port={port}", *self.flags]
 

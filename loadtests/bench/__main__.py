@@ -137,12 +137,19 @@ def bench_compare(
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each arm at each load.")] = 3,
     requests: Annotated[int, typer.Option(min=8, help="Requests per load and round.")] = 40,
     rate: Annotated[float, typer.Option(min=0.1, help="Requests/s of the steady load.")] = 3.0,
+    arm: Annotated[
+        list[str] | None, typer.Option(help="Beside plain vLLM in turns; may be repeated. (default: all)")
+    ] = None,
 ) -> None:
     """pd-serve beside plain vLLM, vLLM's NixlConnector, vllm-router and sglang-router, in one table."""
     from loadtests.bench import compare
+    from loadtests.bench.arms import PLAIN, TITLES
 
-    report = BenchmarkReport(json_file)
-    _run(compare.run(report, sizes=engines or [3], rounds=rounds, rate=rate, num_requests=requests))
+    if unknown := [name for name in arm or [] if name not in TITLES]:
+        raise typer.BadParameter(f"no arm {unknown[0]!r}; there are {', '.join(TITLES)}")
+    report, names = BenchmarkReport(json_file), [PLAIN, *arm] if arm else []
+    sizes = engines or [3]
+    _run(compare.run(report, sizes=sizes, rounds=rounds, rate=rate, num_requests=requests, names=names))
 
 
 def _run(benchmark: Coroutine[Any, Any, None]) -> None:

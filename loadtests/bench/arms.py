@@ -11,13 +11,17 @@ from pathlib import Path
 
 from loadtests.servers import HOST, MODEL, ServerCommand, SharedSettings
 
-PLAIN, NIXL, UNMOVED, DEFAULTS = "round-robin", "nixl", "ours-unmoved", "ours"
+PLAIN, CACHE_AWARE, DATA_PARALLEL, NIXL = "round-robin", "cache-aware", "data-parallel", "nixl"
+UNMOVED, DEFAULTS, CONDITIONAL = "ours-unmoved", "ours", "ours-conditional"
 
 TITLES = {
     PLAIN: "plain vLLM, round robin",
+    CACHE_AWARE: "plain vLLM, by cached prefix",
+    DATA_PARALLEL: "vLLM, data parallel",
     NIXL: "vLLM, NixlConnector",
     UNMOVED: "ours, no rescheduling",
     DEFAULTS: "ours",
+    CONDITIONAL: "ours, conditional",
 }
 
 #: Routers do not print a line for each request.
@@ -57,12 +61,15 @@ class ArmBuilder:
     free_port: Callable[[], int]
 
     def all_arms(self, num_engines: int) -> list[Arm]:
-        """All four arms with `num_engines` engines; a disaggregated arm has one prefill engine."""
+        """All arms with `num_engines` engines; a disaggregated arm has one prefill engine."""
         return [
-            self._plain(num_engines),
+            self._plain(PLAIN, num_engines, "round_robin"),
+            self._plain(CACHE_AWARE, num_engines, "cache_aware"),
+            self._data_parallel(num_engines),
             self._nixl(num_engines),
             self._ours(UNMOVED, num_engines, "--set=rescheduling=none"),
             self._ours(DEFAULTS, num_engines),
+            self._ours(CONDITIONAL, num_engines, "--policy=conditional"),
         ]
 
     def vllm_router(self, flags: Iterable[str]) -> ServerCommand:
@@ -74,11 +81,16 @@ class ArmBuilder:
         python = str(self.routers_folder / "bin" / "python")
         return self._router("sglang-router", [python, "-m", "sglang_router.launch_router"], flags)
 
-    def _plain(self, num_engines: int) -> Arm:
-        """vLLM's servers, each with its own engine, in turns."""
+    def _plain(self, name: str, num_engines: int, policy: str) -> Arm:
+        """vLLM's servers, each with its own engine, behind a policy of vLLM's router."""
         servers = [self.settings.stock(self.free_port(), name=f"vllm-{i}") for i in range(num_engines)]
         urls = [server.url for server in servers]
-        return Arm(PLAIN, servers, self.vllm_router(["--policy=round_robin", "--worker-urls", *urls]))
+        return Arm(name, servers, self.vllm_router([f"--policy={policy}", "--worker-urls", *urls]))
+
+    def _data_parallel(self, num_engines: int) -> Arm:
+        """vLLM's own front end of several engines, with two API servers."""
+        flags = (f"--data-parallel-size={num_engines}", "--api-server-count=2")
+        return Arm(DATA_PARALLEL, [self.settings.vllm_serve(self.free_port(), *flags, name="vllm")])
 
     def _nixl(self, num_engines: int) -> Arm:
         """vLLM's own disaggregation: the router sends a prompt to one server, and then to another."""

@@ -4,6 +4,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import aiohttp
 
@@ -16,11 +17,14 @@ from pd_serve.simulation.config import TraceRequest
 #: A request that takes longer has failed.
 REQUEST_TIMEOUT_S = 120.0
 
+#: Tokens of the demo model that are one lower-case letter each.
+LETTERS = list(range(ord("a"), ord("z") + 1))
+
 Request = tuple[TraceRequest, str | list[int]]
 
 
 async def run_round(url: str, cpu_s: Callable[[], float], load: Load, seed: int) -> Round:
-    """Sends one round's requests. A failed request is an outcome of the round.
+    """Sends one round's requests. A failed request is an outcome of the round, and the last of its session.
 
     Args:
         url: The server that the requests go to.
@@ -61,19 +65,28 @@ async def _open_loop(
     async with asyncio.TaskGroup() as clients:
         for number, request in enumerate(requests):
             await asyncio.sleep(max(0.0, begin + request[0].arrival_s - time.perf_counter()))
-            tasks.append(clients.create_task(_complete(session, url, number, request, load.as_chat)))
-    return [task.result() for task in tasks]
+            tasks.append(clients.create_task(_complete(session, url, number, request, load)))
+    return [outcome for outcome, _ in map(asyncio.Task.result, tasks)]
 
 
 async def _closed_loop(
     session: aiohttp.ClientSession, url: str, requests: Sequence[Request], load: Load
 ) -> list[Outcome]:
-    remaining: Iterator[tuple[int, Request]] = iter(enumerate(requests))
+    remaining: Iterator[int] = iter(range(0, len(requests), load.turns))  # first turns
     outcomes: list[Outcome] = []
 
     async def client() -> None:
-        for number, request in remaining:
-            outcomes.append(await _complete(session, url, number, request, load.as_chat))
+        for first in remaining:
+            text: str | None = None
+            for number in range(first, first + load.turns):
+                wanted, prompt = requests[number]
+                if text is not None and isinstance(prompt, str):
+                    prompt = text + prompt
+                found, answer = await _complete(session, url, number, (wanted, prompt), load)
+                outcomes.append(found)
+                if found.error is not None or not isinstance(prompt, str):
+                    break
+                text = prompt + answer
 
     async with asyncio.TaskGroup() as clients:
         for _ in range(load.num_clients):
@@ -82,9 +95,9 @@ async def _closed_loop(
 
 
 async def _complete(
-    session: aiohttp.ClientSession, url: str, number: int, request: Request, as_chat: bool
-) -> Outcome:
-    """One greedy answer of the full length, asked for by vLLM's own benchmark functions."""
+    session: aiohttp.ClientSession, url: str, number: int, request: Request, load: Load
+) -> tuple[Outcome, str]:
+    """One greedy answer of the full length, and its text, asked for by vLLM's own benchmark functions."""
     from vllm.benchmarks.lib.endpoint_request_func import (
         RequestFuncInput,
         async_request_openai_chat_completions,
@@ -92,6 +105,9 @@ async def _complete(
     )
 
     wanted, prompt = request
+    as_chat, sampling = load.as_chat, dict[str, Any](temperature=0.0)
+    if load.turns > 1:
+        sampling |= {"allowed_token_ids": LETTERS}  # the answer in the next prompt is the same tokens again
     arguments = RequestFuncInput(
         prompt=prompt,
         api_url=f"{url}/v1/chat/completions" if as_chat else f"{url}/v1/completions",
@@ -99,7 +115,7 @@ async def _complete(
         output_len=wanted.output_tokens,
         model=MODEL,
         ignore_eos=True,
-        extra_body={"temperature": 0.0},
+        extra_body=sampling,
     )
     ask = async_request_openai_chat_completions if as_chat else async_request_openai_completions
     output = await ask(arguments, session)
@@ -108,7 +124,7 @@ async def _complete(
         error = next(reversed(output.error.strip().splitlines()), "no answer")
     elif output.output_tokens != wanted.output_tokens:
         error = f"{output.output_tokens} tokens received instead of {wanted.output_tokens}"
-    return Outcome(
+    outcome = Outcome(
         number=number,
         tokens=output.output_tokens or 0,
         ttft_s=output.ttft,
@@ -117,4 +133,6 @@ async def _complete(
         at_s=wanted.arrival_s,
         prompt_tokens=wanted.prompt_tokens,
         error=error,
+        is_later_turn=wanted.turn_of is not None,
     )
+    return outcome, output.generated_text

@@ -35,6 +35,10 @@ WARM_UP = Load("warm-up", 8, LENGTHS, num_clients=4, as_text=True)
 #: Time limit for an arm to become idle before each load, and the number of busy cores that counts as idle.
 IDLE_TIMEOUT_S, IDLE_CORES = 15.0, 0.25
 
+#: Conversations, and answers of which one in ten is thirty times as long as the others.
+TURN_LENGTHS = Lengths(prompt=(64, 384), output=(16, 160))
+SKEWED_LENGTHS = Lengths(prompt=(32, 256), output=(8, 48), long_share=0.1, long_output=(600, 1200))
+
 #: The same for all arms: a cache that is scarce, as on a GPU with a real model (8,160 tokens), and prompts in
 #: chunks of our default on a CPU, which also keeps a plain engine's decoding going.
 ENGINE = {"kv_cache_memory_bytes": 32 * 2**20, "max_model_len": 4096, "max_num_batched_tokens": 512}
@@ -49,12 +53,19 @@ Rounds = dict[str, dict[str, list[Round]]]
 
 
 async def run(
-    report: BenchmarkReport, *, sizes: Sequence[int], rounds: int, rate: float, num_requests: int
+    report: BenchmarkReport,
+    *,
+    sizes: Sequence[int],
+    rounds: int,
+    rate: float,
+    num_requests: int,
+    names: Sequence[str] = (),
 ) -> None:
-    """Measures, shows tables and writes the numbers after each. Takes about ten minutes for each size.
+    """Measures, shows tables and writes the numbers after each. Takes about half an hour for each size.
 
     Args:
         sizes: Numbers of engines, each at least two.
+        names: Of the arms, plain vLLM in turns among them; all if there are none.
         rounds: Rounds per size; in each, every arm has one turn at each load.
         rate: Requests/s of the open loop.
         num_requests: Requests of each load in each round.
@@ -67,6 +78,8 @@ async def run(
     loads = [
         Load("steady", num_requests, LENGTHS, rate=rate, as_text=True),
         Load("full", num_requests, LENGTHS, num_clients=16, as_text=True),
+        Load("turns", num_requests, TURN_LENGTHS, num_clients=6, as_text=True, turns=4),
+        Load("skewed", num_requests, SKEWED_LENGTHS, num_clients=16, as_text=True),
     ]
     numbers: dict[str, Any] = {"loads": [asdict(load) for load in loads], "engine": ENGINE, "sizes": {}}
     numbers["routers"] = await routers.run(routers_folder, report.console)
@@ -75,6 +88,7 @@ async def run(
     for size in sizes:
         settings = SharedSettings.of_this_machine(size, **ENGINE)
         arms = ArmBuilder(settings, routers_folder, free_port).all_arms(size)
+        arms = [arm for arm in arms if not names or arm.name in names]
         check_memory(size)
         measured = await _measure(arms, loads, rounds, report.console)
         numbers["sizes"][str(size)] = {

@@ -9,6 +9,7 @@ from loadtests.terminal import numbers_table
 
 LATENCIES = {
     "TTFT": ("ttft_p50_ms", "ttft_p99_ms"),
+    "of later turns": ("later_ttft_p50_ms", "later_ttft_p99_ms"),
     "TPOT": ("tpot_p50_ms", "tpot_p99_ms"),
     "ITL": ("itl_p50_ms", "itl_p99_ms"),
     "longest gap": ("longest_gap_p50_ms", "longest_gap_p99_ms"),

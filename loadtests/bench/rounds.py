@@ -75,6 +75,9 @@ def summarize_rounds(rounds: Sequence[Round]) -> dict[str, float]:
             result |= {
                 f"{REPORTED[name]}_{part}_ms": value for part, value in found.items() if value is not None
             }
+    later = latencies_s([outcome for outcome in outcomes if outcome.is_later_turn])["ttft"]
+    found = statistics_ms(later, ("p50", "p99"))
+    result |= {f"later_ttft_{part}_ms": value for part, value in found.items() if value is not None}
     num_tokens = sum(one.num_tokens for one in rounds)
     result["output_tokens_per_s"] = round(
         statistics.median(one.num_tokens / one.seconds for one in rounds), 1
@@ -88,6 +91,8 @@ def summarize_rounds(rounds: Sequence[Round]) -> dict[str, float]:
 COMPARED = (
     "ttft_p50_ms",
     "ttft_p99_ms",
+    "later_ttft_p50_ms",
+    "later_ttft_p99_ms",
     "tpot_p50_ms",
     "tpot_p99_ms",
     "itl_p99_ms",

@@ -6,7 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from loadtests.bench.arms import DEFAULTS, NIXL, PLAIN, UNMOVED, Arm, ArmBuilder, described
+from loadtests.bench.arms import (
+    CACHE_AWARE,
+    CONDITIONAL,
+    DATA_PARALLEL,
+    DEFAULTS,
+    NIXL,
+    PLAIN,
+    TITLES,
+    UNMOVED,
+    Arm,
+    ArmBuilder,
+    described,
+)
 from loadtests.servers import SharedSettings
 
 SETTINGS = SharedSettings(
@@ -22,10 +34,13 @@ def arms() -> dict[str, Arm]:
 
 
 def test_all_arms_have_equally_many_engines_with_the_same_flags(arms: dict[str, Arm]) -> None:
-    assert list(arms) == [PLAIN, NIXL, UNMOVED, DEFAULTS]
-    for name in (PLAIN, NIXL):
+    assert list(arms) == list(TITLES)
+    for name in (PLAIN, CACHE_AWARE, NIXL):
         assert len(arms[name].engines) == 3
-    for name in (UNMOVED, DEFAULTS):
+    (data_parallel,) = arms[DATA_PARALLEL].engines
+    assert "--data-parallel-size=3" in data_parallel.command
+    assert data_parallel.environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1"
+    for name in (UNMOVED, DEFAULTS, CONDITIONAL):
         (service,) = arms[name].engines
         assert {"--prefill=1", "--decode=2"} <= set(service.command)
     for arm in arms.values():
@@ -40,8 +55,9 @@ def test_no_two_processes_share_a_port(arms: dict[str, Arm]) -> None:
     used = [process.port for process in processes] + [int(port) for port in channels if port is not None]
     used += [int(part.partition("=")[2]) for part in metrics]
 
-    assert len(metrics) == 2
-    assert len(used) == len(set(used)) == 3 + 1 + 3 + 1 + 2 + 3 + 2
+    assert len(metrics) == 3
+    servers, routers, ours, side_channels = 3 * 3 + 1, 3, 3, 3
+    assert len(used) == len(set(used)) == servers + routers + ours + side_channels + len(metrics)
 
 
 def test_the_router_knows_all_servers_of_its_arm(arms: dict[str, Arm]) -> None:
@@ -53,6 +69,7 @@ def test_the_router_knows_all_servers_of_its_arm(arms: dict[str, Arm]) -> None:
     begin = plain.router.command.index("--worker-urls") + 1
     assert plain.router.command[begin : begin + 3] == urls
     assert "--policy=round_robin" in plain.router.command
+    assert "--policy=cache_aware" in getattr(arms[CACHE_AWARE].router, "command", [])
     prefill, *decode = (server.url for server in nixl.engines)
     given = [part for part in nixl.router.command if part.startswith(("--prefill=", "--decode="))]
     assert given == [f"--prefill={prefill}", *(f"--decode={url}" for url in decode)]

@@ -25,7 +25,7 @@ class FakeCompletions:
     status: int = 200
     concurrent: int = 0
     max_concurrent: int = 0
-    prompts: list[list[int]] = field(default_factory=list)
+    prompts: list[list[int] | str] = field(default_factory=list)
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
         if self.status != 200:
@@ -100,6 +100,30 @@ async def test_the_same_seed_sends_the_same_prompts_and_another_one_does_not(
 
     assert sorted(fake.prompts[:7]) == sorted(fake.prompts[7:14])
     assert sorted(fake.prompts[:7]) != sorted(fake.prompts[14:])
+
+
+async def test_a_turn_s_prompt_is_the_last_one_its_answer_and_new_text(
+    fake: FakeCompletions, url: str
+) -> None:
+    load = Load("turns", 6, Lengths.equal(4, 5), num_clients=1, as_text=True, turns=3)
+
+    one = await measured(url, load)
+
+    assert len(fake.prompts) == 6
+    for number in (1, 2, 4, 5):
+        before, prompt = str(fake.prompts[number - 1]), str(fake.prompts[number])
+        assert prompt.startswith(f"{before}aaaaa")
+        assert len(prompt) == len(before) + 5 + 4
+    assert [outcome.is_later_turn for outcome in one.outcomes] == [False, True, True] * 2
+    assert [outcome.prompt_tokens for outcome in one.outcomes] == [4, 13, 22] * 2
+
+
+async def test_a_failed_turn_is_the_last_of_its_session(fake: FakeCompletions, url: str) -> None:
+    fake.status = 503
+
+    one = await measured(url, Load("turns", 6, Lengths.equal(4, 5), num_clients=1, as_text=True, turns=3))
+
+    assert [outcome.number for outcome in one.outcomes] == [0, 3]
 
 
 async def test_a_refused_request_is_a_failure(fake: FakeCompletions, url: str) -> None:

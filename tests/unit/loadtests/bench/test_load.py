@@ -29,5 +29,30 @@ def test_prompts_have_the_lengths_of_the_requests_as_token_ids_or_text() -> None
     assert as_ids.prompts(1) == as_ids.prompts(1) != as_ids.prompts(2)
 
 
+def test_the_turns_of_a_session_follow_each_other_and_bring_new_text_only() -> None:
+    load = Load("turns", 5, Lengths((10, 20), (3, 5)), num_clients=2, as_text=True, turns=3)
+
+    requests, prompts = load.requests(1), load.prompts(1)
+
+    assert [request.turn_of for request in requests] == [None, 0, 1, None, 3, 4]
+    assert all(10 <= len(prompt) <= 20 for prompt in prompts)
+    for number, request in enumerate(requests):
+        known = 0
+        if request.turn_of is not None:
+            known = requests[number - 1].prompt_tokens + requests[number - 1].output_tokens
+        assert request.prompt_tokens == known + len(prompts[number])
+
+
+def test_a_share_of_the_answers_is_long() -> None:
+    requests = Load("skewed", 200, Lengths((5, 9), (1, 2), long_share=0.1, long_output=(600, 700))).requests(
+        1
+    )
+
+    outputs = [request.output_tokens for request in requests]
+    assert 5 < sum(output >= 600 for output in outputs) < 40
+    assert {output for output in outputs if output < 600} == {1, 2}
+    assert all(5 <= request.prompt_tokens <= 9 for request in requests)
+
+
 def test_equal_lengths_do_not_vary() -> None:
     assert {Lengths.equal(128, 32).draw(random.Random(n)) for n in range(20)} == {(128, 32)}
