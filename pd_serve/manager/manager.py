@@ -137,6 +137,7 @@ class Manager:
         if not await self.keep_notes():  # the next term, before any process sees it
             return True
         self._sizes.keep("missing after the restart of the manager")
+        self._sizes.trim("its pool is too large after the restart of the manager")
         self._notices.step(f"took over {', '.join(info.instance_id for info in infos)}")
         self.announcer.open()
         self._open()
@@ -177,7 +178,6 @@ class Manager:
         self._sizes.stopped.pop(instance_id, None)
 
     def _on_lost(self, instance_id: str) -> None:
-        """The process of an instance has died."""
         if not self._closed:
             self._notices.warn(f"{instance_id} has died; its requests are recomputed elsewhere")
             self._lose(instance_id)

@@ -94,7 +94,21 @@ class PoolSizes:
         while self.size(role) > size and self._starter.unqueue(role):
             pass
         candidates = sorted(self._staying(role), key=self._register.num_requests)
-        for instance_id in candidates[: max(0, self.size(role) - size)]:
+        self._stop(role, candidates[: max(0, self.size(role) - size)], reason)
+
+    def trim(self, reason: str) -> None:
+        """Stops the newest instances of each pool that is larger than wanted, for a manager that takes over.
+
+        The managers before it may have started more: two of them that worked at the same time, or one that
+        could not end an instance.
+        """
+        for role, wanted in self.wanted.items():
+            if role not in self._autoscale:
+                newest = sorted(self._staying(role), key=lambda name: -int(name.rpartition("-")[2]))
+                self._stop(role, newest[: max(0, self.size(role) - wanted)], reason)
+
+    def _stop(self, role: str, instances: list[str], reason: str) -> None:
+        for instance_id in instances:
             self._stopper.drain(instance_id, True, reason)
             self._stopper.stop_drained(instance_id, reason)
             self.stopped[instance_id] = role

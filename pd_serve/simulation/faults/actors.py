@@ -48,7 +48,6 @@ class StartFaults:
         early_deaths: Number of instances that die `dies_after_s` after they were ready.
         lost_starts: Number of starts whose answer is lost.
         lost_stops: Number of orders to end an instance that do nothing.
-        not_ended: Instances whose end was lost so. A manager that takes over soon may use them again.
         hanging: Instances that hang for ever. An order to end one of them is not lost: nothing else would.
         starved: There are no resources for another instance.
         ended_at: The last of these failures and deaths, on the clock of the simulation. A start that takes
@@ -61,7 +60,6 @@ class StartFaults:
     dies_after_s: float = 1.0
     lost_starts: int = 0
     lost_stops: int = 0
-    not_ended: list[str] = field(default_factory=list)
     hanging: set[str] = field(default_factory=set)
     starved: bool = False
     ended_at: float = 0.0

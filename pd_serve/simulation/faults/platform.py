@@ -269,7 +269,6 @@ class PlatformLauncher:
         self.watched.discard(name)
         if (starts := self._platform.starts).lost_stops and name not in starts.hanging:
             starts.lost_stops -= 1
-            starts.not_ended.append(name)
         elif name in self._platform.actors:
             await asyncio.sleep(0.01)
             self._platform.stop(name)

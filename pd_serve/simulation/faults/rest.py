@@ -75,9 +75,6 @@ class RestChecks:
     def _wanted(self, role: str) -> set[int]:
         """Possible sizes of a pool. Those that an operator has set are lost if all instances die at once."""
         wanted = self._operations.sizes.get(role, {0})
-        if len(self._cluster.managers) > 1:
-            adopted = [name.startswith(f"{role}-") for name in self._cluster.platform.starts.not_ended]
-            wanted = {size + more for size in wanted for more in range(sum(adopted) + 1)}
         is_new = self._cluster.num_first_starts > 1
         return wanted | {self._cluster.shape.instances.get(role, 0)} if is_new else wanted
 

@@ -101,7 +101,7 @@ def test_an_instance_that_its_manager_cannot_end_ends_itself() -> None:
     assert result.simulated_s > ORPHAN_S
 
 
-def test_a_manager_that_takes_over_may_adopt_an_instance_that_the_last_one_could_not_end() -> None:
+def test_a_manager_that_takes_over_ends_an_instance_that_the_last_one_could_not_end() -> None:
     faults = [
         ScheduledFault(2.0, FaultKind.LOSE_STOPS, value=1.0),
         ScheduledFault(2.1, FaultKind.DRAIN_STOP, "decode:0"),
