@@ -183,13 +183,13 @@ class Frontend:
         match message:
             case LoadReport(load=load):
                 if sender in self.instances:
-                    if self._reconciler.on_load(sender, message.request_reports):
+                    if in_reach := self._reconciler.on_load(sender, message.request_reports):
                         self.instances.loads.report(load)
                     self.instances.cached_blocks.on_load(sender, message.cache_reports)
                     self._stranded[sender] = len(message.stranded)
                     if message.stats is not None:
                         self._stats[sender] = message.stats
-                    self.requests.on_load(sender, message)
+                    self.requests.on_load(sender, message, in_reach=in_reach)
             case CachedBlocks():
                 self.instances.cached_blocks.on_report(sender, message)
             case MigrationEnded(record=record):

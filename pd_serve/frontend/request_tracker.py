@@ -161,9 +161,13 @@ class RequestTracker:
 
     # ---- from instances
 
-    def on_load(self, instance_id: str, report: LoadReport) -> None:
-        """Gives waiting requests to an instance that reports room, and hands off its stranded requests."""
-        if self._placement.line:
+    def on_load(self, instance_id: str, report: LoadReport, *, in_reach: bool = True) -> None:
+        """Gives waiting requests to an instance that reports room, and hands off its stranded requests.
+
+        Args:
+            in_reach: See `pd_serve.frontend.reconciler`. An instance that is not gets no request.
+        """
+        if in_reach and self._placement.line:
             self._place_waiting(instance_id)
         for request_id in report.stranded:
             if (request := self.requests.get(request_id)) is not None:

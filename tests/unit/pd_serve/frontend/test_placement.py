@@ -4,10 +4,12 @@ import pytest
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackDecoder
 
-from pd_serve.comm.messages import AddRequest, HandOff
+from pd_serve.comm.messages import AddRequest, HandOff, LoadReport
 from pd_serve.errors import EngineDeadError
 from pd_serve.frontend import placement
+from pd_serve.frontend.reconciler import UNHEARD_REPORTS
 from pd_serve.frontend.snapshot import WaitingRequests
+from router.load import InstanceLoad
 from router.request import Demand, NewRequest
 from router.slo import Slo
 from tests.unit.pd_serve.frontend.frontend_world import R, World, ended, request
@@ -129,6 +131,22 @@ async def test_a_request_that_no_neutral_instance_has_room_for_waits(
     empty.requests.abort(["s"])
     assert empty.frontend.snapshot().waiting_line == WaitingRequests(0, 0)
     assert empty.frontend.num_waiting == 1
+
+
+async def test_an_instance_that_is_out_of_reach_from_its_first_report_on_gets_no_waiting_request(
+    empty: World,
+) -> None:
+    empty.join("n0")
+    empty.report("n0", free=1, running=1)
+    empty.requests.submit("r", [b"payload"], NewRequest(32))
+    empty.members.append("n1")
+    empty.tell_members()
+
+    load = InstanceLoad("n1", "neutral", total_blocks=100, free_blocks=100)
+    empty.wire.hear("n1", LoadReport(load, [], request_reports=UNHEARD_REPORTS))
+
+    assert empty.wire.failures.problems() == []
+    assert empty.sent(AddRequest) == []
 
 
 # ---- stranded requests
