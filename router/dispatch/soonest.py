@@ -51,12 +51,14 @@ class Soonest:
 def first_token_s(load: InstanceLoad, prompt_tokens: int, token_s: float) -> float:
     """Time until an instance has computed a prompt, and everything that is before it in its queue.
 
+    Each step takes the time of one without prompts (the shortest one on an idle instance), and that of its
+    prompt tokens.
+
     Args:
         load: With `cached_tokens`, `copied_tokens` and `copy_s` for this prompt.
         token_s: Time for each prompt token there.
     """
     tokens = load.waiting_tokens + max(prompt_tokens - load.cached_tokens - load.copied_tokens, 1)
     seconds = load.copy_s + tokens * token_s
-    if load.running:
-        seconds += -(-tokens // max(load.step_prompt_tokens, 1)) * load.decode_step_s
-    return seconds
+    step_s = load.decode_step_s if load.running else load.least_step_s
+    return seconds + -(-tokens // max(load.step_prompt_tokens, 1)) * step_s

@@ -62,3 +62,10 @@ def test_steps_with_other_requests_cost_their_decode_time() -> None:
     assert first_token_s(DECODE, 512, 1e-3) == pytest.approx(0.512 + 2 * 0.02)
     assert first_token_s(replace(DECODE, running=0), 512, 1e-3) == pytest.approx(0.512)
     assert first_token_s(replace(DECODE, cached_tokens=600), 512, 1e-3) == pytest.approx(0.001 + 0.02)
+
+
+def test_each_step_of_an_idle_engine_takes_at_least_its_shortest_one() -> None:
+    """257 tokens within 256 a step are two steps."""
+    idle = replace(DECODE, running=0, least_step_s=0.008)
+    assert first_token_s(idle, 256, 1e-4) == pytest.approx(0.0256 + 0.008)
+    assert first_token_s(idle, 257, 1e-4) == pytest.approx(0.0257 + 2 * 0.008)
