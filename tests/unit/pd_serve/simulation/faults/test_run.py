@@ -111,6 +111,18 @@ def test_a_manager_that_takes_over_ends_an_instance_that_the_last_one_could_not_
     assert faulty(*faults).findings == []
 
 
+def test_a_start_that_fails_after_another_manager_has_taken_over_is_left() -> None:
+    """The other one waits for an instance that stands still, and does not see what is started meanwhile."""
+    faults = [
+        ScheduledFault(2.0, FaultKind.FREEZE, "prefill:0", for_s=13.0),
+        ScheduledFault(2.1, FaultKind.TWIN, "manager"),
+        ScheduledFault(2.2, FaultKind.FAILED_START, value=1.0),
+        ScheduledFault(2.3, FaultKind.KILL, "decode:0"),
+    ]
+
+    assert faulty(*faults, start_instance_s=16.0).findings == []
+
+
 def test_an_instance_whose_manager_never_learns_that_it_is_ready_ends_itself_and_is_replaced() -> None:
     faults = [
         ScheduledFault(2.0, FaultKind.LOSE_STARTS, value=1.0),
