@@ -12,10 +12,12 @@ from typing import Any
 from migration.prefix_reader import PrefixCopy, PrefixReader
 from migration.token_span import TokenSpan
 from migration.transport.local import LocalTransport
+from pd_serve.comm.leases import OrphanTimer
 from pd_serve.comm.membership import MembershipChange, MembershipView
 from pd_serve.frontend.placement import RequestPlacement
 from pd_serve.frontend.reconciler import Reconciler
 from pd_serve.frontend.token_ledger import TokenLedger
+from pd_serve.instance.handoffs import Handoffs
 from pd_serve.manager.manager import Manager
 from pd_serve.manager.register import InstanceRegister
 from pd_serve.manager.stopper import Stopper
@@ -144,6 +146,8 @@ MUTATIONS = [
     Mutation("outdated tokens are taken", TokenLedger, "accept", _any_epoch, 1, 64, "has failed"),
     Mutation("lost messages are not noticed", Reconciler, "check", _nothing, 2, 12, "has not ended"),
     Mutation("a prefix is not read", PrefixReader, "_read", _prefix_not_read, 2, 2, "token"),
+    Mutation("a left instance never ends", OrphanTimer, "on_heartbeat", _nothing, 4, 1, "has the instances"),
+    Mutation("a hand-off is not forgotten", Handoffs, "forget", _nothing, 4, 5, "wait for a hand-off"),
     Mutation("wanted sizes are forgotten", Manager, "take_over", _sizes_forgotten, 2, 24, "are wanted"),
 ]
 
