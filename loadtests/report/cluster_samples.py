@@ -25,7 +25,7 @@ class ClusterSample:
 
 @dataclass(frozen=True, slots=True)
 class InstancePeriod:
-    """A time in which an instance kept one state."""
+    """A time in which an instance kept one state: "ready", "draining", or "starting" with whatever it waits for."""
 
     instance: str
     state: str
@@ -35,21 +35,23 @@ class InstancePeriod:
 
 def periods(samples: Sequence[ClusterSample]) -> list[InstancePeriod]:
     """The states of all instances, in the order in which instances appeared."""
-    found: dict[str, list[InstancePeriod]] = {}
+    found: dict[str, list[InstancePeriod]] = {name: [] for name in names(samples)}
     for sample, following in zip(samples, [*samples[1:], samples[-1]], strict=True):
         for row in sample.instances:
-            own = found.setdefault(row["id"], [])
+            if (own := found.get(row["id"])) is None:
+                continue
+            state = row["state"] if row["state"] in ("ready", "draining") else "starting"
             last = own[-1] if own and own[-1].end_s == sample.at_s else None
             begin_s = sample.at_s
-            if last is not None and last.state == row["state"]:
+            if last is not None and last.state == state:
                 begin_s = own.pop().begin_s
-            own.append(InstancePeriod(row["id"], row["state"], begin_s, following.at_s))
+            own.append(InstancePeriod(row["id"], state, begin_s, following.at_s))
     return [period for name in found for period in found[name]]
 
 
 def names(samples: Sequence[ClusterSample]) -> list[str]:
-    """Names of all instances, in the order in which they appeared."""
-    return list(dict.fromkeys(row["id"] for sample in samples for row in sample.instances))
+    """Names of all instances, in the order in which they appeared. One whose start has not begun has none."""
+    return list(dict.fromkeys(row["id"] for sample in samples for row in sample.instances if row["id"]))
 
 
 def used_share(samples: Iterable[ClusterSample], instance: str) -> tuple[list[float], list[float]]:

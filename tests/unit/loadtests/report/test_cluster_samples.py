@@ -3,7 +3,7 @@
 import pytest
 
 from loadtests.report import cluster_samples
-from loadtests.report.cluster_samples import InstancePeriod
+from loadtests.report.cluster_samples import ClusterSample, InstancePeriod
 from tests.unit.loadtests.report.made_report import SAMPLES
 
 
@@ -13,6 +13,20 @@ def test_periods_join_samples_with_the_same_state() -> None:
         InstancePeriod("decode-0", "draining", 2.0, 3.1),
         InstancePeriod("decode-1", "starting", 1.0, 3.1),
         InstancePeriod("decode-1", "ready", 3.1, 3.1),
+    ]
+
+
+def test_what_a_start_waits_for_is_no_state_of_its_own_and_a_queued_start_no_instance() -> None:
+    queued = {"id": "", "state": "to be started: in the place of decode-0, which has died"}
+    samples = [
+        ClusterSample(at_s, {"instances": [queued, {"id": "decode-1", "state": state}]})
+        for at_s, state in ((0.0, "starting"), (1.0, "waiting for resources: 1 GPU"), (2.0, "ready"))
+    ]
+
+    assert cluster_samples.names(samples) == ["decode-1"]
+    assert cluster_samples.periods(samples) == [
+        InstancePeriod("decode-1", "starting", 0.0, 2.0),
+        InstancePeriod("decode-1", "ready", 2.0, 2.0),
     ]
 
 
