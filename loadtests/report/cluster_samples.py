@@ -25,7 +25,7 @@ class ClusterSample:
 
 @dataclass(frozen=True, slots=True)
 class InstancePeriod:
-    """A time in which an instance kept one state: "ready", "draining" or "starting", whatever it waits for."""
+    """A time in which an instance kept one state: "ready", "draining", or "starting" in any way."""
 
     instance: str
     state: str
