@@ -29,7 +29,7 @@ class Effects:
 
     Attributes:
         excused: Names of instances that a manager may end: they were silent for the time of a lease.
-        flips: (request, preemptions so far) of each flipped bit.
+        flips: (id of the request, preemptions so far) of each flipped bit.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Effects:
         rng: random.Random,
     ) -> None:
         self.excused: set[str] = set()
-        self.flips: list[tuple[int, int]] = []
+        self.flips: list[tuple[str, int]] = []
         self._cluster = cluster
         self._clients = clients
         self._targets = targets
@@ -281,9 +281,8 @@ class Effects:
             return
         sequence, block = self._rng.choice(found)
         pool.content[block] ^= 1 << self._rng.randrange(64)
-        number = int(sequence.request_id.partition(".")[0])
-        self._clients.tainted.add(number)
-        self.flips.append((number, self.num_preemptions()))
+        self._clients.tainted.add(int(sequence.request_id.partition(".")[0]))
+        self.flips.append((sequence.request_id, self.num_preemptions()))
 
     def num_preemptions(self) -> int:
         """Preemptions of all living instances; after one, a request computes its blocks anew."""

@@ -47,6 +47,7 @@ class OperatorCalls:
         self._report = report
         self._note = note
         self._reused: set[str] = set()  # those of `_stopped` that a larger pool may use again
+        self._shrunk: set[str] = set()  # roles of pools whose instances may be stopped already
         self._resizing: set[int] = set()  # operations in progress
         self._overlapping: set[int] = set()
         self._open: dict[int, str] = {}
@@ -134,12 +135,13 @@ class OperatorCalls:
         match fault.kind:
             case FaultKind.SCALE:
                 known = self.sizes.get(fault.target, {0})
+                self._shrunk |= {fault.target} if fault.value < 0 else set()
                 self.sizes[fault.target] = {size} if is_sure else known | {size}
                 self._reused |= {stopped for stopped, of in self._stopped.items() if of == fault.target}
             case FaultKind.DRAIN_STOP if name not in self._stopped or name in self._reused:
                 role = self._stopped[name] = name.rpartition("-")[0]
                 smaller = {known - 1 for known in self.sizes[role]}
-                is_sure = is_sure and name not in self._reused
+                is_sure = is_sure and name not in self._reused and role not in self._shrunk
                 self.sizes[role] = smaller if is_sure else smaller | self.sizes[role]
             case FaultKind.UNDO if role := self._stopped.pop(name, ""):
                 larger = {known + 1 for known in self.sizes[role]}

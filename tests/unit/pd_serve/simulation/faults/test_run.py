@@ -250,6 +250,17 @@ def test_a_larger_pool_may_use_an_instance_again_that_is_being_stopped() -> None
     assert faulty(*faults).findings == []
 
 
+def test_the_stop_of_an_instance_that_a_smaller_pool_stops_anyway_makes_it_no_smaller() -> None:
+    faults = [
+        ScheduledFault(3.0, FaultKind.FREEZE, "api:0", for_s=8.0),  # it may use the instance: the stop waits
+        ScheduledFault(3.1, FaultKind.SCALE, "decode", value=-1.0),
+        ScheduledFault(4.0, FaultKind.DRAIN_STOP, "decode:0"),
+        ScheduledFault(4.1, FaultKind.DRAIN_STOP, "decode:1"),
+    ]
+
+    assert faulty(*faults, instances={"prefill": 1, "decode": 3}).findings == []
+
+
 def test_an_operation_may_have_begun_whose_api_server_dies_before_the_answer() -> None:
     faults = [
         ScheduledFault(3.0, FaultKind.FREEZE, "prefill:0", for_s=4.0),
@@ -290,7 +301,7 @@ def test_a_flipped_bit_that_would_not_show_is_found(monkeypatch: pytest.MonkeyPa
     from pd_serve.simulation.faults.effects import Effects
 
     def flip_nothing(self: Effects, name: str) -> None:
-        self.flips.append((8, self.num_preemptions()))
+        self.flips.append(("8.1", self.num_preemptions()))
 
     monkeypatch.setattr(Effects, "_flip", flip_nothing)
 
