@@ -74,12 +74,15 @@ class ServiceProcesses:
     def __init__(self, *roots: int) -> None:
         self._seen: dict[int, psutil.Process] = {}
         self._roots: list[psutil.Process] = []
+        self._sessions: set[int] = set()
         for root in roots:
             self.add_root(root)
 
     def add_root(self, pid: int) -> None:
         """Another process that was started for this service."""
         self._roots.append(psutil.Process(pid))
+        if os.getsid(pid) == pid:
+            self._sessions.add(pid)
 
     def alive(self) -> list[psutil.Process]:
         """All of them that run or are stopped."""
@@ -125,10 +128,19 @@ class ServiceProcesses:
                     process.resume()
 
     def kill_all(self) -> None:
-        """Ends what is left of the service."""
-        for process in self.alive():
+        """Ends what is left of the service, also in the sessions of its first processes.
+
+        One whose parent has died is below none of them any more, such as a HAProxy that has just been started.
+        """
+        left = self.alive() + [process for process in psutil.process_iter() if self._is_in_session(process)]
+        for process in left:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
+
+    def _is_in_session(self, process: psutil.Process) -> bool:
+        with suppress(ProcessLookupError):
+            return os.getsid(process.pid) in self._sessions
+        return False
 
     def usage(self) -> dict[int, tuple[ProcessKind, Usage]]:
         """What each living process uses, by process id."""

@@ -89,8 +89,7 @@ class FaultInjector:
             await asyncio.sleep(fault.lead_s)
         chosen: list[tuple[Target, str, psutil.Process]] = []
         for target in fault.targets:
-            taken = {process.pid for _, _, process in chosen} | set(self._frozen)
-            found = await self._wait_for(target, dice, taken)
+            found = await self._wait_for(target, dice, {process.pid for _, _, process in chosen})
             if found is None:
                 record.missing.append(target)
             else:
@@ -115,7 +114,8 @@ class FaultInjector:
     ) -> tuple[str, psutil.Process] | None:
         deadline = self._now_s() + TARGET_WAIT_S
         while self._now_s() < deadline:
-            if (found := choose(self._service, target, self._cluster(), dice, taken)) is not None:
+            frozen = set(self._frozen)  # those that continue meanwhile can be chosen
+            if (found := choose(self._service, target, self._cluster(), dice, taken | frozen)) is not None:
                 return found
             await asyncio.sleep(POLL_S)
         return None

@@ -126,3 +126,21 @@ def test_usage_of_each_process(family: tuple[subprocess.Popen[bytes], psutil.Pro
     assert used.memory_mib > 1
     assert used.descriptors >= 3
     assert used.threads >= 1
+
+
+def test_a_process_of_the_session_whose_parent_has_ended_unseen_is_ended_too() -> None:
+    root = subprocess.Popen(
+        [sys.executable, "-c", PARENT.replace("child.wait()", "sys.stdin.read()")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert root.stdout is not None
+    processes = ServiceProcesses(root.pid)
+    orphan = psutil.Process(int(root.stdout.readline()))
+    root.communicate()
+
+    processes.kill_all()
+
+    psutil.wait_procs([orphan], timeout=10.0)
+    assert not is_alive(orphan)

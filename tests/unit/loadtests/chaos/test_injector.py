@@ -77,6 +77,19 @@ async def test_a_frozen_process_continues(processes: list[subprocess.Popen[bytes
     assert record.until_s == pytest.approx(7.2)
 
 
+async def test_the_next_fault_waits_for_a_frozen_process_and_takes_it_when_it_continues(
+    processes: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(injector, "POLL_S", 0.05)
+    one, _ = injector_of(processes)
+    await one.carry_out(fault(Target.DECODE, freeze_s=0.3))
+
+    record = await one.carry_out(fault(Target.DECODE))
+
+    assert [hit.pid for hit in record.hits] == [processes[1].pid]
+    assert processes[1].wait(10) == -9
+
+
 async def test_a_process_that_died_while_frozen_is_no_error(
     processes: list[subprocess.Popen[bytes]],
 ) -> None:
