@@ -130,7 +130,7 @@ class ServiceProcesses:
     def kill_all(self) -> None:
         """Ends what is left of the service, also in the sessions of its first processes.
 
-        One whose parent has died is below none of them any more, such as a HAProxy that has just been started.
+        One whose parent has died is below none of them any more, such as a HAProxy that was just started.
         """
         left = self.alive() + [process for process in psutil.process_iter() if self._is_in_session(process)]
         for process in left:
