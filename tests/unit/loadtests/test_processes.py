@@ -129,18 +129,19 @@ def test_usage_of_each_process(family: tuple[subprocess.Popen[bytes], psutil.Pro
 
 
 def test_a_process_of_the_session_whose_parent_has_ended_unseen_is_ended_too() -> None:
-    root = subprocess.Popen(
-        [sys.executable, "-c", PARENT.replace("child.wait()", "sys.stdin.read()")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        start_new_session=True,
-    )
+    leader = PARENT.replace("child.wait()", "sys.stdin.read()")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    root = subprocess.Popen([sys.executable, "-c", leader], start_new_session=True, **pipes)
+    assert root.stdin is not None
     assert root.stdout is not None
     processes = ServiceProcesses(root.pid)
     orphan = psutil.Process(int(root.stdout.readline()))
-    root.communicate()
+    root.stdin.close()
+    root.wait()
+    assert is_alive(orphan)
 
     processes.kill_all()
 
     psutil.wait_procs([orphan], timeout=10.0)
     assert not is_alive(orphan)
+    root.stdout.close()
