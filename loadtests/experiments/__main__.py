@@ -144,15 +144,20 @@ def turns(
 def layouts(
     out: OutFolder,
     requests: Annotated[int, typer.Option(min=10, help="Requests per run.")] = 1000,
+    cost_model: Annotated[
+        list[str] | None, typer.Option(help="Hardware and model; may be repeated. (default: all three)")
+    ] = None,
     jobs: Jobs = None,
     fresh: Fresh = False,
     traces: TracesFolder = None,
 ) -> None:
     """Compare the best layouts with and without disaggregation, by hardware, workload and target."""
-    from loadtests.experiments.layouts import run_layouts
+    from loadtests.experiments.layouts import HARDWARE, run_layouts
     from loadtests.experiments.result_store import ExperimentRun
 
-    run_layouts(requests, ExperimentRun(out, jobs, traces, fresh))
+    if unknown := [name for name in cost_model or [] if name not in HARDWARE]:
+        raise InvalidRequestError(f"no hardware {unknown[0]!r}; there are {', '.join(HARDWARE)}")
+    run_layouts(requests, ExperimentRun(out, jobs, traces, fresh), cost_model or [])
 
 
 def main() -> None:

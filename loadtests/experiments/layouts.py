@@ -84,11 +84,12 @@ class _PlannedRow:
     best: dict[str, Layout]
 
 
-def run_layouts(requests: int, run: ExperimentRun) -> None:
+def run_layouts(requests: int, run: ExperimentRun, cost_models: Sequence[str] = ()) -> None:
     """Writes `layouts.{json,md}`.
 
     Args:
         requests: Per run.
+        cost_models: Of `HARDWARE`; all if there are none.
 
     Raises:
         PdServeError: A simulation failed, or a trace has no file.
@@ -98,6 +99,7 @@ def run_layouts(requests: int, run: ExperimentRun) -> None:
     planned = [
         _plan(TraceSpec(trace, None, requests), cost_model, title, target, run, console)
         for cost_model, (_, targets) in HARDWARE.items()
+        if not cost_models or cost_model in cost_models
         for title, trace in TRACES.items()
         for target in targets
     ]
