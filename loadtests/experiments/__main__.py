@@ -143,7 +143,7 @@ def turns(
 @app.command()
 def layouts(
     out: OutFolder,
-    requests: Annotated[int, typer.Option(min=10, help="Requests per run.")] = 1000,
+    requests: Annotated[int, typer.Option(min=10, help="Requests per run.")] = 4000,
     cost_model: Annotated[
         list[str] | None, typer.Option(help="Hardware and model; may be repeated. (default: all three)")
     ] = None,
