@@ -31,8 +31,7 @@ def run(
         typer.Option(
             help="Workload: s-s, m-m, l-l, s-l, l-s, PROMPT:OUTPUT for fixed lengths, sessions:TURNS or"
             " TEXT:ANSWER+TEXT:ANSWER for sessions (generated, need --rate), azure-conv, azure-code, mooncake"
-            " or sharegpt (from a file), or the"
-            " path of a file."
+            " or sharegpt (from a file), or the path of a file."
         ),
     ],
     policy: Annotated[str, typer.Option(help="Policy set; see pd-serve policies.")] = DEFAULT_POLICY,

@@ -61,12 +61,18 @@ def test_an_outage_ends_with_the_first_instance_and_the_next_one_has_its_own_tim
     assert outage.takes_requests()
 
 
-@in_virtual_time
-async def test_a_new_request_waits_for_the_instance_that_is_started() -> None:
+def without_instances() -> World:
+    """The only instance has just died, and is to be replaced."""
     world = World()
     world.join("n0")
     world.wire.hear(MANAGER, state(wanted=1))
     world.leave("n0")
+    return world
+
+
+@in_virtual_time
+async def test_a_new_request_waits_for_the_instance_that_is_started() -> None:
+    world = without_instances()
 
     world.requests.submit("r", [b"payload"], NewRequest(20))
     assert (world.sent(AddRequest), world.frontend.num_waiting) == ([], 1)
@@ -84,10 +90,7 @@ async def test_a_new_request_waits_for_the_instance_that_is_started() -> None:
 
 @in_virtual_time
 async def test_a_waiting_request_can_be_aborted() -> None:
-    world = World()
-    world.join("n0")
-    world.wire.hear(MANAGER, state(wanted=1))
-    world.leave("n0")
+    world = without_instances()
     world.requests.submit("r", [b"payload"], NewRequest(20))
 
     world.requests.abort(["r"])
@@ -100,12 +103,9 @@ async def test_a_waiting_request_can_be_aborted() -> None:
 
 @in_virtual_time
 async def test_after_two_minutes_who_waits_gets_an_error_and_who_comes_is_refused() -> None:
-    world = World()
-    world.join("n0")
-    world.wire.hear(MANAGER, state(wanted=1))
+    world = without_instances()
     refused: list[str] = []
     world.requests.unavailable = lambda request_id, why: refused.append(request_id)
-    world.leave("n0")
     await asyncio.sleep(REQUEST_REPORT_INTERVAL_S)  # it is noted without a request
     world.requests.submit("r", [b"payload"], NewRequest(20))
     assert world.frontend.takes_requests
