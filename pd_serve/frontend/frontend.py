@@ -99,7 +99,7 @@ class Frontend:
         placement = RequestPlacement(wire, endpoint, dispatcher, recorder, clock, accounts.shares)
         seen = self.instances
         self._outage = Outage(
-            lambda: placement.is_serving, seen, lambda: self._manager.state, self._loop.time
+            lambda: placement.is_serving, seen.num_staying, lambda: self._manager.state, self._loop.time
         )
         takes = self._outage.takes_requests
         self.requests = RequestTracker(

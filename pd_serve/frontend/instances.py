@@ -42,11 +42,13 @@ class Instances:
     def __iter__(self) -> Iterator[InstanceInfo]:
         return iter(self._members.instances.values())
 
-    def __len__(self) -> int:
-        return len(self._members.instances)
-
     def __contains__(self, instance_id: object) -> bool:
         return instance_id in self._members.instances
+
+    def num_staying(self) -> int:
+        """Instances in the membership that are not to be stopped."""
+        leaving = self._members.latest.leaving if self._members.latest is not None else []
+        return len(self._members.instances.keys() - set(leaving))
 
     def slot_of(self, instance_id: str) -> int:
         """Slot of an instance."""

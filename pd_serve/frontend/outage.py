@@ -1,6 +1,6 @@
 """A time in which no instance takes new requests, and whether it is going to end."""
 
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 
 from pd_serve.comm.cluster_state import ClusterState
 from pd_serve.comm.timing import RECOVERY_S
@@ -14,7 +14,7 @@ class Outage:
 
     Args:
         is_serving: Returns whether any instance takes new requests.
-        instances: Those in the membership.
+        num_staying: Returns the number of instances that are not to be stopped.
         state: Returns the last state from the manager; None if there was none.
         clock: Seconds.
     """
@@ -22,12 +22,12 @@ class Outage:
     def __init__(
         self,
         is_serving: Callable[[], bool],
-        instances: Sized,
+        num_staying: Callable[[], int],
         state: Callable[[], ClusterState | None],
         clock: Callable[[], float],
     ) -> None:
         self._is_serving = is_serving
-        self._instances = instances
+        self._num_staying = num_staying
         self._state = state
         self._clock = clock
         self._began_at: float | None = None
@@ -47,5 +47,5 @@ class Outage:
         state = self._state()
         if state is None or self._clock() - self._began_at >= RECOVERY_S:
             return False
-        missing = sum(state.wanted.values()) > len(self._instances)
+        missing = sum(state.wanted.values()) > self._num_staying()
         return bool(state.starting) or (state.replaces and missing)

@@ -13,6 +13,7 @@ from pd_serve.errors import EngineDeadError
 from pd_serve.frontend.outage import Outage
 from router.request import NewRequest
 from tests.manual_clock import ManualClock
+from tests.members import membership
 from tests.unit.pd_serve.frontend.frontend_world import World
 from tests.virtual_time import in_virtual_time
 
@@ -39,14 +40,14 @@ def state(*, wanted: int = 0, replaces: bool = True, starting: bool = False) -> 
 def test_requests_wait_while_instances_are_missing_or_started(
     told: ClusterState | None, instances: int, takes: bool
 ) -> None:
-    outage = Outage(lambda: False, range(instances), lambda: told, ManualClock())
+    outage = Outage(lambda: False, lambda: instances, lambda: told, ManualClock())
 
     assert outage.takes_requests() is takes
 
 
 def test_an_outage_ends_with_the_first_instance_and_the_next_one_has_its_own_time() -> None:
     serving, clock = True, ManualClock()
-    outage = Outage(lambda: serving, range(0), lambda: state(wanted=1), clock)
+    outage = Outage(lambda: serving, lambda: 0, lambda: state(wanted=1), clock)
 
     assert outage.takes_requests()
     serving = False
@@ -85,6 +86,21 @@ async def test_a_new_request_waits_for_the_instance_that_is_started() -> None:
     world.tokens("n1", 0, 0, 10, finish=FinishReason.STOP)
     assert world.delivered_tokens() == [10]
     assert (world.frontend.num_waiting, world.requests.requests) == (0, {})
+    await world.frontend.close()
+
+
+@in_virtual_time
+async def test_an_instance_that_is_to_be_stopped_is_in_the_place_of_no_dead_one() -> None:
+    """The membership without the dead one comes before the state with the start."""
+    world = World()
+    world.join("n0", "n1")
+    world.wire.hear(MANAGER, state(wanted=1))
+    world.members = ["n1"]
+    world.wire.hear(MANAGER, membership("n1", api_servers=["api"], leaving=["n1"]))
+    world.report("n1", draining=True)
+
+    assert world.frontend.num_live == 0
+    assert world.frontend.takes_requests
     await world.frontend.close()
 
 
