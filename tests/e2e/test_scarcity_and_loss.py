@@ -1,6 +1,7 @@
 """A decode pool that is too small, with prefix caching; then its instances die one by one."""
 
 import asyncio
+import itertools
 import os
 import random
 import signal
@@ -14,7 +15,7 @@ from tests.e2e.completion_client import Body, CompletionClient
 from tests.e2e.conftest import Reference, run_cluster
 from tests.e2e.prompts import token_ids
 from tests.e2e.server_process import ServerProcess
-from tests.e2e.streams import answers, streaming
+from tests.e2e.streams import Stream, answers, streaming
 from tests.e2e.test_same_output import assert_same
 
 DECODE = ["decode-0", "decode-1"]
@@ -91,8 +92,26 @@ async def test_preempted_and_moving_requests_have_plain_vllms_answers(
 
 
 async def kill(client: CompletionClient, name: str) -> None:
+    os.kill(await pid_of(client, name), signal.SIGKILL)
+
+
+async def pid_of(client: CompletionClient, name: str) -> int:
     (pid,) = [i["pid"] for i in (await client.cluster())["instances"] if i["id"] == name]
-    os.kill(pid, signal.SIGKILL)
+    return int(pid)
+
+
+async def stop_with_requests(client: CompletionClient, name: str, streams: list[Stream]) -> None:
+    """Stops an instance (SIGSTOP) while some of these requests are there, so that none can leave."""
+    pid = await pid_of(client, name)
+    async with asyncio.timeout(60):
+        while True:
+            os.kill(pid, signal.SIGSTOP)
+            await asyncio.sleep(0.3)  # what it has sent arrives
+            rows = [await client.timelines(stream.progress.request_id) for stream in streams]
+            if any(row["instance"] == name for row in itertools.chain(*rows)):
+                return
+            os.kill(pid, signal.SIGCONT)
+            await asyncio.sleep(0.1)
 
 
 async def gone(client: CompletionClient, name: str) -> None:
@@ -121,7 +140,7 @@ async def test_requests_survive_a_decode_instance_that_dies_amid_migrations(
     expected = [await reference(body) for body in bodies]
     recomputed = await client.metric("pd_serve_recomputed_requests_total")
     async with streaming(client, bodies, 10, client.wander(random.Random(6))) as streams:
-        await client.until(lambda cluster: on("decode-1", cluster) >= 2)
+        await stop_with_requests(client, "decode-1", streams)
         await kill(client, "decode-1")
         ours = await answers(streams)
     for answer, theirs in zip(ours, expected, strict=True):
