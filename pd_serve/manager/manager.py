@@ -34,7 +34,6 @@ from pd_serve.manager.rolling_restart import RollingRestart
 from pd_serve.manager.scheduler_keeper import SchedulerKeeper
 from pd_serve.manager.starter import Starter
 from pd_serve.manager.stopper import Stopper
-from pd_serve.platform.memory import check_memory
 from pd_serve.scheduler.scheduler_process import SchedulerConfig
 
 
@@ -162,9 +161,10 @@ class Manager:
 
     async def _start(self, name: str, role: str) -> InstanceInfo:
         config = self._config
-        if config.checks_memory and (name, role) not in config.first_names():
-            check_memory(1, config.engine_args[role], config.model, simulated=config.simulated is not None)
+        config.check_memory(name, role)
         self._launcher.launch(name, config.placements[role])
+        if self._is_open:  # it keeps the notes before it is ready: all others may have died
+            self._tasks.start(self.keep_notes())
         info = await self._launcher.start(config.instance(name, role))
         self._wire.connect(name, info.address)
         self._notices.step(f"{name} is ready (pid {info.pid})")

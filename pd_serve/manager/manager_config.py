@@ -5,6 +5,7 @@ from typing import Any
 
 from pd_serve.comm.wire import CurveKeys
 from pd_serve.instance.instance_process import InstanceConfig
+from pd_serve.platform.memory import check_memory
 from pd_serve.platform.placement import Placement
 from pd_serve.simulated_engine.settings import EngineSettings
 from router.scaling import PoolBounds
@@ -59,6 +60,11 @@ class ManagerConfig:
             itl_target_s=self.policies.itl_target_s,
             needs_migration=role != "neutral" and not self.allow_no_migration,
         )
+
+    def check_memory(self, name: str, role: str) -> None:
+        """Raises: PdServeError: this machine's memory does not suffice for this instance."""
+        if self.checks_memory and (name, role) not in self.first_names():  # those are checked together
+            check_memory(1, self.engine_args[role], self.model, simulated=self.simulated is not None)
 
     def first_names(self) -> list[tuple[str, str]]:
         """Ids and roles of the instances at the start."""

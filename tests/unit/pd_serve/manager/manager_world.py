@@ -39,6 +39,7 @@ class FakeLauncher:
         start_s: Time that an instance takes to start, by id.
         waits: Instances that wait for resources.
         found: What the next manager finds, in `find_s`.
+        keepers: Instances whose processes were there when notes were last given to all.
         scheduler_fails: Raised by the next starts of a scheduler.
     """
 
@@ -50,6 +51,8 @@ class FakeLauncher:
         self.stopped: list[str] = []
         self.leaves_starts = False
         self.notes: ManagerNotes | None = None
+        self.keepers: set[str] = set()
+        self.launched: set[str] = set()
         self.found: list[InstanceInfo] = []
         self.find_s = 0.0
         self.scheduler_starts = 0
@@ -58,7 +61,8 @@ class FakeLauncher:
         self.scheduler_fails: Exception | None = None
         self.scheduler_dead = asyncio.Event()
 
-    def launch(self, name: str, placement: Placement) -> None: ...
+    def launch(self, name: str, placement: Placement) -> None:
+        self.launched.add(name)
 
     def waits_for(self, name: str) -> str:
         return "waiting for resources: 1 GPU" if name in self.waits else ""
@@ -87,6 +91,7 @@ class FakeLauncher:
         return found
 
     async def keep_notes(self, notes: ManagerNotes) -> int:
+        self.keepers = set(self.launched)
         if self.notes is None or notes.age > self.notes.age:
             self.notes = notes
         return self.notes.term

@@ -77,6 +77,18 @@ async def test_an_instance_that_is_lost_twice_is_replaced_once() -> None:
 
 
 @in_virtual_time
+async def test_an_instance_keeps_the_notes_as_soon_as_its_process_is_there() -> None:
+    """All others may die, and the manager, before it is ready: the next manager finds it alone."""
+    async with a_world() as world:
+        await asyncio.sleep(100)
+        world.launcher.on_lost("decode-0")
+        while "decode-2" not in world.launcher.launched:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)
+        assert "decode-2" in world.launcher.keepers
+
+
+@in_virtual_time
 async def test_a_bug_in_a_handler_is_counted_and_shown() -> None:
     async with a_world() as world:
         world.wire.failures.record("handling Join from api", KeyError("x"))
