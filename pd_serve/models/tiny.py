@@ -49,12 +49,13 @@ def build(model: RandomLlama, directory: Path) -> None:
     """Write `model` and its tokenizer into the existing, empty `directory`."""
     from safetensors.numpy import save_file
 
-    save_file(_weights(model), directory / "model.safetensors", metadata={"format": "pt"})
-    write_json(directory / "config.json", _config(model))
+    save_file(weights(model), directory / "model.safetensors", metadata={"format": "pt"})
+    write_json(directory / "config.json", config(model))
     write_tokenizer(directory, model.max_context_tokens)
 
 
-def _config(model: RandomLlama) -> dict[str, Any]:
+def config(model: RandomLlama) -> dict[str, Any]:
+    """Its `config.json`."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -79,12 +80,13 @@ def _config(model: RandomLlama) -> dict[str, Any]:
     }
 
 
-def _weights(model: RandomLlama) -> Weights:
+def weights(model: RandomLlama) -> Weights:
+    """Every parameter by its name in `transformers`."""
     bits = np.random.PCG64(model.seed)
     hidden = model.hidden_size
-    weights: Weights = {}
+    made: Weights = {}
 
-    weights["model.embed_tokens.weight"] = embeddings(bits, hidden)
+    made["model.embed_tokens.weight"] = embeddings(bits, hidden)
 
     for layer in range(model.num_layers):
         prefix = f"model.layers.{layer}"
@@ -92,13 +94,13 @@ def _weights(model: RandomLlama) -> Weights:
             part = name.rsplit(".", 1)[1]
             matrix = uniform(bits, shape, std=GAIN[part] / sqrt(shape[1]))
             leave_out_bias(part, matrix)
-            weights[f"{prefix}.{name}.weight"] = matrix
+            made[f"{prefix}.{name}.weight"] = matrix
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            weights[f"{prefix}.{norm}.weight"] = np.ones(hidden, np.float32)
-    weights["model.norm.weight"] = np.ones(hidden, np.float32)
+            made[f"{prefix}.{norm}.weight"] = np.ones(hidden, np.float32)
+    made["model.norm.weight"] = np.ones(hidden, np.float32)
 
-    weights["lm_head.weight"] = output_head(bits, hidden)
-    return weights
+    made["lm_head.weight"] = output_head(bits, hidden)
+    return made
 
 
 def layer_shapes(model: RandomLlama) -> Iterator[tuple[str, tuple[int, int]]]:

@@ -22,6 +22,7 @@ from migration.messages import (
     Stage,
 )
 from pd_serve.models import resolve
+from pd_serve.models.eagle import eagle_head
 from pd_serve.models.kinds import KINDS, WINDOW_TOKENS
 from tests.integration.instance_environment import instance_environment
 
@@ -31,8 +32,12 @@ pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module")]
 REPRESENTATIVE = ["tiny-gpt-oss", "tiny-falcon-h1"]
 #: The second engine of a process has another output than the first, also where nothing moves.
 NOT_TWICE = ["tiny-llama4", "tiny-granite4"]
-#: Its draft model is the model itself, so that drafts are accepted.
-DRAFTS = "tiny, a draft model"
+#: Engines of `tiny` that speculate: with the model itself, and with a head whose drafts are often wrong.
+DRAFTERS = {
+    "tiny, a draft model": ("draft_model", lambda: resolve("tiny")),
+    "tiny, EAGLE": ("eagle", eagle_head),
+}
+DRAFTED = 3
 WINDOWED = ["tiny-mistral", "tiny-gemma3", "tiny-gpt-oss", "tiny-llama4"]
 LONG = 5 * WINDOW_TOKENS + 13
 _seeds = itertools.count(1)
@@ -54,15 +59,16 @@ def environment() -> Iterator[None]:
         yield
 
 
-@pytest_asyncio.fixture(loop_scope="module", scope="module", params=kinds([*KINDS, DRAFTS]))
+@pytest_asyncio.fixture(loop_scope="module", scope="module", params=kinds([*KINDS, *DRAFTERS]))
 async def engines(request: pytest.FixtureRequest, environment: None) -> AsyncIterator[Any]:
     """One pair of engines for all tests of a kind."""
     from tests.integration.engine_pair import EnginePair
 
     # Blocks of a window serve others wherever it has passed, not only at the end of the prompt.
     dense = {"prefix_cache_retention_interval": None} if request.param in WINDOWED else {}
-    if request.param == DRAFTS:
-        drafts = {"method": "draft_model", "model": resolve("tiny"), "num_speculative_tokens": 3}
+    if request.param in DRAFTERS:
+        method, model = DRAFTERS[request.param]
+        drafts = {"method": method, "model": model(), "num_speculative_tokens": DRAFTED}
         pair = EnginePair("tiny", speculative_config=drafts)
     else:
         pair = EnginePair(request.param, **dense)
@@ -270,6 +276,66 @@ async def test_a_state_crosses_into_its_next_block_while_the_request_moves(pair:
         await here.rig.finish(again)
         outputs.append((request.tokens, again.tokens))
     assert outputs[0] == outputs[1]
+
+
+class Drafts:
+    """Counts what an engine has drafted, and what of it was accepted."""
+
+    def __init__(self, member: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made = self.accepted = 0
+        scheduler = member.rig.engine.core.scheduler
+        count = scheduler.make_spec_decoding_stats
+
+        def counted(*args: Any, num_draft_tokens: int, num_accepted_tokens: int, **more: Any) -> Any:
+            self.made += num_draft_tokens
+            self.accepted += num_accepted_tokens
+            more |= {"num_draft_tokens": num_draft_tokens, "num_accepted_tokens": num_accepted_tokens}
+            return count(*args, **more)
+
+        monkeypatch.setattr(scheduler, "make_spec_decoding_stats", counted)
+
+    @property
+    def share(self) -> float:
+        return self.accepted / self.made
+
+
+@pytest.mark.parametrize("engines", kinds(DRAFTERS), indirect=True)
+async def test_as_many_drafts_are_accepted_after_a_move(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The drafter's KV moves with the model's; without it, drafts are wrong, and the output is the same."""
+    from tests.integration.engine_pair import unchanged
+    from tests.integration.engine_rig import greedy
+
+    prompt = [(i * i + 3 * i + 1) % 90 + 33 for i in range(LONG)]
+    here = Drafts(pair.a, monkeypatch)
+    stays = await pair.a.rig.generate("stays", prompt, greedy(300))
+
+    core = pair.b.rig.engine.core
+    (group,) = core.scheduler.kv_cache_config.kv_cache_groups
+    drafters = group.layer_names[
+        len(group.layer_names) // 2 :
+    ]  # as many layers as the model has, behind them
+    layers = core.vllm_config.compilation_config.static_forward_context
+
+    async def spoil(message: AnyMigrationMessage) -> AnyMigrationMessage:
+        if isinstance(message, Final):  # all blocks but those of the tail are there
+            for layer in drafters:
+                layers[layer].kv_cache.fill_(12.0)
+        return message
+
+    shares = []
+    for name in ("moves", "loses"):
+        await pair.forget()
+        pair.on_way = spoil if name == "loses" else unchanged
+        there = Drafts(pair.b, monkeypatch)
+        request = await pair.add(pair.a, name, prompt, greedy(300))
+        await pair.tokens(name, 10)
+        await pair.move(name, pair.a, pair.b)
+        await pair.b.rig.finish(request)
+        assert request.tokens == stays
+        shares.append(there.share)
+    moves, loses = shares
+    assert loses < here.share / 2
+    assert moves == pytest.approx(here.share, abs=0.1)
 
 
 @pytest.mark.parametrize("stage", [Offer, Pull, Stage, Final, Committed, Confirmed])
