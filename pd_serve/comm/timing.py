@@ -55,9 +55,12 @@ START_BACKOFF_S, MAX_START_BACKOFF_S = 5.0, 120.0
 #: An instance or API server that dies within this time after its start counts as a failed start.
 EARLY_DEATH_S = 60.0
 
-#: After the death of a scheduler within this time after its start, the next start waits: longer each time, up
-#: to the maximum.
-EARLY_SCHEDULER_DEATH_S, MAX_SCHEDULER_PAUSE_S = 10.0, 10.0
+#: A scheduler that dies within this time after its start has died early.
+EARLY_SCHEDULER_DEATH_S = 10.0
+
+#: Maximum pause before the next start after an early death, which is longer each time: what was ready can
+#: start. It is far below `RECOVERY_S`: repeated kills may not keep requests waiting for longer.
+MAX_DEATH_PAUSE_S = 10.0
 
 #: Maximum wait until no API server uses an instance that the scheduler found empty. Then it is stopped, and
 #: its remaining requests are recomputed elsewhere.

@@ -117,7 +117,7 @@ class ApiServerKeeper:
             self._forget(child)
             self._notices.warn(f"{child.name} {why}; its streams end, and another one starts")
             if loop.time() - since < EARLY_DEATH_S:
-                self._backoff.failed(loop.time())
+                self._backoff.died_early(loop.time())
             else:
                 self._backoff.reset()
             child = await self._replacement()

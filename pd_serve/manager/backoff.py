@@ -1,6 +1,6 @@
 """Exponential backoff between failed starts."""
 
-from pd_serve.comm.timing import DEATH_CHAIN_S, MAX_START_BACKOFF_S, START_BACKOFF_S
+from pd_serve.comm.timing import DEATH_CHAIN_S, MAX_DEATH_PAUSE_S, MAX_START_BACKOFF_S, START_BACKOFF_S
 
 
 class Backoff:
@@ -17,11 +17,18 @@ class Backoff:
         self._pause_s = START_BACKOFF_S
 
     def failed(self, now: float) -> None:
-        """Counts a failure. Those within `DEATH_CHAIN_S` count as one: a process may have had all of them."""
+        """Counts a failed start. Failures within `DEATH_CHAIN_S` count as one: they may be of one process."""
+        self._failed(now, MAX_START_BACKOFF_S)
+
+    def died_early(self, now: float) -> None:
+        """Counts an early death, after which the pause has another maximum: the start has succeeded."""
+        self._failed(now, MAX_DEATH_PAUSE_S)
+
+    def _failed(self, now: float, most_s: float) -> None:
         last, self.failed_at = self.failed_at, now
         if last is None or now - last > DEATH_CHAIN_S:
-            self.retry_at = now + self._pause_s
-            self._pause_s = min(2 * self._pause_s, MAX_START_BACKOFF_S)
+            self.retry_at = max(self.retry_at, now + min(self._pause_s, most_s))
+            self._pause_s = max(self._pause_s, min(2 * self._pause_s, most_s))
 
     def reset(self) -> None:
         """Forgets the failures: starts succeed again."""

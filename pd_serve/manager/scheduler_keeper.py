@@ -11,7 +11,7 @@ from pd_serve.comm.membership import SCHEDULER
 from pd_serve.comm.timing import (
     EARLY_SCHEDULER_DEATH_S,
     HEARTBEAT_S,
-    MAX_SCHEDULER_PAUSE_S,
+    MAX_DEATH_PAUSE_S,
     SCHEDULER_HANG_S,
     SCHEDULER_LEASE_S,
     SCHEDULER_START_TIMEOUT_S,
@@ -106,7 +106,7 @@ class SchedulerKeeper:
                 await self._launcher.stop_scheduler()
             self._reported_at = self._pid = None
             lived_s = self._loop.time() - began
-            pause_s = 0.0 if lived_s > EARLY_SCHEDULER_DEATH_S else min(pause_s + 1.0, MAX_SCHEDULER_PAUSE_S)
+            pause_s = 0.0 if lived_s > EARLY_SCHEDULER_DEATH_S else min(pause_s + 1.0, MAX_DEATH_PAUSE_S)
 
     async def _watch(self) -> str:
         """Returns when the scheduler has died, or has been ended because it hangs; and which of the two."""

@@ -229,14 +229,18 @@ class Starter:
     # ---- failures
 
     def died(self, role: str, age_s: float) -> None:
-        """Counts the death of an instance soon after its start as a failed start."""
+        """Counts the death of an instance soon after its start."""
         if age_s < EARLY_DEATH_S:
-            self._failed(role)
+            self._backoff(role).died_early(self._loop.time())
 
     def _failed(self, role: str) -> None:
+        self._backoff(role).failed(self._loop.time())
+
+    def _backoff(self, role: str) -> Backoff:
+        """The backoff of a role, reset if one of its instances has lived since the last failure."""
         backoff = self._backoffs.setdefault(role, Backoff())
         now, failed_at = self._loop.time(), backoff.failed_at
         ages = [self._register.age_s(n) for n, r in self._register.roles().items() if r == role]
         if failed_at is not None and any(EARLY_DEATH_S <= age < now - failed_at for age in ages):
             backoff.reset()  # since the last failure an instance has started and has not died early
-        backoff.failed(now)
+        return backoff

@@ -6,7 +6,7 @@ import pytest
 
 from pd_serve.comm.messages import Decision, SchedulerReport
 from pd_serve.comm.timing import (
-    MAX_SCHEDULER_PAUSE_S,
+    MAX_DEATH_PAUSE_S,
     SCHEDULER_HANG_S,
     SCHEDULER_LEASE_S,
     SCHEDULER_START_TIMEOUT_S,
@@ -83,7 +83,7 @@ async def test_a_scheduler_whose_start_hangs_is_ended_and_another_one_started() 
         await asyncio.sleep(SCHEDULER_START_TIMEOUT_S + 1)
         assert world.launcher.scheduler_stops == 1
         world.launcher.scheduler_start_s = 0.0
-        await asyncio.sleep(SCHEDULER_START_TIMEOUT_S + 2 * MAX_SCHEDULER_PAUSE_S)
+        await asyncio.sleep(SCHEDULER_START_TIMEOUT_S + 2 * MAX_DEATH_PAUSE_S)
         assert state(world)[0] == "alive"
 
 
@@ -95,7 +95,7 @@ async def test_schedulers_that_cannot_start_are_tried_again_with_pauses(kind: ty
         world.launcher.scheduler_dead.set()
         await asyncio.sleep(300)
         failed = [text for text in world.notices.warnings if "no memory" in text]
-        assert 300 / MAX_SCHEDULER_PAUSE_S <= len(failed) < 50
+        assert 300 / MAX_DEATH_PAUSE_S <= len(failed) < 50
         world.launcher.scheduler_fails = None
-        await asyncio.sleep(2 * MAX_SCHEDULER_PAUSE_S)
+        await asyncio.sleep(2 * MAX_DEATH_PAUSE_S)
         assert world.launcher.scheduler_starts == 2
