@@ -64,13 +64,14 @@ class MigrationCoordinator:
         send: Callable[[InstanceId, MigrationMessage | PrefixMessage], None],
         *,
         bounds: MigrationBounds | None = None,
+        is_far: Callable[[InstanceId], bool] = lambda peer: False,
         on_ended: Callable[[MigrationRecord], None] = lambda record: None,
         on_failure: Callable[[BaseException], None] | None = None,
     ) -> None:
         self.name = name
         self.bounds = bounds or MigrationBounds()
         pacer, tasks = Pacer(self.bounds.stage_bytes_per_s), BackgroundTasks(on_failure)
-        self._instance = LocalInstance(name, engine, transport, send, self.bounds, pacer, tasks)
+        self._instance = LocalInstance(name, engine, transport, send, self.bounds, pacer, tasks, is_far)
         self.prefixes = PrefixCopies(self._instance)
         self._on_ended = on_ended
         self._serial = itertools.count()
@@ -109,8 +110,13 @@ class MigrationCoordinator:
 
     @property
     def block_copy_s(self) -> float:
-        """Time for each KV block in the latest copies to this instance, in seconds; 0 until there was one."""
+        """Time for each KV block in the latest copies on this machine, in seconds; 0 until there was one."""
         return self._instance.reads.block_s
+
+    @property
+    def far_block_copy_s(self) -> float:
+        """The same of the latest copies from other machines."""
+        return self._instance.far_reads.block_s
 
     async def migrate(
         self, request_id: RequestId, destination: InstanceId, reason: str, *, blocking: bool = False

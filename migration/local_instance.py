@@ -66,7 +66,8 @@ class LocalInstance:
     Attributes:
         send: Sends a message to a peer; must not block, and may lose the message.
         tasks: Run until they end or the instance stops.
-        reads: Of this instance.
+        is_far: Whether a peer runs on another machine.
+        reads, far_reads: Times of the copies from peers on this machine, and on others.
     """
 
     name: InstanceId
@@ -76,7 +77,9 @@ class LocalInstance:
     bounds: MigrationBounds
     pacer: Pacer
     tasks: BackgroundTasks
+    is_far: Callable[[InstanceId], bool] = lambda peer: False
     reads: ReadTimes = field(default_factory=ReadTimes)
+    far_reads: ReadTimes = field(default_factory=ReadTimes)
 
     async def read(
         self, peer: InstanceId, endpoint: bytes, remote_blocks: Sequence[int], local_blocks: Sequence[int]
@@ -85,5 +88,6 @@ class LocalInstance:
         loop = asyncio.get_running_loop()
         began_at = loop.time()
         num_bytes = await self.transport.read(peer, endpoint, remote_blocks, local_blocks)
-        self.reads.add(loop.time() - began_at, max(len(local_blocks), 1))
+        reads = self.far_reads if self.is_far(peer) else self.reads
+        reads.add(loop.time() - began_at, max(len(local_blocks), 1))
         return num_bytes

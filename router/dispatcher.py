@@ -145,7 +145,8 @@ class Dispatcher:
         if not (keys := request.prefix_keys):
             return None
         (reader,) = self._with_cached([self.loads.projected(instance_id)], keys, soon=True)
-        source = prefix_source(self._with_cached(self.loads.fresh(), keys), reader)
+        holders = self._with_cached(self.loads.fresh(), keys)
+        source = prefix_source(holders, reader, self.loads.are_apart)
         self.loads.prefixes.expect(instance_id, keys)
         return source.holder if source is not None else None
 
@@ -157,10 +158,16 @@ class Dispatcher:
             raise PolicyError(f"it has chosen {chosen}")
         return chosen
 
-    def destinations(self, num_blocks: int, priority: int = 0, prefix_keys: Sequence[int] = ()) -> list[str]:
-        """Instances to hand a request of this size off to, best first; at most `MAX_DESTINATIONS`."""
-        ranked = self._ranked(self.loads.fresh(), num_blocks, priority, prefix_keys)
-        return ranked or self._ranked(self.loads.all(), num_blocks, priority, prefix_keys)
+    def destinations(
+        self, num_blocks: int, priority: int = 0, prefix_keys: Sequence[int] = (), source: str = ""
+    ) -> list[str]:
+        """Instances to hand a request of this size off to, best first; at most `MAX_DESTINATIONS`.
+
+        Args:
+            source: The instance that has the request's blocks.
+        """
+        ranked = self._ranked(self.loads.fresh(), num_blocks, priority, prefix_keys, source)
+        return ranked or self._ranked(self.loads.all(), num_blocks, priority, prefix_keys, source)
 
     @property
     def is_serving(self) -> bool:
@@ -191,9 +198,15 @@ class Dispatcher:
         return _admissible_blocks(load) if takes_new else 0
 
     def _ranked(
-        self, loads: Sequence[InstanceLoad], num_blocks: int, priority: int, prefix_keys: Sequence[int]
+        self,
+        loads: Sequence[InstanceLoad],
+        num_blocks: int,
+        priority: int,
+        prefix_keys: Sequence[int],
+        source: str,
     ) -> list[str]:
         loads = self._with_cached(self._with_headroom(can_receive(loads)), prefix_keys)
+        loads = self._with_distance(loads, num_blocks, source)
         ranked = self._decide(
             self._handoff, FreestDestination(), lambda policy: policy.rank(loads, num_blocks, priority)
         )
@@ -251,7 +264,7 @@ class Dispatcher:
         holders = self._with_cached(self.loads.fresh(), prefix_keys)
         found = []
         for load in self._with_cached(loads, prefix_keys, soon=True):
-            source = prefix_source(holders, load)
+            source = prefix_source(holders, load, self.loads.are_apart)
             found.append(
                 replace(load, copied_tokens=source.tokens, copy_s=source.seconds) if source else load
             )
@@ -281,6 +294,17 @@ class Dispatcher:
             replace(load, cached_tokens=cached) if cached else load
             for load, cached in zip(loads, tokens, strict=True)
         ]
+
+    def _with_distance(self, loads: list[InstanceLoad], num_blocks: int, source: str) -> list[InstanceLoad]:
+        """The loads with the time of a copy from the source, if not all of them are as far from it."""
+        far = self.loads.apart_from(source, [load.instance_id for load in loads])
+        if all(far) or not any(far):
+            return loads
+        found = []
+        for load, is_far in zip(loads, far, strict=True):
+            missing = max(num_blocks - load.cached_tokens // load.block_tokens, 0)
+            found.append(replace(load, copy_s=load.copy_time_s(missing, is_far=is_far)))
+        return found
 
     def _with_headroom(self, loads: Sequence[InstanceLoad]) -> list[InstanceLoad]:
         return limit_headroom(loads, self.policies.headroom)

@@ -86,8 +86,9 @@ class InstanceLoad(EngineLoad, frozen=True):
             the process that decided.
         cached_tokens: Tokens at the beginning of the request in question whose KV blocks it has, for policies
             that use prefixes. Added by the process that decides.
-        copied_tokens, copy_s: Tokens whose KV blocks it would copy from another instance, and the time that
-            takes. Added as well.
+        copied_tokens: Tokens whose KV blocks it would copy from another instance. Added as well.
+        copy_s: Time that a copy of the request's KV blocks to it takes: of these tokens, or of all blocks
+            that it lacks if the request is handed off. Added as well.
     """
 
     instance_id: str
@@ -106,7 +107,16 @@ class InstanceLoad(EngineLoad, frozen=True):
         float,
         Meta(
             title="block_copy_seconds",
-            description="Time for each KV block in the latest copies to the instance; 0 until there was one.",
+            description="Time for each KV block in the latest copies to the instance on its machine; 0 until"
+            " there was one.",
+        ),
+    ] = 0.0
+    far_block_copy_s: Annotated[
+        float,
+        Meta(
+            title="far_block_copy_seconds",
+            description="Time for each KV block in the latest copies from other machines; 0 until there was"
+            " one.",
         ),
     ] = 0.0
     busy: Annotated[
@@ -133,6 +143,10 @@ class InstanceLoad(EngineLoad, frozen=True):
     def mean_blocks(self) -> int:
         """Blocks that a running request holds on average, rounded up."""
         return -(-(self.total_blocks - self.free_blocks) // max(self.running, 1))
+
+    def copy_time_s(self, num_blocks: int, *, is_far: bool) -> float:
+        """Time to copy blocks to it, in seconds; 0 as long as it has copied nothing over this distance."""
+        return num_blocks * (self.far_block_copy_s if is_far else self.block_copy_s)
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that this many tokens of a request take here."""

@@ -8,7 +8,7 @@ a new one is right again.
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from msgspec.structs import replace
@@ -51,12 +51,14 @@ class ProjectedLoads:
 
     Attributes:
         prefixes: What the instances have in their prefix caches.
+        nodes: Machines of the instances, as far as they are known.
     """
 
     def __init__(self, clock: Callable[[], float] | None = None, max_report_age_s: float = math.inf) -> None:
         self._clock = clock or (lambda: 0.0)
         self._max_report_age_s = max_report_age_s
         self.prefixes = PrefixIndex(self._clock)
+        self.nodes: dict[str, str] = {}
         self._reports: dict[str, InstanceLoad] = {}
         self._reported_at: dict[str, float] = {}
         self._dispatches: dict[str, deque[PendingDispatch]] = {}
@@ -103,8 +105,24 @@ class ProjectedLoads:
             self._end_move(instance_id, move)
         self.prefixes.remove(instance_id)
         self._outdated.discard(instance_id)
-        for known in (self._reports, self._reported_at, self._dispatches, self._arrivals, self._projected):
+        for known in (
+            self.nodes,
+            self._reports,
+            self._reported_at,
+            self._dispatches,
+            self._arrivals,
+            self._projected,
+        ):
             known.pop(instance_id, None)
+
+    def are_apart(self, one: str, other: str) -> bool:
+        """Whether two instances are known to run on different machines."""
+        return self.apart_from(one, [other]) == [True]
+
+    def apart_from(self, instance_id: str, others: Iterable[str]) -> list[bool]:
+        """Whether each of other instances is known to run on another machine than this one."""
+        here = self.nodes.get(instance_id)
+        return [here is not None and self.nodes.get(other, here) != here for other in others]
 
     # ---- decisions
 

@@ -87,6 +87,13 @@ def run(
             " of the policy, too. [default: 0.1]"
         ),
     ] = None,
+    nodes: Annotated[
+        int, typer.Option(min=1, help="Machines; the instances of each role are spread over them.")
+    ] = 1,
+    far_gb_per_s: Annotated[
+        float,
+        typer.Option(min=0, help="GB/s of KV copies between machines. [default: as within one]"),
+    ] = 0.0,
     refuse: Annotated[
         bool,
         typer.Option(
@@ -122,6 +129,8 @@ def run(
         max_migrations=max_migrations,
         slo=Slo(slo_ttft, 0.1 if slo_tpot is None else slo_tpot),
         refuses=refuse,
+        nodes=nodes,
+        far_gb_per_s=far_gb_per_s,
     )
     output.run_and_show(scenario, traces, json_file)
 

@@ -183,6 +183,11 @@ class MembershipView:
         """Whether another instance of this id is a member."""
         return instance_id in self.instances and instance_id != self._name
 
+    def is_far(self, instance_id: str) -> bool:
+        """Whether an instance runs on another machine than this one, as far as both are members."""
+        here, there = self.instances.get(self._name), self.instances.get(instance_id)
+        return here is not None and there is not None and here.node != there.node
+
     def update(self, message: Membership) -> MembershipChange | None:
         """Applies a message of the manager. Returns None if its term is an earlier one, and ignores it."""
         if self.latest is not None and message.term < self.latest.term:

@@ -60,6 +60,7 @@ class Instances:
     def add(self, info: InstanceInfo) -> None:
         free = set(self.slots) - set(self._slot_of.values())
         self._slot_of[info.instance_id] = min(free, default=0)
+        self.loads.nodes[info.instance_id] = info.node
 
     def remove(self, instance_id: str) -> None:
         """Removes an instance that died or was stopped. Calls to it fail."""

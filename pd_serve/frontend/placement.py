@@ -138,7 +138,7 @@ class RequestPlacement:
         if request.ledger.owner != source or self._loop.time() < request.placed_at + HANDOFF_RETRY_S:
             return
         num_blocks = self._blocks_of(request, source)
-        for destination in self._destinations(request, num_blocks)[:1]:
+        for destination in self._destinations(request, num_blocks, source)[:1]:
             if self._loads.free_blocks(destination) > num_blocks:
                 request.placed_at = self._loop.time()
                 self.settle(request)
@@ -150,14 +150,14 @@ class RequestPlacement:
         if request.ends_with_prefill:
             return None
         num_blocks = self._blocks_of(request, request.ledger.owner)
-        candidates = self._destinations(request, num_blocks)
+        candidates = self._destinations(request, num_blocks, request.ledger.owner)
         if candidates:
             self._expect(request, candidates[0], num_blocks)
         return candidates
 
-    def _destinations(self, request: TrackedRequest, num_blocks: int) -> list[str]:
+    def _destinations(self, request: TrackedRequest, num_blocks: int, source: str) -> list[str]:
         new = request.new
-        return self._dispatcher.destinations(num_blocks, new.priority, new.prefix_keys)
+        return self._dispatcher.destinations(num_blocks, new.priority, new.prefix_keys, source)
 
     def _expect(self, request: TrackedRequest, destination: str, num_blocks: int) -> None:
         request.destination = destination

@@ -144,6 +144,7 @@ class Llumlet:
             transport,
             self._send_to_peer,
             bounds=self._bounds,
+            is_far=self._members.is_far,
             on_ended=self._on_migration_ended,
             on_failure=self._on_fatal,
         )

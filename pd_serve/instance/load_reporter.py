@@ -177,6 +177,7 @@ class LoadReporter:
             step_s=self.step_watch.step_s,
             hangs=self.step_watch.hangs,
             block_copy_s=coordinator.block_copy_s if coordinator else 0.0,
+            far_block_copy_s=coordinator.far_block_copy_s if coordinator else 0.0,
             busy=self._busy.share(self._loop.time(), self._engine.busy_s + self.step_watch.step_s),
             slow_blocks=slow_blocks(self._engine, self._itl_target_s),
             expected_blocks=0,

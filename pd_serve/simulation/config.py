@@ -43,11 +43,24 @@ class NetworkSettings:
         message_latency_s: One-way latency of control messages and tokens.
         kv_latency_s: Latency of a copy. The defaults are the paper's; see `hardware.Hardware`.
         kv_bytes_per_s: Bandwidth of one instance's link in each direction; its copies share it.
+        nodes: Machines, over which the instances of each role are spread in turn.
+        far_kv_bytes_per_s: Bandwidth of copies between machines; 0 for the same.
     """
 
     message_latency_s: float = 0.0005
     kv_latency_s: float = 0.010
     kv_bytes_per_s: float = 2.48e9
+    nodes: int = 1
+    far_kv_bytes_per_s: float = 0.0
+
+    def node_of(self, instance_id: str) -> str:
+        """The machine of an instance."""
+        return f"node-{int(instance_id.rpartition('-')[2]) % self.nodes}"
+
+    def bytes_per_s(self, source: str, destination: str) -> float:
+        """Bandwidth of copies between two instances."""
+        is_far = self.nodes > 1 and self.node_of(source) != self.node_of(destination)
+        return self.far_kv_bytes_per_s or self.kv_bytes_per_s if is_far else self.kv_bytes_per_s
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,7 @@ class Scenario:
         with_series: Whether the summary has the cluster over time.
         slo: Bounds of a request that counts in the goodput.
         refuses: Requests bring these as targets; see `SimulationConfig.slo`.
+        nodes, far_gb_per_s: Machines, and GB/s of copies between them; see `NetworkSettings`.
     """
 
     trace: TraceSpec
@@ -55,6 +56,8 @@ class Scenario:
     with_series: bool = False
     slo: Slo = field(default_factory=Slo)
     refuses: bool = False
+    nodes: int = 1
+    far_gb_per_s: float = 0.0
 
     @property
     def key(self) -> str:
@@ -109,7 +112,12 @@ def configure(
         policy=case.policy,
         engines={"neutral": engine},
         overrides=overrides,
-        network=NetworkSettings(kv_latency_s=machine.kv_latency_s, kv_bytes_per_s=machine.kv_bytes_per_s),
+        network=NetworkSettings(
+            kv_latency_s=machine.kv_latency_s,
+            kv_bytes_per_s=machine.kv_bytes_per_s,
+            nodes=case.nodes,
+            far_kv_bytes_per_s=case.far_gb_per_s * 1e9,
+        ),
         autoscale=case.autoscale,
         start_instance_s=machine.start_s,
         max_migrations=case.max_migrations,

@@ -61,6 +61,7 @@ class SimulatedInstance:
         self.failure: BaseException | None = None
         self.wire = wire
         self._fabric = fabric
+        self._node = config.network.node_of(name)
         self.transport: LocalTransport = fabric.transport(name)
         bounds = MigrationBounds(max_outgoing=config.max_migrations, max_incoming=config.max_migrations)
         self.llumlet = Llumlet(
@@ -104,7 +105,7 @@ class SimulatedInstance:
             instance_id=self.name,
             role=self.role,
             address=self.llumlet.address,
-            node="simulated",
+            node=self._node,
             pid=0,
             engine=self.engine.facts,
         )

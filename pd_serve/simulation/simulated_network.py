@@ -158,8 +158,8 @@ class SimulatedWire(VirtualWire):
 class SimulatedFabric(LocalFabric):
     """KV copies between simulated instances, which take the time of a copy of real KV.
 
-    Each instance has one link with a bandwidth of `kv_bytes_per_s` in each direction. A copy gets its share
-    of the busier link, as it is when the copy begins.
+    Each instance has one link in each direction, and another bandwidth to other machines. A copy gets its
+    share of the busier link, as it is when the copy begins.
 
     Args:
         kv_bytes_per_byte: Bytes of KV that one copied byte of simulated contents represents.
@@ -194,7 +194,7 @@ class SimulatedFabric(LocalFabric):
     def copy_s(self, source: str, destination: str, num_bytes: int) -> float:
         self.bytes_copied += num_bytes * self._scale
         share = max(self.leaving[source], self.entering[destination], 1)
-        return num_bytes * self._scale * share / self._settings.kv_bytes_per_s
+        return num_bytes * self._scale * share / self._settings.bytes_per_s(source, destination)
 
 
 def _node(address: str) -> str:

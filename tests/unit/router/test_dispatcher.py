@@ -28,6 +28,28 @@ def dispatcher_of(*loads: InstanceLoad) -> Dispatcher:
 # ---- dispatch
 
 
+def test_of_equal_destinations_the_one_on_the_requests_machine_comes_first() -> None:
+    measured = [replace(decode(f"d{i}"), block_copy_s=1e-4, far_block_copy_s=1e-2) for i in range(3)]
+    dispatcher = dispatcher_of(prefill("p0"), *measured)
+    assert dispatcher.destinations(10, source="p0") == ["d0", "d1", "d2"]
+
+    dispatcher.loads.nodes |= {"p0": "b", "d0": "a", "d1": "a", "d2": "b"}
+    assert dispatcher.destinations(10, source="p0") == ["d2", "d0", "d1"]
+    assert dispatcher.destinations(10) == ["d0", "d1", "d2"]
+
+    dispatcher.loads.remove("d2")
+    assert dispatcher.loads.nodes.keys() == {"p0", "d0", "d1"}
+
+
+def test_what_a_destination_has_of_a_request_need_not_come_from_far() -> None:
+    measured = [replace(decode(f"d{i}"), block_copy_s=1e-4, far_block_copy_s=1e-2) for i in range(2)]
+    dispatcher = dispatcher_of(prefill("p0"), *measured)
+    dispatcher.loads.nodes |= {"p0": "b", "d0": "a", "d1": "b"}
+
+    far, near = dispatcher._with_distance([replace(measured[0], cached_tokens=160), measured[1]], 12, "p0")
+    assert (near.copy_s, far.copy_s) == (pytest.approx(12e-4), pytest.approx(2e-2))
+
+
 def test_a_burst_between_two_reports_does_not_herd() -> None:
     """All of it is decided on one report, in which both instances look idle."""
     dispatcher = dispatcher_of(prefill("p0"), prefill("p1"))

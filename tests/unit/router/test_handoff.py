@@ -46,6 +46,31 @@ def test_arrivals_on_their_way_count() -> None:
     assert names([cluster[0].with_arrivals(30), cluster[1]], 10) == ["d1", "d0"]
 
 
+def test_a_copy_counts_for_the_steps_that_pass_meanwhile() -> None:
+    """1.6 s are 80 steps of 20 ms, or 5 blocks of 16 tokens for each of 3 requests."""
+    far = replace(decode("d0", 60, running=2), copy_s=1.6, decode_step_s=0.02, block_tokens=16)
+    near = replace(decode("d1", 52, running=2), copy_s=0.001, block_tokens=16)
+
+    assert freeness(far, 10, 1) > freeness(near, 10, 1)
+    assert names([far, near], 10) == ["d1", "d0"]
+    assert names([replace(far, copy_s=0.5), near], 10) == ["d0", "d1"]
+
+
+def test_a_copy_to_an_instance_without_a_measured_step_costs_something_as_well() -> None:
+    far = replace(decode("d0", 100, running=0), copy_s=0.1)
+
+    assert names([far, decode("d1", 100, running=0)], 10) == ["d1", "d0"]
+
+
+def test_an_idle_instance_far_away_is_no_better_than_one_with_plenty_of_room_here() -> None:
+    far = replace(decode("d0", 1000, running=0, total=1000), copy_s=0.1, block_tokens=16)
+    near = decode("d1", 400, running=4, total=1000, block_tokens=16)
+
+    assert names([far, near], 10) == ["d1", "d0"]
+    assert names([far, replace(near, free_blocks=300)], 10) == ["d0", "d1"]
+    assert names([replace(far, copy_s=0.0), near], 10) == ["d0", "d1"]
+
+
 def test_full_instances_come_last_but_are_not_left_out() -> None:
     """The batch of the one with room is so large that the full ones are freer by the formula."""
     cluster = [decode("d0", 5), decode("d1", 20, running=10), decode("d2", 8)]

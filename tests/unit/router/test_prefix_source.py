@@ -46,3 +46,34 @@ def test_the_reader_is_no_source_of_its_own_prefix() -> None:
     reader = replace(READER, cached_tokens=100)
     assert prefix_source([replace(reader, cached_tokens=640)], reader) is None
     assert prefix_source([], READER) is None
+
+
+def test_of_equal_prefixes_the_one_on_the_same_machine_is_copied() -> None:
+    reader = replace(READER, far_block_copy_s=5e-3)
+    holders = [holder("d0", 640), holder("d1", 640)]
+
+    source = prefix_source(holders, reader, lambda one, other: one == "d0")
+    assert source is not None
+    assert (source.holder, source.seconds) == ("d1", COPY_LATENCY_S + 40 * 1e-3)
+
+
+def test_a_longer_prefix_far_away_is_copied_if_that_saves_more() -> None:
+    """Computing a block takes 16 ms here."""
+    holders = [holder("d0", 1280), holder("d1", 640)]
+    chosen = {}
+    for far_s in (5e-3, 15e-3):
+        reader = replace(READER, far_block_copy_s=far_s)
+        source = prefix_source(holders, reader, lambda one, other: one == "d0")
+        assert source is not None
+        chosen[far_s] = source.holder
+    assert chosen == {5e-3: "d0", 15e-3: "d1"}
+
+
+def test_no_prefix_is_copied_from_far_if_computing_it_is_sooner() -> None:
+    reader = replace(READER, far_block_copy_s=17e-3)
+    assert prefix_source([holder("d0", 640)], reader, lambda one, other: True) is None
+
+
+def test_the_reader_among_the_holders_hides_no_other_one() -> None:
+    reader = replace(READER, cached_tokens=320)
+    assert prefix_source([replace(reader, cached_tokens=640), holder("d0", 480)], reader) is not None

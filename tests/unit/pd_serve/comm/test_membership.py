@@ -126,3 +126,15 @@ async def test_a_scheduler_that_is_gone_is_disconnected() -> None:
     members.update(membership("p0"))
 
     assert SCHEDULER not in wire.peers
+
+
+@in_virtual_time
+async def test_instances_on_other_machines_are_far() -> None:
+    members, _ = view()
+    assert not members.is_far("d0")
+    message = membership("p0", "d0", "d1")
+    here, near, far = message.instances
+    moved = [here, near, dataclasses.replace(far, node="another")]
+    members.update(replace(message, instances=moved))
+
+    assert [members.is_far(name) for name in ("p0", "d0", "d1", "d2")] == [False, False, True, False]

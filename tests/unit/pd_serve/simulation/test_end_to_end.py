@@ -1,6 +1,7 @@
 """A few hundred requests through the command, the simulated cluster, the summary and the files."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from typer.testing import CliRunner
 
 from pd_serve.cli.simulate import app
 from pd_serve.simulation.scenario import Scenario, run_scenario
+from pd_serve.simulation.simulated_network import SimulatedFabric
 from pd_serve.simulation.workloads import TraceSpec
 
 
@@ -35,3 +37,31 @@ def test_a_run_is_a_function_of_its_seed() -> None:
     first, second = run_scenario(case), run_scenario(case)
 
     assert first | {"wall_s": 0} == second | {"wall_s": 0}
+
+
+def test_requests_stay_on_their_machine_where_the_network_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two machines with a prefill and two decode instances each."""
+    shares = {}
+    for gb_per_s in (0.0, 0.1):
+        copies: Counter[bool] = Counter()
+        copy_s = SimulatedFabric.copy_s
+
+        def counted(
+            fabric: SimulatedFabric,
+            source: str,
+            destination: str,
+            num_bytes: int,
+            copies=copies,
+            copy_s=copy_s,
+        ) -> float:
+            copies[fabric._settings.node_of(source) == fabric._settings.node_of(destination)] += 1
+            return copy_s(fabric, source, destination, num_bytes)
+
+        monkeypatch.setattr(SimulatedFabric, "copy_s", counted)
+        trace = TraceSpec("s-s", rate=8, requests=200)
+        pools = {"prefill": 2, "decode": 4}
+        summary = run_scenario(Scenario(trace, "llumnix", pools, nodes=2, far_gb_per_s=gb_per_s))
+        monkeypatch.setattr(SimulatedFabric, "copy_s", copy_s)
+        assert not summary["wrong_tokens"]
+        shares[gb_per_s] = copies[True] / copies.total()
+    assert shares[0.0] < 0.7 < 0.9 < shares[0.1]

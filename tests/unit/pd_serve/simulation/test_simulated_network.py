@@ -1,6 +1,7 @@
 """Links with latency, shared by the copies on them."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -133,3 +134,14 @@ async def test_a_copy_from_a_node_that_is_cut_off_fails() -> None:
     with pytest.raises(PeerLostError):
         await copy
     assert net.fabric.leaving["a"] == net.fabric.entering["b"] == 0
+
+
+@in_virtual_time
+async def test_a_copy_between_two_machines_has_another_bandwidth() -> None:
+    settings = replace(SETTINGS, nodes=2, far_kv_bytes_per_s=SETTINGS.kv_bytes_per_s / 10)
+    net = SimulatedNetwork(settings, SCALE)
+    here, near, far = (Node(name, net) for name in ("p-0", "d-2", "d-1"))
+
+    assert await near.read(here, [1, 2, 3]) == pytest.approx(0.01 + 0.3)
+    began = now()
+    assert await far.read(here, [1, 2, 3]) == pytest.approx(began + 0.01 + 3.0)
