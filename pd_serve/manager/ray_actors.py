@@ -8,7 +8,7 @@ from dataclasses import replace
 import ray
 
 from pd_serve.comm.membership import SCHEDULER, InstanceInfo
-from pd_serve.comm.timing import INSTANCE_LEASE_S
+from pd_serve.comm.timing import INSTANCE_LEASE_S, ORPHAN_S, START_TIMEOUT_S
 from pd_serve.comm.wire import Wire, is_local
 from pd_serve.instance.instance_process import Instance, InstanceConfig
 from pd_serve.manager.launcher import ManagerNotes
@@ -26,6 +26,8 @@ READY_S = 0.8 * INSTANCE_LEASE_S
 class InstanceActor:
     """The process of one instance, or of several simulated ones: an async actor.
 
+    Its manager ends it if a start fails. If that one is gone, and no other one has found it, it ends itself.
+
     Args:
         name: Name of the process.
         places: Number of instances that it runs in its life.
@@ -39,6 +41,7 @@ class InstanceActor:
         self._instances: dict[str, Instance] = {}  # ended ones, too: see `Instance`
         self._starts: dict[str, asyncio.Task[InstanceInfo]] = {}
         self._notes: ManagerNotes | None = None
+        self._is_awaited = False
 
     def __repr__(self) -> str:
         return self._name  # Ray's prefix of every log line
@@ -52,10 +55,26 @@ class InstanceActor:
         if self._is_shared:
             INSTANCE.set(config.instance_id)
         instance = self._instances[config.instance_id] = Instance(self._has_others)
-        return await instance.start(config)
+        try:
+            return await instance.start(config)
+        except Exception:
+            asyncio.get_running_loop().call_later(ORPHAN_S, self._end_if_unused)
+            raise
 
     def _has_others(self, ending: Instance) -> bool:
         return any(one is not ending and not one.has_ended for one in self._instances.values())
+
+    def _end_if_unused(self) -> None:
+        """Ends the process if none of its instances serves, or is being started."""
+        if not any(self._is_used(instance_id) for instance_id in self._starts):
+            logger.error("%s ends: no manager uses it", self._name)
+            os._exit(1)
+
+    def _is_used(self, instance_id: str) -> bool:
+        start = self._starts[instance_id]
+        if not start.done():
+            return True
+        return not (start.cancelled() or start.exception() or self._instances[instance_id].has_ended)
 
     async def found(self) -> tuple[list[InstanceInfo], ManagerNotes | None]:
         """For the next manager: the ready instances, and its notes. Ends those that do not get ready."""
@@ -65,12 +84,15 @@ class InstanceActor:
         for instance_id, start in self._starts.items():
             if not start.done():
                 await self.stop_one(instance_id)
-            elif not (start.cancelled() or start.exception() or self._instances[instance_id].has_ended):
+            elif self._is_used(instance_id):
                 infos.append(start.result())
         return infos, self._notes
 
     async def keep_notes(self, notes: ManagerNotes) -> int:
         """Keeps the notes if they are the latest. Returns the term of the latest notes."""
+        if not (self._starts or self._is_awaited):
+            self._is_awaited = True
+            asyncio.get_running_loop().call_later(START_TIMEOUT_S, self._end_if_unused)
         if self._notes is None or notes.age > self._notes.age:
             self._notes = notes
         return self._notes.term

@@ -34,11 +34,6 @@ class SimulatedActor:
             self.notes = notes
 
     @property
-    def has_failed(self) -> bool:
-        """Its start has failed. If its manager is gone, its process stays until another one takes over."""
-        return self.started is not None and self.started.done() and self.started.exception() is not None
-
-    @property
     def is_starting(self) -> bool:
         return self.process.is_alive and self.started is not None and not self.started.done()
 

@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable
 
 from pd_serve.comm.membership import SCHEDULER, InstanceInfo
-from pd_serve.comm.timing import INSTANCE_LEASE_S, START_TIMEOUT_S
+from pd_serve.comm.timing import INSTANCE_LEASE_S, ORPHAN_S, START_TIMEOUT_S
 from pd_serve.errors import EngineDeadError
 from pd_serve.instance.instance_process import InstanceConfig
 from pd_serve.manager.launcher import ManagerNotes
@@ -133,8 +133,14 @@ class SimulatedPlatform:
             self.starts.ended_at = self.loop.now
             actor.started.set_exception(EngineDeadError(f"{actor.name} does not start: injected"))
             actor.started.exception()
+            self.loop.outside_at(self.loop.now + ORPHAN_S, self._end_unused, actor)
             return
         actor.process.call_soon(self._construct, actor, config)
+
+    def _end_unused(self, actor: SimulatedActor) -> None:
+        """The process of a failed start ends itself, if its manager has not ended it."""
+        if self.actors.get(actor.name) is actor:
+            self._end(actor)
 
     def _construct(self, actor: SimulatedActor, config: InstanceConfig) -> None:
         name = actor.name

@@ -60,8 +60,7 @@ class RestChecks:
         cluster = self._cluster
         instances = cluster.platform.instances
         for name in sorted(set(cluster.platform.actors) - set(instances)):
-            if not (cluster.platform.actors[name].has_failed and cluster.is_left(name)):
-                yield f"{name} is being started"
+            yield f"{name} is being started"
         sizes = Counter(instance.llumlet.reporter.role for instance in instances.values())
         if self._operations.has_changed_roles:
             return

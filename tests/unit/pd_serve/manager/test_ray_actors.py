@@ -144,6 +144,48 @@ async def test_the_latest_notes_are_kept(actor: InstanceActor) -> None:
     assert (await actor.found())[1] == ManagerNotes(term=3)
 
 
+async def fail_to_start(actor: InstanceActor, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fails(engine: SimulatedEngine) -> None:
+        raise RuntimeError("no such model")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SimulatedEngine, "start", fails)
+        with pytest.raises(RuntimeError, match="no such model"):
+            await actor.start(config(name))
+
+
+async def test_a_process_whose_start_has_failed_ends_itself_if_no_manager_ends_it(
+    monkeypatch: pytest.MonkeyPatch, actor: InstanceActor, exits: list[int]
+) -> None:
+    monkeypatch.setattr(ray_actors, "ORPHAN_S", 0.05)
+    await fail_to_start(actor, "decode-3", monkeypatch)
+    await asyncio.sleep(0.2)
+    assert exits == []  # the others serve
+
+    alone = InstanceActor("decode-4")
+    await fail_to_start(alone, "decode-4", monkeypatch)
+    assert exits == []
+    async with asyncio.timeout(10):
+        while not exits:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await alone.stop()
+
+
+async def test_a_process_that_no_manager_starts_an_instance_in_ends_itself(
+    monkeypatch: pytest.MonkeyPatch, actor: InstanceActor, exits: list[int]
+) -> None:
+    monkeypatch.setattr(ray_actors, "START_TIMEOUT_S", 0.05)
+    await actor.keep_notes(ManagerNotes(term=3))
+    await asyncio.sleep(0.2)
+    assert exits == []
+
+    left = InstanceActor("decode-4")
+    await left.keep_notes(ManagerNotes(term=3))
+    async with asyncio.timeout(10):
+        while not exits:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
 async def test_what_an_instance_logs_has_its_name(
     actor: InstanceActor, caplog: pytest.LogCaptureFixture
 ) -> None:
