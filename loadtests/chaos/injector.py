@@ -14,8 +14,7 @@ from loadtests.chaos.schedule import Fault, Target
 from loadtests.chaos.targets import choose
 from loadtests.started_service import StartedService
 
-#: Maximum wait for a process of a wanted kind. Starts are delayed by Ray and by the backoff after early
-#: deaths, which is up to two minutes.
+#: Maximum wait for a process of a wanted kind. Starts are delayed by Ray, and after failed ones by a backoff.
 TARGET_WAIT_S = 240.0
 
 POLL_S = 0.2

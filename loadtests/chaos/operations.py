@@ -10,7 +10,7 @@ from loadtests.answer import StreamError
 from loadtests.chaos.schedule import Operation
 from loadtests.stream_client import AsyncStreamClient
 
-#: Time after which a drain or a change of size is undone.
+#: Time after which a drain, a stop or a change of size is undone.
 UNDO_S = 8.0
 
 #: Concurrent moves of one operation.
@@ -41,11 +41,12 @@ class Operator:
             active: X-Request-Id of the running streams.
         """
         rows = [row for row in cluster.get("instances", ()) if row["state"] == "ready"]
-        names = [row["id"] for row in rows]
+        roles = {row["id"]: row["role"] for row in rows}
+        names = list(roles)
         match operation:
             case Operation.DRAIN if names:
                 name, stop = dice.choice(names), dice.random() < 0.5
-                self._start(self._drain(name, stop))
+                self._start(self._drain(name, roles[name], stop))
                 return f"drain of {name}" + (" to its end" if stop else "")
             case Operation.SCALE:
                 role = dice.choice(sorted(self._sizes))
@@ -75,10 +76,12 @@ class Operator:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _drain(self, name: str, stop: bool) -> None:
+    async def _drain(self, name: str, role: str, stop: bool) -> None:
         await self._post("drain", {"instance": name, "stop": stop})
         await asyncio.sleep(UNDO_S)
-        if not stop:
+        if stop:  # its pool has become smaller
+            await self._post("scale", {role: self._sizes[role]})
+        else:
             await self._post("drain", {"instance": name, "draining": False})
 
     async def _scale(self, role: str, size: int) -> None:

@@ -63,12 +63,15 @@ async def test_no_pool_is_scaled_to_nothing() -> None:
         assert all(size >= 1 for size in first[1].values())
 
 
-async def test_a_drain_is_undone_unless_it_goes_to_the_end() -> None:
+async def test_a_drain_is_undone_and_what_it_has_stopped_is_started_again() -> None:
     for seed in range(20):
-        first, *rest = await posted(Operation.DRAIN, seed)
+        first, (path, body) = await posted(Operation.DRAIN, seed)
         assert first[0] == "/cluster/drain"
-        undone = [body["draining"] for _, body in rest]
-        assert undone == ([] if first[1]["stop"] else [False])
+        if first[1]["stop"]:
+            role = first[1]["instance"].removesuffix("-0")
+            assert (path, body) == ("/cluster/scale", {role: {"prefill": 1, "decode": 2}[role]})
+        else:
+            assert (path, body["draining"]) == ("/cluster/drain", False)
 
 
 async def test_running_streams_are_moved_to_instances() -> None:
