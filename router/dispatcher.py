@@ -302,7 +302,8 @@ class Dispatcher:
             return loads
         found = []
         for load, is_far in zip(loads, far, strict=True):
-            missing = max(num_blocks - load.cached_tokens // load.block_tokens, 0)
+            present = load.blocks_for(load.cached_tokens) if load.cached_tokens else 0
+            missing = max(num_blocks - present, 0)
             found.append(replace(load, copy_s=load.copy_time_s(missing, is_far=is_far)))
         return found
 

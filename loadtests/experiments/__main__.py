@@ -141,6 +141,23 @@ def turns(
 
 
 @app.command()
+def immovable(
+    out: OutFolder,
+    requests: Requests = 400,
+    rates: Annotated[str, typer.Option(help="Of the four rates: all, first, last, or first,last.")] = "all",
+    jobs: Jobs = None,
+    fresh: Fresh = False,
+    seed: Seed = 0,
+) -> None:
+    """Compare uses of engines that cannot move requests: neutral, and PD with and without recompute."""
+    from loadtests.experiments.figure import FigureOptions
+    from loadtests.experiments.immovable import run_immovable
+    from loadtests.experiments.result_store import ExperimentRun
+
+    run_immovable(FigureOptions.parse(requests, rates, seed, None), ExperimentRun(out, jobs, fresh=fresh))
+
+
+@app.command()
 def layouts(
     out: OutFolder,
     requests: Annotated[int, typer.Option(min=10, help="Requests per run.")] = 4000,

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import msgspec
 
@@ -13,6 +14,9 @@ from router.slo import NO_SLO, Slo
 #: Time from the client to an engine and back with the first token, without queueing and computing. Fitted
 #: once for all figures to the paper's prefill latencies without queueing.
 FITTED_FRONT_END_S = 0.13
+
+
+Moves = Literal["live", "none", "recompute"]
 
 
 class TraceRequest(msgspec.Struct, frozen=True):
@@ -76,6 +80,9 @@ class SimulationConfig:
         start_instance_s: Time until a new instance serves.
         front_end_s: Time from a client to the request router; part of the request's latency.
         max_migrations: Maximum number of migrations at a time, per instance and direction.
+        moves: "live"; "none" for engines that cannot move requests, so that these decode where they were
+            prefilled; "recompute" for such engines whose requests start again on a decode instance after
+            their first token.
         slo: Targets that every request brings: they order the queues, and what cannot meet the first one is
             refused.
         orphan_s: Seconds that requests go on after their API server has left.
@@ -93,6 +100,7 @@ class SimulationConfig:
     start_instance_s: float = 10.0
     front_end_s: float = 0.0
     max_migrations: int = 64
+    moves: Moves = "live"
     slo: Slo = NO_SLO
     orphan_s: float = 0.0
     every_step: bool = False

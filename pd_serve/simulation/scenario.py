@@ -13,7 +13,7 @@ import msgspec
 
 from pd_serve.errors import InvalidRequestError
 from pd_serve.simulated_engine.hardware import hardware
-from pd_serve.simulation.config import NetworkSettings, SimulationConfig
+from pd_serve.simulation.config import Moves, NetworkSettings, SimulationConfig
 from pd_serve.simulation.result import SimulationResult
 from pd_serve.simulation.simulate import simulate
 from pd_serve.simulation.summary import series, summarize
@@ -56,6 +56,7 @@ class Scenario:
     with_series: bool = False
     slo: Slo = field(default_factory=Slo)
     refuses: bool = False
+    moves: Moves = "live"
     nodes: int = 1
     far_gb_per_s: float = 0.0
 
@@ -121,6 +122,7 @@ def configure(
         autoscale=case.autoscale,
         start_instance_s=machine.start_s,
         max_migrations=case.max_migrations,
+        moves=case.moves,
         front_end_s=case.front_end_s,
         slo=case.slo if case.refuses else NO_SLO,
         seed=case.trace.seed,

@@ -1,6 +1,7 @@
 """One run: the clients of a workload in front of a simulated cluster, in virtual time."""
 
 import asyncio
+import contextlib
 import gc
 import math
 import operator
@@ -10,6 +11,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from migration.tasks import BackgroundTasks
 from pd_serve.comm.outputs import OutputBatch, RequestOutput
 from pd_serve.errors import PdServeError
 from pd_serve.simulated_engine.cached_keys import prompt_keys
@@ -26,6 +28,7 @@ from pd_serve.simulation.config import SimulationConfig
 from pd_serve.simulation.result import RequestRecord, Sample, SimulationResult
 from pd_serve.simulation.simulated_cluster import SimulatedCluster
 from pd_serve.simulation.virtual_time import VirtualLoop
+from router.handoff import can_receive
 from router.request import NewRequest
 
 SAMPLE_S = 1.0
@@ -52,7 +55,8 @@ def simulate(config: SimulationConfig, on_progress: OnProgress | None = None) ->
     gc.set_threshold(200_000, 50, 100)
     try:
         with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-            return runner.run(Simulation(config, on_progress).run())
+            kind = RecomputedHandoffs if config.moves == "recompute" else Simulation
+            return runner.run(kind(config, on_progress).run())
     finally:
         gc.set_threshold(*threshold)
         gc.unfreeze()
@@ -276,3 +280,24 @@ class Simulation:
             if (not leaked and not integrity) or self._loop.time() > deadline:
                 return leaked, integrity
             await asyncio.sleep(0.5)
+
+
+class RecomputedHandoffs(Simulation):
+    """Hands requests off without copies: each one starts again elsewhere after its first token."""
+
+    def __init__(self, config: SimulationConfig, on_progress: OnProgress | None = None) -> None:
+        super().__init__(config, on_progress)
+        self._handoffs = BackgroundTasks()
+
+    def _on_tokens(self, number: int, times: list[float]) -> None:
+        record = self.records[number]
+        if not record.tokens and record.request.output_tokens > len(times):
+            self._handoffs.start(self._hand_off(number))
+        super()._on_tokens(number, times)
+
+    async def _hand_off(self, number: int) -> None:
+        """To the decode instance with most free blocks; the request stays if that is refused."""
+        loads = self.cluster.frontend.instances.loads
+        free = {load.instance_id: loads.free_blocks(load.instance_id) for load in can_receive(loads)}
+        with contextlib.suppress(PdServeError):
+            await self.cluster.frontend.migrate(str(number), max(free, key=free.__getitem__), "recompute")

@@ -63,7 +63,8 @@ class SimulatedInstance:
         self._fabric = fabric
         self._node = config.network.node_of(name)
         self.transport: LocalTransport = fabric.transport(name)
-        bounds = MigrationBounds(max_outgoing=config.max_migrations, max_incoming=config.max_migrations)
+        most = config.max_migrations if config.moves == "live" else 0
+        bounds = MigrationBounds(max_outgoing=most, max_incoming=most)
         self.llumlet = Llumlet(
             InstanceId(name),
             role,

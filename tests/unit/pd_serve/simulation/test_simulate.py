@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from pd_serve.comm.timing import FIRST_STEPS, FIRST_STEPS_S, STEP_S
 from pd_serve.simulated_engine.cost_model import COST_MODELS
 from pd_serve.simulated_engine.settings import EngineSettings
-from pd_serve.simulation.config import NetworkSettings, SimulationConfig, TraceRequest
+from pd_serve.simulation.config import Moves, NetworkSettings, SimulationConfig, TraceRequest
 from pd_serve.simulation.result import SimulationResult
-from pd_serve.simulation.simulate import Simulation, simulate
+from pd_serve.simulation.simulate import RecomputedHandoffs, Simulation, simulate
+from pd_serve.simulation.simulated_instance import SimulatedInstance
 from pd_serve.simulation.virtual_time import VirtualLoop
 from router.scaling import PoolBounds
 from router.slo import Slo
@@ -67,6 +68,26 @@ def test_a_disaggregated_cluster_serves_every_request() -> None:
 
     assert_nothing_is_lost(result)
     assert moved(result, "handoff") > 90
+
+
+@pytest.mark.parametrize("moves", ["none", "recompute"])
+def test_requests_of_engines_that_cannot_move_them_decode_where_they_were_computed(moves: Moves) -> None:
+    recomputed = []
+
+    class Counted(RecomputedHandoffs if moves == "recompute" else Simulation):  # type: ignore[misc]
+        async def _rest(self) -> tuple[int, list[str]]:
+            recomputed.append(sum(i.engine.load().prompt_token_s > 0 for i in self._decoding()))
+            return await super()._rest()
+
+        def _decoding(self) -> list[SimulatedInstance]:
+            return [i for i in self.cluster.launcher.instances.values() if i.role == "decode"]
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        result = runner.run(Counted(config(moves=moves)).run())
+
+    assert_nothing_is_lost(result)
+    assert not result.migrations["handoff"].get("committed")
+    assert recomputed == [2 if moves == "recompute" else 0]
 
 
 def test_an_aggregated_cluster_balances_and_serves_every_request() -> None:
