@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 
@@ -64,11 +64,13 @@ class FaultRates:
     Attributes:
         kill, freeze: Weight of each kind of process among kills and among freezes.
         longest_freeze_s: By kind; `DEFAULT_FREEZE_S` for others.
+        numbers: Processes of a kind, if there are several: no fault affects more.
     """
 
     kill: Mapping[Target, float]
     freeze: Mapping[Target, float]
     longest_freeze_s: Mapping[Target, float]
+    numbers: Mapping[Target, int] = field(default_factory=dict)
 
 
 #: Share of faults that are freezes, that affect two processes, and that occur during each operation.
@@ -100,7 +102,12 @@ def draw(seed: int, count: int, duration_s: float, rates: FaultRates) -> list[Fa
 def _fault(dice: random.Random, number: int, pause_s: float, rates: FaultRates) -> Fault:
     is_freeze = dice.random() < FREEZE_SHARE
     weights = rates.freeze if is_freeze else rates.kill
-    targets = tuple(dice.choices(list(weights), list(weights.values()), k=1 + (dice.random() < TWO_SHARE)))
+    targets = tuple(dice.choices(list(weights), list(weights.values())))
+    others = {
+        one: weight for one, weight in weights.items() if [*targets].count(one) < rates.numbers.get(one, 1)
+    }
+    if dice.random() < TWO_SHARE and others:
+        targets += tuple(dice.choices(list(others), list(others.values())))
     freeze_s = None
     if is_freeze:
         longest = min(rates.longest_freeze_s.get(target, DEFAULT_FREEZE_S) for target in targets)

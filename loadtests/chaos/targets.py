@@ -62,7 +62,7 @@ _KINDS = {
 
 
 def rates_of(shape: ClusterShape) -> FaultRates:
-    """The weights of faults, without the kinds of processes that a cluster does not have."""
+    """The weights of faults and the numbers of processes, without kinds that a cluster does not have."""
     rates = RAY_SERVE_RATES if shape.under_ray_serve else SERVE_RATES
 
     def present(weights: Mapping[Target, float]) -> dict[Target, float]:
@@ -72,7 +72,9 @@ def rates_of(shape: ClusterShape) -> FaultRates:
             if not target.is_instance or shape.instances.get(target.value)
         }
 
-    return FaultRates(present(rates.kill), present(rates.freeze), rates.longest_freeze_s)
+    numbers = {target: shape.instances.get(target.value, 0) for target in Target if target.is_instance}
+    numbers[Target.API_SERVER] = shape.api_servers
+    return FaultRates(present(rates.kill), present(rates.freeze), rates.longest_freeze_s, numbers)
 
 
 def candidates(

@@ -1,9 +1,11 @@
 """Schedules of faults."""
 
+from dataclasses import replace
+
 import pytest
 
 from loadtests.chaos import schedule
-from loadtests.chaos.schedule import Fault, Operation, Target
+from loadtests.chaos.schedule import Fault, FaultRates, Operation, Target
 from loadtests.chaos.targets import RAY_SERVE_RATES, SERVE_RATES
 
 
@@ -31,6 +33,17 @@ def test_every_kind_of_fault_is_drawn() -> None:
     assert freezes == set(RAY_SERVE_RATES.freeze)
     assert {fault.during for fault in drawn} == {*Operation, None}
     assert {len(fault.targets) for fault in drawn} == {1, 2}
+
+
+def test_no_fault_affects_more_processes_of_a_kind_than_there_are() -> None:
+    """It would wait for the second one in vain."""
+    rates = replace(SERVE_RATES, numbers={Target.DECODE: 2, Target.NEUTRAL: 0})
+    pairs = {fault.targets for fault in schedule.draw(5, 3000, 1.0, rates) if len(fault.targets) == 2}
+
+    assert (Target.DECODE, Target.DECODE) in pairs
+    assert [one for one, other in pairs if one is other] == [Target.DECODE]
+    alone = FaultRates({Target.SCHEDULER: 1}, {Target.SCHEDULER: 1}, {})
+    assert {len(fault.targets) for fault in schedule.draw(5, 200, 1.0, alone)} == {1}
 
 
 def test_a_freeze_is_as_long_as_each_of_its_processes_allows() -> None:

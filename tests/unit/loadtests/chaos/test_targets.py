@@ -44,6 +44,13 @@ def test_processes_that_a_cluster_does_not_have_are_not_drawn() -> None:
     assert not {Target.PREFILL, Target.DECODE} & set(rates.freeze)
 
 
+def test_the_numbers_are_those_of_the_cluster() -> None:
+    numbers = rates_of(ClusterShape({"prefill": 1, "decode": 3}, api_servers=2)).numbers
+
+    assert (numbers[Target.PREFILL], numbers[Target.DECODE], numbers[Target.API_SERVER]) == (1, 3, 2)
+    assert Target.SCHEDULER not in numbers
+
+
 def test_an_instance_is_chosen_by_its_role(service: StartedService) -> None:
     state = cluster(instance("prefill", pid=1), instance("decode", pid=service.head))
 
