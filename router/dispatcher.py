@@ -3,6 +3,7 @@
 import logging
 import math
 import random
+import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -296,15 +297,23 @@ class Dispatcher:
         ]
 
     def _with_distance(self, loads: list[InstanceLoad], num_blocks: int, source: str) -> list[InstanceLoad]:
-        """The loads with the time of a copy from the source, if not all of them are as far from it."""
+        """The loads with what a copy to another machine takes longer, if some are on the source's machine.
+
+        The times of all copies are taken together: most instances have few copies of each kind.
+        """
         far = self.loads.apart_from(source, [load.instance_id for load in loads])
         if all(far) or not any(far):
+            return loads
+        far_s = [load.far_block_copy_s for load in loads if load.far_block_copy_s]
+        near_s = [load.block_copy_s for load in loads if load.block_copy_s]
+        longer_s = statistics.median(far_s) - statistics.median(near_s) if far_s and near_s else 0.0
+        if longer_s <= 0:
             return loads
         found = []
         for load, is_far in zip(loads, far, strict=True):
             present = load.blocks_for(load.cached_tokens) if load.cached_tokens else 0
-            missing = max(num_blocks - present, 0)
-            found.append(replace(load, copy_s=load.copy_time_s(missing, is_far=is_far)))
+            missing = max(num_blocks - present, 0) if is_far else 0
+            found.append(replace(load, copy_s=missing * longer_s) if missing else load)
         return found
 
     def _with_headroom(self, loads: Sequence[InstanceLoad]) -> list[InstanceLoad]:

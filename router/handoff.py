@@ -1,5 +1,6 @@
 """The instances that a prefilled request may be handed off to, best first."""
 
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Protocol
@@ -12,11 +13,11 @@ from router.load import InstanceLoad
 from router.plugins import PolicyKind
 from router.priority import PriorityClass, priority_class
 
-#: Decode step of an instance that has measured none yet, in seconds.
+#: Decode step where none has been measured yet, in seconds.
 UNMEASURED_STEP_S = 0.03
 
-#: Decode steps that are left on a destination with plenty of room: more are no reason for a longer copy.
-PLENTY_STEPS = 1024
+#: Decode steps of a request for which a longer copy is weighed. How many it will need is not known.
+TYPICAL_STEPS = 256
 
 
 class HandoffPolicy(Protocol):
@@ -29,8 +30,8 @@ class HandoffPolicy(Protocol):
         """The given instances, best first.
 
         Args:
-            loads: Projected loads of decode and neutral instances that do not drain; with `copy_s` if some of
-                them are on the machine of the request and some are not.
+            loads: Projected loads of decode and neutral instances that do not drain; `copy_s` is what a copy
+                to another machine takes longer.
             num_blocks: KV blocks of the request.
             priority: vLLM's priority of the request.
         """
@@ -40,8 +41,8 @@ class HandoffPolicy(Protocol):
 class FreestDestination:
     """The instance that is freest after it has taken the request.
 
-    If some are on the request's machine and some are not, the decode steps that pass during a copy are taken
-    from those that an instance has left, as far as that is not plenty.
+    The freeness of an instance with a longer copy counts for the share of the request's time there that is
+    not copying, as far as that can be known: `TYPICAL_STEPS` steps.
 
     An instance that looks too full comes last instead of being left out: it may have room when the prompt is
     prefilled, and refuses by itself if not. For a request of high priority headroom does not count, as in
@@ -53,12 +54,13 @@ class FreestDestination:
             counted = [replace(load, high_priority=0) if load.high_priority else load for load in loads]
         else:
             counted = list(loads)
-        has_distances = any(load.copy_s for load in counted)
+        stay_s = TYPICAL_STEPS * _step_s(counted) if any(load.copy_s for load in counted) else 0.0
         ranked = []
         for place, load in enumerate(counted):
             free = freeness(load, num_blocks, 1)
-            near = remaining_steps(load, free) if has_distances else 0.0
-            ranked.append((not has_room(load, num_blocks), -near, -free, load.instance_id, place))
+            if load.copy_s and free > 0:
+                free *= stay_s / (stay_s + load.copy_s)
+            ranked.append((not has_room(load, num_blocks), -free, load.instance_id, place))
         return [loads[place] for *_, place in sorted(ranked)]
 
 
@@ -89,10 +91,10 @@ HANDOFF: PolicyKind[HandoffPolicy] = PolicyKind(
 )
 
 
-def remaining_steps(load: InstanceLoad, free: float) -> float:
-    """Decode steps left on an instance of this freeness after the copy of a request, at most plenty."""
-    passed = load.copy_s / (load.decode_step_s or UNMEASURED_STEP_S)
-    return min(free * load.block_tokens, PLENTY_STEPS) - passed
+def _step_s(loads: Sequence[InstanceLoad]) -> float:
+    """A decode step of these instances: one time for all, as a full batch's slower steps are in freeness."""
+    steps = [load.decode_step_s for load in loads if load.decode_step_s]
+    return statistics.median(steps) if steps else UNMEASURED_STEP_S
 
 
 def has_room(load: InstanceLoad, num_blocks: int) -> bool:

@@ -87,8 +87,8 @@ class InstanceLoad(EngineLoad, frozen=True):
         cached_tokens: Tokens at the beginning of the request in question whose KV blocks it has, for policies
             that use prefixes. Added by the process that decides.
         copied_tokens: Tokens whose KV blocks it would copy from another instance. Added as well.
-        copy_s: Time that a copy of the request's KV blocks to it takes: of these tokens, or of all blocks
-            that it lacks if the request is handed off. Added as well.
+        copy_s: Time that this copy takes; of a request that is handed off, how much longer a copy of its
+            blocks takes than to the instances on its machine. Added as well.
     """
 
     instance_id: str

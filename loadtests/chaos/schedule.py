@@ -102,11 +102,12 @@ def draw(seed: int, count: int, duration_s: float, rates: FaultRates) -> list[Fa
 def _fault(dice: random.Random, number: int, pause_s: float, rates: FaultRates) -> Fault:
     is_freeze = dice.random() < FREEZE_SHARE
     weights = rates.freeze if is_freeze else rates.kill
+    is_double = dice.random() < TWO_SHARE
     targets = tuple(dice.choices(list(weights), list(weights.values())))
     others = {
         one: weight for one, weight in weights.items() if [*targets].count(one) < rates.numbers.get(one, 1)
     }
-    if dice.random() < TWO_SHARE and others:
+    if is_double and others:
         targets += tuple(dice.choices(list(others), list(others.values())))
     freeze_s = None
     if is_freeze:

@@ -52,7 +52,7 @@ API_SERVER_START_S, API_SERVER_STOP_S = 300.0, 6.0
 #: Exponential backoff between failed starts of instances, or API servers: initial and maximum.
 START_BACKOFF_S, MAX_START_BACKOFF_S = 5.0, 120.0
 
-#: An instance or API server that dies within this time after its start counts as a failed start.
+#: An instance or API server that dies within this time after its start has died early.
 EARLY_DEATH_S = 60.0
 
 #: A scheduler that dies within this time after its start has died early.

@@ -26,7 +26,8 @@ READY_S = 0.8 * INSTANCE_LEASE_S
 class InstanceActor:
     """The process of one instance, or of several simulated ones: an async actor.
 
-    Its manager ends it if a start fails. If that one is gone, and no other one has found it, it ends itself.
+    Its manager ends it if a start fails. If that one is gone, it ends itself: two minutes after a start that
+    has failed or takes longer than any may, and when it has a manager's notes, but no start, for that long.
 
     Args:
         name: Name of the process.
@@ -56,7 +57,8 @@ class InstanceActor:
             INSTANCE.set(config.instance_id)
         instance = self._instances[config.instance_id] = Instance(self._has_others)
         try:
-            return await instance.start(config)
+            async with asyncio.timeout(START_TIMEOUT_S):
+                return await instance.start(config)
         except Exception:
             asyncio.get_running_loop().call_later(ORPHAN_S, self._end_if_unused)
             raise

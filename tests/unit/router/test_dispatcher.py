@@ -41,13 +41,31 @@ def test_of_equal_destinations_the_one_on_the_requests_machine_comes_first() -> 
     assert dispatcher.loads.nodes.keys() == {"p0", "d0", "d1"}
 
 
-def test_what_a_destination_has_of_a_request_need_not_come_from_far() -> None:
-    measured = [replace(decode(f"d{i}"), block_copy_s=1e-4, far_block_copy_s=1e-2) for i in range(2)]
+def test_only_what_a_copy_to_another_machine_takes_longer_counts() -> None:
+    """By the times of all: the one that has had no copy yet has no advantage, and near ones are equal."""
+    measured = [replace(decode(f"d{i}"), block_copy_s=1e-3 * i, far_block_copy_s=1e-2) for i in range(3)]
     dispatcher = dispatcher_of(prefill("p0"), *measured)
-    dispatcher.loads.nodes |= {"p0": "b", "d0": "a", "d1": "b"}
+    dispatcher.loads.nodes |= {"p0": "b", "d0": "a", "d1": "b", "d2": "b", "d3": "a"}
+    loads = [replace(measured[0], cached_tokens=32), *measured[1:], decode("d3")]
 
-    far, near = dispatcher._with_distance([replace(measured[0], cached_tokens=160), measured[1]], 12, "p0")
-    assert (near.copy_s, far.copy_s) == (pytest.approx(12e-4), pytest.approx(2e-2))
+    found = dispatcher._with_distance(loads, 12, "p0")
+
+    assert [load.copy_s for load in found] == [
+        pytest.approx(10 * 8.5e-3),
+        0.0,
+        0.0,
+        pytest.approx(12 * 8.5e-3),
+    ]
+    assert dispatcher._with_distance([*loads[1:3], decode("d3")], 12, "") == [*loads[1:3], decode("d3")]
+
+
+def test_a_network_as_fast_as_the_machine_changes_nothing() -> None:
+    measured = [replace(decode(f"d{i}", 50 + i), block_copy_s=1e-3, far_block_copy_s=1e-3) for i in range(4)]
+    dispatcher = dispatcher_of(prefill("p0"), *measured)
+    before = dispatcher.destinations(10, source="p0")
+    dispatcher.loads.nodes |= {"p0": "b", "d0": "b", "d1": "a", "d2": "b", "d3": "a"}
+
+    assert dispatcher.destinations(10, source="p0") == before == ["d3", "d2", "d1", "d0"]
 
 
 def test_a_burst_between_two_reports_does_not_herd() -> None:

@@ -46,29 +46,34 @@ def test_arrivals_on_their_way_count() -> None:
     assert names([cluster[0].with_arrivals(30), cluster[1]], 10) == ["d1", "d0"]
 
 
-def test_a_copy_counts_for_the_steps_that_pass_meanwhile() -> None:
-    """1.6 s are 80 steps of 20 ms, or 5 blocks of 16 tokens for each of 3 requests."""
-    far = replace(decode("d0", 60, running=2), copy_s=1.6, decode_step_s=0.02, block_tokens=16)
-    near = replace(decode("d1", 52, running=2), copy_s=0.001, block_tokens=16)
+def test_freeness_counts_for_the_share_of_the_time_that_is_not_copying() -> None:
+    """256 steps of 20 ms are 5.12 s. A third of the freeness for each of 3 requests."""
+    far = replace(decode("d0", 100, running=2), copy_s=5.12, decode_step_s=0.02)
+    near = decode("d1", 56, running=2)
 
-    assert freeness(far, 10, 1) > freeness(near, 10, 1)
     assert names([far, near], 10) == ["d1", "d0"]
-    assert names([replace(far, copy_s=0.5), near], 10) == ["d0", "d1"]
+    assert names([far, replace(near, free_blocks=54)], 10) == ["d0", "d1"]
+    assert names([replace(far, copy_s=0.0), near], 10) == ["d0", "d1"]
 
 
-def test_a_copy_to_an_instance_without_a_measured_step_costs_something_as_well() -> None:
+def test_a_copy_before_any_measured_step_costs_something_as_well() -> None:
     far = replace(decode("d0", 100, running=0), copy_s=0.1)
 
     assert names([far, decode("d1", 100, running=0)], 10) == ["d1", "d0"]
 
 
-def test_an_idle_instance_far_away_is_no_better_than_one_with_plenty_of_room_here() -> None:
-    far = replace(decode("d0", 1000, running=0, total=1000), copy_s=0.1, block_tokens=16)
-    near = decode("d1", 400, running=4, total=1000, block_tokens=16)
+def test_a_slower_instance_is_not_better_because_fewer_of_its_steps_pass() -> None:
+    slow, idle = decode("d0", 50, running=5), decode("d1", 100, running=0)
+    loads = [replace(slow, copy_s=0.1, decode_step_s=0.1), replace(idle, copy_s=0.1, decode_step_s=0.01)]
 
-    assert names([far, near], 10) == ["d1", "d0"]
-    assert names([far, replace(near, free_blocks=300)], 10) == ["d0", "d1"]
-    assert names([replace(far, copy_s=0.0), near], 10) == ["d0", "d1"]
+    assert [load.instance_id for load in destinations(loads, 10)] == ["d1", "d0"]
+
+
+def test_a_copy_makes_a_full_instance_no_freer() -> None:
+    full = [replace(decode(f"d{i}", 5, running=5), copy_s=copy_s) for i, copy_s in enumerate((0.0, 9.0))]
+
+    assert names(full, 10) == ["d0", "d1"]
+    assert freeness(full[0], 10, 1) < 0
 
 
 def test_full_instances_come_last_but_are_not_left_out() -> None:
