@@ -103,7 +103,7 @@ class ChaosCampaign:
             await asyncio.gather(*watchers, return_exceptions=True)
             await operator.close()
             await load.close()
-        verdict.excuse(load.records, monitor.deaths)
+        verdict.excuse(load.records, monitor.deaths, injector.records)
         self.problems += verdict.problems_of_streams(load.records)
         self.problems += verdict.problems_of_faults(len(self.faults), injector.records)
         self.problems += verdict.unexplained_deaths(monitor.deaths, injector.records)

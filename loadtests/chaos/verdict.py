@@ -22,9 +22,17 @@ _ENDING_INSTANCES = (Operation.DRAIN, Operation.SCALE, Operation.RESTART)
 _WATCHED = (ProcessKind.INSTANCE, ProcessKind.API_SERVER, ProcessKind.MANAGER)
 
 
-def excuse(streams: Sequence[StreamRecord], deaths: Sequence[Death]) -> None:
-    """Excuses streams whose connection broke when an API server had just died: they may have been its own."""
+def excuse(
+    streams: Sequence[StreamRecord], deaths: Sequence[Death], records: Sequence[FaultRecord] = ()
+) -> None:
+    """Excuses streams whose connection broke when an API server had just died: they may have been its own.
+
+    A death is noticed later than it happens, on a busy machine by seconds: kills count from when they were
+    sent.
+    """
     killed = [death.at_s for death in deaths if death.kind is ProcessKind.API_SERVER]
+    kills = [record for record in records if record.fault.freeze_s is None]
+    killed += [one.at_s for one in kills if any(hit.target is Target.API_SERVER for hit in one.hits)]
     for stream in streams:
         stream.excused = stream.broken and any(-1.0 <= stream.end_s - at_s <= BREAK_S for at_s in killed)
 

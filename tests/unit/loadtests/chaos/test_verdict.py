@@ -18,6 +18,20 @@ def test_a_connection_that_breaks_when_an_api_server_dies_is_excused() -> None:
     assert verdict.problems_of_streams([lost]) == []
 
 
+@pytest.mark.parametrize(("freeze_s", "is_excused"), [(None, True), (4.0, False)])
+def test_a_kill_counts_from_when_it_was_sent(freeze_s: float | None, is_excused: bool) -> None:
+    """Its process was seen to be gone much later. A freeze breaks no connection."""
+    lost = stream(error="the stream was cut off", end_s=20.2, broken=True)
+
+    verdict.excuse(
+        [lost],
+        [Death(22.5, ProcessKind.API_SERVER, 5)],
+        [fault(Target.API_SERVER, 5, at_s=20.0, freeze_s=freeze_s)],
+    )
+
+    assert lost.excused is is_excused
+
+
 @pytest.mark.parametrize("kind", [ProcessKind.INSTANCE, ProcessKind.MANAGER, ProcessKind.SCHEDULER])
 def test_no_other_death_excuses_a_broken_connection(kind: ProcessKind) -> None:
     lost = stream(error="the stream was cut off", end_s=21.0, broken=True)
