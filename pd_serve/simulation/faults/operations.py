@@ -132,6 +132,7 @@ class OperatorCalls:
 
     def _apply(self, fault: ScheduledFault, name: str, size: int, *, is_sure: bool) -> None:
         """Changes the expected sizes as the operation does, or may have done."""
+        role = name.rpartition("-")[0]
         match fault.kind:
             case FaultKind.SCALE:
                 known = self.sizes.get(fault.target, {0})
@@ -139,13 +140,13 @@ class OperatorCalls:
                 self.sizes[fault.target] = {size} if is_sure else known | {size}
                 self._reused |= {stopped for stopped, of in self._stopped.items() if of == fault.target}
             case FaultKind.DRAIN_STOP if name not in self._stopped or name in self._reused:
-                role = self._stopped[name] = name.rpartition("-")[0]
+                self._stopped[name] = role
                 smaller = {known - 1 for known in self.sizes[role]}
                 is_sure = is_sure and name not in self._reused and role not in self._shrunk
                 self.sizes[role] = smaller if is_sure else smaller | self.sizes[role]
-            case FaultKind.UNDO if role := self._stopped.pop(name, ""):
+            case FaultKind.UNDO if name in self._stopped or role in self._shrunk:
                 larger = {known + 1 for known in self.sizes[role]}
-                is_sure = is_sure and name not in self._reused
+                is_sure = self._stopped.pop(name, "") == role and is_sure and name not in self._reused
                 self.sizes[role] = larger if is_sure else larger | self.sizes[role]
         if fault.kind in (FaultKind.DRAIN, FaultKind.DRAIN_STOP):
             self.drained.append(name)
