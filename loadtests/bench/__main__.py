@@ -152,6 +152,28 @@ def bench_compare(
     _run(compare.run(report, sizes=sizes, rounds=rounds, rate=rate, num_requests=requests, names=names))
 
 
+@app.command("multi-turn")
+def bench_multi_turn(
+    script: Annotated[
+        Path,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="benchmarks/multi_turn/benchmark_serving_multi_turn.py of vLLM's source package.",
+        ),
+    ],
+    json_file: JsonFile = None,
+    engines: Annotated[int, typer.Option(min=2, help="Number of engines.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each arm.")] = 3,
+    conversations: Annotated[int, typer.Option(min=6, help="Conversations per round.")] = 24,
+) -> None:
+    """vLLM's own benchmark of conversations, on plain vLLM and on pd-serve."""
+    from loadtests.bench import multi_turn
+
+    report = BenchmarkReport(json_file)
+    _run(multi_turn.run(report, script, size=engines, rounds=rounds, num_conversations=conversations))
+
+
 def _run(benchmark: Coroutine[Any, Any, None]) -> None:
     import uvloop
 

@@ -73,7 +73,7 @@ async def run(
     Raises:
         PdServeError: The routers could not be installed, a process did not start, or memory is short.
     """
-    routers_folder = await _install_routers(report.console)
+    routers_folder = await install_routers(report.console)
     report.provenance["versions"] |= router_versions()
     loads = [
         Load("steady", num_requests, LENGTHS, rate=rate, as_text=True),
@@ -100,7 +100,7 @@ async def run(
         report.write(numbers)
 
 
-async def _install_routers(console: rich.console.Console) -> Path:
+async def install_routers(console: rich.console.Console) -> Path:
     """Installs the public routers if necessary and returns the folder of their Python environment.
 
     Raises:
@@ -131,8 +131,8 @@ async def _measure(
         for number in range(rounds):
             for arm in turns(arms, number):
                 progress.update(task, description=f"round {number + 1}: {arm.name}", refresh=True)
-                async with _running_arm(arm) as servers:
-                    cpu_s = _total_cpu_s(servers)
+                async with running_arm(arm) as servers:
+                    cpu_s = total_cpu_s(servers)
                     await run_round(servers[-1].url, cpu_s, WARM_UP, seed=-1)
                     for load in loads:
                         await _until_idle(cpu_s)
@@ -143,7 +143,7 @@ async def _measure(
     return measured
 
 
-def _total_cpu_s(servers: Sequence[RunningServer]) -> Callable[[], float]:
+def total_cpu_s(servers: Sequence[RunningServer]) -> Callable[[], float]:
     return lambda: sum(server.cpu_s() for server in servers)
 
 
@@ -194,7 +194,7 @@ def check_memory(size: int) -> None:
 
 
 @asynccontextmanager
-async def _running_arm(arm: Arm) -> AsyncIterator[list[RunningServer]]:
+async def running_arm(arm: Arm) -> AsyncIterator[list[RunningServer]]:
     """All processes of an arm until the end of the block; the last one is the one that clients send to.
 
     Raises:

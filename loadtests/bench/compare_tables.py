@@ -31,6 +31,22 @@ def arms(size: int, numbers: Mapping[str, Any]) -> Table:
     return table
 
 
+def conversations(size: int, numbers: Mapping[str, Any], titles: Mapping[str, str]) -> Table:
+    """All arms under vLLM's benchmark of conversations."""
+    columns = ("", "first TTFT", "later TTFT", "÷ round robin", "TPOT", "latency", "equal conversations")
+    table = numbers_table(f"{size} engines; ms as P50 / P99", *columns, labels=1)
+    for name, arm in numbers.items():
+        pairs = [
+            " / ".join(_number(arm["figures"], f"{figure}_{part}_ms") for part in ("p50", "p99"))
+            for figure in ("first_ttft", "later_ttft", "tpot", "latency")
+        ]
+        ratios = arm["ratio_to_round_robin"]
+        pairs.insert(2, " / ".join(_number(ratios, f"later_ttft_{part}_ms") for part in ("p50", "p99")))
+        equal, of = arm["equal_conversations"]
+        table.add_row(titles[name], *pairs, f"{equal} of {of}")
+    return table
+
+
 def routers(numbers: Mapping[str, Any]) -> Table:
     """The processes in front of the engines, alone."""
     columns = ("", "TTFT ms", "added ms", "CPU ms/request", "requests/s per core")
