@@ -45,7 +45,7 @@ def test_an_arm_that_lost_a_conversation_is_not_compared() -> None:
     short = one_round(1, 1, "x")
     short["answers"].pop()
 
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match="argument 2"):
         multi_turn.summary([short], [one_round(1, 1, "x")])
 
 
