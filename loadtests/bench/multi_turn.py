@@ -1,7 +1,7 @@
 """`bench multi-turn`: vLLM's own benchmark of conversations, against plain vLLM and against pd-serve.
 
 The load and the latencies are those of `benchmark_serving_multi_turn.py` in `benchmarks/multi_turn` of vLLM's
-source package. Here the arms are started in turns, and their answers are compared: all decode greedily, so the
+source package. Here the arms are started in turns, and their answers compared: all decode greedily, so the
 conversations of each arm should be those of plain vLLM.
 """
 
