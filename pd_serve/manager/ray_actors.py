@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import threading
 from dataclasses import replace
 
 import ray
@@ -27,7 +28,7 @@ class InstanceActor:
     """The process of one instance, or of several simulated ones: an async actor.
 
     Its manager ends it if a start fails. If that one is gone, it ends itself: two minutes after a start that
-    has failed or takes longer than any may, and when it has a manager's notes, but no start, for that long.
+    has failed or takes longer than any may, and when no start has been ordered for that long.
 
     Args:
         name: Name of the process.
@@ -42,12 +43,16 @@ class InstanceActor:
         self._instances: dict[str, Instance] = {}  # ended ones, too: see `Instance`
         self._starts: dict[str, asyncio.Task[InstanceInfo]] = {}
         self._notes: ManagerNotes | None = None
-        self._is_awaited = False
+        # A thread's timer: there is no event loop yet, and there may never be a call.
+        self._unused = threading.Timer(START_TIMEOUT_S, self._end_if_unused)
+        self._unused.daemon = True
+        self._unused.start()
 
     def __repr__(self) -> str:
         return self._name  # Ray's prefix of every log line
 
     async def start(self, config: InstanceConfig) -> InstanceInfo:
+        self._unused.cancel()
         config = replace(config, host=own_address(config.host))
         start = self._starts[config.instance_id] = asyncio.ensure_future(self._start(config))
         return await start
@@ -92,9 +97,6 @@ class InstanceActor:
 
     async def keep_notes(self, notes: ManagerNotes) -> int:
         """Keeps the notes if they are the latest. Returns the term of the latest notes."""
-        if not (self._starts or self._is_awaited):
-            self._is_awaited = True
-            asyncio.get_running_loop().call_later(START_TIMEOUT_S, self._end_if_unused)
         if self._notes is None or notes.age > self._notes.age:
             self._notes = notes
         return self._notes.term

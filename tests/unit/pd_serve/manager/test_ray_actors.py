@@ -171,19 +171,36 @@ async def test_a_process_whose_start_has_failed_ends_itself_if_no_manager_ends_i
     await alone.stop()
 
 
+@pytest.mark.parametrize("has_notes", [True, False])
 async def test_a_process_that_no_manager_starts_an_instance_in_ends_itself(
-    monkeypatch: pytest.MonkeyPatch, actor: InstanceActor, exits: list[int]
+    monkeypatch: pytest.MonkeyPatch, exits: list[int], has_notes: bool
 ) -> None:
+    """Its manager may have died while Ray created it, before any call."""
+    monkeypatch.setattr(ray_actors, "configure_logging", lambda name: None)
     monkeypatch.setattr(ray_actors, "START_TIMEOUT_S", 0.05)
-    await actor.keep_notes(ManagerNotes(term=3))
-    await asyncio.sleep(0.2)
-    assert exits == []
 
     left = InstanceActor("decode-4")
-    await left.keep_notes(ManagerNotes(term=3))
+    if has_notes:
+        await left.keep_notes(ManagerNotes(term=3))
+
     async with asyncio.timeout(10):
         while not exits:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
+
+
+async def test_a_process_with_an_instance_outlives_the_time_of_a_start(
+    monkeypatch: pytest.MonkeyPatch, actor: InstanceActor, exits: list[int]
+) -> None:
+    with monkeypatch.context() as soon:
+        soon.setattr(ray_actors, "START_TIMEOUT_S", 0.5)
+        other = InstanceActor("decode-4")
+    await other.start(config("decode-4"))
+
+    await asyncio.sleep(0.7)
+
+    assert exits == []
+    assert await found(other) == ["decode-4"]
+    await other.stop()
 
 
 async def test_what_an_instance_logs_has_its_name(
