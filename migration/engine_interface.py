@@ -277,8 +277,8 @@ class Engine(Protocol):
     async def visit_requests(self, visit: Callable[[HeldByClient], T]) -> T:
         """Calls `visit` with the requests here, and returns its result.
 
-        The call happens between two steps, on the thread that hands over the outputs: after all outputs of
-        which `emitted` tells, and before all others.
+        The call happens between two steps, on the thread that sends the outputs: after all outputs of which
+        `emitted` tells, and before all others.
         """
 
     async def resend(self, asked: list[tuple[RequestId, int]]) -> None:

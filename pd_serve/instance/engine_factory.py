@@ -3,7 +3,7 @@
 import gc
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from migration.engine_interface import Engine, EngineEvents
@@ -13,13 +13,13 @@ from pd_serve.simulated_engine.settings import EngineSettings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.engine import EngineCoreOutputs
 
 #: Modules of an instance with vLLM's engine.
 ENGINE_MODULES = (
     "migration.vllm_engine.adapter",
     "migration.transport.nixl",
     "pd_serve.instance.llumlet",
-    "pd_serve.instance.output_thread",
     "pd_serve.instance.token_publisher",
 )
 
@@ -35,9 +35,9 @@ CPU_ENGINE_MODULES = (
     "vllm.v1.executor.uniproc_executor",
 )
 
-#: Publishes a step's outputs for one API server: its token endpoint, the outputs, and where each belongs.
-#: The outputs are vLLM's own `EngineCoreOutputs`; of a simulated engine frames in vLLM's encoding.
-PublishOutputs = Callable[[str, Any, list[TokenSpan]], None]
+#: Publishes a step's outputs for one API server: its token endpoint, the outputs as frames in vLLM's
+#: encoding, and where each output belongs.
+PublishOutputs = Callable[[str, Sequence[Any], list[TokenSpan]], None]
 
 
 def create_engine(
@@ -52,17 +52,23 @@ def create_engine(
     Args:
         engine_args: Arguments of vLLM's `AsyncEngineArgs`.
         simulated: Settings of a simulated engine, which replaces vLLM's; None for vLLM's.
-        publish: Sends outputs to API servers. Called on the engine's step thread if it has one, and must not
-            take long there.
+        publish: Sends outputs to API servers. Called on the engine's step thread if it has one.
         keep_ended_s: Time that ended requests are kept for clients that come back, in seconds.
     """
     if simulated is not None:
         from pd_serve.simulated_engine.vllm_format import make_engine
 
         return make_engine(simulated, publish, events, keep_ended_s=keep_ended_s)
+    from vllm.v1.serial_utils import MsgpackEncoder
+
     from migration.vllm_engine.adapter import VllmEngine
 
-    return VllmEngine(lambda: vllm_config(engine_args), publish, events, keep_ended_s)
+    encoder = MsgpackEncoder()
+
+    def sink(client: str, outputs: "EngineCoreOutputs", spans: list[TokenSpan]) -> None:
+        publish(client, encoder.encode(outputs), spans)
+
+    return VllmEngine(lambda: vllm_config(engine_args), sink, events, keep_ended_s)
 
 
 def no_handoffs(why: str) -> str:

@@ -8,7 +8,7 @@ import os
 import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from migration.bounds import MigrationBounds
 from migration.engine_interface import Engine
@@ -19,10 +19,6 @@ from pd_serve.comm.wire import CurveKeys, Wire
 from pd_serve.errors import EngineDeadError, InvalidRequestError
 from pd_serve.instance.engine_factory import create_engine, import_engine, no_handoffs
 from pd_serve.simulated_engine.settings import EngineSettings
-
-if TYPE_CHECKING:
-    from pd_serve.instance.output_thread import OutputThread
-    from pd_serve.instance.token_publisher import TokenPublisher
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +110,7 @@ class Instance:
         self._wire = Wire(name, config.host, config.keys)
         self._closers.append(self._wire.close)
         bounds = MigrationBounds(stage_bytes_per_s=config.stage_bytes_per_s)
-        self._tokens = self._open_tokens(TokenPublisher(name, self._wire), config)
+        self._tokens = TokenPublisher(name, self._wire)
         self._closers.append(_closing(self._tokens.close))
         self.llumlet = Llumlet(
             name,
@@ -149,18 +145,6 @@ class Instance:
             pid=os.getpid(),
             engine=facts,
         )
-
-    def _open_tokens(
-        self, publisher: "TokenPublisher", config: InstanceConfig
-    ) -> "TokenPublisher | OutputThread":
-        """What sends outputs: on the event loop for a simulated engine, in a thread of its own for vLLM's."""
-        if config.simulated is not None:
-            return publisher
-        from vllm.v1.serial_utils import MsgpackEncoder
-
-        from pd_serve.instance.output_thread import OutputThread
-
-        return OutputThread(publisher, MsgpackEncoder().encode, self._die)
 
     async def wait(self) -> None:
         """Returns when the instance has been stopped. Raises: EngineDeadError: it has failed."""

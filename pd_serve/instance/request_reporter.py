@@ -17,7 +17,7 @@ MAX_RECEIVED = 10_000
 
 
 class ReportPublisher(Protocol):
-    """Sends reports to token endpoints, in order with the tokens. Called where outputs are handed over."""
+    """Sends reports to token endpoints, in order with the tokens. Called on the thread that sends tokens."""
 
     def report(self, client: str, report: RequestReport) -> None:
         """Sends a report to the token endpoint `client`."""

@@ -1,4 +1,4 @@
-"""Sends tokens to the API servers, one message per step and API server."""
+"""Sends tokens from the step thread to the API servers, one message per step and API server."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from pd_serve.comm.wire import Wire
 
 
 class TokenPublisher:
-    """Sends a step's outputs, and reports of requests. Used on one thread, except for `close`."""
+    """Sends a step's outputs, and reports of requests. Used on the step thread only, except for `close`."""
 
     def __init__(self, name: str, wire: Wire) -> None:
         self._name = name
@@ -33,7 +33,7 @@ class TokenPublisher:
             self._sockets.pop(client).close(linger=0)
 
     def close(self) -> None:
-        """Closes the sockets. Call it after that thread has ended and before the wire is closed."""
+        """Closes the sockets. Call it after the step thread has ended and before the wire is closed."""
         self.retain(())
 
     def _send(self, client: str, header: TokenHeader, frames: Sequence[Any]) -> None:

@@ -99,6 +99,7 @@ class MeasuredEngine:
         # A step must be over when its outputs are there, not while the next one is being computed.
         arguments = engine_args | {"async_scheduling": False}
         self._engine = VllmEngine(lambda: vllm_config(arguments), self._take, events)
+        self._outputs = MsgpackEncoder()
         self._requests = MsgpackEncoder()
         self._recorder: StepRecorder
         self._serial = 0
@@ -222,6 +223,7 @@ class MeasuredEngine:
         return [bytes(frame) for frame in self._requests.encode(request)]
 
     def _take(self, client: str, outputs: "EngineCoreOutputs", spans: list[TokenSpan]) -> None:
+        self._outputs.encode(outputs)  # as an instance does before it sends them
         self._left -= sum(output.finish_reason is not None for output in outputs.outputs)
         if not self._left:
             self._loop.call_soon_threadsafe(self._end)
