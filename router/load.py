@@ -1,5 +1,6 @@
 """What the scheduler knows of an instance: one flat record of plain numbers."""
 
+from operator import attrgetter
 from typing import Annotated
 
 import msgspec
@@ -70,6 +71,10 @@ class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
     ] = 0.0
     least_step_s: float = 0.0
     busy_s: float = 0.0
+
+
+#: The fields of an engine's load that decisions follow. The others change with every token.
+decisive = attrgetter("total_blocks", "running", "suspended", "waiting", "waiting_tokens", "reserved_blocks")
 
 
 class InstanceLoad(EngineLoad, frozen=True):

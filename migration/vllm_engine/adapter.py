@@ -7,7 +7,7 @@ that thread too, so that a token's way out does not wait for the event loop.
 import asyncio
 import time
 from collections.abc import Callable, Collection
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from vllm.config import VllmConfig
 from vllm.v1.engine import EngineCoreOutputs
@@ -38,11 +38,13 @@ from migration.vllm_engine.prefix_store import VllmPrefixStore
 from migration.vllm_engine.request_loader import RequestLoader
 from migration.vllm_engine.scheduler_integrity import check_engine
 from migration.vllm_engine.step_loop import StepLoop
+from router.load import decisive
 
 T = TypeVar("T")
 
-#: Least time between two load reports of a busy engine.
-LOAD_INTERVAL_S = 0.02
+#: Least time between two load reports of a busy engine, and between those that differ in blocks only. Each
+#: wakes the event loop and its receivers, which take the interpreter lock and cores from the steps.
+LOAD_INTERVAL_S, PROGRESS_INTERVAL_S = 0.05, 0.1
 
 
 class VllmEngine:
@@ -74,7 +76,8 @@ class VllmEngine:
         self._live = LiveRequests(keep_ended_s, lambda n: self._steps.notify(events.on_unmovable, n))
         self._loader: RequestLoader = None  # type: ignore[assignment]
         self.prefixes: VllmPrefixStore = None  # type: ignore[assignment]
-        self._last_load_at = 0.0
+        self._last_load_at = self._told_at = 0.0
+        self._told: Any = None
         self.core: EngineCore = None
         self.scheduler: MigratingScheduler = None  # type: ignore[assignment]
         self.regions: list[KvRegion] = []
@@ -333,8 +336,12 @@ class VllmEngine:
         self._steps.notify(self._events.on_requests_ended, request_ids)
 
     def _report_load(self) -> None:
-        self._last_load_at = time.monotonic()
-        self._steps.notify(self._events.on_load, read_load(self.core.scheduler))
+        now = self._last_load_at = time.monotonic()
+        load = read_load(self.core.scheduler)
+        told = decisive(load)
+        if told != self._told or now - self._told_at >= PROGRESS_INTERVAL_S:
+            self._told, self._told_at = told, now
+            self._steps.notify(self._events.on_load, load)
 
     def _check_migration(self) -> None:
         if self.no_migration is not None:

@@ -4,7 +4,6 @@ import asyncio
 import logging
 from collections import Counter, deque
 from collections.abc import Callable
-from operator import attrgetter
 
 from msgspec.structs import asdict
 
@@ -23,17 +22,12 @@ from pd_serve.comm.timing import (
 )
 from pd_serve.instance.cached_blocks import CachedBlockReporter
 from pd_serve.observe.process_stats import process_stats
-from router.load import ROLES, EngineLoad, InstanceLoad, slow_blocks
+from router.load import ROLES, EngineLoad, InstanceLoad, decisive, slow_blocks
 
 logger = logging.getLogger(__name__)
 
 #: Why an order of the scheduler is not carried out; see `InstanceStats.refused_orders`.
 REFUSED_ORDERS = ("policy", "destination", "role", "too_many")
-
-#: Fields whose changes are reported at once, other changes only every `PROGRESS_REPORT_INTERVAL_S`.
-_reported_on_change = attrgetter(
-    "total_blocks", "running", "suspended", "waiting", "waiting_tokens", "reserved_blocks"
-)
 
 #: Time that the share of busy time is measured over, in seconds.
 BUSY_OVER_S = 10.0
@@ -158,7 +152,7 @@ class LoadReporter:
     def on_engine_load(self, load: EngineLoad) -> None:
         """Takes the engine's load after a step."""
         before, self._engine = self._engine, load
-        changed = _reported_on_change(load) != _reported_on_change(before)
+        changed = decisive(load) != decisive(before)
         if changed or self._loop.time() - self._reported_at >= PROGRESS_REPORT_INTERVAL_S:
             self.report_soon()
 
