@@ -165,7 +165,7 @@ def bench_multi_turn(
     json_file: JsonFile = None,
     engines: Annotated[int, typer.Option(min=2, help="Number of engines.")] = 3,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each arm.")] = 3,
-    conversations: Annotated[int, typer.Option(min=6, help="Conversations per round.")] = 24,
+    conversations: Annotated[int, typer.Option(min=12, help="Conversations per round.")] = 24,
 ) -> None:
     """vLLM's own benchmark of conversations, on plain vLLM and on pd-serve."""
     from loadtests.bench import multi_turn
