@@ -173,7 +173,8 @@ class Manager:
         return info
 
     async def _stop(self, instance_id: str) -> None:
-        await self._launcher.stop_instance(instance_id)
+        if await self.keep_notes():  # otherwise another manager uses it
+            await self._launcher.stop_instance(instance_id)
         self._wire.disconnect(instance_id)
         self._sizes.stopped.pop(instance_id, None)
 
@@ -272,8 +273,7 @@ class Manager:
 
         If the instances do not know that one, it is gone with all its own, and its clock was ahead.
         """
-        kept = await self._launcher.keep_notes(self._notes)
-        if kept == self._notes.term:
+        if (kept := await self._launcher.keep_notes(self._notes)) == self._notes.term:
             self._notes = replace(self._notes, term=max(kept, self._term_after(term)))
         if await self.keep_notes():
             self._changed()

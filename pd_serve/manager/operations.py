@@ -73,6 +73,7 @@ class Operations:
 
     def _kept(self, begin: Callable[[Any], None]) -> Callable[[str, Any], Awaitable[None]]:
         async def serve(sender: str, request: Any) -> None:
+            await self._keep()  # another manager may have taken over while this process stood still
             begin(request)
             await self._keep()
 

@@ -2,10 +2,12 @@
 
 import random
 from collections.abc import Callable
+from typing import get_args
 
 from migration.errors import Refusal, RefusalCode
 from pd_serve.comm.messages import SetRole
 from pd_serve.comm.timing import INSTANCE_LEASE_S
+from pd_serve.observe.recorder import RecomputeReason
 from pd_serve.simulation.faults.clients import Clients
 from pd_serve.simulation.faults.cluster import FaultyCluster
 from pd_serve.simulation.faults.links import FaultyLink
@@ -29,7 +31,7 @@ class Effects:
 
     Attributes:
         excused: Names of instances that a manager may end: they were silent for the time of a lease.
-        flips: (id of the request, preemptions so far) of each flipped bit.
+        flips: (id of the request, `num_computed_anew` then) of each flipped bit.
     """
 
     def __init__(
@@ -282,9 +284,10 @@ class Effects:
         sequence, block = self._rng.choice(found)
         pool.content[block] ^= 1 << self._rng.randrange(64)
         self._clients.tainted.add(int(sequence.request_id.partition(".")[0]))
-        self.flips.append((sequence.request_id, self.num_preemptions()))
+        self.flips.append((sequence.request_id, self.num_computed_anew()))
 
-    def num_preemptions(self) -> int:
-        """Preemptions of all living instances; after one, a request computes its blocks anew."""
+    def num_computed_anew(self) -> int:
+        """How often requests have computed their blocks anew: preemptions on living instances, recomputes."""
         instances = self._cluster.platform.instances.values()
-        return sum(instance.engine.batcher.preemptions for instance in instances)
+        preemptions = sum(instance.engine.batcher.preemptions for instance in instances)
+        return preemptions + sum(self._cluster.recoveries[reason] for reason in get_args(RecomputeReason))

@@ -225,8 +225,8 @@ class FaultRun:
 
     def _check_flips(self) -> None:
         """A flipped bit shows in the tokens: otherwise the comparison of tokens shows nothing."""
-        for request_id, preemptions in self.effects.flips:
+        for request_id, computed_anew in self.effects.flips:
             stream = self.clients.streams[request_id]  # a client that came back may read another copy
-            undisturbed = preemptions == self.effects.num_preemptions() and not self._result.deaths
+            undisturbed = computed_anew == self.effects.num_computed_anew() and not self._result.deaths
             if stream.outcome == "length" and stream.number not in self.clients.wrong and undisturbed:
                 self._find(f"a flipped bit does not show in the tokens of request {stream.request_id}")

@@ -393,6 +393,20 @@ class TestTakeOver:
             assert world.notices.warnings[-1] == "another manager has taken over; this one ends"
 
     @in_virtual_time
+    async def test_a_superseded_manager_ends_no_instance_that_is_drained_and_empty(self) -> None:
+        """Its report is late: the next manager uses the instance again."""
+        async with a_world() as world:
+            world.busy.add("decode-1")
+            await world.call(DrainInstance("decode-1", True, True))
+            await asyncio.sleep(1)
+            assert world.launcher.notes is not None
+            world.launcher.notes = replace(world.launcher.notes, term=world.launcher.notes.term + 1)
+            world.busy.clear()
+            await asyncio.sleep(5)
+            assert world.notices.warnings[-1] == "another manager has taken over; this one ends"
+            assert world.launcher.stopped == []
+
+    @in_virtual_time
     async def test_a_superseded_manager_ends_no_instance_that_it_was_starting(self) -> None:
         """The next manager may have adopted it."""
         async with a_world() as world:

@@ -64,6 +64,30 @@ async def test_a_superseded_manager_confirms_no_operation() -> None:
             await world.call(ScalePools({"decode": 3}))
 
 
+@in_virtual_time
+async def test_a_superseded_manager_carries_no_operation_out() -> None:
+    """It stood still, and another manager uses the instance whose start it would give up."""
+    async with a_world() as world:
+        await asyncio.sleep(1)
+        world.launcher.start_s["decode-2"] = 60.0
+        await world.call(ScalePools({"decode": 3}))
+        await asyncio.sleep(1)
+        assert world.launcher.notes is not None
+        world.launcher.notes = replace(world.launcher.notes, term=world.launcher.notes.term + 1)
+        keep_notes = world.launcher.keep_notes
+
+        async def keep_late(notes: ManagerNotes) -> int:
+            await asyncio.sleep(0.1)
+            return await keep_notes(notes)
+
+        world.launcher.keep_notes = keep_late  # type: ignore[method-assign]
+        with pytest.raises(EngineDeadError, match="another manager has taken over"):
+            await world.call(ScalePools({"decode": 2}))
+        await asyncio.sleep(5)
+        assert world.launcher.stopped == []
+        assert world.notices.warnings == ["another manager has taken over; this one ends"]
+
+
 class TestRequestsOfOtherApiServers:
     """Each API server has its own requests; the manager asks the others."""
 

@@ -301,7 +301,7 @@ def test_a_flipped_bit_that_would_not_show_is_found(monkeypatch: pytest.MonkeyPa
     from pd_serve.simulation.faults.effects import Effects
 
     def flip_nothing(self: Effects, name: str) -> None:
-        self.flips.append(("8.1", self.num_preemptions()))
+        self.flips.append(("8.1", self.num_computed_anew()))
 
     monkeypatch.setattr(Effects, "_flip", flip_nothing)
 
