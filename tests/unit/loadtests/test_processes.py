@@ -10,11 +10,11 @@ import pytest
 
 from loadtests.processes import ProcessKind, ServiceProcesses, is_alive, kind_of
 
-#: Starts a child, prints its process id, and waits.
+#: Starts a child, which prints its process id when it runs, and waits.
 PARENT = """
 import subprocess, sys
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-print(child.pid, flush=True)
+code = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+child = subprocess.Popen([sys.executable, "-c", code])
 child.wait()
 """
 
