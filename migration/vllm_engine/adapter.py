@@ -310,7 +310,7 @@ class VllmEngine:
         if self.no_migration is None:
             self.scheduler.settle_stages()
         if time.monotonic() - self._last_load_at >= LOAD_INTERVAL_S:
-            self._report_load()
+            self._report_load(idle=False)
 
     def _emit(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         if ended := self._live.emit(outputs, self._sink):
@@ -335,11 +335,11 @@ class VllmEngine:
             self._live.ends(stay_id)
         self._steps.notify(self._events.on_requests_ended, request_ids)
 
-    def _report_load(self) -> None:
+    def _report_load(self, *, idle: bool = True) -> None:
         now = self._last_load_at = time.monotonic()
         load = read_load(self.core.scheduler)
         told = decisive(load)
-        if told != self._told or now - self._told_at >= PROGRESS_INTERVAL_S:
+        if idle or told != self._told or now - self._told_at >= PROGRESS_INTERVAL_S:
             self._told, self._told_at = told, now
             self._steps.notify(self._events.on_load, load)
 

@@ -27,6 +27,7 @@ from migration.token_span import TokenSpan, crc_of
 from migration.vllm_engine.adapter import VllmEngine
 from pd_serve.models import resolve
 from pd_serve.platform.cpu import cpu_engine_defaults
+from router.load import EngineLoad
 
 CLIENT = "client"
 
@@ -120,11 +121,12 @@ class EngineRig:
         self.deaths: list[BaseException] = []
         self.ended: list[RequestId] = []
         self.unmovable: dict[str, int] = {}
+        self.loads: list[EngineLoad] = []
         self._loop = asyncio.get_running_loop()
         events = EngineEvents(
             on_prefill_started=lambda ids: self.on_prefill_started(ids),
             on_requests_ended=self._end,
-            on_load=lambda load: None,
+            on_load=self.loads.append,
             on_death=self.deaths.append,
             on_unmovable=self.unmovable.update,
         )

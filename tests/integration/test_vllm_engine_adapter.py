@@ -72,6 +72,24 @@ def sampling(name: str, max_tokens: int) -> Any:
 SAMPLINGS = ["greedy", "penalties", "seeded", "seeded, top-k, min-p"]
 
 
+async def test_an_engine_with_nothing_to_do_tells_its_load_however_soon_after_the_last_one(
+    rig: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing else would tell that blocks have become free."""
+    from migration.vllm_engine import adapter
+    from tests.integration.engine_rig import eventually, greedy
+
+    monkeypatch.setattr(adapter, "LOAD_INTERVAL_S", 1e9)
+    monkeypatch.setattr(adapter, "PROGRESS_INTERVAL_S", 1e9)
+    rig.loads.clear()
+
+    await rig.generate("r", [1, 2, 3], greedy(3))
+
+    await eventually(lambda: rig.loads)
+    pool = rig.engine.core.scheduler.kv_cache_manager.block_pool
+    assert (rig.loads[-1].running, rig.loads[-1].free_blocks) == (0, pool.get_num_free_blocks())
+
+
 async def test_this_vllm_has_all_names_that_migration_uses(rig: Any) -> None:
     from migration.vllm_engine import compatibility as support
 
