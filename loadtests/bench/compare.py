@@ -144,6 +144,7 @@ async def _measure(
 
 
 def total_cpu_s(servers: Sequence[RunningServer]) -> Callable[[], float]:
+    """Returns the CPU time of all processes so far, in seconds, whenever it is called."""
     return lambda: sum(server.cpu_s() for server in servers)
 
 

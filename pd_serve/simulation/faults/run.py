@@ -211,9 +211,10 @@ class FaultRun:
         for stream in self.clients.failed:
             if stream.number not in poisoned and not self._is_excused(stream):
                 self._find(f"request {stream.request_id} has failed after {len(stream.tokens)} tokens")
-        failed = [f"request {stream.request_id}: " for stream in self.clients.failed]
+        explained = [f"request {stream.request_id}: " for stream in self.clients.failed]
+        explained += [f"request {number}." for number in poisoned]  # also if its client has left meanwhile
         for text in self._errors:
-            if not any(text.startswith(of) for of in failed):
+            if not any(text.startswith(of) for of in explained):
                 self._find(f"logged: {text}")
         for server in self.cluster.api_servers:
             for problem in server.wire.failures.problems():
