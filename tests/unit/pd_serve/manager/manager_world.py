@@ -4,6 +4,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from pd_serve.comm.membership import ApiServerInfo, InstanceInfo, Join, Membership
@@ -222,6 +223,11 @@ class World:
     def want_one(self, role: str = "decode", times: int = 1) -> None:
         for _ in range(times):
             self.wire.hear("scheduler", StartInstance(role, "it is too full"))
+
+    def supersede(self) -> None:
+        """Another manager has given the instances notes of a later term."""
+        assert self.launcher.notes is not None
+        self.launcher.notes = replace(self.launcher.notes, term=self.launcher.notes.term + 1)
 
     def want_stopped(self, name: str) -> None:
         self.wire.hear("scheduler", StopInstance(name, "drained and empty"))

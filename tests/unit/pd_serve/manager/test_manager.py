@@ -381,8 +381,7 @@ class TestTakeOver:
         """It was cut off, and so it hears of no instance any more."""
         async with a_world() as world:
             await asyncio.sleep(100)
-            assert world.launcher.notes is not None
-            world.launcher.notes = replace(world.launcher.notes, term=world.launcher.notes.term + 1)
+            world.supersede()
             world.silent.update(world.names)
             world.joined.clear()
             starts = world.launcher.scheduler_starts
@@ -399,8 +398,7 @@ class TestTakeOver:
             world.busy.add("decode-1")
             await world.call(DrainInstance("decode-1", True, True))
             await asyncio.sleep(1)
-            assert world.launcher.notes is not None
-            world.launcher.notes = replace(world.launcher.notes, term=world.launcher.notes.term + 1)
+            world.supersede()
             world.busy.clear()
             await asyncio.sleep(5)
             assert world.notices.warnings[-1] == "another manager has taken over; this one ends"
@@ -414,8 +412,7 @@ class TestTakeOver:
             world.launcher.waits.add("decode-2")  # the instance that is started next
             world.launcher.on_lost("decode-1")
             await asyncio.sleep(START_S + 2)
-            assert world.launcher.notes is not None
-            world.launcher.notes = replace(world.launcher.notes, term=world.launcher.notes.term + 1)
+            world.supersede()
             world.launcher.on_lost("decode-0")  # has the manager keep notes, and so see the later term
             await asyncio.sleep(5)
             assert world.notices.warnings[-1] == "another manager has taken over; this one ends"

@@ -1,7 +1,6 @@
 """Calls of API servers to the manager: operations, and requests of other API servers."""
 
 import asyncio
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -58,8 +57,7 @@ async def test_an_operation_is_answered_when_the_instances_have_noted_it(operati
 async def test_a_superseded_manager_confirms_no_operation() -> None:
     async with a_world() as world:
         await asyncio.sleep(1)
-        assert world.launcher.notes is not None
-        world.launcher.notes = replace(world.launcher.notes, term=world.launcher.notes.term + 1)
+        world.supersede()
         with pytest.raises(EngineDeadError, match="another manager has taken over"):
             await world.call(ScalePools({"decode": 3}))
 
@@ -72,8 +70,7 @@ async def test_a_superseded_manager_carries_no_operation_out() -> None:
         world.launcher.start_s["decode-2"] = 60.0
         await world.call(ScalePools({"decode": 3}))
         await asyncio.sleep(1)
-        assert world.launcher.notes is not None
-        world.launcher.notes = replace(world.launcher.notes, term=world.launcher.notes.term + 1)
+        world.supersede()
         keep_notes = world.launcher.keep_notes
 
         async def keep_late(notes: ManagerNotes) -> int:

@@ -48,7 +48,7 @@ def test_the_file_has_the_schedule_of_each_failing_seed(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(("tier", "seeds"), [(1, 300), (2, 300), (3, 300), (4, 300)])
 def test_the_first_seeds_have_no_findings(tier: int, seeds: int) -> None:
-    """As many as a minute and a half of CPU has room for; see docs/testing.md."""
+    """Four minutes of CPU; see docs/testing.md."""
     result: CampaignResult = run_campaign(range(seeds), tier)
 
     assert [(failed.seed, failed.findings) for failed in result.failed] == []
