@@ -42,6 +42,9 @@ CALL_TIMEOUT_S, METRICS_CALL_S = 60.0, 2.0
 #: Timeout of the start of one instance, including the wait for resources, and of the scheduler.
 START_TIMEOUT_S, SCHEDULER_START_TIMEOUT_S = 600.0, 120.0
 
+#: Interval at which the start of an instance is ordered again: an order or its answer may be lost.
+START_ORDER_S = 10.0
+
 #: Timeout of one call to Ray at the take-over of a manager.
 RAY_CALL_S = 30.0
 

@@ -1,10 +1,12 @@
 """Interface between the manager and the platform that runs its processes, and the manager's notes."""
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from pd_serve.comm.membership import ApiServerInfo, InstanceInfo, LoraAdapter
+from pd_serve.comm.timing import START_ORDER_S
 from pd_serve.instance.instance_process import InstanceConfig
 from pd_serve.platform.placement import Placement
 from pd_serve.scheduler.scheduler_process import SchedulerConfig
@@ -119,3 +121,21 @@ class Launcher(Protocol):
     async def scheduler_ended(self) -> None:
         """Returns when the process of the last started scheduler has ended."""
         ...
+
+
+async def answered(order: Callable[[], Awaitable[InstanceInfo]]) -> InstanceInfo:
+    """Orders a start again and again until one order is answered: an order or its answer may be lost.
+
+    Args:
+        order: Orders the start of one instance. The instance starts once, and answers every order.
+    """
+    orders: list[asyncio.Future[InstanceInfo]] = []
+    try:
+        while not any(one.done() for one in orders):
+            orders.append(asyncio.ensure_future(order()))
+            await asyncio.wait(orders, timeout=START_ORDER_S, return_when=asyncio.FIRST_COMPLETED)
+        return next(one for one in orders if one.done()).result()
+    finally:
+        for one in orders:
+            if not one.cancel() and not one.cancelled():
+                one.exception()  # else asyncio logs that nobody has looked at it

@@ -52,9 +52,11 @@ class InstanceActor:
         return self._name  # Ray's prefix of every log line
 
     async def start(self, config: InstanceConfig) -> InstanceInfo:
+        """Starts an instance. Idempotent: each order is answered when it is ready."""
         self._unused.cancel()
-        config = replace(config, host=own_address(config.host))
-        start = self._starts[config.instance_id] = asyncio.ensure_future(self._start(config))
+        if (start := self._starts.get(config.instance_id)) is None:
+            config = replace(config, host=own_address(config.host))
+            start = self._starts[config.instance_id] = asyncio.ensure_future(self._start(config))
         return await start
 
     async def _start(self, config: InstanceConfig) -> InstanceInfo:

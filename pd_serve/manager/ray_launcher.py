@@ -17,7 +17,7 @@ from pd_serve.comm.timing import INSTANCE_LEASE_S
 from pd_serve.errors import EngineDeadError, PdServeError
 from pd_serve.instance.instance_process import InstanceConfig
 from pd_serve.manager.instance_processes import InstanceProcess, InstanceProcesses
-from pd_serve.manager.launcher import ManagerNotes
+from pd_serve.manager.launcher import ManagerNotes, answered
 from pd_serve.manager.ray_actors import InstanceActor, SchedulerActor
 from pd_serve.manager.ray_calls import in_time, settled
 from pd_serve.manager.ray_start import PASSING_ERRORS, end_children, start_ray
@@ -149,7 +149,7 @@ class RayLauncher:
         process = self._processes[name]
         try:
             await self._placed(name)
-            info: InstanceInfo = await process.actor.start.remote(config)
+            info = await answered(lambda: process.actor.start.remote(config))
         except ray.exceptions.RayError as error:
             self._discard(name)
             if isinstance(error, ray.exceptions.RayTaskError):

@@ -37,7 +37,8 @@ class PoolScaler:
 
     One change at a time: nothing is drained while an instance starts or drains, and changes are
     `scale_interval_s` apart. A drain by another party holds that up for `OTHERS_DRAIN_S` only. A draining
-    instance is used again before a new one is started.
+    instance is used again before a new one is started, but for those that an operator drains. While too few
+    instances serve, none is stopped, whatever is being started: that may fail.
     """
 
     def __init__(self, role: str, bounds: PoolBounds, policies: PolicySet) -> None:
@@ -50,7 +51,6 @@ class PoolScaler:
         self._too_large_since: float | None = None
         self._known: dict[str, None] | None = None
         self._empty_since: dict[str, float] = {}
-        self._used_again: dict[str, float] = {}  # still draining: by another party
         self._stopped: dict[str, float] = {}
         self._drained: dict[str, float] = {}  # by this scaler
         self._draining_since: dict[str, float] = {}
@@ -68,7 +68,7 @@ class PoolScaler:
         draining = [load for load in loads if load.draining]
         self._remember(loads, now)
         self._trend.add(loads, now)
-        decisions = self._stops(draining, now)
+        decisions = self._stops(draining, now) if len(serving) >= self._bounds.least else []
         needed = self._needed(serving, starting, waiting)
         if needed.instances >= 0:
             self._too_large_since = None
@@ -102,7 +102,6 @@ class PoolScaler:
             load.instance_id: self._empty_since.get(load.instance_id, now) for load in still_empty
         }
         drains = {load.instance_id for load in loads if load.draining}
-        self._used_again = {name: at for name, at in self._used_again.items() if name in drains}
         self._draining_since = {name: self._draining_since.get(name, now) for name in drains}
         self._drained = {
             name: at for name, at in self._drained.items() if name in drains or now - at < ASK_AGAIN_S
@@ -115,7 +114,8 @@ class PoolScaler:
         stops: list[Decision] = []
         for load in draining:
             name = load.instance_id
-            if name not in self._stopped and now - self._empty_since.get(name, now) >= EMPTY_S:
+            is_empty = now - self._empty_since.get(name, now) >= EMPTY_S
+            if is_empty and name not in self._stopped and not load.drained_by_operator:
                 self._stopped[name] = now
                 stops.append(Stop(name, "drained and empty"))
         return stops
@@ -130,12 +130,14 @@ class PoolScaler:
     ) -> list[Decision]:
         count = len(serving) + starting
         least, most = self._bounds
-        if count < least:
-            return self._grow(least - count, f"{count} of at least {least}", count, draining, now)
+        missing = least - len(serving)
+        more = min(max(needed.instances, least - count), most - count)
+        if missing > 0 or more > 0:
+            reason = f"{len(serving)} of at least {least}" if missing > 0 else needed.reason
+            used_again = self._use_again(max(missing, more), reason, draining)
+            return used_again + [Start(self.role, reason)] * (more - len(used_again))
         if len(serving) > most:
             return self._drain(serving, 1, f"{len(serving)} of at most {most}", now)
-        if needed.instances > 0:
-            return self._grow(needed.instances, needed.reason, count, draining, now)
         long_enough = (
             self._too_large_since is not None and now - self._too_large_since >= self._policies.drain_after_s
         )
@@ -148,24 +150,17 @@ class PoolScaler:
         """Whether a drain is expected to end with the instance's stop."""
         return draining in self._drained or now - self._draining_since[draining] < OTHERS_DRAIN_S
 
-    def _grow(
-        self, change: int, reason: str, count: int, draining: Sequence[InstanceLoad], now: float
-    ) -> list[Decision]:
-        """Uses draining instances again, the fullest first, and starts the rest."""
-        change = min(change, self._bounds.most - count)
+    def _use_again(self, number: int, reason: str, draining: Sequence[InstanceLoad]) -> list[Decision]:
+        """Uses draining instances again, the fullest first."""
         usable = [
             load
             for load in draining
-            if load.instance_id not in self._used_again and load.instance_id not in self._stopped
+            if not load.drained_by_operator and load.instance_id not in self._stopped
         ]
         usable.sort(key=lambda load: (-load.running, load.instance_id))
-        decisions: list[Decision] = []
-        for load in usable[:change]:
-            self._used_again[load.instance_id] = now
+        for load in usable[:number]:
             self._drained.pop(load.instance_id, None)
-            decisions.append(Drain(load.instance_id, reason, draining=False))
-        decisions += [Start(self.role, reason)] * (change - len(decisions))
-        return decisions
+        return [Drain(load.instance_id, reason, draining=False) for load in usable[:number]]
 
     def _drain(self, serving: Sequence[InstanceLoad], number: int, reason: str, now: float) -> list[Decision]:
         """Drains the emptiest instances, if possible none with requests of high priority."""

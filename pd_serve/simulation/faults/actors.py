@@ -16,7 +16,6 @@ class SimulatedActor:
 
     Attributes:
         started: Settled when the instance is ready, or will never be.
-        is_answered: Its manager learns that it is ready.
         instance: None before that.
         notes: The latest notes of a manager.
     """
@@ -25,7 +24,6 @@ class SimulatedActor:
     process: SimulatedProcess
     faults: EngineFaults
     started: "asyncio.Future[InstanceInfo] | None" = None
-    is_answered: bool = True
     instance: SimulatedInstance | None = None
     notes: ManagerNotes | None = None
 
@@ -46,8 +44,9 @@ class StartFaults:
         delay_s: Added to the time of a start.
         failures: Number of starts that fail.
         early_deaths: Number of instances that die `dies_after_s` after they were ready.
-        lost_starts: Number of starts whose answer is lost.
+        lost_starts: Number of answers to orders to start an instance that are lost.
         lost_stops: Number of orders to end an instance that do nothing.
+        survivors: The instances that these orders should have ended.
         hanging: Instances that hang for ever. An order to end one of them is not lost: nothing else would.
         starved: There are no resources for another instance.
         ended_at: The last of these failures and deaths, on the clock of the simulation. A start that takes
@@ -60,6 +59,7 @@ class StartFaults:
     dies_after_s: float = 1.0
     lost_starts: int = 0
     lost_stops: int = 0
+    survivors: set[str] = field(default_factory=set)
     hanging: set[str] = field(default_factory=set)
     starved: bool = False
     ended_at: float = 0.0

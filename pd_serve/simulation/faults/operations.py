@@ -146,7 +146,9 @@ class OperatorCalls:
                 self.sizes[role] = smaller if is_sure else smaller | self.sizes[role]
             case FaultKind.UNDO if name in self._stopped or role in self._shrunk:
                 larger = {known + 1 for known in self.sizes[role]}
-                is_sure = self._stopped.pop(name, "") == role and is_sure and name not in self._reused
+                survivors = self._cluster.platform.starts.survivors  # the manager takes them for ended
+                is_sure = self._stopped.pop(name, "") == role and is_sure
+                is_sure = is_sure and name not in self._reused and name not in survivors
                 self.sizes[role] = larger if is_sure else larger | self.sizes[role]
         if fault.kind in (FaultKind.DRAIN, FaultKind.DRAIN_STOP):
             self.drained.append(name)

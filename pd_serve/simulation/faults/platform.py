@@ -12,7 +12,7 @@ from pd_serve.comm.membership import SCHEDULER, InstanceInfo
 from pd_serve.comm.timing import INSTANCE_LEASE_S, ORPHAN_S, START_TIMEOUT_S
 from pd_serve.errors import EngineDeadError
 from pd_serve.instance.instance_process import InstanceConfig
-from pd_serve.manager.launcher import ManagerNotes
+from pd_serve.manager.launcher import ManagerNotes, answered
 from pd_serve.platform.placement import Placement
 from pd_serve.scheduler.scheduler_process import SchedulerConfig, SchedulerProcess
 from pd_serve.simulated_engine.faults import EngineFaults, PoisonError
@@ -24,6 +24,9 @@ from pd_serve.simulation.simulated_instance import SimulatedInstance
 
 #: How long a call to an actor that does not answer is waited for; as in `ray_launcher`.
 ANSWER_S = 3.0
+
+#: Interval of looks whether an instance is ready.
+LOOK_S = 1.0
 
 #: Greatest time until a launcher learns of a death.
 NOTICE_S = 0.5
@@ -37,7 +40,7 @@ class SimulatedPlatform:
         scheduler: The process of the scheduler; None if there is none.
         starts: Faults of the next starts.
         names: Names of all instances that there were.
-        bare_s: The longest time without an instance that is ready.
+        bare_s: The longest time without an instance that is ready and no operator drains.
         poison: Numbers of the requests that kill each instance that computes them.
         on_stop: Called with (name, instance) when a manager stops an instance that is ready.
         on_failure: Called with (name, error) when a process ends itself because of a failure.
@@ -64,6 +67,7 @@ class SimulatedPlatform:
         self._scheduler_ended: asyncio.Future[None] | None = None
         self._resources = asyncio.Event()
         self._bare_since = loop.now
+        self._look()
 
     def launcher(self, process: SimulatedProcess) -> "PlatformLauncher":
         """The launcher of a manager that runs in this process."""
@@ -75,6 +79,13 @@ class SimulatedPlatform:
     def instances(self) -> dict[str, SimulatedInstance]:
         """The instances that are ready, by name."""
         return {name: actor.instance for name, actor in self.actors.items() if actor.instance is not None}
+
+    def _look(self) -> None:
+        if all(instance.llumlet.reporter.drained_by_operator for instance in self.instances.values()):
+            self.bare_s = max(self.bare_s, self.loop.now - self._bare_since)
+        else:
+            self._bare_since = self.loop.now
+        self.loop.outside_at(self.loop.now + LOOK_S, self._look)
 
     # ---- faults
 
@@ -110,20 +121,27 @@ class SimulatedPlatform:
         while self.starts.starved:
             await self._resources.wait()
 
-    def begin_start(self, actor: SimulatedActor, config: InstanceConfig) -> "asyncio.Future[InstanceInfo]":
-        """Starts the instance of a launched process."""
+    async def start(self, actor: SimulatedActor, config: InstanceConfig) -> InstanceInfo:
+        """Serves an order to start the instance of a launched process. Idempotent."""
+        is_lost = self.starts.lost_starts > 0
+        self.starts.lost_starts -= is_lost
+        if actor.started is None:
+            self._begin_start(actor, config)
+        assert actor.started is not None
+        info = await asyncio.shield(actor.started)
+        if is_lost:
+            await self.loop.create_future()
+        return info
+
+    def _begin_start(self, actor: SimulatedActor, config: InstanceConfig) -> None:
         starts = self.starts
         duration_s = self._config.start_instance_s * self._rng.uniform(0.5, 1.5) + starts.delay_s
         fails = starts.failures > 0
         starts.failures -= fails
         actor.started = self.loop.create_future()
-        if starts.lost_starts or duration_s > START_TIMEOUT_S - 60.0:
+        if duration_s > START_TIMEOUT_S - 60.0:
             starts.ended_at = self.loop.now + START_TIMEOUT_S
-        if starts.lost_starts:
-            starts.lost_starts -= 1
-            actor.is_answered = False
         self.loop.outside_at(self.loop.now + duration_s, self._ready, actor, config, fails)
-        return actor.started
 
     def _ready(self, actor: SimulatedActor, config: InstanceConfig, fails: bool) -> None:
         assert actor.started is not None
@@ -154,11 +172,8 @@ class SimulatedPlatform:
             lambda error: self._failed(name, error),
             actor.faults,
         )
-        if len(self.instances) == 1:
-            self.bare_s = max(self.bare_s, self.loop.now - self._bare_since)
         assert actor.started is not None
-        if actor.is_answered:
-            actor.started.set_result(actor.instance.info)
+        actor.started.set_result(actor.instance.info)
         if self.starts.early_deaths:
             self.starts.early_deaths -= 1
             self.starts.ended_at = self.loop.now + self.starts.dies_after_s
@@ -178,8 +193,6 @@ class SimulatedPlatform:
 
     def _end(self, actor: SimulatedActor) -> None:
         del self.actors[actor.name]
-        if actor.instance is not None and not self.instances:
-            self._bare_since = self.loop.now
         actor.process.kill()
         for launcher in self._launchers:
             if actor.name in launcher.watched:
@@ -258,7 +271,7 @@ class PlatformLauncher:
             if self._platform.starts.starved:
                 self._waiting.add(name)
                 await self._platform.wait_for_resources()
-            info = await asyncio.shield(self._platform.begin_start(actor, config))
+            info = await answered(lambda: self._platform.start(actor, config))
         except (EngineDeadError, asyncio.CancelledError) as error:
             if isinstance(error, EngineDeadError) or not self._leaves_starts:
                 self._platform.stop(name)
@@ -275,6 +288,7 @@ class PlatformLauncher:
         self.watched.discard(name)
         if (starts := self._platform.starts).lost_stops and name not in starts.hanging:
             starts.lost_stops -= 1
+            starts.survivors.add(name)
         elif name in self._platform.actors:
             await asyncio.sleep(0.01)
             self._platform.stop(name)

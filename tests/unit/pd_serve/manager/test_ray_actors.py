@@ -138,6 +138,15 @@ async def test_the_next_manager_does_not_wait_for_a_start_that_hangs(
     assert start.cancelled()
 
 
+async def test_an_instance_that_is_ordered_again_is_started_once(actor: InstanceActor) -> None:
+    """The first answer was lost, or is late."""
+    orders = [actor.start(config("decode-3")) for _ in range(2)]
+    first, second = await asyncio.gather(*orders)
+
+    assert first == second == await actor.start(config("decode-3"))
+    assert await found(actor) == ["decode-0", "decode-1", "decode-2", "decode-3"]
+
+
 async def test_the_latest_notes_are_kept(actor: InstanceActor) -> None:
     assert await actor.keep_notes(ManagerNotes(term=3)) == 3
     assert await actor.keep_notes(ManagerNotes(term=2)) == 3

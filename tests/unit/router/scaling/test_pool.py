@@ -162,13 +162,25 @@ def test_a_draining_instance_is_used_again_before_one_is_started() -> None:
     assert [type(decision) for decision in decisions] == [Drain, Drain, Start]
 
 
-def test_an_instance_that_goes_on_draining_is_drained_by_an_operator() -> None:
-    """Drained by hand stays drained: others are started instead."""
-    scaled_pool = Pool(1, 4)
-    by_hand = replace(load("i3", 500, 5), draining=True)
-    assert [type(decision) for decision in scaled_pool.look([*FULL, by_hand], 11)] == [Drain]
+def test_an_instance_that_an_operator_drains_is_left_alone() -> None:
+    """It stays drained: others are started instead. It is not stopped either."""
+    by_hand = replace(load("i3", 851, 0), draining=True, drained_by_operator=True)
 
-    assert [type(decision) for decision in scaled_pool.look([*FULL, by_hand], 10)] == [Start]
+    assert [type(decision) for decision in Pool(1, 4).look([*FULL, by_hand], 11)] == [Start]
+
+
+def test_what_is_drained_is_used_again_if_too_few_serve_whatever_is_being_started() -> None:
+    """The start may fail, or never get its resources."""
+    drained = replace(load("i3", 851, 0), draining=True)
+
+    for starting in (0, 1, 4):
+        decisions = Pool(1, 4).look([drained], 11, starting=starting)
+        assert decisions == [Drain("i3", "0 of at least 1", draining=False)]
+
+
+def test_a_pool_with_too_few_instances_grows_by_what_is_needed() -> None:
+    """Not only to its lower bound."""
+    assert len(Pool(4, 16).look(FULL, 11)) == len(Pool(1, 16).look(FULL, 11)) > 1
 
 
 def test_a_drained_and_empty_instance_is_stopped_once_after_a_moment() -> None:
