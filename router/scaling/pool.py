@@ -68,7 +68,11 @@ class PoolScaler:
         draining = [load for load in loads if load.draining]
         self._remember(loads, now)
         self._trend.add(loads, now)
-        decisions = self._stops(draining, now) if len(serving) >= self._bounds.least else []
+        decisions: list[Decision] = []
+        if len(serving) >= self._bounds.least:
+            decisions = self._stops(draining, now)
+        else:
+            self._stopped.clear()  # those that are still there can be used again
         needed = self._needed(serving, starting, waiting)
         if needed.instances >= 0:
             self._too_large_since = None

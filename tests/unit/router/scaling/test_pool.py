@@ -178,6 +178,14 @@ def test_what_is_drained_is_used_again_if_too_few_serve_whatever_is_being_starte
         assert decisions == [Drain("i3", "0 of at least 1", draining=False)]
 
 
+def test_what_is_about_to_be_stopped_is_used_again_when_the_others_die() -> None:
+    scaled_pool = Pool(1, 4)
+    busy, drained = load("i0", 300, 10), replace(load("i3", 851, 0), draining=True)
+    assert scaled_pool.look([busy, drained], 3) == [Stop("i3", "drained and empty")]
+
+    assert scaled_pool.look([drained], 11) == [Drain("i3", "0 of at least 1", draining=False)]
+
+
 def test_a_pool_with_too_few_instances_grows_by_what_is_needed() -> None:
     """Not only to its lower bound."""
     assert len(Pool(4, 16).look(FULL, 11)) == len(Pool(1, 16).look(FULL, 11)) > 1
