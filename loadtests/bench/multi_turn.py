@@ -11,6 +11,7 @@ import random
 import string
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -181,11 +182,9 @@ async def _check_rest(url: str) -> None:
 def summary(rounds: Sequence[Mapping[str, Any]], plain: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Numbers over all requests, the median of the rounds' ratios, and the answers that are plain vLLM's."""
     pairs = [(figures(a["requests"]), figures(b["requests"])) for a, b in zip(rounds, plain, strict=True)]
-    equal = [
-        (one == other)
-        for a, b in zip(rounds, plain, strict=True)
-        for one, other in zip(_sorted(a["answers"]), _sorted(b["answers"]), strict=True)
-    ]
+    equal = []
+    for one, other in zip(map(_whole, rounds), map(_whole, plain), strict=True):
+        equal += [one[name] == other[name] for name in sorted(one.keys() & other.keys())]
     return {
         "figures": figures([request for one in rounds for request in one["requests"]]),
         "rounds": [a for a, _ in pairs],
@@ -196,8 +195,14 @@ def summary(rounds: Sequence[Mapping[str, Any]], plain: Sequence[Mapping[str, An
     }
 
 
-def _sorted(answers: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return sorted(answers, key=lambda conversation: str(conversation["id"]))
+def _whole(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """The messages of the conversations that were led to their end, by id.
+
+    The script leaves the last ones when it has no new one to begin, and writes these as they were made.
+    """
+    answered = Counter(str(request["conversation_id"]) for request in measured["requests"])
+    messages = {str(one["id"]): one["messages"] for one in measured["answers"]}
+    return {name: texts for name, texts in messages.items() if 2 * answered[name] == len(texts)}
 
 
 def figures(requests: Sequence[Mapping[str, float]]) -> dict[str, float]:

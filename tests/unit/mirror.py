@@ -12,7 +12,6 @@ RECORDS = {
     "migration/record.py",
     "pd_serve/comm/requests.py",
     "pd_serve/errors.py",
-    "pd_serve/manager/launcher.py",
     "pd_serve/manager/manager_config.py",
     "pd_serve/simulation/config.py",
     "pd_serve/simulation/faults/schedule.py",

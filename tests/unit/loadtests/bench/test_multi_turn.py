@@ -5,20 +5,24 @@ import random
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from loadtests.bench import multi_turn
 from loadtests.bench.arms import PLAIN, Arm, ArmBuilder
 from loadtests.servers import SharedSettings
 
 
-def request(turn: int, ttft_ms: float) -> dict[str, float]:
-    return {"input_num_turns": turn, "ttft_ms": ttft_ms, "tpot_ms": 5.0, "latency_ms": 500.0}
+def request(turn: int, ttft_ms: float, conversation: str = "a") -> dict[str, Any]:
+    times = {"ttft_ms": ttft_ms, "tpot_ms": 5.0, "latency_ms": 500.0}
+    return {"input_num_turns": turn, "conversation_id": conversation, **times}
 
 
 def one_round(first_ms: float, later_ms: float, answer: str) -> dict[str, Any]:
-    answers = [{"id": "b", "messages": [answer]}, {"id": "a", "messages": ["same"]}]
-    return {"requests": [request(1, first_ms), *[request(3, later_ms)] * 3], "answers": answers}
+    answers = [
+        {"id": "b", "messages": ["?", answer]},
+        {"id": "a", "messages": ["?", "same", "??", "too"]},
+        {"id": "left", "messages": ["?", "made", "??", answer]},
+    ]
+    requests = [request(1, first_ms, "b"), *[request(3, later_ms)] * 2, request(3, later_ms, "left")]
+    return {"requests": requests, "answers": answers}
 
 
 def test_first_and_later_turns_are_told_apart() -> None:
@@ -41,12 +45,12 @@ def test_ratios_are_medians_over_rounds_and_conversations_are_compared_by_name()
     assert found["equal_conversations"] == [5, 6]
 
 
-def test_an_arm_that_lost_a_conversation_is_not_compared() -> None:
-    short = one_round(1, 1, "x")
-    short["answers"].pop()
+def test_conversations_that_one_of_two_arms_has_not_ended_are_not_compared() -> None:
+    short = one_round(1, 1, "other")
+    short["requests"] = [one for one in short["requests"] if one["conversation_id"] != "b"]
+    short["requests"].append(request(1, 1, "left"))
 
-    with pytest.raises(ValueError, match="argument 2"):
-        multi_turn.summary([short], [one_round(1, 1, "x")])
+    assert multi_turn.summary([short], [one_round(1, 1, "x")])["equal_conversations"] == [1, 1]
 
 
 def test_rounds_have_texts_of_their_own_and_fit_the_model(tmp_path: Path) -> None:

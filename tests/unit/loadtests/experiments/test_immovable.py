@@ -21,6 +21,7 @@ def test_all_arms_get_the_same_requests_on_four_instances() -> None:
     assert all(len(equal) == 1 for equal in traces.values())
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_run_writes_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(immovable, "LENGTHS", ("250:20",))
     monkeypatch.setattr(immovable, "RATES", (24.0,))

@@ -25,6 +25,7 @@ def test_a_candidate_is_one_more_variant() -> None:
     assert all(one.policy == "llumnix" and one.overrides == {"headroom": 0.2} for one in candidates)
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_table_with_the_gains_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policies, "TRACES", {"S-S at 36/s": ("s-s", 36.0)})
 

@@ -149,6 +149,7 @@ def test_a_cluster_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     assert done.exit_code
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_simulations_run_from_the_command_to_the_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ def test_all_layouts_get_the_same_nine_kinds_on_four_instances() -> None:
     assert all(len(equal) == 1 for equal in traces.values())
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_run_writes_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns, "TEXTS", (64,))
     monkeypatch.setattr(turns, "ANSWERS", (64,))

@@ -100,7 +100,7 @@ def test_both_modes_give_the_same_result(changes: dict[str, Any]) -> None:
     **ANY_CLUSTER | {"chunk_tokens": st.sampled_from([None, 96])},
     policy=st.sampled_from(["llumnix", "llumnix-paper", "conditional", "round-robin"]),
 )
-@settings(max_examples=10)
+@settings(max_examples=6)
 def test_both_modes_give_the_same_result_whatever_the_cluster(
     seed: int,
     instances: dict[str, int],

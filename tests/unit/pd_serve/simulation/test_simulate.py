@@ -119,7 +119,7 @@ ANY_CLUSTER = {
 
 
 @given(**ANY_CLUSTER)
-@settings(max_examples=15)
+@settings(max_examples=8)
 def test_no_token_or_block_is_ever_lost(
     seed: int,
     instances: dict[str, int],
