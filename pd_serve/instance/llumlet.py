@@ -271,8 +271,8 @@ class Llumlet:
             self.handoffs.forget(request_id)
             self._wire.send(sender, RequestFailed(request_id, f"{type(error).__name__}: {error}"))
         finally:
-            # Counted only when the engine's load includes the request. A report during a long step would
-            # otherwise count the request as arrived and its blocks as free.
+            # Counted only when the engine has the request. A report during a long step would otherwise count
+            # it as arrived and its blocks as free, as one before the engine's next load still does.
             self.reporter.requests_added += 1
             self._requests.added(message)
 
