@@ -44,7 +44,7 @@ class StartFaults:
         delay_s: Added to the time of a start.
         failures: Number of starts that fail.
         early_deaths: Number of instances that die `dies_after_s` after they were ready.
-        lost_starts: Number of answers to orders to start an instance that are lost.
+        lost_starts: Number of orders to start an instance that are lost, or their answers.
         lost_stops: Number of orders to end an instance that do nothing.
         survivors: The instances that these orders should have ended.
         hanging: Instances that hang for ever. An order to end one of them is not lost: nothing else would.

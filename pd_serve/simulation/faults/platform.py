@@ -125,6 +125,8 @@ class SimulatedPlatform:
         """Serves an order to start the instance of a launched process. Idempotent."""
         is_lost = self.starts.lost_starts > 0
         self.starts.lost_starts -= is_lost
+        if is_lost and self._rng.random() < 0.5:
+            await self.loop.create_future()  # the order itself is lost
         if actor.started is None:
             self._begin_start(actor, config)
         assert actor.started is not None
