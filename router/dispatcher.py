@@ -196,7 +196,7 @@ class Dispatcher:
         takes_new = can_start(load) or any(load.instance_id == instance_id for load in self._candidates())
         if takes_new and load.role == "prefill":
             return math.inf
-        return _admissible_blocks(load) if takes_new else 0
+        return self._admissible_blocks(load) if takes_new else 0
 
     def _ranked(
         self,
@@ -232,7 +232,7 @@ class Dispatcher:
         if any(load.role == "prefill" for load in loads):
             if self.policies.decode_prompt_tokens:
                 loads += [load for load in self._decoding() if load.instance_id not in avoid]
-            loads = [load for load in loads if load.role == "prefill" or _has_room(load, tokens)]
+            loads = [load for load in loads if load.role == "prefill" or self._has_room(load, tokens)]
         ready = [load for load in loads if self._takes_now(load, tokens)]
         if may_wait and not ready:
             return []
@@ -242,7 +242,7 @@ class Dispatcher:
         """Whether an instance takes a new request before its turn in line has come."""
         if self._backlog_room(load) <= 0:
             return False
-        return load.role == "prefill" or not self.policies.late_binding or _has_room(load, num_tokens)
+        return load.role == "prefill" or not self.policies.late_binding or self._has_room(load, num_tokens)
 
     def _backlog_room(self, load: InstanceLoad) -> float:
         if not self._bounds_backlog:
@@ -319,10 +319,10 @@ class Dispatcher:
     def _with_headroom(self, loads: Sequence[InstanceLoad]) -> list[InstanceLoad]:
         return limit_headroom(loads, self.policies.headroom)
 
+    def _has_room(self, load: InstanceLoad, num_tokens: int) -> bool:
+        return load.blocks_for(num_tokens) <= self._admissible_blocks(load)
 
-def _has_room(load: InstanceLoad, num_tokens: int) -> bool:
-    return load.blocks_for(num_tokens) <= _admissible_blocks(load)
-
-
-def _admissible_blocks(load: InstanceLoad) -> int:
-    return load.free_blocks - load.watermark_blocks - load.waiting_blocks - load.expected_blocks
+    def _admissible_blocks(self, load: InstanceLoad) -> float:
+        taken = load.watermark_blocks + load.waiting_blocks + load.expected_blocks
+        kept = self.policies.kept_blocks * (load.running + load.waiting + load.expected_requests)
+        return load.free_blocks - taken - kept

@@ -35,6 +35,9 @@ class PolicySet:
         0.0, "Target of the time per token: freeness is what memory and it leave; 0: none.", ge=0
     )
     late_binding: bool = setting(False, "Requests that no neutral instance has room for wait in one line.")
+    kept_blocks: float = setting(
+        0.0, "Free blocks that late binding keeps for each request that an instance has.", ge=0
+    )
     bind_after_s: float = setting(15.0, "Wait after which an instance has to make room for the first.", ge=0)
     max_bound: float = setting(0.0625, "Share of the instances that may do so at a time.", ge=0, le=1)
     decode_prompt_tokens: int = setting(

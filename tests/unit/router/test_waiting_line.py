@@ -51,6 +51,19 @@ def test_a_dispatched_request_takes_its_room_before_a_report_says_so() -> None:
     assert [dispatcher.dispatch(blocks(10), may_wait=True) for _ in range(3)] == ["i0", "i0", None]
 
 
+def test_free_blocks_are_kept_for_the_requests_that_are_there() -> None:
+    dispatcher = Dispatcher(policy_set("llumnix", kept_blocks=2))
+    dispatcher.loads.report(with_free("i0", 20))
+
+    assert dispatcher.dispatch(blocks(13), may_wait=True) is None
+    assert dispatcher.dispatch(blocks(6), may_wait=True) == "i0"
+    assert dispatcher.dispatch(blocks(5), may_wait=True) is None
+    assert dispatcher.dispatch(blocks(4), may_wait=True) == "i0"
+
+    dispatcher.loads.report(InstanceLoad("idle", "neutral", total_blocks=100, free_blocks=100))
+    assert dispatcher.dispatch(blocks(100), may_wait=True) == "idle"
+
+
 def test_a_request_that_may_not_wait_is_dispatched() -> None:
     _, dispatcher = line_of(with_free("i0", 0))
 
