@@ -89,7 +89,7 @@ def policy_set_names() -> list[str]:
 
 def policy_set(name: str, /, **changes: object) -> PolicySet:
     """A policy set, with settings changed by name: those of the set ("max_moves"), and those of the policies
-    that it names ("dispatch.reserve"). Numbers may come as text.
+    that it names ("handoff.min_tokens"). Numbers may come as text.
 
     Raises:
         PolicyError: There is no such set, policy or setting, or a value is not allowed. The message names

@@ -21,8 +21,8 @@ class PolicySet:
     """Which policy decides what, and with which settings. Freeness is in blocks per request.
 
     Attributes:
-        options: Settings of the chosen policies themselves, such as "dispatch.reserve" for the setting
-            `reserve` of the policy that is chosen as `dispatch`.
+        options: Settings of the chosen policies themselves, such as "handoff.min_tokens" for the setting
+            `min_tokens` of the policy that is chosen as `handoff`.
     """
 
     name: str
