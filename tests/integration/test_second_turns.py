@@ -58,7 +58,8 @@ async def test_a_second_turn_goes_where_the_first_one_was_and_copies_what_is_new
 async def test_an_answer_comes_back_to_where_the_next_turn_is_computed() -> None:
     """Its blocks are copied from the decode instance, and only the new text is computed."""
     answer = 200
-    model = LinearCostModel((5.0, 1.0, 0.0), (5.0, 0.1, 0.0))  # milliseconds
+    # In milliseconds: computing takes longer than copying on any machine.
+    model = LinearCostModel((5.0, 4.0, 0.0), (5.0, 0.1, 0.0))
     settings = replace(SETTINGS, cost_model=model, prefix_caching=True)
     cluster, handoffs = await converse(answer, settings, prefill_dispatch="soonest", handoff="prefix")
 
