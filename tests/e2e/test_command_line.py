@@ -11,7 +11,7 @@ import pytest
 
 from tests.e2e.server_process import ServerProcess, pd_serve
 
-END_S = 60.0
+END_S = 120.0
 PROGRESS = re.compile(r"\s*\d+\.\d s  ")
 
 

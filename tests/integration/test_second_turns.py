@@ -69,5 +69,5 @@ async def test_an_answer_comes_back_to_where_the_next_turn_is_computed() -> None
     assert sum(reader.outcomes["copied"] for reader in readers) == CONVERSATIONS
     copied = sum(reader.tokens_copied for reader in readers) // settings.block_tokens
     computed_elsewhere = [(PROMPT + answer) // settings.block_tokens - first.blocks for first, _ in handoffs]
-    assert abs(copied - sum(computed_elsewhere)) <= CONVERSATIONS
-    assert copied * settings.block_tokens > CONVERSATIONS * answer / 2
+    assert copied >= sum(computed_elsewhere) - CONVERSATIONS  # more, if another prefill instance was sooner
+    assert sum(computed_elsewhere) * settings.block_tokens > CONVERSATIONS * answer / 2

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -93,7 +94,11 @@ def _shared_memory() -> set[str]:
 
 
 def _of(pid: int) -> set[str]:
-    return {name for name in _shared_memory() if name.endswith(f" of {pid}") or str(pid) in name}
+    number = re.compile(rf"(?<!\d){pid}(?!\d)")
+    found = _shared_memory()
+    segments = {name for name in found if name.startswith("sysv ")}
+    files = {name for name in found - segments if number.search(name)}
+    return files | {name for name in segments if name.endswith(f" of {pid}")}
 
 
 MakeSource = Callable[..., Awaitable[Source]]
