@@ -74,13 +74,11 @@ async def test_defragmentation_makes_room_for_a_large_request(client: Completion
         assert (waited_for > 0, moved) == (True, 0)
 
 
-@pytest.mark.parametrize(
-    ("policy", "how"), [("llumnix", "header"), ("infaas++", "body")], indirect=["policy"]
-)
-async def test_a_high_priority_request_overtakes_waiting_ones(
-    client: CompletionClient, policy: str, how: str
-) -> None:
+@with_any_policy
+async def test_a_high_priority_request_overtakes_waiting_ones(client: CompletionClient, policy: str) -> None:
     """Four requests fill both instances and six wait; what comes last goes first.
+
+    It says so in its body, or in a header.
 
     With `llumnix` they wait in one line, but for the one that is bound to an instance meanwhile.
     """
@@ -91,7 +89,7 @@ async def test_a_high_priority_request_overtakes_waiting_ones(
         queued = [Stream(client, body) for body in waiting]
         seen = await client.until(lambda cluster: in_line(cluster) + at_instances(cluster) == 6)
         assert at_instances(seen) <= 1 if policy == "llumnix" else in_line(seen) == 0
-        if how == "body":
+        if policy == "infaas++":
             first = Stream(client, urgent | {"priority": -1})
         else:
             first = Stream(client, urgent, {"X-Vllm-Priority": "-1"})
