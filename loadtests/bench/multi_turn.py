@@ -183,7 +183,10 @@ def summary(rounds: Sequence[Mapping[str, Any]], plain: Sequence[Mapping[str, An
     """Numbers over all requests, the median of the rounds' ratios, and the answers that are plain vLLM's."""
     pairs = [(figures(a["requests"]), figures(b["requests"])) for a, b in zip(rounds, plain, strict=True)]
     equal = []
-    for one, other in zip(map(_whole, rounds), map(_whole, plain), strict=True):
+    for a, b in zip(rounds, plain, strict=True):
+        one, other = _whole(a), _whole(b)
+        if _ids(a) != _ids(b):
+            raise ValueError("an arm has lost a conversation")
         equal += [one[name] == other[name] for name in sorted(one.keys() & other.keys())]
     return {
         "figures": figures([request for one in rounds for request in one["requests"]]),
@@ -193,6 +196,10 @@ def summary(rounds: Sequence[Mapping[str, Any]], plain: Sequence[Mapping[str, An
         },
         "equal_conversations": [sum(equal), len(equal)],
     }
+
+
+def _ids(measured: Mapping[str, Any]) -> list[str]:
+    return sorted(str(one["id"]) for one in measured["answers"])
 
 
 def _whole(measured: Mapping[str, Any]) -> dict[str, Any]:

@@ -138,4 +138,4 @@ async def answered(order: Callable[[], Awaitable[InstanceInfo]]) -> InstanceInfo
     finally:
         for one in orders:
             if not one.cancel() and not one.cancelled():
-                one.exception()  # else asyncio logs that nobody has looked at it
+                one.exception()  # otherwise asyncio logs it as never retrieved

@@ -51,6 +51,7 @@ class PoolScaler:
         self._too_large_since: float | None = None
         self._known: dict[str, None] | None = None
         self._empty_since: dict[str, float] = {}
+        self._used_again: dict[str, float] = {}  # still draining: the order was lost, or another party drains
         self._stopped: dict[str, float] = {}
         self._drained: dict[str, float] = {}  # by this scaler
         self._draining_since: dict[str, float] = {}
@@ -110,9 +111,10 @@ class PoolScaler:
         self._drained = {
             name: at for name, at in self._drained.items() if name in drains or now - at < ASK_AGAIN_S
         }
-        self._stopped = {
-            name: at for name, at in self._stopped.items() if name in drains and now - at < ASK_AGAIN_S
-        }
+        self._stopped, self._used_again = (
+            {name: at for name, at in ordered.items() if name in drains and now - at < ASK_AGAIN_S}
+            for ordered in (self._stopped, self._used_again)
+        )
 
     def _stops(self, draining: Sequence[InstanceLoad], now: float) -> list[Decision]:
         stops: list[Decision] = []
@@ -138,7 +140,7 @@ class PoolScaler:
         more = min(max(needed.instances, least - count), most - count)
         if missing > 0 or more > 0:
             reason = f"{len(serving)} of at least {least}" if missing > 0 else needed.reason
-            used_again = self._use_again(max(missing, more), reason, draining)
+            used_again = self._use_again(max(missing, more), reason, draining, now)
             return used_again + [Start(self.role, reason)] * (more - len(used_again))
         if len(serving) > most:
             return self._drain(serving, 1, f"{len(serving)} of at most {most}", now)
@@ -154,15 +156,17 @@ class PoolScaler:
         """Whether a drain is expected to end with the instance's stop."""
         return draining in self._drained or now - self._draining_since[draining] < OTHERS_DRAIN_S
 
-    def _use_again(self, number: int, reason: str, draining: Sequence[InstanceLoad]) -> list[Decision]:
+    def _use_again(
+        self, number: int, reason: str, draining: Sequence[InstanceLoad], now: float
+    ) -> list[Decision]:
         """Uses draining instances again, the fullest first."""
+        ordered = self._used_again.keys() | self._stopped.keys()
         usable = [
-            load
-            for load in draining
-            if not load.drained_by_operator and load.instance_id not in self._stopped
+            load for load in draining if not load.drained_by_operator and load.instance_id not in ordered
         ]
         usable.sort(key=lambda load: (-load.running, load.instance_id))
         for load in usable[:number]:
+            self._used_again[load.instance_id] = now
             self._drained.pop(load.instance_id, None)
         return [Drain(load.instance_id, reason, draining=False) for load in usable[:number]]
 

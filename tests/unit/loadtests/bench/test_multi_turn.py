@@ -5,6 +5,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from loadtests.bench import multi_turn
 from loadtests.bench.arms import PLAIN, Arm, ArmBuilder
 from loadtests.servers import SharedSettings
@@ -43,6 +45,14 @@ def test_ratios_are_medians_over_rounds_and_conversations_are_compared_by_name()
     assert found["ratio_to_round_robin"]["later_ttft_p50_ms"] == 0.2
     assert found["ratio_to_round_robin"]["first_ttft_p50_ms"] == 1.0
     assert found["equal_conversations"] == [5, 6]
+
+
+def test_an_arm_that_lost_a_conversation_is_not_compared() -> None:
+    short = one_round(1, 1, "x")
+    short["answers"].pop()
+
+    with pytest.raises(ValueError, match="lost a conversation"):
+        multi_turn.summary([short], [one_round(1, 1, "x")])
 
 
 def test_conversations_that_one_of_two_arms_has_not_ended_are_not_compared() -> None:

@@ -169,6 +169,22 @@ def test_an_instance_that_an_operator_drains_is_left_alone() -> None:
     assert [type(decision) for decision in Pool(1, 4).look([*FULL, by_hand], 11)] == [Start]
 
 
+def test_an_instance_that_goes_on_draining_is_replaced_and_asked_again_later() -> None:
+    """The order does not reach it. It may not keep the pool small for ever."""
+    scaled_pool = Pool(1, 6)
+    deaf = replace(load("i3", 500, 5), draining=True)
+    assert [type(decision) for decision in scaled_pool.look([*FULL, deaf], 11)] == [Drain, Start, Start]
+
+    assert [type(decision) for decision in scaled_pool.look([*FULL, deaf], 10)] == [Start, Start, Start]
+
+    later = scaled_pool.look([*FULL, deaf], 60, starting=2)
+    assert Drain("i3", later[0].reason, draining=False) in later
+
+    alone = Pool(1, 4)
+    assert alone.look([deaf], 11, starting=0) == [Drain("i3", "0 of at least 1", draining=False)]
+    assert alone.look([deaf], 10, starting=0) == [Start("neutral", "0 of at least 1")]
+
+
 def test_what_is_drained_is_used_again_if_too_few_serve_whatever_is_being_started() -> None:
     """The start may fail, or never get its resources."""
     drained = replace(load("i3", 851, 0), draining=True)
