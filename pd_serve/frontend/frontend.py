@@ -221,6 +221,7 @@ class Frontend:
             self._reconciler.instance_left(instance_id)
             self._stats.pop(instance_id, None)
             self._stranded.pop(instance_id, None)
+            self._recorder.instance_left(instance_id)
         for info in change.joined:
             self.instances.add(info)
             self._recorder.instance_joined(info)

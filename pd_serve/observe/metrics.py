@@ -215,6 +215,10 @@ class RequestMetrics(Observer):
 
     def instance_joined(self, info: InstanceInfo) -> None:
         self._nodes[info.instance_id] = info.node
+        DISPATCHES.labels(info.instance_id)  # 0 before the first event
+
+    def instance_left(self, instance_id: str) -> None:
+        DISPATCHES.remove(instance_id)
 
     def dispatched(self, request: Timeline, stay: Stay) -> None:
         DISPATCHES.labels(stay.instance).inc()

@@ -27,6 +27,9 @@ class Observer:
     def instance_joined(self, info: InstanceInfo) -> None:
         """An instance is a member of the cluster. No migration of it was recorded before."""
 
+    def instance_left(self, instance_id: str) -> None:
+        """An instance is no member any more. Requests may still have to be sent elsewhere."""
+
     def issued(self, request: Timeline) -> None:
         """The request has arrived."""
 
@@ -92,6 +95,9 @@ class RequestRecorder:
 
     def instance_joined(self, info: InstanceInfo) -> None:
         self._tell(lambda observer: observer.instance_joined(info))
+
+    def instance_left(self, instance_id: str) -> None:
+        self._tell(lambda observer: observer.instance_left(instance_id))
 
     def issued(
         self,

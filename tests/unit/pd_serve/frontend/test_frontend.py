@@ -12,7 +12,7 @@ from pd_serve.comm.cluster_state import (
     SchedulerState,
     StartingInstance,
 )
-from pd_serve.comm.membership import MANAGER
+from pd_serve.comm.membership import MANAGER, InstanceInfo
 from pd_serve.comm.requests import (
     Call,
     CheckIntegrity,
@@ -23,6 +23,7 @@ from pd_serve.comm.requests import (
     ScalePools,
 )
 from pd_serve.errors import EngineDeadError, InvalidRequestError, MigrationRefusedError, UnknownTargetError
+from pd_serve.observe.recorder import Observer
 from tests.unit.pd_serve.frontend.frontend_world import World, turns
 
 STATE = ClusterState(
@@ -68,6 +69,23 @@ async def test_a_slot_is_free_again_after_its_instance_has_left(world: World) ->
     world.leave("p1")
     world.join("d2")
     assert world.frontend.instances.slot_of("d2") == 1
+
+
+async def test_observers_hear_of_instances_that_join_and_leave(world: World) -> None:
+    class Heard(Observer):
+        def instance_joined(self, info: InstanceInfo) -> None:
+            heard.append(f"{info.instance_id} joined")
+
+        def instance_left(self, instance_id: str) -> None:
+            heard.append(f"{instance_id} left")
+
+    heard: list[str] = []
+    world.frontend._recorder._observers = (Heard(),)
+
+    world.leave("p1")
+    world.join("d2")
+
+    assert heard == ["p1 left", "d2 joined"]
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,23 @@ def test_bytes_of_a_committed_migration_are_counted_by_pair_of_nodes() -> None:
     assert (counted("left", "right"), counted("right", "left")) == (42, 0)
 
 
+def test_dispatches_are_counted_from_the_time_an_instance_joins_until_it_leaves() -> None:
+    def counted() -> float | None:
+        return REGISTRY.get_sample_value("pd_serve_dispatches_total", {"instance": "p7"})
+
+    recorder = RequestRecorder([RequestMetrics()])
+    seen = [counted()]
+    recorder.instance_joined(instance_info("p7"))
+    seen.append(counted())
+    recorder.issued("r", 10.0, NewRequest(100))
+    recorder.dispatched("r", "p7", "prefill", 10.0)
+    seen.append(counted())
+    recorder.instance_left("p7")
+    seen.append(counted())
+
+    assert seen == [None, 0, 1, None]
+
+
 def test_requests_with_targets_are_counted_by_what_they_met() -> None:
     def counted() -> list[float]:
         values = [REGISTRY.get_sample_value("pd_serve_slo_requests_total")]
