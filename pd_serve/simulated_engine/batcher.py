@@ -195,6 +195,8 @@ class Batcher:
             pool.share(shared)
             sequence.blocks = shared + pool.allocate(missing)
             sequence.computed = num_tokens - n
+            if not sequence.preemptions:
+                sequence.cached = sequence.computed
             self.running.append(sequence)
             chunks.append((sequence, n if whole else min(n, budget)))
             budget -= n

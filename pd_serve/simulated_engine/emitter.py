@@ -41,12 +41,12 @@ class SequenceEmitter:
             output, emitted = sequence.output, sequence.emitted
             reason = "length" if len(output) >= sequence.max_tokens else None
             outputs, spans = by_client[sequence.client]
-            times = None if emitted else sequence.times(now)
-            outputs.append(
-                SimulatedOutput(
-                    sequence.request_id, output[emitted:], reason, times, sequence.delivered or None
-                )
+            new = SimulatedOutput(
+                sequence.request_id, output[emitted:], reason, delivered=sequence.delivered or None
             )
+            if not emitted:
+                new.times, new.prompt = sequence.times(now), (sequence.prompt_tokens, sequence.cached)
+            outputs.append(new)
             spans.append((sequence.epoch, emitted, sequence.crc))
             sequence.told = sequence.client, sequence.epoch
             sequence.emitted, sequence.delivered = len(output), []
@@ -95,8 +95,13 @@ class SequenceEmitter:
         """See `migration.engine_interface.Engine.resend`."""
         for request_id, index in asked:
             if (sequence := self._sequences.get(request_id)) is not None:
-                tokens, times = sequence.output[index : sequence.emitted], sequence.times(now)
-                output = SimulatedOutput(request_id, tokens, None, None if index else times)
+                tokens = sequence.output[index : sequence.emitted]
+                output = SimulatedOutput(request_id, tokens, None)
+                if not index:
+                    output.times, output.prompt = (
+                        sequence.times(now),
+                        (sequence.prompt_tokens, sequence.cached),
+                    )
                 if tokens:
                     span = (sequence.epoch, index, crc_of(sequence.output[:index]))
                     self._sink(sequence.client, [output], [span])

@@ -22,6 +22,7 @@ class SimulatedOutput:
         times: How many seconds it has waited, and its prefill has taken; with the first token only.
         delivered: When its first tokens reached the client, in seconds of virtual time: several steps share
             this message. The other tokens reach the client with it.
+        prompt: Tokens of its prompt, and those that the prefix cache had; with the first token only.
     """
 
     request_id: RequestId
@@ -30,6 +31,7 @@ class SimulatedOutput:
     times: tuple[float, float] | None = None
     delivered: list[float] | None = None
     new_logprobs: object = None
+    prompt: tuple[int, int] | None = None
 
 
 @dataclass(slots=True)

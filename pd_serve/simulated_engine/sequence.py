@@ -19,6 +19,7 @@ class Sequence:
         epoch: Ownership epoch.
         output: Tokens generated so far, on any instance; `emitted` of them have been sent to the client.
         crc: `crc_of` the tokens that have been sent.
+        cached: Tokens that the prefix cache had when it was first admitted.
         computed: Tokens whose KV is in `blocks`. A decoding sequence has all but the last one.
         deferred: Tokens that steps have generated after `output`, and whose numbers and KV are not worked out
             yet; they count as computed. See `Batcher.work_out`.
@@ -44,6 +45,7 @@ class Sequence:
     output: list[int] = field(default_factory=list)
     emitted: int = 0
     crc: int = 0
+    cached: int = 0
     computed: int = 0
     deferred: int = 0
     delivered: list[float] = field(default_factory=list)

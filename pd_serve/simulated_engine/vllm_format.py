@@ -60,6 +60,15 @@ class VllmEvent(msgspec.Struct):
     timestamp: float
 
 
+class VllmPrefillStats(msgspec.Struct):
+    """Of vLLM's `PrefillStats`."""
+
+    num_prompt_tokens: int
+    num_computed_tokens: int
+    num_cached_tokens: int
+    num_local_cached_tokens: int
+
+
 class VllmOutput(msgspec.Struct, array_like=True, omit_defaults=True):
     """The first fields of vLLM's `EngineCoreOutput`."""
 
@@ -71,6 +80,18 @@ class VllmOutput(msgspec.Struct, array_like=True, omit_defaults=True):
     finish_reason: int | None = None
     stop_reason: None = None
     events: list[VllmEvent] | None = None
+    kv_transfer_params: None = None
+    ec_transfer_params: None = None
+    trace_headers: None = None
+    prefill_stats: VllmPrefillStats | None = None
+
+
+class VllmCacheStats(msgspec.Struct):
+    """Of vLLM's `PrefixCacheStats`: what the prefills since the last message found."""
+
+    requests: int = 0
+    queries: int = 0
+    hits: int = 0
 
 
 class VllmStats(msgspec.Struct):
@@ -79,6 +100,7 @@ class VllmStats(msgspec.Struct):
     num_running_reqs: int
     num_waiting_reqs: int
     kv_cache_usage: float
+    prefix_cache_stats: VllmCacheStats
 
 
 class VllmOutputs(msgspec.Struct, array_like=True):
@@ -147,10 +169,11 @@ def make_engine(
                 o.new_token_ids,
                 finish_reason=FINISH_REASONS[o.finish_reason],
                 events=_events(o, now),
+                prefill_stats=_prefill_stats(o),
             )
             for o in outputs
         ]
-        publish(client, [_encoder.encode(VllmOutputs(0, batch, _stats(engine), now))], spans)
+        publish(client, [_encoder.encode(VllmOutputs(0, batch, _stats(engine, outputs), now))], spans)
 
     engine = SimulatedEngine(settings, decode_request, sink, events, faults=faults, keep_ended_s=keep_ended_s)
     return engine
@@ -168,11 +191,23 @@ def _events(output: SimulatedOutput, now: float) -> list[VllmEvent] | None:
     ]
 
 
-def _stats(engine: SimulatedEngine) -> VllmStats:
+def _prefill_stats(output: SimulatedOutput) -> VllmPrefillStats | None:
+    """The tokens of the prompt, which vLLM's front end counts, sent with the first token."""
+    if output.prompt is None:
+        return None
+    tokens, cached = output.prompt
+    return VllmPrefillStats(tokens, tokens - cached, cached, cached)
+
+
+def _stats(engine: SimulatedEngine, outputs: list[SimulatedOutput]) -> VllmStats:
     """As vLLM's front end shows them on `/metrics`."""
-    load = engine.load()
+    load, prefills = engine.load(), [o.prompt for o in outputs if o.prompt is not None]
+    found = VllmCacheStats()
+    if engine.settings.prefix_caching:
+        found = VllmCacheStats(len(prefills), sum(p[0] for p in prefills), sum(p[1] for p in prefills))
     return VllmStats(
         num_running_reqs=load.running - load.suspended,
         num_waiting_reqs=load.waiting,
         kv_cache_usage=1.0 - load.free_blocks / load.total_blocks,
+        prefix_cache_stats=found,
     )

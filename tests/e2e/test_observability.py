@@ -136,6 +136,8 @@ async def test_every_query_of_the_dashboards_has_data(
     assert value('sum(pd_serve_migrations_total{reason="drain",outcome="committed"})') >= 1
     assert value("sum(pd_serve_inter_token_latency_seconds_count)") >= 59 + 4 * 99
     assert value("sum(pd_serve_integrity_violations_total)") == 0
+    assert value("sum(vllm:prompt_tokens_total)") >= 300 + 4 * 100
+    assert value("sum(vllm:prefix_cache_queries_total)") >= 300 + 4 * 100
     labels = [found["metric"] for found in prometheus.query("vllm:num_requests_running")]
     assert {metric["instance"] for metric in labels} == {"prefill-0", "decode-0", "decode-1"}
     assert all("api_server" in metric for metric in labels)
