@@ -170,5 +170,13 @@ def test_an_alert_has_a_severity_and_a_section_of_the_runbook(alert: str) -> Non
     assert metrics_in(rule["expr"]) - metric_names() == set()
 
 
+@pytest.mark.parametrize("alert", RULES)
+def test_a_summary_rounds_what_is_extrapolated(alert: str) -> None:
+    """Prometheus extrapolates an increase, so that one of 15 is shown as 15.129310344827585."""
+    rule = RULES[alert]
+    if re.search(r"\b(rate|increase|histogram_quantile)\(", rule["expr"]):
+        assert "{{ $value }}" not in rule["annotations"]["summary"]
+
+
 def test_the_runbook_has_no_other_alerts() -> None:
     assert re.findall(r"^## (\w+)$", RUNBOOK.read_text(encoding="utf-8"), re.MULTILINE) == list(RULES)

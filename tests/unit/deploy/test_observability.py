@@ -64,6 +64,18 @@ def test_every_panel_has_an_id_of_its_own_a_description_and_queries(path: Path) 
 
 
 @pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
+def test_a_panel_with_a_line_for_each_instance_sorts_its_legend(path: Path) -> None:
+    """Of 64 instances the ones that stand out come first, and the others can be scrolled to."""
+    for panel in load(path)["panels"]:
+        if any("{{instance}}" in target["legendFormat"] for target in panel.get("targets", ())):
+            legend, tooltip = panel["options"]["legend"], panel["options"]["tooltip"]
+            assert (legend["displayMode"], legend["placement"]) == ("table", "right"), panel["title"]
+            assert (legend["sortBy"], legend["sortDesc"]) == ("Max", True), panel["title"]
+            assert "max" in legend["calcs"], panel["title"]
+            assert tooltip == {"mode": "multi", "sort": "desc"}, panel["title"]
+
+
+@pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
 def test_panels_fit_the_grid_without_overlap(path: Path) -> None:
     """Grafana's grid has 24 columns."""
     taken: set[tuple[int, int]] = set()
