@@ -78,6 +78,9 @@ class WithInstances(Collector):
 class MetricsText:
     """The metrics that one API server shows, as Prometheus' text.
 
+    Who asks while the text is being made gets the same text: where it takes longer than a scrape may, scrapes
+    that were given up would add to the work of the next one, until none is in time.
+
     Args:
         report: Gives what is known now; called at every scrape.
         labels: Of the service, on each sample of pd-serve and vLLM.
@@ -99,14 +102,21 @@ class MetricsText:
             counted,
             WithLabels(ClusterMetrics(report), labels),
         ]
+        self._making: dict[str, asyncio.Task[str]] = {}
 
     async def own(self) -> str:
         """What this API server counts itself."""
-        return await _text_of(self._own)
+        return await self._made("own", self._own)
 
     async def all(self) -> str:
         """What this API server counts itself, and what all API servers know."""
-        return await _text_of(self._all)
+        return await self._made("all", self._all)
+
+    async def _made(self, name: str, collectors: Sequence[Collector]) -> str:
+        if (making := self._making.get(name)) is None:
+            making = self._making[name] = asyncio.create_task(_text_of(collectors))
+            making.add_done_callback(lambda _: self._making.pop(name))
+        return await asyncio.shield(making)
 
 
 def merged(texts: Iterable[str], names: Sequence[str] = ()) -> str:

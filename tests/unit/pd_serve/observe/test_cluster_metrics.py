@@ -1,6 +1,5 @@
 """A scrape shows the latest reports."""
 
-import asyncio
 from typing import Annotated, Any
 
 import msgspec
@@ -325,23 +324,3 @@ async def test_texts_in_labels_do_not_tear_a_metric_apart() -> None:
 
     assert merged([text]) == text
     assert merged([text, text]).count("# HELP pd_serve_a A") == 1
-
-
-async def test_other_tasks_run_between_two_metrics() -> None:
-    """The text of 64 instances takes a second."""
-    registry, turns = CollectorRegistry(), 0
-    for number in range(20):
-        Gauge(f"pd_serve_{number}", "A gauge.", registry=registry).set(1)
-
-    async def count_turns() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await asyncio.sleep(0)
-
-    counting = asyncio.create_task(count_turns())
-    text = await MetricsText(World().report, {}, "api", registry).all()
-    counting.cancel()
-
-    assert text.count("# HELP ") > 20
-    assert turns >= text.count("# HELP ")
