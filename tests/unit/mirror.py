@@ -71,7 +71,6 @@ TESTED_THROUGH: dict[str, tuple[str, ...]] = {
     "tests/unit/pd_serve/planning/test_fast_cluster.py": ("pd_serve/planning/fast_instance.py",),
     "tests/unit/pd_serve/cli/test_simulate.py": ("pd_serve/cli/simulate_output.py",),
     "tests/unit/pd_serve/launch/test_engine_flags.py": ("pd_serve/launch/vllm_parser.py",),
-    "tests/unit/pd_serve/observe/test_cluster_metrics.py": ("pd_serve/observe/exposition.py",),
     "tests/unit/pd_serve/observe/test_recorder.py": ("pd_serve/observe/timeline.py",),
     "tests/unit/pd_serve/instance/test_load_reporter.py": ("pd_serve/observe/process_stats.py",),
     "tests/unit/pd_serve/simulated_engine/test_simulated_engine.py": tuple(
