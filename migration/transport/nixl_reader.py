@@ -35,9 +35,9 @@ from migration.transport.read_job import Chunk, ReadJob
 
 logger = logging.getLogger(__name__)
 
-# A read moves in chunks, two of them under way, and the reads take turns: a long one cannot hold up a short
-# one, and a cancelled one ends soon. Through shared memory 4 MiB take about 0.7 ms.
-CHUNK_BYTES = 4 << 20
+# A read moves in chunks (`read_job`), and the reads take turns: a long one cannot hold up a short one, and a
+# cancelled one ends soon. Two are under way, so that the link has one while the other is taken off. Through
+# shared memory a chunk ends in the call that posts it, and is a turn.
 CHUNKS_UNDER_WAY = 2
 
 # When nothing writes any more over a connection that was closed. A forced close drops what is in flight in
@@ -171,9 +171,6 @@ class NixlReader:
 
     def _take(self, command: ReadJob | str) -> None:
         if isinstance(command, ReadJob):
-            size = max(1, CHUNK_BYTES // max(1, command.block_bytes))
-            starts = range(0, len(command.local_blocks), size)
-            command.waiting.extend(Chunk(slice(start, start + size)) for start in starts)
             self._active.append(command)
             return
         self._drop_connection(command, "was given up")
@@ -191,9 +188,10 @@ class NixlReader:
                 job.waiting.clear()
                 job.cancelled_at = job.cancelled_at or now
             elif now < job.deadline:
-                for _ in range(min(CHUNKS_UNDER_WAY - len(job.under_way), len(job.waiting))):
-                    self._post(job)
+                while job.waiting and len(job.under_way) < CHUNKS_UNDER_WAY:
                     moved = True
+                    if not self._post(job):
+                        break
         except ConnectError as error:
             self._lose(job, str(error))
             return True
@@ -242,13 +240,12 @@ class NixlReader:
         except NixlFailure:
             self._reset()
 
-    def _post(self, job: ReadJob) -> None:
-        """Starts a job's next chunk. Small reads through shared memory have ended after this."""
+    def _post(self, job: ReadJob) -> bool:
+        """Starts a job's next chunk. Returns whether it is under way: through shared memory it has ended."""
         peer = self._connect(job)
         agent = self._connections.agent
         assert agent is not None
-        chunk = job.waiting.popleft()
-        job.under_way.append(chunk)
+        chunk, cpu_began = job.next_chunk(time.monotonic()), time.thread_time()
         for kind, remote in peer.remote.items():
             local = peer.local[kind]
             handle = agent.read(
@@ -260,13 +257,15 @@ class NixlReader:
             if handle is not None:
                 chunk.handles.append(handle)
         if not chunk.handles:
-            job.under_way.remove(chunk)
+            # The CPU time of the copy, which has no waits for the GIL or a core.
+            job.chunk_ended(chunk, time.monotonic(), time.thread_time() - cpu_began)
+        return bool(chunk.handles)
 
     def _collect(self, job: ReadJob) -> bool:
         """Takes the ended chunks of a job off its list. Returns whether there were any."""
         ended = [chunk for chunk in job.under_way if self._has_ended(chunk)]
         for chunk in ended:
-            job.under_way.remove(chunk)
+            job.chunk_ended(chunk, time.monotonic())
         return bool(ended)
 
     def _has_ended(self, chunk: Chunk) -> bool:
@@ -335,8 +334,7 @@ class NixlReader:
         """Destroys the agent, and with it all transfers; what was under way waits to be posted again."""
         for job in (*self._active, *self._lingering):
             self._release(job)
-            job.waiting.extendleft(reversed(job.under_way))
-            job.under_way.clear()
+            job.put_back()
         self._connections.close()
         ended = [*self._lingering, *self._quarantined]
         self._lingering.clear()

@@ -28,10 +28,7 @@ TESTED_THROUGH: dict[str, tuple[str, ...]] = {
         "migration/prefix_reader.py",
     ),
     "tests/unit/migration/transport/test_head_slices.py": ("migration/transport/kv_transport.py",),
-    "tests/unit/migration/transport/test_nixl_reader.py": (
-        "migration/transport/nixl_connections.py",
-        "migration/transport/read_job.py",
-    ),
+    "tests/unit/migration/transport/test_nixl_reader.py": ("migration/transport/nixl_connections.py",),
     "tests/unit/migration/transport/test_worker_transport.py": tuple(
         f"migration/transport/{name}.py" for name in ("read_caller", "worker_messages", "worker_server")
     ),

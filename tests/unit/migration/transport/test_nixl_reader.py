@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from migration.transport import nixl_connections, nixl_reader
+from migration.transport import nixl_connections, nixl_reader, read_job
 from migration.transport.head_slices import KvRows, rows_of
 from migration.transport.kv_transport import KvHeads, KvRegion
 from migration.transport.nixl_agent import Indices, NixlFailure
@@ -150,7 +150,8 @@ class FakeAgent:
 def nixl(monkeypatch: pytest.MonkeyPatch) -> FakeNixl:
     fake = FakeNixl()
     monkeypatch.setattr(nixl_connections, "NixlAgent", fake.agent)
-    monkeypatch.setattr(nixl_reader, "CHUNK_BYTES", 10 * 1024)  # ten blocks of one region
+    for name in ("MIN_CHUNK_BYTES", "MAX_CHUNK_BYTES"):
+        monkeypatch.setattr(read_job, name, 10 * 1024)  # ten blocks of one region
     monkeypatch.setattr(nixl_reader, "QUARANTINE_S", 0.05)
     return fake
 
