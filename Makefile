@@ -22,13 +22,14 @@ lint: setup ## Check style and types
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
-bench: setup ## Measure migration, of every kind of engine, overhead, reports, steps, many instances, the simulator and its speed; writes results/bench-*.json
+bench: setup ## Measure migration, of every kind of engine, overhead, reports, steps, links, many instances, the simulator and its speed; writes results/bench-*.json
 	@mkdir -p results
 	.venv/bin/python -m loadtests.bench migration --json results/bench-migration.json $(ARGS)
 	.venv/bin/python -m loadtests.bench kinds --json results/bench-kinds.json
 	.venv/bin/python -m loadtests.bench overhead --json results/bench-overhead.json $(ARGS)
 	.venv/bin/python -m loadtests.bench reports --json results/bench-reports.json $(ARGS)
 	.venv/bin/python -m loadtests.bench step --json results/bench-step.json $(ARGS)
+	.venv/bin/python -m loadtests.bench links --json results/bench-links.json $(ARGS)
 	.venv/bin/python -m loadtests.bench scale --json results/bench-scale.json $(ARGS)
 	.venv/bin/python -m loadtests.bench simulator --json results/bench-simulator.json $(ARGS)
 	.venv/bin/python -m loadtests.bench simulation-speed --json results/bench-simulation-speed.json

@@ -81,6 +81,17 @@ def bench_step(
     _run(step.run(BenchmarkReport(json_file), rounds))
 
 
+@app.command("links")
+def bench_links(
+    json_file: JsonFile = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each way to read.")] = 11,
+) -> None:
+    """GB/s of the transport through shared memory, against NIXL alone and memcpy, beside busy steps."""
+    from loadtests.bench import links
+
+    _run(links.run(BenchmarkReport(json_file), rounds))
+
+
 @app.command("scale")
 def bench_scale(json_file: JsonFile = None) -> None:
     """Scheduler rounds, dispatches and load reports of up to 1,024 instances."""
