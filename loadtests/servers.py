@@ -52,12 +52,14 @@ class ServerCommand:
     Attributes:
         port: The port on which the command makes it serve.
         environment: Variables to add to those of this process.
+        ready_path: Answers with 200 when it is ready.
     """
 
     name: str
     command: list[str]
     port: int
     environment: Mapping[str, str] = field(default_factory=dict)
+    ready_path: str = "/health"
 
     @property
     def url(self) -> str:
@@ -94,8 +96,12 @@ class SharedSettings:
 
     def stock(self, port: int, *flags: str, name: str = STOCK) -> ServerCommand:
         """vLLM's own API server with one engine."""
-        module = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={self.model}"]
-        return ServerCommand(name, [*module, *flags, *self._common_flags(port)], port, self.environment)
+        return self.from_module("vllm.entrypoints.openai.api_server", port, *flags, name=name)
+
+    def from_module(self, module: str, port: int, *flags: str, name: str) -> ServerCommand:
+        """A module that takes the flags of vLLM's API server."""
+        command = [sys.executable, "-m", module, f"--model={self.model}", *flags, *self._common_flags(port)]
+        return ServerCommand(name, command, port, self.environment)
 
     def vllm_serve(self, port: int, *flags: str, name: str = STOCK) -> ServerCommand:
         """vLLM's own command line, with its engines in processes of their own."""
@@ -171,7 +177,7 @@ async def running(server: ServerCommand, log: IO[bytes] | None = None) -> AsyncI
             *server.command, stdout=output, stderr=output, env=environment, start_new_session=True
         )
         try:
-            if not await _is_ready(server.url, process):
+            if not await _is_ready(server.url + server.ready_path, process):
                 output.seek(0)
                 lines = output.read().decode(errors="replace").strip().splitlines() or ["nothing"]
                 raise PdServeError(f"{server.name} did not start; its last line of output: {lines[-1]}")
@@ -218,7 +224,7 @@ async def _is_ready(url: str, process: asyncio.subprocess.Process) -> bool:
     async with aiohttp.ClientSession() as session:
         while process.returncode is None and time.monotonic() < deadline:
             with suppress(aiohttp.ClientError, TimeoutError):
-                async with session.get(f"{url}/health") as response:
+                async with session.get(url) as response:
                     if response.status == 200:
                         return True
             await asyncio.sleep(0.2)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from loadtests.servers import HOST, MODEL, ServerCommand, SharedSettings
 
-PLAIN, CACHE_AWARE, DATA_PARALLEL, NIXL = "round-robin", "cache-aware", "data-parallel", "nixl"
+PLAIN, CACHE_AWARE, DATA_PARALLEL = "round-robin", "cache-aware", "data-parallel"
+NIXL, RAY_LLM = "nixl", "ray-llm"
 UNMOVED, DEFAULTS, CONDITIONAL = "ours-unmoved", "ours", "ours-conditional"
 
 TITLES = {
@@ -19,6 +20,7 @@ TITLES = {
     CACHE_AWARE: "plain vLLM, by cached prefix",
     DATA_PARALLEL: "vLLM, data parallel",
     NIXL: "vLLM, NixlConnector",
+    RAY_LLM: "Ray Serve LLM, disaggregated",
     UNMOVED: "ours, no rescheduling",
     DEFAULTS: "ours",
     CONDITIONAL: "ours, conditional",
@@ -67,6 +69,7 @@ class ArmBuilder:
             self._plain(CACHE_AWARE, num_engines, "cache_aware"),
             self._data_parallel(num_engines),
             self._nixl(num_engines),
+            self._ray_llm(num_engines),
             self._ours(UNMOVED, num_engines, "--set=rescheduling=none"),
             self._ours(DEFAULTS, num_engines),
             self._ours(CONDITIONAL, num_engines, "--policy=conditional"),
@@ -102,6 +105,17 @@ class ArmBuilder:
         if len(decode) > 1:
             flags.append("--decode-policy=power_of_two")  # considers the load; refused for a single server
         return Arm(NIXL, [prefill, *decode], self.vllm_router(flags))
+
+    def _ray_llm(self, num_engines: int) -> Arm:
+        """Ray Serve's deployment of vLLM with the NixlConnector, whose own proxy clients send to."""
+        flags = (f"--decode={num_engines - 1}",)
+        server = self.settings.from_module(
+            "loadtests.bench.ray_llm_app", self.free_port(), *flags, name=RAY_LLM
+        )
+        # The packages that only Ray's LLM library needs.
+        extra = {"PYTHONPATH": str(self.routers_folder / "ray-llm"), "VLLM_NIXL_SIDE_CHANNEL_HOST": HOST}
+        environment = {**server.environment, **extra, "UCX_NET_DEVICES": "lo"}
+        return Arm(RAY_LLM, [replace(server, environment=environment, ready_path="/v1/models")])
 
     def _ours(self, name: str, num_engines: int, *flags: str) -> Arm:
         """`pd-serve serve`, which needs no router."""

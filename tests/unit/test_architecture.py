@@ -238,6 +238,7 @@ def test_ray_is_imported_where_processes_are_started() -> None:
         "pd_serve/manager/ray_launcher.py",
         "pd_serve/manager/ray_start.py",
         "pd_serve/launch/ray_serve.py",
+        "loadtests/bench/ray_llm_app.py",
     }
 
 

@@ -13,6 +13,7 @@ from loadtests.bench.arms import (
     DEFAULTS,
     NIXL,
     PLAIN,
+    RAY_LLM,
     TITLES,
     UNMOVED,
     Arm,
@@ -40,6 +41,8 @@ def test_all_arms_have_equally_many_engines_with_the_same_flags(arms: dict[str, 
     (data_parallel,) = arms[DATA_PARALLEL].engines
     assert "--data-parallel-size=3" in data_parallel.command
     assert data_parallel.environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1"
+    (ray_llm,) = arms[RAY_LLM].engines
+    assert "--decode=2" in ray_llm.command
     for name in (UNMOVED, DEFAULTS, CONDITIONAL):
         (service,) = arms[name].engines
         assert {"--prefill=1", "--decode=2"} <= set(service.command)
@@ -56,8 +59,9 @@ def test_no_two_processes_share_a_port(arms: dict[str, Arm]) -> None:
     used += [int(part.partition("=")[2]) for part in metrics]
 
     assert len(metrics) == 3
-    servers, routers, ours, side_channels = 3 * 3 + 1, 3, 3, 3
-    assert len(used) == len(set(used)) == servers + routers + ours + side_channels + len(metrics)
+    servers, ray_llm, routers, ours, side_channels = 3 * 3 + 1, 1, 3, 3, 3
+    everything = servers + ray_llm + routers + ours + side_channels + len(metrics)
+    assert len(used) == len(set(used)) == everything
 
 
 def test_the_router_knows_all_servers_of_its_arm(arms: dict[str, Arm]) -> None:
