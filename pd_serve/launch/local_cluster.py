@@ -102,7 +102,7 @@ class LocalCluster:
         if is_cpu_build():  # importing takes longest: it goes on while the flags are parsed
             anywhere = placements(config, dict.fromkeys(ROLES, 1))
             for name, role in config.instance_roles:
-                launcher.launch(name, anywhere[role])
+                await launcher.launch(name, anywhere[role])
         if config.ray_address is not None:
             self.host = launcher.node_address()
         found = replace(await preparing, host=self.host)
@@ -110,6 +110,7 @@ class LocalCluster:
         console.step(f"starting {config.num_instances} instances")
         self._manager = Manager(found, Wire(MANAGER, self.host, self.keys), launcher, console)
         await self._manager.start()
+        self._tasks.start(_watch_head(console))
 
     async def stop(self) -> None:
         """Ends all processes, in about a second; a process that does not end by itself is killed."""
@@ -150,3 +151,10 @@ def _new_launcher(
     from pd_serve.manager.ray_launcher import RayLauncher
 
     return RayLauncher(address, model.environment, python=python, instances_per_process=per_process)
+
+
+async def _watch_head(console: Console) -> None:
+    """Imports Ray, as above."""
+    from pd_serve.manager.ray_head import watch_head
+
+    await watch_head(console)

@@ -75,8 +75,11 @@ class Launcher(Protocol):
 
     on_lost: Callable[[str], None]
 
-    def launch(self, name: str, placement: Placement) -> None:
-        """Starts the process of an instance, which begins its imports. Idempotent."""
+    async def launch(self, name: str, placement: Placement) -> None:
+        """Starts the process of an instance, which begins its imports. Idempotent.
+
+        Raises: EngineDeadError: The platform does not answer.
+        """
         ...
 
     def waits_for(self, name: str) -> str:

@@ -162,7 +162,7 @@ class Manager:
     async def _start(self, name: str, role: str) -> InstanceInfo:
         config = self._config
         config.check_memory(name, role)
-        self._launcher.launch(name, config.placements[role])
+        await self._launcher.launch(name, config.placements[role])
         if self._is_open:  # it keeps the notes before it is ready: all others may have died
             self._tasks.start(self.keep_notes())
         info = await self._launcher.start(config.instance(name, role))

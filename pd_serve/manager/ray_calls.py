@@ -15,12 +15,28 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-async def in_time(call: Callable[[], T]) -> T:
-    """The result of a blocking call to Ray. Raises: EngineDeadError: Ray does not answer."""
+async def in_time(call: Callable[[], T], undo: Callable[[T], object] = lambda result: None) -> T:
+    """The result of a blocking call to Ray, which waits without end while Ray's head is absent.
+
+    Args:
+        undo: Called with a result that nobody waits for any more.
+
+    Raises:
+        EngineDeadError: Ray does not answer.
+    """
+    running = asyncio.ensure_future(asyncio.to_thread(call))
+
+    def on_late(ended: "asyncio.Future[T]") -> None:
+        if not ended.cancelled() and ended.exception() is None:
+            undo(ended.result())
+
     try:
         async with asyncio.timeout(RAY_CALL_S):
-            return await asyncio.to_thread(call)
-    except TimeoutError as error:
+            return await asyncio.shield(running)
+    except (TimeoutError, asyncio.CancelledError) as error:
+        running.add_done_callback(on_late)
+        if isinstance(error, asyncio.CancelledError):
+            raise
         raise EngineDeadError(f"Ray has not answered for {RAY_CALL_S:.0f} s") from error
 
 

@@ -67,6 +67,7 @@ class RayLauncher:
         self._groups: dict[str, Any] = {}
         self._waits_for: dict[str, str] = {}
         self._leaves_starts = False
+        self._launching = asyncio.Lock()
         self._scheduler: Any = None
         self._pids: dict[str, int] = {}
         self._watchers = BackgroundTasks()
@@ -107,11 +108,14 @@ class RayLauncher:
 
     # ---- instances
 
-    def launch(self, name: str, placement: Placement) -> None:
+    async def launch(self, name: str, placement: Placement) -> None:
         """See `Launcher`."""
-        if name not in self._processes and not self._processes.place(name):
-            process = self._processes.name_of_new(name)
-            self._processes.add(name, process, self._new_actor(process, placement))
+        async with self._launching:  # one after the other: the next one may get a place in this process
+            if name not in self._processes and not self._processes.place(name):
+                process = self._processes.name_of_new(name)
+                new, undo = partial(self._new_actor, process, placement), partial(self._end_soon, process)
+                actor = await in_time(new, undo)
+                self._processes.add(name, process, actor)
 
     def _new_actor(self, name: str, placement: Placement) -> Any:
         options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 1000, **self._lasting(name)}
@@ -188,7 +192,7 @@ class RayLauncher:
         stop = asyncio.ensure_future(settled(process.actor.stop_one.remote(name)))
         await asyncio.wait([stop], timeout=INSTANCE_LEASE_S if process.instances else STOP_S)
         if stop.cancel() or not process.instances:
-            self._end(process)
+            await self._end(process.name, process.actor)
 
     def _discard(self, name: str) -> None:
         """Ends an instance that is not ready, and frees its resources."""
@@ -196,11 +200,20 @@ class RayLauncher:
             if process.instances:
                 self._watchers.start(settled(process.actor.stop_one.remote(name)))
             else:
-                self._end(process)
+                self._end_soon(process.name, process.actor)
 
-    def _end(self, process: InstanceProcess) -> None:
-        ray.kill(process.actor)
-        self._free(process.name)
+    def _end_soon(self, name: str, actor: Any) -> None:
+        self._watchers.start(self._end(name, actor))
+
+    async def _end(self, name: str, actor: Any) -> None:
+        """Ends a process by force. If Ray does not answer in time, as soon as it does."""
+
+        def end() -> None:
+            ray.kill(actor)
+            self._free(name)
+
+        with contextlib.suppress(EngineDeadError):
+            await in_time(end)
 
     def _free(self, name: str) -> None:
         if (group := self._groups.pop(name, None)) is not None:
@@ -217,7 +230,7 @@ class RayLauncher:
         found_notes: list[ManagerNotes] = []
         actors = await in_time(self._named_actors)
         if (scheduler := actors.pop(SCHEDULER, None)) is not None:
-            ray.kill(scheduler)  # it keeps no state, and the next one is ready in a second
+            await self._end(SCHEDULER, scheduler)  # it keeps no state, and the next one is ready in a second
         asked = {name: asyncio.ensure_future(settled(a.found.remote())) for name, a in actors.items()}
         if asked:
             await asyncio.wait(asked.values(), timeout=INSTANCE_LEASE_S)
@@ -233,7 +246,7 @@ class RayLauncher:
                 self._groups[name] = await in_time(partial(ray.util.get_placement_group, group))
             process = self._processes.found(name, actor, [info.instance_id for info in infos_there])
             if not infos_there:
-                self._end(process)
+                await self._end(name, actor)
             for info in infos_there:
                 self._keep(info, process)
             infos += infos_there
@@ -262,16 +275,18 @@ class RayLauncher:
     async def start_scheduler(self, config: SchedulerConfig) -> tuple[str, int]:
         """See `Launcher`."""
         options = {"num_cpus": 0, "max_concurrency": 10, **self._lasting(SCHEDULER)}
+        new = ray.remote(SchedulerActor).options(**options).remote
         try:
-            actor = self._scheduler = ray.remote(SchedulerActor).options(**options).remote()
+            actor = self._scheduler = await in_time(new, partial(self._end_soon, SCHEDULER))
         except ValueError as error:  # the scheduler of a former manager has the name
             with contextlib.suppress(ValueError):
-                ray.kill(ray.get_actor(f"{self._service}:{SCHEDULER}", NAMESPACE))
+                former = f"{self._service}:{SCHEDULER}"
+                await self._end(SCHEDULER, await in_time(partial(ray.get_actor, former, NAMESPACE)))
             raise EngineDeadError(f"the scheduler does not start: {error}") from error
         try:
             address, pid = await actor.start.remote(config)
         except ray.exceptions.RayError as error:
-            ray.kill(actor)
+            await self._end(SCHEDULER, actor)
             raise EngineDeadError(f"the scheduler does not start: {error}") from error
         self._pids[SCHEDULER] = pid
         return address, pid
@@ -279,7 +294,7 @@ class RayLauncher:
     async def stop_scheduler(self) -> None:
         """See `Launcher`."""
         if self._scheduler is not None:
-            ray.kill(self._scheduler)
+            await self._end(SCHEDULER, self._scheduler)
 
     async def scheduler_ended(self) -> None:
         """See `Launcher`."""
@@ -322,6 +337,6 @@ class RayLauncher:
         except ray.exceptions.RayError:
             self._pids.pop(instance_id, None)
             if self._processes.remove(instance_id) is not None:  # otherwise it was stopped
-                if not process.instances:
-                    self._end(process)
                 self.on_lost(instance_id)
+                if not process.instances:
+                    await self._end(process.name, process.actor)

@@ -42,7 +42,7 @@ class SimulatedLauncher:
 
     # ---- Launcher
 
-    def launch(self, name: str, placement: Placement) -> None:
+    async def launch(self, name: str, placement: Placement) -> None:
         """Does nothing: a simulated process needs no time before `start`."""
 
     def waits_for(self, name: str) -> str:

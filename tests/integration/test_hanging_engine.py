@@ -44,7 +44,7 @@ class ProcessLauncher:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.stopped: list[str] = []
 
-    def launch(self, name: str, placement: Placement) -> None: ...
+    async def launch(self, name: str, placement: Placement) -> None: ...
 
     def waits_for(self, name: str) -> str:
         return ""

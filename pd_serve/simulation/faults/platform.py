@@ -257,7 +257,7 @@ class PlatformLauncher:
             self.watched.discard(name)
             self.on_lost(name)
 
-    def launch(self, name: str, placement: Placement) -> None:
+    async def launch(self, name: str, placement: Placement) -> None:
         if name in self._platform.actors and name not in self._launched:
             raise EngineDeadError(f"{name} does not start: its name is taken")
         self._launched.add(name)

@@ -62,7 +62,7 @@ class FakeLauncher:
         self.scheduler_fails: Exception | None = None
         self.scheduler_dead = asyncio.Event()
 
-    def launch(self, name: str, placement: Placement) -> None:
+    async def launch(self, name: str, placement: Placement) -> None:
         self.launched.add(name)
 
     def waits_for(self, name: str) -> str:

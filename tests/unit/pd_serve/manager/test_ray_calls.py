@@ -1,7 +1,7 @@
 """Calls to Ray end in time."""
 
 import asyncio
-import time
+import threading
 
 import pytest
 import ray
@@ -17,8 +17,22 @@ async def test_a_call_that_returns_has_its_result() -> None:
 
 async def test_a_call_that_does_not_return_in_time_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_calls, "RAY_CALL_S", 0.05)
+    answers, undone = threading.Event(), asyncio.Event()
     with pytest.raises(EngineDeadError, match="Ray has not answered"):
-        await in_time(lambda: time.sleep(0.3))
+        await in_time(answers.wait, lambda result: undone.set())
+    assert not undone.is_set()
+    answers.set()
+    await undone.wait()
+
+
+async def test_the_result_of_a_cancelled_call_is_undone() -> None:
+    answers, undone = threading.Event(), asyncio.Event()
+    call = asyncio.ensure_future(in_time(answers.wait, lambda result: undone.set()))
+    await asyncio.sleep(0)
+    call.cancel()
+    answers.set()
+    await undone.wait()
+    assert call.cancelled()
 
 
 async def test_the_call_of_an_actor_that_has_died_has_no_result() -> None:

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import ray
 
-from pd_serve.errors import PdServeError
+from pd_serve.errors import EngineDeadError, PdServeError
 from pd_serve.manager.launcher import ManagerNotes
 from pd_serve.manager.ray_launcher import RayLauncher
+from pd_serve.platform.placement import Placement
 from tests.members import instance_info
 from tests.virtual_time import in_virtual_time
 
@@ -87,6 +88,18 @@ async def at_once(function: Any, *arguments: Any) -> Any:
     return function(*arguments)
 
 
+def absent_head(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """No blocking call to Ray returns until the event is set."""
+    answers = asyncio.Event()
+
+    async def late(function: Any, *arguments: Any) -> Any:
+        await answers.wait()
+        return function(*arguments)
+
+    monkeypatch.setattr(asyncio, "to_thread", late)
+    return answers
+
+
 @in_virtual_time
 async def test_keep_notes_returns_the_highest_term_that_an_instance_has_seen() -> None:
     """By this a manager learns that another one has taken over."""
@@ -114,6 +127,7 @@ async def test_a_cancelled_start_ends_the_instance_unless_it_is_left_to_others(
             launcher.leave_starts()
         start.cancel()
         await asyncio.wait([start])
+        await asyncio.sleep(0.1)
         assert killed == ([] if leaves else [actor])
 
 
@@ -204,6 +218,55 @@ async def test_the_death_of_a_process_loses_all_its_instances() -> None:
 
         assert sorted(shared.lost) == ["decode-0", "decode-1"]
         assert not list(shared.launcher._processes)
+
+
+@in_virtual_time
+async def test_a_death_is_known_at_once_while_ray_does_not_answer() -> None:
+    """Ray's head is absent: `ray.kill` does not return. The requests have to go on elsewhere."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        shared = SharedProcess(monkeypatch)
+        answers = absent_head(monkeypatch)
+
+        for failed in shared.failed.values():
+            failed.set()
+        await asyncio.sleep(0.1)
+        assert (sorted(shared.lost), shared.killed) == (["decode-0", "decode-1"], [])
+
+        answers.set()
+        await asyncio.sleep(0.1)
+        assert shared.killed == [shared.actor]
+
+
+@in_virtual_time
+async def test_a_launch_fails_while_ray_does_not_answer_and_what_it_starts_late_is_ended() -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        launcher, killed = a_launcher(monkeypatch)
+        answers = absent_head(monkeypatch)
+        monkeypatch.setattr(launcher, "_new_actor", lambda name, placement: f"actor of {name}")
+        with pytest.raises(EngineDeadError, match="Ray has not answered"):
+            await launcher.launch("decode-0", Placement())
+        assert "decode-0" not in launcher._processes
+
+        answers.set()
+        await asyncio.sleep(0.1)
+        assert killed == ["actor of decode-0"]
+
+
+@in_virtual_time
+async def test_instances_that_are_launched_together_share_a_process() -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        launcher, _ = a_launcher(monkeypatch)
+        launcher._processes.places = 2
+
+        async def slow(function: Any, *arguments: Any) -> Any:
+            await asyncio.sleep(1)
+            return function(*arguments)
+
+        monkeypatch.setattr(asyncio, "to_thread", slow)
+        monkeypatch.setattr(launcher, "_new_actor", lambda name, placement: f"actor of {name}")
+        await asyncio.gather(*(launcher.launch(f"decode-{n}", Placement()) for n in range(2)))
+
+        assert [process.instances for process in launcher._processes] == [{"decode-0", "decode-1"}]
 
 
 @in_virtual_time
