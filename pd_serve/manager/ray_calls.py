@@ -15,7 +15,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-async def in_time(call: Callable[[], T], undo: Callable[[T], object] = lambda result: None) -> T:
+async def in_time(
+    call: Callable[[], T], undo: Callable[[T], object] = lambda result: None, limit_s: float = RAY_CALL_S
+) -> T:
     """The result of a blocking call to Ray, which waits without end while Ray's head is absent.
 
     Args:
@@ -31,13 +33,13 @@ async def in_time(call: Callable[[], T], undo: Callable[[T], object] = lambda re
             undo(ended.result())
 
     try:
-        async with asyncio.timeout(RAY_CALL_S):
+        async with asyncio.timeout(limit_s):
             return await asyncio.shield(running)
     except (TimeoutError, asyncio.CancelledError) as error:
         running.add_done_callback(on_late)
         if isinstance(error, asyncio.CancelledError):
             raise
-        raise EngineDeadError(f"Ray has not answered for {RAY_CALL_S:.0f} s") from error
+        raise EngineDeadError(f"Ray has not answered for {limit_s:.0f} s") from error
 
 
 async def settled(reference: Any) -> Any:

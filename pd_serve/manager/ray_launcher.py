@@ -20,7 +20,7 @@ from pd_serve.manager.instance_processes import InstanceProcess, InstanceProcess
 from pd_serve.manager.launcher import ManagerNotes, answered
 from pd_serve.manager.ray_actors import InstanceActor, SchedulerActor
 from pd_serve.manager.ray_calls import in_time, settled
-from pd_serve.manager.ray_start import PASSING_ERRORS, end_children, start_ray
+from pd_serve.manager.ray_start import CONNECT_ERRORS, end_children, exit_without_ray, start_ray
 from pd_serve.platform.placement import Placement
 from pd_serve.scheduler.scheduler_process import SchedulerConfig
 
@@ -32,8 +32,8 @@ NAMESPACE = "pd_serve"
 #: Time for instances to end by themselves before they are killed.
 STOP_S = 3.0
 
-#: Errors of `ray.init`.
-CONNECT_ERRORS = (*PASSING_ERRORS, ValueError)
+#: Time for Ray to end the processes of a service.
+END_S = 10.0
 
 
 class RayLauncher:
@@ -304,10 +304,13 @@ class RayLauncher:
     # ---- the end
 
     async def stop(self) -> None:
-        """Stops all instances, kills those that do not end within `STOP_S`, and ends a local Ray."""
+        """Stops all instances, by force after `STOP_S`, and a local Ray; if Ray is absent, this process."""
         await self._watchers.cancel()
         if ray.is_initialized():
-            await self._stop_instances()
+            try:
+                await self._stop_instances()
+            except EngineDeadError:
+                exit_without_ray(STOP_S)
             if self._service is None:
                 await asyncio.to_thread(ray.shutdown)
         if self._service is None:
@@ -319,10 +322,14 @@ class RayLauncher:
         stops = [asyncio.ensure_future(settled(actor.stop.remote())) for actor in actors]
         if stops:
             await asyncio.wait(stops, timeout=STOP_S)
-        for actor in actors:
-            ray.kill(actor)
-        for name in list(self._groups):
-            self._free(name)
+
+        def end_all() -> None:
+            for actor in actors:
+                ray.kill(actor)
+            for name in list(self._groups):
+                self._free(name)
+
+        await in_time(end_all, limit_s=END_S)
         if self._address is None and self._service is None:
             # The raylet reaps its workers. If it ended first, they would stay as zombies.
             deadline = asyncio.get_running_loop().time() + STOP_S

@@ -30,6 +30,9 @@ LEFT_S = 3.0
 #: Source: ray/_private/node.py.
 PASSING_ERRORS = (ConnectionError, TimeoutError, RuntimeError, ray.exceptions.RayError, PdServeError)
 
+#: Errors of `ray.init`.
+CONNECT_ERRORS = (*PASSING_ERRORS, ValueError)
+
 
 def start_ray(init: Callable[[], object]) -> None:
     """Calls `init`, which starts Ray, up to `ATTEMPTS` times.
@@ -116,3 +119,10 @@ def end_children(timeout_s: float, is_meant: Callable[[psutil.Process], bool] = 
     for process in psutil.wait_procs(trackers, timeout=timeout_s)[1]:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+
+
+def exit_without_ray(timeout_s: float) -> None:
+    """Ends this process with its children. A usual end would wait for threads that wait for Ray's head."""
+    logger.error("Ray does not answer; this process ends without it, and Ray's other processes end later")
+    end_children(timeout_s)
+    os._exit(1)

@@ -8,6 +8,7 @@ import pytest
 import ray
 
 from pd_serve.errors import EngineDeadError, PdServeError
+from pd_serve.manager import ray_launcher
 from pd_serve.manager.launcher import ManagerNotes
 from pd_serve.manager.ray_launcher import RayLauncher
 from pd_serve.platform.placement import Placement
@@ -250,6 +251,23 @@ async def test_a_launch_fails_while_ray_does_not_answer_and_what_it_starts_late_
         answers.set()
         await asyncio.sleep(0.1)
         assert killed == ["actor of decode-0"]
+
+
+@in_virtual_time
+async def test_a_service_ends_in_time_while_ray_does_not_answer() -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        shared = SharedProcess(monkeypatch, stop=True)
+        answers = absent_head(monkeypatch)
+        exits: list[float] = []
+        monkeypatch.setattr(ray_launcher, "exit_without_ray", exits.append)
+        monkeypatch.setattr(ray_launcher, "end_children", lambda timeout_s: None)
+
+        await asyncio.wait_for(shared.launcher.stop(), 60)
+
+        assert ("stop",) in shared.actor.calls
+        assert exits == [ray_launcher.STOP_S]
+        answers.set()
+        await asyncio.sleep(0.1)
 
 
 @in_virtual_time

@@ -1,5 +1,6 @@
 """Starts of Ray that fail: what is tried again, what is noticed, and what is left."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -103,3 +104,11 @@ def test_a_failed_start_leaves_no_process_of_ray_and_ends_no_other_one() -> None
         for process in (of_ray, other):
             process.kill()
             process.wait()
+
+
+def test_a_process_that_ends_without_ray_ends_its_children_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+    monkeypatch.setattr(ray_start, "end_children", lambda timeout_s: ended.append("children"))
+    monkeypatch.setattr(os, "_exit", lambda status: ended.append(f"this process with {status}"))
+    ray_start.exit_without_ray(3.0)
+    assert ended == ["children", "this process with 1"]
