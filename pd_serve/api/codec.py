@@ -1,7 +1,7 @@
 """vLLM's msgpack encoding of requests and outputs."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 from vllm.v1.engine import (
@@ -16,6 +16,16 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from pd_serve.comm.messages import TokenHeader
 from pd_serve.comm.wire import MAX_FRAME_BYTES
 from pd_serve.errors import InvalidRequestError
+
+_fields = msgspec.msgpack.Decoder(list[msgspec.Raw])
+_ARRIVAL = EngineCoreRequest.__struct_fields__.index("arrival_time")
+
+
+def arriving_now(frames: list[bytes], now: Callable[[], float] = time.time) -> list[bytes]:
+    """An encoded request as if it had arrived now."""
+    fields = _fields.decode(frames[0])
+    fields[_ARRIVAL] = msgspec.Raw(msgspec.msgpack.encode(now()))
+    return [msgspec.msgpack.encode(fields), *frames[1:]]
 
 
 class VllmCodec:

@@ -22,6 +22,8 @@ class Accounts:
         limits: By account; nothing is limited beyond them.
         shares: None if arrival alone orders the queue.
         clock: In seconds.
+        in_turn: Returns an encoded request that arrives at its engine now: engines keep their queues in the
+            order of arrival, and the line has another one.
 
     Attributes:
         is_used: Whether there are limits or shares.
@@ -33,9 +35,11 @@ class Accounts:
         limits: Sequence[KeyLimits] = (),
         shares: FairShare | None = None,
         clock: Callable[[], float] = lambda: 0.0,
+        in_turn: Callable[[list[bytes]], list[bytes]] = lambda payload: payload,
     ) -> None:
         self.limits = RateLimits(limits)
         self.shares = shares
+        self.in_turn = in_turn
         self.is_used = shares is not None or any(one.has_limits for one in limits)
         self._clock = clock
 

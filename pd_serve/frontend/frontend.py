@@ -96,7 +96,7 @@ class Frontend:
         self.instances = Instances(wire, self._members, dispatcher.loads, num_slots)
         endpoint = wire.listen_for_frames(lambda frames: self.tokens.on_frames(frames))
         self._accounts = accounts = accounts or Accounts()
-        placement = RequestPlacement(wire, endpoint, dispatcher, recorder, clock, accounts.shares)
+        placement = RequestPlacement(wire, endpoint, dispatcher, recorder, clock, accounts)
         seen = self.instances
         self._outage = Outage(
             lambda: placement.is_serving, seen.num_staying, lambda: self._manager.state, self._loop.time

@@ -9,10 +9,10 @@ from migration.messages import RequestId
 from pd_serve.comm.message_wire import MessageWire
 from pd_serve.comm.messages import AddRequest, HandOff
 from pd_serve.comm.timing import HANDOFF_RETRY_S
+from pd_serve.frontend.accounts import Accounts
 from pd_serve.frontend.tracked_request import TrackedRequest
 from pd_serve.observe.recorder import RequestRecorder
 from router.dispatcher import Dispatcher, QueueAhead
-from router.fair_share import FairShare
 from router.request import Demand, NewRequest
 from router.waiting_line import WaitingLine
 
@@ -22,7 +22,7 @@ class RequestPlacement:
 
     Args:
         clock: Clock of the recorded times, in seconds.
-        shares: See `WaitingLine`. With them, no request goes past those that wait.
+        accounts: With shares, no request goes past those that wait, here or in an instance's own queue.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class RequestPlacement:
         dispatcher: Dispatcher,
         recorder: RequestRecorder,
         clock: Callable[[], float],
-        shares: FairShare | None = None,
+        accounts: Accounts,
     ) -> None:
         self._wire = wire
         self._token_endpoint = token_endpoint
@@ -41,8 +41,8 @@ class RequestPlacement:
         self._recorder = recorder
         self._clock = clock
         self._loop = asyncio.get_running_loop()
-        self._has_shares = shares is not None
-        self.line = WaitingLine(dispatcher, shares)
+        self._accounts = accounts
+        self.line = WaitingLine(dispatcher, accounts.shares)
 
     @property
     def now(self) -> float:
@@ -64,7 +64,7 @@ class RequestPlacement:
 
         Returns False, and does nothing, if no live instance takes requests.
         """
-        waits = self._has_shares and len(self.line) > 0
+        waits = self._accounts.shares is not None and len(self.line) > 0
         if not waits and self.place(request, may_wait=True):
             return True
         if self._dispatcher.is_serving:
@@ -113,6 +113,8 @@ class RequestPlacement:
         instance_id = self._dispatcher.dispatch(new, may_wait=may_wait, avoid=avoid)
         if instance_id is None:
             return False
+        if request.is_new and self._accounts.shares is not None:
+            request.payload = self._accounts.in_turn(request.payload)
         request.ledger.owner = instance_id
         role = self._loads[instance_id].role
         self._recorder.dispatched(request.request_id, instance_id, role, self._clock())

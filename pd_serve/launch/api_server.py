@@ -69,7 +69,7 @@ class ApiServer:
         from vllm.envs import enable_envs_cache
 
         from pd_serve.api.app import create_app
-        from pd_serve.api.codec import VllmCodec
+        from pd_serve.api.codec import VllmCodec, arriving_now
         from pd_serve.api.core import ClusterCore
         from pd_serve.api.engine_client import ClusterAsyncLLM
         from pd_serve.api.keys import KeyAccounts
@@ -84,7 +84,7 @@ class ApiServer:
             outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
             clock = asyncio.get_running_loop().time
             shares = FairShare() if config.fair_share else None
-            accounts = Accounts(config.limits_of_accounts, shares, clock)
+            accounts = Accounts(config.limits_of_accounts, shares, clock, arriving_now)
             account = KeyAccounts(config.api_key).current
             unix_offset_s = time.time() - time.monotonic()
             recent = RecentEvents(clock=lambda: time.monotonic() + unix_offset_s)

@@ -16,7 +16,7 @@ from vllm.v1.engine import (
 from vllm.v1.metrics.stats import FinishedRequestStats, IterationStats, LoRARequestStates, RequestStateStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from pd_serve.api.codec import VllmCodec
+from pd_serve.api.codec import VllmCodec, arriving_now
 from pd_serve.comm.messages import TokenHeader
 from pd_serve.errors import InvalidRequestError
 
@@ -39,6 +39,16 @@ def test_a_request_arrives_as_it_was() -> None:
     there = MsgpackDecoder(EngineCoreRequest).decode(VllmCodec().encode_request(request(100)))
 
     assert there.prompt_token_ids == [70_000] * 100
+
+
+def test_a_request_whose_turn_has_come_arrives_then_and_is_the_same_otherwise() -> None:
+    sent = request(100)
+    there = MsgpackDecoder(EngineCoreRequest).decode(
+        arriving_now(VllmCodec().encode_request(sent), lambda: 7.5)
+    )
+
+    assert (there.arrival_time, there.prompt_token_ids) == (7.5, sent.prompt_token_ids)
+    assert (there.request_id, there.sampling_params) == ("r", sent.sampling_params)
 
 
 def test_a_request_that_no_socket_takes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,12 @@
 """Accounts of API keys at one API server: refusals, headers, and what requests are charged."""
 
 from collections.abc import AsyncIterator
+from itertools import count
 
 import pytest
 from vllm.v1.engine import FinishReason
 
+from migration.messages import RequestId
 from pd_serve.comm.membership import MANAGER
 from pd_serve.comm.messages import AddRequest
 from pd_serve.errors import RequestRefusedError
@@ -64,7 +66,12 @@ class WorldOfKeys(World):
     """A frontend with a limit for two keys, and shares."""
 
     def __init__(self) -> None:
-        self.accounts = Accounts([KeyLimits(tpm=1000)] * 2, FairShare())
+        turns = count()
+        self.accounts = Accounts(
+            [KeyLimits(tpm=1000)] * 2,
+            FairShare(),
+            in_turn=lambda payload: [*payload, b"%d" % next(turns)],
+        )
         super().__init__(Dispatcher(bounds_backlog=True), self.accounts)
 
     def ask(self, name: str, account: int, prompt_tokens: int = 3000) -> None:
@@ -118,6 +125,21 @@ async def test_a_key_that_floods_the_queue_does_not_delay_another_one(keys: Worl
     assert len(order) == 8
     assert order.index("late-1") <= 5
     assert [name for name in order if name.startswith("flood")] == [f"flood-{n}" for n in range(6)]
+
+
+async def test_an_instance_keeps_the_order_of_the_line(keys: WorldOfKeys) -> None:
+    """Its own queue is in the order of arrival. There a flood that came first would go before all others."""
+    for number in range(5):
+        keys.ask(f"flood-{number}", 0)
+    keys.ask("late", 1)
+    for done in range(2, 6):
+        keys.report("p0", waiting_tokens=0, requests_added=done)
+
+    order = keys.order
+    assert order.index("late") < 5
+    assert [keys.requests.requests[RequestId(name)].payload[1:] for name in order] == [
+        [b"%d" % turn] for turn in range(6)
+    ]
 
 
 async def test_a_request_does_not_go_past_those_that_wait(keys: WorldOfKeys) -> None:
