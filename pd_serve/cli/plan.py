@@ -14,7 +14,11 @@ from router.slo import Slo
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from pd_serve.planning.fast_cluster import Layout
     from pd_serve.planning.search import Goal, LayoutPlan
+
+#: Columns of the widest table.
+LEAST_WIDTH = 110
 
 
 def plan(
@@ -63,9 +67,11 @@ def plan(
         Path | None, typer.Option(help="Folder of trace files.", envvar="PD_SERVE_TRACES")
     ] = None,
     picture: Annotated[
-        Path | None, typer.Option(help="SVG file to write: attainment against the rate.")
+        Path | None, typer.Option(dir_okay=False, help="SVG file to write: attainment against the rate.")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", dir_okay=False, help="Write all numbers to this file.")
+    ] = None,
 ) -> None:
     """Choose the layout of GPUs: aggregated with which chunk size, or how many prefill and decode instances.
 
@@ -89,7 +95,8 @@ def plan(
         picture.parent.mkdir(parents=True, exist_ok=True)
         picture.write_text(drawing.svg(found, goal, title), encoding="utf-8")
     if json_file is not None:
-        best = {name: entries[0][name] for name in ("layout", "prefill", "decode", "neutral", "chunk")}
+        names = ("layout", "prefill", "decode", "neutral", "chunk")
+        best = {name: entries[0][name] for name in names} if found[0].goodput else None
         asked = {"slo": {"ttft_s": goal.slo.ttft_s, "itl_s": goal.slo.tpot_s}, "attainment": attainment}
         report.write(
             json_file, {"best": best, "layouts": entries, **asked, "gpus": gpus, **about, **provenance}
@@ -158,7 +165,8 @@ def _measure(
             progress.update(task, completed=done, total=total)
 
         found = search(workload, machine, gpus, goal, rate=about["rate"], jobs=jobs, on_progress=show)
-    return found, about | {"cost_model": cost_model, "assumed": list(machine.unknown)}
+    more = {"gpus_per_instance": machine.num_gpus, "assumed": list(machine.unknown)}
+    return found, about | {"cost_model": cost_model} | more
 
 
 def _show(
@@ -166,7 +174,9 @@ def _show(
 ) -> None:
     import rich.console
 
-    console = rich.console.Console(highlight=False)
+    console = rich.console.Console(highlight=False, soft_wrap=True)
+    # Lines are cut by the terminal, not here: in a file or a narrow terminal nothing is missing.
+    console.width = max(console.width, LEAST_WIDTH)
     console.print(_table(plans, entries, title, about["rate"]))
     if about["left_out"]:
         console.print(f"left out: {about['left_out']} requests longer than an instance's memory")
@@ -178,13 +188,20 @@ def _show(
             f"[bold]no layout[/] keeps {goal.attainment:.0%} of the requests within the target, at any rate"
         )
         return
-    layout = best.layout
-    flags = (
-        f"--prefill {layout.prefill} --decode {layout.decode}"
-        if layout.is_disaggregated
-        else f"--neutral {layout.neutral} --max-num-batched-tokens {layout.chunk_tokens}"
+    flags = serve_flags(best.layout, about["gpus_per_instance"])
+    console.print(
+        f"[bold]best[/]  {best.layout}: {best.goodput:.3g} requests/s; pd-serve serve MODEL {flags}"
     )
-    console.print(f"[bold]best[/]  {layout}: {best.goodput:.3g} requests/s; pd-serve serve MODEL {flags}")
+
+
+def serve_flags(layout: "Layout", gpus_per_instance: int) -> str:
+    """The flags of `pd-serve serve` for a layout; none for its chunks if it has none."""
+    sizes, role = f"--neutral {layout.neutral}", ""
+    if layout.is_disaggregated:
+        sizes, role = f"--prefill {layout.prefill} --decode {layout.decode}", "prefill-"
+    if layout.chunk_tokens is not None:
+        sizes += f" --{role}max-num-batched-tokens {layout.chunk_tokens}"
+    return sizes + (f" --tensor-parallel-size {gpus_per_instance}" if gpus_per_instance > 1 else "")
 
 
 def _table(

@@ -134,7 +134,7 @@ def _measured(
             for future in as_completed(running):
                 yield future.result()
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
 
 
 def measure(

@@ -35,7 +35,8 @@ def planned_workload(
     recorded = has_times(spec, traces)
     own_rate = recorded or spec.rate is not None
     if not recorded:
-        spec = replace(spec, rate=spec.rate or 1.0, requests=spec.requests or DEFAULT_REQUESTS)
+        rate = 1.0 if spec.rate is None else spec.rate
+        spec = replace(spec, rate=rate, requests=spec.requests or DEFAULT_REQUESTS)
     wanted = make_requests(spec, traces)
     wanted = wanted[: spec.requests or DEFAULT_REQUESTS]
     engine = hardware.engine

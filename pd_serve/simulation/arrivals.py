@@ -81,14 +81,20 @@ def recorded(times: Seconds, rate: float | None) -> Seconds:
     Raises:
         InvalidRequestError: All requests arrive at once, so the trace has no rate.
     """
-    times = times - times[0]
+    times = times - times.min()
     if rate is None:
         return times
-    if times[-1] <= 0:
-        raise InvalidRequestError("all requests of the trace arrive at once, so it has no rate")
     return np.asarray(times * (recorded_rate(times) / rate))
 
 
 def recorded_rate(times: Seconds) -> float:
-    """Mean rate of recorded arrivals, in requests/s."""
-    return (len(times) - 1) / float(times[-1] - times[0])
+    """Mean rate of recorded arrivals, in requests/s.
+
+    Raises:
+        InvalidRequestError: All requests arrive at once, so the trace has no rate.
+    """
+    if not (span := float(times.max() - times.min())):
+        raise InvalidRequestError(
+            "all requests of the trace arrive at once, so it has no rate: give --rate and --arrivals poisson"
+        )
+    return (len(times) - 1) / span

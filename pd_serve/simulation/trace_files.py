@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -87,15 +88,23 @@ def read(path: Path) -> RecordedTrace:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             trace = _read_jsonl(file) if path.suffix == ".jsonl" else _read_csv(file)
-    except (ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        raise InvalidRequestError(f"{path.name} is not a trace that can be read: no {error}") from error
+    except (ValueError, TypeError, OverflowError) as error:
         raise InvalidRequestError(f"{path.name} is not a trace that can be read: {error}") from error
     if not len(trace.prompts):
         raise InvalidRequestError(f"{path.name} has no requests")
+    if trace.arrivals is not None and not np.isfinite(trace.arrivals).all():
+        raise InvalidRequestError(
+            f"{path.name} is not a trace that can be read: not every request has a time"
+        )
     return trace
 
 
 def _read_jsonl(lines: Iterable[str]) -> RecordedTrace:
     rows = [json.loads(line) for line in lines if line.strip()]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("each line must be an object with timestamp, input_length, output_length")
     return RecordedTrace(
         _positive(row["input_length"] for row in rows),
         _positive(row["output_length"] for row in rows),
@@ -113,15 +122,28 @@ def _read_csv(lines: Iterable[str]) -> RecordedTrace:
     rows = list(table)
     arrivals = None
     if TIME_COLUMN in header:
-        stamps = np.array([row[TIME_COLUMN] for row in rows], dtype="datetime64[ns]")
-        arrivals = (stamps - stamps[:1]).astype(np.int64) * 1e-9
+        arrivals = _seconds([row[TIME_COLUMN] for row in rows])
     prompts, outputs = (_positive(int(row[column]) for row in rows) for column in pair)
     return RecordedTrace(prompts, outputs, arrivals)
 
 
+def _seconds(texts: list[str]) -> Seconds:
+    """Times from numbers of seconds, or from dates, the first of which is 0. Raises: ValueError."""
+    try:
+        return np.array(texts, dtype=float)
+    except ValueError:
+        dates = [datetime.fromisoformat(text) for text in texts]
+    # A date without a time zone is one of UTC.
+    dates = [date if date.tzinfo else date.replace(tzinfo=UTC) for date in dates]
+    return np.array([(date - dates[0]).total_seconds() for date in dates])
+
+
 def _positive(values: Iterable[int]) -> Lengths:
-    """Raises all lengths to at least one token."""
-    return np.maximum(np.array(list(values), dtype=np.int64), 1)
+    """Raises all lengths to at least one token. Raises: ValueError: one is below 0."""
+    lengths = np.array(list(values), dtype=np.int64)
+    if (lengths < 0).any():
+        raise ValueError(f"a length of {lengths.min()} tokens")
+    return np.maximum(lengths, 1)
 
 
 def _folders() -> list[Path]:

@@ -7,8 +7,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from pd_serve.cli.plan import parse_slo, plan
+from pd_serve.cli.plan import parse_slo, plan, serve_flags
 from pd_serve.errors import InvalidRequestError
+from pd_serve.planning.fast_cluster import Layout
 from router.slo import Slo
 
 app = typer.Typer()
@@ -42,12 +43,44 @@ def test_a_plan_has_the_best_layout_its_cost_and_a_picture(tmp_path: Path) -> No
     assert "pd-serve serve MODEL" in output
 
 
-def test_a_target_out_of_reach_is_said() -> None:
+def test_a_target_out_of_reach_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
     output = run(
         "--trace 500:50 --requests 20 --slo ttft=1ms,itl=1ms --gpus 1 --cost-model h100-llama-3.1-8b --jobs 1"
+        f" --json {path}"
     )
 
     assert "no layout" in output
+    assert json.loads(path.read_text())["best"] is None
+
+
+def test_nothing_of_the_table_is_cut_in_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    output = run(
+        "--trace 500:50 --requests 20 --rate 0.125 --slo ttft=1,itl=25ms --gpus 2 --jobs 1"
+        " --cost-model h100-llama-3.1-8b --gpu-hour-price 2"
+    )
+
+    assert "goodput/s" in output
+    assert "at 0.118/s" in output
+    assert "…" not in output
+    assert any("best" in line and "pd-serve serve" in line for line in output.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("layout", "gpus", "flags"),
+    [
+        (Layout(neutral=8, chunk_tokens=512), 1, "--neutral 8 --max-num-batched-tokens 512"),
+        (Layout(neutral=8), 1, "--neutral 8"),
+        (
+            Layout(prefill=1, decode=3, chunk_tokens=2048),
+            2,
+            "--prefill 1 --decode 3 --prefill-max-num-batched-tokens 2048 --tensor-parallel-size 2",
+        ),
+    ],
+)
+def test_the_flags_of_the_best_layout_are_all_that_serve_needs(layout: Layout, gpus: int, flags: str) -> None:
+    assert serve_flags(layout, gpus) == flags
 
 
 @pytest.mark.parametrize("text", ["ttft=0.5,itl=0.025", "ttft=500ms,tpot=25ms", " itl=25ms,ttft=0.5s"])

@@ -44,3 +44,8 @@ def test_requests_that_no_instance_holds_are_left_out(tmp_path: Path) -> None:
 def test_a_trace_without_any_request_that_fits_is_refused() -> None:
     with pytest.raises(InvalidRequestError, match="0 of 20 requests fit an instance"):
         planned_workload(TraceSpec("20000:100", requests=20), PAPER)
+
+
+def test_a_rate_of_zero_is_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="must be above 0"):
+        planned_workload(TraceSpec("200:100", rate=0.0), PAPER)

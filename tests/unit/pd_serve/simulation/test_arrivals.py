@@ -52,6 +52,13 @@ def test_recorded_times_begin_at_zero_and_take_a_rate() -> None:
 def test_requests_that_arrive_at_once_have_no_rate() -> None:
     with pytest.raises(InvalidRequestError, match="it has no rate"):
         recorded(np.array([3.0, 3.0]), 1.0)
+    with pytest.raises(InvalidRequestError, match="it has no rate"):
+        recorded_rate(np.array([3.0]))
+
+
+def test_the_rate_of_recorded_times_does_not_depend_on_their_order() -> None:
+    assert recorded_rate(np.array([6.0, 9.0, 5.0])) == 0.5
+    assert recorded(np.array([6.0, 9.0, 5.0]), 1.0).tolist() == [0.5, 2, 0]
 
 
 def test_a_sine_has_its_least_rate_at_the_beginning_and_the_greatest_half_a_period_later() -> None:

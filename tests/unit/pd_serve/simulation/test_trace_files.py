@@ -34,6 +34,25 @@ def test_azure_file_keeps_its_times_or_takes_a_rate(tmp_path: Path) -> None:
         make_requests(TraceSpec("azure-conv", requests=4), tmp_path)
 
 
+@pytest.mark.parametrize(
+    "stamps",
+    [
+        ("7", "8.5", "6"),
+        ("2026-01-01 00:00:07", "2026-01-01 00:00:08.5", "2026-01-01 00:00:06"),
+        ("2026-01-01T00:00:07Z", "2026-01-01T01:00:08.5+01:00", "2026-01-01 00:00:06"),
+    ],
+    ids=["seconds", "dates", "time zones"],
+)
+def test_times_are_seconds_or_dates_in_any_order(stamps: tuple[str, ...], tmp_path: Path) -> None:
+    path = tmp_path / "own.csv"
+    rows = [f"{stamp},{10 + number},5" for number, stamp in enumerate(stamps)]
+    path.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]))
+
+    requests = make_requests(TraceSpec(str(path)))
+
+    assert [(r.arrival_s, r.prompt_tokens) for r in requests] == [(0, 12), (1, 10), (2.5, 11)]
+
+
 def test_mooncake_file_has_the_segments_that_prompts_share(tmp_path: Path) -> None:
     rows = [
         {"timestamp": 0, "input_length": 900, "output_length": 6, "hash_ids": [7, 8]},
@@ -75,10 +94,22 @@ def test_a_missing_file_is_an_error_with_its_source(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("a.csv", "x,y\n1,2\n"), ("a.csv", ""), ("a.jsonl", "{}\n"), ("a.jsonl", "no"), ("a.csv", AZURE[:45])],
+    [
+        ("a.csv", "x,y\n1,2\n"),
+        ("a.csv", ""),
+        ("a.csv", AZURE[:45]),
+        ("a.csv", AZURE + "\n2023-11-16 18:15:52,-5,3"),
+        ("a.csv", AZURE + "\n2023-11-16 18:15:52,1" + 30 * "0" + ",3"),
+        ("a.csv", AZURE + "\n,10,3"),
+        ("a.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\nnan,10,3"),
+        ("a.jsonl", "{}\n"),
+        ("a.jsonl", "[1]\n"),
+        ("a.jsonl", "no"),
+        ("a.jsonl", '{"timestamp": Infinity, "input_length": 1, "output_length": 1}'),
+    ],
 )
 def test_a_file_of_unknown_format_is_refused(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
 
     with pytest.raises(InvalidRequestError, match=name):
-        make_requests(TraceSpec(str(tmp_path / name), rate=1))
+        make_requests(TraceSpec(str(tmp_path / name)))
