@@ -45,16 +45,17 @@ class Bucket:
         """A negative amount is given back."""
         self._used = max(self._used + amount, 0.0)
 
-    def budget(self, name: str, now: float, needed: float, servers: int) -> Budget:
+    def budget(self, name: str, now: float, needed: float, servers: int, taken: float = 0.0) -> Budget:
         """What is left, at one of this many API servers, each of which has its part of the limit.
 
-        A request that needs more than the whole bucket waits until it is full.
+        A request that needs more than the whole bucket waits until it is full; what was `taken` is of this
+        request.
         """
         limit = max(self._per_minute / servers, 1.0)
         rate = self._per_minute / servers / 60.0
         self._used = max(self._used - rate * max(now - self._at, 0.0), 0.0)
         self._at = now
-        lacking = self._used + min(needed, limit) - limit
+        lacking = max(self._used - taken, 0.0) + min(taken + needed, limit) - limit
         return Budget(name, limit, limit - self._used, self._used / rate, max(lacking / rate, 0.0))
 
 
@@ -73,12 +74,17 @@ class RateLimits:
         self._buckets = [(Bucket(of_key.rpm), Bucket(of_key.tpm)) for of_key in limits]
         self._limits = limits
 
-    def take(self, account: int, requests: int, tokens: int, now: float) -> Budget | None:
+    def take(
+        self, account: int, requests: int, tokens: int, now: float, taken: tuple[int, int] = (0, 0)
+    ) -> Budget | None:
         """Takes requests and the tokens of their prompts.
+
+        Args:
+            taken: Requests and tokens that came with them and have been taken already.
 
         Returns: the limit that has not enough left for them, of which the later one; then nothing is taken.
         """
-        lacking = [one for one in self.budgets(account, now, requests, tokens) if one.wait_s > 0]
+        lacking = [one for one in self.budgets(account, now, requests, tokens, taken) if one.wait_s > 0]
         if lacking:
             return max(lacking, key=lambda one: one.wait_s)
         self._add(account, requests, tokens)
@@ -92,15 +98,17 @@ class RateLimits:
         """Output tokens are taken when they are there: a request overdraws by its outputs at most."""
         self._add(account, 0, tokens)
 
-    def budgets(self, account: int, now: float, requests: int = 0, tokens: int = 0) -> list[Budget]:
+    def budgets(
+        self, account: int, now: float, requests: int = 0, tokens: int = 0, taken: tuple[int, int] = (0, 0)
+    ) -> list[Budget]:
         """What each limit of an account leaves, and how long it lacks this much."""
         if account >= len(self._limits):
             return []
         named = zip(("requests", "tokens"), self._buckets[account], self._limits[account], strict=True)
-        amounts = (requests, tokens)
+        amounts = zip((requests, tokens), taken, strict=True)
         return [
-            bucket.budget(name, now, needed, self.num_servers)
-            for (name, bucket, limit), needed in zip(named, amounts, strict=True)
+            bucket.budget(name, now, needed, self.num_servers, before)
+            for (name, bucket, limit), (needed, before) in zip(named, amounts, strict=True)
             if limit < math.inf
         ]
 

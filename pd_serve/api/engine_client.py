@@ -31,9 +31,11 @@ from pd_serve.api.identity import client_id
 from pd_serve.api.overload import (
     announce,
     announce_tokens,
+    charged,
     give_charges_back,
     mark_submitted,
     note_charge,
+    note_headers,
     note_refusal,
 )
 from pd_serve.api.request_ids import StemInputProcessor
@@ -163,6 +165,7 @@ class ClusterAsyncLLM(AsyncLLM):
             give_charges_back()
             if isinstance(error, RequestRefusedError):
                 note_refusal(error)
+                note_headers(self._accounts.headers(self._account()))
             raise _as_refusal(error) from error
         return super().generate(prompt, sampling_params, *args, **kwargs)
 
@@ -170,12 +173,9 @@ class ClusterAsyncLLM(AsyncLLM):
         """Charges the account of this task. Raises: RequestRefusedError: it has not enough left."""
         accounts, account = self._accounts, self._account()
         if accounts.is_used:
-            try:
-                accounts.take(account, requests, tokens)
-            except RequestRefusedError:
-                note_charge(lambda: None, accounts.headers(account))
-                raise
-            note_charge(lambda: accounts.give_back(account, requests, tokens), accounts.headers(account))
+            accounts.take(account, requests, tokens, charged())
+            note_charge(lambda: accounts.give_back(account, requests, tokens), requests, tokens)
+            note_headers(accounts.headers(account))
 
     async def add_request(self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         """Like vLLM's, but a refusal by the cluster becomes a response with its own status, not a 500."""

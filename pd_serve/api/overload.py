@@ -57,6 +57,7 @@ class Arrival:
         refusal: Why the cluster has refused one of them.
         headers: Of its answer, in addition to others.
         charges: Gives back what its account was charged, until a request is started.
+        charged: Requests and tokens that these were.
     """
 
     def __init__(self, arriving: "set[Arrival]", check: Callable[[int], None]) -> None:
@@ -64,6 +65,7 @@ class Arrival:
         self.refusal: RequestRefusedError | None = None
         self.headers: dict[str, str] = {}
         self.charges: list[Callable[[], None]] = []
+        self.charged = (0, 0)
         self._arriving = arriving
         self._check = check
         self._is_announced = self._has_ended = False
@@ -137,10 +139,21 @@ def mark_submitted(number: int = 1, tokens: int = 0) -> None:
         arrival.submitted(number, tokens)
 
 
-def note_charge(give_back: Callable[[], None], headers: dict[str, str]) -> None:
-    """The account of this task was charged for requests; `headers` go into the answer."""
+def charged() -> tuple[int, int]:
+    """Requests and tokens that the HTTP request of this task was charged for."""
+    return arrival.charged if (arrival := _arrival.get()) is not None else (0, 0)
+
+
+def note_charge(give_back: Callable[[], None], requests: int, tokens: int) -> None:
+    """The account of this task was charged."""
     if (arrival := _arrival.get()) is not None:
         arrival.charges.append(give_back)
+        arrival.charged = (arrival.charged[0] + requests, arrival.charged[1] + tokens)
+
+
+def note_headers(headers: dict[str, str]) -> None:
+    """These headers go into the answer of this task."""
+    if (arrival := _arrival.get()) is not None:
         arrival.headers = headers
 
 
@@ -149,6 +162,7 @@ def give_charges_back() -> None:
     if (arrival := _arrival.get()) is not None:
         while arrival.charges:
             arrival.charges.pop()()
+        arrival.charged = (0, 0)
 
 
 def note_refusal(refusal: RequestRefusedError) -> None:

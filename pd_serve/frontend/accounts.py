@@ -43,13 +43,16 @@ class Accounts:
         self.is_used = shares is not None or any(one.has_limits for one in limits)
         self._clock = clock
 
-    def take(self, account: int, requests: int, tokens: int) -> None:
+    def take(self, account: int, requests: int, tokens: int, taken: tuple[int, int] = (0, 0)) -> None:
         """Takes requests and the tokens of their prompts from what an account has left.
+
+        Args:
+            taken: See `RateLimits.take`.
 
         Raises:
             RequestRefusedError: It has not enough left; nothing is taken.
         """
-        lacking = self.limits.take(account, requests, tokens, self._clock())
+        lacking = self.limits.take(account, requests, tokens, self._clock(), taken)
         if lacking is not None:
             raise RequestRefusedError(
                 f"The limit of {lacking.limit:g} {lacking.name} per minute is reached; try again in"

@@ -80,6 +80,21 @@ def test_a_prompt_longer_than_the_limit_waits_for_a_whole_minute() -> None:
     assert found.take(A, 1, 1, 6.1) is not None
 
 
+def test_many_prompts_of_one_request_wait_like_one_that_needs_as_much() -> None:
+    """They are taken one after the other. More than the whole limit would never pass otherwise."""
+    found = limits(rpm=3, tpm=100)
+    for before in range(5):
+        assert found.take(A, 1, 40, 0.0, taken=(before, 40 * before)) is None
+
+    assert found.take(A, 1, 40, 0.0) is not None
+    found.give_back(A, 5, 200)
+    assert found.take(A, 1, 40, 0.0) is None
+
+    lacking = found.take(A, 3, 10, 0.0)
+    assert lacking is not None
+    assert lacking.wait_s == pytest.approx(20.0)
+
+
 def test_each_of_several_api_servers_has_its_part() -> None:
     found = limits(rpm=4)
     found.num_servers = 2

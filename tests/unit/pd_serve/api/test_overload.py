@@ -19,6 +19,7 @@ from pd_serve.api.overload import (
     give_charges_back,
     mark_submitted,
     note_charge,
+    note_headers,
     note_refusal,
 )
 from pd_serve.errors import InvalidRequestError, OverloadedError, RequestRefusedError
@@ -482,7 +483,8 @@ class Charging:
         await receive()
         announce(1)
         self.charged += 1
-        note_charge(self._give_back, {"x-ratelimit-remaining-requests": "7"})
+        note_charge(self._give_back, 1, 10)
+        note_headers({"x-ratelimit-remaining-requests": "7"})
         if self._refuses:
             give_charges_back()
             give_charges_back()
