@@ -65,13 +65,14 @@ def parse_slo(text: str) -> Slo:
     return checked_slo(bounds.get("ttft", math.inf), bounds.get("itl", math.inf))
 
 
-def checked_slo(ttft_s: float, tpot_s: float) -> Slo:
+def checked_slo(ttft_s: float, tpot_s: float = math.inf) -> Slo:
     """Targets in seconds; infinite for none. Raises: ValueError: one is out of its range."""
     if not (ttft_s == math.inf or 0 < ttft_s <= MAX_TTFT_S):
-        raise ValueError(f"{ttft_s:g} s to the first token: must be above 0 and at most {MAX_TTFT_S:g} s")
+        raise ValueError(f"{ttft_s:.10g} s to the first token: must be above 0 and at most {MAX_TTFT_S:g} s")
     if not (tpot_s == math.inf or 0 < tpot_s <= MAX_TPOT_S):
         raise ValueError(
-            f"{tpot_s:g} s per token: must be above 0 and at most {MAX_TPOT_S:g} s; write ms for milliseconds"
+            f"{tpot_s:.10g} s per token: must be above 0 and at most {MAX_TPOT_S:g} s;"
+            " write ms for milliseconds"
         )
     return Slo(ttft_s, tpot_s)
 

@@ -184,6 +184,9 @@ class ClusterAsyncLLM(AsyncLLM):
         except PdServeError as error:
             give_charges_back()
             raise _as_refusal(error) from error
+        except Exception:  # bad input that vLLM finds here
+            give_charges_back()
+            raise
         finally:
             number = getattr(params, "n", 1)
             mark_submitted(number, _prompt_tokens(prompt) * number)

@@ -37,10 +37,11 @@ def given_slo(parameters: "SamplingParams | None") -> Slo:
         if len(values) > 1:
             raise InvalidRequestError(f"{name}: was sent {len(values)} times")
         seconds.append(_seconds(name, values[0]) if values else math.inf)
-    try:
-        return checked_slo(*seconds)
-    except ValueError as error:
-        raise InvalidRequestError(f"targets: {error}") from None
+        try:
+            slo = checked_slo(*seconds)
+        except ValueError as error:
+            raise InvalidRequestError(f"{name}: {error}") from None
+    return slo
 
 
 def request_slo(parameters: "SamplingParams | None", service: Slo) -> Slo:

@@ -32,9 +32,9 @@ def with_credentials(config: ServeConfig, warn: Warn) -> ServeConfig:
         InvalidRequestError: A file cannot be read, a key no client could send, or a secret that is too short.
     """
     os.environ.pop(SECRET_VARIABLE, None)
-    lines = [line.partition(" ") for line in _keys_of(config.api_key_file, "--api-key-file", warn)]
-    keys = [*config.api_key, *(key for key, _, _ in lines)]
-    own = {key: _own(key, text.strip(), config.api_key_file) for key, _, text in lines if text}
+    lines = [line.split(maxsplit=1) for line in _keys_of(config.api_key_file, "--api-key-file", warn)]
+    keys = [*config.api_key, *(key for key, *_ in lines)]
+    own = {key: _own(key, text, config.api_key_file) for key, *texts in lines for text in texts}
     admin_keys = _keys_of(config.admin_key_file, "--admin-key-file", warn)
     if len(admin_keys) > 1:
         raise InvalidRequestError(

@@ -485,6 +485,22 @@ class TestLimitsOfKeys:
             assert (await service.complete(max_tokens=1)).status_code == 200
             assert (await service.complete(max_tokens=1)).status_code == 429
 
+    async def test_bad_input_is_charged_nothing(self, vllm_config) -> None:
+        accounts = Accounts([KeyLimits(rpm=1)], clock=time.monotonic)
+        async with running(vllm_config, accounts=accounts) as service:
+            bad = await service.complete(max_tokens=1, structured_outputs={"regex": "("})
+            assert bad.status_code == 400
+            assert (await service.complete(max_tokens=1)).status_code == 200
+
+    async def test_more_prompts_than_the_limit_pass_once_all_of_it_is_left(self, vllm_config) -> None:
+        accounts = Accounts([KeyLimits(rpm=2)], clock=time.monotonic)
+        async with running(vllm_config, max_waiting=None, accounts=accounts) as service:
+            prompts = ["x", "y", "z"]
+            assert (await service.complete(max_tokens=1, prompt=prompts)).status_code == 200
+            refused = await service.complete(max_tokens=1, prompt=prompts)
+            assert refused.status_code == 429
+            assert int(refused.headers["Retry-After"]) > 30
+
     async def test_several_choices_are_several_requests(self, vllm_config) -> None:
         accounts = Accounts([KeyLimits(rpm=3)], clock=time.monotonic)
         async with running(vllm_config, accounts=accounts) as service:

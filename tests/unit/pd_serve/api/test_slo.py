@@ -66,7 +66,7 @@ async def test_targets_of_the_service_are_for_what_a_request_leaves_open() -> No
     "text", [b"", b"nan", b"inf", b"-inf", b"-1", b"0", b"1e300", b"1e-400", b"3s", b"1, 2"]
 )
 async def test_a_header_that_is_no_target_is_an_error(text: bytes) -> None:
-    with pytest.raises(InvalidRequestError, match=r"x-slo-ttft-ms: must be|targets: .* must be above 0"):
+    with pytest.raises(InvalidRequestError, match=r"^x-slo-ttft-ms: .*must be"):
         await within([(TTFT, text)], lambda: given_slo(parameters()))
 
 
@@ -77,12 +77,12 @@ async def test_a_header_that_was_sent_twice_is_an_error() -> None:
 
 @pytest.mark.parametrize("value", [None, True, [100], {"a": 1}, "soon", 10**400, -5, 0.0, 6_000_000])
 def test_a_field_that_is_no_target_is_an_error(value: object) -> None:
-    with pytest.raises(InvalidRequestError, match=r"slo_ttft_ms: must be|targets: .* must be above 0"):
+    with pytest.raises(InvalidRequestError, match=r"^slo_ttft_ms: .*must be"):
         given_slo(parameters(slo_ttft_ms=value))
 
 
 def test_a_time_per_token_in_seconds_is_a_mistake_in_the_unit() -> None:
-    with pytest.raises(InvalidRequestError, match="write ms for milliseconds"):
+    with pytest.raises(InvalidRequestError, match=r"^slo_itl_ms: .*write ms for milliseconds"):
         given_slo(parameters(slo_itl_ms=50_000))
 
 

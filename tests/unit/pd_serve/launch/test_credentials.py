@@ -148,7 +148,7 @@ def test_a_secret_that_can_be_guessed_is_refused(tmp_path: Path, warnings: list[
 
 
 def test_a_key_of_a_file_may_have_limits_of_its_own(tmp_path: Path, warnings: list[str]) -> None:
-    text = "sk-alice rpm=5,tpm=1000  # a trial\nsk-bob\nsk-carol   rpm=7\n"
+    text = "sk-alice rpm=5,tpm=1000  # a trial\nsk-bob\nsk-carol \t rpm=7\n"
     path = private(tmp_path / "keys", text)
 
     config = with_credentials(
