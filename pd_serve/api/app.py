@@ -1,5 +1,6 @@
 """The FastAPI application: vLLM's routes, the `/cluster` routes and the middlewares."""
 
+import logging
 from argparse import Namespace
 from collections.abc import Callable
 
@@ -11,12 +12,15 @@ from vllm.entrypoints.launchers.app import build_app
 from pd_serve.api import cluster_routes
 from pd_serve.api.body_limit import BodyLimitMiddleware
 from pd_serve.api.cluster_view import ClusterView
-from pd_serve.api.engine_client import ClusterAsyncLLM
+from pd_serve.api.engine_client import ClusterAsyncLLM, ClusterRefusal
 from pd_serve.api.identity import IdentityMiddleware
 from pd_serve.api.keys import KeyMiddleware
 from pd_serve.api.overload import OverloadMiddleware
 from pd_serve.api.resumption import ResumptionMiddleware
 from pd_serve.api.stream_chunks import use_templates
+
+#: vLLM's modules of routes that log every error with its traceback, also the refusal of a request.
+TRACEBACK_LOGGERS = ("vllm.entrypoints.anthropic.api_router", "vllm.entrypoints.cohere.api_router")
 
 
 async def create_app(
@@ -49,6 +53,8 @@ async def create_app(
     app: FastAPI = build_app(args, tasks, engine_client.model_config)
     await init_app_state(engine_client, app.state, args, tasks)
     use_templates(app.state)
+    for name in TRACEBACK_LOGGERS:
+        logging.getLogger(name).addFilter(_is_no_refusal)
 
     app.state.cluster = cluster
     app.include_router(cluster_routes.router)
@@ -63,3 +69,8 @@ async def create_app(
     api_keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
     app.router.middleware_stack = KeyMiddleware(inner, api_keys=api_keys, admin_key=admin_key)
     return app
+
+
+def _is_no_refusal(record: logging.LogRecord) -> bool:
+    """Whether a record is not about a refusal, which the client is told and metrics count."""
+    return not (record.exc_info and isinstance(record.exc_info[1], ClusterRefusal))

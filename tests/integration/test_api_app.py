@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable
@@ -20,7 +21,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from pd_serve.api.app import create_app
+from pd_serve.api.app import TRACEBACK_LOGGERS, create_app
 from pd_serve.api.engine_client import ClusterAsyncLLM
 from pd_serve.api.keys import KeyAccounts
 from pd_serve.api.overload import GENERATING_PATHS
@@ -407,6 +408,22 @@ class TestTargets:
         late = await service.http.post(path, json=body, headers={"x-slo-ttft-ms": "6000"})
         assert late.status_code == 200
         assert (await service.http.post(path, json=body)).status_code == 200
+
+    async def test_a_refusal_is_no_error_in_the_log(
+        self, service: LocalService, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        logged: list[logging.LogRecord] = []
+        for name in TRACEBACK_LOGGERS:
+            handler = logging.Handler()
+            monkeypatch.setattr(handler, "emit", logged.append)
+            monkeypatch.setattr(logging.getLogger(name), "handlers", [handler])
+        service.cluster.predicted_s = 5.5
+        body = {"model": "tiny", "max_tokens": 1, "messages": [{"role": "user", "content": "x"}]}
+        late = {"x-slo-ttft-ms": "3000"}
+        refused = await service.http.post("/v1/messages", json=body, headers=late)
+
+        assert (refused.status_code, logged) == (429, [])
+        assert (await service.http.post("/v1/messages", json=body)).status_code == 200
 
     async def test_the_openai_client_sends_targets_in_the_body(self, service: LocalService) -> None:
         service.cluster.predicted_s = 5.5
