@@ -28,7 +28,7 @@ class BusySteps:
         self._products = max(1, round(PRODUCTS_S / _seconds(self._multiply, 20)))
         self._turns = max(1, round(PYTHON_S / _seconds(self._count, 10_000)))
         self._steps_ms: list[float] = []
-        self._goes, self._rests = threading.Event(), threading.Event()
+        self._goes, self._step = threading.Event(), threading.Lock()
         self._ends = False
         self._thread = threading.Thread(target=self._run, name="busy-steps", daemon=True)
 
@@ -51,26 +51,24 @@ class BusySteps:
 
     def go(self) -> None:
         """Steps follow each other from now on."""
-        self._rests.clear()
         self._goes.set()
 
     def rest(self) -> None:
         """No step begins any more. Returns when the last one has ended."""
         self._goes.clear()
-        self._rests.wait()
+        with self._step:
+            pass
 
     def _run(self) -> None:
         self._torch.set_num_threads(1)  # for each thread
-        while True:
-            if not self._goes.is_set():
-                self._rests.set()
-                self._goes.wait()
-            if self._ends:
-                return
-            began = time.perf_counter()
-            self._multiply(self._products)
-            self._count(self._turns)
-            self._steps_ms.append((time.perf_counter() - began) * 1e3)
+        while not self._ends:
+            self._goes.wait()
+            with self._step:
+                if self._goes.is_set():
+                    began = time.perf_counter()
+                    self._multiply(self._products)
+                    self._count(self._turns)
+                    self._steps_ms.append((time.perf_counter() - began) * 1e3)
 
     def _multiply(self, times: int) -> None:
         for _ in range(times):
