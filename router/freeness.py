@@ -129,14 +129,14 @@ def pooled_freeness(
     Args:
         loads: Instances that do not drain.
         more_blocks: Blocks to add to the pool; negative to take away.
-        waiting: Requests for this pool that no instance has yet.
+        waiting: Requests for this pool that it does not have yet.
 
     Source: Llumnix (OSDI 2024), section 4.4.3; its artifact pools in the same way.
     """
     pool = list(loads)
     free = sum(_unclaimed(load) + headroom(load) for load in pool) + more_blocks
     if waiting.requests and pool:
-        free -= waiting.tokens / pool[0].block_tokens * pool[0].full_groups
+        free -= waiting.tokens / pool[0].block_tokens * pool[0].full_groups + waiting.blocks
     return free / max(sum(_requests(load) for load in pool) + waiting.requests, 1)
 
 

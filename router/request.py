@@ -8,10 +8,16 @@ from router.slo import NO_SLO, Slo
 
 
 class Demand(NamedTuple):
-    """Requests that no instance has yet, and the tokens of their prompts."""
+    """Requests that a pool does not have yet.
+
+    Attributes:
+        tokens: Prompt tokens of those that no instance has.
+        blocks: KV blocks of those that instances of another pool are to hand off.
+    """
 
     requests: int = 0
     tokens: int = 0
+    blocks: int = 0
 
 
 NO_DEMAND = Demand()

@@ -16,9 +16,9 @@ from router.freeness import limit_headroom
 from router.load import InstanceLoad
 from router.plugins import PolicyChoice
 from router.projected_loads import ProjectedLoads
-from router.request import NO_DEMAND, Demand
+from router.request import Demand
 from router.rescheduling import RESCHEDULING
-from router.scaling import Decision, Drain, PoolBounds, PoolScaler, Start, Stop
+from router.scaling import Decision, Drain, PoolBounds, PoolScaler, Start, Stop, to_hand_off
 from router.scaling.role_switch import RoleSwitch
 from router.settings import PolicySet
 
@@ -118,7 +118,7 @@ class Scheduler:
             self._switch_roles(self._role_switch, loads, now)
         for role, scaler in self._scalers.items():
             pool = [load for load in loads if load.role == role]
-            waiting = NO_DEMAND if role == "decode" else self._actions.waiting
+            waiting = to_hand_off(loads) if role == "decode" else self._actions.waiting
             for decision in scaler.decide(pool, self._actions.starting.get(role, 0), now, waiting):
                 self._carry_out(decision)
 

@@ -2,5 +2,16 @@
 
 from router.scaling.decisions import Decision, Drain, PoolBounds, SizeChange, Start, Stop
 from router.scaling.pool import SCALING, PoolScaler
+from router.scaling.signals import to_hand_off
 
-__all__ = ["SCALING", "Decision", "Drain", "PoolBounds", "PoolScaler", "SizeChange", "Start", "Stop"]
+__all__ = [
+    "SCALING",
+    "Decision",
+    "Drain",
+    "PoolBounds",
+    "PoolScaler",
+    "SizeChange",
+    "Start",
+    "Stop",
+    "to_hand_off",
+]

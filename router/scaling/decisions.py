@@ -34,7 +34,7 @@ class ScalingPolicy(Protocol):
         Args:
             loads: Projected loads of the instances of the pool that do not drain.
             starting: Instances that were asked for and do not report yet.
-            waiting: Requests for this pool that no instance has yet.
+            waiting: Requests for this pool that it does not have yet.
         """
         ...
 

@@ -63,12 +63,12 @@ class PoolScaler:
 
         Args:
             starting: Instances on their way, not among `loads`.
-            waiting: Requests for this pool that no instance has yet.
+            waiting: Requests for this pool that it does not have yet.
         """
         serving = [load for load in loads if not load.draining]
         draining = [load for load in loads if load.draining]
         self._remember(loads, now)
-        self._trend.add(loads, now)
+        self._trend.add(loads, now, waiting)
         decisions: list[Decision] = []
         if len(serving) >= self._bounds.least:
             decisions = self._stops(draining, now)
@@ -89,6 +89,7 @@ class PoolScaler:
         if serving:
             growth = self._trend.growth(self._policies.forecast_s) if self._policies.forecast_s else 1.0
             expected = [grown(load, growth) for load in serving]
+            waiting = waiting._replace(blocks=round(waiting.blocks * growth))
             return self._signal.look(expected, starting, self._policies, waiting)
         missing = 1 if waiting.requests and not starting else 0
         return SizeChange(missing, "no instance serves, and requests wait" if missing else "none reports yet")

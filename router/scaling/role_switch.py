@@ -9,6 +9,7 @@ from router.load import InstanceLoad
 from router.request import NO_DEMAND
 from router.scaling.decisions import Drain, PoolBounds
 from router.scaling.pool import signal_of
+from router.scaling.signals import to_hand_off
 from router.settings import PolicySet
 
 ROLES = ("prefill", "decode")
@@ -65,8 +66,9 @@ class RoleSwitch:
         serving = {role: self._serving(pool) for role, pool in pools.items()}
         if not all(serving.values()):
             return "", ""
+        waiting = {"prefill": NO_DEMAND, "decode": to_hand_off(pools["prefill"])}
         prefill, decode = (
-            self._signals[role].look(serving[role], 0, self._policies, NO_DEMAND) for role in ROLES
+            self._signals[role].look(serving[role], 0, self._policies, waiting[role]) for role in ROLES
         )
         reason = f"prefill: {prefill.reason}; decode: {decode.reason}"
         if prefill.instances > 0 > decode.instances and self._may_give("decode", "prefill", serving):

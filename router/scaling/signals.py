@@ -1,7 +1,7 @@
 """What a pool needs: by freeness for decode and neutral pools, by utilisation for prefill pools."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated
 
 from msgspec import Meta
@@ -135,4 +135,14 @@ def work_of(loads: Sequence[InstanceLoad], waiting: Demand) -> float:
         return sum(load.busy for load in loads) + tokens * token_s / WORK_OFF_S
     usable = sum(load.total_blocks - load.watermark_blocks - load.slow_blocks for load in loads) / len(loads)
     blocks = sum(load.demanded_blocks for load in loads)
-    return (blocks + loads[0].blocks_for(waiting.tokens)) / max(usable, 1)
+    return (blocks + loads[0].blocks_for(waiting.tokens) + waiting.blocks) / max(usable, 1)
+
+
+def to_hand_off(loads: Iterable[InstanceLoad]) -> Demand:
+    """What the prefill instances among these run: the decode pool does not have it yet.
+
+    Where that pool is full, requests decode on the prefill instances until it has room.
+    """
+    prefill = [load for load in loads if load.role == "prefill"]
+    blocks = sum(load.total_blocks - load.free_blocks for load in prefill)
+    return Demand(sum(load.running for load in prefill), blocks=blocks)

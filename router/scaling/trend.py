@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from router.load import InstanceLoad
+from router.request import NO_DEMAND, Demand
 
 #: Time over which the trend is fitted, in seconds, and the least time between two of its points.
 FITTED_S, POINT_S = 120.0, 1.0
@@ -24,11 +25,11 @@ class LoadTrend:
     def __init__(self) -> None:
         self._points: deque[tuple[float, float]] = deque()
 
-    def add(self, loads: Sequence[InstanceLoad], now: float) -> None:
-        """Takes the loads of a pool, about once a second."""
+    def add(self, loads: Sequence[InstanceLoad], now: float, waiting: Demand = NO_DEMAND) -> None:
+        """Takes the loads of a pool, and what it does not have yet, about once a second."""
         if self._points and now - self._points[-1][0] < POINT_S:
             return
-        self._points.append((now, load_of(loads)))
+        self._points.append((now, load_of(loads, waiting)))
         while self._points[0][0] < now - FITTED_S:
             self._points.popleft()
 
@@ -53,11 +54,15 @@ class LoadTrend:
         return min(1.0 + sure * horizon_s / present, MAX_GROWTH)
 
 
-def load_of(loads: Sequence[InstanceLoad]) -> float:
-    """The time that prefill instances are in steps, and the blocks that others use, of a whole pool."""
+def load_of(loads: Sequence[InstanceLoad], waiting: Demand) -> float:
+    """The time that prefill instances are in steps, and the blocks that others use, of a whole pool.
+
+    The blocks that are to be handed off count, too: a full pool would seem to have a load that stands still.
+    """
     if all(load.role == "prefill" for load in loads):
         return sum(load.busy for load in loads)
-    return float(sum(load.total_blocks - load.free_blocks + load.waiting_blocks for load in loads))
+    used = sum(load.total_blocks - load.free_blocks + load.waiting_blocks for load in loads)
+    return float(used + waiting.blocks)
 
 
 def grown(load: InstanceLoad, factor: float) -> InstanceLoad:

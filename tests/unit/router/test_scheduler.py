@@ -209,6 +209,22 @@ def test_prompts_in_line_count_for_the_prefill_pool_and_not_for_the_decode_pool(
     assert run.round(*pools, after=10) == [("start", "prefill")]
 
 
+def test_requests_that_a_full_decode_pool_leaves_on_prefill_instances_count_for_it() -> None:
+    """Its own load stands still: nothing more fits."""
+    run = Run(autoscale={"decode": PoolBounds(1, 4)})
+    full = InstanceLoad("d0", "decode", total_blocks=851, free_blocks=400, running=20)
+    empty, holding = (
+        InstanceLoad(
+            "p0", "prefill", total_blocks=851, free_blocks=851 - used, running=used // 40, draining=True
+        )
+        for used in (0, 400)
+    )
+    run.round(full, empty)
+    assert run.round(full, empty, after=10) == []
+
+    assert run.round(full, holding, after=10) == [("start", "decode")]
+
+
 def test_a_pool_shrinks_by_draining_and_stops_what_is_empty() -> None:
     run = Run(autoscale={"neutral": PoolBounds(1, 4)})
     idle = InstanceLoad("idle", "neutral", total_blocks=851, free_blocks=851)

@@ -25,13 +25,13 @@ class Roles:
         return decisions
 
 
-def prefill(name: str, waiting_tokens: int = 0, **other: int) -> InstanceLoad:
+def prefill(name: str, waiting_tokens: int = 0, free: int = 851, **other: int) -> InstanceLoad:
     waiting = int(waiting_tokens > 0)
     return InstanceLoad(
         name,
         "prefill",
         total_blocks=851,
-        free_blocks=851,
+        free_blocks=free,
         waiting=waiting,
         waiting_tokens=waiting_tokens,
         **other,
@@ -61,6 +61,14 @@ def test_an_idle_decode_instance_helps_to_prefill() -> None:
 
 def test_an_idle_prefill_instance_helps_to_decode() -> None:
     assert said(Roles().look(FULL, prefill("p0"), prefill("p1"), seconds=11)) == [("p0", "decode")]
+
+
+def test_requests_that_prefill_instances_are_left_with_are_load_of_the_decode_pool() -> None:
+    half = decode("d0", 500, 20)
+
+    assert Roles().look(half, prefill("p0", running=1), prefill("p1"), seconds=11) == []
+    holding = prefill("p0", free=451, running=20)
+    assert said(Roles().look(half, holding, prefill("p1"), seconds=11)) == [("p1", "decode")]
 
 
 def test_a_short_wave_switches_no_role() -> None:

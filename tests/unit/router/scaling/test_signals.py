@@ -12,7 +12,14 @@ from router.load import InstanceLoad
 from router.policies import policy_set
 from router.request import NO_DEMAND, Demand
 from router.scaling import SizeChange
-from router.scaling.signals import MAX_CHANGE, BacklogSignal, BusySignal, FreenessSignal, WorkSignal
+from router.scaling.signals import (
+    MAX_CHANGE,
+    BacklogSignal,
+    BusySignal,
+    FreenessSignal,
+    WorkSignal,
+    to_hand_off,
+)
 from router.settings import PolicySet
 from tests.unit.router.made_loads import clusters, neutral, prefill, scaled
 
@@ -181,6 +188,18 @@ def test_what_waits_is_work_at_once() -> None:
     queues = [replace(one, waiting=10, waiting_blocks=851) for one in pool(4, 170, 20)]
     assert work(queues) == 4
     assert work(pool(4, 425, 0), 0, Demand(100, 100 * 16 * 20)) == 2
+
+
+def test_what_prefill_instances_run_is_work_of_the_decode_pool() -> None:
+    others = [prefill("p0", free=40, running=3), prefill("p1", free=100), *pool(2, 0, 20)]
+    held = to_hand_off(others)
+
+    assert held == Demand(requests=3, blocks=60)
+    assert to_hand_off([]) == NO_DEMAND
+    assert work(pool(4, 213, 20)) == 0
+    assert work(pool(4, 213, 20), 0, Demand(20, blocks=851)) == 1
+    assert look(pool(4, 220, 20), 0).instances == 0
+    assert FreenessSignal().look(pool(4, 220, 20), 0, PAPER, Demand(20, blocks=851)).instances == 2
 
 
 def test_a_look_doubles_a_small_pool_or_more_and_a_large_one_at_most() -> None:

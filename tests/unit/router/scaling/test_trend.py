@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
+from router.request import Demand
 from router.scaling.trend import FITTED_S, MAX_GROWTH, LoadTrend, grown
 from tests.unit.router.made_loads import decode, prefill
 
@@ -50,6 +51,15 @@ def test_prefill_instances_are_measured_by_the_time_in_steps() -> None:
         trend.add([prefill("p0", busy=second / 100), prefill("p1", busy=second / 100)], float(second))
 
     assert trend.growth(30.0) == pytest.approx(1.5, rel=0.01)
+
+
+def test_what_a_full_pool_does_not_get_is_part_of_its_trend() -> None:
+    trend = LoadTrend()
+    for second in range(61):
+        full = decode("d0", free=0, total=1000)
+        trend.add([full], float(second), Demand(second, blocks=10 * second))
+
+    assert trend.growth(60.0) == pytest.approx((1600 + 600) / 1600, rel=0.01)
 
 
 def test_a_grown_load_has_more_requests_and_less_room() -> None:
