@@ -5,8 +5,7 @@ its own. Locust's own users are closed loops: they wait for the service, so a sl
 """
 
 import sys
-from argparse import Namespace
-from typing import Any
+from typing import Any, NoReturn
 
 from locust import LoadTestShape, User, events, task
 from locust.argument_parser import LocustArgumentParser
@@ -46,6 +45,13 @@ class LocustRun:
 @events.init_command_line_parser.add_listener
 def add_options(parser: LocustArgumentParser) -> None:
     load_options.add_to(parser)
+    parsed, _ = parser.parse_known_args()
+    if parsed.master or parsed.worker or parsed.processes:
+        # Before Locust starts processes: a worker without a master waits for five minutes
+        _refuse(
+            "one process makes all the load: workers cannot share the arrivals of a plan. Leave out "
+            "--processes, --master and --worker; for more load start several with different --seed"
+        )
 
 
 @events.init.add_listener
@@ -53,7 +59,8 @@ def prepare(environment: Environment, **_: Any) -> None:
     parsed = environment.parsed_options
     assert parsed is not None
     try:
-        _refuse_distributed(parsed)
+        if not parsed.host:
+            raise InvalidRequestError("give the service's address: --host http://127.0.0.1:8000")
         LocustRun.options = options = LoadOptions.from_parsed(parsed)
         spec = TraceSpec(
             options.trace,
@@ -74,9 +81,7 @@ def prepare(environment: Environment, **_: Any) -> None:
             folder=options.traces,
         )
     except InvalidRequestError as error:
-        if not (parsed.worker and parsed.processes):  # only the first of the processes of --processes prints
-            print(f"loadtests: error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USAGE)
+        _refuse(str(error))
 
 
 @events.test_stop.add_listener
@@ -152,14 +157,9 @@ class LoadDispatcher(User):
         )
 
 
-def _refuse_distributed(parsed: Namespace) -> None:
-    if parsed.master or parsed.worker or (parsed.processes or 1) != 1:
-        raise InvalidRequestError(
-            "one process makes all the load: workers cannot share the arrivals of a plan. Leave out "
-            "--processes, --master and --worker; for more load start several with different --seed"
-        )
-    if not parsed.host:
-        raise InvalidRequestError("give the service's address: --host http://127.0.0.1:8000")
+def _refuse(reason: str) -> NoReturn:
+    print(f"loadtests: error: {reason}", file=sys.stderr)
+    sys.exit(EXIT_USAGE)
 
 
 def _summary(test: LoadTest) -> dict[str, Any]:

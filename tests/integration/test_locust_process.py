@@ -139,6 +139,7 @@ def test_a_missed_slo_sets_exit_code_3(server: FakeModelServer) -> None:
     ("arguments", "code", "says"),
     [
         ((*LOAD, "--processes", "2"), 2, "one process makes all the load"),
+        ((*LOAD, "--worker"), 2, "one process makes all the load"),
         (LOAD, 1, "connection failed: ConnectionRefusedError"),
     ],
 )
