@@ -3,7 +3,7 @@
 import os
 import re
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pd_serve.config import ENVIRONMENT_PREFIX, ServeConfig
@@ -20,6 +20,12 @@ LEAST_SECRET_LENGTH = 32
 #: Names of keys, which metrics show.
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
+#: A setting behind a key that no space ends.
+SETTING_IN_KEY = re.compile(r",(name|rpm|tpm)=")
+
+#: A "#" within a key begins none.
+COMMENT = re.compile(r"(^|\s)#.*")
+
 Warn = Callable[[str], None]
 
 
@@ -32,10 +38,12 @@ def with_credentials(config: ServeConfig, warn: Warn) -> ServeConfig:
         InvalidRequestError: A file cannot be read, a key no client could send, or a secret that is too short.
     """
     os.environ.pop(SECRET_VARIABLE, None)
-    lines = [line.split(maxsplit=1) for line in _keys_of(config.api_key_file, "--api-key-file", warn)]
-    keys = [*config.api_key, *(key for key, *_ in lines)]
-    own = {key: _own(key, text, config.api_key_file) for key, *texts in lines for text in texts}
-    admin_keys = _keys_of(config.admin_key_file, "--admin-key-file", warn)
+    lines = _lines_of(config.api_key_file, "--api-key-file", warn)
+    _refuse_doubtful(lines, config.api_key_file)
+    in_file = [line.split(maxsplit=1) for line in lines.values()]
+    keys = dict.fromkeys([*config.api_key, *(key for key, *_ in in_file)])
+    own = {key: _own(key, text, config.api_key_file) for key, *texts in in_file for text in texts}
+    admin_keys = list(_lines_of(config.admin_key_file, "--admin-key-file", warn).values())
     if len(admin_keys) > 1:
         raise InvalidRequestError(
             f"--admin-key-file: {config.admin_key_file} holds {len(admin_keys)} keys instead of one"
@@ -60,6 +68,22 @@ def checked_key(key: str) -> str:
     if not key or not key.isascii() or not key.isprintable() or " " in key:
         raise InvalidRequestError("a key must consist of printable ASCII characters without spaces")
     return key
+
+
+def _refuse_doubtful(lines: Mapping[int, str], path: Path | None) -> None:
+    """Raises: InvalidRequestError: without the key, of a line that hardly says what was meant."""
+    first: dict[str, int] = {}
+    for number, line in lines.items():
+        key = line.split(maxsplit=1)[0]
+        if SETTING_IN_KEY.search(key):
+            raise InvalidRequestError(
+                f"--api-key-file: {path}, line {number}: a space has to stand between a key and its settings"
+            )
+        if first.setdefault(key, number) != number:
+            raise InvalidRequestError(
+                f"--api-key-file: {path}: lines {first[key]} and {number} have the same key; give it once,"
+                " with all its settings"
+            )
 
 
 def _own(key: str, text: str, path: Path | None) -> tuple[str, KeyLimits | None]:
@@ -87,12 +111,12 @@ def _checked_secret(secret: bytes) -> bytes:
     return secret
 
 
-def _keys_of(path: Path | None, flag: str, warn: Warn) -> Sequence[str]:
-    """The keys of a file, one a line; "#" begins a comment."""
+def _lines_of(path: Path | None, flag: str, warn: Warn) -> dict[int, str]:
+    """The lines of a file with keys, by number, without comments."""
     if path is None:
-        return ()
-    lines = (line.partition("#")[0].strip() for line in _read(path, flag, warn).splitlines())
-    keys = [line for line in lines if line]
+        return {}
+    lines = enumerate(_read(path, flag, warn).splitlines(), start=1)
+    keys = {number: text for number, line in lines if (text := COMMENT.sub("", line).strip())}
     if not keys:
         raise InvalidRequestError(f"{flag}: there is no key in {path}")
     return keys

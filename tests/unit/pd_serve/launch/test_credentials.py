@@ -65,13 +65,27 @@ def test_a_file_that_others_can_read_is_warned_about(tmp_path: Path, warnings: l
         ("# nothing\n\n", "there is no key in"),
         ("sk alice", "behind a key there may be a name and limits, such as name=alice,rpm=60,tpm=100000"),
         ("clé", "printable ASCII characters without spaces"),
+        ("\nsk-alice,rpm=5", "line 2: a space has to stand between a key and its settings"),
+        ("sk-alice\n# again\nsk-alice rpm=5", "lines 1 and 3 have the same key"),
     ],
 )
 def test_a_file_without_usable_keys_is_refused(
     tmp_path: Path, warnings: list[str], content: str, says: str
 ) -> None:
-    with pytest.raises(InvalidRequestError, match=says):
+    with pytest.raises(InvalidRequestError, match=says) as refused:
         with_credentials(ServeConfig(api_key_file=private(tmp_path / "keys", content)), warnings.append)
+    assert "alice" not in str(refused.value).partition("such as")[0]
+
+
+def test_a_key_may_have_a_number_sign_and_stand_on_the_command_line_too(
+    tmp_path: Path, warnings: list[str]
+) -> None:
+    path = private(tmp_path / "keys", "sk#bob rpm=5 # until May\n\t# none\n")
+
+    config = with_credentials(ServeConfig(api_key=["sk#bob"], api_key_file=path), warnings.append)
+
+    assert config.api_key == ("sk#bob",)
+    assert config.limits_of_accounts == [KeyLimits(5)]
 
 
 def test_the_message_about_a_refused_key_omits_the_key() -> None:
