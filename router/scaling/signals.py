@@ -105,7 +105,7 @@ class WorkSignal:
         self,
         use: Annotated[
             float, Meta(gt=0, le=1, description="Share of an instance that work may take.")
-        ] = 0.85,
+        ] = 0.75,
         margin: Annotated[
             float, Meta(ge=0, lt=1, description="By how much less fewer instances have to be used.")
         ] = 0.1,
