@@ -21,8 +21,7 @@ class OfferedAdapters:
     def follow(self, on_change: Callable[[Sequence[LoraAdapter]], None]) -> None:
         """Calls back with the present adapters, and whenever they have changed."""
         self._on_change = on_change
-        if self._known:
-            on_change(self._known)
+        on_change(self._known)
 
     def on_membership(self, adapters: list[LoraAdapter]) -> None:
         if adapters != self._known:
