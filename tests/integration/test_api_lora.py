@@ -25,7 +25,7 @@ from pd_serve.api.engine_client import ClusterAsyncLLM
 from pd_serve.api.lora_adapters import offer_adapters
 from pd_serve.comm.membership import LoraAdapter
 from pd_serve.comm.requests import LoadAdapter, UnloadAdapter
-from pd_serve.errors import EngineDeadError, PdServeError, UnknownTargetError
+from pd_serve.errors import EngineDeadError, InvalidRequestError, PdServeError, UnknownTargetError
 from pd_serve.frontend.frontend import Frontend
 from pd_serve.frontend.lora_adapters import OfferedAdapters
 from pd_serve.frontend.manager_client import ManagerClient
@@ -182,6 +182,30 @@ async def test_an_adapter_that_no_instance_can_load_is_an_error(cluster: Cluster
     assert answer.status_code == 500
     assert "no such directory" in answer.text
     assert await first.models() == await second.models() == ["tiny"]
+
+
+@pytest.mark.parametrize(
+    ("refusal", "status", "text"),
+    [
+        (
+            PdServeError("d0: LoRAAdapterNotFoundError: Loading lora french@x failed"),
+            404,
+            "lora french failed",
+        ),
+        (InvalidRequestError("the adapter 'french' is loaded from /elsewhere"), 400, "is loaded from"),
+        (EngineDeadError("the manager is absent"), 503, "is absent"),
+    ],
+)
+async def test_a_refusal_has_its_own_status(
+    cluster: Cluster, refusal: PdServeError, status: int, text: str
+) -> None:
+    """Another API server may have loaded another adapter under the name at the same time."""
+    manager, first, _ = cluster
+    manager.refusal = refusal
+    answer = await first.post("/v1/load_lora_adapter", FRENCH)
+    assert answer.status_code == answer.json()["error"]["code"] == status
+    assert text in answer.json()["error"]["message"]
+    assert await first.models() == ["tiny"]
 
 
 async def test_nothing_is_unloaded_while_the_manager_is_absent(cluster: Cluster) -> None:
