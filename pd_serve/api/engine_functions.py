@@ -6,7 +6,7 @@ vLLM's own handlers would answer some of them with 500 and a traceback, and othe
 from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import JSONResponse
-from starlette.routing import Route
+from starlette.routing import Match, Route
 
 from pd_serve.api.errors import error_response
 
@@ -36,8 +36,14 @@ ABSENT = (
 
 
 def refuse_absent(app: FastAPI) -> None:
-    """Puts the refusals before vLLM's own routes."""
-    app.router.routes[:0] = [Route(path, _refuse, methods=["GET", "POST"]) for path in ABSENT]
+    """Puts the refusals before vLLM's own routes. Most of these need `VLLM_SERVER_DEV_MODE=1`."""
+    offered = [path for path in ABSENT if _is_offered(app, path)]
+    app.router.routes[:0] = [Route(path, _refuse, methods=["GET", "POST"]) for path in offered]
+
+
+def _is_offered(app: FastAPI, path: str) -> bool:
+    scope = {"type": "http", "path": path, "method": "POST"}
+    return any(route.matches(scope)[0] is not Match.NONE for route in app.router.routes)
 
 
 async def _refuse(request: Request) -> JSONResponse:

@@ -47,6 +47,8 @@ ASKED = {
     "/reset_mm_cache": ("reset_mm_cache", None, None),
     "/reset_encoder_cache": ("reset_encoder_cache", None, None),
 }
+#: Routes that need flags of their own.
+FLAGGED = ("/start_profile", "/stop_profile", "/fault_tolerance/apply", "/fault_tolerance/status")
 OWN = ("/server_info", "/get_world_size", "/is_scaling_elastic_ep", "/abort_requests")
 
 
@@ -94,7 +96,12 @@ async def test_every_route_of_vllm_to_its_engine_is_known_here() -> None:
     assert paths == {*ABSENT, *ASKED, *OWN}
 
 
-@pytest.mark.parametrize("path", ABSENT)
+@pytest.mark.parametrize("path", FLAGGED)
+async def test_a_route_that_vllm_does_not_offer_is_unknown_as_in_vllm(server: Server, path: str) -> None:
+    assert (await server[0].post(path)).status_code == 404
+
+
+@pytest.mark.parametrize("path", [path for path in ABSENT if path not in FLAGGED])
 async def test_a_function_of_one_engine_is_refused(server: Server, path: str) -> None:
     http, instances = server
     for body in ({}, {"method": "x"}, {"new_data_parallel_size": 1}):
