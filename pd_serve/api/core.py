@@ -1,6 +1,7 @@
 """The cluster as vLLM's engine-core client, which `AsyncLLM` calls."""
 
 import asyncio
+import logging
 from collections.abc import Callable
 from http import HTTPStatus
 from types import SimpleNamespace
@@ -25,6 +26,8 @@ from pd_serve.errors import PdServeError
 from pd_serve.frontend.frontend import Frontend
 from router.request import NewRequest
 from router.slo import NO_SLO, Slo
+
+logger = logging.getLogger(__name__)
 
 
 class ClusterCore(EngineCoreClient):
@@ -105,7 +108,11 @@ class ClusterCore(EngineCoreClient):
     async def add_lora_async(self, lora_request: LoRARequest) -> bool:
         """Loads an adapter on all instances, and offers it at all API servers."""
         adapter = adapter_of(lora_request)
-        await self._frontend.lora_adapters.load(adapter, reload=lora_request.load_inplace)
+        try:
+            await self._frontend.lora_adapters.load(adapter, reload=lora_request.load_inplace)
+        except PdServeError as error:  # vLLM takes the path out of it
+            logger.error("the LoRA adapter %s=%s cannot be loaded: %s", adapter.name, adapter.path, error)
+            raise
         return True
 
     async def list_loras_async(self) -> set[int]:

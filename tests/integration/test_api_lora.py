@@ -15,6 +15,7 @@ os.environ.setdefault("VLLM_PLUGINS", "")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
+from vllm.lora.request import LoRARequest
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.serial_utils import MsgpackDecoder
 
@@ -206,6 +207,17 @@ async def test_a_refusal_has_its_own_status(
     assert answer.status_code == answer.json()["error"]["code"] == status
     assert text in answer.json()["error"]["message"]
     assert await first.models() == ["tiny"]
+
+
+async def test_the_log_says_which_adapter_of_a_flag_cannot_be_loaded(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    """vLLM's message has `<path>` in the place of some paths."""
+    manager, first, _ = cluster
+    manager.refusal = PdServeError("prefill-0: no adapter")
+    with pytest.raises(PdServeError, match="no adapter"):
+        await first.client.add_lora(LoRARequest("french", 1, "/home/french"))
+    assert "the LoRA adapter french=/home/french cannot be loaded: prefill-0: no adapter" in caplog.text
 
 
 async def test_nothing_is_unloaded_while_the_manager_is_absent(cluster: Cluster) -> None:
