@@ -6,7 +6,7 @@ moves no text state.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from http import HTTPStatus
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -247,9 +247,17 @@ class ClusterAsyncLLM(AsyncLLM):
         whole = state.parent_req.request_id if state.parent_req is not None else request_id  # n > 1
         self._tasks.start(self.abort(whole, internal=True))
 
-    async def abort_all(self) -> None:
+    async def abort_named(self, names: Collection[str]) -> int:
+        """Ends running requests by any of their names; see `internal_ids`. Returns their number."""
+        ids = {internal_id for name in names for internal_id in self.internal_ids(name)}
+        await self.abort(list(ids), internal=True)
+        return len(ids)
+
+    async def abort_all(self) -> int:
         """Ends every request; each stream gets its last chunk, with finish reason "abort"."""
-        await self.abort(list(self.output_processor.request_states), internal=True)
+        ids = list(self.output_processor.request_states)
+        await self.abort(ids, internal=True)
+        return len(ids)
 
 
 def _as_refusal(error: PdServeError) -> Exception:

@@ -1,7 +1,10 @@
-"""vLLM's routes to functions of one engine, which a cluster of several refuses with 501.
+"""vLLM's routes to functions of one engine, which a cluster of several refuses with 501, or does everywhere.
 
 vLLM's own handlers would answer some of them with 500 and a traceback, and others as if they had been done.
 """
+
+import json
+from collections.abc import Awaitable, Callable
 
 from fastapi import FastAPI
 from starlette.requests import Request
@@ -39,6 +42,30 @@ def refuse_absent(app: FastAPI) -> None:
     """Puts the refusals before vLLM's own routes. Most of these need `VLLM_SERVER_DEV_MODE=1`."""
     offered = [path for path in ABSENT if _is_offered(app, path)]
     app.router.routes[:0] = [Route(path, _refuse, methods=["GET", "POST"]) for path in offered]
+
+
+def abort_everywhere(app: FastAPI, abort: Callable[[list[str]], Awaitable[int]]) -> None:
+    """Ends requests of all API servers, where vLLM's own handler ends those of the one that answers.
+
+    Args:
+        abort: Ends requests by name, or all of them if no name is given, and returns their number.
+
+    Source: vllm/entrypoints/rl/online/api_router.py, abort_requests
+    """
+
+    async def serve(request: Request) -> JSONResponse:
+        try:
+            body = json.loads(await request.body())
+        except ValueError:
+            return error_response(400, "The body is not JSON.")
+        names = (body.get("request_ids") or []) if isinstance(body, dict) else None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            return error_response(400, "request_ids has to be a list of strings.")
+        return JSONResponse({"status": "aborted", "aborted": await abort(names)})
+
+    path = "/abort_requests"
+    if _is_offered(app, path):
+        app.router.routes.insert(0, Route(path, serve, methods=["POST"]))
 
 
 def _is_offered(app: FastAPI, path: str) -> bool:

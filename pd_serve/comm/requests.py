@@ -193,6 +193,12 @@ class ReadRecent(Request[list[CountedSlot]], frozen=True, tag=True):
     since: int
 
 
+class AbortByName(Request[int], frozen=True, tag=True):
+    """Ends running requests by any of their names, all of them if none is given. Returns their number."""
+
+    names: list[str]
+
+
 AnyRequest = (
     CheckIntegrity
     | ListRequests
@@ -210,6 +216,7 @@ AnyRequest = (
     | FindRequests
     | ReadMetrics
     | ReadRecent
+    | AbortByName
 )
 
 

@@ -28,7 +28,7 @@ from pd_serve.api.app import create_app
 from pd_serve.api.codec import VllmCodec
 from pd_serve.api.core import ClusterCore
 from pd_serve.api.engine_client import ClusterAsyncLLM
-from pd_serve.api.engine_functions import ABSENT
+from pd_serve.api.engine_functions import ABSENT, abort_everywhere
 from pd_serve.comm.requests import CallEngine
 from pd_serve.errors import EngineDeadError
 from pd_serve.frontend.frontend import Frontend
@@ -60,6 +60,11 @@ class Instances:
     def __init__(self) -> None:
         self.answers: list[Any] = []
         self.called: list[CallEngine] = []
+        self.aborted: list[list[str]] = []
+
+    async def abort(self, names: list[str]) -> int:
+        self.aborted.append(names)
+        return 3
 
     async def call_all(self, request: CallEngine) -> dict[str, Any]:
         self.called.append(request)
@@ -83,6 +88,7 @@ async def server() -> AsyncIterator[Server]:
         core = ClusterCore(frontend, outputs, VllmCodec(), ("generate",))
         client = ClusterAsyncLLM(parsed.server_config(), core, log_requests=False, log_stats=False)
         app = await create_app(parsed.server, client, ScriptedCluster(), max_body_bytes=2**20)
+        abort_everywhere(app, instances.abort)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
             yield http, instances
@@ -138,6 +144,23 @@ async def test_an_instance_without_an_answer_is_a_503(
     answer = await _call(http)(path)
     assert answer.status_code == answer.json()["error"]["code"] == 503
     assert text in answer.json()["error"]["message"]
+
+
+async def test_requests_of_all_api_servers_are_aborted(server: Server) -> None:
+    http, instances = server
+    for body in ({"request_ids": ["a", "b"]}, {}):
+        answer = await http.post("/abort_requests", json=body)
+        assert (answer.status_code, answer.json()) == (200, {"status": "aborted", "aborted": 3})
+    assert instances.aborted == [["a", "b"], []]
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"request_ids": "a"}', b'{"request_ids": [1]}'])
+async def test_an_abort_that_cannot_be_read_aborts_nothing(server: Server, body: bytes) -> None:
+    http, instances = server
+    instances.aborted = []
+    answer = await http.post("/abort_requests", content=body)
+    assert answer.status_code == answer.json()["error"]["code"] == 400
+    assert instances.aborted == []
 
 
 def _call(http: httpx.AsyncClient) -> Callable[[str], Any]:
