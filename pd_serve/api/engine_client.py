@@ -249,14 +249,18 @@ class ClusterAsyncLLM(AsyncLLM):
 
     async def abort_named(self, names: Collection[str]) -> int:
         """Ends running requests by any of their names; see `internal_ids`. Returns their number."""
-        ids = {internal_id for name in names for internal_id in self.internal_ids(name)}
-        await self.abort(list(ids), internal=True)
-        return len(ids)
+        return await self._end({internal_id for name in names for internal_id in self.internal_ids(name)})
 
     async def abort_all(self) -> int:
         """Ends every request; each stream gets its last chunk, with finish reason "abort"."""
-        ids = list(self.output_processor.request_states)
+        return await self._end(self.output_processor.request_states)
+
+    async def _end(self, internal_ids: Collection[str]) -> int:
+        ids = list(internal_ids)
         await self.abort(ids, internal=True)
+        # vLLM forgets a request with several choices by its own id only.
+        parents = self.output_processor.parent_requests.items()
+        await self.abort([name for name, parent in parents if not parent.child_requests], internal=True)
         return len(ids)
 
 
