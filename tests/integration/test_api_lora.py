@@ -45,6 +45,7 @@ class Manager:
     def __init__(self) -> None:
         self.adapters: dict[str, LoraAdapter] = {}
         self.refusal: PdServeError | None = None
+        self.is_alive = True
         self.servers: list[OfferedAdapters] = []
         self.reloads = 0
 
