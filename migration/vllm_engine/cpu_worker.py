@@ -1,11 +1,15 @@
-"""vLLM's worker for CPUs with three corrections, of which every worker process makes one by its name."""
+"""vLLM's worker for CPUs with four corrections, of which every worker process makes one by its name."""
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_pp_group
+from vllm.lora.ops.torch_ops import lora_ops
+from vllm.lora.punica_wrapper import punica_cpu
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 
@@ -20,6 +24,8 @@ class CorrectedCpuWorker(CPUWorker):
         """
         if vllm_config.model_config.enforce_eager:
             torch.compiler.set_stance("force_eager")
+        if vllm_config.lora_config is not None:
+            keep_rows_without_adapter()
         super().__init__(vllm_config, *arguments, **named)
 
     def compile_or_warm_up_model(self) -> Any:
@@ -55,3 +61,36 @@ class CorrectedCpuWorker(CPUWorker):
             return super().sample_tokens(grammar_output)
         finally:
             batch.generators.update(kept_out)
+
+
+def keep_rows_without_adapter() -> None:
+    """LoRA adapters leave the rows of other requests in their batch alone.
+
+    A row without an adapter has the index -1, and vLLM's operations for CPUs read the last slot for it: with
+    as many adapters in use as `--max-loras` allows, the base model answered with one of them.
+
+    Source: vllm/lora/ops/torch_ops/lora_ops.py; vllm/lora/punica_wrapper/punica_cpu.py, which imports them.
+    """
+    for name in ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice"):
+        operation = getattr(lora_ops, name)
+        if not hasattr(operation, "__wrapped__"):  # by the worker of another engine in this process
+            for module in (lora_ops, punica_cpu):
+                setattr(module, name, _of_rows_with_adapter(operation))
+
+
+def _of_rows_with_adapter(operation: Callable[..., None]) -> Callable[..., None]:
+    """The operation with zeros as the input of rows without an adapter, so that it adds zeros to them."""
+
+    @wraps(operation)
+    def corrected(
+        inputs: torch.Tensor,
+        weights: torch.Tensor,
+        output: torch.Tensor,
+        adapters: torch.Tensor,
+        *more: Any,
+        **named: Any,
+    ) -> None:
+        has_none = (adapters < 0).unsqueeze(1)
+        operation(inputs.masked_fill(has_none, 0), weights, output, adapters, *more, **named)
+
+    return corrected

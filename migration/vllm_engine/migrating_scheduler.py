@@ -119,6 +119,18 @@ class MigrationMixin:
         unseen = len(self.requests) - sum(self.get_request_counts()) - len(self.migration.suspended)
         return bool(self.finished_req_ids) or (self.connector is not None and unseen > 0)
 
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """Returns False while a migration holds blocks, as vLLM's does while a running request holds some.
+
+        Preempted, running requests hold none, and vLLM takes it for an error that some are held then.
+        """
+        try:
+            return bool(super().reset_prefix_cache(reset_running_requests, reset_connector))  # type: ignore[misc]
+        except RuntimeError:
+            if reset_running_requests and not self.running:
+                return False
+            raise
+
     def _hold_slots(self) -> None:
         """Keeps a model-runner slot free for every request that may enter or come back."""
         held = len(self.migration.suspended) + len(self.migration.arriving)

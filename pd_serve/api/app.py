@@ -13,6 +13,7 @@ from pd_serve.api import cluster_routes
 from pd_serve.api.body_limit import BodyLimitMiddleware
 from pd_serve.api.cluster_view import ClusterView
 from pd_serve.api.engine_client import ClusterAsyncLLM, ClusterRefusal
+from pd_serve.api.engine_functions import refuse_absent
 from pd_serve.api.identity import IdentityMiddleware
 from pd_serve.api.keys import KeyMiddleware
 from pd_serve.api.overload import OverloadMiddleware
@@ -58,6 +59,7 @@ async def create_app(
 
     app.state.cluster = cluster
     app.include_router(cluster_routes.router)
+    refuse_absent(app)
     # Around the router, inside vLLM's own middlewares: a refusal then needs a valid key, has X-Request-Id and
     # CORS headers, and counts in vLLM's HTTP metrics. `app.add_middleware` would be outside of these, and
     # `build_app` has built the stack already: building it again would lose the HTTP metrics.

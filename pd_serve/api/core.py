@@ -1,7 +1,9 @@
 """The cluster as vLLM's engine-core client, which `AsyncLLM` calls."""
 
 import asyncio
+import logging
 from collections.abc import Callable
+from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,22 +15,25 @@ from vllm.v1.engine.core_client import EngineCoreClient
 
 from migration.cached_keys import KeyFormat
 from pd_serve.api.codec import VllmCodec
+from pd_serve.api.engine_client import ClusterRefusal
 from pd_serve.api.identity import client_id, session_id
 from pd_serve.api.lora_adapters import adapter_of, for_engines
 from pd_serve.api.prefix_keys import PrefixKeys
 from pd_serve.api.resumption import note_resumed
 from pd_serve.api.slo import request_slo
 from pd_serve.comm.requests import CallEngine
+from pd_serve.errors import PdServeError
 from pd_serve.frontend.frontend import Frontend
 from router.request import NewRequest
 from router.slo import NO_SLO, Slo
+
+logger = logging.getLogger(__name__)
 
 
 class ClusterCore(EngineCoreClient):
     """Passes requests to the frontend and outputs back to `AsyncLLM`.
 
-    Methods of the base class that are not defined here (pause, sleep, profile, collective RPC) raise
-    `NotImplementedError`, which vLLM answers with 501.
+    It has no pause, sleep, profile or collective RPC: `pd_serve.api.engine_functions` refuses their routes.
 
     Args:
         key_format: Returns the format of the keys by which prefixes are found; None if they are not needed.
@@ -103,36 +108,44 @@ class ClusterCore(EngineCoreClient):
     async def add_lora_async(self, lora_request: LoRARequest) -> bool:
         """Loads an adapter on all instances, and offers it at all API servers."""
         adapter = adapter_of(lora_request)
-        await self._frontend.lora_adapters.load(adapter, reload=lora_request.load_inplace)
+        try:
+            await self._frontend.lora_adapters.load(adapter, reload=lora_request.load_inplace)
+        except PdServeError as error:  # vLLM takes the path out of it
+            logger.error("the LoRA adapter %s=%s cannot be loaded: %s", adapter.name, adapter.path, error)
+            raise
         return True
 
     async def list_loras_async(self) -> set[int]:
-        listed = await self._frontend.instances.call_all(CallEngine("list_loras", []))
-        return {number for numbers in listed.values() for number in numbers}
+        return {number for numbers in await self._ask_all("list_loras") for number in numbers}
 
     async def reset_mm_cache_async(self) -> None:
-        await self._frontend.instances.call_all(CallEngine("reset_mm_cache", []))
+        await self._ask_all("reset_mm_cache")
 
     async def reset_prefix_cache_async(
         self, reset_running_requests: bool = False, reset_connector: bool = False
     ) -> bool:
-        done = await self._frontend.instances.call_all(
-            CallEngine("reset_prefix_cache", [reset_running_requests, reset_connector])
-        )
-        return all(done.values())
+        return all(await self._ask_all("reset_prefix_cache", reset_running_requests, reset_connector))
 
     async def reset_encoder_cache_async(self) -> None:
-        await self._frontend.instances.call_all(CallEngine("reset_encoder_cache", []))
+        await self._ask_all("reset_encoder_cache")
 
     async def is_scheduler_paused_async(self) -> bool:
-        return any((await self._frontend.instances.call_all(CallEngine("is_scheduler_paused", []))).values())
+        return any(await self._ask_all("is_scheduler_paused"))
 
     async def is_sleeping_async(self) -> bool:
-        return any((await self._frontend.instances.call_all(CallEngine("is_sleeping", []))).values())
+        return any(await self._ask_all("is_sleeping"))
 
     async def get_weight_version_async(self) -> Any:
-        versions = await self._frontend.instances.call_all(CallEngine("get_weight_version", []))
-        return next(iter(versions.values()), "default")
+        return next(iter(await self._ask_all("get_weight_version")), "default")
+
+    async def _ask_all(self, method: str, *arguments: Any) -> list[Any]:
+        """Answers of all instances. Raises: ClusterRefusal: One that lives has none."""
+        try:
+            answers = await self._frontend.instances.call_all(CallEngine(method, list(arguments)))
+        except (PdServeError, TimeoutError) as error:
+            why = str(error) or "an instance does not answer"
+            raise ClusterRefusal(why, HTTPStatus.SERVICE_UNAVAILABLE) from error
+        return list(answers.values())
 
     def dp_engines_running(self) -> bool:
         return True

@@ -6,7 +6,7 @@ moves no text state.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from http import HTTPStatus
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -247,9 +247,21 @@ class ClusterAsyncLLM(AsyncLLM):
         whole = state.parent_req.request_id if state.parent_req is not None else request_id  # n > 1
         self._tasks.start(self.abort(whole, internal=True))
 
-    async def abort_all(self) -> None:
+    async def abort_named(self, names: Collection[str]) -> int:
+        """Ends running requests by any of their names; see `internal_ids`. Returns their number."""
+        return await self._end({internal_id for name in names for internal_id in self.internal_ids(name)})
+
+    async def abort_all(self) -> int:
         """Ends every request; each stream gets its last chunk, with finish reason "abort"."""
-        await self.abort(list(self.output_processor.request_states), internal=True)
+        return await self._end(self.output_processor.request_states)
+
+    async def _end(self, internal_ids: Collection[str]) -> int:
+        ids = list(internal_ids)
+        await self.abort(ids, internal=True)
+        # vLLM forgets a request with several choices by its own id only.
+        parents = self.output_processor.parent_requests.items()
+        await self.abort([name for name, parent in parents if not parent.child_requests], internal=True)
+        return len(ids)
 
 
 def _as_refusal(error: PdServeError) -> Exception:

@@ -122,8 +122,8 @@ class LoadAdapter(Request[None], frozen=True, tag=True):
 
     Attributes:
         reload: Also if one of this name is loaded, which it replaces.
-        by_flag: An API server that starts was given it. One of this name that is loaded stays: operators may
-            have replaced it meanwhile.
+        by_flag: An API server that starts was given it. Nothing changes if one of this name is loaded, or was
+            loaded by a flag before: operators may have replaced or unloaded it meanwhile.
     """
 
     adapter: LoraAdapter
@@ -193,6 +193,12 @@ class ReadRecent(Request[list[CountedSlot]], frozen=True, tag=True):
     since: int
 
 
+class AbortByName(Request[int], frozen=True, tag=True):
+    """Ends running requests by any of their names, all of them if none is given. Returns their number."""
+
+    names: list[str]
+
+
 AnyRequest = (
     CheckIntegrity
     | ListRequests
@@ -210,6 +216,7 @@ AnyRequest = (
     | FindRequests
     | ReadMetrics
     | ReadRecent
+    | AbortByName
 )
 
 

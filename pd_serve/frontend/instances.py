@@ -97,12 +97,23 @@ class Instances:
         return await self.calls.call(instance_id, request)
 
     async def call_all(self, request: Request[R]) -> dict[str, R]:
-        """Calls every instance. Raises: EngineDeadError: A call failed."""
+        """Calls every instance. Those that have left the membership meanwhile are left out.
+
+        Raises:
+            EngineDeadError: A call failed.
+            TimeoutError: No answer within `CALL_TIMEOUT_S`.
+        """
         names = [info.instance_id for info in self]
-        try:
-            values = await asyncio.gather(*(self.call(name, request) for name in names))
-        except EngineDeadError:
-            raise
-        except PdServeError as error:
-            raise EngineDeadError(str(error)) from error
-        return dict(zip(names, values, strict=True))
+        calls = (self.call(name, request) for name in names)
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        values: dict[str, R] = {}
+        for name, answer in zip(names, answers, strict=True):
+            if not isinstance(answer, BaseException):
+                values[name] = answer
+            elif name not in self:
+                continue
+            elif isinstance(answer, PdServeError) and not isinstance(answer, EngineDeadError):
+                raise EngineDeadError(str(answer)) from answer
+            else:
+                raise answer
+        return values

@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Self
 
 from pd_serve.comm.membership import InstanceInfo
-from pd_serve.comm.requests import CountedSlot, ReadMetrics, ReadRecent
+from pd_serve.comm.requests import AbortByName, CountedSlot, ReadMetrics, ReadRecent
 from pd_serve.comm.timing import METRICS_CALL_S
 from pd_serve.comm.wire import Wire
 from pd_serve.config import ServeConfig
@@ -162,7 +162,8 @@ class ApiServer:
 def _share(
     frontend: Frontend, app: "FastAPI", metrics: "MetricsText", live: LiveView, recent: RecentEvents
 ) -> None:
-    """Exchanges with the other API servers what concerns the whole service: metrics, limits, live page."""
+    """Shares with the other API servers what concerns the whole service: metrics, limits, page, aborts."""
+    from pd_serve.api.engine_functions import abort_everywhere
     from pd_serve.observe.exposition import show_metrics
 
     api_servers = frontend.api_servers
@@ -177,9 +178,20 @@ def _share(
     async def counted(sender: str, request: ReadRecent) -> list[CountedSlot]:
         return recent.counted(request.since)
 
+    async def abort(sender: str, request: AbortByName) -> int:
+        client: ClusterAsyncLLM = app.state.engine_client
+        return await (client.abort_named(request.names) if request.names else client.abort_all())
+
+    async def abort_at_all(names: list[str]) -> int:
+        request = AbortByName(names)
+        others = await api_servers.ask_others(dict.fromkeys(api_servers.others, request), METRICS_CALL_S)
+        return await abort("", request) + sum(others.values())
+
+    frontend.server.serve(AbortByName, abort)
     frontend.server.serve(ReadMetrics, own_metrics)
     frontend.server.serve(ReadRecent, counted)
     show_metrics(app, metrics, metrics_of_others)
+    abort_everywhere(app, abort_at_all)
     api_servers.counts |= {
         "waiting": lambda: app.state.overload.num_waiting,
         "pages": lambda: live.num_watchers,

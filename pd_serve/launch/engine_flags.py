@@ -197,13 +197,23 @@ def _check_server(server: Namespace) -> None:
     from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
     from vllm.entrypoints.launchers.launcher import validate_api_server_args
 
-    if server.lora_modules and not server.enable_lora:
-        raise InvalidRequestError("--lora-modules: LoRA adapters need --enable-lora")
+    _check_adapters(server)
     with as_invalid_request():
         _import_plugin("--tool-parser-plugin", server.tool_parser_plugin)
         _import_plugin("--reasoning-parser-plugin", server.reasoning_parser_plugin)
         validate_parsed_serve_args(server)
         validate_api_server_args(server)
+
+
+def _check_adapters(server: Namespace) -> None:
+    """What the API servers would find out once the instances have started."""
+    names = list(server.served_model_name or [])
+    for module in server.lora_modules or []:
+        if not server.enable_lora:
+            raise InvalidRequestError("--lora-modules: LoRA adapters need --enable-lora")
+        if module.name in names:
+            raise InvalidRequestError(f"--lora-modules: the name {module.name} is given twice")
+        names.append(module.name)
 
 
 def _import_plugin(flag: str, plugin: str | None) -> None:

@@ -46,6 +46,7 @@ class ManagerNotes:
         restart: The rolling restart that is under way; None if there is none.
         api_servers: API servers that have joined, by name.
         lora_adapters: See `Membership.lora_adapters`.
+        lora_flags: Names of adapters that were loaded because a flag names them.
     """
 
     term: int = 1
@@ -59,6 +60,7 @@ class ManagerNotes:
     restart: RestartNotes | None = None
     api_servers: dict[str, ApiServerInfo] = field(default_factory=dict)
     lora_adapters: list[LoraAdapter] = field(default_factory=list)
+    lora_flags: list[str] = field(default_factory=list)
 
     @property
     def age(self) -> tuple[int, int]:

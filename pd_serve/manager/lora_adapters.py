@@ -1,12 +1,14 @@
 """The LoRA adapters that the cluster serves, loaded and unloaded by operators at run time."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
 
 from pd_serve.comm.membership import LoraAdapter
 from pd_serve.comm.requests import CallEngine, LoadAdapter, UnloadAdapter
 from pd_serve.comm.rpc import RpcClient
 from pd_serve.errors import EngineDeadError, InvalidRequestError, UnknownTargetError
+from pd_serve.manager.launcher import ManagerNotes
 from pd_serve.manager.register import InstanceRegister
 
 #: Adapters of a cluster: every membership message lists them all.
@@ -30,23 +32,35 @@ class LoraAdapters:
         self._calls = calls
         self._keep = keep
         self._by_name: dict[str, LoraAdapter] = {}
+        self._flags: set[str] = set()
         self._turn = asyncio.Lock()
 
     def __iter__(self) -> Iterator[LoraAdapter]:
         return iter(self._by_name.values())
 
-    def take_over(self, adapters: Iterable[LoraAdapter]) -> None:
+    @property
+    def notes(self) -> dict[str, Any]:
+        """Fields of `ManagerNotes`."""
+        return {"lora_adapters": list(self), "lora_flags": sorted(self._flags)}
+
+    def take_over(self, notes: ManagerNotes) -> None:
         """Those of the last manager."""
-        self._by_name = {adapter.name: adapter for adapter in adapters}
+        self._by_name = {adapter.name: adapter for adapter in notes.lora_adapters}
+        self._flags = set(notes.lora_flags)
 
     async def load(self, sender: str, request: LoadAdapter) -> None:
         """Serves the call: returns when all instances have loaded the adapter.
+
+        What a flag names is loaded once, and not again when another API server starts: operators may have
+        replaced or unloaded it, and its files may be gone.
 
         Raises:
             InvalidRequestError: The name is in use, there are too many, or an instance cannot load it.
         """
         adapter = request.adapter
         async with self._turn:
+            if request.by_flag and adapter.name in self._flags:
+                return
             known = self._by_name.get(adapter.name)
             if known is not None and (request.by_flag or (known == adapter and not request.reload)):
                 return
@@ -61,6 +75,8 @@ class LoraAdapters:
             arguments = [*adapter.for_engine, True]
             await self._tell_all(CallEngine("load_adapter", arguments))
             self._by_name[adapter.name] = adapter
+            if request.by_flag:
+                self._flags.add(adapter.name)
             await self._keep()
 
     async def unload(self, sender: str, request: UnloadAdapter) -> None:

@@ -120,7 +120,7 @@ class Manager:
             self._sizes.wanted = dict(notes.wanted)
             self._starter.next_numbers = dict(notes.next_numbers)
             self._sizes.stopped = dict(notes.stopped)
-            self._adapters.take_over(notes.lora_adapters)
+            self._adapters.take_over(notes)
         for info in infos:
             self._wire.connect(info.instance_id, info.address)
             self.register.add(info, self._notes.roles.get(info.instance_id, ""))
@@ -246,7 +246,7 @@ class Manager:
             roles=self.register.roles(),
             restart=self._restart.notes,
             api_servers=self.announcer.api_servers,
-            lora_adapters=list(self._adapters),
+            **self._adapters.notes,
         )
         if (notes, kept_by) != (self._notes, self._noted_by):
             self._notes, self._noted_by = replace(notes, version=notes.version + 1), kept_by

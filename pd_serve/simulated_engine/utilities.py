@@ -6,6 +6,9 @@ from pd_serve.simulated_engine.block_pool import BlockPool
 #: Answers to calls that do nothing.
 ANSWERS: dict[str, object] = {
     "get_supported_tasks": ("generate",),
+    "get_weight_version": "default",
+    "reset_mm_cache": None,
+    "reset_encoder_cache": None,
     "is_sleeping": False,
     "is_scheduler_paused": False,
 }

@@ -612,6 +612,17 @@ class TestClusterRoutes:
             service.core.running.set()
             await asyncio.gather(*requests)
 
+    async def test_requests_are_aborted_by_any_of_their_names(self, service: LocalService) -> None:
+        service.core.running.clear()
+        requests = [service.start(max_tokens=5, request_id=name) for name in ("one", "two")]
+        requests.append(service.start(max_tokens=5, n=2, request_id="pair"))
+        await service.taken(4)
+        client = service.engine_client
+        assert await client.abort_named(["cmpl-one", "pair", "unknown"]) == 3
+        assert await client.abort_all() == 1
+        for answer in await asyncio.gather(*requests):
+            assert {choice["finish_reason"] for choice in answer.json()["choices"]} == {"abort"}
+
     async def test_migrate_of_two_choices_must_say_which(self, service: LocalService) -> None:
         service.core.running.clear()
         request = service.start(max_tokens=1, n=2, request_id="pair")

@@ -15,6 +15,7 @@ os.environ.setdefault("VLLM_PLUGINS", "")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
+from vllm.lora.request import LoRARequest
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.serial_utils import MsgpackDecoder
 
@@ -25,7 +26,7 @@ from pd_serve.api.engine_client import ClusterAsyncLLM
 from pd_serve.api.lora_adapters import offer_adapters
 from pd_serve.comm.membership import LoraAdapter
 from pd_serve.comm.requests import LoadAdapter, UnloadAdapter
-from pd_serve.errors import EngineDeadError, PdServeError, UnknownTargetError
+from pd_serve.errors import EngineDeadError, InvalidRequestError, PdServeError, UnknownTargetError
 from pd_serve.frontend.frontend import Frontend
 from pd_serve.frontend.lora_adapters import OfferedAdapters
 from pd_serve.frontend.manager_client import ManagerClient
@@ -44,6 +45,7 @@ class Manager:
     def __init__(self) -> None:
         self.adapters: dict[str, LoraAdapter] = {}
         self.refusal: PdServeError | None = None
+        self.is_alive = True
         self.servers: list[OfferedAdapters] = []
         self.reloads = 0
 
@@ -182,6 +184,41 @@ async def test_an_adapter_that_no_instance_can_load_is_an_error(cluster: Cluster
     assert answer.status_code == 500
     assert "no such directory" in answer.text
     assert await first.models() == await second.models() == ["tiny"]
+
+
+@pytest.mark.parametrize(
+    ("refusal", "status", "text"),
+    [
+        (
+            PdServeError("d0: LoRAAdapterNotFoundError: Loading lora french@x failed"),
+            404,
+            "lora french failed",
+        ),
+        (InvalidRequestError("the adapter 'french' is loaded from /elsewhere"), 400, "is loaded from"),
+        (EngineDeadError("the manager is absent"), 503, "is absent"),
+    ],
+)
+async def test_a_refusal_has_its_own_status(
+    cluster: Cluster, refusal: PdServeError, status: int, text: str
+) -> None:
+    """Another API server may have loaded another adapter under the name at the same time."""
+    manager, first, _ = cluster
+    manager.refusal = refusal
+    answer = await first.post("/v1/load_lora_adapter", FRENCH)
+    assert answer.status_code == answer.json()["error"]["code"] == status
+    assert text in answer.json()["error"]["message"]
+    assert await first.models() == ["tiny"]
+
+
+async def test_the_log_says_which_adapter_of_a_flag_cannot_be_loaded(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    """vLLM's message has `<path>` in the place of some paths."""
+    manager, first, _ = cluster
+    manager.refusal = PdServeError("prefill-0: no adapter")
+    with pytest.raises(PdServeError, match="no adapter"):
+        await first.client.add_lora(LoRARequest("french", 1, "/home/french"))
+    assert "the LoRA adapter french=/home/french cannot be loaded: prefill-0: no adapter" in caplog.text
 
 
 async def test_nothing_is_unloaded_while_the_manager_is_absent(cluster: Cluster) -> None:

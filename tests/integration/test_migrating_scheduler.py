@@ -303,6 +303,18 @@ class TestSuspension:
         node.step()
         assert len(node.scheduled.num_scheduled_tokens) == 2  # both slots are there
 
+    def test_the_prefix_cache_is_not_reset_meanwhile(self, kind: Kind, make: Callable[..., Node]) -> None:
+        """vLLM preempts all running requests, and takes it for an error that blocks are held then."""
+        node = make(kind)
+        request = node.add("r", PROMPT, max_tokens=20)
+        node.decode("r", 3)
+        answer = node.wait_for_stage(request, suspend=True)
+        node.run_until(lambda: bool(answer))
+        assert node.call(node.scheduler.reset_prefix_cache, True) is False
+        node.call(node.scheduler.resume, "r")
+        node.run_to_the_end()
+        assert node.streams["r"] == undisturbed(PROMPT, 20)
+
     def test_a_suspended_request_is_never_the_one_to_be_preempted(
         self, kind: Kind, make: Callable[..., Node]
     ) -> None:

@@ -136,6 +136,17 @@ async def test_the_slot_of_a_request_that_may_come_is_kept(rig: Rig, held: str) 
     assert len(await rig.rig.finish(other)) == 30
 
 
+async def test_the_base_model_answers_alike_beside_adapters(rig: Rig) -> None:
+    """On CPUs, vLLM takes the adapter in the last slot for requests that have none."""
+    from tests.integration.engine_rig import eventually
+
+    expected = await rig.generate(None)
+    other = await rig.add("other", rig.adapter(0), 400)
+    await eventually(lambda: other.tokens)
+    assert await rig.generate(None) == expected
+    assert not other.ended, "they ran in one batch"
+
+
 async def test_an_adapter_that_cannot_be_loaded_costs_its_request_only(rig: Rig) -> None:
     """In a step, it would end the engine."""
     from tests.integration.engine_rig import eventually

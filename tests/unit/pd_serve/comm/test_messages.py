@@ -73,6 +73,7 @@ from pd_serve.comm.messages import (
     ToScheduler,
 )
 from pd_serve.comm.requests import (
+    AbortByName,
     Adopt,
     AnyRequest,
     Call,
@@ -179,6 +180,7 @@ REQUESTS: list[Any] = [
     Adopt(R, "tcp://api/tokens", [b"request"]),
     ReadMetrics(),
     ReadRecent(12),
+    AbortByName(["cmpl-1"]),
 ]
 
 #: Results of remote calls that are no plain values.
@@ -186,6 +188,7 @@ RESULTS: list[tuple[Any, Any]] = [
     (MoveRequest, RECORD),
     (FindOrphan, OrphanAnswer("doubtful", 7)),
     (MigrateByName, ManualMigration(RECORD, 0.0085)),
+    (AbortByName, 2),
     (ReadRecent, [CountedSlot(12, {3: 4}, {5: 6}, 10, 2, 1)]),
     (ListHoldings, Holdings([HeldBlocks(R, 3, True)], [(R, InstanceId("d0"), "balance")])),
 ]

@@ -119,6 +119,19 @@ async def test_calling_all_instances_fails_if_one_fails(error: PdServeError) -> 
 
 
 @in_virtual_time
+async def test_an_instance_that_dies_meanwhile_is_left_out() -> None:
+    world = World("p0", "d0")
+    calls = asyncio.create_task(world.instances.call_all(CheckIntegrity()))
+
+    await asyncio.sleep(0)
+    world.members.update(membership("p0", term=2))
+    world.instances.remove("d0")
+    await world.answer({"p0": ["p0's"]})
+
+    assert await calls == {"p0": ["p0's"]}
+
+
+@in_virtual_time
 async def test_waiting_for_reports_ends_once_every_instance_has_reported() -> None:
     world = World("p0", "d0")
     waiting = asyncio.create_task(world.instances.wait_for_reports())

@@ -1,5 +1,6 @@
 """An API server's LoRA adapters follow the manager's."""
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ FRENCH, GERMAN = LoraAdapter("french", "/french"), LoraAdapter("german", "/germa
 class Manager:
     def __init__(self) -> None:
         self.calls: list[Any] = []
+        self.is_alive = True
 
     async def call(self, request: Any) -> None:
         self.calls.append(request)
@@ -27,6 +29,7 @@ def following(manager: Manager | None = None) -> tuple[OfferedAdapters, list[lis
         seen.append(list(present))
 
     adapters.follow(see)
+    assert seen.pop() == []
     return adapters, seen
 
 
@@ -37,6 +40,19 @@ async def test_what_is_loaded_before_the_first_client_comes_from_flags() -> None
     adapters.follow(lambda present: None)
     await adapters.load(FRENCH)
     assert manager.calls == [LoadAdapter(FRENCH, by_flag=True), LoadAdapter(FRENCH)]
+
+
+async def test_an_api_server_that_starts_waits_for_the_manager() -> None:
+    """It may have heard nothing for some seconds itself, on a busy machine; at run time that is an error."""
+    manager = Manager()
+    manager.is_alive = False
+    adapters = OfferedAdapters(cast(ManagerClient, manager))
+    loading = asyncio.create_task(adapters.load(FRENCH))
+    await asyncio.sleep(0)
+    assert manager.calls == []
+    manager.is_alive = True
+    await loading
+    assert manager.calls == [LoadAdapter(FRENCH, by_flag=True)]
 
 
 async def test_the_manager_is_asked_to_load_and_unload() -> None:
@@ -58,8 +74,10 @@ def test_only_changes_are_told() -> None:
 
 
 def test_what_was_told_before_is_told_to_who_follows_later() -> None:
-    adapters = OfferedAdapters(cast(ManagerClient, Manager()))
-    adapters.on_membership([FRENCH])
-    seen: list[list[LoraAdapter]] = []
-    adapters.follow(lambda present: seen.append(list(present)))
-    assert seen == [[FRENCH]]
+    """Also that there is none: operators may have unloaded what the flags name."""
+    for told in ([FRENCH], []):
+        adapters = OfferedAdapters(cast(ManagerClient, Manager()))
+        adapters.on_membership(told)
+        seen: list[list[LoraAdapter]] = []
+        adapters.follow(lambda present, seen=seen: seen.append(list(present)))
+        assert seen == [told]

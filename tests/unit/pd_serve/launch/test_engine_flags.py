@@ -211,6 +211,18 @@ class TestComplaints:
             ),
             (["--model", "x"], "--model: name the model as an argument without a flag"),
             (["--port=1"], "--port: is a flag of pd-serve itself and cannot stand in a --config file"),
+            (
+                ["--lora-modules", "a=/x"],
+                "--lora-modules: LoRA adapters need --enable-lora",
+            ),
+            (
+                ["--enable-lora", "--lora-modules", "a=/x", "b=/x", "a=/y"],
+                "--lora-modules: the name a is given twice",
+            ),
+            (
+                ["--served-model-name", "a", "b", "--enable-lora", "--lora-modules", "b=/x"],
+                "--lora-modules: the name b is given twice",
+            ),
             (["--headless"], "--headless is not a flag of pd-serve, which does this in its own way"),
         ],
     )

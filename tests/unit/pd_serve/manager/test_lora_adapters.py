@@ -96,6 +96,22 @@ async def test_an_api_server_that_starts_takes_over_what_operators_have_replaced
 
 
 @in_virtual_time
+async def test_an_api_server_that_starts_does_not_bring_back_what_operators_have_unloaded() -> None:
+    """Its files may be gone, and the API server would not start."""
+    async with a_world() as world:
+        await ask(world, LoadAdapter(FRENCH, by_flag=True))
+        await ask(world, UnloadAdapter("french"))
+        calls = len(world.sent(Call))
+        await ask(world, LoadAdapter(FRENCH, by_flag=True))
+        assert len(world.sent(Call)) == calls
+        assert world.members.lora_adapters == []
+        assert world.launcher.notes is not None
+        assert world.launcher.notes.lora_flags == ["french"]
+        await ask(world, LoadAdapter(FRENCH))
+        assert world.members.lora_adapters == [FRENCH]
+
+
+@in_virtual_time
 async def test_a_name_is_given_once_unless_its_adapter_is_to_be_replaced() -> None:
     async with a_world() as world:
         await ask(world, LoadAdapter(FRENCH))
@@ -160,6 +176,8 @@ def test_the_next_manager_keeps_the_adapters() -> None:
     async def first() -> None:
         async with a_world() as world:
             await ask(world, LoadAdapter(FRENCH))
+            await ask(world, LoadAdapter(LoraAdapter("german", "/adapters/german"), by_flag=True))
+            await ask(world, UnloadAdapter("german"))
             left.extend([world.names, world.launcher.notes])
 
     @in_virtual_time
@@ -169,6 +187,7 @@ def test_the_next_manager_keeps_the_adapters() -> None:
         world = World(launcher=launcher)
         assert await world.manager.take_over()
         await asyncio.sleep(1)
+        await ask(world, LoadAdapter(LoraAdapter("german", "/adapters/german"), by_flag=True))
         assert told(world, "api") == [FRENCH]
         await world.close()
 
