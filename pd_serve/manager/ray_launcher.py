@@ -21,7 +21,7 @@ from pd_serve.manager.launcher import ManagerNotes, answered
 from pd_serve.manager.ray_actors import InstanceActor, SchedulerActor
 from pd_serve.manager.ray_calls import in_time, settled
 from pd_serve.manager.ray_start import CONNECT_ERRORS, end_children, exit_without_ray, start_ray
-from pd_serve.platform.placement import Placement
+from pd_serve.platform.placement import ANYWHERE, Placement
 from pd_serve.scheduler.scheduler_process import SchedulerConfig
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ class RayLauncher:
                 self._processes.add(name, process, actor)
 
     def _new_actor(self, name: str, placement: Placement) -> Any:
-        options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 1000, **self._lasting(name)}
+        options: dict[str, Any] = {**ANYWHERE, "max_concurrency": 1000, **self._lasting(name)}
         if bundle := placement.bundle():
             group = self._groups[name] = ray.util.placement_group(
                 [bundle], strategy="STRICT_PACK", **self._lasting(name, runtime_env=False)
@@ -274,7 +274,7 @@ class RayLauncher:
 
     async def start_scheduler(self, config: SchedulerConfig) -> tuple[str, int]:
         """See `Launcher`."""
-        options = {"num_cpus": 0, "max_concurrency": 10, **self._lasting(SCHEDULER)}
+        options = {**ANYWHERE, "max_concurrency": 10, **self._lasting(SCHEDULER)}
         new = ray.remote(SchedulerActor).options(**options).remote
         try:
             actor = self._scheduler = await in_time(new, partial(self._end_soon, SCHEDULER))

@@ -2,7 +2,7 @@
 
 import asyncio
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import ray
@@ -99,6 +99,23 @@ def absent_head(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
 
     monkeypatch.setattr(asyncio, "to_thread", late)
     return answers
+
+
+@in_virtual_time
+async def test_no_actor_is_placed_where_it_ends_with_the_manager() -> None:
+    """If the manager has a placement group and no strategy is given, Ray places its actors there, too."""
+    strategies: list[Any] = []
+
+    def made_with(**options: Any) -> Any:
+        strategies.append(options.get("scheduling_strategy"))
+        return SimpleNamespace(remote=lambda *arguments: FakeActor(start=("tcp://scheduler", 1)))
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        launcher, _ = a_launcher(monkeypatch)
+        monkeypatch.setattr(ray, "remote", lambda cls: SimpleNamespace(options=made_with))
+        await launcher.launch("neutral-0", Placement())
+        await launcher.start_scheduler(cast(Any, None))
+    assert strategies == ["DEFAULT", "DEFAULT"]
 
 
 @in_virtual_time
