@@ -180,6 +180,7 @@ class ApiServerDeployment:
         if self._api.client.errored:
             raise RuntimeError("the engine client has stopped")
         if self._is_replaced:
+            await self._api.client.abort_all()  # their instances are gone, and Serve waits for streams to end
             raise RuntimeError("the application has been replaced by one with other engines")
 
     async def __del__(self) -> None:

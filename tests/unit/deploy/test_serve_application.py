@@ -98,7 +98,11 @@ def played_manager(engines: str) -> Any:
 class PlayedApiServer:
     def __init__(self, manager: Any, engines: str) -> None:
         self._managers, self._engines, self._is_replaced = manager, engines, False
-        self._api = SimpleNamespace(client=SimpleNamespace(errored=False))
+        self._api = SimpleNamespace(client=SimpleNamespace(errored=False, abort_all=self._abort_all))
+        self.has_aborted = False
+
+    async def _abort_all(self) -> None:
+        self.has_aborted = True
 
     async def find_manager(self) -> str:
         return str(await API_SERVER_CLASS._find_manager(self))
@@ -108,7 +112,7 @@ class PlayedApiServer:
 
 
 async def test_an_api_server_joins_no_manager_of_another_application() -> None:
-    """Its requests would go on with another model. Serve ends it, so that its clients do not wait in vain."""
+    """Its requests would go on with another model. It ends them, and Serve ends it."""
     server = PlayedApiServer(played_manager("a"), "a")
     assert await server.find_manager() == "tcp://manager"
     await server.check_health()
@@ -118,6 +122,7 @@ async def test_an_api_server_joins_no_manager_of_another_application() -> None:
         await server.find_manager()
     with pytest.raises(RuntimeError, match="replaced"):
         await server.check_health()
+    assert server.has_aborted
 
 
 async def test_an_api_server_that_starts_before_its_manager_waits_for_it() -> None:
