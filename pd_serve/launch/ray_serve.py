@@ -41,6 +41,8 @@ MAX_ONGOING_REQUESTS = 10_000
 #: Serve has a header X-Request-Id of its own in every answer, with the same id.
 REQUEST_ID_FLAG = "--no-enable-request-id-headers"
 
+REPLACED = "the application has been replaced by one with other engines"
+
 #: Interval of Serve's health checks in seconds. A dead manager or API server is replaced after it.
 HEALTH_PERIOD_S = 2.0
 
@@ -169,7 +171,7 @@ class ApiServerDeployment:
             raise EngineDeadError(f"no manager: {error}") from error
         self._is_replaced = address is None
         if address is None:
-            raise EngineDeadError("the manager has other engines: another application has been deployed")
+            raise EngineDeadError(REPLACED)
         return str(address)
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -180,8 +182,8 @@ class ApiServerDeployment:
         if self._api.client.errored:
             raise RuntimeError("the engine client has stopped")
         if self._is_replaced:
-            await self._api.client.abort_all()  # their instances are gone, and Serve waits for streams to end
-            raise RuntimeError("the application has been replaced by one with other engines")
+            await self._api.end_requests(REPLACED)  # Serve waits for streams to end
+            raise RuntimeError(REPLACED)
 
     async def __del__(self) -> None:
         await self._api.client.abort_all()

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
 from pd_serve.comm.wire import CurveKeys
 from pd_serve.errors import EngineDeadError, InvalidRequestError
+from pd_serve.launch.api_server import ApiServer
 from pd_serve.launch.ray_serve import (
     REQUEST_ID_FLAG,
     ApiServerDeployment,
@@ -98,11 +100,12 @@ def played_manager(engines: str) -> Any:
 class PlayedApiServer:
     def __init__(self, manager: Any, engines: str) -> None:
         self._managers, self._engines, self._is_replaced = manager, engines, False
-        self._api = SimpleNamespace(client=SimpleNamespace(errored=False, abort_all=self._abort_all))
-        self.has_aborted = False
+        client = SimpleNamespace(errored=False)
+        self._api = SimpleNamespace(client=client, end_requests=self._end_requests)
+        self.has_ended_requests = False
 
-    async def _abort_all(self) -> None:
-        self.has_aborted = True
+    async def _end_requests(self, why: str) -> None:
+        self.has_ended_requests = True
 
     async def find_manager(self) -> str:
         return str(await API_SERVER_CLASS._find_manager(self))
@@ -118,11 +121,32 @@ async def test_an_api_server_joins_no_manager_of_another_application() -> None:
     await server.check_health()
 
     server = PlayedApiServer(played_manager("b"), "a")
-    with pytest.raises(EngineDeadError, match="another application"):
+    with pytest.raises(EngineDeadError, match="replaced"):
         await server.find_manager()
     with pytest.raises(RuntimeError, match="replaced"):
         await server.check_health()
-    assert server.has_aborted
+    assert server.has_ended_requests
+
+
+async def test_requests_of_a_replaced_application_get_503_and_streams_an_end() -> None:
+    """An end without text would look like an answer."""
+    ended: list[str] = []
+    tokens = {"new": [], "streaming": [1]}
+    requests = {
+        name: SimpleNamespace(request_id=name, ledger=SimpleNamespace(token_ids=ids))
+        for name, ids in tokens.items()
+    }
+    gate = SimpleNamespace(is_closed=False)
+
+    async def abort_all() -> None:
+        ended.append("all")
+
+    app: Any = SimpleNamespace(state=SimpleNamespace(overload=gate))
+    frontend: Any = SimpleNamespace(requests=SimpleNamespace(requests=requests))
+    client: Any = SimpleNamespace(unavailable=lambda name, why: ended.append(name), abort_all=abort_all)
+    await ApiServer(app, frontend, client, AsyncExitStack()).end_requests("replaced")
+    assert gate.is_closed
+    assert ended == ["new", "all"]
 
 
 async def test_an_api_server_that_starts_before_its_manager_waits_for_it() -> None:
