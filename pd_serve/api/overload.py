@@ -191,6 +191,7 @@ class OverloadMiddleware:
     Attributes:
         arriving: HTTP requests whose body is complete and which bring requests that the cluster does not
             count yet.
+        is_closed: Answers 503 to all.
     """
 
     def __init__(
@@ -203,6 +204,7 @@ class OverloadMiddleware:
     ) -> None:
         self.app = app
         self.arriving: set[Arrival] = set()
+        self.is_closed = False
         self._cluster = cluster
         self._max_waiting = max_waiting
         self._on_429 = on_429
@@ -266,7 +268,7 @@ class OverloadMiddleware:
             _arrival.reset(token)
 
     def _refusal(self) -> JSONResponse | None:
-        if not self._cluster.takes_requests:
+        if self.is_closed or not self._cluster.takes_requests:
             return error_response(503, "No instance is available.", headers=RETRY_AFTER)
         if (why := self._overload()) is not None:
             return error_response(429, why, headers=RETRY_AFTER)

@@ -155,6 +155,14 @@ class ApiServer:
             enable_envs_cache()  # vLLM asks for a variable with each token: 7 % of the CPU time of a stream
             return cls(app, frontend, client, stack.pop_all())
 
+    async def end_requests(self, why: str) -> None:
+        """Answers 503 from now on, also to requests without output, and ends streams as at a stop."""
+        self.app.state.overload.is_closed = True
+        for request in list(self.frontend.requests.requests.values()):
+            if not request.ledger.token_ids:
+                self.client.unavailable(request.request_id, why)
+        await self.client.abort_all()
+
     async def close(self) -> None:
         await self._stack.aclose()
 

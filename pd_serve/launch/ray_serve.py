@@ -41,6 +41,8 @@ MAX_ONGOING_REQUESTS = 10_000
 #: Serve has a header X-Request-Id of its own in every answer, with the same id.
 REQUEST_ID_FLAG = "--no-enable-request-id-headers"
 
+REPLACED = "the application has been replaced by one with other engines"
+
 #: Interval of Serve's health checks in seconds. A dead manager or API server is replaced after it.
 HEALTH_PERIOD_S = 2.0
 
@@ -71,14 +73,28 @@ def build(arguments: dict[str, Any]) -> Application:
     keys = CurveKeys.of(config.cluster_secret)
     actor_options = {"num_cpus": 0, "runtime_env": {"env_vars": model.environment}}
     made_of = f"{config!r}{keys.public!r}"
-    version = hashlib.sha256(made_of.encode()).hexdigest()[:8]
+    version, engines = _short_hash(made_of), engines_of(config, keys)
     managers = InstanceManager.options(ray_actor_options=actor_options)  # type: ignore[attr-defined]
     servers = ApiServerDeployment.options(  # type: ignore[attr-defined]
         num_replicas=config.api_servers or 1, ray_actor_options=actor_options
     )
-    manager = managers.bind(prepared.manager_config(address, keys), version)
+    manager = managers.bind(prepared.manager_config(address, keys), version, engines)
     app: Application = servers.bind(config, address, keys, manager)
     return app
+
+
+def engines_of(config: ServeConfig, keys: CurveKeys) -> str:
+    """The same for two applications if API servers of one can use the instances of the other.
+
+    Serve replaces the manager of an application that is deployed again before its API servers.
+    """
+    return _short_hash(
+        f"{config.model!r}{config.engine!r}{config.cost_model!r}{config.flags!r}{keys.public!r}"
+    )
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 @serve.deployment(num_replicas=1, health_check_period_s=HEALTH_PERIOD_S)
@@ -90,10 +106,12 @@ class InstanceManager:
     Args:
         version: Of the application. The manager of a newer version, which starts while this one still ends,
             leaves these instances alone.
+        engines: See `engines_of`.
     """
 
-    async def __init__(self, config: ManagerConfig, version: str) -> None:  # type: ignore[misc]
+    async def __init__(self, config: ManagerConfig, version: str, engines: str) -> None:  # type: ignore[misc]
         configure_logging(MANAGER)
+        self._engines = engines
         service = f"{serve.get_replica_context().app_name}:{version}"
         self._launcher = RayLauncher(
             "auto",
@@ -106,9 +124,9 @@ class InstanceManager:
         if not await self._manager.take_over():
             await self._manager.start()
 
-    async def address(self) -> str:
-        """Its address for API servers."""
-        return self._manager.address
+    async def address(self, engines: str) -> str | None:
+        """Its address for API servers; None for those that cannot use its instances."""
+        return self._manager.address if engines == self._engines else None
 
     async def check_health(self) -> None:
         """Serve replaces this replica if another manager has taken over. Raises: RuntimeError."""
@@ -134,28 +152,38 @@ class ApiServerDeployment:
     ) -> None:
         name = f"api-{uuid4().hex[:8]}"
         configure_logging(name)
+        self._managers, self._engines = manager, engines_of(config, keys)
+        self._is_replaced = False
         model = await asyncio.to_thread(find_model, config)
         prepared = await asyncio.to_thread(parse, config, model)
         await asyncio.to_thread(import_api_modules)
 
-        async def find_manager() -> str:
-            try:
-                return str(await manager.address.remote())
-            except ray.exceptions.RayError as error:
-                raise EngineDeadError(f"no manager: {error}") from error
-
         wire = Wire(name, own_address(host), keys)
-        self._api = await ApiServer.start(prepared, wire, find_manager)
+        self._api = await ApiServer.start(prepared, wire, self._find_manager)
         # vLLM's error handlers end their server when the engine client is dead; here the health check does.
         self._api.app.state.server = SimpleNamespace(should_exit=False)
+
+    async def _find_manager(self) -> str:
+        """The manager's address. Raises: EngineDeadError: There is none that this API server can use."""
+        try:
+            address = await self._managers.address.remote(self._engines)
+        except ray.exceptions.RayError as error:
+            raise EngineDeadError(f"no manager: {error}") from error
+        self._is_replaced = address is None
+        if address is None:
+            raise EngineDeadError(REPLACED)
+        return str(address)
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._api.app
 
     async def check_health(self) -> None:
-        """Serve replaces this replica if its engine client has stopped. Raises: RuntimeError."""
+        """Serve replaces this replica if it serves no requests any more. Raises: RuntimeError."""
         if self._api.client.errored:
             raise RuntimeError("the engine client has stopped")
+        if self._is_replaced:
+            await self._api.end_requests(REPLACED)  # Serve waits for streams to end
+            raise RuntimeError(REPLACED)
 
     async def __del__(self) -> None:
         await self._api.client.abort_all()

@@ -18,16 +18,14 @@ from pd_serve.errors import EngineDeadError, PdServeError
 from pd_serve.instance.instance_process import InstanceConfig
 from pd_serve.manager.instance_processes import InstanceProcess, InstanceProcesses
 from pd_serve.manager.launcher import ManagerNotes, answered
+from pd_serve.manager.note_keepers import NAMESPACE, NoteKeepers, named_actors
 from pd_serve.manager.ray_actors import InstanceActor, SchedulerActor
 from pd_serve.manager.ray_calls import in_time, settled
 from pd_serve.manager.ray_start import CONNECT_ERRORS, end_children, exit_without_ray, start_ray
-from pd_serve.platform.placement import Placement
+from pd_serve.platform.placement import ANYWHERE, Placement
 from pd_serve.scheduler.scheduler_process import SchedulerConfig
 
 logger = logging.getLogger(__name__)
-
-#: Ray's namespace of actors that outlive the manager. Their names are "service:name".
-NAMESPACE = "pd_serve"
 
 #: Time for instances to end by themselves before they are killed.
 STOP_S = 3.0
@@ -64,6 +62,7 @@ class RayLauncher:
         self._service = service
         self.on_lost = on_lost
         self._processes = InstanceProcesses(instances_per_process)
+        self._keepers = NoteKeepers(service, self._processes)
         self._groups: dict[str, Any] = {}
         self._waits_for: dict[str, str] = {}
         self._leaves_starts = False
@@ -110,6 +109,8 @@ class RayLauncher:
 
     async def launch(self, name: str, placement: Placement) -> None:
         """See `Launcher`."""
+        if not await self._keepers.are_ours():
+            raise EngineDeadError(f"{name} does not start: another manager has taken over")
         async with self._launching:  # one after the other: the next one may get a place in this process
             if name not in self._processes and not self._processes.place(name):
                 process = self._processes.name_of_new(name)
@@ -118,7 +119,7 @@ class RayLauncher:
                 self._processes.add(name, process, actor)
 
     def _new_actor(self, name: str, placement: Placement) -> Any:
-        options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 1000, **self._lasting(name)}
+        options: dict[str, Any] = {**ANYWHERE, "max_concurrency": 1000, **self._lasting(name)}
         if bundle := placement.bundle():
             group = self._groups[name] = ray.util.placement_group(
                 [bundle], strategy="STRICT_PACK", **self._lasting(name, runtime_env=False)
@@ -186,8 +187,7 @@ class RayLauncher:
 
     async def stop_instance(self, name: str) -> None:
         """See `Launcher`. A process with others has the time of a lease to answer, and ends otherwise."""
-        process = self._processes.remove(name)
-        if process is None:
+        if not await self._keepers.wait() or (process := self._processes.remove(name)) is None:
             return
         stop = asyncio.ensure_future(settled(process.actor.stop_one.remote(name)))
         await asyncio.wait([stop], timeout=INSTANCE_LEASE_S if process.instances else STOP_S)
@@ -206,14 +206,15 @@ class RayLauncher:
         self._watchers.start(self._end(name, actor))
 
     async def _end(self, name: str, actor: Any) -> None:
-        """Ends a process by force. If Ray does not answer in time, as soon as it does."""
+        """Ends a process by force when Ray answers, unless another manager has taken over by then."""
 
         def end() -> None:
             ray.kill(actor)
             self._free(name)
 
-        with contextlib.suppress(EngineDeadError):
-            await in_time(end)
+        if await self._keepers.wait():
+            with contextlib.suppress(EngineDeadError):
+                await in_time(end)
 
     def _free(self, name: str) -> None:
         if (group := self._groups.pop(name, None)) is not None:
@@ -228,7 +229,8 @@ class RayLauncher:
         """
         infos: list[InstanceInfo] = []
         found_notes: list[ManagerNotes] = []
-        actors = await in_time(self._named_actors)
+        self._watchers.start(self._keepers.watch())
+        actors = await in_time(partial(named_actors, self._service or ""))
         if (scheduler := actors.pop(SCHEDULER, None)) is not None:
             await self._end(SCHEDULER, scheduler)  # it keeps no state, and the next one is ready in a second
         asked = {name: asyncio.ensure_future(settled(a.found.remote())) for name, a in actors.items()}
@@ -254,27 +256,15 @@ class RayLauncher:
         living = [info for info in infos if info.instance_id in self._processes]  # some have died meanwhile
         return living, max(found_notes, key=lambda notes: notes.age, default=None)
 
-    def _named_actors(self) -> dict[str, Any]:
-        prefix = f"{self._service}:"
-        found = {}
-        for row in ray.util.list_named_actors(all_namespaces=True):
-            if row["namespace"] == NAMESPACE and row["name"].startswith(prefix):
-                with contextlib.suppress(ValueError):  # the actor has died meanwhile
-                    found[row["name"].removeprefix(prefix)] = ray.get_actor(row["name"], NAMESPACE)
-        return found
-
     async def keep_notes(self, notes: ManagerNotes) -> int:
         """See `Launcher`."""
-        actors = [process.actor for process in self._processes]
-        calls = [asyncio.ensure_future(settled(actor.keep_notes.remote(notes))) for actor in actors]
-        done, _ = await asyncio.wait(calls, timeout=STOP_S) if calls else (set(), set())
-        return max((task.result() or 0 for task in done), default=0)
+        return await self._keepers.give(notes)
 
     # ---- the scheduler
 
     async def start_scheduler(self, config: SchedulerConfig) -> tuple[str, int]:
         """See `Launcher`."""
-        options = {"num_cpus": 0, "max_concurrency": 10, **self._lasting(SCHEDULER)}
+        options = {**ANYWHERE, "max_concurrency": 10, **self._lasting(SCHEDULER)}
         new = ray.remote(SchedulerActor).options(**options).remote
         try:
             actor = self._scheduler = await in_time(new, partial(self._end_soon, SCHEDULER))

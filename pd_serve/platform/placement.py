@@ -8,6 +8,10 @@ from typing import Any
 #: vLLM's settings whose product is the number of an engine's workers.
 _DEGREES = ("tensor_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size")
 
+#: Ray's options of an actor without requirements. If no strategy were given, Ray would place it in the
+#: placement group of the actor that makes it, and end it with that one: Serve's `placement_group_bundles`.
+ANYWHERE: Mapping[str, Any] = {"num_cpus": 0, "scheduling_strategy": "DEFAULT"}
+
 
 def num_workers(engine_args: Mapping[str, Any]) -> int:
     """Workers of an engine: processes that each compute a part of every step, on GPUs with one GPU each.

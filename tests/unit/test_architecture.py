@@ -235,6 +235,7 @@ def test_ray_is_imported_where_processes_are_started() -> None:
     assert files == {
         "pd_serve/manager/ray_actors.py",
         "pd_serve/manager/ray_calls.py",
+        "pd_serve/manager/note_keepers.py",
         "pd_serve/manager/ray_head.py",
         "pd_serve/manager/ray_launcher.py",
         "pd_serve/manager/ray_start.py",

@@ -2,7 +2,10 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +13,17 @@ import yaml
 from ray.serve import Application
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
-from pd_serve.errors import InvalidRequestError
-from pd_serve.launch.ray_serve import REQUEST_ID_FLAG, build, serve_config
+from pd_serve.comm.wire import CurveKeys
+from pd_serve.errors import EngineDeadError, InvalidRequestError
+from pd_serve.launch.api_server import ApiServer
+from pd_serve.launch.ray_serve import (
+    REQUEST_ID_FLAG,
+    ApiServerDeployment,
+    InstanceManager,
+    build,
+    engines_of,
+    serve_config,
+)
 from pd_serve.models.cache import cache_root
 
 
@@ -72,6 +84,94 @@ def test_building_sets_what_vllm_reads_and_nothing_that_ray_reads(
 
 def test_the_request_id_header_is_left_to_serve() -> None:
     assert serve_config({"flags": "--seed 1"}).flags == (REQUEST_ID_FLAG, "--seed", "1")
+
+
+#: Their methods are called with played instances: those of Serve have an end that only Serve awaits.
+MANAGER_CLASS: Any = InstanceManager.func_or_class  # type: ignore[attr-defined]
+API_SERVER_CLASS: Any = ApiServerDeployment.func_or_class  # type: ignore[attr-defined]
+
+
+def played_manager(engines: str) -> Any:
+    """The handle of a manager of these engines."""
+    manager = SimpleNamespace(_engines=engines, _manager=SimpleNamespace(address="tcp://manager"))
+    return SimpleNamespace(address=SimpleNamespace(remote=partial(MANAGER_CLASS.address, manager)))
+
+
+class PlayedApiServer:
+    def __init__(self, manager: Any, engines: str) -> None:
+        self._managers, self._engines, self._is_replaced = manager, engines, False
+        client = SimpleNamespace(errored=False)
+        self._api = SimpleNamespace(client=client, end_requests=self._end_requests)
+        self.has_ended_requests = False
+
+    async def _end_requests(self, why: str) -> None:
+        self.has_ended_requests = True
+
+    async def find_manager(self) -> str:
+        return str(await API_SERVER_CLASS._find_manager(self))
+
+    async def check_health(self) -> None:
+        await API_SERVER_CLASS.check_health(self)
+
+
+async def test_an_api_server_joins_no_manager_of_another_application() -> None:
+    """Its requests would go on with another model. It ends them, and Serve ends it."""
+    server = PlayedApiServer(played_manager("a"), "a")
+    assert await server.find_manager() == "tcp://manager"
+    await server.check_health()
+
+    server = PlayedApiServer(played_manager("b"), "a")
+    with pytest.raises(EngineDeadError, match="replaced"):
+        await server.find_manager()
+    with pytest.raises(RuntimeError, match="replaced"):
+        await server.check_health()
+    assert server.has_ended_requests
+
+
+async def test_requests_of_a_replaced_application_get_503_and_streams_an_end() -> None:
+    """An end without text would look like an answer."""
+    ended: list[str] = []
+    tokens = {"new": [], "streaming": [1]}
+    requests = {
+        name: SimpleNamespace(request_id=name, ledger=SimpleNamespace(token_ids=ids))
+        for name, ids in tokens.items()
+    }
+    gate = SimpleNamespace(is_closed=False)
+
+    async def abort_all() -> None:
+        ended.append("all")
+
+    app: Any = SimpleNamespace(state=SimpleNamespace(overload=gate))
+    frontend: Any = SimpleNamespace(requests=SimpleNamespace(requests=requests))
+    client: Any = SimpleNamespace(unavailable=lambda name, why: ended.append(name), abort_all=abort_all)
+    await ApiServer(app, frontend, client, AsyncExitStack()).end_requests("replaced")
+    assert gate.is_closed
+    assert ended == ["new", "all"]
+
+
+async def test_an_api_server_that_starts_before_its_manager_waits_for_it() -> None:
+    server = PlayedApiServer(played_manager("a"), "b")
+    with pytest.raises(EngineDeadError):
+        await server.find_manager()
+    server._managers = played_manager("b")
+    assert await server.find_manager() == "tcp://manager"
+    await server.check_health()
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"prefill": 3, "policy": "round-robin", "api_servers": 4, "max_waiting_requests": 9}, True),
+        ({"model": "smollm2"}, False),
+        ({"flags": "--block-size 16"}, False),
+        ({"engine": "simulated"}, False),
+    ],
+)
+def test_which_applications_have_the_same_engines(change: dict[str, Any], same: bool) -> None:
+    keys, other_keys = CurveKeys.of(b"k" * 32), CurveKeys.of(None)
+    before, after = serve_config({"model": "tiny"}), serve_config({"model": "tiny", **change})
+    assert (engines_of(before, keys) == engines_of(after, keys)) == same
+    assert engines_of(before, keys) != engines_of(before, other_keys)
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,13 @@ async def test_every_generating_route_is_guarded(path: str) -> None:
     assert (error["type"], error["param"], error["code"]) == ("Too Many Requests", None, 429)
 
 
+async def test_a_closed_gate_answers_503_whatever_the_cluster_says() -> None:
+    gate = OverloadMiddleware(App().open(), cluster=Cluster())
+    gate.is_closed = True
+    async with client(gate) as http:
+        assert (await http.post("/v1/completions")).status_code == 503
+
+
 async def test_requests_that_wait_at_other_api_servers_count() -> None:
     cluster = Cluster(num_waiting=1, num_waiting_elsewhere=3)
     gate = OverloadMiddleware(App().open(), cluster=cluster, max_waiting=4)

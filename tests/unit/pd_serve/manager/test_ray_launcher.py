@@ -1,14 +1,15 @@
 """Errors of the connection to Ray, and calls to the actors of a service."""
 
 import asyncio
+from collections.abc import Collection
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import ray
 
 from pd_serve.errors import EngineDeadError, PdServeError
-from pd_serve.manager import ray_launcher
+from pd_serve.manager import note_keepers, ray_launcher
 from pd_serve.manager.launcher import ManagerNotes
 from pd_serve.manager.ray_launcher import RayLauncher
 from pd_serve.platform.placement import Placement
@@ -77,12 +78,17 @@ def a_launcher(monkeypatch: pytest.MonkeyPatch, **actors: FakeActor) -> tuple[Ra
     killed: list[Any] = []
     launcher = RayLauncher("auto", {}, service="s")
     named = {name.replace("_", "-"): actor for name, actor in actors.items()}
-    monkeypatch.setattr(launcher, "_named_actors", lambda: named)
+    for module in (ray_launcher, note_keepers):
+        monkeypatch.setattr(module, "named_actors", lambda service, without=(): without_known(named, without))
     monkeypatch.setattr(ray, "kill", killed.append)
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     monkeypatch.setattr(ray.util, "get_placement_group", lambda name: (_ for _ in ()).throw(ValueError()))
     monkeypatch.setattr(asyncio, "to_thread", at_once)
     return launcher, killed
+
+
+def without_known(named: dict[str, FakeActor], known: Collection[str]) -> dict[str, FakeActor]:
+    return {name: actor for name, actor in named.items() if name not in known}
 
 
 async def at_once(function: Any, *arguments: Any) -> Any:
@@ -99,6 +105,23 @@ def absent_head(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
 
     monkeypatch.setattr(asyncio, "to_thread", late)
     return answers
+
+
+@in_virtual_time
+async def test_no_actor_is_placed_where_it_ends_with_the_manager() -> None:
+    """If the manager has a placement group and no strategy is given, Ray places its actors there, too."""
+    strategies: list[Any] = []
+
+    def made_with(**options: Any) -> Any:
+        strategies.append(options.get("scheduling_strategy"))
+        return SimpleNamespace(remote=lambda *arguments: FakeActor(start=("tcp://scheduler", 1)))
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        launcher, _ = a_launcher(monkeypatch)
+        monkeypatch.setattr(ray, "remote", lambda cls: SimpleNamespace(options=made_with))
+        await launcher.launch("neutral-0", Placement())
+        await launcher.start_scheduler(cast(Any, None))
+    assert strategies == ["DEFAULT", "DEFAULT"]
 
 
 @in_virtual_time
@@ -236,6 +259,40 @@ async def test_a_death_is_known_at_once_while_ray_does_not_answer() -> None:
         answers.set()
         await asyncio.sleep(0.1)
         assert shared.killed == [shared.actor]
+
+
+@in_virtual_time
+async def test_a_manager_that_was_cut_off_ends_nothing_of_the_next_one() -> None:
+    """It has heard nothing of an instance, which the next manager uses meanwhile."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        answers = asyncio.Event()
+
+        async def keep_notes(notes: ManagerNotes) -> int:
+            await answers.wait()
+            return notes.term + 1
+
+        actor = FakeActor(keep_notes=keep_notes, stop_one=True)
+        launcher, killed = a_launcher(monkeypatch)
+        launcher._processes.add("decode-0", "decode-0", actor)
+        head = absent_head(monkeypatch)
+        assert await launcher.keep_notes(ManagerNotes(term=3)) == 0
+
+        stop = asyncio.ensure_future(launcher.stop_instance("decode-0"))
+        await asyncio.sleep(100)
+        answers.set()
+        head.set()
+        await stop
+        assert "stop_one" not in [method for method, *_ in actor.calls]
+        assert killed == []
+
+
+@in_virtual_time
+async def test_a_manager_that_another_one_has_replaced_launches_nothing() -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        launcher, _ = a_launcher(monkeypatch, decode_0=FakeActor(keep_notes=4))
+        assert await launcher.keep_notes(ManagerNotes(term=3)) == 0
+        with pytest.raises(EngineDeadError, match="another manager has taken over"):
+            await launcher.launch("decode-1", Placement())
 
 
 @in_virtual_time
