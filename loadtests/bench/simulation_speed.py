@@ -5,16 +5,15 @@ step. The results have to be equal. Each simulation has a process of its own, so
 """
 
 import asyncio
-import multiprocessing
 import resource
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from zlib import crc32
 
 from loadtests.bench.report import BenchmarkReport
 from loadtests.terminal import numbers_table
+from migration.child_process import spawned_pool
 from pd_serve.errors import PdServeError
 from pd_serve.simulation.scenario import Scenario, configure
 from pd_serve.simulation.simulate import simulate
@@ -104,5 +103,5 @@ def measure(instances: int, requests: int, every_step: bool) -> SimulationCost:
 
 async def _in_process(instances: int, requests: int, every_step: bool) -> SimulationCost:
     loop = asyncio.get_running_loop()
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with spawned_pool(1) as pool:
         return await loop.run_in_executor(pool, measure, instances, requests, every_step)

@@ -2,10 +2,9 @@
 
 import hashlib
 import json
-import multiprocessing
 import os
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import rich.console
 
 from loadtests.terminal import new_progress
+from migration.child_process import spawned_pool
 from pd_serve.errors import PdServeError
 from pd_serve.simulation.scenario import Scenario, run_scenario
 
@@ -103,10 +103,7 @@ def _kept(by_key: dict[str, Scenario], folder: Path) -> Results:
 def _run(scenarios: list[Scenario], run: ExperimentRun, console: rich.console.Console) -> Results:
     results: Results = {}
     failures: list[str] = []
-    # Spawned, not forked: this process draws a progress bar from a thread.
-    pool = ProcessPoolExecutor(
-        min(run.jobs or os.cpu_count() or 1, len(scenarios)), multiprocessing.get_context("spawn")
-    )
+    pool = spawned_pool(min(run.jobs or os.cpu_count() or 1, len(scenarios)))
     with new_progress(console, auto_refresh=True) as progress:
         try:
             running = {pool.submit(run_scenario, scenario, run.traces): scenario for scenario in scenarios}

@@ -1,14 +1,14 @@
 """Which layout of GPUs serves the most requests/s within a target: `pd-serve plan`."""
 
 import math
-import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from migration.child_process import spawned_pool
 from pd_serve.errors import InvalidRequestError
 from pd_serve.planning.fast_cluster import FastRun, Layout
 from pd_serve.simulated_engine.hardware import Hardware
@@ -127,8 +127,7 @@ def _measured(
     if jobs == 1:
         yield from (measure(layout, *arguments) for layout in layouts)
         return
-    # Spawned, not forked: this process draws a progress bar from a thread.
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+    with spawned_pool(jobs) as pool:
         running = [pool.submit(measure, layout, *arguments) for layout in layouts]
         try:
             for future in as_completed(running):

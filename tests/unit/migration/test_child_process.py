@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from migration.child_process import end_with_parent
+from migration.child_process import end_with_parent, spawned_pool
 from tests.environment import START_ENVIRONMENT
 
 
@@ -35,9 +35,17 @@ def start_child() -> int:
     return process.pid
 
 
-@pytest.mark.parametrize("end", ["killed", "thread"])
-def test_a_child_that_is_stopped_ends_with_its_parent(end: str) -> None:
-    """The parent is killed, or goes on without the thread that has started the child."""
+def start_in_pool() -> int:
+    """Starts a long task in a pool. Returns its process id."""
+    pool = spawned_pool(1)
+    process_id = pool.submit(os.getpid).result()
+    pool.submit(time.sleep, 600)
+    return process_id
+
+
+@pytest.mark.parametrize("end", ["killed", "thread", "killed with a pool"])
+def test_a_child_ends_with_its_parent(end: str) -> None:
+    """The parent is killed, or goes on without the thread that has started the child, which is stopped."""
     root = str(Path(__file__).parents[3])
     parent = subprocess.Popen(
         [sys.executable, __file__, end],
@@ -49,7 +57,7 @@ def test_a_child_that_is_stopped_ends_with_its_parent(end: str) -> None:
     try:
         assert parent.stdout is not None
         started = psutil.Process(int(parent.stdout.readline()))
-        if end == "killed":
+        if end.startswith("killed"):
             parent.kill()
         else:
             parent.communicate("\n", timeout=60)
@@ -63,7 +71,7 @@ if __name__ == "__main__":
     may_end = threading.Event()
 
     def start() -> None:
-        print(start_child(), flush=True)
+        print(start_in_pool() if "pool" in sys.argv[1] else start_child(), flush=True)
         may_end.wait()
 
     thread = threading.Thread(target=start, daemon=True)
@@ -71,4 +79,4 @@ if __name__ == "__main__":
     sys.stdin.readline()
     may_end.set()
     thread.join()
-    time.sleep(600 if sys.argv[1] == "killed" else 1)
+    time.sleep(600 if sys.argv[1].startswith("killed") else 1)
