@@ -112,7 +112,7 @@ def test_several_emptiest_drain_together_within_the_bounds_and_none_while_they_d
 
 def test_a_burst_doubles_a_pool_at_each_look_and_what_never_starts_is_not_asked_for_again() -> None:
     queues = [load("i0", 0, 10, waiting=400, waiting_blocks=8510), load("i1", 0, 10)]
-    scaled_pool = Pool(1, 16, scaling="work")
+    scaled_pool = Pool(1, 16, scaling="work", **{"scaling.use": 0.85})
     assert scaled_pool.look(queues, 11) == [Start("neutral", "work for 12.00 instances at 85%, 2 there")] * 4
     assert len(scaled_pool.look(queues, 10, starting=4)) == 6
     assert len(scaled_pool.look(queues, 10, starting=10)) == 3
