@@ -47,7 +47,7 @@ def add_options(parser: LocustArgumentParser) -> None:
     load_options.add_to(parser)
     parsed, _ = parser.parse_known_args()
     if parsed.master or parsed.worker or parsed.processes:
-        # Before Locust starts processes: a worker without a master waits for five minutes
+        # Before Locust starts processes: a worker without a master waits for five minutes.
         _refuse(
             "one process makes all the load: workers cannot share the arrivals of a plan. Leave out "
             "--processes, --master and --worker; for more load start several with different --seed"

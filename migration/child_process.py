@@ -18,7 +18,7 @@ def end_with_parent() -> None:
 
 
 def spawned_pool(number: int) -> ProcessPoolExecutor:
-    """A pool of processes that do not outlive this one, where the kernel can end them.
+    """A pool of processes that do not outlive the thread that gives them work, where the kernel can end them.
 
     They are spawned, not forked: the caller may have threads, such as one that draws a progress bar.
     """

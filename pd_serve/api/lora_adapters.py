@@ -31,7 +31,7 @@ def offer_adapters(models: OpenAIServingModels, adapters: OfferedAdapters) -> No
     """Offers the cluster's adapters to the clients of this API server, and loads and unloads them at all.
 
     vLLM's own `load_lora_adapter` has loaded what the flags name before, by `ClusterCore.add_lora_async`. It
-    would answer every refusal with 500; its `unload_lora_adapter` would ask nobody.
+    would answer every refusal with 500; its `unload_lora_adapter` would not tell the instances.
     """
 
     def update(present: Sequence[LoraAdapter]) -> None:
