@@ -56,24 +56,41 @@ class Leases:
         return [name for name, at in self._renewed_at.items() if at < oldest]
 
 
-class OrphanTimer:
+class Silence:
+    """The time for which other processes have sent nothing.
+
+    It is counted in heartbeats of the process itself, so that a suspension of the process does not count.
+
+    Attributes:
+        seconds: Since the last message.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def on_message(self) -> None:
+        """One of the processes has sent something."""
+        self.seconds = 0.0
+
+    def on_heartbeat(self, interval_s: float) -> None:
+        """Call this every `interval_s`."""
+        self.seconds += interval_s
+
+
+class OrphanTimer(Silence):
     """Ends an instance or a scheduler that belongs to no service any more.
 
-    Time is counted in heartbeats of the process itself, so that a suspension of the process does not count.
+    Messages of the manager and of API servers count.
     """
 
     def __init__(self, process: str) -> None:
+        super().__init__()
         self._process = process
-        self._silence_s = 0.0
-
-    def on_message(self) -> None:
-        """The manager or an API server has sent something."""
-        self._silence_s = 0.0
 
     def on_heartbeat(self, interval_s: float) -> None:
-        """Call this every `interval_s`. Raises: EngineDeadError: no message for `ORPHAN_S`."""
-        self._silence_s += interval_s
-        if self._silence_s > ORPHAN_S:
+        """See `Silence`. Raises: EngineDeadError: no message for `ORPHAN_S`."""
+        super().on_heartbeat(interval_s)
+        if self.seconds > ORPHAN_S:
             raise EngineDeadError(
                 f"neither manager nor API servers have sent {self._process} anything for {ORPHAN_S:.0f} s"
             )

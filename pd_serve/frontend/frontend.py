@@ -96,14 +96,17 @@ class Frontend:
         self.instances = Instances(wire, self._members, dispatcher.loads, num_slots)
         endpoint = wire.listen_for_frames(lambda frames: self.tokens.on_frames(frames))
         self._accounts = accounts = accounts or Accounts()
-        placement = RequestPlacement(wire, endpoint, dispatcher, recorder, clock, accounts)
+        self._placement = placement = RequestPlacement(wire, endpoint, dispatcher, recorder, clock, accounts)
         seen = self.instances
         self._outage = Outage(
-            lambda: placement.is_serving, seen.num_staying, lambda: self._manager.state, self._loop.time
+            lambda: placement.is_serving,
+            seen.num_staying,
+            lambda: self._manager.state,
+            lambda: self._reconciler.silence_s,
+            self._loop.time,
         )
-        takes = self._outage.takes_requests
         self.requests = RequestTracker(
-            wire, seen, placement, codec, deliver, recorder, clock, accounts, takes
+            wire, seen, placement, codec, deliver, recorder, clock, accounts, self._outage
         )
         requests = self.requests.requests
         self._reconciler = Reconciler(
@@ -121,7 +124,6 @@ class Frontend:
             self._reconciler.on_report,
         )
         self.adoption = Adoption(endpoint, self.instances, self.requests, orphan_s)
-        self._placement = placement
         self._manual = ManualMigrations(wire, requests, self.instances, placement)
         self._manager = ManagerClient(
             wire,
@@ -139,12 +141,10 @@ class Frontend:
             "line_requests": lambda: placement.demand.requests,
             "line_tokens": lambda: placement.demand.tokens,
         }
-        self.server = RpcServer(
-            wire, {MigrateByName: self._serve_migrate, FindRequests: self._serve_find_requests}
-        )
+        calls: dict[type, Any] = {MigrateByName: self._serve_migrate, FindRequests: self._serve_find_requests}
+        self.server = RpcServer(wire, calls)
         address = wire.listen(ToApiServer, self._on_message, gathers=True)
-        info = ApiServerInfo(address, endpoint, pid=os.getpid())
-        self._manager.open(info)
+        self._manager.open(ApiServerInfo(address, endpoint, pid=os.getpid()))
         self._tasks = BackgroundTasks(wire.failures.task_failed)
         self._tasks.start(self._reconcile())
         self._integrity = IntegrityChecks(
@@ -171,7 +171,7 @@ class Frontend:
             await asyncio.sleep(REQUEST_REPORT_INTERVAL_S)
             try:
                 self._outage.look()
-                self._reconciler.check()
+                self._reconciler.check(REQUEST_REPORT_INTERVAL_S)
                 self._accounts.charge(self.requests.requests.values())
             except Exception as error:  # the next check has to come, whatever it is
                 self._wire.failures.record("reconciling", error)
@@ -263,7 +263,7 @@ class Frontend:
 
     @property
     def num_live(self) -> int:
-        return len(candidates(self.instances.loads))
+        return 0 if self._outage.hears_none else len(candidates(self.instances.loads))
 
     @property
     def takes_requests(self) -> bool:

@@ -15,10 +15,11 @@ from typing import Protocol
 
 from migration.engine_interface import HeldRequest
 from migration.messages import RequestId
-from pd_serve.comm.leases import LeaseClock, Leases
+from pd_serve.comm.leases import LeaseClock, Leases, Silence
+from pd_serve.comm.membership import MANAGER
 from pd_serve.comm.message_wire import MessageWire
 from pd_serve.comm.messages import AbortRequests, RequestReport, ResendTokens
-from pd_serve.comm.timing import INSTANCE_LEASE_S
+from pd_serve.comm.timing import INSTANCE_LEASE_S, RECOVERY_S
 from pd_serve.frontend.instances import Instances
 from pd_serve.frontend.tracked_request import Check, Sighting, TrackedRequest
 from pd_serve.observe.recorder import RecomputeReason, RequestRecorder
@@ -43,6 +44,9 @@ class LossListener(Protocol):
 
     def lost(self, request: TrackedRequest, instance_id: str, reason: RecomputeReason) -> None:
         """The request has to be recomputed; what this instance has of it is to be ended."""
+
+    def hears_none(self) -> None:
+        """Neither the manager nor an instance has sent anything for `RECOVERY_S`."""
 
 
 @dataclass(slots=True)
@@ -93,6 +97,12 @@ class Reconciler:
         self._reported: dict[str, _Reported] = {}
         self._clock = LeaseClock()
         self._leases = Leases(INSTANCE_LEASE_S, self._clock)
+        self._silence = Silence()
+
+    @property
+    def silence_s(self) -> float:
+        """For how long neither the manager nor an instance has sent anything, in seconds."""
+        return self._silence.seconds
 
     # ---- from instances
 
@@ -101,6 +111,9 @@ class Reconciler:
         self._clock.on_message()
         if sender in self._instances:
             self._leases.renew(sender)
+            self._silence.on_message()
+        elif sender == MANAGER:
+            self._silence.on_message()
 
     def on_load(self, instance_id: str, request_reports: int) -> bool:
         """A load report of a member has arrived. Returns whether it is in reach in both directions."""
@@ -150,8 +163,11 @@ class Reconciler:
 
     # ---- at every interval
 
-    def check(self) -> None:
-        """Compares, and recovers what is lost."""
+    def check(self, interval_s: float) -> None:
+        """Compares, and recovers what is lost. Call this every `interval_s`."""
+        self._silence.on_heartbeat(interval_s)
+        if self.silence_s >= RECOVERY_S:
+            self._listener.hears_none()
         for instance_id in self._out_of_reach():
             for request in list(self._requests.values()):
                 if request.is_on(instance_id):

@@ -16,6 +16,7 @@ from pd_serve.comm.timing import RECOVERY_S
 from pd_serve.errors import EngineDeadError
 from pd_serve.frontend.accounts import Accounts
 from pd_serve.frontend.instances import Instances
+from pd_serve.frontend.outage import Outage
 from pd_serve.frontend.output_codec import OutputCodec
 from pd_serve.frontend.placement import RequestPlacement
 from pd_serve.frontend.recovery import Recovery
@@ -41,7 +42,7 @@ class RequestTracker:
         recorder: Records the events of every request.
         clock: Clock of the recorded times, in seconds.
         accounts: Charged for outputs.
-        takes_requests: Returns whether new requests are served, or wait until they are.
+        outage: Tells whether new requests are served, or wait until they are.
 
     Attributes:
         requests: Requests in progress, by id.
@@ -61,7 +62,7 @@ class RequestTracker:
         recorder: RequestRecorder,
         clock: Callable[[], float],
         accounts: Accounts,
-        takes_requests: Callable[[], bool],
+        outage: Outage,
     ) -> None:
         self._wire = wire
         self._instances = instances
@@ -71,7 +72,7 @@ class RequestTracker:
         self._recorder = recorder
         self._clock = clock
         self._accounts = accounts
-        self._takes_requests = takes_requests
+        self._outage = outage
         self.requests: dict[RequestId, TrackedRequest] = {}
         self.waiting: dict[RequestId, TrackedRequest] = {}
         self.migrations: dict[str, Counter[str]] = {"handoff": Counter(), "manual": Counter()}
@@ -121,7 +122,7 @@ class RequestTracker:
         if holder:
             self._recorder.dispatched(request_id, holder, self._instances.role_of(holder), self._clock())
         is_placed = bool(holder) or self._placement.start(request)
-        if not is_placed and not self._takes_requests():
+        if not is_placed and not self._outage.takes_requests():
             self._recorder.ended(request_id, "error", self._clock())
             raise EngineDeadError("no live instance takes new requests; see GET /cluster")
         self.requests[request.request_id] = request
@@ -232,6 +233,10 @@ class RequestTracker:
         self._recompute(request, instance_id, reason)
         self._wire.send(instance_id, AbortRequests([request.request_id], request.ledger.recomputed_epoch))
 
+    def hears_none(self) -> None:
+        for request in list(self.requests.values()):
+            self._give_up(request, "neither the manager nor an instance has sent anything")
+
     def has_requests_on(self, instance_id: str) -> bool:
         return any(request.is_on(instance_id) for request in self.requests.values())
 
@@ -289,7 +294,10 @@ class RequestTracker:
             logger.warning("request %s: %s recomputes it", request.request_id, request.ledger.owner)
 
     def _on_given_up(self, request: TrackedRequest) -> None:
-        why = f"no instance has taken requests for {RECOVERY_S:.0f} s"
+        self._give_up(request, "no instance has taken requests")
+
+    def _give_up(self, request: TrackedRequest, why: str) -> None:
+        why = f"{why} for {RECOVERY_S:.0f} s"
         logger.error("request %s: %s", request.request_id, why)
         if request.ledger.token_ids:
             self._fail(request)

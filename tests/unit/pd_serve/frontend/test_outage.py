@@ -6,9 +6,9 @@ import pytest
 from vllm.v1.engine import FinishReason
 
 from pd_serve.comm.cluster_state import ClusterState, RestartState, SchedulerState, StartingInstance
-from pd_serve.comm.membership import MANAGER
+from pd_serve.comm.membership import MANAGER, ApiServerStatus
 from pd_serve.comm.messages import AddRequest
-from pd_serve.comm.timing import RECOVERY_S, REQUEST_REPORT_INTERVAL_S
+from pd_serve.comm.timing import INSTANCE_LEASE_S, RECOVERY_S, REQUEST_REPORT_INTERVAL_S
 from pd_serve.errors import EngineDeadError
 from pd_serve.frontend.outage import Outage
 from router.request import NewRequest
@@ -40,14 +40,14 @@ def state(*, wanted: int = 0, replaces: bool = True, starting: bool = False) -> 
 def test_requests_wait_while_instances_are_missing_or_started(
     told: ClusterState | None, instances: int, takes: bool
 ) -> None:
-    outage = Outage(lambda: False, lambda: instances, lambda: told, ManualClock())
+    outage = Outage(lambda: False, lambda: instances, lambda: told, lambda: 0.0, ManualClock())
 
     assert outage.takes_requests() is takes
 
 
 def test_an_outage_ends_with_the_first_instance_and_the_next_one_has_its_own_time() -> None:
     serving, clock = True, ManualClock()
-    outage = Outage(lambda: serving, lambda: 0, lambda: state(wanted=1), clock)
+    outage = Outage(lambda: serving, lambda: 0, lambda: state(wanted=1), lambda: 0.0, clock)
 
     assert outage.takes_requests()
     serving = False
@@ -133,4 +133,50 @@ async def test_after_two_minutes_who_waits_gets_an_error_and_who_comes_is_refuse
     with pytest.raises(EngineDeadError, match="no live instance takes new requests"):
         world.requests.submit("s", [b"payload"], NewRequest(20))
     assert world.requests.requests == {}
+    await world.frontend.close()
+
+
+@in_virtual_time
+async def test_requests_of_an_api_server_that_hears_none_end_after_two_minutes() -> None:
+    """It is cut off with another API server, which it hears."""
+    world = World()
+    world.join("n0")
+    refused: list[str] = []
+    world.requests.unavailable = lambda request_id, why: refused.append(request_id)
+    world.submit("r")
+    world.submit("s")
+    world.tokens("n0", 0, 0, 10)
+
+    async def hear_the_other(seconds: float) -> None:
+        for _ in range(round(seconds)):
+            await asyncio.sleep(1.0)
+            world.wire.hear("api-2", ApiServerStatus(requests=1))
+
+    await hear_the_other(INSTANCE_LEASE_S + 1)
+    assert world.frontend.num_live == 0
+    assert world.frontend.takes_requests
+    assert world.requests.requests.keys() == {"r", "s"}
+    await hear_the_other(RECOVERY_S - INSTANCE_LEASE_S)
+
+    assert [output.finish_reason for output in world.delivered()] == [None, FinishReason.ERROR]
+    assert refused == ["s"]
+    assert world.requests.requests == {}
+    assert not world.frontend.takes_requests
+    world.report("n0")
+    assert world.frontend.num_live == 1
+    assert world.frontend.takes_requests
+    await world.frontend.close()
+
+
+@in_virtual_time
+async def test_an_api_server_that_hears_the_manager_only_is_not_cut_off() -> None:
+    world = World()
+    world.join("n0")
+
+    for _ in range(round(RECOVERY_S) + 10):
+        await asyncio.sleep(1.0)
+        world.tell_members()
+
+    assert world.frontend.num_live == 1
+    assert world.frontend.takes_requests
     await world.frontend.close()

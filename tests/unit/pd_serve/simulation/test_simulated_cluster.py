@@ -7,7 +7,7 @@ import pytest
 
 from migration.messages import Committed
 from pd_serve.comm.messages import AbortRequests, AddRequest, Heartbeat, MigrationEnded, RequestReport
-from pd_serve.comm.timing import API_SERVER_LEASE_S, INSTANCE_LEASE_S
+from pd_serve.comm.timing import API_SERVER_LEASE_S, INSTANCE_LEASE_S, RECOVERY_S
 from pd_serve.simulated_engine.outputs import SimulatedBatch
 from pd_serve.simulation.config import TraceRequest
 from pd_serve.simulation.message_faults import MessageFaults
@@ -94,6 +94,30 @@ def test_a_manager_that_was_cut_off_from_all_others_ends_none_of_them() -> None:
         assert cluster.frontend.snapshot().manager == "alive"
 
     assert_nothing_is_lost(simulate_with(config(requests=workload(320, 4.0)), fault))
+
+
+def test_an_api_server_that_is_cut_off_for_long_ends_its_requests_and_serves_later_ones() -> None:
+    """Clients would wait for as long as it is cut off. What the instances have is ended when it is back."""
+    cut_at_s, back_at_s = 5.0, 5.0 + RECOVERY_S + 30.0
+
+    async def fault(simulation: Simulation) -> None:
+        cluster = simulation.cluster
+        faults = cluster.network.faults = MessageFaults()
+        await asyncio.sleep(cut_at_s)
+        faults.isolate("api")
+        await asyncio.sleep(RECOVERY_S + 2.0)
+        assert cluster.frontend.requests.requests == {}
+        await asyncio.sleep(back_at_s - RECOVERY_S - 2.0 - cut_at_s)
+        faults.heal()
+
+    requests = [*workload(40, 8.0), *late_workload(50, back_at_s + 5.0)]
+    result = simulate_with(config(requests=requests), fault)
+
+    failed = [record.request.arrival_s for record in result.records if record.failed]
+    assert failed
+    assert max(failed) < back_at_s
+    assert sum(record.duplicated + record.wrong for record in result.records) == 0
+    assert (result.leaked_blocks, result.integrity) == (0, [])
 
 
 def test_the_death_of_the_only_prefill_instance_costs_a_pause() -> None:
