@@ -1,12 +1,16 @@
 """`bench kinds`: the gap of a live migration against ITL, for every kind of engine.
 
 For each kind, and for two tensor-parallel workers, a service of two neutral instances starts, one after the
-other, and a request of each length moves to and fro. The models are tiny: a step takes milliseconds, and
-messages and visits to the engines some of them, so that the ratio is nearer to one with a real model.
+other, and a request of each length moves to and fro. The models of tests have four layers: a step takes
+milliseconds, and messages and visits to the engines as many. So each kind is measured a second time with as
+many layers as small models have that people serve. Their weights are vLLM's dummies: what a move costs does
+not depend on them.
 """
 
+import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -19,6 +23,7 @@ from loadtests.bench.report import BenchmarkReport
 from loadtests.terminal import numbers_table
 from pd_serve.config import ServeConfig
 from pd_serve.errors import PdServeError
+from pd_serve.models.catalog import resolve
 from pd_serve.models.kinds import KINDS
 
 LENGTHS = (1024, 4096)
@@ -27,6 +32,12 @@ MAX_MODEL_LEN = 6144
 #: Moves of a request in one round.
 MOVES = 8
 
+#: How many times the layers of the models of tests are measured: as they are, and 16 to 24 of them.
+DEPTHS = (1, 4)
+
+#: Entries of a configuration with a value for each layer.
+PER_LAYER = ("layer_types", "no_rope_layers")
+
 
 @dataclass(frozen=True)
 class EngineKind:
@@ -34,32 +45,60 @@ class EngineKind:
 
     model: str
     workers: int = 1
+    depth: int = 1
 
     @property
     def name(self) -> str:
         return self.model if self.workers == 1 else f"{self.model}, {self.workers} workers"
 
     @property
+    def layers(self) -> int:
+        return int(self._model_config["num_hidden_layers"]) * self.depth
+
+    @property
+    def _model_config(self) -> dict[str, Any]:
+        config: dict[str, Any] = json.loads(Path(resolve(self.model), "config.json").read_text())
+        return config
+
+    @property
+    def _overrides(self) -> dict[str, Any]:
+        """Entries of the model's configuration that are other ones here."""
+        config = self._model_config
+        entries: dict[str, Any] = {}
+        if "max_position_embeddings" in config:
+            entries["max_position_embeddings"] = MAX_MODEL_LEN
+        if self.depth > 1:
+            entries["num_hidden_layers"] = self.layers
+            entries |= {name: config[name] * self.depth for name in PER_LAYER if name in config}
+            if "moe_layers" in config:
+                entries["moe_layers"] = list(range(self.layers))
+        return entries
+
+    @property
     def config(self) -> ServeConfig:
-        kind = KINDS.get(self.model)
-        arguments = kind.engine_arguments if kind else {}
         flags = [
             "--max-num-seqs=4",
             f"--max-model-len={MAX_MODEL_LEN}",
             f"--max-num-batched-tokens={MAX_MODEL_LEN}",
-            "--kv-cache-memory-bytes=268435456",
+            f"--kv-cache-memory-bytes={self.depth * 2**28}",
             f"--tensor-parallel-size={self.workers}",
             # So that all blocks are copied. Where it changes how states are kept, as people serve it.
             "--no-enable-prefix-caching",
         ]
-        if "max_model_len" not in arguments:
-            flags.append(f'--hf-overrides={{"max_position_embeddings": {MAX_MODEL_LEN}}}')
+        if overrides := self._overrides:
+            flags.append(f"--hf-overrides={json.dumps(overrides)}")
+        if self.depth > 1:
+            flags.append("--load-format=dummy")
         return ServeConfig(model=self.model, neutral=2, flags=tuple(flags))
 
 
 def engine_kinds(names: list[str]) -> list[EngineKind]:
     """All services, or those of these models. Raises: PdServeError: an unknown name."""
-    every = [EngineKind("tiny"), EngineKind("tiny", 2), *map(EngineKind, KINDS)]
+    every = [
+        EngineKind(model, workers, depth)
+        for depth in DEPTHS
+        for model, workers in (("tiny", 1), ("tiny", 2), *((name, 1) for name in KINDS))
+    ]
     if unknown := set(names) - {kind.model for kind in every}:
         raise PdServeError(f"no such kind: {', '.join(sorted(unknown))}")
     return [kind for kind in every if not names or kind.model in names]
@@ -123,6 +162,7 @@ def _row(kind: EngineKind, length: int, samples: LengthSamples, copied: float) -
     return {
         "kind": kind.name,
         "groups": KINDS[kind.model].groups if kind.model in KINDS else "full attention",
+        "layers": kind.layers,
         "tokens": length,
         "itl_ms": round(itl, 3),
         "live_ms": round(live, 3),
@@ -136,23 +176,36 @@ def _row(kind: EngineKind, length: int, samples: LengthSamples, copied: float) -
 def _verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The ratios that have targets; see docs/benchmarks.md."""
     ratios = [row["source_step_ratio"] for row in rows if row["source_step_ratio"] is not None]
-    live = {(row["kind"], row["tokens"]): row["live_ms"] for row in rows}
+    live = {(row["kind"], row["layers"], row["tokens"]): row["live_ms"] for row in rows}
     workers = {
-        f"two_workers_over_one_{length}": round(live["tiny, 2 workers", length] / live["tiny", length], 2)
-        for length in LENGTHS
-        if ("tiny, 2 workers", length) in live
+        f"two_workers_over_one_{layers}_layers_{length}": round(live_ms / live["tiny", layers, length], 2)
+        for (kind, layers, length), live_ms in live.items()
+        if kind == "tiny, 2 workers"
     }
     return {
         "worst_live_over_itl": max(row["live_over_itl"] for row in rows),
-        "over_2": [f"{row['kind']} {row['tokens']}" for row in rows if row["live_over_itl"] > 2],
+        "over_2": [
+            f"{row['kind']}, {row['layers']} layers, {row['tokens']}"
+            for row in rows
+            if row["live_over_itl"] > 2
+        ],
         "source_step_ratio": round(median(ratios), 3) if ratios else None,
     } | workers
 
 
 def _table(result: dict[str, Any]) -> Table:
-    columns = ("kind", "tokens", "ITL", "live", "live ÷ ITL", "source step ratio", "KiB copied")
+    columns = ("kind", "layers", "tokens", "ITL", "live", "live ÷ ITL", "source step ratio", "KiB copied")
     table = numbers_table("gap between two tokens of a moved request, ms (median)", *columns, labels=1)
-    keys = ("kind", "tokens", "itl_ms", "live_ms", "live_over_itl", "source_step_ratio", "kib_copied")
+    keys = (
+        "kind",
+        "layers",
+        "tokens",
+        "itl_ms",
+        "live_ms",
+        "live_over_itl",
+        "source_step_ratio",
+        "kib_copied",
+    )
     for row in result["rows"]:
         table.add_row(*[str(row[key]) for key in keys])
     table.caption = "\n".join(f"{name}: {value}" for name, value in result["verdict"].items())

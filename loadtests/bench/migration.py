@@ -1,9 +1,10 @@
 """`bench migration`: the cost of moving a running request live, with a blocking copy and by recompute.
 
 One cluster (1 prefill, 2 decode instances) serves all measurements. A request of each length is handed off,
-then moved between the decode instances in each of the three ways. Gaps are measured in the API server,
-where the tokens of a request are put in order. The source's step time is taken from the moving request's
-own tokens, before and during the copy of its blocks.
+then moved between the decode instances in each of the three ways. Then several requests, which decode in one
+batch, move at the same time. Gaps are measured in the API server, where the tokens of a request are put in
+order. The source's step time is taken from the moving request's own tokens, before and during the copy of its
+blocks.
 """
 
 import asyncio
@@ -23,7 +24,15 @@ from pd_serve.config import ServeConfig
 from pd_serve.errors import PdServeError
 from pd_serve.frontend.manual_migration import MigrationMode
 
-LENGTHS = (256, 512, 1024, 2048, 4096)
+LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
+
+#: Longer requests are not moved by recompute, which takes most of a minute.
+MAX_RECOMPUTED = 4096
+
+#: Requests that move at the same time, the length of each, and how often they move in one round.
+TOGETHER, TOGETHER_LENGTH, TOGETHER_MOVES = 8, 1024, 4
+
+MODES: tuple[MigrationMode, ...] = ("live", "blocking", "recompute")
 
 #: Limit of a moved request's output: more than it generates until it is aborted after its last move.
 MAX_TOKENS = 2048
@@ -61,9 +70,7 @@ class LengthSamples:
 
     normal: list[float] = field(default_factory=list)
     during: list[float] = field(default_factory=list)
-    gaps: dict[str, list[float]] = field(
-        default_factory=lambda: {"live": [], "blocking": [], "recompute": []}
-    )
+    gaps: dict[str, list[float]] = field(default_factory=lambda: {mode: [] for mode in MODES})
     handoff: list[float] = field(default_factory=list)
     ttft: list[float] = field(default_factory=list)
 
@@ -124,6 +131,28 @@ class MigrationBenchmark:
         await self._client.abort(name)
         await asyncio.gather(generating, return_exceptions=True)
 
+    async def moves_together(self, number: int, length: int, moves: int, samples: LengthSamples) -> None:
+        """Several long requests on one instance, which all move to the other one at the same time."""
+        begun = [self._generate(length, max_tokens=MAX_TOKENS) for _ in range(number)]
+        ids = [await self._internal_id(name) for name, _ in begun]
+        logs = [await self._tokens(request_id, 4) for request_id in ids]
+        here, there = self._places
+        for request_id, log in zip(ids, logs, strict=True):
+            if log.sources[-1] != here:
+                await self._frontend.migrate(request_id, here)
+        for _ in range(moves):
+            begins = [len(log.times) for log in logs]
+            for request_id, begin in zip(ids, begins, strict=True):
+                await self._tokens(request_id, begin + TOKENS_BETWEEN)
+            for log, begin in zip(logs, begins, strict=True):
+                samples.normal += log.gaps_ms(begin + 3, begin + TOKENS_BETWEEN)
+            migrated = await asyncio.gather(*(self._frontend.migrate(i, there) for i in ids))
+            samples.gaps["live"] += [migration.downtime_ms for migration in migrated]
+            here, there = there, here
+        for name, _ in begun:
+            await self._client.abort(name)
+        await asyncio.gather(*(generating for _, generating in begun), return_exceptions=True)
+
     def _generate(self, length: int, max_tokens: int) -> tuple[str, "asyncio.Task[None]"]:
         from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -163,16 +192,21 @@ class MigrationBenchmark:
 async def _measure(service: InProcessService, rounds: int, console: rich.console.Console) -> dict[str, Any]:
     bench = MigrationBenchmark(service)
     modes: list[MigrationMode] = ["live", "blocking", "live", "recompute", "live", "blocking", "live"]
+    without_recompute = [mode for mode in modes if mode != "recompute"]
     results = {length: LengthSamples() for length in LENGTHS}
+    together = LengthSamples()
     await bench.moves(LENGTHS[0], modes, LengthSamples())  # warm-up
     with new_progress(console) as progress:
-        task = progress.add_task("measuring", total=rounds * len(LENGTHS))
+        task = progress.add_task("measuring", total=rounds * (len(LENGTHS) + 1))
         for _ in range(rounds):
             for length, samples in results.items():
                 progress.update(task, description=f"{length} tokens", refresh=True)
                 await bench.handoff(length, samples)
-                await bench.moves(length, modes, samples)
+                await bench.moves(length, modes if length <= MAX_RECOMPUTED else without_recompute, samples)
                 progress.advance(task)
+            progress.update(task, description=f"{TOGETHER} requests together", refresh=True)
+            await bench.moves_together(TOGETHER, TOGETHER_LENGTH, TOGETHER_MOVES, together)
+            progress.advance(task)
     problems = await service.api.frontend.check_integrity()
     if problems:
         raise PdServeError(f"the cluster violates an invariant after the benchmark: {problems}")
@@ -182,7 +216,13 @@ async def _measure(service: InProcessService, rounds: int, console: rich.console
         length: {mode: [round(gap, 2) for gap in gaps] for mode, gaps in samples.gaps.items()}
         for length, samples in results.items()
     }
-    return {"rows": rows, "handoff": handoff, "verdict": _verdict(rows, handoff), "samples": every_gap}
+    return {
+        "rows": rows,
+        "handoff": handoff,
+        "together": _row(TOGETHER_LENGTH, together) | {"requests": TOGETHER},
+        "verdict": _verdict(rows, handoff, together),
+        "samples": every_gap | {"together": [round(gap, 2) for gap in together.gaps["live"]]},
+    }
 
 
 def _row(length: int, samples: LengthSamples) -> dict[str, Any]:
@@ -190,7 +230,7 @@ def _row(length: int, samples: LengthSamples) -> dict[str, Any]:
     return {
         "tokens": length,
         "itl_ms": round(median(samples.normal), 3),
-        **{f"{mode}_ms": round(median(gaps), 3) for mode, gaps in samples.gaps.items()},
+        **{f"{mode}_ms": round(median(gaps), 3) for mode, gaps in samples.gaps.items() if gaps},
         "source_step_ratio": None if during is None else round(during / median(samples.normal), 3),
     }
 
@@ -200,7 +240,9 @@ def _handoff_row(length: int, samples: LengthSamples) -> dict[str, Any]:
     return {"tokens": length} | {f"{name}_ms": round(median(values), 3) for name, values in medians.items()}
 
 
-def _verdict(rows: list[dict[str, Any]], handoff: list[dict[str, Any]]) -> dict[str, Any]:
+def _verdict(
+    rows: list[dict[str, Any]], handoff: list[dict[str, Any]], together: LengthSamples
+) -> dict[str, Any]:
     """The ratios that have targets; see docs/benchmarks.md."""
     ratios = [row["source_step_ratio"] for row in rows if row["source_step_ratio"] is not None]
     return {
@@ -209,6 +251,7 @@ def _verdict(rows: list[dict[str, Any]], handoff: list[dict[str, Any]]) -> dict[
         "worst_handoff_over_itl": round(max(row["gap_ms"] / row["itl_ms"] for row in handoff), 2),
         "handoff_longest_over_shortest": round(handoff[-1]["gap_ms"] / handoff[0]["gap_ms"], 2),
         "source_step_ratio": round(median(ratios), 3) if ratios else None,
+        "together_live_over_itl": round(median(together.gaps["live"]) / median(together.normal), 2),
     }
 
 
@@ -216,21 +259,28 @@ def _table(result: dict[str, Any]) -> Table:
     columns = ("tokens", "ITL", "live", "blocking copy", "recompute", "hand-off", "source step ratio")
     table = numbers_table("gap between two tokens of a moved request, ms (median)", *columns)
     for row, handoff in zip(result["rows"], result["handoff"], strict=True):
-        keys = ("tokens", "itl_ms", "live_ms", "blocking_ms", "recompute_ms")
-        shown = [f"{row[key]:.1f}" if key != "tokens" else str(row[key]) for key in keys]
-        table.add_row(*shown, f"{handoff['gap_ms']:.1f}", str(row["source_step_ratio"]))
+        keys = ("itl_ms", "live_ms", "blocking_ms", "recompute_ms")
+        numbers = [row.get(key) for key in keys]
+        shown = ["–" if number is None else f"{number:.1f}" for number in numbers]
+        table.add_row(str(row["tokens"]), *shown, f"{handoff['gap_ms']:.1f}", str(row["source_step_ratio"]))
     table.caption = "\n".join(f"{name}: {value}" for name, value in result["verdict"].items())
     return table
 
 
 async def run(report: BenchmarkReport, rounds: int) -> None:
-    """Starts a cluster, measures, shows a table and writes the numbers. Takes about one minute per round.
+    """Starts a cluster, measures, shows a table and writes the numbers. Takes about four minutes per round.
 
     Raises:
         PdServeError: The cluster did not start, or violates an invariant at the end.
     """
-    model_length = f"--max-model-len={max(LENGTHS) + MAX_TOKENS}"
-    flags = ("--no-enable-prefix-caching", "--max-num-seqs=8", model_length)
+    tokens = max(LENGTHS) + MAX_TOKENS
+    flags = (
+        "--no-enable-prefix-caching",
+        f"--max-num-seqs={TOGETHER}",
+        f"--max-model-len={tokens}",
+        f'--hf-overrides={{"max_position_embeddings": {tokens}}}',
+        "--kv-cache-memory-bytes=1073741824",
+    )
     config = ServeConfig(model="bench", prefill=1, decode=2, flags=flags)
     service = InProcessService(config)
     try:
