@@ -4,7 +4,7 @@ The bounds of a migration are in `migration.bounds`, the intervals of decisions 
 """
 
 #: Interval of heartbeats: the manager's membership; an API server's messages to manager, instances and
-#: scheduler. Instances report their load at least as often.
+#: scheduler. Instances report their load about as often, or more often.
 HEARTBEAT_S = 1.0
 INSTANCE_HEARTBEAT_S = 0.5
 
@@ -83,9 +83,9 @@ PROGRESS_REPORT_INTERVAL_S = 0.1
 CACHE_REPORT_INTERVAL_S = 0.1
 STATS_INTERVAL_S = 1.0
 
-#: Load reports per second of all instances together, so that receivers can keep up: with more than 20
-#: instances each reports less often than every `REPORT_INTERVAL_S`, down to every `HEARTBEAT_S`.
-MAX_REPORTS_PER_S = 1_000.0
+#: Load reports per second of all instances together, so that receivers can keep up: with more than 16
+#: instances each reports less often than every `REPORT_INTERVAL_S`, down to this interval.
+MAX_REPORTS_PER_S, MAX_REPORT_INTERVAL_S = 800.0, 1.5
 
 #: Minimum interval at which API servers tell each other what they have: how exact the limits are that count
 #: for all of them together.

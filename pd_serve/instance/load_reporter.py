@@ -14,7 +14,7 @@ from pd_serve.comm.membership import MANAGER, SCHEDULER, MembershipView
 from pd_serve.comm.message_wire import MessageWire
 from pd_serve.comm.messages import InstanceStats, LoadReport
 from pd_serve.comm.timing import (
-    HEARTBEAT_S,
+    MAX_REPORT_INTERVAL_S,
     MAX_REPORTS_PER_S,
     PROGRESS_REPORT_INTERVAL_S,
     REPORT_INTERVAL_S,
@@ -35,7 +35,7 @@ BUSY_OVER_S = 10.0
 
 def report_interval_s(num_instances: int) -> float:
     """Minimum interval of an instance's load reports: the more instances, the longer."""
-    return min(max(REPORT_INTERVAL_S, num_instances / MAX_REPORTS_PER_S), HEARTBEAT_S)
+    return min(max(REPORT_INTERVAL_S, num_instances / MAX_REPORTS_PER_S), MAX_REPORT_INTERVAL_S)
 
 
 class BusyShare:
