@@ -1,21 +1,70 @@
 """The simulated side of `bench simulator`: instances like the real ones, in virtual time."""
 
 import asyncio
+import statistics
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+
+from msgspec import structs
 
 from loadtests.outcome import Outcome
 from pd_serve.config import DEFAULT_POLICY
 from pd_serve.errors import PdServeError
 from pd_serve.platform.cpu import CPU_PREFILL_CHUNK_TOKENS, CPU_STAGE_BYTES_PER_S, is_cpu_build
-from pd_serve.simulated_engine.cost_model import CostModel
+from pd_serve.simulated_engine.cost_model import LinearCostModel
 from pd_serve.simulated_engine.settings import EngineSettings
 from pd_serve.simulation.config import NetworkSettings, SimulationConfig, TraceRequest
 from pd_serve.simulation.simulate import Simulation
 from pd_serve.simulation.virtual_time import VirtualLoop
 
+#: Time between requests of which each is alone, in seconds.
+ALONE_S = 5.0
 
-def engines(about: dict[str, int], model: CostModel) -> dict[str, EngineSettings]:
+
+@dataclass(frozen=True, slots=True)
+class FrontEnd:
+    """What the service takes beside the engine's steps, in seconds.
+
+    Attributes:
+        request_s: For each request, before its first step.
+        step_s: For each step: messages, and the work of the instance between two steps.
+    """
+
+    request_s: float = 0.0
+    step_s: float = 0.0
+
+    @classmethod
+    def measured(cls, real: Sequence[Outcome], simulated: Sequence[Outcome]) -> "FrontEnd":
+        """The difference of two medians, of requests that are alone in the service and in the simulation."""
+        step_s = max(_median_gap_s(real) - _median_gap_s(simulated), 0.0)
+        request_s = _median_ttft_s(real) - _median_ttft_s(simulated) - step_s
+        return cls(max(request_s, 0.0), step_s)
+
+    def around(self, model: LinearCostModel) -> LinearCostModel:
+        """The durations of steps with what the instance takes for each."""
+        added_ms = self.step_s * 1e3
+        prefill, decode, mixed = model.prefill_ms, model.decode_ms, model.mixed_ms
+        return LinearCostModel(
+            (prefill[0] + added_ms, *prefill[1:]),
+            (decode[0] + added_ms, *decode[1:]),
+            None if mixed is None else mixed + added_ms,
+        )
+
+
+def _median_gap_s(outcomes: Sequence[Outcome]) -> float:
+    return statistics.median(gap for outcome in outcomes for gap in outcome.gaps_s)
+
+
+def _median_ttft_s(outcomes: Sequence[Outcome]) -> float:
+    return statistics.median(outcome.ttft_s or 0.0 for outcome in outcomes)
+
+
+def alone(requests: Sequence[TraceRequest]) -> list[TraceRequest]:
+    """The requests, each after the end of the last one."""
+    return [structs.replace(request, arrival_s=number * ALONE_S) for number, request in enumerate(requests)]
+
+
+def engines(about: dict[str, int], model: LinearCostModel) -> dict[str, EngineSettings]:
     """Simulated engines by role, like the instances of `pd-serve serve`.
 
     Args:
@@ -39,10 +88,19 @@ def config(
     instances: dict[str, int],
     by_role: dict[str, EngineSettings],
     seed: int,
+    front_end_s: float = 0.0,
 ) -> SimulationConfig:
     """A cluster on one machine, with the policies of `pd-serve serve`."""
     network = NetworkSettings(kv_latency_s=0.001, kv_bytes_per_s=CPU_STAGE_BYTES_PER_S)
-    return SimulationConfig(requests, instances, DEFAULT_POLICY, by_role, network=network, seed=seed)
+    return SimulationConfig(
+        requests,
+        instances,
+        DEFAULT_POLICY,
+        by_role,
+        network=network,
+        front_end_s=front_end_s,
+        seed=seed,
+    )
 
 
 def simulate(wanted: SimulationConfig) -> list[Outcome]:

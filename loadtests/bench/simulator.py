@@ -2,8 +2,9 @@
 
 For each layout of instances the real service gets a few rounds of requests over HTTP, in real time. Before
 each round the steps of an engine in this process are measured (as by `pd-serve bench profile`) while the
-service is idle, so that both sides see the machine in the same state. Then the simulated cluster gets the
-same requests, with these step times, in virtual time.
+service is idle, and then a few requests one after the other, so that both sides see the machine in the same
+state. What such a request takes beyond its steps is the cost of the front end. Then the simulated cluster
+gets the requests of the rounds, with these step times and this front end, in virtual time.
 
 The number of threads of every engine, the measured one too, leaves cores to the API server and the clients.
 With as many threads as cores they would wait for each other whenever anything else runs, and a step would
@@ -28,6 +29,7 @@ from loadtests.bench.clients import run_checked_round
 from loadtests.bench.load import Lengths, Load
 from loadtests.bench.report import BenchmarkReport
 from loadtests.bench.rounds import Round
+from loadtests.bench.simulated_side import FrontEnd
 from loadtests.latency_statistics import statistics_ms
 from loadtests.outcome import Outcome, latencies_s
 from loadtests.servers import MODEL, SharedSettings, free_port, running
@@ -48,6 +50,10 @@ SETTLE_S = 0.5
 
 LENGTHS = Lengths(prompt=(16, 256), output=(16, 96))
 WARM_UP = Load("warm-up", 20, LENGTHS, rate=10.0)
+ALONE = Load("alone", 15, LENGTHS, num_clients=1)
+
+#: Targets: how far a ratio may be from 1.
+MAX_ERROR = {"p50": 0.1, "p99": 0.2}
 
 #: Requests in the batch at a time if no rate is given.
 CONCURRENCY = 2
@@ -117,6 +123,7 @@ class SimulatorBenchmark:
         steps: dict[Point, list[StepSeen]] = {point: [] for point in wanted}
         loads: list[Load] = []
         rounds: list[Round] = []
+        real_alone: list[Outcome] = []
         async with AsyncExitStack() as stack:
             with self.console.status("starting pd-serve"):
                 command = SharedSettings(MODEL, [], self.environment).ours(layout, free_port())
@@ -133,13 +140,13 @@ class SimulatorBenchmark:
                     self.console.print(f"rounds of {self.num_requests} requests at {self.rate:g}/s")
                 loads.append(Load("lengths", self.num_requests, LENGTHS, rate=self.rate))
                 await asyncio.sleep(SETTLE_S)
+                real_alone += (await run_checked_round(server, ALONE, seed)).outcomes
+                await asyncio.sleep(SETTLE_S)
                 rounds.append(await run_checked_round(server, loads[-1], seed))
         model = _fitted(rows(steps))
-        engines = simulated_side.engines(self.engine.about, model)
-        simulated: list[Outcome] = []
-        for seed, load in enumerate(loads):
-            config = simulated_side.config(load.requests(seed), layout, engines, seed)
-            simulated += await asyncio.to_thread(simulated_side.simulate, config)
+        simulated_alone = await self._simulated(layout, model, [ALONE] * ROUNDS, FrontEnd(), alone=True)
+        front_end = FrontEnd.measured(real_alone, simulated_alone)
+        simulated = await self._simulated(layout, model, loads, front_end)
         real_ms = summary([outcome for one in rounds for outcome in one.outcomes])
         simulated_ms = summary(simulated)
         return {
@@ -147,6 +154,10 @@ class SimulatorBenchmark:
             "real_ms": real_ms,
             "simulated_ms": simulated_ms,
             "ratio": ratios(real_ms, simulated_ms),
+            "front_end_ms": {
+                "request": round(front_end.request_s * 1e3, 3),
+                "step": round(front_end.step_s * 1e3, 3),
+            },
             "rounds_real_ms": [summary(one.outcomes) for one in rounds],
             "load_averages": [one.load_average for one in rounds],
             "cores_used": [round(one.cpu_s / one.seconds, 2) for one in rounds],
@@ -155,6 +166,26 @@ class SimulatorBenchmark:
             "relative_error": relative_errors(rows(steps), model),
             "steps": [asdict(row) for row in rows(steps)],
         }
+
+    async def _simulated(
+        self,
+        layout: dict[str, int],
+        model: LinearCostModel,
+        loads: list[Load],
+        front_end: FrontEnd,
+        *,
+        alone: bool = False,
+    ) -> list[Outcome]:
+        """The outcomes of the rounds of these loads, one after the other."""
+        engines = simulated_side.engines(self.engine.about, front_end.around(model))
+        outcomes: list[Outcome] = []
+        for seed, load in enumerate(loads):
+            requests = load.requests(seed)
+            if alone:
+                requests = simulated_side.alone(requests)
+            config = simulated_side.config(requests, layout, engines, seed, front_end.request_s)
+            outcomes += await asyncio.to_thread(simulated_side.simulate, config)
+        return outcomes
 
 
 def _tokens_per_message(outcomes: Sequence[Outcome]) -> float:
@@ -199,6 +230,16 @@ def ratios(real: Summary, simulated: Summary) -> Summary:
     }
 
 
+def missed(ratio: Summary) -> list[str]:
+    """The latencies that are further from those of the service than the target."""
+    return [
+        f"{name} {part}"
+        for name in REPORTED
+        for part, error in MAX_ERROR.items()
+        if not 1 - error <= ratio[name][part] <= 1 + error
+    ]
+
+
 def _table(layout: dict[str, int], result: dict[str, Any]) -> Table:
     title = ", ".join(f"{number} {role}" for role, number in layout.items())
     table = numbers_table(title, "ms", "", "real", "simulated", "ratio", labels=2)
@@ -207,4 +248,10 @@ def _table(layout: dict[str, int], result: dict[str, Any]) -> Table:
             real, simulated = (f"{result[side][name][part]:.1f}" for side in ("real_ms", "simulated_ms"))
             table.add_row(label, part, real, simulated, f"{result['ratio'][name][part]:.2f}")
         table.add_section()
+    table.caption = "\n".join(
+        [
+            f"front end: {result['front_end_ms']}",
+            f"missed (p50 within 10 %, p99 within 20 %): {', '.join(missed(result['ratio'])) or 'nothing'}",
+        ]
+    )
     return table

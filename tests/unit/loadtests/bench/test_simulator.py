@@ -37,6 +37,13 @@ def test_numbers_are_in_milliseconds_and_ratios_are_real_to_simulated() -> None:
     assert (found["request"]["mean"], found["ttft"]["p99"], found["itl"]["p50"]) == (2.0, 1.0, 2.0)
 
 
+def test_a_ratio_misses_its_target_on_either_side() -> None:
+    ratio = {"mean": 9.0, "p50": 1.1, "p99": 0.8}
+    slow, fast = ratio | {"p50": 1.11}, ratio | {"p99": 0.79}
+
+    assert simulator.missed({"request": ratio, "ttft": slow, "itl": fast}) == ["ttft p50", "itl p99"]
+
+
 def test_the_service_is_started_with_its_own_defaults_and_one_api_server() -> None:
     command = SharedSettings("tiny", [], {}).ours({"prefill": 1, "decode": 1}, 1234).command
 
