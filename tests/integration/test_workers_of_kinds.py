@@ -53,6 +53,7 @@ _STATES = "states of linear attention are not divided by heads alone"
 
 CASES = [
     Case("tiny", 2),
+    Case("tiny", 4),  # more workers than heads with keys: two workers have the same
     Case("one KV head", 1),
     Case("tiny-gemma3", 1),
     Case("tiny-deepseek-v2", 1),
