@@ -1,15 +1,4 @@
-"""Errors of pd-serve that migration can raise, as one tree, and why migrations end without moving a request.
-
-PdServeError
-├── InvalidRequestError        the caller asked for something that cannot be done
-├── OverloadedError            too many requests are waiting already
-├── EngineDeadError            no live instance, or this one's engine has stopped
-├── ProtocolError              an event that the state table does not allow
-└── MigrationError             a migration ended without moving the request; has a code
-    ├── DestinationRefusedError   the destination cannot take the request; nothing was reserved
-    ├── PeerLostError             the other side, or the path to it, is gone
-    └── SourceGoneError           the request finished, was aborted or was preempted at the source
-"""
+"""Errors that migration and engines can raise, and why migrations end without moving a request."""
 
 from enum import StrEnum, auto
 

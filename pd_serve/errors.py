@@ -8,7 +8,7 @@ PdServeError
 │   └── RequestRefusedError    this request in particular has to wait outside; HTTP 429 with a code
 ├── EngineDeadError            no live instance, or this one's engine has stopped; HTTP 503
 ├── ProtocolError              an event that the state table does not allow
-└── MigrationError             a migration ended without moving the request; never reaches a client
+└── MigrationError             a migration ended without moving the request; has a code; reaches no client
     ├── DestinationRefusedError   the destination cannot take the request; nothing was reserved
     ├── PeerLostError             the other side, or the path to it, is gone
     └── SourceGoneError           the request finished, was aborted or was preempted at the source

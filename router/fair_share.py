@@ -26,25 +26,25 @@ class FairShare:
         return len(self._waiting)
 
     def served(self, account: int) -> float:
-        """Weighted tokens; only differences between accounts mean something."""
+        """Weighted tokens charged to an account; only differences between accounts mean something."""
         return self._served.get(account, 0.0)
 
     def begins_to_wait(self, account: int) -> None:
-        """A request of an account has joined the queue."""
+        """Counts a request of an account that has joined the queue."""
         if not self._waiting[account]:
             self._served[account] = max(self.served(account), self._least())
         self._waiting[account] += 1
 
     def starts(self, account: int, prompt_tokens: int) -> None:
-        """A request of an account has been sent to an instance, from the queue or past it."""
+        """Charges the prompt of a request that was sent to an instance, from the queue or past it."""
         self._add(account, PROMPT_WEIGHT * prompt_tokens)
 
     def generated(self, account: int, tokens: int) -> None:
-        """Output tokens of an account have been delivered."""
+        """Charges output tokens that were delivered."""
         self._add(account, OUTPUT_WEIGHT * tokens)
 
     def waits_no_more(self, account: int) -> None:
-        """A request of an account has left the queue."""
+        """Counts a request of an account no more: it has left the queue."""
         self._waiting[account] -= 1
         if not self._waiting[account]:
             del self._waiting[account]

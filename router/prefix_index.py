@@ -84,9 +84,3 @@ class PrefixIndex:
                 break
             number += 1
         return number * self.key_tokens
-
-    def best_holder(self, keys: Sequence[int]) -> tuple[str, int] | None:
-        """The instance that has the longest beginning of a prompt, and its tokens; None if none has any."""
-        tokens = {instance_id: self.held_tokens(instance_id, keys) for instance_id in self._held}
-        best = max(tokens, key=lambda instance_id: (tokens[instance_id], instance_id), default="")
-        return (best, tokens[best]) if tokens.get(best) else None

@@ -42,7 +42,7 @@ class Bucket:
         self._at = 0.0
 
     def take(self, amount: float) -> None:
-        """A negative amount is given back."""
+        """Takes an amount, or gives back a negative one."""
         self._used = max(self._used + amount, 0.0)
 
     def budget(self, name: str, now: float, needed: float, servers: int, taken: float = 0.0) -> Budget:
@@ -82,7 +82,8 @@ class RateLimits:
         Args:
             taken: Requests and tokens that came with them and have been taken already.
 
-        Returns: the limit that has not enough left for them, of which the later one; then nothing is taken.
+        Returns: None if they were taken; otherwise the limit that has not enough left for them, and if both
+        have not, the one that takes longer to have it.
         """
         lacking = [one for one in self.budgets(account, now, requests, tokens, taken) if one.wait_s > 0]
         if lacking:
@@ -91,11 +92,11 @@ class RateLimits:
         return None
 
     def give_back(self, account: int, requests: int, tokens: int) -> None:
-        """Requests that were taken have not been started."""
+        """Gives back what `take` took for requests that were not started."""
         self._add(account, -requests, -tokens)
 
     def generated(self, account: int, tokens: int) -> None:
-        """Output tokens are taken when they are there: a request overdraws by its outputs at most."""
+        """Takes output tokens once they are generated: a request overdraws by its outputs at most."""
         self._add(account, 0, tokens)
 
     def budgets(

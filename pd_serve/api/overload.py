@@ -56,8 +56,8 @@ class Arrival:
         num_tokens: Tokens of their prompts, as far as they are known.
         refusal: Why the cluster has refused one of them.
         headers: Of its answer, in addition to others.
-        charges: Gives back what its account was charged, until a request is started.
-        charged: Requests and tokens that these were.
+        charges: Callbacks that give back what its account was charged; called if it is refused as a whole.
+        charged: Requests and tokens that its account was charged for.
     """
 
     def __init__(self, arriving: "set[Arrival]", check: Callable[[int], None]) -> None:
@@ -71,18 +71,18 @@ class Arrival:
         self._is_announced = self._has_ended = False
 
     def begin(self) -> None:
-        """Its body is complete."""
+        """Counts it as one request from now on: its body is complete."""
         self._count(1)
 
     def announce(self, number: int) -> None:
-        """It brings `number` requests; at a later call, `number` more."""
+        """Counts `number` requests that it brings; at a later call, `number` more."""
         self._count(number + (self.num_requests if self._is_announced else 0))
         self._is_announced = True
         if self.num_requests > 1:
             self._check(self.num_requests)
 
     def submitted(self, number: int, tokens: int) -> None:
-        """The cluster counts `number` of them from now on, or has refused them."""
+        """Counts `number` of them no more: the cluster does from now on, or has refused them."""
         self.num_tokens = max(self.num_tokens - tokens, 0)
         self._count(max(self.num_requests - number, 0))
 
@@ -92,7 +92,7 @@ class Arrival:
         return sum(arrival.num_tokens for arrival in self._arriving)
 
     def end(self) -> None:
-        """The HTTP request has ended; a task that it has started may go on."""
+        """Counts nothing of it any more, even if a task that it has started goes on."""
         self._count(0)
         self._has_ended = True
 
@@ -145,20 +145,20 @@ def charged() -> tuple[int, int]:
 
 
 def note_charge(give_back: Callable[[], None], requests: int, tokens: int) -> None:
-    """The account of this task was charged."""
+    """Keeps what the account of this task was charged, so that `give_charges_back` can undo it."""
     if (arrival := _arrival.get()) is not None:
         arrival.charges.append(give_back)
         arrival.charged = (arrival.charged[0] + requests, arrival.charged[1] + tokens)
 
 
 def note_headers(headers: dict[str, str]) -> None:
-    """These headers go into the answer of this task."""
+    """Adds headers to the answer of the HTTP request of this task."""
     if (arrival := _arrival.get()) is not None:
         arrival.headers = headers
 
 
 def give_charges_back() -> None:
-    """The HTTP request of this task is refused as a whole."""
+    """Undoes all charges of the HTTP request of this task, which is refused as a whole."""
     if (arrival := _arrival.get()) is not None:
         while arrival.charges:
             arrival.charges.pop()()
@@ -166,7 +166,7 @@ def give_charges_back() -> None:
 
 
 def note_refusal(refusal: RequestRefusedError) -> None:
-    """A request of this task is refused. If its HTTP request has no answer yet, that becomes the answer."""
+    """Keeps the refusal of a request of this task: the answer of its HTTP request, unless that has begun."""
     if (arrival := _arrival.get()) is not None:
         arrival.refusal = refusal
 

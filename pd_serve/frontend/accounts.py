@@ -62,7 +62,7 @@ class Accounts:
             )
 
     def give_back(self, account: int, requests: int, tokens: int) -> None:
-        """What was taken has not been started."""
+        """Gives back what `take` took for requests that were not started."""
         self.limits.give_back(account, requests, tokens)
 
     def headers(self, account: int) -> dict[str, str]:

@@ -16,7 +16,6 @@ from pd_serve.config import ServeConfig
 from pd_serve.dashboard.live_view import LiveView
 from pd_serve.dashboard.recent import RecentEvents
 from pd_serve.frontend.accounts import Accounts
-from pd_serve.frontend.api_servers import ApiServers
 from pd_serve.frontend.frontend import Frontend
 from pd_serve.launch.preparation import Prepared
 from pd_serve.observe import request_log
@@ -78,7 +77,7 @@ class ApiServer:
         from pd_serve.observe.exposition import MetricsText
 
         allow_many_open_files()
-        config, server, engine_config = prepared.config, prepared.flags.server, prepared.engine_config
+        config, server = prepared.config, prepared.flags.server
         async with AsyncExitStack() as stack:
             codec = VllmCodec()
             outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
@@ -103,17 +102,12 @@ class ApiServer:
             )
             stack.push_async_callback(frontend.close)
             infos = await frontend.wait_for_instances()
-            # What an instance found out when it made its KV cache, as vLLM's own front end takes it over.
-            engine = infos[0].engine
-            engine_config.cache_config.num_gpu_blocks = engine.num_blocks
-            engine_config.cache_config.block_size = engine.block_tokens
-            engine_config.model_config.max_model_len = _max_model_len(config, server, infos)
+            _take_over_facts(prepared, infos)
+            tasks, slo = infos[0].engine.supported_tasks, config.slo or NO_SLO
             followed = frontend.instances.cached_blocks
-            tasks = engine.supported_tasks
-            slo = config.slo or NO_SLO
             core = ClusterCore(frontend, outputs, codec, tasks, lambda: followed.format, slo, account)
             client = ClusterAsyncLLM(
-                engine_config,
+                prepared.engine_config,
                 core,
                 log_requests=server.enable_log_requests,
                 log_stats=not server.disable_log_stats,
@@ -134,16 +128,7 @@ class ApiServer:
             )
             offer_adapters(app.state.openai_serving_models, frontend.lora_adapters)
             labels = {"service": config.service_name, "model_name": server.served_model_name[0]}
-            live = LiveView(
-                wire.name,
-                frontend.snapshot,
-                frontend.instances,
-                recent,
-                labels,
-                frontend.totals,
-                lambda: frontend.api_servers.elsewhere("pages"),
-                lambda: _update(recent, frontend.api_servers),
-            )
+            live = _live_view(wire.name, frontend, recent, labels)
             live.open()
             stack.push_async_callback(live.close)
             show_dashboard(app, live)
@@ -207,11 +192,25 @@ def _share(
     api_servers.open()
 
 
-async def _update(recent: RecentEvents, api_servers: ApiServers) -> None:
-    """Reads what the other API servers have counted."""
-    requests = {name: ReadRecent(recent.next_of(name)) for name in api_servers.others}
-    for name, slots in (await api_servers.ask_others(requests, METRICS_CALL_S)).items():
-        recent.note_elsewhere(name, slots)
+def _live_view(name: str, frontend: Frontend, recent: RecentEvents, labels: dict[str, str]) -> LiveView:
+    """The live page's data. It reads what the other API servers have counted before each event."""
+    api_servers = frontend.api_servers
+
+    async def update() -> None:
+        requests = {other: ReadRecent(recent.next_of(other)) for other in api_servers.others}
+        for other, slots in (await api_servers.ask_others(requests, METRICS_CALL_S)).items():
+            recent.note_elsewhere(other, slots)
+
+    return LiveView(
+        name,
+        frontend.snapshot,
+        frontend.instances,
+        recent,
+        labels,
+        frontend.totals,
+        lambda: api_servers.elsewhere("pages"),
+        update,
+    )
 
 
 def _recorder(server: Namespace, others: Iterable[Observer], unix_offset_s: float) -> RequestRecorder:
@@ -225,6 +224,14 @@ def _recorder(server: Namespace, others: Iterable[Observer], unix_offset_s: floa
 
         observers.append(RequestTracer(unix_offset_s))
     return RequestRecorder(observers, unix_offset_s=unix_offset_s)
+
+
+def _take_over_facts(prepared: Prepared, infos: Sequence[InstanceInfo]) -> None:
+    """Notes what an instance found out when it made its KV cache, as vLLM's own front end does."""
+    engine, vllm = infos[0].engine, prepared.engine_config
+    vllm.cache_config.num_gpu_blocks = engine.num_blocks
+    vllm.cache_config.block_size = engine.block_tokens
+    vllm.model_config.max_model_len = _max_model_len(prepared.config, prepared.flags.server, infos)
 
 
 def _max_model_len(config: ServeConfig, server: Namespace, infos: Sequence[InstanceInfo]) -> int:

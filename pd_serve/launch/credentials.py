@@ -42,7 +42,7 @@ def with_credentials(config: ServeConfig, warn: Warn) -> ServeConfig:
     _refuse_doubtful(lines, config.api_key_file)
     in_file = [line.split(maxsplit=1) for line in lines.values()]
     keys = dict.fromkeys([*config.api_key, *(key for key, *_ in in_file)])
-    own = {key: _own(key, text, config.api_key_file) for key, *texts in in_file for text in texts}
+    own = {key: _name_and_limits(key, text, config.api_key_file) for key, *texts in in_file for text in texts}
     admin_keys = list(_lines_of(config.admin_key_file, "--admin-key-file", warn).values())
     if len(admin_keys) > 1:
         raise InvalidRequestError(
@@ -71,7 +71,11 @@ def checked_key(key: str) -> str:
 
 
 def _refuse_doubtful(lines: Mapping[int, str], path: Path | None) -> None:
-    """Raises: InvalidRequestError: without the key, of a line that hardly says what was meant."""
+    """Refuses keys given twice, and settings that no space separates from their key.
+
+    Raises:
+        InvalidRequestError: A line has one of these. The message omits the key.
+    """
     first: dict[str, int] = {}
     for number, line in lines.items():
         key = line.split(maxsplit=1)[0]
@@ -86,8 +90,12 @@ def _refuse_doubtful(lines: Mapping[int, str], path: Path | None) -> None:
             )
 
 
-def _own(key: str, text: str, path: Path | None) -> tuple[str, KeyLimits | None]:
-    """The name of a key, "" for none, and its limits. Raises: InvalidRequestError: without the key."""
+def _name_and_limits(key: str, text: str, path: Path | None) -> tuple[str, KeyLimits | None]:
+    """The name of a key ("" for none) and its limits, from the text behind the key.
+
+    Raises:
+        InvalidRequestError: The text is neither. The message omits the key.
+    """
     parts = [part.strip() for part in text.split(",")]
     names = [part.removeprefix("name=") for part in parts if part.startswith("name=")]
     limits = ",".join(part for part in parts if not part.startswith("name="))

@@ -84,7 +84,7 @@ def build(arguments: dict[str, Any]) -> Application:
 
 
 def engines_of(config: ServeConfig, keys: CurveKeys) -> str:
-    """The same for two applications if API servers of one can use the instances of the other.
+    """A hash that is equal for two applications if API servers of one can use the instances of the other.
 
     Serve replaces the manager of an application that is deployed again before its API servers.
     """

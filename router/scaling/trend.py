@@ -24,34 +24,42 @@ class LoadTrend:
 
     def __init__(self) -> None:
         self._points: deque[tuple[float, float]] = deque()
+        self._line: tuple[float, float] | None = None
 
     def add(self, loads: Sequence[InstanceLoad], now: float, waiting: Demand = NO_DEMAND) -> None:
         """Takes the loads of a pool, and what it does not have yet, about once a second."""
         if self._points and now - self._points[-1][0] < POINT_S:
             return
         self._points.append((now, load_of(loads, waiting)))
+        self._line = None
         while self._points[0][0] < now - FITTED_S:
             self._points.popleft()
 
     def growth(self, horizon_s: float) -> float:
-        """By which factor the load will have grown, at least 1: a pool shrinks by what is, not by a forecast.
+        """Factor by which the load will have grown; at least 1: pools shrink by what is, not by forecasts."""
+        if self._line is None:
+            self._line = self._fitted()  # once for each point; a scheduler asks many times a second
+        slope, present = self._line
+        if slope <= 0 or present <= 0:
+            return 1.0
+        return min(1.0 + slope * horizon_s / present, MAX_GROWTH)
 
-        Without half of the time to fit there is no trend. Its slope counts less its standard error, since
+    def _fitted(self) -> tuple[float, float]:
+        """The slope of the load, and the load at the last point; both 0 without a trend.
+
+        Without half of the time to fit there is no trend. The slope counts less its standard error, since
         requests that come at random have slopes, too.
         """
         points = self._points
         if len(points) < 3 or points[-1][0] - points[0][0] < FITTED_S / 2:
-            return 1.0
+            return 0.0, 0.0
         mean_at = sum(at for at, _ in points) / len(points)
         mean = sum(load for _, load in points) / len(points)
         spread = sum((at - mean_at) ** 2 for at, _ in points)
         slope = sum((at - mean_at) * (load - mean) for at, load in points) / spread
         present = mean + slope * (points[-1][0] - mean_at)
         rest = sum((load - mean - slope * (at - mean_at)) ** 2 for at, load in points)
-        sure = slope - math.sqrt(POINTS_AS_ONE * rest / (len(points) - 2) / spread)
-        if sure <= 0 or present <= 0:
-            return 1.0
-        return min(1.0 + sure * horizon_s / present, MAX_GROWTH)
+        return slope - math.sqrt(POINTS_AS_ONE * rest / (len(points) - 2) / spread), present
 
 
 def load_of(loads: Sequence[InstanceLoad], waiting: Demand) -> float:

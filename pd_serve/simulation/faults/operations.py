@@ -1,4 +1,4 @@
-"""OperatorCalls by hand in the middle of faults, and the pool sizes that follow from them."""
+"""Operations by hand in the middle of faults, and the pool sizes that follow from them."""
 
 import asyncio
 from collections.abc import Callable, Coroutine

@@ -106,7 +106,6 @@ class FaultyClusterShape(msgspec.Struct, frozen=True, omit_defaults=True):
         one_process: The manager runs in the process of the only API server, as with `pd-serve serve`.
         autoscale: Bounds by role.
         settings: Changed settings of the policies.
-        link_delays_s: Bound of the additional latency of a link, which differs between links.
         sampled: See `EngineSettings.sampled`.
         orphan_s: Seconds that requests go on after their API server has died.
         comes_back: Clients whose API server has died ask another one for the same request.
@@ -123,7 +122,6 @@ class FaultyClusterShape(msgspec.Struct, frozen=True, omit_defaults=True):
     policy: str = "llumnix"
     settings: dict[str, str | float] = {}
     start_instance_s: float = 2.0
-    link_delays_s: float = 0.0
     resume_order: ThawOrder = "as it came"
     sampled: bool = False
     orphan_s: float = 0.0

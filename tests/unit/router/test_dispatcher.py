@@ -385,7 +385,7 @@ def test_a_hand_off_goes_where_the_blocks_are_and_not_where_they_are_expected() 
     assert dispatcher.destinations(20, prefix_keys=keys) == ["d1", "d0"]
     assert dispatcher.destinations(20) == ["d0", "d1"]
     dispatcher.loads.remove("d1")
-    assert dispatcher.loads.prefixes.best_holder(keys) is None
+    assert not dispatcher.loads.prefixes.keys("d1")
 
 
 # ---- prompts on decode instances, and copies of prefixes

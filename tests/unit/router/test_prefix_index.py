@@ -35,17 +35,14 @@ def test_what_an_instance_has_lost_does_not_count(index: PrefixIndex) -> None:
     assert index.held_tokens("d0", [1, 2, 3]) == 16
 
 
-def test_the_best_holder_has_the_longest_run(index: PrefixIndex) -> None:
-    assert index.best_holder([1]) is None
-    index.add("d0", [1, 3, 4, 5, 6], 100)
+def test_what_is_cleared_or_removed_is_forgotten(index: PrefixIndex) -> None:
+    index.add("d0", [1, 3], 100)
     index.add("d1", [1, 2], 100)
 
-    assert index.best_holder([1, 2, 3]) == ("d1", 32)
-    assert index.best_holder([9]) is None
     index.clear("d1")
-    assert index.best_holder([1, 2, 3]) == ("d0", 16)
+    assert (index.held_tokens("d0", [1, 2]), index.held_tokens("d1", [1, 2])) == (16, 0)
     index.remove("d0")
-    assert index.best_holder([1, 2, 3]) is None
+    assert index.held_tokens("d0", [1, 2]) == 0
 
 
 def test_an_instance_cannot_have_more_keys_than_blocks(index: PrefixIndex) -> None:
@@ -61,7 +58,6 @@ def test_keys_are_expected_where_a_request_was_sent(index: PrefixIndex, clock: M
 
     assert index.held_tokens("p0", [1, 2, 3, 4], soon=True) == 48
     assert index.held_tokens("p0", [1, 2, 3, 4]) == 16
-    assert index.best_holder([1, 2, 3]) == ("p0", 16)
     index.discard("p0", [3])  # computed, and evicted since
     assert index.held_tokens("p0", [1, 2, 3], soon=True) == 32
     clock.now += EXPECTED_S

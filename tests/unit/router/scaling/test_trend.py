@@ -1,5 +1,6 @@
 """The trend of a pool's load, and the load that it leads to."""
 
+import math
 import random
 from collections.abc import Callable
 
@@ -92,3 +93,18 @@ def test_reports_that_came_late_or_not_at_all_leave_no_trend() -> None:
     assert trend.growth(60.0) == 1.0
     trend.add([decode("d0")], 1e9)
     assert trend.growth(60.0) == 1.0
+
+
+def test_the_line_is_fitted_once_for_each_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheduler asks in every round, and there are many rounds a second."""
+    trend = trend_of(lambda second: 1000 + 20 * second)
+    fits = []
+    monkeypatch.setattr(math, "sqrt", lambda value: fits.append(value) or value**0.5)
+
+    assert trend.growth(60.0) == trend.growth(60.0) < trend.growth(90.0)
+    trend.add([decode("d0", free=0, total=10_000)], 60.5)
+    trend.growth(60.0)
+    assert len(fits) == 1
+    trend.add([decode("d0", free=0, total=10_000)], 61.0)
+    trend.growth(60.0)
+    assert len(fits) == 2
