@@ -133,8 +133,8 @@ class TestForms:
             assert by_role(flags, name) == [value] * 3
 
     def test_lists_and_repeats_of_the_server(self) -> None:
-        flags = read("--api-key", "a", "b", "--middleware", "m.A", "--allowed-origins", '["*"]')
-        assert (flags.server.api_key, flags.server.middleware) == (["a", "b"], ["m.A"])
+        flags = read("--api-key", "a", "b", "--middleware", "os.path.join", "--allowed-origins", '["*"]')
+        assert (flags.server.api_key, flags.server.middleware) == (["a", "b"], ["os.path.join"])
         assert flags.server.allowed_origins == ["*"]
 
     def test_config_file_comes_before_the_command_line(self, tmp_path: Path) -> None:
