@@ -701,6 +701,12 @@ class TestClusterRoutes:
         assert error_of(answer)["code"] == status
         assert not service.cluster.drained
 
+    async def test_an_instance_that_is_used_again_cannot_stop(self, service: LocalService) -> None:
+        body = {"instance": "d0", "draining": False, "stop": True}
+        answer = await service.http.post("/cluster/drain", json=body)
+        assert (answer.status_code, error_of(answer)["param"]) == (400, "stop")
+        assert not service.cluster.drained
+
     async def test_timeline(self, service: LocalService) -> None:
         found = (await service.http.get("/cluster/requests/mine")).json()
         assert (found["id"], [r["state"] for r in found["requests"]]) == ("mine", ["decode"])

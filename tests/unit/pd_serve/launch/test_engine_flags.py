@@ -243,6 +243,22 @@ class TestComplaints:
         assert mentions in complaint(*args)
 
     @pytest.mark.parametrize(
+        ("content", "says"),
+        [
+            ("prefill: 2", "--prefill is a flag of pd-serve itself and cannot stand among vLLM's flags"),
+            ("api-key: sk-a", "--api-key is a flag of pd-serve itself"),
+            ("max-num-seq: 4", "unknown flag --max-num-seq; did you mean --max-num-seqs?"),
+            ("seed: [1", "serve.yaml: must be YAML with one setting a line"),
+            ("- seed", "serve.yaml: must be YAML with one setting a line"),
+            ("", "serve.yaml: must be YAML with one setting a line"),
+        ],
+    )
+    def test_of_a_config_file_come_in_one_line(self, tmp_path: Path, content: str, says: str) -> None:
+        file = tmp_path / "serve.yaml"
+        file.write_text(content)
+        assert says in complaint("--config", str(file))
+
+    @pytest.mark.parametrize(
         "name",
         ["model", "tokenizer", "block-size", "kv-cache-dtype", "max-model-len", "pipeline-parallel-size"],
     )
