@@ -5,7 +5,6 @@ Each field is one flag: its name, type, default, help text, group and checks. Th
 fields. Each can be set in the environment, too, as PD_SERVE_ and its name. vLLM's flags pass through `flags`.
 """
 
-import difflib
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,7 +18,20 @@ from pydantic_settings.exceptions import SettingsError
 
 from pd_serve.errors import InvalidRequestError
 from pd_serve.models.catalog import DEFAULT_MODEL
-from pd_serve.setting_types import Bounds, Keys, Limits, Port, Resources, Targets, Words, parse_settings
+from pd_serve.setting_types import (
+    MAX_INSTANCES,
+    Bounds,
+    Keys,
+    Limits,
+    Port,
+    Resources,
+    Targets,
+    Words,
+    did_you_mean,
+    message_of,
+    parse_settings,
+    refuse_misspelt,
+)
 from pd_serve.simulated_engine.settings import EngineSettings
 from router.load import ROLES
 from router.policies import PolicySet, policy_set
@@ -37,16 +49,10 @@ CORES_PER_API_SERVER, MAX_DEFAULT_API_SERVERS = 8, 8
 #: Settings that a Ray Serve application leaves to Ray Serve, or reads from files only.
 COMMAND_LINE_ONLY = frozenset(
     ("host", "port", "ray_address", "api_key", "admin_key", "log_format", "max_connections")
-) | {"limits_by_key", "names_by_key"}
+) | {"cluster_secret", "limits_by_key", "names_by_key"}
 
-INSTANCES, SCHEDULING, API, SECURITY, CLUSTER, VLLM = GROUPS = (
-    "Instances",
-    "Scheduling",
-    "API",
-    "Security",
-    "Cluster",
-    "vLLM",
-)
+GROUPS = ("Instances", "Scheduling", "API", "Security", "Cluster", "vLLM")
+INSTANCES, SCHEDULING, API, SECURITY, CLUSTER, VLLM = GROUPS
 
 
 def _flag(
@@ -216,9 +222,10 @@ class ServeConfig(BaseSettings):
         try:
             super().__init__(**given)
         except ValidationError as error:
-            raise InvalidRequestError("; ".join(map(_message, error.errors()))) from None
+            raise InvalidRequestError("; ".join(map(message_of, error.errors()))) from None
         except SettingsError as error:
             raise InvalidRequestError(f"environment: {error}") from None
+        refuse_misspelt(ENVIRONMENT_PREFIX, type(self).model_fields)
         self._check()
 
     @classmethod
@@ -231,8 +238,7 @@ class ServeConfig(BaseSettings):
         known = [name for name in cls.model_fields if name not in COMMAND_LINE_ONLY]
         for name in arguments:
             if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {close[0]}?" if close else ""
+                hint = did_you_mean(str(name), known)
                 raise InvalidRequestError(f"the application has no argument {name!r}{hint}")
         return cls(**{**arguments, "ray_address": "auto"})
 
@@ -251,6 +257,10 @@ class ServeConfig(BaseSettings):
                 raise InvalidRequestError(
                     f"{self.instances[role]} {role} instances at the start are not within {least}:{most}"
                 )
+        if self.max_instances > MAX_INSTANCES:
+            raise InvalidRequestError(f"{self.max_instances} instances are more than {MAX_INSTANCES}")
+        if "" in self.served_model_name:
+            raise InvalidRequestError("--served-model-name: a name is empty")
         if self.instances_per_process > 1:
             if self.engine != "simulated":
                 raise InvalidRequestError("--instances-per-process: only simulated instances share a process")
@@ -337,10 +347,3 @@ class ServeConfig(BaseSettings):
 
         engine = hardware(self.cost_model).engine
         return replace(engine, chunk_tokens=engine.chunk_tokens or 2048, prefix_caching=True)
-
-
-def _message(error: Any) -> str:
-    """The message of one of pydantic's errors, with its flag."""
-    flag = "--" + str(error["loc"][0]).lower().replace("_", "-") if error["loc"] else ""
-    said = error["msg"].removeprefix("Value error, ")
-    return f"{flag}: {said}" if error["type"] != "extra_forbidden" else f"unknown setting {error['loc'][0]!r}"

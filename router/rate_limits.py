@@ -21,12 +21,14 @@ class Budget(NamedTuple):
 
     Attributes:
         name: "requests" or "tokens".
-        limit, remaining: Per minute; below 0 if the outputs have taken more than was left.
+        per_minute: The limit of all API servers together.
+        limit, remaining: The part of this API server; below 0 if the outputs have taken more than was left.
         reset_s: Seconds until all of it is left.
         wait_s: Seconds until it is enough for a request that was refused.
     """
 
     name: str
+    per_minute: float
     limit: float
     remaining: float
     reset_s: float
@@ -56,7 +58,9 @@ class Bucket:
         self._used = max(self._used - rate * max(now - self._at, 0.0), 0.0)
         self._at = now
         lacking = max(self._used - taken, 0.0) + min(taken + needed, limit) - limit
-        return Budget(name, limit, limit - self._used, self._used / rate, max(lacking / rate, 0.0))
+        return Budget(
+            name, self._per_minute, limit, limit - self._used, self._used / rate, max(lacking / rate, 0.0)
+        )
 
 
 class RateLimits:

@@ -38,8 +38,7 @@ def periods(samples: Sequence[ClusterSample]) -> list[InstancePeriod]:
     found: dict[str, list[InstancePeriod]] = {name: [] for name in names(samples)}
     for sample, following in zip(samples, [*samples[1:], samples[-1]], strict=True):
         for row in sample.instances:
-            if (own := found.get(row["id"])) is None:
-                continue
+            own = found[row["id"]]
             state = row["state"] if row["state"] in ("ready", "draining") else "starting"
             last = own[-1] if own and own[-1].end_s == sample.at_s else None
             begin_s = sample.at_s
@@ -50,8 +49,8 @@ def periods(samples: Sequence[ClusterSample]) -> list[InstancePeriod]:
 
 
 def names(samples: Sequence[ClusterSample]) -> list[str]:
-    """Names of all instances, in the order in which they appeared. One whose start has not begun has none."""
-    return list(dict.fromkeys(row["id"] for sample in samples for row in sample.instances if row["id"]))
+    """Names of all instances, in the order in which they appeared."""
+    return list(dict.fromkeys(row["id"] for sample in samples for row in sample.instances))
 
 
 def used_share(samples: Iterable[ClusterSample], instance: str) -> tuple[list[float], list[float]]:

@@ -9,12 +9,11 @@ import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
+from pd_serve.setting_types import MAX_INSTANCES
+
 Name = Annotated[str, Field(min_length=1)]
 Role = Literal["prefill", "decode", "neutral"]
 Count = Annotated[int, Field(ge=0)]
-
-#: Limit of a pool's size: all instances are started at once, and numbers must fit into a message.
-MAX_INSTANCES = 10_000
 
 Sizes = dict[Role, Annotated[int, Field(strict=True, ge=0, le=MAX_INSTANCES)]]
 

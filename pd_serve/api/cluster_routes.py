@@ -117,6 +117,8 @@ async def migrate(body: MigrateBody, request: Request) -> Response:
 @router.post("/drain", status_code=202, responses=responses(400, 404, 409, 503, accepted=DrainBody))
 async def drain(body: DrainBody, request: Request) -> Response:
     """Begins to drain an instance, with "stop" until it is stopped; "draining": false uses it again."""
+    if body.stop and not body.draining:
+        return error_response(400, 'an instance with "draining": false cannot "stop"', param="stop")
     drained = _view(request).drain(body.instance, draining=body.draining, stop=body.stop)
     return await _accepted(drained, body.model_dump())
 

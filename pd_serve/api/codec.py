@@ -40,9 +40,15 @@ class VllmCodec:
         """Encodes a request as frames.
 
         Raises:
-            InvalidRequestError: It is longer than a message may be.
+            InvalidRequestError: It is longer than a message may be, or has what no message can have: a number
+                of more than 64 bits, half a surrogate pair, lists within lists without end.
         """
-        frames = [bytes(frame) for frame in self._encoder.encode(request)]
+        try:
+            frames = [bytes(frame) for frame in self._encoder.encode(request)]
+        except (OverflowError, UnicodeEncodeError, RecursionError) as error:
+            raise InvalidRequestError(
+                f"A value of the request cannot be sent to an engine: {error}"
+            ) from None
         if max(map(len, frames)) > MAX_FRAME_BYTES:
             raise InvalidRequestError(
                 f"The request takes more than {MAX_FRAME_BYTES} bytes on its way to an engine."

@@ -38,7 +38,7 @@ from pd_serve.api.overload import (
     note_headers,
     note_refusal,
 )
-from pd_serve.api.request_ids import StemInputProcessor
+from pd_serve.api.request_ids import StemInputProcessor, check_id
 from pd_serve.api.resumption import expect_requests
 from pd_serve.api.slo import given_slo, refuse_unattainable
 from pd_serve.errors import (
@@ -145,12 +145,15 @@ class ClusterAsyncLLM(AsyncLLM):
         self._profile_session_active = False
         self.output_handler = None  # started by the first request, on the loop that serves it
 
-    def generate(self, prompt: Any, sampling_params: SamplingParams, *args: Any, **kwargs: Any) -> Any:
+    def generate(
+        self, prompt: Any, sampling_params: SamplingParams, request_id: str, *args: Any, **kwargs: Any
+    ) -> Any:
         """Like vLLM's, but refuses what the cluster cannot take before the generator starts.
 
         Once a stream has started, its status is 200 already.
         """
         try:
+            check_id(request_id)
             announce(sampling_params.n)
             expect_requests(sampling_params.n)
             if self._check is not None:
@@ -167,7 +170,7 @@ class ClusterAsyncLLM(AsyncLLM):
                 note_refusal(error)
                 note_headers(self._accounts.headers(self._account()))
             raise _as_refusal(error) from error
-        return super().generate(prompt, sampling_params, *args, **kwargs)
+        return super().generate(prompt, sampling_params, request_id, *args, **kwargs)
 
     def _charge(self, requests: int, tokens: int) -> None:
         """Charges the account of this task. Raises: RequestRefusedError: it has not enough left."""

@@ -39,9 +39,14 @@ ABSENT = (
 
 
 def refuse_absent(app: FastAPI) -> None:
-    """Puts the refusals before vLLM's own routes. Most of these need `VLLM_SERVER_DEV_MODE=1`."""
+    """Puts the refusals before vLLM's own routes. Most of these need `VLLM_SERVER_DEV_MODE=1`.
+
+    vLLM's `/is_paused` makes a 500 of every error, also of the 503 of an instance that has no answer.
+    """
     offered = [path for path in ABSENT if _is_offered(app, path)]
     app.router.routes[:0] = [Route(path, _refuse, methods=["GET", "POST"]) for path in offered]
+    if _is_offered(app, "/is_paused", "GET"):
+        app.router.routes.insert(0, Route("/is_paused", _is_paused))
 
 
 def abort_everywhere(app: FastAPI, abort: Callable[[list[str]], Awaitable[int]]) -> None:
@@ -68,10 +73,14 @@ def abort_everywhere(app: FastAPI, abort: Callable[[list[str]], Awaitable[int]])
         app.router.routes.insert(0, Route(path, serve, methods=["POST"]))
 
 
-def _is_offered(app: FastAPI, path: str) -> bool:
-    scope = {"type": "http", "path": path, "method": "POST"}
+def _is_offered(app: FastAPI, path: str, method: str = "POST") -> bool:
+    scope = {"type": "http", "path": path, "method": method}
     return any(route.matches(scope)[0] is not Match.NONE for route in app.router.routes)
 
 
 async def _refuse(request: Request) -> JSONResponse:
     return error_response(501, f"{request.url.path} is a function of one engine, and this is a cluster.")
+
+
+async def _is_paused(request: Request) -> JSONResponse:
+    return JSONResponse({"is_paused": await request.app.state.engine_client.is_paused()})

@@ -5,7 +5,11 @@ from contextvars import ContextVar
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-HEADER = "X-Request-Id"
+from pd_serve.api.errors import error_response
+
+#: The client's own id of a request. Every message about the request, every report of its instance twice a
+#: second, and every chunk of its stream has it.
+HEADER, MAX_ID_CHARS = "X-Request-Id", 1000
 
 #: Name of the session that a request is a turn of. Longer names are ignored.
 SESSION_HEADER, MAX_SESSION_CHARS = "X-Session-ID", 256
@@ -36,7 +40,10 @@ def credentials() -> str:
 
 
 class IdentityMiddleware:
-    """Keeps the headers for the tasks of a request. Some of vLLM's routes make an id of their own."""
+    """Keeps the headers for the tasks of a request. Some of vLLM's routes make an id of their own.
+
+    An id that is too long is answered with 400.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -47,6 +54,9 @@ class IdentityMiddleware:
             return await self.app(scope, receive, send)
         token = _headers.set(Headers(scope=scope))
         try:
+            if len(client_id()) > MAX_ID_CHARS // 2:  # vLLM puts something around it
+                why = f"{HEADER} has {len(client_id())} characters, and may have {MAX_ID_CHARS // 2}."
+                return await error_response(400, why, param=HEADER)(scope, receive, send)
             await self.app(scope, receive, send)
         finally:
             _headers.reset(token)

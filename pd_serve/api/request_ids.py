@@ -9,7 +9,16 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
 from migration.vllm_engine.compatibility import has_only_tokens
-from pd_serve.api.identity import client_id, credentials
+from pd_serve.api.identity import MAX_ID_CHARS, client_id, credentials
+from pd_serve.errors import InvalidRequestError
+
+
+def check_id(request_id: str) -> None:
+    """Raises: InvalidRequestError: A client has given a longer id in the body."""
+    if len(request_id) > MAX_ID_CHARS:
+        raise InvalidRequestError(
+            f"request_id has {len(request_id)} characters, and may have {MAX_ID_CHARS}."
+        )
 
 
 class StemInputProcessor(InputProcessor):
@@ -22,7 +31,8 @@ class StemInputProcessor(InputProcessor):
 
     @staticmethod
     def assign_request_id(request: EngineCoreRequest) -> None:
-        """Source: vllm/v1/engine/input_processor.py"""
+        """Raises: InvalidRequestError: see `check_id`. Source: vllm/v1/engine/input_processor.py"""
+        check_id(request.request_id)
         InputProcessor.assign_request_id(request)
         digest = _digest(request) if client_id() and _can_be_continued(request) else ""
         request.request_id = f"{request.external_req_id}.{digest}-{uuid4().hex[:8]}"

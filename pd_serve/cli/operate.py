@@ -48,7 +48,9 @@ def drain(
     node: Annotated[
         str | None, typer.Option(help="Drain all instances of the machine with this host name.")
     ] = None,
-    wait: Annotated[float, typer.Option(help="With --node: seconds to wait until they are empty.")] = 0.0,
+    wait: Annotated[
+        float, typer.Option(min=0, help="With --node: seconds to wait until they are empty.")
+    ] = 0.0,
     stop: Annotated[bool, typer.Option("--stop", help="Stop the instance when it is empty.")] = False,
     undo: Annotated[bool, typer.Option("--undo", help="Let the instance take requests again.")] = False,
     url: Url = DEFAULT_URL,
@@ -59,12 +61,14 @@ def drain(
     service, console = ServiceClient(url, admin_key or api_key), Console()
     if node is not None and instance is None and not (stop or undo):
         service_client.drain_node(service, console, node, wait_s=wait)
-    elif instance is not None and node is None:
+    elif instance is not None and node is None and not wait and not (stop and undo):
         service.post("drain", {"instance": instance, "stop": stop, "draining": not undo})
         what = "takes requests again" if undo else "drains, and stops when it is empty" if stop else "drains"
         console.step(f"{instance} {what}; see pd-serve status")
     else:
-        raise InvalidRequestError("give an instance, or --node alone")
+        raise InvalidRequestError(
+            "give an instance, with --stop or --undo if need be, or --node, with --wait"
+        )
 
 
 @app.command()

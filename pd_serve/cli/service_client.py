@@ -8,6 +8,7 @@ import httpx
 
 from pd_serve.errors import InvalidRequestError, MigrationRefusedError, PdServeError
 from pd_serve.launch.console import Console
+from pd_serve.launch.credentials import checked_key
 from router.load import ROLES
 
 #: Interval at which the progress of an operation is polled.
@@ -20,7 +21,7 @@ class ServiceClient:
     """The routes below `/cluster` of the service at a URL. All methods raise PdServeError with one line."""
 
     def __init__(self, url: str, key: str | None) -> None:
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        headers = {"Authorization": f"Bearer {checked_key(key)}"} if key else {}
         self._url = url.rstrip("/")
         self._http = httpx.Client(headers=headers, timeout=TIMEOUT_S)
 
@@ -66,6 +67,8 @@ def parse_sizes(texts: list[str]) -> dict[str, int]:
             raise InvalidRequestError(f"{text!r}: must be ROLE=N, such as decode=4")
         if role not in ROLES:
             raise InvalidRequestError(f"no role {role!r}; there are {', '.join(ROLES)}")
+        if role in sizes:
+            raise InvalidRequestError(f"{text!r}: {role} is given twice")
         sizes[role] = int(size)
     return sizes
 

@@ -70,7 +70,7 @@ class SchedulerState(msgspec.Struct, frozen=True):
 
 
 class StartingInstance(msgspec.Struct, frozen=True):
-    """An instance that does not serve yet. `id` is "" until its start begins; `state` is a text."""
+    """An instance that does not serve yet. `state` is a text."""
 
     id: str
     role: str

@@ -54,9 +54,11 @@ class Accounts:
         """
         lacking = self.limits.take(account, requests, tokens, self._clock(), taken)
         if lacking is not None:
+            servers = self.limits.num_servers
+            part = f" at this one of {servers} API servers, which has its part of it" if servers > 1 else ""
             raise RequestRefusedError(
-                f"The limit of {lacking.limit:g} {lacking.name} per minute is reached; try again in"
-                f" {lacking.wait_s:.1f} s.",
+                f"The limit of {lacking.per_minute:g} {lacking.name} per minute is reached{part}; try again"
+                f" in {lacking.wait_s:.1f} s.",
                 LIMITED,
                 max(math.ceil(lacking.wait_s), 1),
             )

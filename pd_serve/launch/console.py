@@ -103,3 +103,9 @@ class Console:
             f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'\n",
             markup=False,
         )
+
+
+def service_url(host: str, port: int, *, tls: bool) -> str:
+    """Where clients of this machine find the service. An empty host stands for all interfaces."""
+    shown = f"[{host}]" if ":" in host else host or "0.0.0.0"
+    return f"http{'s' if tls else ''}://{shown}:{port}"

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pd_serve.config import ServeConfig
 from pd_serve.errors import InvalidRequestError
 from pd_serve.launch.command_line import EngineFlag, cut
+from pd_serve.launch.server_flags import check_server
 from pd_serve.launch.vllm_parser import as_invalid_request, defaults_of_vllm, engine_settings, parser
 from pd_serve.platform.placement import num_workers
 from router.load import ROLES
@@ -35,6 +37,11 @@ CHANGED_DEFAULTS: Mapping[str, Any] = {
     "uvicorn_log_level": "warning",
 }
 """Where the service's defaults differ from vLLM's, and why. Flags override them."""
+
+#: Flags of pd-serve. Names of the model may stand among vLLM's, whose flag takes several, too.
+OWN = {
+    f"--{name.replace('_', '-')}" for name, flag in ServeConfig.model_fields.items() if flag.json_schema_extra
+} - {"--served-model-name"}
 
 #: vLLM's front end sends the data of an image once, and afterwards its hash only, if it believes that it is
 #: the only one and has one engine. With several API servers it always sends the data, which is right for
@@ -138,7 +145,7 @@ def parse(
     flags = line.engine
     shared = [flag for flag in flags if flag.role is None]
     server = _read(shared, base)
-    _check_server(server)
+    check_server(server)
     by_role: dict[str, Namespace] = {}
     for role in ROLES:
         own = [flag for flag in flags if flag.role == role]
@@ -192,6 +199,7 @@ def _choose_executor(namespace: Namespace) -> None:
         namespace.distributed_executor_backend = "mp"
 
 
+<<<<<<< HEAD
 def _check_server(server: Namespace) -> None:
     """The checks that vLLM's server makes before it loads anything. Source: launcher.py, setup_server."""
     from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
@@ -226,6 +234,8 @@ def _import_plugin(flag: str, plugin: str | None) -> None:
         raise InvalidRequestError(f"{flag}: {plugin} cannot be imported; the error is above")
 
 
+=======
+>>>>>>> 33ffcb366a9f9f3f94186ddf683cbe7a9d4ea502
 def _with_config_file(args: list[str]) -> list[str]:
     """Put the flags of `--config FILE` in front, where the command line's own override them."""
     rest = list(args)
@@ -238,6 +248,27 @@ def _with_config_file(args: list[str]) -> list[str]:
             path = rest.pop(at) if at < len(rest) else ""
         if not Path(path).is_file():
             raise InvalidRequestError(f"--config: no such file: {path or 'none given'}")
-        with as_invalid_request():
-            from_file += parser().load_config_file(path)
+        tokens = _read_config_file(path)
+        refuse_own(tokens)
+        from_file += tokens
     return from_file + rest
+
+
+def _read_config_file(path: str) -> list[str]:
+    try:
+        with as_invalid_request():
+            return list(parser().load_config_file(path))
+    except Exception as error:  # vLLM takes for granted that it is YAML, and that something is in it
+        known = isinstance(error, InvalidRequestError)
+        why = " ".join(str(error).split()) if known else "must be YAML with one setting a line, KEY: VALUE"
+        raise InvalidRequestError(f"--config {path}: {why}") from error
+
+
+def refuse_own(tokens: Iterable[str]) -> None:
+    """Refuses flags of pd-serve among vLLM's, where they come from another place than the command line.
+
+    They would be unknown to vLLM, or have an effect on it alone: keys without names and limits.
+    """
+    flags = (token.partition("=")[0].replace("_", "-") for token in tokens if token.startswith("--"))
+    if own := next((flag for flag in flags if flag in OWN), None):
+        raise InvalidRequestError(f"{own} is a flag of pd-serve itself and cannot stand among vLLM's flags")

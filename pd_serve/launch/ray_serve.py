@@ -26,6 +26,7 @@ from pd_serve.errors import EngineDeadError
 from pd_serve.launch.api_server import ApiServer, import_api_modules
 from pd_serve.launch.console import LogProgress
 from pd_serve.launch.credentials import with_credentials
+from pd_serve.launch.engine_flags import refuse_own
 from pd_serve.launch.preparation import find_model, parse
 from pd_serve.manager.manager import Manager
 from pd_serve.manager.manager_config import ManagerConfig
@@ -50,6 +51,7 @@ HEALTH_PERIOD_S = 2.0
 def serve_config(arguments: dict[str, Any]) -> ServeConfig:
     """The settings from an application's arguments. Raises: InvalidRequestError."""
     config = ServeConfig.of_ray_serve(arguments)
+    refuse_own(config.flags)
     config = config.model_copy(update={"flags": (REQUEST_ID_FLAG, *config.flags)})
     return with_credentials(config, logger.warning)
 

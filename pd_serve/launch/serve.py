@@ -13,7 +13,7 @@ from pd_serve.instance.engine_factory import no_moves
 from pd_serve.launch.api_server_child import SpawnedApiServer
 from pd_serve.launch.api_server_keeper import ApiServerKeeper
 from pd_serve.launch.api_server_messages import ApiServerSettings, FlagsParsed, JoinCluster
-from pd_serve.launch.console import Console
+from pd_serve.launch.console import Console, service_url
 from pd_serve.launch.flag_table import vllm_version
 from pd_serve.launch.local_cluster import LocalCluster
 from pd_serve.launch.preparation import ModelSource
@@ -93,7 +93,7 @@ class LocalService:
         config = self._config
         infos = self._cluster.manager.register.in_order()
         self._console.banner(
-            f"http{'s' if flags.uses_tls else ''}://{config.host or '0.0.0.0'}:{config.port}",
+            service_url(config.host, config.port, tls=flags.uses_tls),
             flags.served_model_name,
             infos,
             needs_key=bool(config.api_key),

@@ -48,7 +48,7 @@ class Starter:
         self._loop = asyncio.get_running_loop()
         self._tasks = BackgroundTasks()
         self._starting: dict[str, str] = {}  # role by id, until the first load report
-        self._queued: list[tuple[str, str]] = []  # role and reason of starts that have to succeed
+        self._queued: list[tuple[str, str, str]] = []  # id, role and reason of starts that have to succeed
         self._retries: dict[str, asyncio.TimerHandle] = {}  # by role
         self._backoffs: dict[str, Backoff] = {role: Backoff() for role in next_numbers}
         self._repeating: dict[str, asyncio.Task[None]] = {}  # starts that repeat and are under way, by id
@@ -73,12 +73,12 @@ class Starter:
     def num_coming(self, role: str, *, besides: str = "") -> int:
         """Number of starting instances of a role that are not registered yet, including queued ones."""
         starting = [name for name, r in self.not_ready.items() if r == role and name != besides]
-        return len(starting) + [r for r, _ in self._queued].count(role)
+        return len(starting) + [r for _, r, _ in self._queued].count(role)
 
     def rows(self) -> list[StartingInstance]:
         """For `GET /cluster`."""
         rows = [StartingInstance(n, r, self._waits_for(n) or "starting") for n, r in self.not_ready.items()]
-        return rows + [StartingInstance("", role, f"to be started: {why}") for role, why in self._queued]
+        return rows + [StartingInstance(n, role, f"to be started: {why}") for n, role, why in self._queued]
 
     def is_backing_off(self, role: str) -> bool:
         """Whether the backoff of this role has not ended."""
@@ -140,14 +140,14 @@ class Starter:
 
     def start_until_ready(self, role: str, reason: str) -> None:
         """Starts an instance of a role, again and again until it succeeds."""
-        self._queued.append((role, reason))
+        self._queued.append((self._next_id(role), role, reason))
         self._start_queued(role)
         self._on_change()
 
     def unqueue(self, role: str) -> bool:
         """Cancels one start that has not begun. Returns False if there is none."""
         for queued in self._queued:
-            if queued[0] == role:
+            if queued[1] == role:
                 self._queued.remove(queued)
                 self._on_change()
                 return True
@@ -172,10 +172,10 @@ class Starter:
         del self._retries[role]
         if self.is_backing_off(role):
             return self._start_queued(role)  # another start has failed meanwhile
-        reasons = [reason for queued, reason in self._queued if queued == role]
-        self._queued = [queued for queued in self._queued if queued[0] != role]
-        for reason in reasons:
-            name = self.new_id(role, reason)
+        begun = [queued for queued in self._queued if queued[1] == role]
+        self._queued = [queued for queued in self._queued if queued[1] != role]
+        for name, _, reason in begun:
+            self._begin(name, role, reason)
             self._repeating[name] = self._tasks.start(self._repeat(name, role, reason))
 
     async def _repeat(self, name: str, role: str, reason: str) -> None:
@@ -191,12 +191,18 @@ class Starter:
 
     def new_id(self, role: str, reason: str) -> str:
         """Id of the next instance of a role, which counts as starting from now on."""
+        name = self._next_id(role)
+        self._begin(name, role, reason)
+        return name
+
+    def _next_id(self, role: str) -> str:
         number = self.next_numbers.get(role, 0)
         self.next_numbers[role] = number + 1
-        name = f"{role}-{number}"
+        return f"{role}-{number}"
+
+    def _begin(self, name: str, role: str, reason: str) -> None:
         self._starting[name] = role
         self._log.add(f"{name} is started: {reason}")
-        return name
 
     async def bring_up(self, name: str, role: str) -> bool:
         """Starts an instance with an id of `new_id`. Returns whether it is ready and has reported."""

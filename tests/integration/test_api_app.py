@@ -241,6 +241,26 @@ class TestGeneration:
         assert (await service.complete(max_tokens=1)).headers["X-Request-Id"]
 
     @pytest.mark.parametrize(
+        ("path", "given"),
+        [
+            ("/v1/completions", {"prompt": "x"}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+            ("/v1/responses", {"input": "x"}),
+        ],
+    )
+    @pytest.mark.parametrize("stream", [False, True])
+    async def test_an_id_that_would_be_in_every_message_has_a_limit(
+        self, service: LocalService, path: str, given: dict[str, object], stream: bool
+    ) -> None:
+        body = {"model": "tiny", **given}
+        answer = await service.http.post(
+            path, json=body | {"stream": stream}, headers={"X-Request-Id": "a" * 2000}
+        )
+        assert error_of(answer)["code"] == answer.status_code == 400
+        assert "X-Request-Id has 2000 characters" in str(error_of(answer)["message"])
+        assert not service.core.added
+
+    @pytest.mark.parametrize(
         "body",
         [{"max_tokens": -1}, {"temperature": "hot"}, {"prompt": None}, {"max_tokens": 10**6}, {"n": 0}],
     )
@@ -699,6 +719,12 @@ class TestClusterRoutes:
         answer = await service.http.post("/cluster/drain", json={"instance": instance})
         assert answer.status_code == status
         assert error_of(answer)["code"] == status
+        assert not service.cluster.drained
+
+    async def test_an_instance_that_is_used_again_cannot_stop(self, service: LocalService) -> None:
+        body = {"instance": "d0", "draining": False, "stop": True}
+        answer = await service.http.post("/cluster/drain", json=body)
+        assert (answer.status_code, error_of(answer)["param"]) == (400, "stop")
         assert not service.cluster.drained
 
     async def test_timeline(self, service: LocalService) -> None:

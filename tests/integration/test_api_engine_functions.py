@@ -130,7 +130,7 @@ async def test_all_instances_are_asked(server: Server, path: str) -> None:
     assert [call.method for call in instances.called] == [method]
 
 
-@pytest.mark.parametrize("path", [path for path in ASKED if path != "/is_paused"])
+@pytest.mark.parametrize("path", ASKED)
 @pytest.mark.parametrize(
     ("failure", "text"),
     [(EngineDeadError("decode-0: broken"), "decode-0: broken"), (TimeoutError(), "does not answer")],

@@ -33,7 +33,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from pd_serve.api.server import _config
 from pd_serve.config import ServeConfig
 from pd_serve.errors import InvalidRequestError
-from pd_serve.launch import engine_flags, preparation
+from pd_serve.launch import engine_flags, preparation, server_flags
 from pd_serve.launch.vllm_parser import parser
 from tests.integration.flag_servers import DEFAULTS, PROBES, ours, plain
 
@@ -266,7 +266,10 @@ async def test_every_route_answers_as_vllms_does_with_a_flag(
 
 
 @pytest.mark.parametrize("setting", SILENT)
-def test_a_flag_that_no_answer_shows_reaches_the_server(setting: str) -> None:
+def test_a_flag_that_no_answer_shows_reaches_the_server(
+    setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_flags, "check_tls", lambda server: None)  # there are no such files
     flags = SILENT[setting]
     base = argparse.Namespace(**engine_flags.CHANGED_DEFAULTS, **DEFAULTS)
     theirs = make_arg_parser(FlexibleArgumentParser()).parse_args(flags, base)
@@ -278,7 +281,8 @@ def test_a_flag_that_no_answer_shows_reaches_the_server(setting: str) -> None:
         assert getattr(theirs, setting) != getattr(engine_flags.parse([], DEFAULTS).server, setting)
 
 
-def test_flags_of_the_http_server_reach_uvicorn(tmp_path: Path) -> None:
+def test_flags_of_the_http_server_reach_uvicorn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_flags, "check_tls", lambda server: None)
     log_config = tmp_path / "log.json"
     log_config.write_text('{"version": 1, "disable_existing_loggers": false}')
     named = ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs", "ssl_ciphers")

@@ -56,6 +56,16 @@ def test_numbers_that_are_not_given_follow_from_the_others(
         ({"prefill": "two"}, "--prefill: Input should be a valid integer"),
         ({"autoscale_decode": "3:1"}, "--autoscale-decode: 3:1: must be 1 <= MIN <= MAX"),
         ({"decode_resources": '{"GPU": 1}'}, "--decode-resources: GPU must be a custom resource"),
+        ({"autoscale_decode": 64}, "--autoscale-decode: takes MIN:MAX, such as 1:4 (in YAML in quotes"),
+        ({"autoscale_decode": [4, 1]}, "--autoscale-decode: takes MIN:MAX"),
+        ({"autoscale_decode": "1:99999999999"}, "must be 1 <= MIN <= MAX <= 10000"),
+        ({"decode": 99_999_999_999}, "100000000000 instances are more than 10000"),
+        ({"decode_resources": {"GPU": 1}}, "--decode-resources: GPU must be a custom resource"),
+        ({"decode_resources": {"fast": -1}}, "fast must be a custom resource of Ray, with an amount above 0"),
+        ({"key_limits": {"rpm": -60}}, "must be such as rpm=60"),
+        ({"slo": {"ttft_s": -3}}, "must be such as ttft=500ms"),
+        ({"set": {"max_moves": 2}}, "--set: takes a text, or a list of texts"),
+        ({"served_model_name": [""]}, "--served-model-name: a name is empty"),
         ({"instances_per_process": 2}, "only simulated instances share a process"),
         ({"instances_per_process": 0, "engine": "simulated"}, "--instances-per-process: Input should be"),
         (
@@ -111,6 +121,22 @@ def test_a_wrong_value_in_the_environment_names_its_flag(monkeypatch: pytest.Mon
 
     with pytest.raises(InvalidRequestError, match="--max-connections: Input should be greater"):
         ServeConfig()
+
+
+def test_a_misspelt_variable_of_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PD_SERVE_MAX_BODY_BYTE", "2048")
+
+    with pytest.raises(InvalidRequestError, match="did you mean PD_SERVE_MAX_BODY_BYTES"):
+        ServeConfig()
+
+
+def test_variables_of_kubernetes_and_of_other_commands_are_no_misspelt_settings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("SERVICE_HOST", "SERVICE_PORT", "PORT_8000_TCP_PORT", "API_SERVICE_PORT", "CACHE", "TRACES"):
+        monkeypatch.setenv(f"PD_SERVE_{name}", "8000")
+
+    assert ServeConfig().port == 8000
 
 
 def test_the_port_that_kubernetes_sets_beside_a_service_of_our_name_is_ignored(
@@ -170,7 +196,14 @@ def test_arguments_of_ray_serve_are_the_flags_without_dashes() -> None:
     assert (config.replace, config.ray_address) == (False, "auto")
 
 
-@pytest.mark.parametrize(("name", "hint"), [("prefil", "did you mean prefill"), ("port", "'port'")])
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("prefil", "did you mean prefill"),
+        ("port", "'port'"),
+        ("cluster_secret", "did you mean cluster_secret_file"),
+    ],
+)
 def test_an_argument_that_ray_serve_does_not_have_is_refused(name: str, hint: str) -> None:
     with pytest.raises(InvalidRequestError, match=hint):
         ServeConfig.of_ray_serve({name: 1})

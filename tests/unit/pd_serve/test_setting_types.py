@@ -20,7 +20,7 @@ def test_bounds_may_be_equal() -> None:
     assert parse_bounds("2:2") == PoolBounds(2, 2)
 
 
-@pytest.mark.parametrize("text", ["node_a", "[1]", '{"a": "x"}', '{"a": 0}', '{"CPU": 1}'])
+@pytest.mark.parametrize("text", ["node_a", "[1]", '{"a": "x"}', '{"a": 0}', '{"a": NaN}', '{"CPU": 1}'])
 def test_resources_must_be_custom_ones_with_amounts(text: str) -> None:
     with pytest.raises(ValueError, match=r"JSON|custom resource"):
         parse_resources(text)

@@ -16,11 +16,11 @@ def test_periods_join_samples_with_the_same_state() -> None:
     ]
 
 
-def test_what_a_start_waits_for_is_no_state_of_its_own_and_a_queued_start_no_instance() -> None:
-    queued = {"id": "", "state": "to be started: in the place of decode-0, which has died"}
+def test_what_a_start_waits_for_is_no_state_of_its_own() -> None:
+    states = ("to be started: in the place of decode-0", "waiting for resources: 1 GPU", "ready")
     samples = [
-        ClusterSample(at_s, {"instances": [queued, {"id": "decode-1", "state": state}]})
-        for at_s, state in ((0.0, "starting"), (1.0, "waiting for resources: 1 GPU"), (2.0, "ready"))
+        ClusterSample(float(at_s), {"instances": [{"id": "decode-1", "state": state}]})
+        for at_s, state in enumerate(states)
     ]
 
     assert cluster_samples.names(samples) == ["decode-1"]

@@ -59,6 +59,21 @@ def test_a_request_that_no_socket_takes_is_refused(monkeypatch: pytest.MonkeyPat
         VllmCodec().encode_request(request(300))
 
 
+def test_a_request_with_a_value_that_no_message_can_have_is_refused() -> None:
+    nested: list[object] = []
+    for _ in range(10_000):
+        nested = [nested]
+    for parameters in (
+        SamplingParams(stop=["\ud800"], detokenize=True),
+        SamplingParams(top_k=10**30),
+        SamplingParams(extra_args={"kv_transfer_params": {"remote": nested}}),
+    ):
+        sent = request(3)
+        sent.sampling_params = parameters
+        with pytest.raises(InvalidRequestError, match="A value of the request cannot be sent"):
+            VllmCodec().encode_request(sent)
+
+
 HOURS_S = 3600.0
 
 

@@ -10,7 +10,8 @@ from vllm.v1.engine import EngineCoreRequest
 
 from migration.messages import stem_of
 from pd_serve.api import identity
-from pd_serve.api.request_ids import StemInputProcessor
+from pd_serve.api.request_ids import MAX_ID_CHARS, StemInputProcessor
+from pd_serve.errors import InvalidRequestError
 
 
 def assigned(
@@ -31,6 +32,12 @@ def assigned(
         identity._headers.reset(token)
     assert request.external_req_id == name
     return request.request_id
+
+
+def test_an_id_that_every_message_would_carry_has_a_limit() -> None:
+    assert stem_of(assigned("cmpl-" + "a" * (MAX_ID_CHARS - 5)))
+    with pytest.raises(InvalidRequestError, match="request_id has 1001 characters, and may have 1000"):
+        assigned("cmpl-" + "a" * (MAX_ID_CHARS - 4))
 
 
 def test_a_request_that_is_sent_again_has_another_id_of_the_same_stem() -> None:

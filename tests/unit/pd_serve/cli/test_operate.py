@@ -1,11 +1,12 @@
 """Commands for a running service: what they send, and what they show."""
 
 import json
+from typing import Any
 
 import pytest
 
 from pd_serve.cli import operate
-from pd_serve.errors import PdServeError
+from pd_serve.errors import InvalidRequestError, PdServeError
 from tests.unit.pd_serve.cli.made_answers import answering
 
 
@@ -20,6 +21,26 @@ def test_a_request_is_migrated_with_the_key(
     assert json.loads(sent[0].content) == {"request_id": "demo", "destination": "decode-1"}
     assert sent[0].headers["Authorization"] == "Bearer sk-a"
     assert "657 tokens, 21 blocks in 2 stages, 12.9 ms" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"instance": "decode-1", "stop": True, "undo": True},
+        {"instance": "decode-1", "wait": 5.0},
+        {"instance": "decode-1", "node": "a"},
+        {"node": "a", "stop": True},
+    ],
+)
+def test_a_drain_that_says_two_things_is_refused(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]
+) -> None:
+    sent = answering(monkeypatch, 202, {})
+
+    with pytest.raises(InvalidRequestError, match="give an instance"):
+        operate.drain(**given)
+    assert not sent
 
 
 def test_violated_invariants_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,6 +95,16 @@ def test_a_refusal_is_one_line(
         control.ServiceClient("http://there", "key").get()
 
 
+def test_a_key_that_no_header_can_have_is_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="a key must consist of printable ASCII"):
+        control.ServiceClient("http://there", "schlüssel")
+
+
+def test_a_role_has_one_size() -> None:
+    with pytest.raises(InvalidRequestError, match="decode is given twice"):
+        control.parse_sizes(["decode=2", "prefill=1", "decode=3"])
+
+
 @pytest.mark.parametrize("text", ["decode", "=4", "decode=x", "drafting=3"])
 def test_sizes_must_be_a_role_and_a_number(text: str) -> None:
     with pytest.raises(InvalidRequestError):

@@ -33,6 +33,17 @@ def test_a_limit_that_is_reached_is_refused_with_the_time_to_wait() -> None:
     accounts.take(0, 1, 10)
 
 
+def test_a_refusal_names_the_limit_of_the_service_and_the_part_of_the_api_server() -> None:
+    accounts = Accounts([KeyLimits(rpm=5)])
+    accounts.limits.num_servers = 2
+    for _ in range(2):
+        accounts.take(0, 1, 10)
+
+    with pytest.raises(RequestRefusedError, match="5 requests per minute is reached at this one of 2 API"):
+        accounts.take(0, 1, 10)
+    assert accounts.headers(0)["x-ratelimit-limit-requests"] == "2"
+
+
 def test_headers_say_what_is_left() -> None:
     accounts = Accounts([KeyLimits(rpm=2), KeyLimits(rpm=60, tpm=6000)])
     accounts.take(1, 3, 100)

@@ -19,7 +19,7 @@ from tests.virtual_time import in_virtual_time
 
 
 def state(*, wanted: int = 0, replaces: bool = True, starting: bool = False) -> ClusterState:
-    rows = [StartingInstance("", "neutral", "to be started")] if starting else []
+    rows = [StartingInstance("neutral-1", "neutral", "to be started")] if starting else []
     scheduler, restart = SchedulerState("alive", "llumnix", 1, 0), RestartState(False, "")
     return ClusterState(
         rows, scheduler, [], [], restart, wanted={"prefill": 0, "neutral": wanted}, replaces=replaces

@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from pd_serve.launch import console as module
-from pd_serve.launch.console import Console, LogProgress, instances_shown
+from pd_serve.launch.console import Console, LogProgress, instances_shown, service_url
 from tests.members import instance_info
 
 
@@ -78,3 +78,15 @@ def test_without_a_terminal_progress_is_log_lines(caplog: pytest.LogCaptureFixtu
         LogProgress().warn("slow")
 
     assert [(r.levelname, r.message) for r in caplog.records] == [("INFO", "starting"), ("WARNING", "slow")]
+
+
+@pytest.mark.parametrize(
+    ("host", "tls", "url"),
+    [
+        ("127.0.0.1", False, "http://127.0.0.1:8000"),
+        ("", True, "https://0.0.0.0:8000"),
+        ("::1", False, "http://[::1]:8000"),
+    ],
+)
+def test_the_address_in_the_banner_can_be_asked(host: str, tls: bool, url: str) -> None:
+    assert service_url(host, 8000, tls=tls) == url

@@ -133,8 +133,8 @@ class TestForms:
             assert by_role(flags, name) == [value] * 3
 
     def test_lists_and_repeats_of_the_server(self) -> None:
-        flags = read("--api-key", "a", "b", "--middleware", "m.A", "--allowed-origins", '["*"]')
-        assert (flags.server.api_key, flags.server.middleware) == (["a", "b"], ["m.A"])
+        flags = read("--api-key", "a", "b", "--middleware", "os.path.join", "--allowed-origins", '["*"]')
+        assert (flags.server.api_key, flags.server.middleware) == (["a", "b"], ["os.path.join"])
         assert flags.server.allowed_origins == ["*"]
 
     def test_config_file_comes_before_the_command_line(self, tmp_path: Path) -> None:
@@ -241,6 +241,22 @@ class TestComplaints:
     )
     def test_of_vllm_come_in_one_line(self, args: list[str], mentions: str) -> None:
         assert mentions in complaint(*args)
+
+    @pytest.mark.parametrize(
+        ("content", "says"),
+        [
+            ("prefill: 2", "--prefill is a flag of pd-serve itself and cannot stand among vLLM's flags"),
+            ("api-key: sk-a", "--api-key is a flag of pd-serve itself"),
+            ("max-num-seq: 4", "unknown flag --max-num-seq; did you mean --max-num-seqs?"),
+            ("seed: [1", "serve.yaml: must be YAML with one setting a line"),
+            ("- seed", "serve.yaml: must be YAML with one setting a line"),
+            ("", "serve.yaml: must be YAML with one setting a line"),
+        ],
+    )
+    def test_of_a_config_file_come_in_one_line(self, tmp_path: Path, content: str, says: str) -> None:
+        file = tmp_path / "serve.yaml"
+        file.write_text(content)
+        assert says in complaint("--config", str(file))
 
     @pytest.mark.parametrize(
         "name",

@@ -29,7 +29,7 @@ class TestReplacing:
             world.launcher.on_lost("decode-0")
             await asyncio.sleep(START_BACKOFF_S - 0.1)
             (row,) = world.manager.state().starting
-            assert (row.id, row.state[:13]) == ("", "to be started")
+            assert (row.id, row.state[:13]) == ("decode-2", "to be started")
             await asyncio.sleep(START_S + 1)
             assert "decode-2" in world.names
 
