@@ -1,4 +1,4 @@
-"""vLLM's worker for CPUs with four corrections, of which every worker process makes one by its name."""
+"""vLLM's worker for CPUs with five corrections, of which every worker process makes one by its name."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -10,6 +10,7 @@ from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_pp_group
 from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.punica_wrapper import punica_cpu
+from vllm.v1.sample import rejection_sampler
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 
@@ -26,6 +27,8 @@ class CorrectedCpuWorker(CPUWorker):
             torch.compiler.set_stance("force_eager")
         if vllm_config.lora_config is not None:
             keep_rows_without_adapter()
+        if vllm_config.speculative_config is not None:
+            rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
         super().__init__(vllm_config, *arguments, **named)
 
     def compile_or_warm_up_model(self) -> Any:
@@ -61,6 +64,31 @@ class CorrectedCpuWorker(CPUWorker):
             return super().sample_tokens(grammar_output)
         finally:
             batch.generators.update(kept_out)
+
+
+def expand_batch_to_tokens(
+    values: torch.Tensor,
+    cumulative_tokens: torch.Tensor,
+    num_tokens: int,
+    replace_from: int = 0,
+    replace_to: int = 0,
+) -> torch.Tensor:
+    """Each request's temperature, top_k or top_p, once for each of its drafts.
+
+    vLLM's operation for CPUs writes them to a copy, as integers: on engines that speculate, each request in a
+    batch with a sampled one, greedy ones too, had whatever temperature was in that memory before.
+
+    Args:
+        values: Of the requests. [num_requests]
+        cumulative_tokens: Number of drafts of each request and all before it. [num_requests]
+        num_tokens: Number of all drafts.
+        replace_from, replace_to: Values of the first kind become the second.
+
+    Source: vllm/v1/sample/rejection_sampler.py; vllm/utils/cpu_triton_utils.py, _expand_kernel_impl.
+    """
+    counts = torch.diff(cumulative_tokens, prepend=cumulative_tokens.new_zeros(1))
+    replaced = values.masked_fill(values == replace_from, replace_to)
+    return replaced.repeat_interleave(counts, output_size=num_tokens)
 
 
 def keep_rows_without_adapter() -> None:

@@ -112,6 +112,9 @@ CACHE_ASK_INTERVAL_S = 1.0
 HANDOFF_RETRY_S = 0.25
 STRANDED_CHECK_S = 0.1
 
+#: Time for which orders to move a request to an instance choose others than one that has not got there.
+REFUSED_MOVE_S = 2.0
+
 #: Interval of the integrity checks that run by themselves, and of the looks of one such check.
 INTEGRITY_INTERVAL_S, INTEGRITY_LOOK_S = 60.0, 5.0
 

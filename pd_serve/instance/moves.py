@@ -1,5 +1,6 @@
 """Migrations ordered by the scheduler or an operator, and reports of all ended migrations."""
 
+import asyncio
 import logging
 
 from migration.coordinator import MigrationCoordinator
@@ -12,6 +13,7 @@ from pd_serve.comm.membership import MembershipView
 from pd_serve.comm.message_wire import MessageWire
 from pd_serve.comm.messages import MigrationEnded, MoveOut
 from pd_serve.comm.requests import MoveRequest
+from pd_serve.comm.timing import REFUSED_MOVE_S
 from pd_serve.instance.load_reporter import LoadReporter
 from router.rescheduling.selection import RequestSelector
 
@@ -33,6 +35,7 @@ class Moves:
         self._members = members
         self._reporter = reporter
         self._selector = RequestSelector()
+        self._passed_over: set[tuple[RequestId, InstanceId]] = set()
         self._orders = BackgroundTasks(wire.failures.task_failed)
         self._engine: Engine
         self._coordinator: MigrationCoordinator
@@ -61,10 +64,19 @@ class Moves:
             return
         destination = InstanceId(order.destination.instance_id)
         try:
-            await self._coordinator.migrate(chosen, destination, order.reason)
+            record = await self._coordinator.migrate(chosen, destination, order.reason)
         except MigrationError as error:
             code = error.refusal.code
             logger.info("request %s: %s did not happen (%s): %s", chosen, order.reason, code, error)
+        else:
+            if not record.committed:
+                self._pass_over(chosen, destination)
+
+    def _pass_over(self, request_id: RequestId, destination: InstanceId) -> None:
+        """Orders to this destination choose others for a while: a policy would choose this one again."""
+        refused = (request_id, destination)
+        self._passed_over.add(refused)
+        asyncio.get_running_loop().call_later(REFUSED_MOVE_S, self._passed_over.discard, refused)
 
     async def _choose(self, order: MoveOut) -> RequestId | None:
         destination = order.destination
@@ -73,7 +85,12 @@ class Moves:
             self._reporter.refuse_order("destination", why, logging.INFO)
             return None
         running = await self._engine.running_requests()
-        requests = [r for r in running if not self._coordinator.is_leaving(r.request_id)]
+        requests = [
+            request
+            for request in running
+            if not self._coordinator.is_leaving(request.request_id)
+            and (request.request_id, InstanceId(destination.instance_id)) not in self._passed_over
+        ]
         chosen = self._selector.select(order.selection, requests, self._reporter.load(), destination)
         self._reporter.refused_orders["policy"] = self._selector.num_refused
         return None if chosen is None else chosen.request_id

@@ -122,7 +122,7 @@ def refusals(server: ServerProcess) -> list[str]:
 def test_rejected_peers_are_one_log_line_per_process_and_change_nothing(server: ServerProcess) -> None:
     """They have sent a forged membership."""
     for port in ports_by_protocol(server)["zeromq"]:
-        assert not port.lets_in("none")
+        assert not port.lets_in("others")
 
     complete(server)
 

@@ -126,6 +126,16 @@ async def test_a_request_that_leaves_and_returns_has_the_same_tokens(served: Any
     assert sorted(set(stream.epochs)) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("served", ["ngram"], indirect=True)
+async def test_a_greedy_request_has_the_same_tokens_beside_a_sampled_one(served: Any) -> None:
+    from tests.integration.engine_rig import seeded
+
+    variant, rig, expected = served
+    sampled = await rig.add("sampled", variant.prompt, seeded(NUM_TOKENS))
+    assert await rig.finish(await add(variant, rig)) == expected
+    assert len(await rig.finish(sampled)) == NUM_TOKENS
+
+
 @pytest.mark.parametrize("served", ["structured"], indirect=True)
 async def test_the_batch_goes_on_while_a_grammar_takes_the_tokens_of_another_instance(
     served: Any, monkeypatch: pytest.MonkeyPatch

@@ -21,6 +21,7 @@ from pd_serve.comm.requests import (
     MoveRequest,
 )
 from pd_serve.comm.rpc import Answer
+from pd_serve.comm.timing import REFUSED_MOVE_S
 from router.load import InstanceLoad
 from router.plugins import PolicyChoice
 from tests.unit.pd_serve.instance.instance_world import R, World
@@ -207,3 +208,38 @@ async def test_a_refused_move_leaves_the_request_running_here() -> None:
         assert world.llumlet.reporter.load().migrating_out == 0
         assert "r" in world.engine.running
         assert world.fatal == []
+
+
+@in_virtual_time
+async def test_after_a_refusal_another_request_moves_and_the_refused_one_is_tried_again_later() -> None:
+    """What the destination refuses, such as an adapter that has no slot there, is often about one request."""
+    async with World() as world:
+        world.engine.running |= {"refused", "other"}
+        world.engine.priorities["other"] = -1  # a drain moves it last
+
+        def offered() -> list[str]:
+            return [offer.request.request_id for offer in world.sent(Offer, "d0")]
+
+        order_move(world, "drain", "drain")
+        await world.settle()
+        await world.answer("d0", lambda migration_id: Refused(migration_id, FULL))
+        order_move(world, "drain", "drain")
+        await world.settle()
+        assert offered() == ["refused", "other"]
+
+        await asyncio.sleep(REFUSED_MOVE_S)
+        order_move(world, "drain", "drain")
+        await world.settle()
+        assert offered() == ["refused", "other", "refused"]
+
+
+@in_virtual_time
+async def test_a_refused_request_moves_to_another_instance_at_once() -> None:
+    async with World() as world:
+        world.engine.running.add("r")
+        order_move(world)
+        await world.settle()
+        await world.answer("d0", lambda migration_id: Refused(migration_id, FULL))
+        order_move(world, to="d1")
+        await world.settle()
+        assert len(world.sent(Offer, "d1")) == 1
