@@ -199,43 +199,6 @@ def _choose_executor(namespace: Namespace) -> None:
         namespace.distributed_executor_backend = "mp"
 
 
-<<<<<<< HEAD
-def _check_server(server: Namespace) -> None:
-    """The checks that vLLM's server makes before it loads anything. Source: launcher.py, setup_server."""
-    from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
-    from vllm.entrypoints.launchers.launcher import validate_api_server_args
-
-    _check_adapters(server)
-    with as_invalid_request():
-        _import_plugin("--tool-parser-plugin", server.tool_parser_plugin)
-        _import_plugin("--reasoning-parser-plugin", server.reasoning_parser_plugin)
-        validate_parsed_serve_args(server)
-        validate_api_server_args(server)
-
-
-def _check_adapters(server: Namespace) -> None:
-    """Checks the LoRA flags early: API servers would refuse them only once the instances have started."""
-    names = list(server.served_model_name or [])
-    for module in server.lora_modules or []:
-        if not server.enable_lora:
-            raise InvalidRequestError("--lora-modules: LoRA adapters need --enable-lora")
-        if module.name in names:
-            raise InvalidRequestError(f"--lora-modules: the name {module.name} is given twice")
-        names.append(module.name)
-
-
-def _import_plugin(flag: str, plugin: str | None) -> None:
-    """Imports a plugin, a module or a file, as vLLM does; but vLLM goes on without one that fails."""
-    from vllm.utils.import_utils import import_plugin
-
-    if plugin and plugin.endswith(".py") and not Path(plugin).is_file():
-        raise InvalidRequestError(f"{flag}: no such file: {plugin}")
-    if plugin and import_plugin(plugin) is None:
-        raise InvalidRequestError(f"{flag}: {plugin} cannot be imported; the error is above")
-
-
-=======
->>>>>>> 33ffcb366a9f9f3f94186ddf683cbe7a9d4ea502
 def _with_config_file(args: list[str]) -> list[str]:
     """Put the flags of `--config FILE` in front, where the command line's own override them."""
     rest = list(args)

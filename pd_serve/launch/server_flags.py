@@ -36,7 +36,7 @@ def check_server(server: Namespace) -> None:
 
 
 def _check_adapters(server: Namespace) -> None:
-    """What the API servers would find out once the instances have started."""
+    """Checks the LoRA flags early: API servers would refuse them only once the instances have started."""
     names = list(server.served_model_name or [])
     for module in server.lora_modules or []:
         if not server.enable_lora:
