@@ -89,6 +89,8 @@ class EngineKind:
             flags.append(f"--hf-overrides={json.dumps(overrides)}")
         if self.depth > 1:
             flags.append("--load-format=dummy")
+        if self.model in KINDS and "attention_backend" in (told := KINDS[self.model].engine_arguments):
+            flags.append(f"--attention-backend={told['attention_backend']}")
         return ServeConfig(model=self.model, neutral=2, flags=tuple(flags))
 
 

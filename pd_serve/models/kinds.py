@@ -4,6 +4,7 @@ A configuration is one that vLLM's CPU build runs. The constraints on the way:
 
 - MLA wants 512 latent dimensions and 64 rotary ones. The rotary embedding is DeepSeek's scaled one: the
   kernel of the plain one turns other rows than those of MLA's keys, so that equal prompts in a batch differ.
+- On CPUs with AMX, vLLM takes a kernel for MLA that knows bfloat16 only, unless it is told not to.
 - Gated delta net wants heads of 128 dimensions and bfloat16.
 - Mamba-2 with a prefix cache ends vLLM's engine at the first prompt longer than a block.
 
@@ -106,6 +107,7 @@ _MLA = {
 }
 
 _NO_PREFIX_CACHE = {"enable_prefix_caching": False}
+_MLA_IN_FLOAT32 = {"attention_backend": "CPU_MLA"}
 
 KINDS = {
     "tiny-mistral": ModelKind(
@@ -181,6 +183,7 @@ KINDS = {
             norm_topk_prob=False,
         )
         | {"q_lora_rank": None},
+        engine_arguments=_MLA_IN_FLOAT32,
     ),
     "tiny-deepseek-v3": ModelKind(
         "MLA; experts",
@@ -193,6 +196,7 @@ KINDS = {
             scoring_func="sigmoid",
             norm_topk_prob=True,
         ),
+        engine_arguments=_MLA_IN_FLOAT32,
     ),
     "tiny-mamba2": ModelKind(
         "state of Mamba-2",

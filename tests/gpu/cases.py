@@ -76,7 +76,7 @@ class Case:
                 _HALF | {"attention_backend": "TRITON_MLA"} if mla else {"attention_backend": "TRITON_ATTN"}
             )
         kind = KINDS.get(self.model)
-        return every | (kind.engine_arguments if kind is not None else {}) | self.arguments
+        return (kind.engine_arguments if kind is not None else {}) | every | self.arguments
 
 
 CASES = [
