@@ -12,6 +12,7 @@ from vllm.entrypoints.launchers.app import build_app
 from pd_serve.api import cluster_routes
 from pd_serve.api.body_limit import BodyLimitMiddleware
 from pd_serve.api.cluster_view import ClusterView
+from pd_serve.api.early_admission import admit_early
 from pd_serve.api.engine_client import ClusterAsyncLLM, ClusterRefusal
 from pd_serve.api.engine_functions import refuse_absent
 from pd_serve.api.identity import IdentityMiddleware
@@ -54,6 +55,7 @@ async def create_app(
     app: FastAPI = build_app(args, tasks, engine_client.model_config)
     await init_app_state(engine_client, app.state, args, tasks)
     use_templates(app.state)
+    admit_early(app.state, engine_client)
     for name in TRACEBACK_LOGGERS:
         logging.getLogger(name).addFilter(_is_no_refusal)
 

@@ -37,6 +37,7 @@ from pd_serve.api.overload import (
     note_charge,
     note_headers,
     note_refusal,
+    was_admitted,
 )
 from pd_serve.api.request_ids import StemInputProcessor, check_id
 from pd_serve.api.resumption import expect_requests
@@ -152,6 +153,12 @@ class ClusterAsyncLLM(AsyncLLM):
 
         Once a stream has started, its status is 200 already.
         """
+        if not was_admitted(request_id):
+            self.admit(prompt, sampling_params, request_id, kwargs.get("priority", 0))
+        return super().generate(prompt, sampling_params, request_id, *args, **kwargs)
+
+    def admit(self, prompt: Any, sampling_params: SamplingParams, request_id: str, priority: int) -> None:
+        """Charges a request. Raises: ClusterRefusal: The cluster does not take it."""
         try:
             check_id(request_id)
             announce(sampling_params.n)
@@ -161,7 +168,7 @@ class ClusterAsyncLLM(AsyncLLM):
             tokens = _prompt_tokens(prompt)
             slo = given_slo(sampling_params)
             if self.cluster is not None:
-                refuse_unattainable(self.cluster, slo, tokens, kwargs.get("priority", 0))
+                refuse_unattainable(self.cluster, slo, tokens, priority)
             self._charge(sampling_params.n, tokens * sampling_params.n)
             announce_tokens(tokens * sampling_params.n)
         except PdServeError as error:
@@ -170,7 +177,6 @@ class ClusterAsyncLLM(AsyncLLM):
                 note_refusal(error)
                 note_headers(self._accounts.headers(self._account()))
             raise _as_refusal(error) from error
-        return super().generate(prompt, sampling_params, request_id, *args, **kwargs)
 
     def _charge(self, requests: int, tokens: int) -> None:
         """Charges the account of this task. Raises: RequestRefusedError: it has not enough left."""

@@ -58,6 +58,7 @@ class Arrival:
         headers: Of its answer, in addition to others.
         charges: Callbacks that give back what its account was charged; called if it is refused as a whole.
         charged: Requests and tokens that its account was charged for.
+        admitted: Ids of its requests that were admitted before they are submitted.
     """
 
     def __init__(self, arriving: "set[Arrival]", check: Callable[[int], None]) -> None:
@@ -66,6 +67,7 @@ class Arrival:
         self.headers: dict[str, str] = {}
         self.charges: list[Callable[[], None]] = []
         self.charged = (0, 0)
+        self.admitted: set[str] = set()
         self._arriving = arriving
         self._check = check
         self._is_announced = self._has_ended = False
@@ -163,6 +165,17 @@ def give_charges_back() -> None:
         while arrival.charges:
             arrival.charges.pop()()
         arrival.charged = (0, 0)
+
+
+def note_admitted(request_id: str) -> None:
+    """Keeps that a request of this task was admitted before vLLM submits it."""
+    if (arrival := _arrival.get()) is not None:
+        arrival.admitted.add(request_id)
+
+
+def was_admitted(request_id: str) -> bool:
+    """Whether a request of this task was admitted before."""
+    return (arrival := _arrival.get()) is not None and request_id in arrival.admitted
 
 
 def note_refusal(refusal: RequestRefusedError) -> None:

@@ -429,6 +429,21 @@ class TestTargets:
         assert late.status_code == 200
         assert (await service.http.post(path, json=body)).status_code == 200
 
+    @pytest.mark.parametrize("stream", [False, True])
+    async def test_a_refused_response_has_not_begun(self, service: LocalService, stream: bool) -> None:
+        """vLLM sends the first events of its stream before it submits the request."""
+        service.cluster.predicted_s = 5.5
+        body = {"model": "tiny", "input": "x", "max_output_tokens": 1, "stream": stream}
+        for target, status, code in (("nan", 400, 400), ("100", 429, "slo_unattainable")):
+            answer = await service.http.post("/v1/responses", json=body, headers={"x-slo-ttft-ms": target})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+        assert not service.core.added
+
+        answer = await service.http.post("/v1/responses", json=body, headers={"x-slo-ttft-ms": "6000"})
+
+        assert answer.status_code == 200
+        assert len(service.core.added) == 1
+
     async def test_a_refusal_is_no_error_in_the_log(
         self, service: LocalService, monkeypatch: pytest.MonkeyPatch
     ) -> None:
