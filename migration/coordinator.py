@@ -219,6 +219,11 @@ class MigrationCoordinator:
         self._incoming.clear()
         await self._instance.tasks.cancel()
 
+    @property
+    def under_way(self) -> set[MigrationId]:
+        """Migrations from here and copies of prefixes: the engine holds blocks for them."""
+        return {*self._outgoing, *self._withdrawals, *self.prefixes.under_way}
+
     def check_integrity(self) -> list[str]:
         """Migrations that still hold something; empty when the instance is at rest."""
         held = [

@@ -300,5 +300,9 @@ class Engine(Protocol):
         Raises: InvalidRequestError: the engine has no such method.
         """
 
-    async def check_integrity(self) -> list[str]:
-        """The violated invariants of the engine, in words; empty if all hold."""
+    async def check_integrity(self, under_way: Collection[MigrationId] = ()) -> list[str]:
+        """The violated invariants of the engine, in words; empty if all hold.
+
+        Args:
+            under_way: Migrations from here and copies of prefixes: what is held for them is no violation.
+        """

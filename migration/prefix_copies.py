@@ -1,7 +1,7 @@
 """Both sides of all prefix copies of one instance."""
 
 from migration.local_instance import LocalInstance
-from migration.messages import InstanceId
+from migration.messages import InstanceId, MigrationId
 from migration.prefix_holder import PrefixHolder
 from migration.prefix_messages import AnyPrefixMessage, ToPrefixHolder
 from migration.prefix_reader import PrefixReader
@@ -28,6 +28,11 @@ class PrefixCopies:
     def close(self) -> None:
         """The instance stops. Its tasks are cancelled by the coordinator."""
         self.holder.close()
+
+    @property
+    def under_way(self) -> set[MigrationId]:
+        """Copies to and from here."""
+        return self.reader.under_way | self.holder.under_way
 
     def check_integrity(self) -> list[str]:
         """What is held for copies; nothing at rest."""

@@ -60,6 +60,10 @@ class PrefixHolder:
             lease.timer.set(None)
         self._leases.clear()
 
+    @property
+    def under_way(self) -> set[MigrationId]:
+        return set(self._leases)
+
     def check_integrity(self) -> list[str]:
         """Leases; there are none at rest."""
         return [

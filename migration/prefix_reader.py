@@ -127,6 +127,10 @@ class PrefixReader:
             if copy.holder == peer:
                 copy.take(PrefixRefused(copy.copy_id, Refusal(RefusalCode.PEER_LOST, f"{peer} died")))
 
+    @property
+    def under_way(self) -> set[MigrationId]:
+        return set(self._copies)
+
     def check_integrity(self) -> list[str]:
         """Copies under way; there are none at rest."""
         return [

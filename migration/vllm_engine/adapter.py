@@ -250,10 +250,9 @@ class VllmEngine:
 
     # ---- state
 
-    async def check_integrity(self) -> list[str]:
-        return await self._steps.call(
-            lambda: check_engine(self.core, set(self._live.stays()), migrates=self.no_migration is None)
-        )
+    async def check_integrity(self, under_way: Collection[MigrationId] = ()) -> list[str]:
+        migrates, stays = self.no_migration is None, self._live.stays
+        return await self._steps.call(lambda: check_engine(self.core, set(stays()), under_way, migrates))
 
     async def clients_of(self, stem: str) -> set[str]:
         return await self._steps.call(lambda: self._live.clients_of(stem))

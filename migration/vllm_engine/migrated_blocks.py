@@ -1,7 +1,7 @@
 """KV blocks of vLLM's pool that a peer reads, or that came from one and are not confirmed yet."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -76,12 +76,16 @@ class MigratedBlocks:
         """A request has ended."""
         self.unconfirmed.pop(request_id, None)
 
-    def check_integrity(self, known: set[str]) -> list[str]:
-        """Pins, and entries of requests that are not among the known ones."""
-        problems = [f"{len(blocks)} blocks are pinned for {reader}" for reader, blocks in self.pinned.items()]
+    def check_integrity(self, known: set[str], under_way: Collection[str]) -> list[str]:
+        """Pins for migrations that are not under way, and entries of requests that are not known."""
+        problems = [
+            f"{len(blocks)} blocks are pinned for {reader}"
+            for reader, blocks in self.pinned.items()
+            if reader not in under_way
+        ]
         if lost := self.unconfirmed.keys() - known:
             problems.append(f"ended requests are remembered as unconfirmed: {sorted(lost)}")
-        return problems + self.prefixes.check_integrity()
+        return problems + self.prefixes.check_integrity(under_way)
 
     @property
     def _managers(self) -> Sequence[Any]:

@@ -4,7 +4,7 @@ All methods run on the engine's step thread, between steps. Source: vllm/v1/core
 (`find_longest_cache_hit`) and vllm/v1/core/block_pool.py (`cache_full_blocks`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,9 +115,10 @@ class PrefixBlocks:
             self._pool.free_blocks([block for block in reversed(table) if not block.is_null])
         self._pool.free_blocks(reversed(reserved.shared))
 
-    def check_integrity(self) -> list[str]:
-        """Reservations; there are none at rest."""
-        return [f"blocks are reserved for the prefix copy {copy_id}" for copy_id in self.reserved]
+    def check_integrity(self, under_way: Collection[str]) -> list[str]:
+        """Reservations for copies that are not under way."""
+        ended = [copy_id for copy_id in self.reserved if copy_id not in under_way]
+        return [f"blocks are reserved for the prefix copy {copy_id}" for copy_id in ended]
 
     def _longest(
         self, hashes: list[BlockHash], max_tokens: int

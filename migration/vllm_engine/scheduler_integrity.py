@@ -1,5 +1,6 @@
 """Invariants of an engine with a migrating scheduler."""
 
+from collections.abc import Collection
 from typing import Any
 
 from vllm.v1.engine.core import EngineCore
@@ -7,17 +8,18 @@ from vllm.v1.engine.core import EngineCore
 from migration.vllm_engine import worker
 
 
-def check_engine(core: EngineCore, stays: set[str], *, migrates: bool) -> list[str]:
+def check_engine(core: EngineCore, stays: set[str], under_way: Collection[str], migrates: bool) -> list[str]:
     """The violated invariants, in words.
 
     Args:
         stays: Ids of the requests that the adapter knows, arriving ones included.
+        under_way: See `migration.engine_interface.Engine.check_integrity`.
         migrates: Whether the scheduler is a migrating one.
     """
     known = set(core.scheduler.requests)
     problems = []
     if migrates:
-        problems += check_scheduler(core.scheduler)
+        problems += check_scheduler(core.scheduler, under_way)
         known |= {r.request_id for r in core.scheduler.migration.arriving.values()}
     if lost := stays - known:
         problems.append(f"bookkeeping for requests that are gone: {sorted(lost)}")
@@ -28,7 +30,7 @@ def check_engine(core: EngineCore, stays: set[str], *, migrates: bool) -> list[s
     return problems
 
 
-def check_scheduler(scheduler: Any) -> list[str]:
+def check_scheduler(scheduler: Any, under_way: Collection[str] = ()) -> list[str]:
     """The violated invariants, in words: leaked blocks, tables that should be empty, lost batch slots."""
     problems = []
     state = scheduler.migration
@@ -38,7 +40,7 @@ def check_scheduler(scheduler: Any) -> list[str]:
         if leaked:
             problems.append(f"blocks are held for unknown requests {sorted(leaked)}")
     pool = scheduler.kv_cache_manager.block_pool
-    problems += scheduler.migrated_blocks.check_integrity(set(scheduler.requests))
+    problems += scheduler.migrated_blocks.check_integrity(set(scheduler.requests), under_way)
     lent = scheduler.migrated_blocks.pinned or scheduler.migrated_blocks.prefixes.reserved
     if not (holders or scheduler.deferred_frees or lent):
         free, usable = pool.get_num_free_blocks(), pool.num_gpu_blocks - 1  # block 0 is the null block

@@ -315,7 +315,9 @@ class Llumlet:
     async def _serve_integrity(self, sender: str, request: CheckIntegrity) -> list[str]:
         if request.at_rest:
             return await self.check_integrity()
-        return [f"{self.name}: {problem}" for problem in await self.engine.check_integrity()]
+        assert self.coordinator is not None
+        problems = await self.engine.check_integrity(self.coordinator.under_way)
+        return [f"{self.name}: {problem}" for problem in problems]
 
     async def _live_requests(self, sender: str, request: ListRequests) -> list[RequestId]:
         return await self.engine.live_requests(request.token_endpoint)

@@ -271,12 +271,12 @@ class SimulatedEngine:
     async def utility(self, method: str, *arguments: object) -> object:
         return await self._call("utility", lambda: call_utility(self.batcher.pool, method))
 
-    async def check_integrity(self) -> list[str]:
+    async def check_integrity(self, under_way: Collection[MigrationId] = ()) -> list[str]:
         def check_integrity() -> list[str]:
             held = [block for sequence, _ in self._held() for block in sequence.blocks]
             held += [block for pinned in self._migrations.pinned.values() for block in pinned]
             held += self.prefixes.held_blocks
-            return self.batcher.pool.check_integrity(held) + self._migrations.check_integrity()
+            return self.batcher.pool.check_integrity(held) + self._migrations.check_integrity(under_way)
 
         return await self._call("check_integrity", check_integrity)
 

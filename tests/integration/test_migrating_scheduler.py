@@ -642,6 +642,7 @@ class TestCommit:
         source.run_to_the_end()
         assert source.free_blocks == 10 - 4
         assert check_scheduler(source.scheduler) == [f"4 blocks are pinned for {move.migration_id}"]
+        assert check_scheduler(source.scheduler, {move.migration_id}) == []
         while not move.over:
             move.advance()
         assert not move.committed

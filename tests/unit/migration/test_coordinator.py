@@ -415,6 +415,22 @@ async def test_the_output_survives_while_blocks_are_in_quarantine(phase: Scene, 
 
 
 @in_virtual_time
+async def test_blocks_of_a_migration_under_way_violate_nothing() -> None:
+    """The copy of a long prompt takes longer than a check of the integrity."""
+    async with MigratingCluster("a", "b") as cluster:
+        source = cluster["a"]
+        await enter(tail, cluster, 200)
+        (under_way,) = source.coordinator.under_way
+        (problem,) = await source.engine.check_integrity()
+        assert problem.endswith(f"blocks are pinned for {under_way}")
+        assert await source.engine.check_integrity(source.coordinator.under_way) == []
+        cluster.faults.release()
+        await cluster.end()
+        assert source.coordinator.under_way == set()
+        await cluster.check()
+
+
+@in_virtual_time
 async def test_blocks_of_a_failed_read_are_kept_while_the_request_goes_on() -> None:
     async with MigratingCluster("a", "b") as cluster:
         cluster.fabric.quarantine_s = 5.0

@@ -180,7 +180,7 @@ class EngineStub:
         await self._visit("utility", method, *arguments)
         return {3, 1, 2}
 
-    async def check_integrity(self) -> list[str]:
+    async def check_integrity(self, under_way: Collection[MigrationId] = ()) -> list[str]:
         return []
 
 
