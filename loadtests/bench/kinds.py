@@ -3,12 +3,13 @@
 For each kind, and for two tensor-parallel workers, a service of two neutral instances starts, one after the
 other, and a request of each length moves to and fro. The models of tests have four layers: a step takes
 milliseconds, and messages and visits to the engines as many. So each kind is measured a second time with as
-many layers as small models have that people serve. Their weights are vLLM's dummies: what a move costs does
-not depend on them.
+many layers as small models have that people serve. All weights are vLLM's dummies: what a move costs does not
+depend on them.
 """
 
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -23,7 +24,8 @@ from loadtests.bench.report import BenchmarkReport
 from loadtests.terminal import numbers_table
 from pd_serve.config import ServeConfig
 from pd_serve.errors import PdServeError
-from pd_serve.models.catalog import resolve
+from pd_serve.models.cache import cached_directory
+from pd_serve.models.catalog import default_dtype, resolve
 from pd_serve.models.kinds import KINDS
 
 LENGTHS = (1024, 4096)
@@ -61,20 +63,6 @@ class EngineKind:
         return config
 
     @property
-    def _overrides(self) -> dict[str, Any]:
-        """Entries of the model's configuration that are other ones here."""
-        config = self._model_config
-        entries: dict[str, Any] = {}
-        if "max_position_embeddings" in config:
-            entries["max_position_embeddings"] = MAX_MODEL_LEN
-        if self.depth > 1:
-            entries["num_hidden_layers"] = self.layers
-            entries |= {name: config[name] * self.depth for name in PER_LAYER if name in config}
-            if "moe_layers" in config:
-                entries["moe_layers"] = list(range(self.layers))
-        return entries
-
-    @property
     def config(self) -> ServeConfig:
         flags = [
             "--max-num-seqs=4",
@@ -82,16 +70,29 @@ class EngineKind:
             f"--max-num-batched-tokens={MAX_MODEL_LEN}",
             f"--kv-cache-memory-bytes={self.depth * 2**28}",
             f"--tensor-parallel-size={self.workers}",
+            f"--dtype={default_dtype(self.model)}",
             # So that all blocks are copied. Where it changes how states are kept, as people serve it.
             "--no-enable-prefix-caching",
+            "--load-format=dummy",
         ]
-        if overrides := self._overrides:
-            flags.append(f"--hf-overrides={json.dumps(overrides)}")
-        if self.depth > 1:
-            flags.append("--load-format=dummy")
         if self.model in KINDS and "attention_backend" in (told := KINDS[self.model].engine_arguments):
             flags.append(f"--attention-backend={told['attention_backend']}")
-        return ServeConfig(model=self.model, neutral=2, flags=tuple(flags))
+        name = f"bench-{Path(resolve(self.model)).name}-{self.depth}-{MAX_MODEL_LEN}"
+        return ServeConfig(model=str(cached_directory(name, self._write)), neutral=2, flags=tuple(flags))
+
+    def _write(self, directory: Path) -> None:
+        """Writes the model without its weights, for longer prompts, with the layers that are measured."""
+        for file in Path(resolve(self.model)).iterdir():
+            if file.suffix != ".safetensors":
+                shutil.copy(file, directory)
+        config = self._model_config
+        changes = {name: config[name] * self.depth for name in PER_LAYER if name in config}
+        if "max_position_embeddings" in config:
+            changes["max_position_embeddings"] = MAX_MODEL_LEN
+        if "moe_layers" in config:
+            changes["moe_layers"] = list(range(self.layers))
+        config |= changes | {"num_hidden_layers": self.layers}
+        (directory / "config.json").write_text(json.dumps(config))
 
 
 def engine_kinds(names: list[str]) -> list[EngineKind]:
