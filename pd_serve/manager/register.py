@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pd_serve.comm.leases import LeaseClock, Leases
 from pd_serve.comm.membership import InstanceInfo
 from pd_serve.comm.timing import INSTANCE_LEASE_S
-from router.dispatch import can_start
+from router.dispatch import STARTING
 from router.load import ROLES, InstanceLoad
 
 
@@ -89,11 +89,12 @@ class InstanceRegister:
 
     def why_needed(self, instance_id: str, unused: set[str]) -> str | None:
         """Why the cluster could not serve without this instance; None if it could."""
-        unused = {instance_id} | unused
-        others = [load for name, load in self._loads.items() if name not in unused and not load.draining]
-        if not any(map(can_start, others)):
+        unused = {instance_id, *unused, *(name for name, load in self._loads.items() if load.draining)}
+        # One that has just become ready has not reported its load yet.
+        roles = {role for name, role in self._roles.items() if name not in unused}
+        if roles.isdisjoint(STARTING):
             return f"{instance_id} is the last instance that takes new requests"
-        if all(load.role == "prefill" for load in others):
+        if roles == {"prefill"}:
             return f"{instance_id} is the last decode instance"
         return None
 

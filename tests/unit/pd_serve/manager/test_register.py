@@ -136,6 +136,16 @@ async def test_an_instance_that_drains_or_is_to_stop_does_not_stand_in_for_anoth
 
 
 @in_virtual_time
+async def test_an_instance_that_has_just_become_ready_stands_in_for_another() -> None:
+    """Its first load report may be a second away: a drain was refused meanwhile."""
+    instances = register("prefill-0", "decode-0")
+    instances.add(instance_info("decode-1"))
+
+    assert instances.why_needed("decode-0", set()) is None
+    assert instances.why_needed("decode-0", {"decode-1"}) == "decode-0 is the last decode instance"
+
+
+@in_virtual_time
 async def test_instances_are_ordered_by_role_and_number() -> None:
     """Not as text, by which 10 would come before 9, nor by the time of their start."""
     instances = register("decode-10", "neutral-0", "decode-9", "prefill-1")
