@@ -39,6 +39,7 @@ from pd_serve.profiling.measured_engine import MeasuredEngine
 from pd_serve.profiling.profile_points import Point, Row, StepSeen, points, relative_errors, rows, write_csv
 from pd_serve.simulated_engine import cost_table
 from pd_serve.simulated_engine.cost_model import CostModel, LinearCostModel
+from pd_serve.simulation.config import TraceRequest
 
 LAYOUTS: tuple[dict[str, int], ...] = ({"neutral": 1}, {"prefill": 1, "decode": 1})
 
@@ -144,9 +145,10 @@ class SimulatorBenchmark:
                 await asyncio.sleep(SETTLE_S)
                 rounds.append(await run_checked_round(server, loads[-1], seed))
         model = _fitted(rows(steps))
-        simulated_alone = await self._simulated(layout, model, [ALONE] * ROUNDS, FrontEnd(), alone=True)
-        front_end = FrontEnd.measured(real_alone, simulated_alone)
-        simulated = await self._simulated(layout, model, loads, front_end)
+        alone = [simulated_side.alone(ALONE.requests(seed)) for seed in range(ROUNDS)]
+        front_end = FrontEnd.measured(real_alone, await self._simulated(layout, model, alone, FrontEnd()))
+        workloads = [load.requests(seed) for seed, load in enumerate(loads)]
+        simulated = await self._simulated(layout, model, workloads, front_end)
         real_ms = summary([outcome for one in rounds for outcome in one.outcomes])
         simulated_ms = summary(simulated)
         return {
@@ -171,18 +173,13 @@ class SimulatorBenchmark:
         self,
         layout: dict[str, int],
         model: LinearCostModel,
-        loads: list[Load],
+        workloads: list[list[TraceRequest]],
         front_end: FrontEnd,
-        *,
-        alone: bool = False,
     ) -> list[Outcome]:
-        """The outcomes of the rounds of these loads, one after the other."""
+        """The outcomes of all rounds, one after the other."""
         engines = simulated_side.engines(self.engine.about, front_end.around(model))
         outcomes: list[Outcome] = []
-        for seed, load in enumerate(loads):
-            requests = load.requests(seed)
-            if alone:
-                requests = simulated_side.alone(requests)
+        for seed, requests in enumerate(workloads):
             config = simulated_side.config(requests, layout, engines, seed, front_end.request_s)
             outcomes += await asyncio.to_thread(simulated_side.simulate, config)
         return outcomes

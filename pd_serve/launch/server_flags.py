@@ -91,7 +91,7 @@ def check_middleware(names: Iterable[str]) -> None:
 
 
 def _no_password() -> NoReturn:
-    raise ValueError("the key has a pass phrase, which nobody could enter for each API server")
+    raise ValueError("the key has a pass phrase, which API servers cannot ask for")
 
 
 @contextmanager
