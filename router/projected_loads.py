@@ -99,21 +99,23 @@ class ProjectedLoads:
         while moves and moves[0].number <= load.moves_decided:
             self._end_move(name, moves.popleft())
 
-    def remove(self, instance_id: str) -> None:
-        """Forgets an instance and everything on its way there. Unknown instances are ignored."""
+    def forget(self, instance_id: str) -> None:
+        """Forgets an instance's reports, and what has been decided for it since, until its next report.
+
+        Unknown instances are ignored.
+        """
         for move in self._moves.pop(instance_id, ()):
             self._end_move(instance_id, move)
-        self.prefixes.remove(instance_id)
         self._outdated.discard(instance_id)
-        for known in (
-            self.nodes,
-            self._reports,
-            self._reported_at,
-            self._dispatches,
-            self._arrivals,
-            self._projected,
-        ):
+        for known in (self._reports, self._reported_at, self._dispatches, self._projected):
             known.pop(instance_id, None)
+
+    def remove(self, instance_id: str) -> None:
+        """Forgets an instance and everything on its way there. Unknown instances are ignored."""
+        self.forget(instance_id)
+        self.prefixes.remove(instance_id)
+        self.nodes.pop(instance_id, None)
+        self._arrivals.pop(instance_id, None)
 
     def are_apart(self, one: str, other: str) -> bool:
         """Whether two instances are known to run on different machines."""

@@ -131,7 +131,7 @@ class Frontend:
             self.instances.calls,
             find_manager,
             lambda: placement.demand,
-            self._is_unused,
+            self.requests.is_unused,
         )
         self.lora_adapters = OfferedAdapters(self._manager)
         self.api_servers = ApiServers(wire, self._members, self.instances.calls)
@@ -170,8 +170,8 @@ class Frontend:
         while True:
             await asyncio.sleep(REQUEST_REPORT_INTERVAL_S)
             try:
-                self._outage.look()
                 self._reconciler.check(REQUEST_REPORT_INTERVAL_S)
+                self.requests.bound_waits()
                 self._accounts.charge(self.requests.requests.values())
             except Exception as error:  # the next check has to come, whatever it is
                 self._wire.failures.record("reconciling", error)
@@ -183,13 +183,15 @@ class Frontend:
         match message:
             case LoadReport(load=load):
                 if sender in self.instances:
-                    if in_reach := self._reconciler.on_load(sender, message.request_reports):
-                        self.instances.loads.report(load)
                     self.instances.cached_blocks.on_load(sender, message.cache_reports)
                     self._stranded[sender] = len(message.stranded)
                     if message.stats is not None:
                         self._stats[sender] = message.stats
-                    self.requests.on_load(sender, message, in_reach=in_reach)
+                    if self._reconciler.on_load(sender, message.request_reports):
+                        self.instances.report(load)
+                        self.requests.on_load(sender, message)
+                    else:
+                        self.instances.set_unreachable(sender)
             case CachedBlocks():
                 self.instances.cached_blocks.on_report(sender, message)
             case MigrationEnded(record=record):
@@ -239,15 +241,6 @@ class Frontend:
             self._loop.call_later(HEARTBEAT_S, self.requests.recompute, ended)
         self._joined = info.joined
 
-    def _is_unused(self, instance_id: str) -> bool:
-        load = self.instances.load_of(instance_id)
-        return (
-            load is not None
-            and load.draining
-            and load.is_empty
-            and not self.requests.has_requests_on(instance_id)
-        )
-
     # ---- ClusterView
 
     @property
@@ -271,7 +264,11 @@ class Frontend:
 
     def snapshot(self) -> ClusterSnapshot:
         seen, stats = self.instances, self._stats.get
-        instances = [InstanceSnapshot.of(i, seen.load_of(i.instance_id), stats(i.instance_id)) for i in seen]
+        instances = [
+            InstanceSnapshot.of(info, seen.load_of(name), stats(name), unreachable=name in seen.unreachable)
+            for info in seen
+            for name in [info.instance_id]
+        ]
         snapshot = ClusterSnapshot(
             instances=instances,
             waiting_line=self._waiting_line,

@@ -27,6 +27,8 @@ class Instances:
         slots: All slots.
         loads: Reported loads, corrected by the decisions since.
         cached_blocks: Follows what they have in their prefix caches.
+        unreachable: Those whose messages do not arrive, or that receive none. They have no load, so that no
+            request is sent to them.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class Instances:
         self.loads = loads
         self._members = members
         self._slot_of: dict[str, int] = {}
+        self.unreachable: set[str] = set()
         self.calls = RpcClient(wire, Call)
         self.cached_blocks = CachedBlockFollower(wire, members, loads.prefixes)
 
@@ -65,16 +68,27 @@ class Instances:
     def remove(self, instance_id: str) -> None:
         """Removes an instance that died or was stopped. Calls to it fail."""
         self._slot_of.pop(instance_id, None)
+        self.unreachable.discard(instance_id)
         self.cached_blocks.remove(instance_id)
         self.loads.remove(instance_id)
         self.calls.peer_lost(instance_id)
 
+    def report(self, load: InstanceLoad) -> None:
+        """A load report of an instance in reach has arrived."""
+        self.unreachable.discard(load.instance_id)
+        self.loads.report(load)
+
+    def set_unreachable(self, instance_id: str) -> None:
+        """Gives an instance no requests until `report`."""
+        self.unreachable.add(instance_id)
+        self.loads.forget(instance_id)
+
     def load_of(self, instance_id: str) -> InstanceLoad | None:
-        """Last reported load of an instance; None before the first report."""
+        """Last reported load of an instance; None before the first report, and while it is unreachable."""
         return self.loads.get(instance_id)
 
     def role_of(self, instance_id: str) -> str:
-        """Last reported role of an instance; "" before the first report."""
+        """Last reported role of an instance; "" where it has no load."""
         load = self.loads.get(instance_id)
         return load.role if load is not None else ""
 

@@ -45,6 +45,9 @@ class LossListener(Protocol):
     def lost(self, request: TrackedRequest, instance_id: str, reason: RecomputeReason) -> None:
         """The request has to be recomputed; what this instance has of it is to be ended."""
 
+    def out_of_reach(self, instance_id: str) -> None:
+        """The same for all requests of this instance."""
+
     def hears_none(self) -> None:
         """Neither the manager nor an instance has sent anything for `RECOVERY_S`."""
 
@@ -168,10 +171,11 @@ class Reconciler:
         self._silence.on_heartbeat(interval_s)
         if self.silence_s >= RECOVERY_S:
             self._listener.hears_none()
-        for instance_id in self._out_of_reach():
-            for request in list(self._requests.values()):
-                if request.is_on(instance_id):
-                    self._listener.lost(request, instance_id, "out_of_reach")
+        out_of_reach = self._out_of_reach()
+        for instance_id in out_of_reach:
+            self._instances.set_unreachable(instance_id)
+        for instance_id in out_of_reach:
+            self._listener.out_of_reach(instance_id)
         resend: defaultdict[str, list[tuple[RequestId, int]]] = defaultdict(list)
         for request in list(self._requests.values()):
             if request.ledger.owner:

@@ -162,13 +162,9 @@ class RequestTracker:
 
     # ---- from instances
 
-    def on_load(self, instance_id: str, report: LoadReport, *, in_reach: bool = True) -> None:
-        """Gives waiting requests to an instance that reports room, and hands off its stranded requests.
-
-        Args:
-            in_reach: See `pd_serve.frontend.reconciler`. An instance that is not gets no request.
-        """
-        if in_reach and self._placement.line:
+    def on_load(self, instance_id: str, report: LoadReport) -> None:
+        """Gives waiting requests to an instance that reports room, and hands off its stranded requests."""
+        if self._placement.line:
             self._place_waiting(instance_id)
         for request_id in report.stranded:
             if (request := self.requests.get(request_id)) is not None:
@@ -209,6 +205,14 @@ class RequestTracker:
                 self._recompute(request, instance_id, "died" if died else "stopped")
             elif request.ledger.has_gap:
                 self._recompute(request, instance_id, "tokens_lost")
+        self.bound_waits()
+
+    def bound_waits(self) -> None:
+        """Requests wait in line while instances serve, and otherwise with those that were lost: for a time.
+
+        To be called regularly.
+        """
+        self._outage.look()
         if self._placement.line and not self._placement.is_serving:
             for request_id in list(self._placement.line):
                 self._placement.line.discard(request_id)
@@ -233,12 +237,21 @@ class RequestTracker:
         self._recompute(request, instance_id, reason)
         self._wire.send(instance_id, AbortRequests([request.request_id], request.ledger.recomputed_epoch))
 
+    def out_of_reach(self, instance_id: str) -> None:
+        for request in list(self.requests.values()):
+            if request.is_on(instance_id):
+                self.lost(request, instance_id, "out_of_reach")
+
     def hears_none(self) -> None:
         for request in list(self.requests.values()):
             self._give_up(request, "neither the manager nor an instance has sent anything")
 
-    def has_requests_on(self, instance_id: str) -> bool:
-        return any(request.is_on(instance_id) for request in self.requests.values())
+    def is_unused(self, instance_id: str) -> bool:
+        """Whether an instance drains and is empty, and no request is on its way there."""
+        load = self._instances.load_of(instance_id)
+        if load is None or not load.draining or not load.is_empty:
+            return False
+        return not any(request.is_on(instance_id) for request in self.requests.values())
 
     # ---- TokenListener
 

@@ -24,7 +24,8 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """One instance by its latest load report.
 
     Attributes:
-        state: "ready", "draining", "starting", or what its start waits for.
+        state: "ready", "draining", "starting", or what its start waits for; "unreachable" if messages between
+            it and the API server that answers do not arrive.
         freeness: Free blocks per running request; null while it drains.
         preempted: Queued requests that have lost their KV blocks.
         queued_blocks: KV blocks that the first queued request needs; not free for freeness.
@@ -58,14 +59,19 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(
-        cls, info: InstanceInfo, load: InstanceLoad | None, stats: InstanceStats | None = None
+        cls,
+        info: InstanceInfo,
+        load: InstanceLoad | None,
+        stats: InstanceStats | None = None,
+        *,
+        unreachable: bool = False,
     ) -> "InstanceSnapshot":
-        """A started instance; `load` and `stats` are None before its first report."""
+        """A started instance; `load` is None before its first report, and while it is unreachable."""
         if load is None:
             return cls(
                 id=info.instance_id,
                 role=info.role,
-                state="starting",
+                state="unreachable" if unreachable else "starting",
                 node=info.node,
                 pid=info.pid,
                 no_migration=info.engine.no_migration,

@@ -53,6 +53,25 @@ def test_a_report_may_have_seen_a_part_of_the_moves() -> None:
     assert [load.expected_blocks for load in loads.all()] == [0, 0, 20]
 
 
+def test_an_instance_that_is_forgotten_takes_no_part_until_its_next_report() -> None:
+    """What is on its way there is still to be settled."""
+    first, second = neutral("i0"), neutral("i1")
+    loads = projected_loads(first, second)
+    loads.add_dispatch("i0", 100, 7)
+    loads.add_move("i0", "i1", 25)
+    loads.expect("i0", "r", 10)
+
+    loads.forget("i0")
+    loads.forget("i0")
+
+    assert (loads.all(), loads.fresh(), "i0" in loads) == ([second], [second], False)
+    loads.report(first)
+    assert loads.projected("i0").waiting == 0
+    assert loads.projected("i0").expected_blocks == 10
+    loads.settled("i0", "r")
+    assert loads.all() == [second, first]
+
+
 def test_a_dispatch_that_is_never_confirmed_is_lost_after_a_while() -> None:
     clock = ManualClock(0.0)
     report = neutral("i0")

@@ -132,11 +132,11 @@ async def test_a_request_of_another_api_server_is_found_through_the_manager(worl
 async def test_a_leaving_instance_is_reported_unused_once_no_request_is_on_it(world: World) -> None:
     world.submit()
     world.report("p0", draining=True, running=0)
-    assert not world.frontend._is_unused("p0")
+    assert not world.requests.is_unused("p0")
     world.tokens("p0", 0, 0, 10)
     world.tokens("d0", 1, 1, 11)
-    assert world.frontend._is_unused("p0")
-    assert not world.frontend._is_unused("d1"), "it takes new requests"
+    assert world.requests.is_unused("p0")
+    assert not world.requests.is_unused("d1"), "it takes new requests"
 
 
 async def test_integrity_collects_the_problems_of_all_processes(world: World) -> None:

@@ -169,14 +169,54 @@ async def test_requests_of_an_api_server_that_hears_none_end_after_two_minutes()
 
 
 @in_virtual_time
-async def test_an_api_server_that_hears_the_manager_only_is_not_cut_off() -> None:
+async def test_requests_of_an_api_server_that_hears_the_manager_only_end_in_a_bounded_time() -> None:
+    """Its instances live, and none is missing. One request runs, one waits for room, one comes later."""
     world = World()
     world.join("n0")
+    world.report("n0", free=2, running=1)
+    refused: list[str] = []
+    world.requests.unavailable = lambda request_id, why: refused.append(request_id)
+    world.submit("r")
+    world.tokens("n0", 0, 0, 10)
+    world.requests.submit("s", [b"payload"], NewRequest(90))
+    assert world.frontend.snapshot().waiting_line.requests == 1
+    world.wire.hear(MANAGER, state(wanted=1))
 
-    for _ in range(round(RECOVERY_S) + 10):
+    async def hear_the_manager(seconds: float) -> None:
+        for _ in range(round(seconds)):
+            await asyncio.sleep(1.0)
+            world.tell_members()
+
+    await hear_the_manager(INSTANCE_LEASE_S + 2)
+    assert world.frontend.num_live == 0
+    assert [row.state for row in world.frontend.snapshot().instances] == ["unreachable"]
+    assert not world.frontend.takes_requests
+    assert world.requests.requests.keys() == {"r", "s"}
+    await hear_the_manager(RECOVERY_S + 2)
+
+    assert world.requests.requests == {}
+    assert refused == ["s"]
+    assert [output.finish_reason for output in world.delivered()] == [None, FinishReason.ERROR]
+    world.report("n0")
+    assert world.frontend.num_live == 1
+    assert world.frontend.takes_requests
+    await world.frontend.close()
+
+
+@in_virtual_time
+async def test_requests_of_an_instance_that_is_heard_again_go_on_there() -> None:
+    world = World()
+    world.join("n0")
+    world.submit("r")
+    world.tokens("n0", 0, 0, 10)
+    for _ in range(round(INSTANCE_LEASE_S) + 5):
         await asyncio.sleep(1.0)
         world.tell_members()
+    assert len(world.sent(AddRequest)) == 1
 
-    assert world.frontend.num_live == 1
+    world.report("n0")
+    await asyncio.sleep(1.0)
+
+    assert [add.output_token_ids for _, add in world.sent(AddRequest)] == [[], [10]]
     assert world.frontend.takes_requests
     await world.frontend.close()

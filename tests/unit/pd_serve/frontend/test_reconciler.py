@@ -141,7 +141,7 @@ async def test_a_request_that_moves_is_found_at_its_destination(world: Reconcile
         await world.reports("d0", held(1, 1), times=1)
 
     assert len(world.added()) == 1
-    assert world.requests.has_requests_on("d0")
+    assert world.requests.requests[R].is_on("d0")
     world.leave("d0")
     assert world.added()[1:] == [(world.requests.requests[R].ledger.owner, 1000, [10])]
 
@@ -362,7 +362,8 @@ async def test_an_instance_whose_tokens_do_not_arrive_loses_its_requests(world: 
         await asyncio.sleep(REQUEST_REPORT_INTERVAL_S)
 
     assert world.added()[1][1:] == (1000, [10])
-    assert world.frontend.instances.loads["p0"].waiting == UNHEARD_REPORTS - 1  # not renewed any more
+    assert world.frontend.instances.unreachable == {"p0"}
+    assert "p0" not in world.frontend.instances.loads
 
 
 @reconciled
@@ -371,12 +372,13 @@ async def test_an_instance_that_receives_nothing_gets_no_new_requests(world: Rec
     await asyncio.sleep(10.0)  # ten heartbeats
     await world.reports("p0", held(0, 1), times=DEAF_REPORTS + 1, heartbeat=1)
     world.report("p0", waiting=7)
-    assert world.frontend.instances.loads["p0"].waiting == 0
+    assert "p0" not in world.frontend.instances.loads
 
     await world.reports("p0", held(0, 1), times=1)
     world.report("p0", waiting=7)
 
     assert world.frontend.instances.loads["p0"].waiting == 7
+    assert world.frontend.instances.unreachable == set()
     assert len(world.added()) == 1
 
 

@@ -120,6 +120,33 @@ def test_an_api_server_that_is_cut_off_for_long_ends_its_requests_and_serves_lat
     assert (result.leaked_blocks, result.integrity) == (0, [])
 
 
+def test_an_api_server_that_hears_no_instance_ends_its_requests_and_serves_later_ones() -> None:
+    cut_at_s, back_at_s = 5.0, 5.0 + INSTANCE_LEASE_S + RECOVERY_S + 30.0
+
+    async def fault(simulation: Simulation) -> None:
+        cluster = simulation.cluster
+        faults = cluster.network.faults = MessageFaults()
+        await asyncio.sleep(cut_at_s)
+        for name in cluster.launcher.instances:
+            faults.lose_between("api", name)
+        await asyncio.sleep(INSTANCE_LEASE_S + 5.0)
+        assert cluster.frontend.num_live == 0
+        assert {row.state for row in cluster.frontend.snapshot().instances} == {"unreachable"}
+        await asyncio.sleep(RECOVERY_S)
+        assert cluster.frontend.requests.requests == {}
+        await asyncio.sleep(back_at_s - cut_at_s - INSTANCE_LEASE_S - 5.0 - RECOVERY_S)
+        faults.heal()
+
+    requests = [*workload(40, 8.0), *late_workload(50, back_at_s + 5.0)]
+    result = simulate_with(config(requests=requests), fault)
+
+    failed = [record.request.arrival_s for record in result.records if record.failed]
+    assert failed
+    assert max(failed) < back_at_s
+    assert sum(record.duplicated + record.wrong for record in result.records) == 0
+    assert (result.leaked_blocks, result.integrity) == (0, [])
+
+
 def test_the_death_of_the_only_prefill_instance_costs_a_pause() -> None:
     """Its queue, and what it was prefilling, goes to decode instances until the next one has started."""
 
