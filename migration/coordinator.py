@@ -24,6 +24,7 @@ from migration.messages import (
     Offer,
     Pull,
     Refused,
+    RequestDescription,
     RequestId,
     ToDestination,
     ToSource,
@@ -119,12 +120,20 @@ class MigrationCoordinator:
         return self._instance.far_reads.block_s
 
     async def migrate(
-        self, request_id: RequestId, destination: InstanceId, reason: str, *, blocking: bool = False
+        self,
+        request_id: RequestId,
+        destination: InstanceId,
+        reason: str,
+        *,
+        blocking: bool = False,
+        description: RequestDescription | None = None,
     ) -> MigrationRecord:
         """Moves a running request to `destination` and returns when the migration has ended.
 
         Args:
             blocking: Stop-and-copy instead of live, for comparison.
+            description: Of the request as it is, if that is known. It is offered at once then; otherwise the
+                engine is asked, which answers between two steps.
 
         Raises:
             SourceGoneError: The request is not running here.
@@ -139,11 +148,12 @@ class MigrationCoordinator:
         if self.num_outgoing >= self.bounds.max_outgoing:
             text = f"{self.bounds.max_outgoing} migrations are leaving already"
             raise DestinationRefusedError(RefusalCode.TOO_MANY_MIGRATIONS, text)
-        self._starting.add(request_id)
-        try:
-            description = await self._instance.engine.describe(request_id)
-        finally:
-            self._starting.discard(request_id)
+        if description is None:
+            self._starting.add(request_id)
+            try:
+                description = await self._instance.engine.describe(request_id)
+            finally:
+                self._starting.discard(request_id)
         if self._closed:
             raise DestinationRefusedError(RefusalCode.STOPPING, "the instance is stopping")
         migration = OutgoingMigration(

@@ -101,9 +101,14 @@ HeldByClient = dict[str, list[HeldRequest]]
 
 @dataclass
 class EngineEvents:
-    """Callbacks of an engine, all on the llumlet's event loop."""
+    """Callbacks of an engine, all on the llumlet's event loop.
 
-    on_prefill_started: Callable[[list[RequestId]], None]  # requests that ask for a hand-off
+    Attributes:
+        on_prefill_started: The first step of these requests has begun, which ask for a hand-off: described,
+            so that they are offered while it computes; None for one that cannot move (see `Engine.describe`).
+    """
+
+    on_prefill_started: Callable[[dict[RequestId, RequestDescription | None]], None]
     on_requests_ended: Callable[[list[RequestId]], None]  # finished or aborted, wherever they were
     on_load: Callable[[EngineLoad], None]  # after a step
     on_death: Callable[[BaseException], None]  # the step loop has failed; nothing more will come

@@ -13,7 +13,7 @@ from router.dispatch import DISPATCH, DispatchPolicy, can_start, candidates
 from router.dispatch.least_loaded import LeastBacklog
 from router.dispatch.soonest import first_token_s
 from router.freeness import limit_headroom
-from router.handoff import HANDOFF, FreestDestination, can_receive
+from router.handoff import HANDOFF, MAX_DESTINATIONS, FreestDestination, can_receive
 from router.load import InstanceLoad
 from router.plugins import PolicyError
 from router.policies import PolicySet, policy_set
@@ -27,9 +27,6 @@ logger = logging.getLogger(__name__)
 #: With fair shares, an instance has at most the prompts of this many of its steps in its own queue; the
 #: tokens of a step where it does not say so.
 BACKLOG_STEPS, STEP_TOKENS = 2, 2048
-
-#: Destinations that a request is sent with. Where all refuse it, the router chooses again.
-MAX_DESTINATIONS = 16
 
 P = TypeVar("P")
 R = TypeVar("R")

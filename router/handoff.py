@@ -1,7 +1,8 @@
 """The instances that a prefilled request may be handed off to, best first."""
 
+import heapq
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Protocol
 
@@ -20,6 +21,15 @@ UNMEASURED_STEP_S = 0.03
 TYPICAL_STEPS = 256
 
 
+#: Destinations that a request is sent with. Where all refuse it, the router chooses again.
+MAX_DESTINATIONS = 16
+
+
+#: How well a request goes to an instance, the least one best: whether it is full, its freeness with the
+#: request, negated, its id, and its place among the loads.
+Ranking = tuple[bool, float, str, int]
+
+
 class HandoffPolicy(Protocol):
     """Ranks destinations. Each API server has its own.
 
@@ -27,7 +37,7 @@ class HandoffPolicy(Protocol):
     """
 
     def rank(self, loads: Sequence[InstanceLoad], num_blocks: int, priority: int) -> list[InstanceLoad]:
-        """The given instances, best first.
+        """The best of the given instances, best first. `MAX_DESTINATIONS` of them are used.
 
         Args:
             loads: Projected loads of decode and neutral instances that do not drain; `copy_s` is what a copy
@@ -50,18 +60,8 @@ class FreestDestination:
     """
 
     def rank(self, loads: Sequence[InstanceLoad], num_blocks: int, priority: int) -> list[InstanceLoad]:
-        if priority_class(priority) is PriorityClass.HIGH:
-            counted = [replace(load, high_priority=0) if load.high_priority else load for load in loads]
-        else:
-            counted = list(loads)
-        stay_s = TYPICAL_STEPS * _step_s(counted) if any(load.copy_s for load in counted) else 0.0
-        ranked = []
-        for place, load in enumerate(counted):
-            free = freeness(load, num_blocks, 1)
-            if load.copy_s and free > 0:
-                free *= stay_s / (stay_s + load.copy_s)
-            ranked.append((not has_room(load, num_blocks), -free, load.instance_id, place))
-        return [loads[place] for *_, place in sorted(ranked)]
+        best = heapq.nsmallest(MAX_DESTINATIONS, _rankings(loads, num_blocks, priority))
+        return [loads[place] for *_, place in best]
 
 
 @dataclass
@@ -79,16 +79,30 @@ class HolderDestination:
     ] = 256
 
     def rank(self, loads: Sequence[InstanceLoad], num_blocks: int, priority: int) -> list[InstanceLoad]:
-        def preference(load: InstanceLoad) -> tuple[bool, int]:
-            cached = load.cached_tokens if load.cached_tokens >= self.min_tokens else 0
-            return not has_room(load, num_blocks), -cached
+        def preference(ranking: Ranking) -> tuple[bool, int, Ranking]:
+            is_full, _, _, place = ranking
+            cached = loads[place].cached_tokens
+            return is_full, -cached if cached >= self.min_tokens else 0, ranking
 
-        return sorted(FreestDestination().rank(loads, num_blocks, priority), key=preference)
+        best = heapq.nsmallest(MAX_DESTINATIONS, _rankings(loads, num_blocks, priority), key=preference)
+        return [loads[place] for *_, place in best]
 
 
 HANDOFF: PolicyKind[HandoffPolicy] = PolicyKind(
     "handoff", "rank", {"freest": FreestDestination, "prefix": HolderDestination}
 )
+
+
+def _rankings(loads: Sequence[InstanceLoad], num_blocks: int, priority: int) -> Iterator[Ranking]:
+    """Of each instance, by its freeness after it has taken the request."""
+    is_high = priority_class(priority) is PriorityClass.HIGH
+    stay_s = TYPICAL_STEPS * _step_s(loads) if any(load.copy_s for load in loads) else 0.0
+    for place, load in enumerate(loads):
+        counted = replace(load, high_priority=0) if is_high and load.high_priority else load
+        free = freeness(counted, num_blocks, 1)
+        if load.copy_s and free > 0:
+            free *= stay_s / (stay_s + load.copy_s)
+        yield not has_room(load, num_blocks), -free, load.instance_id, place
 
 
 def _step_s(loads: Sequence[InstanceLoad]) -> float:

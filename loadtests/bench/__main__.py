@@ -115,7 +115,7 @@ def bench_simulator(
     rate: Annotated[
         float | None, typer.Option(help="Requests/s. (default: a moderate load for the measured steps)")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=1, help="Time to measure steps, per round.")] = 12.0,
+    seconds: Annotated[float, typer.Option(min=1, help="Time to measure steps, per round.")] = 24.0,
 ) -> None:
     """The simulator against the real service: the same requests on both."""
     from loadtests.bench import simulator

@@ -1,10 +1,13 @@
 """`bench simulator`: the same requests on `pd-serve serve` and on the simulated cluster.
 
 For each layout of instances the real service gets a few rounds of requests over HTTP, in real time. Before
-each round the steps of an engine in this process are measured (as by `pd-serve bench profile`) while the
-service is idle, and then a few requests one after the other, so that both sides see the machine in the same
-state. What such a request takes beyond its steps is the cost of the front end. Then the simulated cluster
-gets the requests of the rounds, with these step times and this front end, in virtual time.
+and after each round the steps of an engine in this process are measured (as by `pd-serve bench profile`)
+while the service is idle, and before it a few requests one after the other. What such a request takes beyond
+its steps is the cost of the front end. Then the simulated cluster gets the requests of each round, with the
+step times and the front end of this round, in virtual time: machines change their speed from round to round.
+
+The first step with a number of tokens takes longer on a CPU, as oneDNN compiles for it. So the service gets
+prompts of every length before the first round: a cost model has no such steps.
 
 The number of threads of every engine, the measured one too, leaves cores to the API server and the clients.
 With as many threads as cores they would wait for each other whenever anything else runs, and a step would
@@ -12,6 +15,7 @@ take ten times as long: that is a property of the machine's load, which no cost 
 """
 
 import asyncio
+import json
 import os
 import statistics
 import tempfile
@@ -51,6 +55,16 @@ SETTLE_S = 0.5
 
 LENGTHS = Lengths(prompt=(16, 256), output=(16, 96))
 WARM_UP = Load("warm-up", 20, LENGTHS, rate=10.0)
+
+#: The largest prompt and batch of the measured steps: those of larger ones are of no use for these loads.
+MOST_TOKENS, MOST_REQUESTS = 2 * LENGTHS.prompt[1], 16
+
+#: Numbers of tokens of a step that the service has seen before the first round: two prompts and a batch.
+SEEN_TOKENS = range(1, MOST_TOKENS + MOST_REQUESTS)
+
+#: Layers of the model; None for as many as it has. More take longer beside the work of the front end.
+LAYERS: tuple[int | None, ...] = (None, 16)
+
 ALONE = Load("alone", 15, LENGTHS, num_clients=1)
 
 #: Targets: how far a ratio may be from 1.
@@ -67,7 +81,7 @@ Summary = dict[str, dict[str, float]]
 
 
 async def run(report: BenchmarkReport, *, num_requests: int, rate: float | None, profile_s: float) -> None:
-    """Measures, shows tables and writes the numbers. Takes about four minutes.
+    """Measures, shows tables and writes the numbers. Takes about ten minutes.
 
     Args:
         num_requests: Requests per round.
@@ -81,26 +95,45 @@ async def run(report: BenchmarkReport, *, num_requests: int, rate: float | None,
     environment = {"OMP_NUM_THREADS": str(num_threads(os.cpu_count() or 1))}
     os.environ.update(environment)
     layouts = []
-    with report.console.status("starting an engine to measure"):
-        engine = await start_engine(MODEL, [])
-    about_engine = engine.about
-    try:
-        bench = SimulatorBenchmark(engine, num_requests, rate, profile_s, environment, report.console)
-        for layout in LAYOUTS:
-            layouts.append(await bench.compare(layout))
-            report.show(_table(layout, layouts[-1]))
-    finally:
-        await engine.close()
+    engines = {}
+    for layers in LAYERS:
+        with report.console.status("starting an engine to measure"):
+            engine = await start_engine(MODEL, engine_flags(layers))
+        engines[str(layers or "own")] = engine.about
+        try:
+            settings = SharedSettings(MODEL, engine_flags(layers), environment)
+            bench = SimulatorBenchmark(engine, settings, num_requests, rate, profile_s, report.console)
+            for layout in LAYOUTS:
+                layouts.append({"layers": layers} | await bench.compare(layout))
+                report.show(_table(layout, layouts[-1]))
+        finally:
+            await engine.close()
     workload = {
         "arrivals": "poisson",
-        "rate": bench.rate,
         "requests": num_requests,
         "rounds": ROUNDS,
         "prompt_tokens": LENGTHS.prompt,
         "output_tokens": LENGTHS.output,
     }
-    about = {"model": MODEL, "workload": workload, "engine": about_engine, "environment": environment}
+    about = {"model": MODEL, "workload": workload, "engines": engines, "environment": environment}
     report.write(about | {"layouts": layouts})
+
+
+def engine_flags(layers: int | None) -> list[str]:
+    """Flags of an engine whose model has this many layers, with weights that are made up."""
+    if layers is None:
+        return []
+    return ["--load-format=dummy", f"--hf-overrides={json.dumps({'num_hidden_layers': layers})}"]
+
+
+@dataclass
+class RealRound:
+    """A round on the service, and what was measured around it."""
+
+    load: Load
+    alone: list[Outcome]
+    measured: Round
+    steps: list[Row]
 
 
 @dataclass
@@ -112,77 +145,90 @@ class SimulatorBenchmark:
     """
 
     engine: MeasuredEngine
+    settings: SharedSettings
     num_requests: int
     rate: float | None
     profile_s: float
-    environment: dict[str, str]
     console: rich.console.Console
 
     async def compare(self, layout: dict[str, int]) -> dict[str, Any]:
         """Numbers of one layout, real and simulated."""
-        wanted = points(self.engine.limits)
-        steps: dict[Point, list[StepSeen]] = {point: [] for point in wanted}
-        loads: list[Load] = []
-        rounds: list[Round] = []
-        real_alone: list[Outcome] = []
-        async with AsyncExitStack() as stack:
-            with self.console.status("starting pd-serve"):
-                command = SharedSettings(MODEL, [], self.environment).ours(layout, free_port())
-                server = await stack.enter_async_context(running(command))
-            await run_checked_round(server, WARM_UP, seed=ROUNDS)
-            progress = stack.enter_context(new_progress(self.console))
-            task = progress.add_task("steps, then requests", total=ROUNDS)
-            for seed in range(ROUNDS):
-                progress.update(task, completed=seed, refresh=True)
-                for point, found in (await measure(self.engine, wanted, self.profile_s)).items():
-                    steps[point] += found
-                if self.rate is None:
-                    self.rate = moderate_rate(_fitted(rows(steps)))
-                    self.console.print(f"rounds of {self.num_requests} requests at {self.rate:g}/s")
-                loads.append(Load("lengths", self.num_requests, LENGTHS, rate=self.rate))
-                await asyncio.sleep(SETTLE_S)
-                real_alone += (await run_checked_round(server, ALONE, seed)).outcomes
-                await asyncio.sleep(SETTLE_S)
-                rounds.append(await run_checked_round(server, loads[-1], seed))
-        model = _fitted(rows(steps))
-        alone = [simulated_side.alone(ALONE.requests(seed)) for seed in range(ROUNDS)]
-        front_end = FrontEnd.measured(real_alone, await self._simulated(layout, model, alone, FrontEnd()))
-        workloads = [load.requests(seed) for seed, load in enumerate(loads)]
-        simulated = await self._simulated(layout, model, workloads, front_end)
-        real_ms = summary([outcome for one in rounds for outcome in one.outcomes])
-        simulated_ms = summary(simulated)
+        real = await self._real(layout)
+        simulated: list[Outcome] = []
+        fits, front_ends = [], []
+        for seed, one in enumerate(real):
+            model = _fitted(one.steps)
+            alone = simulated_side.alone(ALONE.requests(seed))
+            plain = await self._simulated(layout, model, alone, seed, FrontEnd())
+            front_end = FrontEnd.measured(one.alone, plain)
+            simulated += await self._simulated(layout, model, one.load.requests(seed), seed, front_end)
+            fits.append(asdict(model) | {"relative_error": relative_errors(one.steps, model)})
+            front_ends.append({name: round(1e3 * value, 3) for name, value in asdict(front_end).items()})
+        rounds = [one.measured for one in real]
+        real_ms, simulated_ms = summary([o for one in rounds for o in one.outcomes]), summary(simulated)
         return {
             "instances": layout,
+            "rate": self.rate,
             "real_ms": real_ms,
             "simulated_ms": simulated_ms,
             "ratio": ratios(real_ms, simulated_ms),
-            "front_end_ms": {
-                "request": round(front_end.request_s * 1e3, 3),
-                "step": round(front_end.step_s * 1e3, 3),
-            },
+            "front_end_ms": front_ends,
             "rounds_real_ms": [summary(one.outcomes) for one in rounds],
             "load_averages": [one.load_average for one in rounds],
             "cores_used": [round(one.cpu_s / one.seconds, 2) for one in rounds],
             "tokens_per_message": [_tokens_per_message(one.outcomes) for one in rounds],
-            "fit": asdict(model),
-            "relative_error": relative_errors(rows(steps), model),
-            "steps": [asdict(row) for row in rows(steps)],
+            "fits": fits,
+            "steps": [[asdict(row) for row in one.steps] for one in real],
         }
+
+    async def _real(self, layout: dict[str, int]) -> list[RealRound]:
+        """All rounds on a service of its own."""
+        found = []
+        async with AsyncExitStack() as stack:
+            with self.console.status("starting pd-serve"):
+                server = await stack.enter_async_context(running(self.settings.ours(layout, free_port())))
+            progress = stack.enter_context(new_progress(self.console))
+            task = progress.add_task("steps, then requests", total=ROUNDS)
+            await run_checked_round(server, WARM_UP, seed=ROUNDS)
+            for tokens in SEEN_TOKENS:
+                one = Load(f"{tokens} tokens", 1, Lengths.equal(tokens, 1), num_clients=1)
+                await run_checked_round(server, one, seed=ROUNDS)
+            for seed in range(ROUNDS):
+                progress.update(task, completed=seed, refresh=True)
+                steps = await self._steps()
+                if self.rate is None:
+                    self.rate = moderate_rate(_fitted(rows(steps)))
+                load = Load("lengths", self.num_requests, LENGTHS, rate=self.rate)
+                alone = await run_checked_round(server, ALONE, seed)
+                await asyncio.sleep(SETTLE_S)
+                measured = await run_checked_round(server, load, seed)
+                for point, seen in (await self._steps()).items():
+                    steps[point] += seen
+                found.append(RealRound(load, alone.outcomes, measured, rows(steps)))
+        return found
+
+    async def _steps(self) -> dict[Point, list[StepSeen]]:
+        """The steps of the engine in this process, measured for half of a round's time."""
+        wanted = [
+            point
+            for point in points(self.engine.limits)
+            if point.tokens <= MOST_TOKENS and point.batch_size <= MOST_REQUESTS
+        ]
+        found = await measure(self.engine, wanted, self.profile_s / 2)
+        await asyncio.sleep(SETTLE_S)
+        return {point: list(seen) for point, seen in found.items()}
 
     async def _simulated(
         self,
         layout: dict[str, int],
         model: LinearCostModel,
-        workloads: list[list[TraceRequest]],
+        requests: list[TraceRequest],
+        seed: int,
         front_end: FrontEnd,
     ) -> list[Outcome]:
-        """The outcomes of all rounds, one after the other."""
         engines = simulated_side.engines(self.engine.about, front_end.around(model))
-        outcomes: list[Outcome] = []
-        for seed, requests in enumerate(workloads):
-            config = simulated_side.config(requests, layout, engines, seed, front_end.request_s)
-            outcomes += await asyncio.to_thread(simulated_side.simulate, config)
-        return outcomes
+        config = simulated_side.config(requests, layout, engines, seed, front_end.request_s)
+        return await asyncio.to_thread(simulated_side.simulate, config)
 
 
 def _tokens_per_message(outcomes: Sequence[Outcome]) -> float:
@@ -239,6 +285,8 @@ def missed(ratio: Summary) -> list[str]:
 
 def _table(layout: dict[str, int], result: dict[str, Any]) -> Table:
     title = ", ".join(f"{number} {role}" for role, number in layout.items())
+    if result["layers"]:
+        title += f", {result['layers']} layers"
     table = numbers_table(title, "ms", "", "real", "simulated", "ratio", labels=2)
     for name, (_, label) in REPORTED.items():
         for part in PARTS:
@@ -247,7 +295,7 @@ def _table(layout: dict[str, int], result: dict[str, Any]) -> Table:
         table.add_section()
     table.caption = "\n".join(
         [
-            f"front end: {result['front_end_ms']}",
+            f"{result['rate']} requests/s; front end, ms: {result['front_end_ms']}",
             f"missed (p50 within 10 %, p99 within 20 %): {', '.join(missed(result['ratio'])) or 'nothing'}",
         ]
     )

@@ -301,8 +301,8 @@ class VllmEngine:
         migrating = self.scheduler if self.no_migration is None else None
         self.prefixes = VllmPrefixStore(self._steps, self._loader, migrating, self.compatibility)
         if self.no_migration is None:
-            tell, ids_of, asked = self._steps.notify, self._live.request_ids, self._events.on_prefill_started
-            self.scheduler.on_prefill_started = lambda stay_ids: tell(asked, ids_of(stay_ids))
+            tell, describe, asked = self._steps.notify, self._live.describe, self._events.on_prefill_started
+            self.scheduler.on_prefill_started = lambda stays: tell(asked, describe(stays, self.compatibility))
         return self.core
 
     def _at_boundary(self) -> None:

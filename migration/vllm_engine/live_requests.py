@@ -151,6 +151,13 @@ class LiveRequests:
     def request_ids(self, stay_ids: list[str]) -> list[RequestId]:
         return [self.name_of(stay_id) for stay_id in stay_ids]
 
+    def describe(
+        self, stay_ids: list[str], compatibility: dict[str, str]
+    ) -> dict[RequestId, RequestDescription | None]:
+        """By request; None for one that cannot move. See `LiveRequest.describe`."""
+        lives = [self._by_stay[stay_id] for stay_id in stay_ids]
+        return {live.request_id: None if live.unmovable else live.describe(compatibility) for live in lives}
+
     def emit(self, outputs: dict[int, EngineCoreOutputs], sink: OutputSink) -> list[str]:
         """Sends a step's outputs to their clients. Returns the stays that have finished."""
         by_client: dict[str, tuple[list[EngineCoreOutput], list[TokenSpan]]] = defaultdict(lambda: ([], []))

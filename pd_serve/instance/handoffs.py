@@ -6,7 +6,7 @@ import logging
 from migration.coordinator import MigrationCoordinator
 from migration.engine_interface import Engine
 from migration.errors import MigrationError
-from migration.messages import InstanceId, RequestId
+from migration.messages import InstanceId, RequestDescription, RequestId
 from migration.tasks import BackgroundTasks
 from pd_serve.comm.membership import MembershipView
 from pd_serve.comm.timing import STRANDED_CHECK_S
@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 
 class Handoffs:
     """Hand-offs of a prefill instance: starts one at a request's first step, and lists stranded requests.
+
+    A request is offered while its first step computes, so that the destination has room for it by the end of
+    the step.
 
     Every request is stranded that decodes on a prefill instance, can move and is not leaving, however it came
     there: its hand-off failed, it was preempted during it, it has moved there, or the instance has changed
@@ -71,25 +74,37 @@ class Handoffs:
         if load.running and (self._reporter.role == "prefill" or self._stranded):
             self._stepped.set()
 
-    def on_prefill_started(self, request_ids: list[RequestId]) -> None:
-        for request_id in request_ids:
+    def on_prefill_started(self, described: dict[RequestId, RequestDescription | None]) -> None:
+        """See `EngineEvents`."""
+        for request_id, description in described.items():
             if (candidates := self._candidates.pop(request_id, None)) is not None:
-                self.hand_off(request_id, candidates)
+                self.hand_off(request_id, candidates, description)
 
-    def hand_off(self, request_id: RequestId, candidates: list[str]) -> None:
-        """Hands off a request to one of these instances, best first."""
+    def hand_off(
+        self, request_id: RequestId, candidates: list[str], description: RequestDescription | None = None
+    ) -> None:
+        """Hands off a request to one of these instances, best first.
+
+        Args:
+            description: The request as it is, if that is known.
+        """
         if request_id not in self._in_progress:
             self._in_progress.add(request_id)
-            self._tasks.start(self._hand_off(request_id, candidates))
+            self._tasks.start(self._hand_off(request_id, candidates, description))
 
-    async def _hand_off(self, request_id: RequestId, candidates: list[str]) -> None:
+    async def _hand_off(
+        self, request_id: RequestId, candidates: list[str], description: RequestDescription | None
+    ) -> None:
+        migrate = self._coordinator.migrate
         try:
             for candidate in candidates:
                 if not self._members.has_peer(candidate):
                     continue  # stopped or dead, so that it would not answer
-                record = await self._coordinator.migrate(request_id, InstanceId(candidate), "handoff")
+                destination = InstanceId(candidate)
+                record = await migrate(request_id, destination, "handoff", description=description)
                 if record.committed:
                     break
+                description = None  # it has gone on meanwhile
         except MigrationError as error:
             code = error.refusal.code
             logger.info("request %s: stays on %s (%s): %s", request_id, self._name, code, error)

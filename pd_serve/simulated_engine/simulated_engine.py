@@ -62,9 +62,7 @@ class SimulatedEngine:
     ) -> None:
         self.settings = settings
         self.workers: tuple[()] = ()  # the memory is in this process
-        self.batcher = Batcher(
-            settings, lambda started: events.on_prefill_started([s.request_id for s in started])
-        )
+        self.batcher = Batcher(settings, self._prefill_started)
         #: The blocks' contents, for a transport: one number each.
         self.regions = [KvRegion(*self.batcher.pool.content.buffer_info(), 8)]
         self.sequences: dict[str, Sequence] = {}
@@ -305,6 +303,10 @@ class SimulatedEngine:
             self.batcher.preempt(sequence, self._loop.time())
 
     # ---- helpers
+
+    def _prefill_started(self, started: list[Sequence]) -> None:
+        ids = [RequestId(sequence.request_id) for sequence in started]
+        self._events.on_prefill_started({i: self._migrations.describe(i) for i in ids})
 
     def _is_in_flight(self, sequence: Sequence) -> bool:
         return (step := self._step_loop.in_flight) is not None and sequence in step.decodes

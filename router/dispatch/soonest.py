@@ -18,7 +18,7 @@ UNKNOWN_TOKEN_S = 1e-4
 
 @dataclass
 class Soonest:
-    """The instance that will have computed the prompt first.
+    """The instance that will have computed the prompt first; among equals, the freest one.
 
     It has its backlog to compute, and what of the prompt it has neither cached nor can copy sooner.
 
@@ -39,13 +39,17 @@ class Soonest:
         measured = [load.prompt_token_s for load in loads if load.prompt_token_s]
         mean_s = sum(measured) / len(measured) if measured else UNKNOWN_TOKEN_S
 
-        def cost(load: InstanceLoad) -> tuple[float, float, str]:
+        def cost(load: InstanceLoad) -> float:
             seconds = first_token_s(load, request.prompt_tokens, load.prompt_token_s or mean_s)
-            if not can_start(load):
-                seconds *= self.decode_patience
-            return seconds, -dispatch_freeness(load, request.priority), load.instance_id
+            return seconds if can_start(load) else seconds * self.decode_patience
 
-        return min(loads, key=cost, default=None)
+        def preference(load: InstanceLoad) -> tuple[float, str]:
+            return -dispatch_freeness(load, request.priority), load.instance_id
+
+        costs = [cost(load) for load in loads]
+        least = min(costs, default=0.0)
+        equals = [load for load, seconds in zip(loads, costs, strict=True) if seconds == least]
+        return min(equals, key=preference, default=None)
 
 
 def first_token_s(load: InstanceLoad, prompt_tokens: int, token_s: float) -> float:

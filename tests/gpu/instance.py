@@ -16,7 +16,13 @@ import msgspec
 
 from migration.coordinator import MigrationCoordinator
 from migration.engine_interface import EngineEvents
-from migration.messages import AnyMigrationMessage, InstanceId, MigrationMessage, RequestId
+from migration.messages import (
+    AnyMigrationMessage,
+    InstanceId,
+    MigrationMessage,
+    RequestDescription,
+    RequestId,
+)
 from migration.token_span import TokenSpan
 from migration.transport.nixl import NixlTransport
 
@@ -143,9 +149,10 @@ class CheckedInstance:
             value, error = None, f"{type(failure).__name__}: {failure}"
         self._check.send(("reply", number, value, error))
 
-    def _hand_off(self, request_ids: list[RequestId]) -> None:
-        for request_id in request_ids:
-            self._start_task(self.coordinator.migrate(request_id, self.peer, "handoff"))
+    def _hand_off(self, described: dict[RequestId, RequestDescription | None]) -> None:
+        for request_id, description in described.items():
+            migration = self.coordinator.migrate(request_id, self.peer, "handoff", description=description)
+            self._start_task(migration)
 
     def _start_task(self, coroutine: Any) -> None:
         task = asyncio.ensure_future(coroutine)

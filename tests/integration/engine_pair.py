@@ -23,6 +23,7 @@ from migration.messages import (
     InstanceId,
     KvPart,
     MigrationMessage,
+    RequestDescription,
     RequestId,
     Stage,
 )
@@ -154,10 +155,15 @@ class EnginePair:
         return record
 
     def start_move(
-        self, request_id: str, source: Member, destination: Member
+        self,
+        request_id: str,
+        source: Member,
+        destination: Member,
+        description: RequestDescription | None = None,
     ) -> "asyncio.Task[MigrationRecord]":
+        migrate = source.coordinator.migrate
         return asyncio.create_task(
-            source.coordinator.migrate(RequestId(request_id), destination.name, "test")
+            migrate(RequestId(request_id), destination.name, "test", description=description)
         )
 
     def append_only(self, member: Member) -> list[Any]:

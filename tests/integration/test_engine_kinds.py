@@ -206,9 +206,9 @@ async def test_a_hand_off_begins_while_the_prompt_is_computed(
             parts.append(message.part.end)
         return message
 
-    def hand_off(request_ids: list[Any]) -> None:
-        for request_id in request_ids:
-            records.append(pair.start_move(request_id, pair.a, pair.b))
+    def hand_off(described: dict[Any, Any]) -> None:
+        for request_id, description in described.items():
+            records.append(pair.start_move(request_id, pair.a, pair.b, description))
 
     pair.on_way = on_way
     monkeypatch.setattr(pair.a.rig, "on_prefill_started", hand_off)

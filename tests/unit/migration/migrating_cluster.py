@@ -5,7 +5,6 @@ copies, and recomputes what dies with an instance.
 """
 
 import asyncio
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -15,7 +14,13 @@ from migration.coordinator import MigrationCoordinator
 from migration.destination_table import DestinationState
 from migration.engine_interface import EngineEvents
 from migration.errors import MigrationError, Refusal
-from migration.messages import AnyMigrationMessage, InstanceId, MigrationMessage, RequestId
+from migration.messages import (
+    AnyMigrationMessage,
+    InstanceId,
+    MigrationMessage,
+    RequestDescription,
+    RequestId,
+)
 from migration.prefix_messages import AnyPrefixMessage, PrefixMessage
 from migration.record import MigrationRecord
 from migration.source_table import SourceState
@@ -140,7 +145,7 @@ class MigratingCluster:
     def _node(self, name: InstanceId, bounds: MigrationBounds) -> Node:
         node: Node
         events = EngineEvents(
-            on_prefill_started=lambda request_ids: self._prefill_started(node, request_ids),
+            on_prefill_started=lambda described: self._prefill_started(node, described),
             on_requests_ended=lambda request_ids: node.coordinator.requests_ended(request_ids),
             on_load=lambda load: None,
             on_death=lambda error: None,
@@ -211,20 +216,31 @@ class MigratingCluster:
             await asyncio.sleep(0.001)
 
     async def migrate(
-        self, source: str, destination: str, request_id: str = "r", *, blocking: bool = False
+        self,
+        source: str,
+        destination: str,
+        request_id: str = "r",
+        *,
+        blocking: bool = False,
+        description: RequestDescription | None = None,
     ) -> MigrationRecord | Refusal:
         """The record of a migration, or why it did not even begin."""
         try:
             return await self[source].coordinator.migrate(
-                RequestId(request_id), InstanceId(destination), "test", blocking=blocking
+                RequestId(request_id),
+                InstanceId(destination),
+                "test",
+                blocking=blocking,
+                description=description,
             )
         except MigrationError as error:
             return error.refusal
 
     def start_migration(
-        self, source: str, destination: str, request_id: str = "r", *, blocking: bool = False
+        self, source: str, destination: str, request_id: str = "r", **options: Any
     ) -> "asyncio.Task[MigrationRecord | Refusal]":
-        return self._tasks.start(self.migrate(source, destination, request_id, blocking=blocking))
+        """Args: options: See `migrate`."""
+        return self._tasks.start(self.migrate(source, destination, request_id, **options))
 
     def abort(self, request_id: str = "r") -> None:
         """The client leaves."""
@@ -311,10 +327,10 @@ class MigratingCluster:
         await node.engine.abort([request_id], epoch)
         await node.engine.add(route.payload.encode(), "client", epoch=epoch, output_token_ids=tokens)
 
-    def _prefill_started(self, node: Node, request_ids: Iterable[RequestId]) -> None:
-        for request_id in request_ids:
+    def _prefill_started(self, node: Node, described: dict[RequestId, RequestDescription | None]) -> None:
+        for request_id, description in described.items():
             other = next(name for name in self.nodes if name != node.name)
-            self.start_migration(node.name, other, request_id)
+            self.start_migration(node.name, other, request_id, description=description)
 
     def _failed(self, error: BaseException) -> None:
         self._failures.append(error)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from router.dispatch import DispatchPolicy
-from router.dispatcher import MAX_DESTINATIONS, Dispatcher, QueueAhead
+from router.dispatcher import Dispatcher, QueueAhead
+from router.handoff import MAX_DESTINATIONS
 from router.load import InstanceLoad
 from router.policies import policy_set
 from router.request import NewRequest

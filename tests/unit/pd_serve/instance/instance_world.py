@@ -62,6 +62,10 @@ class PrefixStoreStub:
     async def drop(self, copy_id: MigrationId) -> None: ...
 
 
+def described(request_id: str) -> RequestDescription:
+    return RequestDescription(RequestId(request_id), [b"payload"], "client", 0, 0, [1], 10, 100, {})
+
+
 class EngineStub:
     """Requests without tokens. `calls` keeps the calls in order.
 
@@ -123,7 +127,7 @@ class EngineStub:
         await self._visit("describe", request_id)
         if request_id not in self.running:
             raise SourceGoneError(RefusalCode.NOT_HERE, "not here")
-        return RequestDescription(request_id, [b"payload"], "client", 0, 0, [1], 10, 100, {})
+        return described(request_id)
 
     async def next_stage(self, request_id: RequestId, *arguments: Any, **options: Any) -> FinalState:
         await self._visit("next_stage", request_id)
@@ -265,7 +269,7 @@ class World:
         """The engine schedules the request's first step, after it has been added."""
         await self.settle()
         self.engine.running.add(request_id)
-        self.llumlet.events.on_prefill_started([RequestId(request_id)])
+        self.llumlet.events.on_prefill_started({RequestId(request_id): described(request_id)})
         await self.step()
 
     async def step(self) -> None:

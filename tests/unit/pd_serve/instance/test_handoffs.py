@@ -16,7 +16,7 @@ from pd_serve.comm.messages import (
 )
 from pd_serve.comm.timing import INSTANCE_HEARTBEAT_S
 from pd_serve.errors import DestinationRefusedError, SourceGoneError
-from tests.unit.pd_serve.instance.instance_world import R, World
+from tests.unit.pd_serve.instance.instance_world import R, World, described
 from tests.unit.pd_serve.made_migrations import FULL
 from tests.virtual_time import in_virtual_time
 
@@ -56,6 +56,25 @@ async def test_a_request_is_stranded_once_all_candidates_have_refused_it() -> No
 
 
 @in_virtual_time
+async def test_a_request_is_offered_while_its_first_step_computes() -> None:
+    """The engine answers between two steps only."""
+    async with World() as world:
+        world.add(handoff=["d1", "d0"])
+        await world.settle()
+        world.engine.held["describe"] = asyncio.Event()
+        world.llumlet.events.on_prefill_started({R: described("r")})
+        await world.settle()
+        assert [offer.request for offer in world.sent(Offer)] == [described("r")]
+
+        world.engine.running.add("r")
+        await world.answer("d1", lambda migration_id: Refused(migration_id, FULL))
+        assert len(world.sent(Offer)) == 1  # to the next one as it is by then
+        world.engine.held["describe"].set()
+        await world.settle()
+        assert len(world.sent(Offer)) == 2
+
+
+@in_virtual_time
 async def test_a_request_without_candidates_is_stranded_until_one_is_named() -> None:
     """The decode pool was empty when the request arrived."""
     async with World() as world:
@@ -76,7 +95,7 @@ async def test_a_request_without_a_hand_off_is_not_offered() -> None:
     async with World() as world:
         world.add(handoff=None)
         await world.settle()
-        world.llumlet.events.on_prefill_started([R])
+        world.llumlet.events.on_prefill_started({R: None})
         await world.step()
         assert [options["handoff"] for _, _, options in world.engine.called("add")] == [False]
         assert not world.sent(Offer)
@@ -156,7 +175,7 @@ async def test_a_request_that_was_preempted_during_its_hand_off_is_stranded_when
     async with World() as world:
         world.add(handoff=["d1", "d0"])
         await world.settle()
-        world.llumlet.events.on_prefill_started([R])  # it does not run any more when it is described
+        world.llumlet.events.on_prefill_started({R: None})  # it does not run any more when it is described
         await world.step()
         assert not world.sent(Offer)
         assert world.reports()[-1].stranded == []
@@ -172,7 +191,7 @@ async def test_a_request_of_a_kind_that_cannot_move_stays_and_is_not_stranded() 
         await world.settle()
         text = "a request with an image cannot move"
         world.engine.fail["describe"] = DestinationRefusedError(RefusalCode.UNSUPPORTED_REQUEST, text)
-        world.llumlet.events.on_prefill_started([R])
+        world.llumlet.events.on_prefill_started({R: None})
         await world.step()
         assert not world.sent(Offer)
         assert await world.llumlet.check_integrity() == []
