@@ -104,11 +104,11 @@ class EngineEvents:
     """Callbacks of an engine, all on the llumlet's event loop.
 
     Attributes:
-        on_prefill_started: The first step of these requests has begun, which ask for a hand-off: described,
-            so that they are offered while it computes; None for one that cannot move (see `Engine.describe`).
+        on_prefill_started: The first step of these requests has begun, which ask for a hand-off and can move.
+            They can be offered while it computes.
     """
 
-    on_prefill_started: Callable[[dict[RequestId, RequestDescription | None]], None]
+    on_prefill_started: Callable[[list[RequestDescription]], None]
     on_requests_ended: Callable[[list[RequestId]], None]  # finished or aborted, wherever they were
     on_load: Callable[[EngineLoad], None]  # after a step
     on_death: Callable[[BaseException], None]  # the step loop has failed; nothing more will come

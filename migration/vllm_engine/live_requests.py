@@ -151,12 +151,9 @@ class LiveRequests:
     def request_ids(self, stay_ids: list[str]) -> list[RequestId]:
         return [self.name_of(stay_id) for stay_id in stay_ids]
 
-    def describe(
-        self, stay_ids: list[str], compatibility: dict[str, str]
-    ) -> dict[RequestId, RequestDescription | None]:
-        """By request; None for one that cannot move. See `LiveRequest.describe`."""
-        lives = [self._by_stay[stay_id] for stay_id in stay_ids]
-        return {live.request_id: None if live.unmovable else live.describe(compatibility) for live in lives}
+    def describe(self, stay_ids: list[str], compatibility: dict[str, str]) -> list[RequestDescription]:
+        """See `LiveRequest.describe`."""
+        return [self._by_stay[stay_id].describe(compatibility) for stay_id in stay_ids]
 
     def emit(self, outputs: dict[int, EngineCoreOutputs], sink: OutputSink) -> list[str]:
         """Sends a step's outputs to their clients. Returns the stays that have finished."""

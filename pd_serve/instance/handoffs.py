@@ -74,11 +74,11 @@ class Handoffs:
         if load.running and (self._reporter.role == "prefill" or self._stranded):
             self._stepped.set()
 
-    def on_prefill_started(self, described: dict[RequestId, RequestDescription | None]) -> None:
+    def on_prefill_started(self, started: list[RequestDescription]) -> None:
         """See `EngineEvents`."""
-        for request_id, description in described.items():
-            if (candidates := self._candidates.pop(request_id, None)) is not None:
-                self.hand_off(request_id, candidates, description)
+        for request in started:
+            if (candidates := self._candidates.pop(request.request_id, None)) is not None:
+                self.hand_off(request.request_id, candidates, request)
 
     def hand_off(
         self, request_id: RequestId, candidates: list[str], description: RequestDescription | None = None

@@ -305,8 +305,8 @@ class SimulatedEngine:
     # ---- helpers
 
     def _prefill_started(self, started: list[Sequence]) -> None:
-        ids = [RequestId(sequence.request_id) for sequence in started]
-        self._events.on_prefill_started({i: self._migrations.describe(i) for i in ids})
+        describe = self._migrations.describe
+        self._events.on_prefill_started([describe(RequestId(s.request_id)) for s in started])
 
     def _is_in_flight(self, sequence: Sequence) -> bool:
         return (step := self._step_loop.in_flight) is not None and sequence in step.decodes

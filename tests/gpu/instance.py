@@ -149,9 +149,10 @@ class CheckedInstance:
             value, error = None, f"{type(failure).__name__}: {failure}"
         self._check.send(("reply", number, value, error))
 
-    def _hand_off(self, described: dict[RequestId, RequestDescription | None]) -> None:
-        for request_id, description in described.items():
-            migration = self.coordinator.migrate(request_id, self.peer, "handoff", description=description)
+    def _hand_off(self, started: list[RequestDescription]) -> None:
+        for request in started:
+            request_id = request.request_id
+            migration = self.coordinator.migrate(request_id, self.peer, "handoff", description=request)
             self._start_task(migration)
 
     def _start_task(self, coroutine: Any) -> None:

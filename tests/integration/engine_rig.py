@@ -114,7 +114,7 @@ class EngineRig:
     """
 
     def __init__(self, **arguments: Any) -> None:
-        self.on_prefill_started: Callable[[dict[RequestId, RequestDescription | None]], None] = lambda _: None
+        self.on_prefill_started: Callable[[list[RequestDescription]], None] = lambda started: None
         self.on_requests_ended: Callable[[list[RequestId]], None] = lambda ids: None
         self.streams: dict[str, Stream] = {}
         self.clients: dict[str, str] = {}  # that the last outputs of each request went to

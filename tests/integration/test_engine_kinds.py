@@ -206,9 +206,9 @@ async def test_a_hand_off_begins_while_the_prompt_is_computed(
             parts.append(message.part.end)
         return message
 
-    def hand_off(described: dict[Any, Any]) -> None:
-        for request_id, description in described.items():
-            records.append(pair.start_move(request_id, pair.a, pair.b, description))
+    def hand_off(started: list[Any]) -> None:
+        for request in started:
+            records.append(pair.start_move(request.request_id, pair.a, pair.b, request))
 
     pair.on_way = on_way
     monkeypatch.setattr(pair.a.rig, "on_prefill_started", hand_off)

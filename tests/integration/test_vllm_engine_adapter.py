@@ -521,13 +521,33 @@ class TestRefusals:
         await rig.engine.release(RequestId("nobody"))
         await rig.engine.drop(MigrationId("none"))
 
-    async def test_a_request_that_cannot_move_runs_on(self, rig: Any) -> None:
+    async def test_a_request_that_begins_is_described_as_later_but_for_its_tokens(
+        self, rig: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         from tests.integration.engine_rig import eventually, greedy
 
+        started: list[Any] = []
+        monkeypatch.setattr(rig, "on_prefill_started", started.extend)
+        stays = await rig.add("s", PROMPT[:40], greedy(30))
+        stream = await rig.add("r", PROMPT[:40], greedy(100), handoff=True)
+        await eventually(lambda: len(stream.tokens) >= 2)
+        later = await rig.engine.describe(RequestId("r"))
+        assert started == [msgspec.structs.replace(later, output_token_ids=[])]
+        await rig.finish(stream)
+        await rig.finish(stays)
+
+    async def test_a_request_that_cannot_move_runs_on(
+        self, rig: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from tests.integration.engine_rig import eventually, greedy
+
+        started: list[Any] = []
         expected = await rig.generate("alone", PROMPT[:40], greedy(30))
         own_transfer = {"kv_transfer_params": {"do_remote_decode": False}}
+        monkeypatch.setattr(rig, "on_prefill_started", started.extend)
         stream = await rig.add("r", PROMPT[:40], greedy(30, extra_args=own_transfer), handoff=True)
         await eventually(lambda: stream.tokens)
+        assert started == []
         with pytest.raises(DestinationRefusedError, match="a request with a KV transfer of its own"):
             await rig.engine.describe(RequestId("r"))
         assert rig.unmovable["kv_transfer"] == 1

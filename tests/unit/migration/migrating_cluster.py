@@ -145,7 +145,7 @@ class MigratingCluster:
     def _node(self, name: InstanceId, bounds: MigrationBounds) -> Node:
         node: Node
         events = EngineEvents(
-            on_prefill_started=lambda described: self._prefill_started(node, described),
+            on_prefill_started=lambda started: self._prefill_started(node, started),
             on_requests_ended=lambda request_ids: node.coordinator.requests_ended(request_ids),
             on_load=lambda load: None,
             on_death=lambda error: None,
@@ -327,10 +327,10 @@ class MigratingCluster:
         await node.engine.abort([request_id], epoch)
         await node.engine.add(route.payload.encode(), "client", epoch=epoch, output_token_ids=tokens)
 
-    def _prefill_started(self, node: Node, described: dict[RequestId, RequestDescription | None]) -> None:
-        for request_id, description in described.items():
+    def _prefill_started(self, node: Node, started: list[RequestDescription]) -> None:
+        for request in started:
             other = next(name for name in self.nodes if name != node.name)
-            self.start_migration(node.name, other, request_id, description=description)
+            self.start_migration(node.name, other, request.request_id, description=request)
 
     def _failed(self, error: BaseException) -> None:
         self._failures.append(error)

@@ -269,7 +269,7 @@ class World:
         """The engine schedules the request's first step, after it has been added."""
         await self.settle()
         self.engine.running.add(request_id)
-        self.llumlet.events.on_prefill_started({RequestId(request_id): described(request_id)})
+        self.llumlet.events.on_prefill_started([described(request_id)])
         await self.step()
 
     async def step(self) -> None:

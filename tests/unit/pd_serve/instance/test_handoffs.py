@@ -15,7 +15,7 @@ from pd_serve.comm.messages import (
     SetRole,
 )
 from pd_serve.comm.timing import INSTANCE_HEARTBEAT_S
-from pd_serve.errors import DestinationRefusedError, SourceGoneError
+from pd_serve.errors import SourceGoneError
 from tests.unit.pd_serve.instance.instance_world import R, World, described
 from tests.unit.pd_serve.made_migrations import FULL
 from tests.virtual_time import in_virtual_time
@@ -62,7 +62,7 @@ async def test_a_request_is_offered_while_its_first_step_computes() -> None:
         world.add(handoff=["d1", "d0"])
         await world.settle()
         world.engine.held["describe"] = asyncio.Event()
-        world.llumlet.events.on_prefill_started({R: described("r")})
+        world.llumlet.events.on_prefill_started([described("r")])
         await world.settle()
         assert [offer.request for offer in world.sent(Offer)] == [described("r")]
 
@@ -95,7 +95,7 @@ async def test_a_request_without_a_hand_off_is_not_offered() -> None:
     async with World() as world:
         world.add(handoff=None)
         await world.settle()
-        world.llumlet.events.on_prefill_started({R: None})
+        world.llumlet.events.on_prefill_started([described("r")])
         await world.step()
         assert [options["handoff"] for _, _, options in world.engine.called("add")] == [False]
         assert not world.sent(Offer)
@@ -175,26 +175,17 @@ async def test_a_request_that_was_preempted_during_its_hand_off_is_stranded_when
     async with World() as world:
         world.add(handoff=["d1", "d0"])
         await world.settle()
-        world.llumlet.events.on_prefill_started({R: None})  # it does not run any more when it is described
+        world.llumlet.events.on_prefill_started([described("r")])
+        await world.settle()
+        world.engine.fail["next_stage"] = SourceGoneError(RefusalCode.PREEMPTED, "the request was preempted")
+        await world.answer("d1", lambda migration_id: Pull(migration_id, 0))
         await world.step()
-        assert not world.sent(Offer)
+        assert len(world.sent(Offer)) == 1  # to the next one it is not offered: it does not run
+        assert [ended.record.committed for ended in world.sent(MigrationEnded)] == [False]
         assert world.reports()[-1].stranded == []
         world.engine.running.add("r")
         await world.step()
         assert world.reports()[-1].stranded == ["r"]
-
-
-@in_virtual_time
-async def test_a_request_of_a_kind_that_cannot_move_stays_and_is_not_stranded() -> None:
-    async with World() as world:
-        world.add(handoff=["d1"])
-        await world.settle()
-        text = "a request with an image cannot move"
-        world.engine.fail["describe"] = DestinationRefusedError(RefusalCode.UNSUPPORTED_REQUEST, text)
-        world.llumlet.events.on_prefill_started({R: None})
-        await world.step()
-        assert not world.sent(Offer)
-        assert await world.llumlet.check_integrity() == []
 
 
 @in_virtual_time
