@@ -230,16 +230,18 @@ class Dispatcher:
             if self.policies.decode_prompt_tokens:
                 loads += [load for load in self._decoding() if load.instance_id not in avoid]
             loads = [load for load in loads if load.role == "prefill" or self._has_room(load, tokens)]
-        ready = [load for load in loads if self._takes_now(load, tokens)]
+        ready = self._taking_now(loads, tokens)
         if may_wait and not ready:
             return []
         return self._with_session(self._with_prefixes(ready or loads, request.prefix_keys), request)
 
-    def _takes_now(self, load: InstanceLoad, num_tokens: int) -> bool:
-        """Whether an instance takes a new request before its turn in line has come."""
-        if self._backlog_room(load) <= 0:
-            return False
-        return load.role == "prefill" or not self.policies.late_binding or self._has_room(load, num_tokens)
+    def _taking_now(self, loads: list[InstanceLoad], num_tokens: int) -> list[InstanceLoad]:
+        """Those that take a new request before its turn in line has come."""
+        if self._bounds_backlog:
+            loads = [load for load in loads if self._backlog_room(load) > 0]
+        if self.policies.late_binding:
+            loads = [load for load in loads if load.role == "prefill" or self._has_room(load, num_tokens)]
+        return loads
 
     def _backlog_room(self, load: InstanceLoad) -> float:
         if not self._bounds_backlog:

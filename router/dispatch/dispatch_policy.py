@@ -37,5 +37,5 @@ def can_start(load: InstanceLoad) -> bool:
 def candidates(loads: Iterable[InstanceLoad]) -> list[InstanceLoad]:
     """The instances for a new request: prefill and neutral ones. Where none is alive, decode instances take
     their place: each has a whole engine."""
-    loads = list(loads)
-    return [load for load in loads if can_start(load)] or [load for load in loads if not load.draining]
+    staying = [load for load in loads if not load.draining]
+    return [load for load in staying if load.role in STARTING] or staying
