@@ -49,9 +49,9 @@ class Instances:
         return instance_id in self._members.instances
 
     def num_staying(self) -> int:
-        """Instances in the membership that are not to be stopped."""
+        """Instances in reach that are not to be stopped."""
         leaving = self._members.latest.leaving if self._members.latest is not None else []
-        return len(self._members.instances.keys() - set(leaving))
+        return len(self._members.instances.keys() - self.unreachable - set(leaving))
 
     def slot_of(self, instance_id: str) -> int:
         """Slot of an instance."""

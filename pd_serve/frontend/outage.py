@@ -17,7 +17,8 @@ class Outage:
 
     Args:
         is_serving: Returns whether any instance takes new requests.
-        num_staying: Returns the number of instances that are not to be stopped.
+        num_staying: Returns the number of instances in reach that are not to be stopped. The manager may be
+            about to replace those out of reach.
         state: Returns the last state from the manager; None if there was none.
         silence_s: Returns for how long neither the manager nor an instance has sent anything.
         clock: Seconds.
