@@ -7,7 +7,7 @@ its steps is the cost of the front end. Then the simulated cluster gets the requ
 step times and the front end of this round, in virtual time: machines change their speed from round to round.
 
 The first step with a number of tokens takes longer on a CPU, as oneDNN compiles for it, which no cost model
-has. So the service gets prompts of every length before the first round, and oneDNN keeps all that it compiles.
+has. So the service gets prompts of every length before the first round, and oneDNN keeps what it compiles.
 
 The number of threads of every engine, the measured one too, leaves cores to the API server and the clients.
 With as many threads as cores they would wait for each other whenever anything else runs, and a step would
