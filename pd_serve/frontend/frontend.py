@@ -265,13 +265,8 @@ class Frontend:
     def snapshot(self) -> ClusterSnapshot:
         seen, stats = self.instances, self._stats.get
         instances = [
-            InstanceSnapshot.of(
-                info,
-                seen.load_of(info.instance_id),
-                stats(info.instance_id),
-                unreachable=info.instance_id in seen.unreachable,
-            )
-            for info in seen
+            InstanceSnapshot.of(info, seen.load_of(name), stats(name), unreachable=name in seen.unreachable)
+            for name, info in self._members.instances.items()
         ]
         snapshot = ClusterSnapshot(
             instances=instances,
