@@ -400,6 +400,38 @@ async def test_the_output_survives_every_disaster_in_every_phase(phase: Scene, d
         await cluster.check()
 
 
+@pytest.mark.parametrize("disaster", DISASTERS)
+@pytest.mark.parametrize("state", [SS.OFFERED, SS.ADVANCING])
+@in_virtual_time
+async def test_the_output_survives_every_disaster_during_its_first_step(state: SS, disaster: Scene) -> None:
+    """It has been offered with its beginning, and the destination has reserved."""
+    async with MigratingCluster("a", "b", "c") as cluster:
+        if state is SS.OFFERED:
+            cluster.faults.hold(Pull)
+        await cluster.add("a", PROMPT, 60, handoff=True)
+        await cluster.until(state, DS.WAITING)
+        assert not cluster.routes["r"].ledger.token_ids
+        await disaster(cluster)
+        cluster.faults.release()
+        await cluster.check()
+
+
+@in_virtual_time
+async def test_a_request_that_has_ended_before_its_offer_leaves_does_not_move() -> None:
+    """Its description is from before its end."""
+    async with MigratingCluster("a", "b") as cluster:
+        await cluster.add("a", PROMPT, 60)
+        await cluster.tokens(2)
+        description = await cluster["a"].engine.describe(RequestId("r"))
+        cluster.abort()
+        await cluster.end()
+        outcome = await cluster.migrate("a", "b", description=description)
+        assert isinstance(outcome, MigrationRecord)
+        assert outcome.refusal is not None
+        assert outcome.refusal.code is RefusalCode.FINISHED
+        await cluster.check()
+
+
 @pytest.mark.parametrize("disaster", [copies_fail, copies_stall, cancelled, client_leaves, source_dies])
 @pytest.mark.parametrize("phase", PHASES)
 @in_virtual_time
