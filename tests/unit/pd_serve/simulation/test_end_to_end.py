@@ -57,7 +57,7 @@ def test_more_requests_stay_on_their_machine_if_the_network_is_slow_and_all_inst
             return copy_s(fabric, source, destination, size)
 
         monkeypatch.setattr(SimulatedFabric, "copy_s", counted)
-        trace = TraceSpec("s-s", rate=8, requests=200)
+        trace = TraceSpec("s-s", rate=8, requests=500)
         pools = {"prefill": 2, "decode": 4}
         summary = run_scenario(Scenario(trace, "llumnix", pools, nodes=2, far_gb_per_s=gb_per_s))
         assert not summary["wrong_tokens"]
