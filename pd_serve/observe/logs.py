@@ -10,6 +10,7 @@ import re
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any, Literal, TextIO
 
@@ -22,7 +23,7 @@ FORMAT_VARIABLE = "PD_SERVE_LOG_FORMAT"
 INSTANCE: ContextVar[str] = ContextVar("instance", default="")
 
 #: Ray's prefix of a line of another process. JSON lines have their own field for the process.
-RAY_PREFIX = re.compile(r"^\([^()]*\bpid=\d+[^()]*\) (?=\{)", re.MULTILINE)
+RAY_PREFIX = re.compile(r"(\([^()]*\bpid=\d+[^()]*\)) ")
 
 
 def configure_logging(process: str = "", *, is_shown: bool = False) -> None:
@@ -97,22 +98,41 @@ def _json_formatter(process: str) -> logging.Formatter:
 
 
 class _WithoutPrefix:
-    """A stream that removes `RAY_PREFIX` from the lines of other processes.
+    """A stream that removes `RAY_PREFIX` from the JSON lines of other processes.
 
     Ray writes them from another thread, the line break in a call of its own: lines are buffered per thread
-    until they are complete, so that they do not mix.
+    until they are complete, so that they do not mix. A line that Ray has read while it was written comes as
+    two, which are put together.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._begun = threading.local()
+        self._parts: dict[str, str] = {}  # first parts of JSON lines, by prefix
 
     def write(self, text: str) -> int:
         whole, newline, rest = (getattr(self._begun, "line", "") + text).rpartition("\n")
         self._begun.line = rest
         if newline:
-            self._stream.write(RAY_PREFIX.sub("", whole) + newline)
+            lines = [found for line in whole.split("\n") for found in self._without_prefix(line)]
+            self._stream.write("".join(f"{line}\n" for line in lines))
         return len(text)
+
+    def _without_prefix(self, line: str) -> Iterator[str]:
+        if (found := RAY_PREFIX.match(line)) is None:
+            yield line
+            return
+        prefix, text = found[1], line[found.end() :]
+        begun = self._parts.pop(prefix, "")
+        if begun and not text.startswith("{") and text.endswith("}"):
+            yield begun + text
+            return
+        if begun:
+            yield begun  # the rest has not come
+        if text.startswith("{") and not text.endswith("}"):
+            self._parts[prefix] = text
+        else:
+            yield text if text.startswith("{") else line
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -118,12 +118,21 @@ def test_rays_prefix_of_json_lines_is_removed() -> None:
         sys.stderr.write("(decode-0 pid=123) not")
         assert "not" not in stderr.getvalue()
         sys.stderr.write(' JSON\n{"c": 3}\n')
+        print('(decode-0 pid=123) {"split": "in', file=sys.stderr)  # Ray has read it while it was written
+        print('(decode-1 pid=124) {"d": 4}', file=sys.stderr)
+        print('(decode-0 pid=123)  two"}', file=sys.stderr)
+        print('(decode-0 pid=123) {"cut', file=sys.stderr)
+        print("(decode-0 pid=123) Traceback", file=sys.stderr)
 
     assert stderr.getvalue().splitlines() == [
         '{"a": 1}',
         '{"b": 2}',
         "(decode-0 pid=123) not JSON",
         '{"c": 3}',
+        '{"d": 4}',
+        '{"split": "in two"}',
+        '{"cut',
+        "(decode-0 pid=123) Traceback",
     ]
 
 
