@@ -96,6 +96,15 @@ def test_a_manager_that_was_cut_off_from_all_others_ends_none_of_them() -> None:
     assert_nothing_is_lost(simulate_with(config(requests=workload(320, 4.0)), fault))
 
 
+def assert_some_fail_until(back_at_s: float, result: SimulationResult) -> None:
+    """Requests from before this time fail, later ones do not, and nothing is wrong or left."""
+    failed = [record.request.arrival_s for record in result.records if record.failed]
+    assert failed
+    assert max(failed) < back_at_s
+    assert sum(record.duplicated + record.wrong for record in result.records) == 0
+    assert (result.leaked_blocks, result.integrity) == (0, [])
+
+
 def test_an_api_server_that_is_cut_off_for_long_ends_its_requests_and_serves_later_ones() -> None:
     """Clients would wait for as long as it is cut off. What the instances have is ended when it is back."""
     cut_at_s, back_at_s = 5.0, 5.0 + RECOVERY_S + 30.0
@@ -113,11 +122,7 @@ def test_an_api_server_that_is_cut_off_for_long_ends_its_requests_and_serves_lat
     requests = [*workload(40, 8.0), *late_workload(50, back_at_s + 5.0)]
     result = simulate_with(config(requests=requests), fault)
 
-    failed = [record.request.arrival_s for record in result.records if record.failed]
-    assert failed
-    assert max(failed) < back_at_s
-    assert sum(record.duplicated + record.wrong for record in result.records) == 0
-    assert (result.leaked_blocks, result.integrity) == (0, [])
+    assert_some_fail_until(back_at_s, result)
 
 
 def test_an_api_server_that_hears_no_instance_ends_its_requests_and_serves_later_ones() -> None:
@@ -140,11 +145,7 @@ def test_an_api_server_that_hears_no_instance_ends_its_requests_and_serves_later
     requests = [*workload(40, 8.0), *late_workload(50, back_at_s + 5.0)]
     result = simulate_with(config(requests=requests), fault)
 
-    failed = [record.request.arrival_s for record in result.records if record.failed]
-    assert failed
-    assert max(failed) < back_at_s
-    assert sum(record.duplicated + record.wrong for record in result.records) == 0
-    assert (result.leaked_blocks, result.integrity) == (0, [])
+    assert_some_fail_until(back_at_s, result)
 
 
 def test_the_death_of_the_only_prefill_instance_costs_a_pause() -> None:
