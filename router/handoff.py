@@ -20,10 +20,8 @@ UNMEASURED_STEP_S = 0.03
 #: Decode steps of a request for which a longer copy is weighed. How many it will need is not known.
 TYPICAL_STEPS = 256
 
-
 #: Destinations that a request is sent with. Where all refuse it, the router chooses again.
 MAX_DESTINATIONS = 16
-
 
 #: How well a request goes to an instance, the least one best: whether it is full, its freeness with the
 #: request, negated, its id, and its place among the loads.

@@ -85,7 +85,7 @@ Summary = dict[str, dict[str, float]]
 
 
 async def run(report: BenchmarkReport, *, num_requests: int, rate: float | None, profile_s: float) -> None:
-    """Measures, shows tables and writes the numbers. Takes about ten minutes.
+    """Measures, shows tables and writes the numbers. Takes about 17 minutes.
 
     Args:
         num_requests: Requests per round.
@@ -105,11 +105,12 @@ async def run(report: BenchmarkReport, *, num_requests: int, rate: float | None,
     layouts = []
     engines = {}
     for layers in LAYERS:
+        flags = engine_flags(layers)
         with report.console.status("starting an engine to measure"):
-            engine = await start_engine(MODEL, engine_flags(layers))
+            engine = await start_engine(MODEL, flags)
         engines[str(layers or "own")] = engine.about
         try:
-            settings = SharedSettings(MODEL, engine_flags(layers), environment)
+            settings = SharedSettings(MODEL, flags, environment)
             bench = SimulatorBenchmark(engine, settings, num_requests, rate, profile_s, report.console)
             for layout in LAYOUTS:
                 layouts.append({"layers": layers} | await bench.compare(layout))

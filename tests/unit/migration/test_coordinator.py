@@ -402,10 +402,13 @@ async def test_the_output_survives_every_disaster_in_every_phase(phase: Scene, d
 
 @pytest.mark.parametrize("disaster", DISASTERS)
 @pytest.mark.parametrize("state", [SS.OFFERED, SS.ADVANCING])
+@pytest.mark.parametrize("async_scheduling", [False, True])
 @in_virtual_time
-async def test_the_output_survives_every_disaster_during_its_first_step(state: SS, disaster: Scene) -> None:
+async def test_the_output_survives_every_disaster_during_its_first_step(
+    async_scheduling: bool, state: SS, disaster: Scene
+) -> None:
     """It has been offered with its beginning, and the destination has reserved."""
-    async with MigratingCluster("a", "b", "c") as cluster:
+    async with MigratingCluster("a", "b", "c", async_scheduling=async_scheduling) as cluster:
         if state is SS.OFFERED:
             cluster.faults.hold(Pull)
         await cluster.add("a", PROMPT, 60, handoff=True)
@@ -413,6 +416,23 @@ async def test_the_output_survives_every_disaster_during_its_first_step(state: S
         assert not cluster.routes["r"].ledger.token_ids
         await disaster(cluster)
         cluster.faults.release()
+        await cluster.check()
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+@in_virtual_time
+async def test_a_request_that_was_recomputed_before_its_offer_leaves_moves_as_it_is(tokens: int) -> None:
+    """The offer describes an earlier copy of the same id, on the same instance."""
+    async with MigratingCluster("a", "b", "c") as cluster:
+        await cluster.add("a", PROMPT, 60)
+        await cluster.tokens(1)
+        description = await cluster["a"].engine.describe(RequestId("r"))
+        await cluster.tokens(tokens)
+        cluster._recompute(cluster.routes["r"])
+        await cluster.tokens(tokens + 2)
+        outcome = await cluster.migrate("a", "b", description=description)
+        assert isinstance(outcome, MigrationRecord)
+        assert outcome.committed
         await cluster.check()
 
 

@@ -1,6 +1,7 @@
 """While no instance takes requests, new ones wait for those that are started, and are refused otherwise."""
 
 import asyncio
+from collections.abc import Callable
 
 import pytest
 from vllm.v1.engine import FinishReason
@@ -60,6 +61,13 @@ def test_an_outage_ends_with_the_first_instance_and_the_next_one_has_its_own_tim
     outage.look()
     serving = False
     assert outage.takes_requests()
+
+
+async def hear(tell: Callable[[], None], seconds: float) -> None:
+    """Only this process sends something, each second."""
+    for _ in range(round(seconds)):
+        await asyncio.sleep(1.0)
+        tell()
 
 
 def without_instances() -> World:
@@ -147,16 +155,14 @@ async def test_requests_of_an_api_server_that_hears_none_end_after_two_minutes()
     world.submit("s")
     world.tokens("n0", 0, 0, 10)
 
-    async def hear_the_other(seconds: float) -> None:
-        for _ in range(round(seconds)):
-            await asyncio.sleep(1.0)
-            world.wire.hear("api-2", ApiServerStatus(requests=1))
+    def other() -> None:
+        world.wire.hear("api-2", ApiServerStatus(requests=1))
 
-    await hear_the_other(INSTANCE_LEASE_S + 1)
+    await hear(other, INSTANCE_LEASE_S + 1)
     assert world.frontend.num_live == 0
     assert world.frontend.takes_requests
     assert world.requests.requests.keys() == {"r", "s"}
-    await hear_the_other(RECOVERY_S - INSTANCE_LEASE_S)
+    await hear(other, RECOVERY_S - INSTANCE_LEASE_S)
 
     assert [output.finish_reason for output in world.delivered()] == [None, FinishReason.ERROR]
     assert refused == ["s"]
@@ -182,17 +188,12 @@ async def test_requests_of_an_api_server_that_hears_the_manager_only_end_in_a_bo
     assert world.frontend.snapshot().waiting_line.requests == 1
     world.wire.hear(MANAGER, state(wanted=1))
 
-    async def hear_the_manager(seconds: float) -> None:
-        for _ in range(round(seconds)):
-            await asyncio.sleep(1.0)
-            world.tell_members()
-
-    await hear_the_manager(INSTANCE_LEASE_S + 2)
+    await hear(world.tell_members, INSTANCE_LEASE_S + 2)
     assert world.frontend.num_live == 0
     assert [row.state for row in world.frontend.snapshot().instances] == ["unreachable"]
     assert world.frontend.takes_requests  # the manager may be about to replace it
     assert world.requests.requests.keys() == {"r", "s"}
-    await hear_the_manager(RECOVERY_S + 2)
+    await hear(world.tell_members, RECOVERY_S + 2)
 
     assert not world.frontend.takes_requests
     assert world.requests.requests == {}
@@ -210,9 +211,7 @@ async def test_requests_of_an_instance_that_is_heard_again_go_on_there() -> None
     world.join("n0")
     world.submit("r")
     world.tokens("n0", 0, 0, 10)
-    for _ in range(round(INSTANCE_LEASE_S) + 5):
-        await asyncio.sleep(1.0)
-        world.tell_members()
+    await hear(world.tell_members, INSTANCE_LEASE_S + 5)
     assert len(world.sent(AddRequest)) == 1
 
     world.report("n0")

@@ -15,7 +15,7 @@ from pd_serve.comm.messages import (
     SetRole,
 )
 from pd_serve.comm.timing import INSTANCE_HEARTBEAT_S
-from pd_serve.errors import SourceGoneError
+from pd_serve.errors import DestinationRefusedError, SourceGoneError
 from tests.unit.pd_serve.instance.instance_world import R, World, described
 from tests.unit.pd_serve.made_migrations import FULL
 from tests.virtual_time import in_virtual_time
@@ -186,6 +186,20 @@ async def test_a_request_that_was_preempted_during_its_hand_off_is_stranded_when
         world.engine.running.add("r")
         await world.step()
         assert world.reports()[-1].stranded == ["r"]
+
+
+@in_virtual_time
+async def test_a_request_that_the_engine_does_not_give_away_stays_and_is_not_stranded() -> None:
+    async with World() as world:
+        world.add(handoff=[])
+        await world.settle()
+        world.llumlet.events.on_prefill_started([described("r")])
+        text = "a request with an image cannot move"
+        world.engine.fail["describe"] = DestinationRefusedError(RefusalCode.UNSUPPORTED_REQUEST, text)
+        world.hear("api", HandOff(R, "d1"))
+        await world.step()
+        assert not world.sent(Offer)
+        assert await world.llumlet.check_integrity() == []
 
 
 @in_virtual_time
