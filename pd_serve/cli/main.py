@@ -17,7 +17,7 @@ from pd_serve.config import ServeConfig
 from pd_serve.errors import InvalidRequestError, PdServeError
 from pd_serve.launch.console import Console
 from pd_serve.launch.credentials import with_credentials
-from pd_serve.observe.logs import choose_format, configure_logging
+from pd_serve.observe.logs import choose_format, configure_logging, outlive_streams
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -61,6 +61,7 @@ def serve(context: typer.Context, model: Model = None, **settings: Any) -> None:
     console = Console()
     named = {} if model is None else {"model": model}
     config = ServeConfig(**named, **given(settings), flags=tuple(context.meta[ENGINE_ARGS]))
+    outlive_streams()
     choose_format(config.log_format)
     config = with_credentials(config, console.warn)
     from pd_serve.launch import serve as service

@@ -21,7 +21,7 @@ from pd_serve.manager.launcher import ManagerNotes, answered
 from pd_serve.manager.note_keepers import NAMESPACE, NoteKeepers, named_actors
 from pd_serve.manager.ray_actors import InstanceActor, SchedulerActor
 from pd_serve.manager.ray_calls import in_time, settled
-from pd_serve.manager.ray_start import CONNECT_ERRORS, end_children, exit_without_ray, start_ray
+from pd_serve.manager.ray_start import CONNECT_ERRORS, end_children, exit_without_ray, ray_lives, start_ray
 from pd_serve.platform.placement import ANYWHERE, Placement
 from pd_serve.scheduler.scheduler_process import SchedulerConfig
 
@@ -60,6 +60,7 @@ class RayLauncher:
         self._python = python
         self._environment = environment
         self._service = service
+        self._is_local = address is None and service is None
         self.on_lost = on_lost
         self._processes = InstanceProcesses(instances_per_process)
         self._keepers = NoteKeepers(service, self._processes)
@@ -68,7 +69,7 @@ class RayLauncher:
         self._leaves_starts = False
         self._launching = asyncio.Lock()
         self._scheduler: Any = None
-        self._pids: dict[str, int] = {}
+        self._workers: dict[str, psutil.Process] = {}  # of a local Ray
         self._watchers = BackgroundTasks()
 
     def connect(self) -> None:
@@ -79,7 +80,7 @@ class RayLauncher:
         """
         if self._service is not None:
             return
-        local = self._address is None
+        local = self._is_local
 
         def init() -> None:
             ray.init(
@@ -182,8 +183,13 @@ class RayLauncher:
         self._waits_for.pop(name, None)
 
     def _keep(self, info: InstanceInfo, process: InstanceProcess) -> None:
-        self._pids[info.instance_id] = info.pid
+        self._know(info.instance_id, info.pid)
         self._watchers.start(self._watch(info.instance_id, process))
+
+    def _know(self, name: str, pid: int) -> None:
+        if self._is_local:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._workers[name] = psutil.Process(pid)
 
     async def stop_instance(self, name: str) -> None:
         """See `Launcher`. A process with others has the time of a lease to answer, and ends otherwise."""
@@ -278,7 +284,7 @@ class RayLauncher:
         except ray.exceptions.RayError as error:
             await self._end(SCHEDULER, actor)
             raise EngineDeadError(f"the scheduler does not start: {error}") from error
-        self._pids[SCHEDULER] = pid
+        self._know(SCHEDULER, pid)
         return address, pid
 
     async def stop_scheduler(self) -> None:
@@ -299,19 +305,26 @@ class RayLauncher:
         if ray.is_initialized():
             try:
                 await self._stop_instances()
+                if self._service is None:
+                    await asyncio.to_thread(ray.shutdown)
             except EngineDeadError:
-                exit_without_ray(STOP_S)
-            if self._service is None:
-                await asyncio.to_thread(ray.shutdown)
-        if self._service is None:
-            await asyncio.to_thread(end_children, STOP_S)  # left for example by an interrupted start
+                if not self._is_local:
+                    exit_without_ray(STOP_S)
+        if self._service is None:  # an interrupted start, or a local Ray that does not answer, has left them
+            await asyncio.to_thread(partial(end_children, STOP_S, others=self._workers.values()))
 
     async def _stop_instances(self) -> None:
+        """Raises: EngineDeadError: Ray does not answer. A local one may have got the signal to end, too."""
         actors = [process.actor for process in self._processes.clear()]
         actors += [self._scheduler] if self._scheduler is not None else []
-        stops = [asyncio.ensure_future(settled(actor.stop.remote())) for actor in actors]
-        if stops:
-            await asyncio.wait(stops, timeout=STOP_S)
+        stops = asyncio.gather(*(settled(actor.stop.remote()) for actor in actors))
+        try:
+            await asyncio.wait_for(stops, STOP_S)
+            is_ending = not ray_lives()
+        except TimeoutError:
+            is_ending = True
+        if self._is_local and is_ending:
+            raise EngineDeadError("Ray has ended, or is about to")
 
         def end_all() -> None:
             for actor in actors:
@@ -320,19 +333,15 @@ class RayLauncher:
                 self._free(name)
 
         await in_time(end_all, limit_s=END_S)
-        if self._address is None and self._service is None:
+        if self._is_local:
             # The raylet reaps its workers. If it ended first, they would stay as zombies.
-            deadline = asyncio.get_running_loop().time() + STOP_S
-            while any(map(psutil.pid_exists, self._pids.values())):
-                await asyncio.sleep(0.02)
-                if asyncio.get_running_loop().time() > deadline:
-                    break
+            await asyncio.to_thread(psutil.wait_procs, self._workers.values(), STOP_S)
 
     async def _watch(self, instance_id: str, process: InstanceProcess) -> None:
         try:
             await process.actor.wait.remote(instance_id)
         except ray.exceptions.RayError:
-            self._pids.pop(instance_id, None)
+            self._workers.pop(instance_id, None)
             if self._processes.remove(instance_id) is not None:  # otherwise it was stopped
                 self.on_lost(instance_id)
                 if not process.instances:

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import psutil
 import ray
@@ -95,18 +95,35 @@ def _is_raylet(process: psutil.Process) -> bool:
     return False
 
 
+def ray_lives() -> bool:
+    """Whether the raylet and the head that this process has started run."""
+    living = set()
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                living.add(process.name())
+    return {"raylet", "gcs_server"} <= living
+
+
 def _is_of_ray(process: psutil.Process) -> bool:
     home = os.path.dirname(ray.__file__)
     return any(home in argument for argument in process.cmdline())
 
 
-def end_children(timeout_s: float, is_meant: Callable[[psutil.Process], bool] = lambda process: True) -> None:
+def end_children(
+    timeout_s: float,
+    is_meant: Callable[[psutil.Process], bool] = lambda process: True,
+    others: Iterable[psutil.Process] = (),
+) -> None:
     """Ends child processes by force, those of children too, and waits for their end for a time.
 
     Python's resource trackers end after the processes that they belong to, whose shared memory they free.
+
+    Args:
+        others: Processes that may not be children any more, as their parent has ended.
     """
     found, trackers = [], []
-    for process in psutil.Process().children(recursive=True):
+    for process in {*psutil.Process().children(recursive=True), *others}:
         with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
             if not is_meant(process):
                 continue

@@ -4,6 +4,7 @@ A message about a request starts with `request %s: ` with the request id as firs
 as a field, in every process.
 """
 
+import contextlib
 import logging
 import os
 import re
@@ -62,6 +63,11 @@ def choose_format(log_format: LogFormat) -> None:
         sys.stdout, sys.stderr = _WithoutPrefix(sys.stdout), _WithoutPrefix(sys.stderr)
 
 
+def outlive_streams() -> None:
+    """From now on what cannot be written to stdout and stderr is dropped, and its writer goes on."""
+    sys.stdout, sys.stderr = _Dropping(sys.stdout), _Dropping(sys.stderr)
+
+
 def _add_instance(record: logging.LogRecord) -> bool:
     instance = INSTANCE.get()
     record.instance = f"[{instance}] " if instance else ""
@@ -95,6 +101,25 @@ def _json_formatter(process: str) -> logging.Formatter:
         timestamp="time",
         reserved_attrs=[*RESERVED_ATTRS, "vllm_process_name"],  # vLLM adds it to every record
     )
+
+
+class _Dropping:
+    """A stream whose writes do not fail when its terminal is closed, its reader gone, or its disk full."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class _WithoutPrefix:

@@ -129,7 +129,6 @@ TESTED_THROUGH: dict[str, tuple[str, ...]] = {
         "pd_serve/launch/api_server.py",
         "pd_serve/launch/local_cluster.py",
         "pd_serve/launch/serve.py",
-        "pd_serve/launch/signals.py",
     ),
     "tests/e2e/test_api_servers.py": ("pd_serve/launch/api_server_process.py",),
     "tests/unit/deploy/test_serve_application.py": ("pd_serve/launch/ray_serve.py",),

@@ -327,6 +327,25 @@ async def test_a_service_ends_in_time_while_ray_does_not_answer() -> None:
         await asyncio.sleep(0.1)
 
 
+@pytest.mark.parametrize(("answer", "lives"), [(None, True), (True, False)])
+@in_virtual_time
+async def test_a_local_ray_that_got_the_signal_too_is_ended_without_waiting_for_it(
+    answer: bool | None, lives: bool
+) -> None:
+    """Its processes still run and do not answer, or have ended."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        shared = SharedProcess(monkeypatch, stop=answer)
+        shared.launcher._service, shared.launcher._is_local = None, True
+        ended: list[float] = []
+        monkeypatch.setattr(ray_launcher, "ray_lives", lambda: lives)
+        monkeypatch.setattr(ray_launcher, "end_children", lambda timeout_s, others: ended.append(timeout_s))
+        monkeypatch.setattr(ray, "shutdown", shared.killed.append)
+
+        await shared.launcher.stop()
+
+        assert (ended, shared.killed) == ([ray_launcher.STOP_S], [])
+
+
 @in_virtual_time
 async def test_instances_that_are_launched_together_share_a_process() -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:

@@ -4,9 +4,12 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import ray
 from ray._private import services
@@ -112,3 +115,27 @@ def test_a_process_that_ends_without_ray_ends_its_children_first(monkeypatch: py
     monkeypatch.setattr(os, "_exit", lambda status: ended.append(f"this process with {status}"))
     ray_start.exit_without_ray(3.0)
     assert ended == ["children", "this process with 1"]
+
+
+def test_a_process_whose_parent_has_ended_is_ended_too() -> None:
+    script = "import subprocess; print(subprocess.Popen(['sleep', '60'], stdout=-3).pid)"
+    found = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=True, text=True)
+    orphan = psutil.Process(int(found.stdout))
+    ray_start.end_children(3.0, lambda process: process == orphan, others=[orphan])
+    assert not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE
+
+
+def test_ray_lives_while_both_of_its_processes_do(raylet: "subprocess.Popen[bytes]", tmp_path: Path) -> None:
+    assert not ray_start.ray_lives()
+    (tmp_path / "gcs_server").symlink_to("/bin/sleep")
+    with subprocess.Popen([tmp_path / "gcs_server", "60"]) as head:
+        try:
+            while (
+                psutil.Process(head.pid).name() != "gcs_server"
+                or psutil.Process(raylet.pid).name() != "raylet"
+            ):
+                time.sleep(0.01)
+            assert ray_start.ray_lives()
+        finally:
+            head.kill()
+    assert not ray_start.ray_lives()

@@ -1,5 +1,6 @@
 """A line per event: in JSON with the request's id as a field, whichever process it comes from."""
 
+import errno
 import io
 import json
 import logging
@@ -10,12 +11,14 @@ from contextlib import contextmanager
 
 import pytest
 
+from pd_serve.launch.console import Console
 from pd_serve.observe.logs import (
     FORMAT_VARIABLE,
     INSTANCE,
     LogFormat,
     choose_format,
     configure_logging,
+    outlive_streams,
     request_of,
 )
 
@@ -134,6 +137,27 @@ def test_rays_prefix_of_json_lines_is_removed() -> None:
         '{"cut',
         "(decode-0 pid=123) Traceback",
     ]
+
+
+def test_a_process_goes_on_when_its_output_cannot_be_written() -> None:
+    class Full(io.StringIO):
+        is_full = True
+
+        def write(self, text: str) -> int:
+            if self.is_full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(text)
+
+    with pytest.MonkeyPatch.context() as patch:
+        streams = Full(), Full()
+        patch.setattr(sys, "stdout", streams[0])
+        patch.setattr(sys, "stderr", streams[1])
+        outlive_streams()
+        console = Console()
+        for streams[0].is_full, streams[1].is_full in ((True, True), (False, False)):
+            console.warn("decode-0 has died")
+            print("a line", flush=True)
+    assert [stream.getvalue() for stream in streams] == ["a line\n", "warning  decode-0 has died\n"]
 
 
 @pytest.mark.parametrize(
