@@ -30,8 +30,8 @@ LEFT_S = 3.0
 #: Source: ray/_private/node.py.
 PASSING_ERRORS = (ConnectionError, TimeoutError, RuntimeError, ray.exceptions.RayError, PdServeError)
 
-#: Errors of `ray.init`.
-CONNECT_ERRORS = (*PASSING_ERRORS, ValueError)
+#: Errors of `ray.init`; an `OSError` is about its folder, `$RAY_TMPDIR` or /tmp.
+CONNECT_ERRORS = (*PASSING_ERRORS, ValueError, OSError)
 
 
 def start_ray(init: Callable[[], object]) -> None:

@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from pd_serve.errors import InvalidRequestError
+
 
 def cache_root() -> Path:
     """`$PD_SERVE_CACHE`, else `~/.cache/pd-serve`. It need not exist."""
@@ -20,12 +22,21 @@ def cached_directory(key: str, build: Callable[[Path], None]) -> Path:
     `build` fills an empty directory, which takes the final name only when `build` has returned: a directory
     that exists is complete. Of several processes one builds and the others wait. If `build` raises, nothing
     is left behind and the error goes on to the caller.
+
+    Raises:
+        InvalidRequestError: The cache cannot be written.
     """
     target = cache_root() / "models" / key
     if target.is_dir():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.with_name(f".{key}.lock").open("w") as lock:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        opened = target.with_name(f".{key}.lock").open("w")
+    except OSError as error:
+        raise InvalidRequestError(
+            f"cannot write to {target.parent} ({error.strerror}): set PD_SERVE_CACHE to another folder"
+        ) from error
+    with opened as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel drops it if the process dies
         if target.is_dir():
             return target

@@ -33,6 +33,7 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
         (Exception(SLOW), "10.0.0.1:6379", f"no Ray cluster at 10.0.0.1:6379: {SLOW}"),
         (ConnectionError("nobody\nthere"), "auto", "no Ray cluster at auto: nobody"),
         (TimeoutError(), None, "Ray does not start: TimeoutError"),
+        (OSError(30, "Read-only", "/tmp/ray"), None, "Ray does not start: [Errno 30] Read-only: '/tmp/ray'"),
     ],
 )
 def test_an_error_of_ray_becomes_one_line(

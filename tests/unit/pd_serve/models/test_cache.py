@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from pd_serve.errors import InvalidRequestError
 from pd_serve.models import resolve
 from pd_serve.models.cache import cached_directory
 
@@ -24,3 +25,12 @@ def test_of_two_processes_one_builds(cache: Path) -> None:
     with context.Pool(2) as pool:
         assert len(set(pool.map(resolve, ["tiny"] * 4, chunksize=1))) == 1
     assert sorted(path.name for path in (cache / "models").iterdir()) == [".tiny-r1.lock", "tiny-r1"]
+
+
+def test_a_cache_that_cannot_be_written_says_what_to_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PD_SERVE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(InvalidRequestError, match=r"cannot write to .*set PD_SERVE_CACHE"):
+        cached_directory("key", lambda path: None)
