@@ -88,8 +88,7 @@ class RayLauncher:
                 include_dashboard=False if local else None,
                 logging_level=logging.ERROR,
                 object_store_memory=80 * 2**20 if local else None,
-                # A local cluster's processes inherit this one's environment.
-                runtime_env=None if local else {"env_vars": self._environment},
+                runtime_env=None if local else {"env_vars": self._environment},  # local ones inherit ours
             )
 
         try:
@@ -341,8 +340,11 @@ class RayLauncher:
         try:
             await process.actor.wait.remote(instance_id)
         except ray.exceptions.RayError:
-            self._workers.pop(instance_id, None)
+            worker = self._workers.pop(instance_id, None)
             if self._processes.remove(instance_id) is not None:  # otherwise it was stopped
                 self.on_lost(instance_id)
                 if not process.instances:
+                    if worker is not None:  # it goes on if only its raylet has ended
+                        with contextlib.suppress(psutil.NoSuchProcess):
+                            worker.kill()
                     await self._end(process.name, process.actor)

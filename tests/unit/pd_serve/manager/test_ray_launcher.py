@@ -246,6 +246,22 @@ async def test_the_death_of_a_process_loses_all_its_instances() -> None:
 
 
 @in_virtual_time
+async def test_a_process_that_lives_on_without_its_raylet_is_ended_with_its_last_instance() -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        shared = SharedProcess(monkeypatch)
+        ended: list[str] = []
+        worker = cast(Any, SimpleNamespace(kill=lambda: ended.append("process")))
+        shared.launcher._workers = dict.fromkeys(shared.failed, worker)
+        shared.failed["decode-0"].set()
+        await asyncio.sleep(1)
+        assert ended == []
+        shared.failed["decode-1"].set()
+        await asyncio.sleep(1)
+        assert ended == ["process"]
+        await shared.launcher._watchers.cancel()
+
+
+@in_virtual_time
 async def test_a_death_is_known_at_once_while_ray_does_not_answer() -> None:
     """Ray's head is absent: `ray.kill` does not return. The requests have to go on elsewhere."""
     with pytest.MonkeyPatch.context() as monkeypatch:
