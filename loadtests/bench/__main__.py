@@ -116,11 +116,18 @@ def bench_simulator(
         float | None, typer.Option(help="Requests/s. (default: a moderate load for the measured steps)")
     ] = None,
     seconds: Annotated[float, typer.Option(min=1, help="Time to measure steps, per round.")] = 24.0,
+    engine: Annotated[
+        list[str] | None, typer.Option(help="Of the service: simulated or vllm. (default: both)")
+    ] = None,
 ) -> None:
     """The simulator against the real service: the same requests on both."""
     from loadtests.bench import simulator
 
-    _run(simulator.run(BenchmarkReport(json_file), num_requests=requests, rate=rate, profile_s=seconds))
+    engines = engine or simulator.ENGINES
+    if unknown := set(engines) - set(simulator.ENGINES):
+        raise typer.BadParameter(f"{', '.join(sorted(unknown))}: simulated or vllm")
+    report = BenchmarkReport(json_file)
+    _run(simulator.run(report, num_requests=requests, rate=rate, profile_s=seconds, engines=engines))
 
 
 @app.command("simulation-speed")

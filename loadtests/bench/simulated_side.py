@@ -2,7 +2,7 @@
 
 import asyncio
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from msgspec import structs
@@ -16,6 +16,9 @@ from pd_serve.simulated_engine.settings import EngineSettings
 from pd_serve.simulation.config import NetworkSettings, SimulationConfig, TraceRequest
 from pd_serve.simulation.simulate import Simulation
 from pd_serve.simulation.virtual_time import VirtualLoop
+
+#: Between instances whose engines compute on the cores of one machine.
+NETWORK = NetworkSettings(kv_latency_s=0.001, kv_bytes_per_s=CPU_STAGE_BYTES_PER_S)
 
 #: Time between requests of which each is alone, in seconds.
 ALONE_S = 5.0
@@ -86,17 +89,17 @@ def engines(about: dict[str, int], model: LinearCostModel) -> dict[str, EngineSe
 def config(
     requests: Sequence[TraceRequest],
     instances: dict[str, int],
-    by_role: dict[str, EngineSettings],
+    by_role: Mapping[str, EngineSettings],
+    network: NetworkSettings,
     seed: int,
     front_end_s: float = 0.0,
 ) -> SimulationConfig:
-    """A cluster on one machine, with the policies of `pd-serve serve`."""
-    network = NetworkSettings(kv_latency_s=0.001, kv_bytes_per_s=CPU_STAGE_BYTES_PER_S)
+    """A cluster with the policies of `pd-serve serve`."""
     return SimulationConfig(
         requests,
         instances,
         DEFAULT_POLICY,
-        by_role,
+        dict(by_role),
         network=network,
         front_end_s=front_end_s,
         seed=seed,

@@ -4,7 +4,7 @@ import pytest
 
 from loadtests.bench import simulated_side
 from loadtests.bench.load import Load
-from loadtests.bench.simulated_side import FrontEnd, alone
+from loadtests.bench.simulated_side import NETWORK, FrontEnd, alone
 from loadtests.bench.simulator import LENGTHS
 from loadtests.outcome import Outcome
 from pd_serve.simulated_engine.cost_model import LinearCostModel
@@ -22,7 +22,7 @@ MODEL = LinearCostModel((3.0, 0.02, 1e-5), (2.0, 0.1, 0.0))
 
 def test_a_single_request_takes_the_time_of_its_steps() -> None:
     by_role = simulated_side.engines(ABOUT, MODEL)
-    wanted = simulated_side.config([TraceRequest(0.0, 100, 11)], {"neutral": 1}, by_role, seed=0)
+    wanted = simulated_side.config([TraceRequest(0.0, 100, 11)], {"neutral": 1}, by_role, NETWORK, seed=0)
 
     (outcome,) = simulated_side.simulate(wanted)
 
@@ -37,7 +37,7 @@ def test_disaggregated_engines_serve_all_requests() -> None:
     requests = Load("l", 30, LENGTHS, rate=20.0).requests(seed=0)
 
     outcomes = simulated_side.simulate(
-        simulated_side.config(requests, {"prefill": 1, "decode": 1}, by_role, seed=0)
+        simulated_side.config(requests, {"prefill": 1, "decode": 1}, by_role, NETWORK, seed=0)
     )
 
     assert [outcome.tokens for outcome in outcomes] == [request.output_tokens for request in requests]
@@ -48,7 +48,7 @@ def outcomes(front_end: FrontEnd) -> list[Outcome]:
     """Of requests that are alone in a service with this front end."""
     requests = alone([TraceRequest(0.0, 100, 11) for _ in range(3)])
     by_role = simulated_side.engines(ABOUT, front_end.around(MODEL))
-    wanted = simulated_side.config(requests, {"neutral": 1}, by_role, 0, front_end.request_s)
+    wanted = simulated_side.config(requests, {"neutral": 1}, by_role, NETWORK, 0, front_end.request_s)
     return simulated_side.simulate(wanted)
 
 

@@ -3,7 +3,6 @@
 import pytest
 
 from loadtests.bench import simulator
-from loadtests.outcome import Outcome
 from loadtests.servers import SharedSettings, script
 from pd_serve.simulated_engine.cost_model import LinearCostModel
 
@@ -19,29 +18,6 @@ def test_the_moderate_rate_is_slower_on_a_slower_machine() -> None:
 @pytest.mark.parametrize(("cores", "expected"), [(1, 1), (2, 1), (8, 2), (64, 16)])
 def test_engines_leave_cores_to_the_api_server_and_the_clients(cores: int, expected: int) -> None:
     assert simulator.num_threads(cores) == expected
-
-
-def made(
-    e2e_s: tuple[float, float], ttft_s: tuple[float, float], gap_s: tuple[float, float]
-) -> list[Outcome]:
-    return [Outcome(n, 2, ttft_s[n], [gap_s[n]], e2e_s[n]) for n in range(2)]
-
-
-def test_numbers_are_in_milliseconds_and_ratios_are_real_to_simulated() -> None:
-    real = simulator.summary(made((0.2, 0.4), (0.01, 0.03), (0.004, 0.008)))
-    simulated = simulator.summary(made((0.1, 0.2), (0.01, 0.03), (0.002, 0.004)))
-
-    assert real["request"]["mean"] == 300.0
-    assert real["ttft"]["p50"] == 20.0
-    found = simulator.ratios(real, simulated)
-    assert (found["request"]["mean"], found["ttft"]["p99"], found["itl"]["p50"]) == (2.0, 1.0, 2.0)
-
-
-def test_a_ratio_misses_its_target_on_either_side() -> None:
-    ratio = {"mean": 9.0, "p50": 1.1, "p99": 0.8}
-    slow, fast = ratio | {"p50": 1.11}, ratio | {"p99": 0.79}
-
-    assert simulator.missed({"request": ratio, "ttft": slow, "itl": fast}) == ["ttft p50", "itl p99"]
 
 
 def test_the_service_is_started_with_its_own_defaults_and_one_api_server() -> None:
