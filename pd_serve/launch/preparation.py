@@ -118,6 +118,7 @@ def placements(config: ServeConfig, workers: Mapping[str, int]) -> dict[str, Pla
 def parse(config: ServeConfig, model: ModelSource) -> Prepared:
     """Parses vLLM's flags; imports vLLM. Raises: InvalidRequestError."""
     from pd_serve.launch.engine_flags import parse as parse_flags
+    from pd_serve.launch.server_flags import check_loading
     from pd_serve.observe.tracing import prepare_tracing, traces_endpoint
 
     prepare_tracing()
@@ -142,6 +143,7 @@ def parse(config: ServeConfig, model: ModelSource) -> Prepared:
     flags = parse_flags(list(config.flags), defaults, role_defaults)
     # Refuses what does not fit together before anything is started.
     engine_config = flags.server_config()
+    check_loading(engine_config)
     by_role = {role: _engine_config(flags, role) for role, number in config.instances.items() if number}
     check_handoffs(config, [of_role for role, of_role in by_role.items() if role != "neutral"])
     return Prepared(config, model, flags, engine_config)

@@ -6,10 +6,13 @@ from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from pd_serve.errors import InvalidRequestError
 from pd_serve.launch.vllm_parser import as_invalid_request
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 
 def check_server(server: Namespace) -> None:
@@ -28,11 +31,28 @@ def check_server(server: Namespace) -> None:
     check_middleware(server.middleware)
     if not isinstance(server.default_chat_template_kwargs or {}, dict):
         raise InvalidRequestError("--default-chat-template-kwargs: must be a JSON object")
+    for name in ("allowed_origins", "allowed_methods", "allowed_headers"):
+        if not isinstance(getattr(server, name), list):
+            raise InvalidRequestError(f'{_flag(name)}: must be a JSON list, such as ["*"]')
     with as_invalid_request():
         _import_plugin("--tool-parser-plugin", server.tool_parser_plugin)
         _import_plugin("--reasoning-parser-plugin", server.reasoning_parser_plugin)
         validate_parsed_serve_args(server)
         validate_api_server_args(server)
+
+
+def check_loading(config: "VllmConfig") -> None:
+    """Loads what API servers load once the instances have started, which may take minutes.
+
+    Raises:
+        InvalidRequestError: Something cannot be loaded; with one line that says what to change.
+    """
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    with _named("--generation-config"):
+        config.model_config.get_diff_sampling_param()
+    with _named("--tokenizer, --tokenizer-mode"):
+        cached_tokenizer_from_config(config.model_config)
 
 
 def _check_adapters(server: Namespace) -> None:
@@ -92,6 +112,16 @@ def check_middleware(names: Iterable[str]) -> None:
 
 def _no_password() -> NoReturn:
     raise ValueError("the key has a pass phrase, which API servers cannot ask for")
+
+
+@contextmanager
+def _named(flags: str) -> Iterator[None]:
+    """Raises: InvalidRequestError: instead of what vLLM raises, with the flags that it is about."""
+    try:
+        with as_invalid_request():
+            yield
+    except InvalidRequestError as error:
+        raise InvalidRequestError(f"{flags}: {error}") from error
 
 
 @contextmanager

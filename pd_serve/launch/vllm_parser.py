@@ -29,6 +29,9 @@ def as_invalid_request() -> Iterator[None]:
     except (VLLMError, ValueError, TypeError, KeyError, OSError, AssertionError, ImportError) as error:
         said = error.args[0] if isinstance(error, KeyError) and error.args else error
         raise InvalidRequestError(_one_line(str(said))) from error
+    except RuntimeError as error:  # such as ("File does not exist: %s", path)
+        said = " ".join(str(part).removesuffix("%s") for part in error.args)
+        raise InvalidRequestError(_one_line(said)) from error
 
 
 def _message(error: Mapping[str, Any]) -> str:

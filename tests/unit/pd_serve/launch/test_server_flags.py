@@ -2,6 +2,7 @@
 
 import subprocess
 from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 
 from pd_serve.errors import InvalidRequestError
 from pd_serve.launch.engine_flags import parse
-from pd_serve.launch.server_flags import check_middleware, check_tls
+from pd_serve.launch.server_flags import check_loading, check_middleware, check_tls
+from pd_serve.models import resolve
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +78,24 @@ def test_a_middleware_that_cannot_be_imported_is_refused(name: str) -> None:
         (["--ssl-certfile", "/absent"], "--ssl-certfile: no such file: /absent"),
         (["--middleware", "nothing"], "--middleware nothing: cannot be imported"),
         (["--default-chat-template-kwargs", "[1]"], "--default-chat-template-kwargs: must be a JSON object"),
+        (["--allowed-origins", "5"], "--allowed-origins: must be a JSON list"),
     ],
 )
 def test_a_command_line_with_them_is_refused(given: list[str], says: str) -> None:
     with pytest.raises(InvalidRequestError, match=says):
         parse(given, {})
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ([], None),
+        (["--generation-config", "/absent"], "--generation-config: .*/absent"),
+        (["--tokenizer-mode", "absent"], "--tokenizer, --tokenizer-mode: .*absent"),
+        (["--tokenizer", "/absent"], "/absent"),
+        (["--logging-config.pylogging_config_file", "/absent"], "File does not exist: /absent"),
+    ],
+)
+def test_what_api_servers_load_is_loaded_before_instances_start(given: list[str], says: str | None) -> None:
+    with pytest.raises(InvalidRequestError, match=says) if says is not None else nullcontext():
+        check_loading(parse(given, {"model": resolve("tiny"), "dtype": "float32"}).server_config())
