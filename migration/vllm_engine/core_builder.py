@@ -17,6 +17,7 @@ from migration.transport.worker_transport import WorkerMemory
 from migration.vllm_engine import compatibility, worker
 from migration.vllm_engine.cached_keys import CachedKeys
 from migration.vllm_engine.executor import executor_class
+from migration.vllm_engine.grammars import Grammars
 from migration.vllm_engine.migrating_scheduler import MigratingAsyncScheduler, MigratingScheduler
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ def build_core(config: VllmConfig, on_failure: Callable[[], None] = lambda: None
         )
     configuration = compatibility.model_configuration(config)
     core = EngineCore(config, executor_class(config), log_stats=True, executor_fail_callback=on_failure)
+    Grammars.take_over(core.structured_output_manager)
     if not isinstance(core.model_executor, UniProcExecutor):
         core.collective_rpc(worker.end_with_instance)
     if missing := missing or compatibility.missing_attributes(core):

@@ -6,7 +6,13 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType, EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.engine import (
+    EngineCoreEvent,
+    EngineCoreEventType,
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    FinishReason,
+)
 from vllm.v1.request import Request
 
 from migration.ended_requests import EndedRequests
@@ -15,6 +21,7 @@ from migration.messages import RequestDescription, RequestId, stem_of
 from migration.stem_index import StemIndex
 from migration.token_span import TokenSpan, crc_of
 from migration.vllm_engine.compatibility import UNMOVABLE, has_only_tokens, unmovable
+from migration.vllm_engine.grammars import refusal
 
 OutputSink = Callable[[str, EngineCoreOutputs, list[TokenSpan]], None]
 
@@ -156,7 +163,10 @@ class LiveRequests:
         return [self._by_stay[stay_id].describe(compatibility) for stay_id in stay_ids]
 
     def emit(self, outputs: dict[int, EngineCoreOutputs], sink: OutputSink) -> list[str]:
-        """Sends a step's outputs to their clients. Returns the stays that have finished."""
+        """Sends a step's outputs to their clients. Returns the stays that have finished.
+
+        The `stop_reason` of an error that is the client's is the reason in words.
+        """
         by_client: dict[str, tuple[list[EngineCoreOutput], list[TokenSpan]]] = defaultdict(lambda: ([], []))
         finished = []
         stats = None
@@ -175,6 +185,8 @@ class LiveRequests:
                 live.crc = crc_of(output.new_token_ids, live.crc)
                 if output.finish_reason is not None:
                     finished.append(stay_id)
+                    if output.finish_reason == FinishReason.ERROR:
+                        output.stop_reason = refusal(live.request)
                     if has_only_tokens(live.request.sampling_params):
                         self._keep(live, output)
         for client, (items, spans) in by_client.items():

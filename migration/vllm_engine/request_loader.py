@@ -16,6 +16,7 @@ from migration.errors import DestinationRefusedError, RefusalCode
 from migration.messages import FinalState, RequestId
 from migration.vllm_engine import worker
 from migration.vllm_engine.compatibility import missing_to_continue
+from migration.vllm_engine.grammars import refusal
 from migration.vllm_engine.lora_adapters import LoadedAdapters
 from migration.vllm_engine.migrating_scheduler import entry_status
 from migration.vllm_engine.migration_state import Suspended
@@ -95,9 +96,8 @@ class RequestLoader:
         except TimeoutError:
             text = f"the grammar does not compile within {GRAMMAR_S} s"
             raise DestinationRefusedError(RefusalCode.GRAMMAR, text) from None
-        if isinstance(structured.grammar, Exception):
-            text = f"the grammar does not compile: {structured.grammar}"
-            raise DestinationRefusedError(RefusalCode.GRAMMAR, text)
+        if (why := refusal(request)) is not None:
+            raise DestinationRefusedError(RefusalCode.GRAMMAR, why)
 
     def enter(self, request: Request) -> None:
         """Loads the adapter of a request that is to be queued. Raises: as `LoadedAdapters.load`."""

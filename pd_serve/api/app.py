@@ -15,6 +15,7 @@ from pd_serve.api.cluster_view import ClusterView
 from pd_serve.api.early_admission import admit_early
 from pd_serve.api.engine_client import ClusterAsyncLLM, ClusterRefusal
 from pd_serve.api.engine_functions import refuse_absent
+from pd_serve.api.failed_streams import end_failed_streams
 from pd_serve.api.identity import IdentityMiddleware
 from pd_serve.api.keys import KeyMiddleware
 from pd_serve.api.overload import OverloadMiddleware
@@ -56,6 +57,7 @@ async def create_app(
     await init_app_state(engine_client, app.state, args, tasks)
     use_templates(app.state)
     admit_early(app.state, engine_client)
+    end_failed_streams(app.state)
     for name in TRACEBACK_LOGGERS:
         logging.getLogger(name).addFilter(_is_no_refusal)
 

@@ -12,7 +12,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from vllm.config import VllmConfig
-from vllm.exceptions import GracefulHTTPError
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.logger import configure_logging_if_needed
 from vllm.renderers import renderer_from_config
 from vllm.sampling_params import SamplingParams
@@ -249,10 +249,17 @@ class ClusterAsyncLLM(AsyncLLM):
 
     def unavailable(self, request_id: str, why: str) -> None:
         """Answers a request with 503: it has no output yet, and no instance takes it."""
+        self._refuse(request_id, ClusterRefusal(why, HTTPStatus.SERVICE_UNAVAILABLE))
+
+    def invalid(self, request_id: str, why: str) -> None:
+        """Answers a request with 400, or ends its stream with that error: no engine can serve it."""
+        self._refuse(request_id, VLLMValidationError(why))
+
+    def _refuse(self, request_id: str, error: Exception) -> None:
         state = self.output_processor.request_states.get(request_id)
         if state is None or state.queue is None:
             return
-        state.queue.put(ClusterRefusal(why, HTTPStatus.SERVICE_UNAVAILABLE))
+        state.queue.put(error)
         whole = state.parent_req.request_id if state.parent_req is not None else request_id  # n > 1
         self._tasks.start(self.abort(whole, internal=True))
 

@@ -275,10 +275,15 @@ class MigrationEnded(msgspec.Struct, frozen=True, tag=True):
 
 
 class RequestFailed(msgspec.Struct, frozen=True, tag=True):
-    """Instance → API server: the engine could not take this request."""
+    """Instance → API server: the engine could not take this request.
+
+    Attributes:
+        is_invalid: Because of its parameters: no engine can.
+    """
 
     request_id: RequestId
     error: str
+    is_invalid: bool = False
 
 
 class RequestReport(msgspec.Struct, frozen=True, array_like=True):

@@ -11,12 +11,14 @@ class RequestOutput(Protocol):
     Attributes:
         new_logprobs: One row per token, or None.
         finish_reason: None until the request ends; `str` of it is the reason.
+        stop_reason: With "error", a text if the request cannot be served by any engine: why.
     """
 
     request_id: RequestId
     new_token_ids: list[int]
     new_logprobs: object
     finish_reason: object
+    stop_reason: object
 
 
 class OutputBatch(Protocol):

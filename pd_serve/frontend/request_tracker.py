@@ -50,6 +50,7 @@ class RequestTracker:
         migrations: Committed and aborted migrations of all API servers' requests, by reason.
         unavailable: Called with the id of a request that ends without output because no instance takes it,
             and the reason. By default it ends like any other failed request.
+        invalid: The same for one that no engine can serve because of its parameters.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class RequestTracker:
         self.unavailable: Callable[[str, str], None] = lambda request_id, why: self._deliver(
             self._codec.failed(request_id)
         )
+        self.invalid = self.unavailable
         self._suspects = Suspects(self.requests)
         self._recovery = Recovery(placement, self._suspects, self._on_recovered, self._on_given_up)
 
@@ -187,6 +189,8 @@ class RequestTracker:
 
     def on_request_failed(self, message: RequestFailed) -> None:
         if (request := self.requests.get(message.request_id)) is not None:
+            if message.is_invalid:
+                return self.refused(request, message.error)
             logger.error("request %s: %s", request.request_id, message.error)
             self._fail(request)
 
@@ -273,6 +277,11 @@ class RequestTracker:
 
     def finished(self, request: TrackedRequest, outcome: str) -> None:
         self._end(request, outcome)
+
+    def refused(self, request: TrackedRequest, why: str) -> None:
+        logger.warning("request %s: %s", request.request_id, why)
+        self._end(request, "error")
+        self.invalid(request.request_id, why)
 
     # ---- timelines, waiting line, recomputes, ends
 

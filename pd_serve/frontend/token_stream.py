@@ -35,6 +35,9 @@ class TokenListener(Protocol):
     def finished(self, request: TrackedRequest, outcome: str) -> None:
         """The last token has been delivered."""
 
+    def refused(self, request: TrackedRequest, why: str) -> None:
+        """An engine has ended it with an error that is its client's; its last output is not delivered."""
+
 
 class TokenStream:
     """Receives the outputs of all instances, and delivers the next tokens of every request.
@@ -137,7 +140,11 @@ class TokenStream:
         if request.move_waiters and ledger.has_token_of_owner:
             request.wake_move_waiters()
         if ledger.finished:
-            listener.finished(request, str(ready[-1].finish_reason))
+            outcome, why = str(ready[-1].finish_reason), ready[-1].stop_reason
+            if outcome == "error" and isinstance(why, str):
+                listener.refused(request, why)
+                return []
+            listener.finished(request, outcome)
         if is_fork:
             listener.lost(request, source, "fork")
         return ready

@@ -13,7 +13,7 @@ from typing import Any
 from migration.bounds import MigrationBounds
 from migration.coordinator import MigrationCoordinator
 from migration.engine_interface import Engine, EngineEvents
-from migration.errors import EngineDeadError, PdServeError
+from migration.errors import DestinationRefusedError, EngineDeadError, PdServeError, RefusalCode
 from migration.messages import AnyMigrationMessage, InstanceId, MigrationMessage, Offer, RequestId
 from migration.prefix_messages import AnyPrefixMessage, PrefixMessage
 from migration.record import MigrationRecord
@@ -269,7 +269,12 @@ class Llumlet:
             # One bad request must not end the instance. The client gets vLLM's internal error.
             logger.exception("request %s: the engine cannot take it", request_id)
             self.handoffs.forget(request_id)
-            self._wire.send(sender, RequestFailed(request_id, f"{type(error).__name__}: {error}"))
+            refusal = error.refusal if isinstance(error, DestinationRefusedError) else None
+            if is_invalid := refusal is not None and refusal.code is RefusalCode.GRAMMAR:
+                why = str(error)
+            else:
+                why = f"{type(error).__name__}: {error}"
+            self._wire.send(sender, RequestFailed(request_id, why, is_invalid))
         finally:
             # Counted only when the engine has the request. A report during a long step would otherwise count
             # it as arrived and its blocks as free, as one before the engine's next load still does.

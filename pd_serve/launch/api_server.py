@@ -117,6 +117,7 @@ class ApiServer:
             )
             frontend.internal_ids = client.internal_ids
             frontend.requests.unavailable = client.unavailable
+            frontend.requests.invalid = client.invalid
             app = await create_app(
                 server,
                 client,

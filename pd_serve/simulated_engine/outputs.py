@@ -31,6 +31,7 @@ class SimulatedOutput:
     times: tuple[float, float] | None = None
     delivered: list[float] | None = None
     new_logprobs: object = None
+    stop_reason: object = None
     prompt: tuple[int, int] | None = None
 
 

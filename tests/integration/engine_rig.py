@@ -95,6 +95,7 @@ class Stream:
     tokens: list[int] = field(default_factory=list)
     epochs: list[int] = field(default_factory=list)  # of every token
     ended: bool = False
+    stop_reason: int | str | None = None
     epoch: int = 0  # what lower ones send is dropped
     logprobs: list[tuple[list[int], list[float]]] = field(
         default_factory=list
@@ -150,6 +151,7 @@ class EngineRig:
             stream.tokens += output.new_token_ids
             stream.epochs += [epoch] * len(output.new_token_ids)
             stream.ended |= output.finish_reason is not None
+            stream.stop_reason = output.stop_reason
             if (logprobs := output.new_logprobs) is not None:
                 rows = zip(logprobs.logprob_token_ids, logprobs.logprobs, strict=True)
                 stream.logprobs += [(ids.tolist(), values.tolist()) for ids, values in rows]

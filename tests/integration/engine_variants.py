@@ -91,9 +91,14 @@ def thinking_budget(directory: Path) -> Variant:
 
 
 def structured(directory: Path) -> Variant:
-    digits = StructuredOutputsParams(regex=r"([0-9]{3}-[a-z]{2};)*")
-    digits._backend = "xgrammar"  # as vLLM's front end chooses it
-    return Variant({}, lambda n: seeded(n, structured_outputs=digits))
+    return Variant({}, lambda n: seeded(n, structured_outputs=following(regex=r"([0-9]{3}-[a-z]{2};)*")))
+
+
+def following(backend: str = "xgrammar", **constraint: Any) -> StructuredOutputsParams:
+    """A constraint, and the backend that vLLM's front end has chosen for it."""
+    parameters = StructuredOutputsParams(**constraint)
+    parameters._backend = backend
+    return parameters
 
 
 def logprobs(directory: Path) -> Variant:

@@ -404,6 +404,29 @@ class TestOverload:
         assert (error_of(answer)["code"], answer.headers["Retry-After"]) == (503, "1")
         assert {r.request_id for r in service.core.added} <= set(service.core.aborted)
 
+    @pytest.mark.parametrize(
+        ("path", "prompt"),
+        [
+            ("/v1/completions", {"prompt": "x", "max_tokens": 5}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+            ("/v1/messages", {"messages": [{"role": "user", "content": "x"}], "max_tokens": 5}),
+            ("/v1/responses", {"input": "x"}),
+        ],
+    )
+    @pytest.mark.parametrize("stream", [False, True])
+    async def test_a_request_that_no_engine_can_serve(
+        self, service: LocalService, path: str, prompt: dict[str, object], stream: bool
+    ) -> None:
+        service.core.running.clear()
+        body = {"model": "tiny", "stream": stream} | prompt
+        request = asyncio.create_task(service.http.post(path, json=body))
+        await service.taken()
+        service.engine_client.invalid(service.core.added[0].request_id, "no such grammar")
+        answer = await request
+        assert answer.status_code == (200 if stream else 400)
+        assert "no such grammar" in answer.text
+        assert {r.request_id for r in service.core.added} <= set(service.core.aborted)
+
 
 class TestTargets:
     @pytest.mark.parametrize("stream", [False, True])

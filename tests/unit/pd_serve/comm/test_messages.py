@@ -129,6 +129,7 @@ MESSAGES: list[Any] = [
     LoadReport(LOAD, [R], InstanceStats(PROCESS, 1, 2, 3, 4, 5)),
     MigrationEnded(RECORD),
     RequestFailed(R, "ValueError: why"),
+    RequestFailed(R, "why", is_invalid=True),
     ClusterState(
         starting=[StartingInstance("d9", "decode", "waits")],
         scheduler=SchedulerState("alive", "llumnix", 7, 2),

@@ -100,9 +100,10 @@ class World:
         finish: FinishReason | None = None,
         of: str = "r",
         before: Sequence[int] | None = None,
+        stop_reason: str | None = None,
     ) -> None:
         """An instance sends tokens. Those before them are 10, 11, 12 … by default."""
-        output = EngineCoreOutput(of, list(ids), finish_reason=finish)
+        output = EngineCoreOutput(of, list(ids), finish_reason=finish, stop_reason=stop_reason)
         frames = [bytes(frame) for frame in self._encoder.encode(EngineCoreOutputs(outputs=[output]))]
         self.wire.hear_frames(
             msgspec.msgpack.encode(

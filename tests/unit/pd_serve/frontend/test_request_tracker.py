@@ -143,6 +143,17 @@ async def test_a_request_that_the_engine_cannot_take_ends_with_an_error(world: W
     assert world.frontend.num_waiting == 0
 
 
+async def test_a_request_that_no_engine_can_serve_ends_with_its_reason(world: World) -> None:
+    invalid: list[tuple[str, str]] = []
+    world.requests.invalid = lambda request_id, why: invalid.append((request_id, why))
+    world.submit()
+    world.wire.hear("p0", RequestFailed(R, "no such grammar", is_invalid=True))
+
+    assert invalid == [(R, "no such grammar")]
+    assert world.delivered() == []
+    assert world.frontend.num_waiting == 0
+
+
 async def test_migrations_are_counted_by_reason_and_outcome(world: World) -> None:
     world.submit()
     world.end_migration("p0", "d0", True)

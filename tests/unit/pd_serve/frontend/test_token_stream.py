@@ -57,6 +57,18 @@ async def test_the_last_token_of_a_request_that_has_ended_needs_no_abort(world: 
     assert world.sent(AbortRequests) == []
 
 
+async def test_an_error_of_the_client_ends_its_request_with_the_reason(world: World) -> None:
+    invalid: list[tuple[str, str]] = []
+    world.requests.invalid = lambda request_id, why: invalid.append((request_id, why))
+    world.submit()
+    world.tokens("p0", 0, 0, 10, finish=FinishReason.ERROR, stop_reason="no such grammar")
+
+    assert invalid == [(R, "no such grammar")]
+    assert world.delivered() == []
+    assert world.frontend.num_waiting == 0
+    assert not world.requests.requests
+
+
 async def test_an_abort_of_a_stale_copy_has_the_epoch_of_its_token(world: World) -> None:
     """The instance may own the request again when the abort arrives: the later copy must not end."""
     world.submit()

@@ -22,7 +22,7 @@ from pd_serve.comm.requests import (
     ListRequests,
 )
 from pd_serve.comm.timing import INSTANCE_HEARTBEAT_S, ORPHAN_S, STEP_S
-from pd_serve.errors import EngineDeadError
+from pd_serve.errors import DestinationRefusedError, EngineDeadError, RefusalCode
 from tests.members import membership
 from tests.unit.pd_serve.instance.instance_world import R, World
 from tests.virtual_time import in_virtual_time
@@ -50,6 +50,15 @@ async def test_a_request_that_the_engine_rejects_is_answered_with_its_error() ->
         assert world.sent(RequestFailed, "api") == [RequestFailed(R, "ValueError: nonsense")]
         assert not world.fatal
         assert await world.llumlet.check_integrity() == []
+
+
+@in_virtual_time
+async def test_a_lost_request_whose_grammar_cannot_be_followed_is_answered_as_invalid() -> None:
+    async with World() as world:
+        world.engine.fail["add"] = DestinationRefusedError(RefusalCode.GRAMMAR, "no such grammar")
+        world.add()
+        await world.settle()
+        assert world.sent(RequestFailed, "api") == [RequestFailed(R, "no such grammar", is_invalid=True)]
 
 
 @in_virtual_time
