@@ -193,6 +193,9 @@ class ClusterAsyncLLM(AsyncLLM):
         except PdServeError as error:
             give_charges_back()
             raise _as_refusal(error) from error
+        except RecursionError as error:  # of outlines' and lm-format-enforcer's checks of a regex
+            give_charges_back()
+            raise VLLMValidationError("A value of the request is nested too deeply.") from error
         except Exception:  # bad input that vLLM finds here
             give_charges_back()
             raise

@@ -53,6 +53,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._received = self._body = 0  # bytes since the message began, and those of its body
         self._begun_with = 0
         self._cycles: deque[RequestResponseCycle] = deque()  # they are answered in order
+        self._receiving: RequestResponseCycle | None = None  # the one whose body is not complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -88,6 +89,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
+        self._receiving = None
         self._begun_with = 0  # the rest of the data is the next request's, of unknown length
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -106,6 +108,7 @@ class LimitedProtocol(HttpToolsProtocol):
         while self._cycles and self._cycles[0].response_complete:
             self._cycles.popleft()
         if self.cycle is not None:
+            self._receiving = self.cycle
             self._cycles.append(self.cycle)
 
     def on_body(self, body: bytes) -> None:
@@ -130,12 +133,16 @@ class LimitedProtocol(HttpToolsProtocol):
             self._timer = None
 
     def _refuse(self, status: HTTPStatus, message: str) -> None:
-        """Answers and closes; only closes if a response has started."""
+        """Answers and closes; only closes if a response has started, or one to an earlier request is due."""
         self._refusal = (status, message)
         self._stop_timer()
         if self.transport.is_closing():
             return
-        if self.cycle is None or self.cycle.response_complete:
+        due = [cycle for cycle in self._cycles if not cycle.response_complete]
+        if not due or (due == [self._receiving] and not due[0].response_started):
+            for cycle in due:
+                cycle.disconnected = True  # its handler has nothing to answer any more
+                cycle.message_event.set()
             body = json.dumps(error_body(status, message)).encode()
             lines = [
                 f"HTTP/1.1 {status.value} {status.phrase}",

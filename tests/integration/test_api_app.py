@@ -427,6 +427,16 @@ class TestOverload:
         assert "no such grammar" in answer.text
         assert {r.request_id for r in service.core.added} <= set(service.core.aborted)
 
+    async def test_a_value_that_is_nested_too_deeply(
+        self, service: LocalService, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def check(*arguments: object, **named: object) -> None:
+            raise RecursionError
+
+        monkeypatch.setattr(service.engine_client.input_processor, "process_inputs", check)
+        answer = await service.complete(max_tokens=1)
+        assert (answer.status_code, error_of(answer)["type"]) == (400, "BadRequestError")
+
 
 class TestTargets:
     @pytest.mark.parametrize("stream", [False, True])

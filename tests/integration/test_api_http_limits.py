@@ -97,6 +97,19 @@ class TestBodies:
             writer.write(b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n")
             assert (await reader.read()).startswith(b"HTTP/1.1 200 ")
 
+    @pytest.mark.parametrize("chunk", [b"size\r\n", b"2\r\n{}{}", b"2\r\n{}\r\n-1\r\n"])
+    @pytest.mark.parametrize("late", [False, True])
+    async def test_a_chunk_that_is_none(self, service: LocalService, chunk: bytes, late: bool) -> None:
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        async with connection(service) as (reader, writer):
+            writer.write(head)
+            if late:  # its handler waits for the body
+                await eventually(lambda: bool(service.app.state.server.server_state.tasks))
+            writer.write(chunk)
+            status, headers, error = await answer_of(reader)
+        assert (status, headers["connection"]) == (400, "close")
+        assert error["message"] == "Invalid HTTP request received."
+
     async def test_a_prompt_that_is_too_long(self, service: LocalService) -> None:
         answer = await service.complete(prompt=[1] * 20_000)
         assert answer.status_code == 400
@@ -129,12 +142,13 @@ class TestHeaders:
         assert (status, error["message"]) == (431, "The headers of the request are longer than 20000 bytes.")
 
     async def test_a_trailer_that_does_not_end(self, service: LocalService) -> None:
-        """The request is with its handler, which is not done: the connection just ends."""
+        """The request is with its handler, which waits for the end of the body."""
         async with connection(service) as (reader, writer):
             head = "POST /v1/completions HTTP/1.1\r\ncontent-type: application/json\r\n"
             writer.write(f"{head}transfer-encoding: chunked\r\n\r\n0\r\nx: ".encode())
             writer.write(b"x" * 2 * HEADER_BYTES)
-            assert await reader.read() == b""
+            status, _, error = await answer_of(reader)
+        assert (status, error["message"]) == (431, "The headers of the request are longer than 20000 bytes.")
 
     async def test_just_not_too_many(self, service: LocalService) -> None:
         async with connection(service) as (reader, writer):
