@@ -1,8 +1,14 @@
 """Grammars of structured outputs, each compiled with the backend that the front end has chosen for it."""
 
+from typing import Any
+
+from vllm import envs
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.structured_output.backend_outlines import OutlinesBackend
 from vllm.v1.structured_output.backend_types import StructuredOutputBackend, StructuredOutputGrammar
+
+from migration.vllm_engine.outlines_index import compile_index
 
 #: How much of a compiler's reason a client gets, in characters.
 MAX_REASON = 500
@@ -38,6 +44,9 @@ class Grammars(StructuredOutputManager):
     def grammar_init(self, request: Request) -> None:
         if request.structured_output_request is not None:
             self._name = request.sampling_params.structured_outputs._backend
+            if self._name == "outlines" and self.backend is None:
+                size = self.vllm_config.model_config.get_vocab_size()
+                self.backend = BoundedOutlines(self.vllm_config, self.tokenizer, size)
             super().grammar_init(request)
 
     def _create_grammar(self, request: Request) -> StructuredOutputGrammar:
@@ -69,6 +78,18 @@ class Grammars(StructuredOutputManager):
             number = request.num_output_tokens - len(new_token_ids)
             structured.grammar = ValueError(f"at output token {number + 1}: {why}")
         return False
+
+
+class BoundedOutlines(OutlinesBackend):
+    """vLLM's backend, whose compilations end when they take too long."""
+
+    def _compile_index(self, regex_string: str, vocabulary: Any) -> Any:
+        """Source: vllm/v1/structured_output/backend_outlines.py"""
+        key = f"{vocabulary._hash}_{regex_string}"
+        if key not in self.cache:
+            seconds = envs.VLLM_REGEX_COMPILATION_TIMEOUT_S
+            self.cache[key] = compile_index(regex_string, vocabulary.inner, seconds)
+        return self.cache[key]
 
 
 def _dead_end(backend: StructuredOutputBackend, grammar: StructuredOutputGrammar) -> str | None:

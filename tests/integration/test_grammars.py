@@ -45,6 +45,7 @@ async def rig(environment: None) -> AsyncIterator[Any]:
         ({"grammar": "root ::= root"}, "followed: it allows neither a token nor the end"),
         ({"grammar": 'root ::= "aaa" b\nb ::= b'}, "at output token 4: it allows neither"),
         ({"backend": "guidance", "grammar": "start: start"}, "NoExtension"),
+        ({"backend": "outlines", "regex": "("}, "Failed to build DFA"),
         ({"backend": "guidance", "grammar": 'start: "aaa" start'}, "at output token 1: parser error"),
     ],
 )
@@ -72,7 +73,11 @@ async def test_every_structured_output_is_followed_with_its_own_backend(rig: Any
     from tests.integration.engine_variants import following
 
     number = {"type": "integer", "multipleOf": 1000, "minimum": 1000, "maximum": 1999}
-    backends = {"xgrammar": {"regex": "[0-9]{4}"}, "guidance": {"json": number}}
+    backends = {
+        "xgrammar": {"regex": "[0-9]{4}"},
+        "guidance": {"json": number},
+        "outlines": {"regex": "[a-c]{4}"},
+    }
     streams = {
         backend: await rig.add(
             backend, PROMPT, seeded(4, structured_outputs=following(backend, **constraint))
@@ -82,6 +87,7 @@ async def test_every_structured_output_is_followed_with_its_own_backend(rig: Any
     followed = {backend: bytes(await rig.finish(stream)) for backend, stream in streams.items()}
     assert followed["guidance"] == b"1000"
     assert followed["xgrammar"].isdigit()
+    assert set(followed["outlines"]) <= set(b"abc")
 
 
 async def test_a_request_without_structured_output_has_no_refusal() -> None:
