@@ -1,4 +1,4 @@
-"""vLLM's worker for CPUs with five corrections, of which every worker process makes one by its name."""
+"""vLLM's worker for CPUs with six corrections, of which every worker process makes one by its name."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -30,6 +30,12 @@ class CorrectedCpuWorker(CPUWorker):
         if vllm_config.speculative_config is not None:
             rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
         super().__init__(vllm_config, *arguments, **named)
+
+    def load_model(self, *arguments: Any, **named: Any) -> None:
+        """See `compute_prompts_with_own_adapters`."""
+        super().load_model(*arguments, **named)
+        if self.vllm_config.lora_config is not None and not self.use_v2_model_runner:
+            compute_prompts_with_own_adapters(self.model_runner)
 
     def compile_or_warm_up_model(self) -> Any:
         """Makes the buffers of a later pipeline stage, which vLLM makes while it warms up.
@@ -122,3 +128,44 @@ def _of_rows_with_adapter(operation: Callable[..., None]) -> Callable[..., None]
         operation(inputs.masked_fill(has_none, 0), weights, output, adapters, *more, **named)
 
     return corrected
+
+
+def compute_prompts_with_own_adapters(runner: Any) -> None:
+    """The log probabilities of a prompt's tokens are those of its request's adapter.
+
+    vLLM takes the adapters of the batch's requests for the rows of the prompt, one after another. With other
+    requests in the batch their number is another, and the operation for CPUs ends the engine.
+
+    Source: vllm/v1/worker/gpu_model_runner.py, _get_prompt_logprobs_dict; vllm/lora/punica_wrapper.
+    """
+    of_all_prompts = runner._get_prompt_logprobs_dict
+
+    def of_own_adapters(hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
+        if not runner.num_prompt_logprobs:
+            return of_all_prompts(hidden_states, num_scheduled_tokens)
+        model, compute = runner.model, runner.model.compute_logits
+        wrappers = runner.lora_manager._adapter_manager.punica_wrapper_mapping.values()
+        kept = [(wrapper, wrapper.sampler_indices.clone()) for wrapper in wrappers]
+
+        def compute_logits(rows: torch.Tensor) -> torch.Tensor:
+            # These are rows of the batch's hidden states, and each of them is a token's.
+            first = (rows.data_ptr() - hidden_states.data_ptr()) // hidden_states[:1].nbytes
+            for wrapper, _ in kept:
+                _set_adapters(wrapper, wrapper.token_lora_indices[first : first + len(rows)])
+            return compute(rows)
+
+        model.compute_logits = compute_logits
+        try:
+            return of_all_prompts(hidden_states, num_scheduled_tokens)
+        finally:
+            del model.compute_logits
+            for wrapper, adapters in kept:
+                _set_adapters(wrapper, adapters)
+
+    runner._get_prompt_logprobs_dict = of_own_adapters
+
+
+def _set_adapters(wrapper: Any, adapters: torch.Tensor) -> None:
+    """Sets the adapters of the rows whose logits are computed next."""
+    wrapper._sampler_indices[: len(adapters)] = adapters
+    wrapper.indices_len[1] = len(adapters)

@@ -100,6 +100,7 @@ class Stream:
     logprobs: list[tuple[list[int], list[float]]] = field(
         default_factory=list
     )  # of every token, if asked for
+    prompt_logprobs: list[list[float]] = field(default_factory=list)  # of every token but the first
     cached_tokens: int = 0  # of the prompt, that were in the prefix cache
 
 
@@ -155,6 +156,8 @@ class EngineRig:
             if (logprobs := output.new_logprobs) is not None:
                 rows = zip(logprobs.logprob_token_ids, logprobs.logprobs, strict=True)
                 stream.logprobs += [(ids.tolist(), values.tolist()) for ids, values in rows]
+            if (tensors := output.new_prompt_logprobs_tensors) is not None:
+                stream.prompt_logprobs = tensors.logprobs.tolist()
             if (prefill := output.prefill_stats) is not None:
                 stream.cached_tokens = prefill.num_cached_tokens
 

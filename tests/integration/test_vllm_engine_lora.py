@@ -43,12 +43,12 @@ class Rig:
         fields = {"lora_name": f"a{which}", "lora_int_id": 10 + which, "lora_path": self.paths[which]}
         return LoRARequest(**fields | more)
 
-    async def add(self, request_id: str, adapter: Any, num_tokens: int = 60) -> Any:
+    async def add(self, request_id: str, adapter: Any, num_tokens: int = 60, **parameters: Any) -> Any:
         from tests.integration.engine_rig import CLIENT, Stream, greedy, payload
         from tests.integration.engine_variants import PROMPT
 
         stream = self.rig.streams[request_id] = Stream()
-        frames = payload(request_id, PROMPT, greedy(num_tokens), lora_request=adapter)
+        frames = payload(request_id, PROMPT, greedy(num_tokens, **parameters), lora_request=adapter)
         assert await self.engine.add(frames, CLIENT)
         return stream
 
@@ -201,3 +201,20 @@ async def test_an_adapter_is_loaded_ahead_and_read_again(rig: Rig) -> None:
     assert await rig.generate(rig.adapter(0)) == expected
     with pytest.raises(Exception, match="gone"):
         await rig.engine.utility("load_adapter", "gone", 99, "/gone", None, False, True)
+
+
+async def test_log_probabilities_of_a_prompt_are_those_of_its_adapter_in_any_batch(rig: Rig) -> None:
+    async def of_prompt(adapter: Any) -> list[list[float]]:
+        stream = await rig.add("asks", adapter, 1, prompt_logprobs=1)
+        await rig.rig.finish(stream)
+        rows: list[list[float]] = stream.prompt_logprobs
+        return rows
+
+    alone = [await of_prompt(adapter) for adapter in (None, rig.adapter(0))]
+    assert alone[0] != alone[1]
+    others = [await rig.add(f"other{i}", rig.adapter(0), 500) for i in range(2)]
+    beside = [await of_prompt(adapter) for adapter in (None, rig.adapter(0))]
+    assert not any(other.ended for other in others)
+    for rows, expected in zip(beside, alone, strict=True):
+        for row, wanted in zip(rows, expected, strict=True):
+            assert row == pytest.approx(wanted, abs=1e-3)
