@@ -204,9 +204,12 @@ async def test_an_adapter_is_loaded_ahead_and_read_again(rig: Rig) -> None:
 
 
 async def test_log_probabilities_of_a_prompt_are_those_of_its_adapter_in_any_batch(rig: Rig) -> None:
+    from tests.integration.engine_rig import eventually
+
     async def of_prompt(adapter: Any) -> list[list[float]]:
         stream = await rig.add("asks", adapter, 1, prompt_logprobs=1)
-        await rig.rig.finish(stream)
+        await eventually(lambda: stream.ended or rig.rig.deaths)
+        assert not rig.rig.deaths
         rows: list[list[float]] = stream.prompt_logprobs
         return rows
 
