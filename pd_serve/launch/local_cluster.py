@@ -112,6 +112,13 @@ class LocalCluster:
         await self._manager.start()
         self._tasks.start(_watch_head(console))
 
+    async def watch(self) -> None:
+        """Runs until cancelled where Ray is the service's own. Raises: PdServeError: it has ended."""
+        if self._ray_address is None:
+            from pd_serve.manager.ray_head import end_with_ray
+
+            await end_with_ray(lambda: len(self.manager.register))
+
     async def stop(self) -> None:
         """Ends all processes, in about a second; a process that does not end by itself is killed."""
         if self._manager is not None:

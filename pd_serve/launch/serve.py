@@ -74,9 +74,13 @@ class LocalService:
         self._show_banner(flags[0])
 
     async def keep(self) -> None:
-        """Keeps the API servers running until cancelled. Raises: PdServeError: none starts any more."""
+        """Keeps the API servers running until cancelled.
+
+        Raises:
+            PdServeError: None starts any more, or the service's own Ray has ended.
+        """
         assert self._keeper is not None
-        await self._keeper.keep()
+        await asyncio.gather(self._keeper.keep(), self._cluster.watch())
 
     async def stop(self) -> None:
         """Ends all processes: API servers after their requests, in a bounded time, then the others."""

@@ -1,4 +1,4 @@
-"""`pd-serve serve` when it cannot serve: one clear line, an exit code, and nothing left running."""
+"""`pd-serve serve` when it cannot serve, or no longer: one clear line, an exit code, nothing left running."""
 
 import re
 import signal
@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.e2e.server_process import ServerProcess, pd_serve
@@ -107,3 +108,17 @@ def test_an_interrupted_start_leaves_nothing(start: Callable[..., ServerProcess]
     left = server.signal_and_wait(signal.SIGINT)
     assert not left, f"{left}\n{server.tail()}"
     assert "Traceback" not in server.tail()
+
+
+def test_a_service_whose_raylet_has_ended_ends(start: Callable[..., ServerProcess]) -> None:
+    server = start("tiny", "--engine", "simulated", "--neutral", "1", "--api-servers", "1", "--port", "0")
+    server.wait_ready()
+    for child in psutil.Process(server.process.pid).children():
+        if child.name() == "raylet":
+            child.kill()
+
+    left = server.wait_gone(END_S)
+
+    assert not left, f"{left}\n{server.tail()}"
+    assert server.process.returncode == 1
+    assert "error  Ray has ended, and all instances with it" in server.tail()
