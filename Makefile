@@ -34,7 +34,7 @@ bench: setup ## Measure migration, of every kind of engine, overhead, reports, s
 	.venv/bin/python -m loadtests.bench simulator --json results/bench-simulator.json $(ARGS)
 	.venv/bin/python -m loadtests.bench simulation-speed --json results/bench-simulation-speed.json
 
-compare: setup ## Measure ours beside plain vLLM, its NixlConnector and public routers (10 minutes)
+compare: setup ## Measure ours beside plain vLLM, its NixlConnector and public routers (half an hour)
 	.venv/bin/python -m loadtests.bench compare --json results/bench-compare.json $(ARGS)
 
 gpu-check: setup ## Move requests between two instances on one GPU, of every kind of engine (10 minutes)
