@@ -244,6 +244,18 @@ class EngineRig:
             await asyncio.to_thread(self.engine.core.shutdown)
 
 
+@contextlib.asynccontextmanager
+async def running_rig(**arguments: Any) -> AsyncIterator[EngineRig]:
+    """An `EngineRig` of these arguments, started, whose engine must not die before the end of the block."""
+    rig = EngineRig(**arguments)
+    await rig.engine.start()
+    try:
+        yield rig
+        assert not rig.deaths
+    finally:
+        await rig.close()
+
+
 @dataclass(frozen=True)
 class Baggage:
     """A request on its way from nowhere to nowhere."""

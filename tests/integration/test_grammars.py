@@ -27,15 +27,10 @@ def environment() -> Iterator[None]:
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def rig(environment: None) -> AsyncIterator[Any]:
-    from tests.integration.engine_rig import EngineRig
+    from tests.integration.engine_rig import running_rig
 
-    rig = EngineRig()
-    await rig.engine.start()
-    try:
+    async with running_rig() as rig:
         yield rig
-        assert not rig.deaths
-    finally:
-        await rig.close()
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,9 @@
 """Requests of every kind survive the death of their instance, on engines of every kind, and move."""
 
-import contextlib
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,28 +42,16 @@ KINDS = (
 )
 
 
-@contextlib.asynccontextmanager
-async def running(variant: Any) -> AsyncIterator[Any]:
-    from tests.integration.engine_rig import EngineRig
-
-    rig = EngineRig(**variant.arguments)
-    await rig.engine.start()
-    try:
-        yield rig
-        assert not rig.deaths
-    finally:
-        await rig.close()
-
-
 @pytest_asyncio.fixture(loop_scope="module", scope="module", params=KINDS)
 async def served(
     request: pytest.FixtureRequest, environment: None, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Any]:
     """A request, an engine that serves it, and its output there."""
+    from tests.integration.engine_rig import running_rig
     from tests.integration.engine_variants import VARIANTS
 
     variant = VARIANTS[request.param](tmp_path_factory.mktemp(request.param))
-    async with running(variant) as rig:
+    async with running_rig(**variant.arguments) as rig:
         yield variant, rig, await undisturbed(variant, rig)
 
 
@@ -183,12 +169,13 @@ async def test_it_is_continued_by_vllms_own_scheduler(
 ) -> None:
     """Of a release that lacks what moving a request relies on."""
     from migration.vllm_engine import compatibility
+    from tests.integration.engine_rig import running_rig
     from tests.integration.engine_variants import VARIANTS
 
     name = "vllm.v1.core.sched.scheduler:Scheduler.gone_in_the_next_release"
     monkeypatch.setattr(compatibility, "RELIED_ON", compatibility.RELIED_ON | {name: ()})
     variant = VARIANTS["logprobs"](tmp_path)
-    async with running(variant) as rig:
+    async with running_rig(**variant.arguments) as rig:
         await lose_and_continue(variant, rig, await undisturbed(variant, rig), lost_at=22)
 
 
@@ -198,13 +185,13 @@ async def test_a_release_that_cannot_continue_requests_says_so(
     """Whoever asks for it gets the reason; the engine serves on."""
     from migration.vllm_engine import compatibility
     from pd_serve.errors import DestinationRefusedError
-    from tests.integration.engine_rig import CLIENT, greedy, payload
+    from tests.integration.engine_rig import CLIENT, greedy, payload, running_rig
     from tests.integration.engine_variants import PROMPT
 
     name = "vllm.v1.request:Request.gone_in_the_next_release"
     needed = compatibility.RELIED_ON_TO_CONTINUE | {name: ()}
     monkeypatch.setattr(compatibility, "RELIED_ON_TO_CONTINUE", needed)
-    async with running(SimpleNamespace(arguments={})) as rig:
+    async with running_rig() as rig:
         with pytest.raises(DestinationRefusedError, match=f"cannot be continued: .* lacks {name}"):
             await rig.engine.add(payload("r", PROMPT, greedy(9)), CLIENT, output_token_ids=[1, 2])
         assert await rig.engine.live_requests() == []
