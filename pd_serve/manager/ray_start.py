@@ -66,7 +66,7 @@ def _watching_the_raylet() -> Iterator[None]:
         began = time.monotonic()
         deadline, seen = began + REGISTER_S, False
         while not _is_registered(client, node_id):
-            lives = any(map(_is_raylet, psutil.Process().children(recursive=True)))
+            lives = "raylet" in _living(psutil.Process().children(recursive=True))
             seen = seen or lives
             # Its process has another name until it runs its program, which takes seconds on a busy machine.
             if not lives and (seen or time.monotonic() - began > APPEAR_S):
@@ -89,20 +89,19 @@ def _is_registered(client: "ray._raylet.GcsClient", node_id: str) -> bool:
     return any(found.hex() == node_id for found in client.get_all_node_info(timeout=REGISTER_S))
 
 
-def _is_raylet(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return bool(process.name() == "raylet" and process.status() != psutil.STATUS_ZOMBIE)
-    return False
-
-
 def ray_lives() -> bool:
     """Whether the raylet and the head that this process has started run."""
+    return {"raylet", "gcs_server"} <= _living(psutil.Process().children())
+
+
+def _living(processes: Iterable[psutil.Process]) -> set[str]:
+    """The names of those that have not ended."""
     living = set()
-    for process in psutil.Process().children():
+    for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             if process.status() != psutil.STATUS_ZOMBIE:
                 living.add(process.name())
-    return {"raylet", "gcs_server"} <= living
+    return living
 
 
 def _is_of_ray(process: psutil.Process) -> bool:
